@@ -1,0 +1,1 @@
+"""Gradient exchange between devices: `(key, grads, axis_name) → grads` inside `jax.shard_map`."""

@@ -1,0 +1,1 @@
+"""What a function costs: parameters, MACs, memory, latency."""

@@ -1,0 +1,1 @@
+"""What `run.py --job=NAME` does: one job a file."""

@@ -1,0 +1,127 @@
+"""Files are the registry, signatures are the schema.
+
+`load("squeeze_jax.models", "squeezenet")` imports the file of that name; `check` compares a config section with the
+signature of the function it will be splatted into, so that a misspelt key or a wrong type is an error before any work.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+
+from squeeze_jax.errors import UserError, nearest
+
+
+def names(package: str) -> list[str]:
+    """Returns the names of the files in a package: its valid registry keys."""
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return sorted(info.name for info in found if not info.name.startswith("_"))
+
+
+def load(package: str, name: str, what: str = "") -> types.ModuleType:
+    """Imports `package.name`.
+
+    Args:
+      package: dotted package, such as "squeeze_jax.models".
+      name: the file's name without ".py".
+      what: how to call it in the error, such as "model".
+
+    Raises:
+      UserError: no such file; names the nearest and all valid names.
+    """
+    choices = names(package)
+    if name not in choices:
+        raise UserError(f"unknown {what or package} {name!r}{nearest(name, choices)}")
+    return importlib.import_module(f"{package}.{name}")
+
+
+def row(table: Mapping[str, typing.Any], key: str, what: str):
+    """Returns `table[key]`, or raises a UserError that names the nearest key."""
+    if key not in table:
+        raise UserError(f"unknown {what} {key!r}{nearest(key, table)}")
+    return table[key]
+
+
+def check(
+    fn: Callable,
+    section: Mapping[str, typing.Any],
+    where: str,
+    given: Sequence[str] = (),
+) -> None:
+    """Checks that `fn(**section)` would bind and that every value fits its annotation.
+
+    Args:
+      fn: the function or class whose signature is the schema.
+      section: the keyword arguments from the config.
+      where: the section's name as the user writes it, such as "config.optim".
+      given: parameters that the program supplies itself; the section may not name them.
+
+    Raises:
+      UserError: unknown or missing key, or a value of another type.
+    """
+    parameters = {
+        k: p for k, p in inspect.signature(fn).parameters.items() if k not in given
+    }
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = {
+        k: p
+        for k, p in parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    hints = typing.get_type_hints(fn)
+    for key, value in section.items():
+        if key not in parameters:
+            if open_ended and key not in given:
+                continue
+            raise UserError(f"unknown key {where}.{key}{nearest(key, parameters)}")
+        if key in hints and not fits(value, hints[key]):
+            raise UserError(
+                f"{where}.{key} = {value!r} ({type(value).__name__}) should be {describe(hints[key])}"
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in section:
+            raise UserError(f"missing key {where}.{key}: add it to the config")
+
+
+def fits(value, hint) -> bool:
+    """Whether a config value fits a type annotation; an int fits a float, a list fits a tuple."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any or isinstance(hint, typing.TypeVar):
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if hint in (None, type(None)):
+        return value is None
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float)
+    kind = origin or hint
+    if kind in (tuple, list, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        if kind is tuple and args and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(map(fits, value, args))
+        return all(fits(v, args[0]) for v in value) if args else True
+    if kind in (dict, Mapping):
+        return isinstance(value, Mapping)
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def describe(hint) -> str:
+    """A type annotation as a user reads it: `one of 'sgd', 'adamw'`, `int or None`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return (
+        getattr(hint, "__name__", str(hint))
+        if not typing.get_args(hint)
+        else str(hint).replace("typing.", "")
+    )

@@ -1,0 +1,91 @@
+"""Parameter trees by name: the one rule language, sizes and differences.
+
+A name is the path of a leaf joined by "/", such as `fire2/expand3x3/kernel`. Rules are ordered `(regex, value)` pairs;
+the first regex that is found in a name (`re.search`) decides. Sharding, weight decay, freezing, sparsity and bits all
+use them.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from squeeze_jax.errors import UserError
+
+Rules = Sequence[tuple[str, Any]]
+
+
+def name(path) -> str:
+    """The "/"-joined name of a key path from `jax.tree_util.tree_flatten_with_path`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree) -> dict[str, Any]:
+    """Returns `{name: leaf}` in the order of the tree."""
+    return {
+        name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def map_named(fn: Callable[..., Any], tree, *rest):
+    """Maps `fn(name, leaf, *leaves of rest)` over the leaves of a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(name(path), *leaves), tree, *rest
+    )
+
+
+def apply_rules(rules: Rules, tree, *, default: Any = None, where: str = "rules"):
+    """Returns a tree of the same structure whose leaves are the values of the first matching rules.
+
+    Args:
+      rules: ordered `(regex, value)` pairs.
+      tree: any pytree; only its names matter.
+      default: the value of a leaf that no rule matches.
+      where: the name of the rules in an error, such as "config.optim.decay".
+
+    Raises:
+      UserError: a regex is malformed or matches no name at all; a dead rule is a mistake.
+    """
+    try:
+        compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    except re.error as error:
+        raise UserError(
+            f"{where}: {error.pattern!r} is not a regular expression ({error})"
+        ) from None
+    names = list(flatten(tree))
+    for pattern, _ in compiled:
+        if not any(pattern.search(n) for n in names):
+            some = ", ".join(names[:3])
+            raise UserError(
+                f"{where}: the rule {pattern.pattern!r} matches no parameter; names look like {some}"
+            )
+    return map_named(
+        lambda n, _: next((v for p, v in compiled if p.search(n)), default), tree
+    )
+
+
+def size(tree) -> int:
+    """Number of elements in all leaves; works on shapes (`jax.eval_shape`) as well as arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree) -> int:
+    """Bytes in all leaves; works on shapes as well as arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def differences(expected, found) -> list[str]:
+    """One line for each name that two trees do not share with the same shape; empty where they fit."""
+    expected, found = flatten(expected), flatten(found)
+    lines = []
+    for key in list(expected) + [k for k in found if k not in expected]:
+        if key not in found:
+            lines.append(f"{key}: expected {tuple(expected[key].shape)}, not there")
+        elif key not in expected:
+            lines.append(f"{key}: found {tuple(found[key].shape)}, not expected")
+        elif tuple(expected[key].shape) != tuple(found[key].shape):
+            lines.append(
+                f"{key}: expected {tuple(expected[key].shape)}, found {tuple(found[key].shape)}"
+            )
+    return lines
