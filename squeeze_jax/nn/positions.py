@@ -1,0 +1,102 @@
+"""Sums over all positions of several images at once, and their transpose.
+
+Both are linear. They are primitives because each has to be the other's transpose: XLA makes one pass over the memory of
+a sum of several arrays, and several passes, many times slower on a CPU, of the sums that differentiation makes of
+separate broadcasts. Being linear primitives they have derivatives of every order, forward and reverse.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def total(*arrays: jax.Array) -> list[jax.Array]:
+    """Sums of arrays of one shape [..., c] over all axes but the last, in one pass: [c] of each."""
+    return _total.bind(*arrays)
+
+
+def spread(*vectors: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+    """Broadcasts vectors [c] to `shape` [..., c]; the gradients of all of them come from one pass."""
+    return _spread.bind(*vectors, shape=tuple(shape))
+
+
+def _sum_all(*arrays):
+    # Over the batch alone the partial sums stay in vector registers.
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+    zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
+    partial_sums = lax.reduce(tuple(arrays), zeros, add, (0,))
+    return [a.sum(range(a.ndim - 1)) for a in partial_sums]
+
+
+def _broadcast_all(*vectors, shape):
+    return [lax.broadcast_in_dim(v, shape, (len(shape) - 1,)) for v in vectors]
+
+
+def _total_types(*types):
+    return [_retype(t, t.shape[-1:]) for t in types]
+
+
+def _spread_types(*types, shape):
+    return [_retype(t, shape) for t in types]
+
+
+def _retype(kind, shape):
+    # The sharding of a type has its rank: it is left out and then derived again.
+    return kind.update(shape=shape, sharding=None, weak_type=False)
+
+
+def _total_transpose(cotangents, *arrays):
+    shape = arrays[0].aval.shape
+    return spread(*map(ad.instantiate_zeros, cotangents), shape=shape)
+
+
+def _spread_transpose(cotangents, *vectors, shape):
+    return total(*map(ad.instantiate_zeros, cotangents))
+
+
+def _total_batched(arrays, dims):
+    """Under `vmap` plain sums, of which XLA makes what it can."""
+    out = [
+        a.sum(range(a.ndim - 1))
+        if d is None
+        else jnp.moveaxis(a, d, 0).sum(range(1, a.ndim - 1))
+        for a, d in zip(arrays, dims, strict=True)
+    ]
+    return out, [None if d is None else 0 for d in dims]
+
+
+def _spread_batched(vectors, dims, shape):
+    out = [
+        jnp.broadcast_to(v, shape)
+        if d is None
+        else lax.broadcast_in_dim(
+            jnp.moveaxis(v, d, 0), (v.shape[d], *shape), (0, len(shape))
+        )
+        for v, d in zip(vectors, dims, strict=True)
+    ]
+    return out, [None if d is None else 0 for d in dims]
+
+
+def _primitive(name, run, types, transpose, batched) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(types)
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    ad.deflinear2(primitive, transpose)
+    batching.primitive_batchers[primitive] = batched
+    return primitive
+
+
+_total = _primitive(
+    "positions_total", _sum_all, _total_types, _total_transpose, _total_batched
+)
+_spread = _primitive(
+    "positions_spread",
+    _broadcast_all,
+    _spread_types,
+    _spread_transpose,
+    _spread_batched,
+)
