@@ -1,0 +1,186 @@
+"""MobileNetV2: inverted residuals with linear bottlenecks.
+
+Sandler, Howard, Zhu, Zhmoginov, Chen 2018, arXiv 1801.04381. A bottleneck expands its few input channels by a 1x1
+convolution, filters each channel by a 3x3 depthwise convolution, and projects back to few channels without a
+non-linearity, which would destroy information there; the residual joins the narrow ends. Variants differ in the width
+multiplier alone. Images are NHWC.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.conv import Conv, Pair
+from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.pool import global_mean
+from squeeze_jax.nn.width import scaled
+
+
+class Stage(NamedTuple):
+    """A line of Table 2: t, c, n, s; only the first block of a stage has the strides."""
+
+    expand: int
+    features: int
+    blocks: int
+    strides: int
+
+
+class Row(NamedTuple):
+    """A variant: width multiplier, features of the stem and of the last convolution, the stages between."""
+
+    width: float
+    stem: int
+    head: int
+    stages: tuple[Stage, ...]
+
+
+_STAGES = (  # Table 2
+    Stage(1, 16, 1, 1),
+    Stage(6, 24, 2, 2),
+    Stage(6, 32, 3, 2),
+    Stage(6, 64, 4, 2),
+    Stage(6, 96, 3, 1),
+    Stage(6, 160, 3, 2),
+    Stage(6, 320, 1, 1),
+)
+_TINY = (Stage(1, 8, 1, 1), Stage(6, 8, 2, 2), Stage(6, 16, 1, 1))
+
+VARIANTS = {  # section 6.1 and Table 4: width multipliers 0.35 to 1.4
+    "0.35": Row(0.35, 32, 1280, _STAGES),
+    "0.5": Row(0.5, 32, 1280, _STAGES),
+    "0.75": Row(0.75, 32, 1280, _STAGES),
+    "1.0": Row(1.0, 32, 1280, _STAGES),
+    "1.4": Row(1.4, 32, 1280, _STAGES),
+    "tiny": Row(1.0, 8, 32, _TINY),
+}
+
+
+class Bottleneck(nn.Module):
+    """Expand, depthwise, project; Table 1 and Figure 4(d)."""
+
+    expand: int
+    features: int
+    strides: Pair
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        unit = partial(_unit, train=train)
+        wide, y = x.shape[-1] * self.expand, x
+        if self.expand != 1:
+            y = unit(y, wide, 1, name="expand")
+        y = unit(y, wide, 3, self.strides, groups=wide, name="depthwise")
+        y = unit(y, self.features, 1, name="project", activation=False)
+        return x + y if x.shape == y.shape and self.strides == 1 else y
+
+
+class MobileNetV2(nn.Module):
+    """The net; attributes as in `make`. Endpoints: conv1, stage1, stage2, … (the lines of Table 2), head."""
+
+    row: Row
+    num_classes: int
+    dropout: float
+    stem_strides: Pair
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        row, number = self.row, 0
+        endpoints = {}
+        y = _unit(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
+        endpoints["conv1"] = y
+        for index, stage in enumerate(row.stages, 1):
+            for block in range(stage.blocks):
+                number += 1
+                strides = stage.strides if block == 0 else 1
+                y = Bottleneck(
+                    stage.expand, stage.features, strides, name=f"bottleneck{number}"
+                )(y, train=train)
+            endpoints[f"stage{index}"] = y
+        y = endpoints["head"] = _unit(y, row.head, 1, train=train, name="head")
+        y = nn.Dropout(self.dropout, deterministic=not train)(global_mean(y))
+        classifier = nn.Dense(
+            self.num_classes,
+            dtype=jnp.float32,
+            kernel_init=nn.initializers.normal(0.01),
+            name="classifier",
+        )
+        return classifier(y), endpoints
+
+
+def _unit(x, features, kernel, strides=1, *, groups=1, activation=True, train, name):
+    """Convolution, batch normalisation, ReLU6 where asked for; creates them in the calling module."""
+    x = Conv(
+        features,
+        kernel,
+        strides,
+        groups,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )(x)
+    x = BatchNorm(name=f"{name}_norm")(x, train=train)
+    return nn.relu6(x) if activation else x
+
+
+def make(
+    variant: str = "1.0",
+    *,
+    num_classes: int = 1000,
+    width: float | None = None,
+    strides: tuple[int, ...] | None = None,
+    stem_strides: Pair = 2,
+    dropout: float = 0.2,
+) -> MobileNetV2:
+    """Builds a MobileNetV2.
+
+    Args:
+      variant: a row of VARIANTS.
+      num_classes: outputs of the classifier.
+      width: width multiplier instead of the variant's; the last convolution never gets narrower than 1280.
+      strides: strides of each stage instead of (1, 2, 2, 2, 1, 2, 1); fewer for small images.
+      stem_strides: strides of the first convolution.
+      dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+
+    Raises:
+      UserError: unknown variant, or not one stride for each stage.
+    """
+    row = registry.row(VARIANTS, variant, "variant of mobilenet_v2")
+    if strides is None:
+        strides = tuple(stage.strides for stage in row.stages)
+    if len(strides) != len(row.stages):
+        raise UserError(
+            f"strides = {tuple(strides)}: {len(row.stages)} stages need as many numbers"
+        )
+    width = row.width if width is None else width
+    stages = tuple(
+        stage._replace(features=scaled(stage.features, width), strides=s)
+        for stage, s in zip(row.stages, strides, strict=True)
+    )
+    row = Row(width, scaled(row.stem, width), scaled(row.head, max(1.0, width)), stages)
+    return MobileNetV2(row, num_classes, dropout, stem_strides)
+
+
+def torchvision_names(net: MobileNetV2) -> dict[str, str]:
+    """Returns {our layer: its name in torchvision's checkpoints}."""
+    blocks = [s.expand for s in net.row.stages for _ in range(s.blocks)]
+    names = {"classifier": "classifier.1"}
+
+    def add(ours, conv, norm):
+        names.update({ours: conv, f"{ours}_norm": norm})
+
+    add("conv1", "features.0.0", "features.0.1")
+    for number, expand in enumerate(blocks, 1):
+        ours, theirs = f"bottleneck{number}", f"features.{number}.conv"
+        units = ["expand", "depthwise"] if expand != 1 else ["depthwise"]
+        for index, unit in enumerate(units):
+            add(f"{ours}/{unit}", f"{theirs}.{index}.0", f"{theirs}.{index}.1")
+        last = len(units)
+        add(f"{ours}/project", f"{theirs}.{last}", f"{theirs}.{last + 1}")
+    head = f"features.{len(blocks) + 1}"
+    add("head", f"{head}.0", f"{head}.1")
+    return names

@@ -1,0 +1,145 @@
+"""ResNet: deep residual learning.
+
+He, Zhang, Ren, Sun 2015, arXiv 1512.03385. A block adds what it computes to its input, so that depth does not hinder
+training. Variants differ in the number of blocks of each stage and in the block: two 3x3 convolutions, or a bottleneck
+of 1x1, 3x3, 1x1. As in torchvision's checkpoints, the bottleneck's strides are in its 3x3 convolution (called v1.5),
+where the paper has them in the first 1x1. Images are NHWC.
+"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from squeeze_jax import registry
+from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.pool import global_mean, max_pool
+from squeeze_jax.nn.width import scaled
+
+Stem = Literal["imagenet", "cifar"]
+
+
+class Row(NamedTuple):
+    """A variant: whether blocks are bottlenecks, blocks of conv2_x to conv5_x, features of conv2_x's 3x3."""
+
+    bottleneck: bool
+    blocks: tuple[int, ...]
+    features: int = 64
+
+
+VARIANTS = {  # Table 1
+    "18": Row(False, (2, 2, 2, 2)),
+    "34": Row(False, (3, 4, 6, 3)),
+    "50": Row(True, (3, 4, 6, 3)),
+    "101": Row(True, (3, 4, 23, 3)),
+    "152": Row(True, (3, 8, 36, 3)),
+    "tiny": Row(True, (1, 1), 8),
+}
+
+
+class Block(nn.Module):
+    """The convolutions (features, kernel) in turn, the first of the widest kernel with the strides; Figure 5."""
+
+    convs: tuple[tuple[int, int], ...]
+    strides: int
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        unit = partial(_unit, train=train)
+        strided = next(i for i, (_, kernel) in enumerate(self.convs) if kernel == 3)
+        last, y = len(self.convs) - 1, x
+        for i, (features, kernel) in enumerate(self.convs):
+            strides = self.strides if i == strided else 1
+            y = unit(y, features, kernel, strides, name=f"conv{i + 1}")
+            y = nn.relu(y) if i < last else y
+        if x.shape != y.shape:
+            x = unit(x, y.shape[-1], 1, self.strides, name="shortcut")
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """The net; attributes as in `make`. Endpoints: conv1, conv2, … conv5 (the paper's conv2_x, …)."""
+
+    row: Row
+    num_classes: int
+    stem: Stem
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        row, endpoints = self.row, {}
+        kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
+        y = _unit(x, row.features, kernel, strides, train=train, name="conv1")
+        y = endpoints["conv1"] = nn.relu(y)
+        if self.stem == "imagenet":
+            y = max_pool(y, 3, 2, padding=1)
+        for stage, blocks in enumerate(row.blocks):
+            features = row.features * 2**stage
+            convs = ((features, 3), (features, 3))
+            if row.bottleneck:
+                convs = ((features, 1), (features, 3), (4 * features, 1))
+            for block in range(blocks):
+                strides = 2 if stage and not block else 1
+                name = f"conv{stage + 2}_{block + 1}"
+                y = Block(convs, strides, name=name)(y, train=train)
+            endpoints[f"conv{stage + 2}"] = y
+        classifier = nn.Dense(
+            self.num_classes,
+            dtype=jnp.float32,
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            name="classifier",
+        )
+        return classifier(global_mean(y)), endpoints
+
+
+def _unit(x, features, kernel, strides=1, *, train, name):
+    """Convolution and batch normalisation; creates them in the calling module."""
+    x = Conv(
+        features,
+        kernel,
+        strides,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )(x)
+    return BatchNorm(name=f"{name}_norm")(x, train=train)
+
+
+def make(
+    variant: str = "50",
+    *,
+    num_classes: int = 1000,
+    stem: Stem = "imagenet",
+    width: float = 1.0,
+) -> ResNet:
+    """Builds a ResNet.
+
+    Args:
+      variant: a row of VARIANTS, the number of layers.
+      num_classes: outputs of the classifier.
+      stem: "imagenet" is a 7x7 convolution of strides 2 and max pooling; "cifar" a 3x3 convolution, for small images.
+      width: multiplies all channel counts but the classes'.
+
+    Raises:
+      UserError: unknown variant.
+    """
+    row = registry.row(VARIANTS, variant, "variant of resnet")
+    return ResNet(row._replace(features=scaled(row.features, width)), num_classes, stem)
+
+
+def torchvision_names(net: ResNet) -> dict[str, str]:
+    """Returns {our layer: its name in torchvision's checkpoints}; blocks without a shortcut have none there either."""
+    names = {"conv1": "conv1", "conv1_norm": "bn1", "classifier": "fc"}
+    for stage, blocks in enumerate(net.row.blocks):
+        for block in range(blocks):
+            ours, theirs = f"conv{stage + 2}_{block + 1}", f"layer{stage + 1}.{block}"
+            for n in range(1, 4 if net.row.bottleneck else 3):
+                names[f"{ours}/conv{n}"] = f"{theirs}.conv{n}"
+                names[f"{ours}/conv{n}_norm"] = f"{theirs}.bn{n}"
+            if block == 0 and (stage or net.row.bottleneck):
+                names[f"{ours}/shortcut"] = f"{theirs}.downsample.0"
+                names[f"{ours}/shortcut_norm"] = f"{theirs}.downsample.1"
+    return names
