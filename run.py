@@ -1,0 +1,153 @@
+"""Runs an experiment: `python run.py --config=configs/x.py --workdir=DIR --config.steps=500`."""
+
+import argparse
+import ast
+import importlib.util
+import pathlib
+import sys
+
+DESCRIPTION = """\
+Runs an experiment from a config to a trained network to files that run on devices.
+
+  python run.py                                        the main job on the digits: train, evaluate, export, measure
+  python run.py --config=configs/squeezenet_cifar10.py --workdir=DIR --config.steps=500
+  python run.py --job=evaluate --workdir=DIR           one part again, from the work directory
+  python run.py --job=predict --workdir=DIR PHOTO.jpg FOLDER
+
+Stop it with Ctrl-C at any time; the same command continues where it was."""
+
+
+def parse(argv):
+    from squeeze_jax import registry
+
+    jobs = registry.names("squeeze_jax.jobs")
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "inputs", nargs="*", help="image files or folders, for --job=predict"
+    )
+    parser.add_argument(
+        "--config",
+        help="a Python file with get_config(); default: that of the work directory, or digits",
+    )
+    parser.add_argument(
+        "--config.KEY",
+        metavar="VALUE",
+        help="overrides a key, such as --config.optim.lr=0.1",
+    )
+    parser.add_argument(
+        "--workdir",
+        help="where everything of the run goes; default: runs/<name of the config>",
+    )
+    parser.add_argument(
+        "--job",
+        default="main",
+        help=f"one of {', '.join(jobs)}; default: main, which is all in turn",
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0, to join several processes",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="how many processes there are"
+    )
+    parser.add_argument(
+        "--process", type=int, default=0, help="which of them this is, from 0"
+    )
+    overrides = [a for a in argv if a.startswith("--config.")]
+    return parser.parse_args([a for a in argv if a not in overrides]), overrides
+
+
+def load_config(path):
+    """The dict that a config file's `get_config()` returns."""
+    from squeeze_jax.errors import UserError, nearest
+
+    path = pathlib.Path(path)
+    if not path.is_file():
+        found = [
+            str(p) for p in sorted(pathlib.Path(__file__).parent.glob("configs/*.py"))
+        ]
+        found = [str(pathlib.Path("configs") / pathlib.Path(p).name) for p in found]
+        raise UserError(f"no config file {path}{nearest(str(path), found)}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no function get_config()")
+    config = module.get_config()
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def override(config, argument):
+    """Sets one key from `--config.a.b=value`; the value is Python where it reads as Python, else a string."""
+    from squeeze_jax.errors import UserError
+
+    key, equals, text = argument.removeprefix("--config.").partition("=")
+    if not equals:
+        raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+        if not isinstance(config, dict):
+            raise UserError(f"--config.{key}: {section} is a value, not a section")
+    config[last] = value
+
+
+def main(argv=None):
+    args, overrides = parse(sys.argv[1:] if argv is None else argv)
+    from squeeze_jax import registry
+    from squeeze_jax.errors import UserError
+    from squeeze_jax.jobs import _experiment
+
+    job = registry.load("squeeze_jax.jobs", args.job, "job")
+    begun = args.workdir and (pathlib.Path(args.workdir) / "config.json").exists()
+    if args.config is None and begun:
+        config = _experiment.read_config(pathlib.Path(args.workdir))
+    else:
+        default = pathlib.Path(__file__).parent / "configs" / "digits.py"
+        config = load_config(args.config or default)
+    for each in overrides:
+        override(config, each)
+    config = _experiment.tuples(config)
+    experiment = _experiment.check(config)
+    workdir = pathlib.Path(
+        args.workdir
+        or pathlib.Path("runs") / pathlib.Path(args.config or "digits").stem
+    )
+    if args.processes > 1 and not args.coordinator:
+        raise UserError(
+            "--processes needs --coordinator=HOST:PORT, the address of process 0"
+        )
+    if args.coordinator:
+        import jax
+
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    built = _experiment.build(experiment)
+    _experiment.open_workdir(workdir, config)
+    job.run(built, workdir, args.inputs)
+
+
+if __name__ == "__main__":
+    from squeeze_jax.errors import UserError
+    from squeeze_jax.train.loop import Interrupted
+
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as stop:
+        print(f"\n{stop}")
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped before anything had to be saved")

@@ -1,0 +1,281 @@
+"""An experiment: what a config file describes, checked as a whole, and built as far as every job needs it.
+
+Each section of the config is splatted into exactly one function, whose signature is the section's schema:
+
+    data → data.make            model → models.make         optim → train.optim.make
+    objective, transforms, weights, exchange → `make` of the method file they name, such as "comm.mean"
+    sharding → train.sharding.make_mesh      checkpoint → train.checkpoint.Checkpoints
+    export → export.make        benchmark → jobs.benchmark.settings
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh
+
+from squeeze_jax import data, models, registry
+from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.train import optim, sharding
+from squeeze_jax.train import state as states
+from squeeze_jax.train.checkpoint import Checkpoints
+
+# Keys that may differ from those a work directory was begun with: they do not change what is learned.
+FREE = (
+    "export",
+    "benchmark",
+    "checkpoint",
+    "sharding",
+    "log_every",
+    "eval_every",
+    "save_every",
+)
+FREE += ("data.workers", "data.threads", "data.source.data_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The keys of a config.
+
+    Attributes:
+      data, model, optim: which data, network, optimizer and schedule.
+      steps: updates of the whole run.
+      batch: examples of one update, over all devices and accumulated parts.
+      seed: of weights, order of examples, augmentation and dropout.
+      dtype: of the computation; master weights stay float32.
+      accumulate: parts that a batch is split into, one after the other.
+      ema: decay of averaged weights, 0 for none; they are what is evaluated and exported.
+      objective: the loss, by method file.
+      transforms: gradient transforms after the optimizer, by method file.
+      weights: reparametrizations of the forward weights, by method file.
+      exchange: gradient exchange between devices, by method file; None leaves it to the compiler.
+      sharding: sizes of the mesh's axes and the parameters' rules.
+      checkpoint: how many to keep.
+      log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
+      export: formats and tolerances.
+      benchmark: how long to measure.
+    """
+
+    data: dict
+    model: dict
+    optim: dict
+    steps: int
+    batch: int
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    accumulate: int = 1
+    ema: float = 0.0
+    objective: dict = dataclasses.field(
+        default_factory=lambda: {"name": "train.cross_entropy"}
+    )
+    transforms: tuple = ()
+    weights: tuple = ()
+    exchange: dict | None = None
+    sharding: dict = dataclasses.field(default_factory=dict)
+    checkpoint: dict = dataclasses.field(default_factory=dict)
+    log_every: int = 50
+    eval_every: int = 0
+    save_every: int = 0
+    export: dict = dataclasses.field(default_factory=dict)
+    benchmark: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """An experiment's parts, before any state exists."""
+
+    experiment: Experiment
+    data: Any
+    model: nn.Module
+    tx: optax.GradientTransformation
+    objective: Callable
+    weights: tuple[Callable, ...]
+    exchange: Callable | None
+    mesh: Mesh
+
+    def create(self) -> states.State:
+        """The initial state, initialised on the devices where its shardings put it."""
+        return jax.jit(self._create, out_shardings=self.shardings())(
+            jax.random.key(self.experiment.seed)
+        )
+
+    def _create(self, key):
+        return states.create(
+            self.model, self.tx, self.data.shape, key, ema=self.experiment.ema > 0
+        )
+
+    def shardings(self):
+        """The `NamedSharding` of every array of the state."""
+        shapes = jax.eval_shape(self._create, jax.random.key(0))
+        return sharding.shard_state(
+            shapes, self.mesh, self.experiment.sharding.get("rules", ())
+        )
+
+    def abstract(self) -> states.State:
+        """The state's shapes with their shardings."""
+        shapes = jax.eval_shape(self._create, jax.random.key(0))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self.shardings(),
+        )
+
+
+def check(config: Mapping[str, Any]) -> Experiment:
+    """Checks the config's top level.
+
+    Raises:
+      UserError: unknown or missing key, value of another type or out of range.
+    """
+    registry.check(Experiment, config, "config")
+    experiment = Experiment(**config)
+    for key in ("steps", "batch", "accumulate", "log_every"):
+        if getattr(experiment, key) < 1:
+            raise UserError(
+                f"config.{key} = {getattr(experiment, key)} should be at least 1"
+            )
+    for key in ("eval_every", "save_every", "seed"):
+        if getattr(experiment, key) < 0:
+            raise UserError(
+                f"config.{key} = {getattr(experiment, key)} should not be negative"
+            )
+    if not 0 <= experiment.ema < 1:
+        raise UserError(f"config.ema = {experiment.ema} should lie in [0, 1)")
+    return experiment
+
+
+def build(experiment: Experiment) -> Built:
+    """Builds everything that can be checked without computing: mesh, data, model, optimizer, methods."""
+    e = experiment
+    registry.check(sharding.make_mesh, e.sharding, "config.sharding")
+    mesh = sharding.make_mesh(**e.sharding)
+    sharding.check_batch(e.batch, mesh, e.accumulate)
+    if e.exchange is not None and (mesh.shape["fsdp"] > 1 or mesh.shape["tensor"] > 1):
+        raise UserError(
+            "config.exchange needs replicated parameters: set config.sharding.fsdp and .tensor to 1"
+        )
+    registry.check(optim.make, e.optim, "config.optim", given=("steps",))
+    registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=("directory",))
+    tx = optim.make(steps=e.steps, **e.optim)
+    objective = method(e.objective, "config.objective")
+    transforms = [method(t, "config.transforms") for t in e.transforms]
+    weights = tuple(method(w, "config.weights") for w in e.weights)
+    exchange = method(e.exchange, "config.exchange") if e.exchange else None
+    source = data.make(**e.data)
+    model = models.make(**{"num_classes": source.num_classes} | dict(e.model))
+    classes = e.model.get("num_classes", source.num_classes)
+    if classes < source.num_classes:
+        raise UserError(
+            f"config.model.num_classes = {classes}, but the data's labels go up to {source.num_classes - 1}; leave the"
+            f" key out or set it to {source.num_classes}"
+        )
+    return Built(
+        e,
+        source,
+        model,
+        optax.chain(tx, *transforms),
+        objective,
+        weights,
+        exchange,
+        mesh,
+    )
+
+
+def method(section: Mapping[str, Any], where: str):
+    """Builds the method that a section names: `{"name": "package.file", **arguments of its make}`."""
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise UserError(
+            f"{where} should be a dict with a name such as 'comm.mean', not {section!r}"
+        )
+    package, _, file = section["name"].partition(".")
+    packages = ("comm", "distill", "nas", "prune", "quantize", "train")
+    if package not in packages or not file:
+        raise UserError(
+            f"{where}.name = {section['name']!r} should be package.file{nearest(package, packages)}"
+        )
+    module = registry.load(f"squeeze_jax.{package}", file, f"method of {package}")
+    if not hasattr(module, "make"):
+        raise UserError(
+            f"{where}.name = {section['name']!r} is no method: that file has no function make"
+        )
+    arguments = {k: v for k, v in section.items() if k != "name"}
+    registry.check(module.make, arguments, where)
+    return module.make(**arguments)
+
+
+def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Makes the work directory, or checks that it holds this experiment and no other.
+
+    Raises:
+      UserError: not writable, or begun with another config; names the first keys that differ.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the work directory {workdir} ({error.strerror}); choose another --workdir"
+        ) from None
+    if path.exists():
+        begun, now = flat(read_config(workdir)), flat(config)
+        different = [
+            f"{k} = {begun.get(k)!r} there, {now.get(k)!r} here"
+            for k in sorted(begun.keys() | now.keys())
+            if begun.get(k) != now.get(k)
+            and not any(k == f or k.startswith(f + ".") for f in FREE)
+        ]
+        if different:
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise UserError(
+                f"{workdir} holds another experiment: {'; '.join(different[:3])}{more}; choose another --workdir or"
+                " remove it"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The config a work directory was begun with.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        return tuples(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(
+            f"{workdir} holds no experiment (no config.json); run the job fit there first"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); restore it or remove the work directory"
+        ) from None
+
+
+def tuples(value):
+    """Lists become tuples all the way down, so that a config is the same from Python, JSON and the command line."""
+    if isinstance(value, Mapping):
+        return {k: tuples(v) for k, v in value.items()}
+    return tuple(tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`."""
+    rows = {}
+    for key, value in config.items():
+        rows |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {prefix + key: value}
+        )
+    return rows

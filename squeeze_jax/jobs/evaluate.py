@@ -1,0 +1,52 @@
+"""Evaluates the trained network on the whole test set."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import fit
+from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.train.state import State
+
+
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+    """Prints loss, top-1 and top-5 accuracy of the newest checkpoint.
+
+    Raises:
+      UserError: there is no checkpoint, or it does not fit.
+    """
+    if inputs:
+        raise UserError(
+            f"the job evaluate takes no files: {inputs[0]}; to classify images use --job=predict"
+        )
+    state = trained(built, workdir)
+    result = fit.evaluator(built)(state)
+    if jax.process_index() == 0:
+        print(
+            f"step {int(state.step)} · test accuracy {result['eval_accuracy']:.4f} · top-5 {result['eval_top5']:.4f} ·"
+            f" loss {result['eval_loss']:.4f} · {built.data.num_eval:,} images"
+        )
+
+
+def trained(built: Built, workdir: pathlib.Path) -> State:
+    """The state of the newest whole checkpoint.
+
+    Raises:
+      UserError: there is none, or it does not fit the model.
+    """
+    directory = workdir / "checkpoints"
+    checkpoints = (
+        Checkpoints(directory, **built.experiment.checkpoint)
+        if directory.is_dir()
+        else None
+    )
+    restored = checkpoints.restore(built.abstract()) if checkpoints else None
+    if restored is None:
+        raise UserError(
+            f"no checkpoint in {workdir}; run --job=fit --workdir={workdir} first"
+        )
+    checkpoints.close()
+    return restored.state

@@ -1,0 +1,208 @@
+"""Checkpoints with Orbax: asynchronous, atomic, the newest N plus the best; a damaged one is noticed and skipped.
+
+A checkpoint holds the state, the position in the data (examples consumed), the config, and a checksum of every array,
+computed on the devices, so that it is the same for every sharding and catches what a file system does not.
+"""
+
+import logging
+import pathlib
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from squeeze_jax import tree
+from squeeze_jax.errors import UserError
+from squeeze_jax.train.state import State
+
+for noisy in ("absl", "orbax"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+class Restored(NamedTuple):
+    """A state and where in the data it stood (examples consumed)."""
+
+    state: State
+    position: int
+
+
+class Checkpoints:
+    """The checkpoints of one work directory."""
+
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        *,
+        keep: int = 2,
+        best: str = "eval_accuracy",
+    ):
+        """Opens (and makes) `directory`.
+
+        Args:
+          directory: where they live, one sub-directory a step.
+          keep: how many of the newest to keep.
+          best: the metric whose highest value is kept besides.
+        """
+        if keep < 1:
+            raise UserError(f"config.checkpoint.keep = {keep} should be at least 1")
+        self.directory = pathlib.Path(directory).absolute()
+        newest = policies.LatestN(keep)
+        highest = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[best],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([newest, highest]),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        state: State,
+        position: int,
+        config: dict,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts saving; returns as soon as the arrays are copied off the devices' way."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        note = {"position": position, "config": config, "checksums": checksums(state)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Orbax warns of its own deprecations
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_to_dict(state)),
+                    note=ocp.args.JsonSave(note),
+                ),
+                metrics=metrics,
+            )
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk under its final name."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def restore(self, like: State, step: int | None = None) -> Restored | None:
+        """Restores the newest checkpoint that is whole, or that of `step`.
+
+        Args:
+          like: a state of ShapeDtypeStructs whose shardings say where the arrays should go; they need not be those
+            of the run that saved it.
+
+        Returns:
+          None where there is no checkpoint at all.
+
+        Raises:
+          UserError: the checkpoint is of another model (names the first parameters that differ and both shapes), or
+            every checkpoint is damaged.
+        """
+        candidates = [step] if step is not None else self.steps()[::-1]
+        for candidate in candidates:
+            try:
+                return self._restore(candidate, like)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file makes of Orbax
+                reason = (
+                    str(error).strip().splitlines()[0]
+                    if str(error).strip()
+                    else type(error).__name__
+                )
+                warnings.warn(
+                    f"checkpoint {self.directory / str(candidate)} is damaged and skipped ({reason[:200]})",
+                    stacklevel=2,
+                )
+        if candidates:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be read (tried {candidates}); remove the directory to start anew"
+            )
+        return None
+
+    def _restore(self, step: int, like: State) -> Restored:
+        expected = _to_dict(like)
+        saved = self._manager.item_metadata(step)["state"]
+        if saved is None:
+            raise OSError("the state's description is missing")
+        problems = tree.differences(expected, saved)
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} does not fit the model: {'; '.join(problems[:3])}{more}"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(expected),
+                    note=ocp.args.JsonRestore(),
+                ),
+            )
+        state = _from_dict(restored["state"], like)
+        wrong = [
+            k
+            for k, v in checksums(state).items()
+            if restored["note"]["checksums"].get(k) != v
+        ]
+        if wrong:
+            raise OSError(f"checksum of {wrong[0]} differs")
+        return Restored(state, restored["note"]["position"])
+
+
+def checksums(state) -> dict[str, int]:
+    """A 32-bit sum over each array's bits, weighted by position; the same for every sharding."""
+    return {
+        k: int(v) for k, v in jax.device_get(_checksums(tree.flatten(state))).items()
+    }
+
+
+@jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one(x):
+        bits = (
+            jax.lax.bitcast_convert_type(x, jnp.uint32)
+            if x.dtype.itemsize == 4
+            else x.astype(jnp.uint32)
+        )
+        bits = bits.reshape(-1)
+        weight = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(
+            2654435761
+        ) | jnp.uint32(1)
+        return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+    return {k: one(x) for k, x in arrays.items()}
+
+
+def _to_dict(state: State) -> dict[str, Any]:
+    """Orbax stores plain containers only: the optimizer's named tuples become flat names."""
+    return {
+        "step": state.step,
+        "params": state.params,
+        "stats": state.stats,
+        "opt": tree.flatten(state.opt),
+        "ema": state.ema or {},
+    }
+
+
+def _from_dict(saved: dict[str, Any], like: State) -> State:
+    opt = jax.tree.unflatten(
+        jax.tree.structure(like.opt), [saved["opt"][n] for n in tree.flatten(like.opt)]
+    )
+    return State(
+        saved["step"], saved["params"], saved["stats"], opt, saved["ema"] or None
+    )

@@ -1,0 +1,97 @@
+"""Metrics of a run: a progress line for eyes, JSON lines for programs, TensorBoard for browsers."""
+
+import json
+import pathlib
+import sys
+import time
+
+import tensorboardX
+
+
+class Log:
+    """Writes one record a call to the screen, to `metrics.jsonl` and to TensorBoard."""
+
+    def __init__(
+        self, workdir: pathlib.Path, steps: int, *, start: int = 0, quiet: bool = False
+    ):
+        """Opens the files; records after step `start` (from a run that died) are dropped.
+
+        Args:
+          workdir: holds `metrics.jsonl` and `tensorboard/`.
+          steps: length of the run, for the time left.
+          start: the step the run continues from.
+          quiet: write nothing at all (every process but the first).
+        """
+        self.steps, self.start, self.quiet = steps, start, quiet
+        self._begin = time.monotonic()
+        self._live = sys.stdout.isatty()
+        if quiet:
+            return
+        path = workdir / "metrics.jsonl"
+        kept = [r for r in read(path) if r["step"] <= start] if path.exists() else []
+        with open(path.with_suffix(".tmp"), "w") as file:
+            file.writelines(json.dumps(r) + "\n" for r in kept)
+        path.with_suffix(".tmp").replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start + 1
+        )
+
+    def train(self, step: int, record: dict[str, float]) -> None:
+        """Records the mean of the last steps: loss, accuracy, images/s, share of time waiting for input."""
+        done, spent = step - self.start, time.monotonic() - self._begin
+        left = spent / max(done, 1) * (self.steps - step)
+        parts = [f"step {step}/{self.steps}", f"loss {record['loss']:.4f}"]
+        if "accuracy" in record:
+            parts.append(f"accuracy {record['accuracy']:.3f}")
+        parts += [
+            f"{record['images_per_s']:,.0f} images/s",
+            f"input wait {record['input_wait']:.1%}",
+            f"{clock(left)} left",
+        ]
+        self._write(step, record, " · ".join(parts))
+
+    def evaluation(self, step: int, record: dict[str, float]) -> None:
+        text = f"step {step}/{self.steps} · test accuracy {record['eval_accuracy']:.4f} · loss {record['eval_loss']:.4f}"
+        self._write(step, record, text, keep=True)
+
+    def say(self, text: str) -> None:
+        """A line for eyes only."""
+        if not self.quiet:
+            print(("\r\033[K" if self._live else "") + text, flush=True)
+
+    def _write(self, step, record, text, keep=False):
+        if self.quiet:
+            return
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        for key, value in record.items():
+            self._board.add_scalar(key, value, step)
+        if self._live and not keep:
+            print("\r\033[K" + text, end="", flush=True)
+        else:
+            self.say(text)
+
+    def close(self) -> None:
+        if not self.quiet:
+            if self._live:
+                print()
+            self._file.close()
+            self._board.close()
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The records of a `metrics.jsonl`; a last line cut short by a crash is dropped."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def clock(seconds: float) -> str:
+    """`75.2` as `1:15`, `3700` as `1:01:40`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,179 @@
+"""The one training loop. Nobody forks it: methods come in through the step's four plug points."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.train.log import Log
+from squeeze_jax.train.state import State
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved, and can go on later. `signum` is the signal."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(
+            f"stopped at step {step} and saved; run the same command again to continue"
+        )
+        self.signum, self.step = signum, step
+
+
+def run(
+    step: Callable[[State, dict, jax.Array], tuple[State, dict]],
+    state: State,
+    batches: Iterator[dict],
+    key: jax.Array,
+    *,
+    steps: int,
+    batch: int,
+    put: Callable[[dict], dict],
+    evaluate: Callable[[State], dict[str, float]],
+    log: Log,
+    checkpoints: Checkpoints,
+    config: dict,
+    log_every: int = 50,
+    eval_every: int = 0,
+    save_every: int = 0,
+    learning_rate: Callable[[int], float] | None = None,
+) -> State:
+    """Trains until `state.step == steps`.
+
+    Args:
+      step: the compiled step; it may consume its state (donation).
+      state: where to begin.
+      batches: this process's part of the global batches, beginning at the state's position.
+      key: the run's key; the step folds its number in.
+      steps: when to stop.
+      batch: global batch size, for images/s and the position in the data.
+      put: places a numpy batch on the devices.
+      evaluate: state → {"eval_loss", "eval_accuracy", ...}.
+      log: where metrics go.
+      checkpoints: where states go.
+      config: stored in each checkpoint.
+      log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
+      learning_rate: step → value, to be logged.
+
+    Raises:
+      UserError: the loss is not finite; names the step and the last good checkpoint.
+      Interrupted: SIGINT or SIGTERM came; everything is saved.
+    """
+    pending, waited, since = [], 0.0, time.perf_counter()
+    first, evaluated = int(state.step), None
+
+    def flush(at: int):
+        nonlocal pending, waited, since
+        if not pending:
+            return
+        means = _means(jax.device_get(pending), at - len(pending) + 1, checkpoints)
+        spent = time.perf_counter() - since
+        record = means | {
+            "images_per_s": len(pending) * batch / spent,
+            "input_wait": waited / spent,
+            "skipped": batch - means.pop("examples"),
+        }
+        if learning_rate is not None:
+            record["learning_rate"] = float(learning_rate(at - 1))
+        log.train(at, record)
+        pending, waited, since = [], 0.0, time.perf_counter()
+
+    def due(at: int, every: int) -> bool:
+        return at == steps or (every > 0 and at % every == 0)
+
+    with _Signals() as signals:
+        for at in range(first + 1, steps + 1):
+            begin = time.perf_counter()
+            placed = put(next(batches))
+            waited += time.perf_counter() - begin
+            state, metrics = step(state, placed, key)
+            pending.append(metrics)
+            stop = signals.agreed(at % log_every == 0 or at == first + 1)
+            if due(at, log_every) or due(at, eval_every) or due(at, save_every) or stop:
+                flush(at)
+            if due(at, eval_every):
+                evaluated = evaluate(state)
+                log.evaluation(at, evaluated)
+            if due(at, save_every) or due(at, eval_every) or stop:
+                fresh = evaluated if due(at, eval_every) else None
+                checkpoints.save(state, at * batch, config, fresh)
+            if due(at, eval_every) or due(at, save_every):
+                since = time.perf_counter()  # the next images/s is of training alone
+            if stop:
+                checkpoints.wait()
+                if at < steps:
+                    raise Interrupted(stop, at)
+        checkpoints.wait()
+    return state
+
+
+def evaluate(
+    step: Callable, variables, batches: Iterator[dict], put: Callable
+) -> dict[str, float]:
+    """Adds up an evaluation step over finite batches; returns {"eval_loss", "eval_accuracy", "eval_top5"}."""
+    sums = [step(variables, put(batch)) for batch in batches]
+    total = {
+        k: float(np.sum([s[k] for s in jax.device_get(sums)]))
+        for k in ("loss", "top1", "top5", "examples")
+    }
+    count = max(total["examples"], 1)
+    return {
+        "eval_loss": total["loss"] / count,
+        "eval_accuracy": total["top1"] / count,
+        "eval_top5": total["top5"] / count,
+    }
+
+
+def _means(
+    metrics: list[dict], first: int, checkpoints: Checkpoints
+) -> dict[str, float]:
+    """Means over steps, after the check that every loss is finite."""
+    for i, each in enumerate(metrics):
+        if not np.isfinite(each["loss"]):
+            checkpoints.wait()
+            saved = checkpoints.steps()
+            good = (
+                f"the last good checkpoint is {checkpoints.directory / str(saved[-1])}"
+                if saved
+                else "none was saved"
+            )
+            raise UserError(
+                f"the loss is {each['loss']} at step {first + i}; {good}; try a lower config.optim.lr, more"
+                " config.optim.warmup, or config.optim.clip=1.0"
+            )
+    return {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
+
+
+class _Signals:
+    """Turns the first SIGINT or SIGTERM into a flag; the second SIGINT interrupts at once."""
+
+    def __enter__(self):
+        self.received = 0
+        self._old = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        except ValueError:  # not in the main thread: the caller handles signals
+            pass
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self, meeting: bool) -> int:
+        """The signal to stop for, the same on every process; several processes compare notes only at meetings."""
+        if jax.process_count() == 1:
+            return self.received
+        if not meeting:
+            return 0
+        return int(np.max(multihost_utils.process_allgather(np.int32(self.received))))

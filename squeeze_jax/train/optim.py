@@ -1,0 +1,125 @@
+"""Optimizers and schedules from one config section, all of optax; weight decay by rules."""
+
+from typing import Literal
+
+import jax
+import optax
+
+from squeeze_jax import tree
+from squeeze_jax.errors import UserError
+
+DECAY = (("(kernel|embedding)$", 1.0),)  # none on normalisations and biases
+
+
+def make(
+    name: Literal["sgd", "adamw", "lamb", "rmsprop"] = "sgd",
+    *,
+    steps: int,
+    lr: float,
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine",
+    warmup: int = 0,
+    end: float = 0.0,
+    boundaries: tuple = (),
+    drop: float = 0.1,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    decay: float = 0.0,
+    decay_rules: tuple = DECAY,
+    clip: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the chain: clip → rule and decay of the optimizer → learning rate.
+
+    Args:
+      name: "sgd" decays before the momentum as PyTorch does; "adamw" (arXiv 1711.05101) and "lamb" (arXiv 1904.00962)
+        decay after the rescaling; "rmsprop" keeps TensorFlow's initial scale of 1 and decays before.
+      steps: length of the run, which the schedule ends with.
+      lr: peak learning rate.
+      schedule: what follows the linear warmup; "step" multiplies by `drop` at each fraction of the run in `boundaries`.
+      warmup: steps of linear warmup from 0.
+      end: final learning rate as a fraction of the peak, for "cosine" and "linear".
+      boundaries: increasing fractions of the run, in (0, 1).
+      drop: factor at each boundary.
+      momentum: of "sgd" and "rmsprop".
+      nesterov: for "sgd".
+      b1, b2, eps: of "adamw" and "lamb"; `b2` and `eps` of "rmsprop" too (0.9 and 1e-3 for MobileNets).
+      decay: weight decay.
+      decay_rules: `(regex, factor)` over parameter names, first match wins, no match means none.
+      clip: largest global norm of the gradients; 0 for no clipping.
+
+    Raises:
+      UserError: values out of range.
+    """
+    rate = make_schedule(
+        steps, lr, schedule, warmup=warmup, end=end, boundaries=boundaries, drop=drop
+    )
+    for key, value in (("decay", decay), ("clip", clip)):
+        if value < 0:
+            raise UserError(f"config.optim.{key} = {value} should not be negative")
+    weight_decay = decayed_weights(decay, decay_rules)
+    parts = {
+        "sgd": (weight_decay, optax.trace(momentum, nesterov=nesterov)),
+        "adamw": (optax.scale_by_adam(b1, b2, eps), weight_decay),
+        "lamb": (
+            optax.scale_by_adam(b1, b2, eps),
+            weight_decay,
+            optax.scale_by_trust_ratio(),
+        ),
+        "rmsprop": (
+            weight_decay,
+            optax.scale_by_rms(b2, eps, initial_scale=1.0, eps_in_sqrt=True),
+            optax.trace(momentum),
+        ),
+    }[name]
+    clipping = [optax.clip_by_global_norm(clip)] if clip else []
+    return optax.chain(*clipping, *parts, optax.scale_by_learning_rate(rate))
+
+
+def make_schedule(
+    steps, lr, schedule="cosine", *, warmup=0, end=0.0, boundaries=(), drop=0.1
+) -> optax.Schedule:
+    """Returns `step → learning rate`; arguments as in `make`."""
+    if lr <= 0:
+        raise UserError(f"config.optim.lr = {lr} should be positive")
+    if not 0 <= warmup < steps:
+        raise UserError(
+            f"config.optim.warmup = {warmup} should lie in [0, {steps}), the length of the run"
+        )
+    if sorted(set(boundaries)) != list(boundaries) or not all(
+        0 < b < 1 for b in boundaries
+    ):
+        raise UserError(
+            f"config.optim.boundaries = {tuple(boundaries)} should increase within (0, 1)"
+        )
+    rest = steps - warmup
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(lr, rest, alpha=end),
+        "linear": lambda: optax.linear_schedule(lr, lr * end, rest),
+        "step": lambda: optax.piecewise_constant_schedule(
+            lr, {round(b * steps) - warmup: drop for b in boundaries}
+        ),
+        "constant": lambda: optax.constant_schedule(lr),
+    }[schedule]()
+    if not warmup:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, lr, warmup), after], [warmup]
+    )
+
+
+def decayed_weights(decay: float, rules) -> optax.GradientTransformation:
+    """Adds `decay * factor * weight` to each update, the factor from `rules`."""
+    if not decay:
+        return optax.identity()
+
+    def update(updates, state, params=None):
+        factors = tree.apply_rules(
+            rules, params, default=0.0, where="config.optim.decay_rules"
+        )
+        return jax.tree.map(
+            lambda u, w, f: u + decay * f * w, updates, params, factors
+        ), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
