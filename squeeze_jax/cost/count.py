@@ -111,6 +111,8 @@ _OPAQUE = {
     "tridiagonal_solve",
 }
 
+_REMAT = {"checkpoint", "rematted_computation"}
+
 _FREE = {
     p.name
     for module in (lax, primitives)
@@ -140,25 +142,24 @@ def _walk(
     """Yields (layer, MACs, what is not counted or None) of each equation that matters."""
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        inner = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
-        layer = _layer(inner)
+        layer = _layer(scope, str(eqn.source_info.name_stack))
         if name == "conv_general_dilated":
             yield layer, times * _conv(eqn), None
         elif name == "dot_general":
             yield layer, times * _dot(eqn), None
         elif name == "scan":
-            yield from _walk(params["jaxpr"].jaxpr, inner, times * params["length"])
+            yield from _walk(params["jaxpr"].jaxpr, layer, times * params["length"])
         elif name == "cond":
-            branches = [list(_walk(b.jaxpr, inner, times)) for b in params["branches"]]
+            branches = [list(_walk(b.jaxpr, layer, times)) for b in params["branches"]]
             yield from max(branches, key=lambda found: sum(n for _, n, _ in found))
         elif name == "while":
             yield layer, 0, "while loop, counted as one iteration,"
             for part in ("cond_jaxpr", "body_jaxpr"):
-                yield from _walk(params[part].jaxpr, inner, times)
+                yield from _walk(params[part].jaxpr, layer, times)
         elif name in _CALLS:
             devices = _devices(params) if name == "shard_map" else 1
             for inside in core.jaxprs_in_params(params):
-                yield from _walk(inside, inner, times * devices)
+                yield from _walk(inside, layer, times * devices)
         elif name not in _FREE:
             yield layer, 0, _describe(eqn)
 
@@ -182,7 +183,9 @@ def _dot(eqn) -> int:
 
 
 def _devices(params) -> int:
-    return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+    # Called manual_axes or, since axes can be made manual one after the other, newly_manual_axes.
+    axes = next(v for k, v in params.items() if k.endswith("manual_axes"))
+    return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
 def _describe(eqn) -> str:
@@ -190,8 +193,11 @@ def _describe(eqn) -> str:
     return f"{eqn.primitive.name} {target}" if target else eqn.primitive.name
 
 
-def _layer(stack: str) -> str:
-    """The module's name in a name stack: `transpose(jvp(Net))/fire2` is Net/fire2."""
+def _layer(scope: str, stack: str) -> str:
+    """The module's name of an equation in a jaxpr whose own is `scope`: `transpose(jvp(Net))/fire2` is Net/fire2."""
+    # The backward pass of a rematerialization names the module twice.
+    stack = re.sub(r"transpose\(jvp\(([^()]*)\)\)/(?=jvp\(\1\))", "", stack)
     while (plain := re.sub(r"\w+\(([^()]*)\)", r"\1", stack)) != stack:
         stack = plain
-    return "/".join(filter(None, stack.split("/")))
+    parts = [p for p in stack.split("/") if p and p not in _REMAT]
+    return "/".join([scope, *parts] if scope else parts)
