@@ -57,6 +57,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self.directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "note": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([newest, highest]),
                 cleanup_tmp_directories=True,
@@ -138,7 +142,11 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)["state"]
         if saved is None:
             raise OSError("the state's description is missing")
-        problems = tree.differences(expected, saved)
+        problems = [
+            line
+            for part in sorted(expected, key=lambda k: k != "params")
+            for line in tree.differences({part: expected[part]}, {part: saved[part]})
+        ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(

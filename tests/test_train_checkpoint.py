@@ -1,0 +1,192 @@
+"""Checkpoints: exact, on any number of devices, and never a damaged one in silence."""
+
+import os
+
+import chex
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.train import sharding, state
+from squeeze_jax.train.checkpoint import Checkpoints, checksums
+
+SHAPE = (4, 4, 1)
+
+
+class Net(nn.Module):
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return nn.Dense(self.width, name="head")(x.reshape(x.shape[0], -1)), {}
+
+
+def make(width=64, seed=0, mesh=None, ema=True):
+    """A state whose every array is random, and its description."""
+    mesh = mesh or sharding.make_mesh(data=4)
+
+    def create(key):
+        fresh = state.create(Net(width), optax.adam(1e-3), SHAPE, key, ema=ema)
+        leaves, tree = jax.tree.flatten(fresh)
+        noise = [
+            jax.random.normal(jax.random.fold_in(key, i), x.shape)
+            for i, x in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(
+            tree, [(10 * n).astype(x.dtype) for n, x in zip(noise, leaves, strict=True)]
+        )
+
+    shapes = jax.eval_shape(create, jax.random.key(seed))
+    placed = sharding.shard_state(shapes, mesh)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    )
+    return jax.jit(create, out_shardings=placed)(jax.random.key(seed)), like
+
+
+def at(saved, step):
+    return saved._replace(step=jax.numpy.int32(step))
+
+
+def save(directory, *steps, metrics=None, **options):
+    """Saves a different state for each step; returns them."""
+    checkpoints = Checkpoints(directory, **options)
+    states = {}
+    for step in steps:
+        states[step] = at(make(seed=step)[0], step)
+        checkpoints.save(
+            states[step], 10 * step, {"lr": 0.1}, metrics and metrics[step]
+        )
+    checkpoints.wait()
+    checkpoints.close()
+    return states
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_comes_back_exactly_with_its_position(tmp_path, ema):
+    saved, like = make(ema=ema)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(saved, 7), 448, {})
+    checkpoints.wait()
+    restored = Checkpoints(tmp_path).restore(like)
+    assert restored.position == 448
+    assert jax.tree.structure(restored.state) == jax.tree.structure(saved)
+    chex.assert_trees_all_equal(
+        jax.device_get(restored.state), jax.device_get(at(saved, 7))
+    )
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert Checkpoints(tmp_path).restore(make()[1]) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (dict(fsdp=4), "one"),
+        ("one", dict(fsdp=4)),
+        (dict(data=4), dict(fsdp=2, data=2)),
+    ],
+)
+def test_moves_between_numbers_of_devices(tmp_path, before, after):
+    one = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
+    meshes = [one if m == "one" else sharding.make_mesh(**m) for m in (before, after)]
+    saved, _ = make(mesh=meshes[0])
+    _, like = make(mesh=meshes[1])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(saved, 1), 0, {})
+    checkpoints.wait()
+    restored = Checkpoints(tmp_path).restore(like).state
+    kernel = restored.params["head"]["kernel"]
+    assert kernel.sharding == like.params["head"]["kernel"].sharding
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(at(saved, 1)))
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    metrics = {
+        s: {"eval_accuracy": a}
+        for s, a in {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.6, 5: 0.7}.items()
+    }
+    save(tmp_path, 1, 2, 3, 4, 5, metrics=metrics, keep=2)
+    assert Checkpoints(tmp_path).steps() == [2, 4, 5]
+
+
+def files(checkpoint):
+    """The array files that a restore reads, largest first."""
+    return sorted(
+        (checkpoint / "state" / "d").iterdir(), key=lambda p: -p.stat().st_size
+    )
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    for i in range(len(content) // 4, len(content) // 2):
+        content[i] ^= 0xFF
+    path.write_bytes(content)
+
+
+# Reads that were under way when Orbax gave up end in threads that nobody waits for.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "harm", [truncate, flip, os.unlink], ids=["truncated", "corrupted", "missing"]
+)
+def test_a_damaged_newest_is_skipped_with_a_warning(tmp_path, harm):
+    states = save(tmp_path, 1, 2)
+    harm(files(tmp_path / "2")[0])
+    with pytest.warns(UserWarning, match=r"/2 is damaged and skipped"):
+        restored = Checkpoints(tmp_path).restore(make()[1])
+    chex.assert_trees_all_equal(
+        jax.device_get(restored.state), jax.device_get(states[1])
+    )
+    assert restored.position == 10
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_all_damaged_is_an_error(tmp_path):
+    save(tmp_path, 1)
+    truncate(files(tmp_path / "1")[0])
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(UserError, match=r"no checkpoint in .* can be read"),
+    ):
+        Checkpoints(tmp_path).restore(make()[1])
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    """What a kill during a save leaves is a directory under a temporary name."""
+    save(tmp_path, 1)
+    (tmp_path / "2.orbax-checkpoint-tmp-0").mkdir()
+    assert Checkpoints(tmp_path).steps() == [1]
+
+
+def test_another_model_is_named_with_both_shapes(tmp_path):
+    save(tmp_path, 1)
+    words = r"does not fit the model: params/head/bias: expected \(65,\), found \(64,\); params/head/kernel: expected"
+    with pytest.raises(UserError, match=words):
+        Checkpoints(tmp_path).restore(make(width=65)[1])
+
+
+def test_another_optimizer_is_named(tmp_path):
+    save(tmp_path, 1)
+    like = make()[1]
+    with pytest.raises(UserError, match=r"opt/0/count: found \(\), not expected"):
+        Checkpoints(tmp_path).restore(like._replace(opt=optax.EmptyState()))
+
+
+def test_checksums_see_every_bit_and_no_sharding():
+    saved, _ = make(mesh=sharding.make_mesh(fsdp=4))
+    first = checksums(saved)
+    assert first == checksums(jax.device_get(saved))
+    kernel = np.array(saved.params["head"]["kernel"])
+    kernel.view(np.uint32)[3, 5] ^= 1
+    changed = saved._replace(params={"head": saved.params["head"] | {"kernel": kernel}})
+    assert [k for k, v in checksums(changed).items() if v != first[k]] == [
+        "params/head/kernel"
+    ]
