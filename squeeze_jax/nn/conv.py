@@ -46,9 +46,7 @@ def lowering(name: Lowering) -> Iterator[None]:
     Raises:
       UserError: unknown lowering.
     """
-    if name not in LOWERINGS:
-        raise UserError(f"unknown lowering {name!r}{nearest(name, LOWERINGS)}")
-    with _forced(name):
+    with _forced(_known(name)):
         yield
 
 
@@ -86,7 +84,7 @@ def conv(
     _check_shapes(x.shape, kernel.shape, groups)
     pads = explicit_padding(padding, x.shape[1:3], kernel.shape[:2], strides, dilation)
     possible = _possible(x.shape, kernel.shape, pads, groups)
-    wanted = _forced.value or lowering
+    wanted = _forced.value or _known(lowering)
     if wanted == "auto":
         wanted = _fastest(possible, kernel.shape)
     elif wanted not in possible:
@@ -176,6 +174,12 @@ def _pads(padding, size, extent, strides):
     if isinstance(padding, int):
         return ((padding, padding),) * len(extent)
     return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+
+
+def _known(name: str) -> str:
+    if name not in LOWERINGS:
+        raise UserError(f"unknown lowering {name!r}{nearest(name, LOWERINGS)}")
+    return name
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -1,0 +1,229 @@
+"""Every lowering of a convolution is PyTorch's convolution, and has the derivatives of XLA's."""
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import export
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.conv import Conv, conv, lowering
+
+LOWERINGS = ("native", "taps", "matmul", "split")
+
+
+def random_case(seed, most=5):
+    """A convolution drawn over everything a convolution can be: (x, kernel, arguments, its lowerings).
+
+    Kernels have up to `most` - 1 positions along an axis.
+    """
+    rng = np.random.default_rng(seed)
+    kind = ("dense", "depthwise", "pointwise", "grouped")[seed % 4]
+    groups = int(rng.integers(2, 5)) if kind in ("depthwise", "grouped") else 1
+    inputs = 1 if kind == "depthwise" else int(rng.integers(1, 4))
+    outputs = int(rng.integers(1, 3)) * groups
+    size = (1, 1) if kind == "pointwise" else tuple(map(int, rng.integers(1, most, 2)))
+    arguments = {
+        "strides": tuple(map(int, rng.integers(1, 4, 2))),
+        "dilation": tuple(map(int, rng.integers(1, 3, 2))),
+        "groups": groups,
+        "padding": 0 if kind == "pointwise" else tuple(map(int, rng.integers(0, 4, 2))),
+    }
+    b, h, w = map(int, rng.integers((1, 9, 9), (4, 14, 14)))
+    x = rng.normal(size=(b, h, w, inputs * groups)).astype(np.float32)
+    kernel = rng.normal(size=(*size, inputs, outputs)).astype(np.float32)
+    found = {
+        "dense": ("native",),
+        "depthwise": ("native", "taps", "split"),
+        "pointwise": ("native", "matmul"),
+        "grouped": ("native", "split", *(("taps",) if inputs == 1 else ())),
+    }[kind]
+    return x, kernel, arguments, found
+
+
+def close(found, expected, tolerance=1e-5):
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def torch_conv(x, kernel, *, strides, dilation, groups, padding):
+    x, kernel = (
+        torch.tensor(x, requires_grad=True),
+        torch.tensor(kernel, requires_grad=True),
+    )
+    y = torch.nn.functional.conv2d(
+        x.permute(0, 3, 1, 2),
+        kernel.permute(3, 2, 0, 1),
+        stride=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    ).permute(0, 2, 3, 1)
+    (y**2).sum().backward()
+    return y.detach().numpy(), x.grad.numpy(), kernel.grad.numpy()
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_every_lowering_and_its_gradients_equal_pytorch(seed):
+    x, kernel, arguments, found = random_case(seed)
+    y, dx, dk = torch_conv(x, kernel, **arguments)
+    for name in found:
+
+        @jax.jit
+        def run(x, kernel, name=name):
+            y, pull = jax.vjp(
+                lambda a, k: conv(a, k, lowering=name, **arguments), x, kernel
+            )
+            return y, *pull(2 * y)
+
+        for ours, theirs in zip(run(x, kernel), (y, dx, dk), strict=True):
+            close(ours, theirs)
+
+
+@pytest.mark.parametrize("seed", [5, 2, 3])
+def test_derivatives_of_every_kind_equal_those_of_the_native_lowering(seed):
+    x, kernel, arguments, found = random_case(seed, most=4)
+    rng = np.random.default_rng(seed)
+    dx, dk = rng.normal(size=x.shape), rng.normal(size=kernel.shape)
+    tangents = (dx.astype(np.float32), dk.astype(np.float32))
+
+    def all_derivatives(name):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel, lowering=name, **arguments)))
+
+        @jax.jit
+        def run(x, kernel):
+            gradient = jax.grad(loss, (0, 1))
+            forward = jax.jvp(loss, (x, kernel), tangents)[1]
+            over_reverse = jax.jvp(gradient, (x, kernel), tangents)[1]
+            slope = lambda x, k: sum(  # noqa: E731
+                jnp.vdot(g, t) for g, t in zip(gradient(x, k), tangents, strict=True)
+            )
+            twice = jax.grad(slope, (0, 1))(x, kernel)
+            xs, kernels = jnp.stack([x, 2 * x]), jnp.stack([kernel, -kernel])
+            mapped = jax.vmap(gradient)(xs, kernels)
+            only_kernels = jax.vmap(gradient, (None, 0))(x, kernels)
+            last = jax.vmap(gradient, (None, -1))(x, jnp.stack([kernel, -kernel], -1))
+            return forward, over_reverse, twice, mapped, only_kernels, last
+
+        return jax.tree.leaves(run(x, kernel))
+
+    expected = all_derivatives("native")
+    for name in found[1:]:
+        for ours, theirs in zip(all_derivatives(name), expected, strict=True):
+            close(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (0, 1))])
+@pytest.mark.parametrize("name", ["taps", "split"])
+def test_padding_as_xla_says_it(padding, name):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 7, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 1, 3)).astype(np.float32)
+    y = conv(x, kernel, strides=2, groups=3, padding=padding, lowering=name)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (2, 2),
+        padding,
+        feature_group_count=3,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    close(y, expected)
+
+
+@pytest.mark.parametrize(("name", "seed"), [("taps", 1), ("matmul", 2), ("split", 3)])
+def test_bfloat16_stays_and_is_as_exact_as_its_eight_bits(name, seed):
+    x, kernel, arguments, _ = random_case(seed)
+    x, kernel = jnp.bfloat16(x), jnp.bfloat16(kernel)
+    loss = lambda x, k: conv(x, k, lowering=name, **arguments).sum()  # noqa: E731
+    y = conv(x, kernel, lowering=name, **arguments)
+    gradients = jax.grad(loss, (0, 1))(x, kernel)
+    wide = np.asarray(x, np.float32), np.asarray(kernel, np.float32)
+    expected, *_ = torch_conv(*wide, **arguments)
+    assert {a.dtype for a in (y, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+    close(np.asarray(y, np.float32), expected, 2**-7)
+
+
+def test_automatic_choice_on_a_cpu_avoids_the_slow_convolutions():
+    x = jnp.ones((2, 8, 8, 8))
+
+    def convolutions(kernel, **arguments):
+        found = str(
+            jax.make_jaxpr(lambda x, k: conv(x, k, **arguments))(x, jnp.ones(kernel))
+        )
+        return found.count("conv_general_dilated[")
+
+    assert convolutions((3, 3, 1, 8), groups=8) == 0
+    assert convolutions((1, 1, 8, 4)) == 0
+    assert convolutions((3, 3, 4, 8), groups=2) == 2
+    assert convolutions((3, 3, 8, 8)) == 1
+
+
+def test_a_forced_lowering_also_holds_for_functions_compiled_before():
+    run = jax.jit(lambda x, k: conv(x, k, groups=4))
+    x, kernel = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 1, 4))
+
+    def native():
+        return "stablehlo.convolution" in run.lower(x, kernel).as_text()
+
+    run(x, kernel)
+    assert not native()
+    with lowering("native"):
+        assert native()
+        with lowering("taps"):
+            assert not native()
+        assert native()
+    assert not native()
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_a_symbolic_batch_can_be_exported(name):
+    kernels = {"matmul": (1, 1, 6, 4), "split": (3, 3, 2, 6)}
+    kernel = np.ones(kernels.get(name, (3, 3, 1, 6)), np.float32)
+    groups = 6 // kernel.shape[2]
+    run = jax.jit(
+        lambda x: conv(x, kernel, groups=groups, strides=2, padding=0, lowering=name)
+    )
+    shape = export.symbolic_shape("b, 9, 9, 6")
+    exported = export.export(run)(jax.ShapeDtypeStruct(shape, jnp.float32))
+    x = np.random.default_rng(0).normal(size=(3, 9, 9, 6)).astype(np.float32)
+    close(
+        exported.call(x),
+        conv(x, kernel, groups=groups, strides=2, padding=0, lowering="native"),
+    )
+
+
+def test_the_layer_is_flax_with_other_arithmetic():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 6))
+    ours = Conv(12, (3, 5), strides=2, groups=6, dilation=(1, 2))
+    theirs = linen.Conv(
+        12, (3, 5), strides=2, feature_group_count=6, kernel_dilation=(1, 2)
+    )
+    variables = theirs.init(jax.random.key(1), x)
+    variables["params"]["bias"] += 1
+    shapes = jax.eval_shape(ours.init, jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
+    close(ours.apply(variables, x), theirs.apply(variables, x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"padding": "same"}, "unknown padding 'same'; did you mean 'SAME'"),
+        ({"groups": 3}, "groups=3"),
+        ({"lowering": "tap"}, "did you mean 'taps'"),
+        ({"lowering": "taps"}, "cannot"),
+        ({"padding": "VALID", "dilation": 4}, "smaller than a window"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 4, 4)), **arguments)
+
+
+def test_an_unknown_forced_lowering_is_named():
+    with pytest.raises(UserError, match="did you mean 'native'"), lowering("nativ"):
+        pass
