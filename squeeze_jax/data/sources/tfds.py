@@ -1,0 +1,137 @@
+"""Any image classification set of TensorFlow Datasets, read from ArrayRecord files without TensorFlow.
+
+The files come from `tfds build NAME --file_format=array_record` or from `python -m squeeze_jax.data.convert`. Images stay encoded
+here: Pillow decodes them later, in the threads or worker processes of the pipeline.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
+
+from squeeze_jax.data.source import Example, Source
+from squeeze_jax.errors import UserError, nearest
+
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def make(
+    dataset: str,
+    data_dir: str = "~/tensorflow_datasets",
+    train: str = "train",
+    eval: str = "test",
+) -> Source:
+    """Opens a prepared data set.
+
+    Args:
+      dataset: its name as TFDS writes it: "cifar10", "imagenet_resized/32x32", "cifar10:1.0.0"; the newest version unless given.
+      data_dir: the folder of data sets; `~` is expanded.
+      train, eval: splits, slices allowed: "train[:90%]".
+
+    Raises:
+      UserError: no such folder, data set, config, version or split; not an image classification set; not ArrayRecord files.
+    """
+    folder = find(dataset, data_dir)
+    builder = tfds.builder_from_directory(folder)
+    info = builder.info
+    image, label = info.supervised_keys or ("image", "label")
+    features = dict(info.features)
+    if not (
+        isinstance(features.get(image), tfds.features.Image)
+        and isinstance(features.get(label), tfds.features.ClassLabel)
+    ):
+        raise UserError(
+            f"{dataset} is not an image classification set: its features are {', '.join(features)}"
+        )
+    return Source(
+        label_names=tuple(features[label].names),
+        channels=3 if features[image].shape[-1] != 1 else 1,
+        train=_Records(_open(builder, train), image, label, f"{dataset} {train}"),
+        eval=_Records(_open(builder, eval), image, label, f"{dataset} {eval}"),
+    )
+
+
+def find(dataset: str, data_dir: str) -> Path:
+    """Returns the folder `data_dir/name[/config]/version` of a prepared data set, or raises a UserError that says what is there."""
+    base = Path(data_dir).expanduser()
+    if not base.is_dir():
+        raise UserError(
+            f"config.data.source.data_dir = {data_dir!r} is not a folder: prepare {dataset} there, {_recipe(dataset, data_dir)}"
+        )
+    prepared = _prepared(base)
+    path, _, version = dataset.partition(":")
+    if path not in prepared:
+        configs = [p for p in prepared if p.startswith(f"{path}/")]
+        if configs:
+            raise UserError(f"{path} has configs; choose from {', '.join(configs)}")
+        raise UserError(
+            f"no data set {path!r} in {base}{nearest(path, prepared)}; to prepare it, {_recipe(dataset, data_dir)}"
+        )
+    if version and version not in prepared[path]:
+        raise UserError(
+            f"no version {version!r} of {path} in {base}{nearest(version, prepared[path])}"
+        )
+    newest = max(prepared[path], key=lambda v: tuple(map(int, v.split("."))))
+    return base / path / (version or newest)
+
+
+def _prepared(base: Path) -> dict[str, list[str]]:
+    """Returns `{"name" or "name/config": versions}` of what lies finished in a folder."""
+    found = {}
+    for pattern in "*/*/dataset_info.json", "*/*/*/dataset_info.json":
+        for file in sorted(base.glob(pattern)):
+            path = file.parent.parent.relative_to(base).as_posix()
+            if VERSION.fullmatch(file.parent.name) and not path.startswith("."):
+                found.setdefault(path, []).append(file.parent.name)
+    return found
+
+
+def _recipe(dataset: str, data_dir: str) -> str:
+    name = re.split("[/:]", dataset)[0]
+    return (
+        f"run `python -m squeeze_jax.data.convert ARCHIVE.npz --name={name} --data_dir={data_dir}`"
+        f" or `tfds build {name} --file_format=array_record --data_dir={data_dir}`"
+    )
+
+
+def _open(builder, split: str) -> Sequence[bytes]:
+    try:
+        return builder.as_data_source(
+            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+    except NotImplementedError:
+        raise UserError(
+            f"{builder.data_dir} holds {builder.info.file_format.value} files, which only TensorFlow reads:"
+            f" {_recipe(builder.info.name, str(builder.data_dir.parent.parent))}"
+        ) from None
+    except ValueError:
+        splits = list(builder.info.splits)
+        raise UserError(
+            f"{builder.info.name} has no split {split!r}{nearest(split, splits)}"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """Serialized examples; only the two features wanted are taken out, without what TFDS does for every feature."""
+
+    records: Sequence[bytes]
+    image: str
+    label: str
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, indices: Sequence[int]) -> list[Example]:
+        found = []
+        rows = self.records.__getitems__([int(i) for i in indices])
+        for i, row in zip(indices, rows, strict=True):
+            feature = tf_example_pb2.Example.FromString(row).features.feature
+            image = feature[self.image].bytes_list.value[0]
+            label = feature[self.label].int64_list.value[0]
+            found.append(Example(image, label, f"{self.name}[{i}]"))
+        return found

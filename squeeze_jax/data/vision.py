@@ -1,0 +1,233 @@
+"""From an encoded image to uint8 [h, w, c]: decoding, resizing, and the random crops and flips of training.
+
+Random transforms take their randomness as uniform numbers in [0, 1), one row of `DRAWS` an example, so that they are pure
+functions that work on whole batches. The random crops are those of GoogLeNet (arXiv 1409.4842, section 6) for
+"random_resized" and of ResNet (arXiv 1512.03385, section 4.2) for "pad". Evaluation rounds and interpolates as torchvision
+does, so that published weights see the pixels that their accuracies were measured on.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from squeeze_jax.data import randaugment
+from squeeze_jax.errors import UserError
+
+# Which of an example's uniform numbers serve what.
+FLIP, CORNER, ATTEMPTS, OPS, DRAWS = 0, slice(1, 3), slice(3, 23), 24, 64
+MAX_OPS = (DRAWS - OPS) // 2
+MODES = {1: "L", 3: "RGB"}
+ASPECT = (3 / 4, 4 / 3)
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+class Undecodable(ValueError):
+    """The bytes are no image. The message is the reason; the caller knows the name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How images are looked at; the fields are parameters of `data.make`, and are described there."""
+
+    size: int
+    channels: int
+    crop: str = "none"
+    pad: int = 4
+    scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = False
+    randaugment: int = 0
+    magnitude: float = 9.0
+    eval_resize: int = 0
+
+    def __post_init__(self):
+        low, high = self.scale
+        for key, fine, valid in (
+            ("size", self.size > 0, "positive"),
+            ("channels", self.channels in MODES, "1 or 3"),
+            ("pad", self.pad >= 0, "0 or more"),
+            ("scale", 0 < low <= high <= 1, "0 < low <= high <= 1"),
+            ("randaugment", 0 <= self.randaugment <= MAX_OPS, f"0 to {MAX_OPS}"),
+            (
+                "magnitude",
+                0 <= self.magnitude <= randaugment.MAX,
+                f"0 to {randaugment.MAX}",
+            ),
+            (
+                "eval_resize",
+                self.eval_resize == 0 or self.eval_resize >= self.size,
+                f"0 or at least size = {self.size}",
+            ),
+        ):
+            if not fine:
+                value = getattr(self, key)
+                raise UserError(f"config.data.{key} = {value!r} should be {valid}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, self.channels
+
+
+def still(image: bytes | np.ndarray, view: View) -> np.ndarray:
+    """The evaluation transform: short side to `eval_resize`, then centre crop; with `eval_resize` 0 straight to the size.
+
+    Args:
+      image: an encoded file, or uint8 [h, w, c].
+
+    Returns:
+      uint8 `view.shape`.
+
+    Raises:
+      Undecodable: the bytes are no image.
+    """
+    size = view.size
+    raw = isinstance(image, np.ndarray) and image.shape == view.shape
+    if raw and view.eval_resize in (0, size):
+        return image
+    picture = _in_mode(_open(image), view.channels)
+    if view.eval_resize:
+        w, h = picture.size
+        short, long = view.eval_resize, int(view.eval_resize * max(w, h) / min(w, h))
+        picture = _resize(picture, (short, long) if w <= h else (long, short))
+        w, h = picture.size
+        left, top = round((w - size) / 2), round((h - size) / 2)
+        picture = picture.crop((left, top, left + size, top + size))
+    return _array(_resize(picture, (size, size)))
+
+
+def random_resized(
+    image: bytes | np.ndarray, view: View, draws: np.ndarray
+) -> np.ndarray:
+    """A crop of random area and aspect ratio, resized to the view's size.
+
+    Args:
+      image: an encoded file, or uint8 [h, w, c].
+      view: `scale` bounds the crop's share of the area.
+      draws: [DRAWS] uniform numbers.
+
+    Returns:
+      uint8 `view.shape`.
+
+    Raises:
+      Undecodable: the bytes are no image.
+    """
+    picture = _open(image, load=False)
+    w, h = picture.size
+    left, top, right, bottom = box(w, h, view.scale, draws)
+    shrink = min(right - left, bottom - top) / view.size
+    if shrink >= 2:
+        # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time; a crop stays at least as large as the result.
+        picture.draft(
+            MODES[view.channels], (int(-(-w // shrink)), int(-(-h // shrink)))
+        )
+    with _decoding():
+        picture = _in_mode(picture, view.channels)
+        x, y = picture.size[0] / w, picture.size[1] / h
+        area = (left * x, top * y, right * x, bottom * y)
+        size = (view.size, view.size)
+        return _array(picture.resize(size, Image.Resampling.BILINEAR, box=area))
+
+
+def box(width: int, height: int, scale, draws: np.ndarray) -> tuple[int, int, int, int]:
+    """Returns (left, top, right, bottom) of a random crop.
+
+    Ten attempts draw the share of the area uniformly from `scale` and the aspect ratio log-uniformly from 3/4 to 4/3; the
+    first that fits counts. If none does, it is the largest centred crop whose ratio is within those bounds.
+    """
+    share, tilt = draws[ATTEMPTS].reshape(2, 10)
+    area = width * height * (scale[0] + share * (scale[1] - scale[0]))
+    low, high = np.log(ASPECT)
+    ratio = np.exp(low + tilt * (high - low))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = np.flatnonzero((w > 0) & (w <= width) & (h > 0) & (h <= height))
+    if len(fits):
+        w, h = int(w[fits[0]]), int(h[fits[0]])
+        y, x = draws[CORNER]
+        left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+    else:
+        w = min(width, round(height * ASPECT[1]))
+        h = min(height, round(width / ASPECT[0]))
+        left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def pad_crop(images: np.ndarray, pad: int, draws: np.ndarray) -> np.ndarray:
+    """Pads with black and crops back to the old size at a random place: [b, h, w, c] → [b, h, w, c]; draws [b, DRAWS]."""
+    b, h, w, c = images.shape
+    padded = np.zeros((b, h + 2 * pad, w + 2 * pad, c), images.dtype)
+    padded[:, pad : pad + h, pad : pad + w] = images
+    corners = (draws[:, CORNER] * (2 * pad + 1)).astype(int).tolist()
+    out = np.empty_like(images)
+    for i, (y, x) in enumerate(corners):
+        out[i] = padded[i, y : y + h, x : x + w]
+    return out
+
+
+def augment(images: np.ndarray, view: View, draws: np.ndarray) -> np.ndarray:
+    """Flips each image with probability 1/2, then RandAugment, as `view` says; works in place.
+
+    Args:
+      images: uint8 [b, h, w, c].
+      draws: [b, DRAWS] uniform numbers.
+    """
+    if view.flip:
+        chosen = np.flatnonzero(draws[:, FLIP] < 0.5)
+        mirror = np.arange(view.size)[::-1]
+        images[chosen] = images[chosen].take(mirror, axis=2)  # half the time of [::-1]
+    for i in range(len(images) if view.randaugment else 0):
+        rows = draws[i, OPS : OPS + 2 * view.randaugment].reshape(-1, 2)
+        picture = randaugment.apply(_open(images[i]), rows, view.magnitude)
+        images[i] = _array(picture)
+    return images
+
+
+def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
+    """A picture, upright; of a file without EXIF rotation only the header is read unless `load`."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    with _decoding():
+        picture = Image.open(io.BytesIO(image))
+        if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1:
+            return ImageOps.exif_transpose(picture)
+        if load:
+            picture.load()
+        return picture
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise Undecodable("no known image format") from None
+    except Exception as error:  # damaged bytes make Pillow's parsers raise anything
+        raise Undecodable(" ".join(str(error).split())) from None
+
+
+def _in_mode(picture: Image.Image, channels: int) -> Image.Image:
+    mode = picture.mode
+    if mode == MODES[channels]:
+        return picture
+    if mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype("u1"))
+    elif "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert(MODES[channels])
+
+
+def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return (
+        picture
+        if picture.size == size
+        else picture.resize(size, Image.Resampling.BILINEAR)
+    )
+
+
+def _array(picture: Image.Image) -> np.ndarray:
+    array = np.asarray(picture)
+    return array[..., None] if array.ndim == 2 else array
