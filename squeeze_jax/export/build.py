@@ -1,0 +1,178 @@
+"""From a live function to checked files: convert, run in the file's own runtime, compare, and only then give it its name."""
+
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import files, process, runtime
+from squeeze_jax.export.parity import Disagreement, compare, first_diverging
+from squeeze_jax.export.runnable import FORMATS, Runnable, outputs
+
+__all__ = ["Disagreement", "Exported", "make"]
+
+STEM = "model"
+CHECK_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A file that ran and agreed.
+
+    Attributes:
+      format: its registry key.
+      path: the file.
+      bytes: its size.
+      max_difference: largest |file - live| over the check images' logits.
+      agreement: share of check images with the same top class, 0..1.
+    """
+
+    format: str
+    path: Path
+    bytes: int
+    max_difference: float
+    agreement: float
+
+
+def make(
+    fn: Callable[[Any], Any],
+    shape: tuple[int, int, int],
+    directory: str | Path,
+    *,
+    formats: tuple[str, ...] = ("stablehlo", "tflite", "tflite_int8"),
+    calibration: Any = None,
+    check_images: Any,
+    endpoints_fn: Callable[[Any], Mapping[str, Any]] | None = None,
+    tolerance: float = 1e-4,
+    int8_agreement: float = 0.95,
+    timeout: float = 600.0,
+) -> list[Exported]:
+    """Exports a function to each format; a file gets its name only after it ran and agreed with the live function.
+
+    A float file agrees if max |file - live| ≤ tolerance · max(1, max |live|), an integer file if the share of equal top
+    classes is at least `int8_agreement`. The files are `model.stablehlo` (and `model.mlir`, to read), `model.tflite`,
+    `model_int8.tflite`.
+
+    Args:
+      fn: float32 pixels 0..255 [b, h, w, c] → logits [b, classes]; closes over parameters that are host arrays.
+      shape: (h, w, c).
+      directory: where the files go.
+      formats: registry keys: the names of the files in `export/formats`.
+      calibration: pixels [n, h, w, c] of real images, for integer formats.
+      check_images: pixels [n, h, w, c] of real images to compare on.
+      endpoints_fn: same input → the model's named stages, first to last; tells where a rejected file goes wrong.
+      tolerance: of float formats, relative to the largest logit where that is above 1.
+      int8_agreement: of integer formats, 0..1.
+      timeout: seconds for one file to run on the check images.
+
+    Returns:
+      One `Exported` a format, in order.
+
+    Raises:
+      UserError: unknown format, no check or calibration images, a directory that cannot be written to, or logits of the
+        live function that are not finite.
+      Disagreement: a file does not agree; it is left as `<name>.rejected`, an earlier one of its name untouched.
+      process.Crash: a converter or a runtime failed.
+    """
+    modules = [registry.load(FORMATS, key, "export format") for key in formats]
+    shape, directory = tuple(shape), Path(directory)
+    images = np.asarray(check_images)
+    (live,) = _live(lambda x: (fn(x),), shape, images)
+    if not np.isfinite(live).all():
+        bad = int(np.argwhere(~np.isfinite(live))[0][0])
+        raise UserError(
+            f"the model's logits for check image {bad} are not finite: export a checkpoint from before it diverged"
+        )
+    limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
+    done = []
+    with _scratch(directory) as folder:
+        run = functools.partial(
+            _converted,
+            folder=Path(folder),
+            shape=shape,
+            calibration=calibration,
+            images=images,
+            timeout=timeout,
+        )
+        for key, module in zip(formats, modules, strict=True):
+            paths, (found,) = run(module, fn, STEM)
+            verdict = compare(live, found, integer=module.INTEGER, **limits)
+            if not verdict.agrees:
+                for path in paths:
+                    os.replace(path, directory / f"{path.name}.rejected")
+                stage, why = None, ""
+                if endpoints_fn is not None:
+                    stage, why = _blame(endpoints_fn, module, run, tolerance)
+                raise Disagreement(paths[0].name, verdict, stage, why)
+            for path in paths:
+                os.replace(path, directory / path.name)
+            final = directory / paths[0].name
+            size, same = final.stat().st_size, verdict.agreement
+            done.append(Exported(key, final, size, verdict.difference, same))
+    return done
+
+
+def _converted(module, fn, name, *, folder, shape, calibration, images, timeout):
+    """Converts to files in a folder and runs the first; returns (paths, outputs)."""
+    contents = module.convert(fn, shape, calibration)
+    paths = [files.write(folder / (name + end), data) for end, data in contents.items()]
+    try:
+        found = runtime.run(paths[0], images, batch=CHECK_BATCH, timeout=timeout)
+    except UserError as error:  # the images fit, so it is the converter's fault
+        raise process.Crash(f"a converted file does not run: {error}") from None
+    return paths, found["outputs"]
+
+
+def _live(fn, shape, images) -> tuple[np.ndarray, ...]:
+    """Runs a function that returns a tuple; in full float32, also where an accelerator would round products."""
+    call = jax.jit(lambda x: fn(x))  # not a trace from before the parameters changed
+    with jax.default_matmul_precision("highest"):
+        live = Runnable(
+            shape, None, lambda x: tuple(map(np.asarray, call(x))), None, ""
+        )
+        return outputs(live, images, CHECK_BATCH)
+
+
+def _blame(endpoints_fn, module, run, tolerance) -> tuple[str | None, str]:
+    """Exports the stages in the same way and returns (the first that diverges, what to say of it)."""
+    names: list[str] = []
+
+    def stages(
+        x,
+    ):  # jit would sort a dict's keys; the order of the stages is the model's
+        found = endpoints_fn(x)
+        names[:] = list(found)
+        return tuple(found.values())
+
+    shape, images = run.keywords["shape"], run.keywords["images"]
+    live = _live(stages, shape, images)
+    try:
+        _, found = run(module, stages, "stages")
+    except process.Crash as error:
+        return None, f" (the stages alone could not be run: {error})"
+    first = first_diverging(
+        dict(zip(names, live, strict=True)),
+        found,
+        integer=module.INTEGER,
+        tolerance=tolerance,
+    )
+    if first is None:
+        return None, f" (the stages {names[0]} to {names[-1]} agree)"
+    return first[0], f" (largest difference {first[1]:.3g})"
+
+
+def _scratch(directory: Path) -> tempfile.TemporaryDirectory:
+    """A folder on the same disk, so that renaming out of it is atomic."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".export-", dir=directory)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None

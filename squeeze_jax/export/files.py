@@ -1,0 +1,34 @@
+"""Writing a file so that a reader finds all of it or the one before it, never a part."""
+
+import os
+from pathlib import Path
+
+from squeeze_jax.errors import UserError
+
+
+def write(path: str | Path, content: bytes | str) -> Path:
+    """Writes a file under a temporary name on the same disk, then renames it.
+
+    Args:
+      path: where it goes; missing folders are made.
+      content: bytes, or text that is written as UTF-8.
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: the place cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path

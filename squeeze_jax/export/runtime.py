@@ -1,0 +1,247 @@
+"""Runs an exported file in its own runtime: in this process, or alone in a fresh one on one core to measure it.
+
+    python -m squeeze_jax.export.runtime model.tflite --images=x.npy --runs=100
+
+**Latency**: batch 1, one core, one thread; warm-up runs, then N timed ones with Python's garbage collector off. Copying the
+pixels in and quantizing them is not timed.
+
+**Peak memory**: growth of the resident set, from just before the file is opened to its maximum after the timed runs at batch
+1. The runtime's library and the images are loaded before, and a first program is compiled where the runtime compiles, so
+that growth belongs to the file: its weights, its program, its activations, and for StableHLO XLA's memory while compiling.
+On Linux the kernel's high-water mark is reset before opening (`/proc/self/clear_refs`); elsewhere, and where that is
+forbidden, the mark since the process began is used, and growth below an earlier maximum is not seen.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import process
+from squeeze_jax.export.runnable import opened, outputs
+
+MEGABYTE = 1e6
+
+
+def load(
+    path: str | Path, *, batch: int = 64, threads: int | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Opens an exported file in this process.
+
+    Args:
+      path: a `.stablehlo` or `.tflite` file.
+      batch: images at a time where the file takes any number.
+      threads: CPU threads of LiteRT, all cores by default.
+
+    Returns:
+      A function: pixels 0..255 [n, h, w, c] → logits float32 [n, classes].
+
+    Raises:
+      UserError: the file is missing, damaged or of no known format; when called, images of another shape.
+    """
+    runnable = opened(path, threads)
+    return lambda images: outputs(runnable, np.asarray(images), batch)[0]
+
+
+def run(path: str | Path, images, *, runs=0, warmup=10, batch=1, timeout=600.0) -> dict:
+    """Runs a file on images in a fresh process pinned to one core.
+
+    Args:
+      path: the file.
+      images: pixels 0..255 [n, h, w, c].
+      runs: timed runs at batch 1; with 0 nothing is measured.
+      warmup: runs before them.
+      batch: images at a time for the outputs.
+      timeout: seconds until the process is killed.
+
+    Returns:
+      dict(outputs: tuple of arrays [n, ...], runtime, bytes), and with runs > 0 also
+      times_ms: [runs], peak_memory_mb, open_ms, core.
+
+    Raises:
+      UserError: the file is missing, damaged, of no known format, or takes other images.
+      process.Crash: the runtime died or hung.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch, "images.npy"), Path(scratch, "found.npz")
+        np.save(given, np.asarray(images))
+        printed = process.python(
+            "squeeze_jax.export.runtime",
+            *(path, f"--images={given}", f"--outputs={found}"),
+            *(f"--runs={runs}", f"--warmup={warmup}", f"--batch={batch}"),
+            what=f"{path} in its own runtime",
+            timeout=timeout,
+        )
+        with np.load(found) as arrays:
+            results = tuple(arrays[k] for k in arrays.files)
+    return json.loads(printed.splitlines()[-1]) | {"outputs": results}
+
+
+def measure(
+    path: str | Path,
+    images,
+    labels=None,
+    *,
+    runs: int = 100,
+    warmup: int = 10,
+    timeout: float = 1800.0,
+) -> dict:
+    """Measures a file on one core of a fresh process, and its accuracy on the images.
+
+    Args:
+      path: the file.
+      images: pixels 0..255 [n, h, w, c].
+      labels: [n] classes, or None.
+      runs: timed runs at batch 1.
+      warmup: runs before them.
+      timeout: seconds until the process is killed.
+
+    Returns:
+      dict(accuracy: float or None, latency_ms={p50, p90, p99}, peak_memory_mb, open_ms, bytes, runtime, core,
+      outputs: logits [n, classes]); MB are 10^6 bytes.
+
+    Raises:
+      As `run`.
+    """
+    from squeeze_jax.cost import latency  # loads jax, which the child does without
+
+    found = run(path, images, runs=max(runs, 1), warmup=warmup, timeout=timeout)
+    logits = found.pop("outputs")[0]
+    spread = latency.percentiles(found.pop("times_ms"))
+    right = None if labels is None else logits.argmax(-1) == np.asarray(labels)
+    return found | {
+        "accuracy": None if right is None else float(right.mean()),
+        "latency_ms": {k: spread[k] for k in ("p50", "p90", "p99")},
+        "outputs": logits,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The child: prints one line of JSON, and writes the outputs where it is told."""
+    parser = argparse.ArgumentParser("squeeze_jax.export.runtime", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("file", help="a .stablehlo or .tflite file")
+    parser.add_argument("--images", required=True, help=".npy, pixels [n, h, w, c]")
+    parser.add_argument(
+        "--outputs", help="runs all images, their outputs go here, .npz"
+    )
+    parser.add_argument("--runs", type=int, default=100, help="timed runs at batch 1")
+    parser.add_argument("--warmup", type=int, default=10, help="runs before them")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
+    args = parser.parse_args(argv)
+    try:
+        core = _pin()
+        images = np.load(args.images)
+        _wake(Path(args.file))
+        found = {"bytes": _size(args.file)}
+        if args.runs:
+            runnable, measured = _measured(args.file, images, args.runs, args.warmup)
+            found |= measured | {"core": core}
+        else:
+            runnable = opened(args.file, threads=1)
+        found["runtime"] = runnable.runtime
+        if args.outputs:
+            np.savez(args.outputs, *outputs(runnable, images, args.batch))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return process.USER_ERROR
+    print(json.dumps(found))
+    return 0
+
+
+def _measured(path, images, runs, warmup):
+    """The opened file and dict(times_ms, open_ms, peak_memory_mb)."""
+    before = _reset_peak()
+    start = time.perf_counter()
+    runnable = opened(path, threads=1)
+    first = images[:1]
+    outputs(runnable, first, 1)
+    open_ms = 1e3 * (time.perf_counter() - start)
+    once = runnable.timed(first.astype(np.float32))
+    for _ in range(warmup):
+        once()
+    times = np.empty(runs, np.int64)
+    gc.disable()
+    for i in range(runs):
+        start = time.perf_counter_ns()
+        once()
+        times[i] = time.perf_counter_ns() - start
+    gc.enable()
+    peak = max(_peak() - before, 0) / MEGABYTE
+    times_ms = (times / 1e6).tolist()
+    return runnable, dict(times_ms=times_ms, open_ms=open_ms, peak_memory_mb=peak)
+
+
+def _size(path) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def _pin() -> int | None:
+    """Confines this process and its later threads to the core it is on; None where the system cannot."""
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    try:  # the 39th field: the scheduler has just put this process on an idle core
+        core = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[36])
+        os.sched_setaffinity(0, {core})
+    except (OSError, ValueError, IndexError):
+        core = min(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {core})
+    return core
+
+
+def _wake(path: Path) -> None:
+    """Loads the runtime, so that its own memory is not counted as the file's."""
+    if path.suffix == ".stablehlo":
+        import jax
+
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8, np.float32)))
+    elif path.suffix == ".tflite":
+        try:
+            import ai_edge_litert.interpreter  # noqa: F401
+        except ImportError:
+            return  # opening the file says what to install
+
+
+def _reset_peak() -> int:
+    """Gives free heap back, resets the high-water mark where that is allowed, and returns the resident bytes."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak()
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    """The high-water mark of the resident set, bytes."""
+    try:
+        return _status("VmHWM")
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

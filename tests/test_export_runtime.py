@@ -1,0 +1,195 @@
+"""Running and measuring exported files in fresh processes."""
+
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from squeeze_jax import export
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import process, runtime
+
+SHAPE = (4, 4, 3)
+HEAD = np.random.default_rng(0).normal(0, 0.1, (3, 5)).astype(np.float32)
+FILES = ("model.stablehlo", "model.tflite", "model_int8.tflite")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(1).integers(0, 256, (70, *SHAPE), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def expected(images):
+    """The mean colour times a matrix, in float64 by numpy."""
+    return images.astype(np.float64).mean((1, 2)) @ HEAD
+
+
+@pytest.fixture(scope="module")
+def folder(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    export.make(
+        lambda x: x.mean((1, 2)) @ HEAD,
+        SHAPE,
+        folder,
+        calibration=images,
+        check_images=images[:8],
+        int8_agreement=0.8,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_measure(name, folder, images, expected):
+    labels = expected.argmax(-1).copy()
+    labels[:7] = (labels[:7] + 1) % 5  # 63 of 70 are right
+    found = runtime.measure(folder / name, images, labels, runs=40, warmup=2)
+    error = np.abs(found["outputs"] - expected).max()
+    assert error < (0.04 if "int8" in name else 1e-4) * np.abs(expected).max()
+    if "int8" not in name:
+        assert found["accuracy"] == pytest.approx(0.9)
+    times = found["latency_ms"]
+    assert 0 < times["p50"] <= times["p90"] <= times["p99"] < 1000
+    assert found["bytes"] == (folder / name).stat().st_size
+    assert 0 < found["peak_memory_mb"] < 200
+    assert found["open_ms"] > 0
+    assert found["runtime"].startswith("jax" if "hlo" in name else "ai-edge-litert")
+    if hasattr(os, "sched_getaffinity"):
+        assert found["core"] in os.sched_getaffinity(0)
+    json.dumps({k: v for k, v in found.items() if k != "outputs"})
+    alone = runtime.load(folder / name)(images)
+    np.testing.assert_allclose(found["outputs"], alone, atol=1e-4)
+
+
+def test_without_labels_there_is_no_accuracy(folder, images):
+    found = runtime.measure(folder / "model.tflite", images[:3], runs=1, warmup=0)
+    assert found["accuracy"] is None
+    assert found["outputs"].shape == (3, 5)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_load_takes_any_number_of_images(name, folder, images, expected):
+    run = runtime.load(folder / name, batch=16)
+    whole = run(images)  # 70 = 4 · 16 + 6
+    assert whole.shape == (70, 5)
+    np.testing.assert_allclose(run(images[69:]), whole[69:], atol=1e-4)
+
+
+def test_memory_counts_the_file_and_not_the_images(tmp_path, images):
+    """Weights of 40 MB show; 57 MB of images, loaded before the file is opened, do not."""
+    weights = np.random.default_rng(0).normal(size=(1000, 10_000)).astype(np.float32)
+
+    def fn(x, wide):  # [b, 3] → [b, 1000] → [b, wide] → [b, 5]
+        tall = jnp.tile(x.mean((1, 2)) / 255, (1, 334))[:, :1000]
+        return (tall @ wide).reshape(-1, 5, wide.shape[1] // 5).mean(-1)
+
+    peak = {}
+    for kind, wide in (("small", weights[:, :10]), ("large", weights)):
+        export.make(
+            functools.partial(fn, wide=wide),
+            SHAPE,
+            tmp_path / kind,
+            formats=("tflite",),
+            check_images=images[:1],
+        )
+        many = np.zeros((300_000, *SHAPE), np.float32) if kind == "small" else images
+        given = tmp_path / "many.npy"
+        np.save(given, many)
+        file = tmp_path / kind / "model.tflite"
+        printed = process.python(
+            "squeeze_jax.export.runtime",
+            *(file, f"--images={given}", "--runs=2"),
+            what="it",
+            timeout=120,
+        )
+        peak[kind] = json.loads(printed)["peak_memory_mb"]
+    assert peak["small"] < 25
+    assert 40 < peak["large"] - peak["small"] < 250
+
+
+def test_tflite_needs_neither_jax_nor_tensorflow(folder, images, tmp_path):
+    np.save(tmp_path / "x.npy", images[:1])
+    code = (
+        "import sys\nfrom squeeze_jax.export import runtime\n"
+        f"runtime.main([{str(folder / 'model.tflite')!r}, '--images={tmp_path / 'x.npy'}', '--runs=1'])\n"
+        "sys.exit(bool({'jax', 'tensorflow', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=process._ROOT)
+    assert done.returncode == 0
+
+
+def test_command_line(folder, images, tmp_path):
+    np.save(tmp_path / "x.npy", images[:2])
+    command = [sys.executable, "-m", "squeeze_jax.export.runtime"]
+    given = [str(folder / "model.tflite"), f"--images={tmp_path / 'x.npy'}", "--runs=5"]
+    done = subprocess.run(
+        [*command, *given], cwd=process._ROOT, capture_output=True, text=True
+    )
+    found = json.loads(done.stdout)
+    assert len(found["times_ms"]) == 5
+    given[0] = str(tmp_path / "none.tflite")
+    done = subprocess.run(
+        [*command, *given], cwd=process._ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == process.USER_ERROR
+    assert done.stderr == f"no exported file at {given[0]}: export it first\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.tflite", None, "no exported file at .*gone.tflite"),
+        (
+            "x.onnx",
+            b"x",
+            r"x.onnx is no exported file .* expected .stablehlo or .tflite",
+        ),
+        ("cut.tflite", b"TFL3", r"cut.tflite cannot be run as tflite: \S"),
+        ("cut.stablehlo", b"abcd" * 9, r"cut.stablehlo cannot be run as stablehlo: \S"),
+    ],
+)
+def test_files_that_cannot_be_opened(name, content, message, tmp_path, images):
+    path = tmp_path / name
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as here:
+        runtime.load(path)
+    with pytest.raises(UserError, match=message) as there:
+        runtime.measure(path, images, runs=1)
+    assert "\n" not in str(here.value) + str(there.value)
+
+
+@pytest.mark.parametrize("wrong", [(2, 5, 5, 3), (0, 4, 4, 3), (4, 4, 3)])
+def test_images_of_another_shape(wrong, folder):
+    with pytest.raises(UserError, match=r"the file takes \[n, 4, 4, 3\]"):
+        runtime.load(folder / "model.tflite")(np.zeros(wrong))
+
+
+def test_a_file_that_takes_too_long(folder, images):
+    with pytest.raises(process.Crash, match=r"model\.stablehlo .*within 0\.2 s"):
+        runtime.measure(folder / "model.stablehlo", images, timeout=0.2)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "accuracy"),
+    [("pretrainedResnet.tflite", 0.769), ("pretrainedResnet_quant.tflite", 0.773)],
+)
+def test_accuracy_of_a_published_file(name, accuracy, shared):
+    """MLPerf Tiny's ResNet-8, on every fifth test image; the expected accuracies were measured elsewhere."""
+    data = np.load(shared / "data/cifar10/cifar10_jpeg.npz")
+    jpeg, ends = data["test_jpeg"].tobytes(), data["test_offsets"]
+    images = [
+        np.asarray(Image.open(io.BytesIO(jpeg[ends[i] : ends[i + 1]])))
+        for i in range(0, 10_000, 5)
+    ]
+    run = runtime.load(shared / "weights/mlperf_tiny" / name, threads=1)
+    right = run(np.stack(images)).argmax(-1) == data["test_labels"][::5]
+    assert right.mean() == pytest.approx(accuracy, abs=0.0006)
