@@ -1,0 +1,65 @@
+"""Loss and accuracy over the steps of a run."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.train import log
+
+# panel, its training key, its evaluation key
+PANELS = (("loss", "loss", "eval_loss"), ("accuracy", "accuracy", "eval_accuracy"))
+TRAIN, TEST = "#0072B2", "#D55E00"  # Okabe and Ito 2008: distinct to colour-blind eyes
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    try:
+        return log.read(Path(path))
+    except OSError as error:
+        raise UserError(f"cannot read metrics {path}: {error.strerror}") from None
+
+
+def series(
+    records: Iterable[Mapping[str, Any]], key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The steps that have a key, ascending, and its values; of a step recorded twice the last counts.
+
+    Args:
+      records: dicts with "step".
+      key: such as "loss" or "eval_accuracy".
+
+    Returns:
+      (steps int [n], values float [n]).
+    """
+    found = {r["step"]: r[key] for r in records if r.get(key) is not None}
+    steps = sorted(found)
+    return np.array(steps, int), np.array([found[s] for s in steps], float)
+
+
+def plot(axes, records: list[Mapping[str, Any]]) -> None:
+    """Draws loss on the first of two matplotlib axes and accuracy on the second."""
+    for ax, (title, train, test) in zip(axes, PANELS, strict=True):
+        for key, label, color, style in (
+            (train, "train", TRAIN, dict(linewidth=1.5)),
+            (test, "test", TEST, dict(linewidth=1.5, marker="o", markersize=4)),
+        ):
+            steps, values = series(records, key)
+            if len(steps):
+                ax.plot(steps, values, color=color, label=label, **style)
+        ax.set_title(title.capitalize(), fontsize=11, loc="left")
+        ax.set_xlabel("step", fontsize=9)
+        ax.tick_params(labelsize=9)
+        ax.grid(axis="y", color="#dddddd", linewidth=0.8)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.lines:
+            ax.legend(fontsize=9, frameon=False)
+        else:
+            ax.text(0.5, 0.5, "no records", ha="center", transform=ax.transAxes)
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
