@@ -74,6 +74,7 @@ def draw(
     def inches(row):  # bottom of a row of panels
         return height - above - sum(heights[: row + 1]) - gap * row
 
+    title = textwrap.shorten(title, int(width * 8), placeholder=" …")
     figure.text(left, 1 - 0.4 / height, title, fontsize=14, weight="bold")
     area = (left, inches(0) / height, inner, heights[0] / height)
     _table(figure.add_axes(area), cells, widths)
