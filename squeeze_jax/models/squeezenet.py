@@ -87,6 +87,7 @@ class SqueezeNet(nn.Module):
     norm: bool
     stem_strides: Pair
     conv10_padding: int
+    conv10_relu: bool
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
@@ -112,7 +113,7 @@ class SqueezeNet(nn.Module):
             kernel_init=nn.initializers.normal(0.01),
             name="conv10",
         )(y)
-        endpoints["conv10"] = nn.relu(y)
+        endpoints["conv10"] = nn.relu(y) if self.conv10_relu else y
         return global_mean(endpoints["conv10"]), endpoints
 
 
@@ -141,6 +142,7 @@ def make(
     stem_strides: Pair = 2,
     pools: tuple[str, ...] | None = None,
     conv10_padding: int = 0,
+    conv10_relu: bool = True,
 ) -> SqueezeNet:
     """Builds a SqueezeNet.
 
@@ -154,6 +156,8 @@ def make(
       stem_strides: strides of conv1; 1 for small images.
       pools: the layers followed by 3x3 max pooling of strides 2; None for the variant's.
       conv10_padding: zeros around conv10's input; the released Caffe model of 1.0 has 1.
+      conv10_relu: ReLU on the scores before they are averaged, as in the paper; a class whose scores all fall below
+        zero gets no gradient any more, which happens where classes and images are few: then better False.
 
     Raises:
       UserError: unknown variant or pool.
@@ -167,7 +171,14 @@ def make(
     fires = tuple((scaled(s, width, 4), scaled(e, width, 4)) for s, e in row.fires)
     row = row._replace(stem=scaled(row.stem, width, 4), pools=pools, fires=fires)
     return SqueezeNet(
-        row, num_classes, bypass, dropout, norm, stem_strides, conv10_padding
+        row,
+        num_classes,
+        bypass,
+        dropout,
+        norm,
+        stem_strides,
+        conv10_padding,
+        conv10_relu,
     )
 
 
