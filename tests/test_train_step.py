@@ -271,6 +271,23 @@ def test_evaluation_counts_by_hand():
     )
 
 
+def test_equal_logits_are_not_all_right():
+    """A network that answers the same for every class is right where the first class is the true one."""
+
+    class Constant(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            return jnp.zeros((x.shape[0], 10)), {}
+
+    rows = {
+        "image": np.zeros((10, 1, 1, 1)),
+        "label": np.arange(10),
+        "mask": np.ones(10, bool),
+    }
+    sums = step.make_evaluation(Constant(), prepare=lambda x: x)({"params": {}}, rows)
+    assert (sums["top1"], sums["top5"]) == (1, 5)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

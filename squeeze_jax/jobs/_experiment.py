@@ -5,7 +5,7 @@ Each section of the config is splatted into exactly one function, whose signatur
     data → data.make            model → models.make         optim → train.optim.make
     objective, transforms, weights, exchange → `make` of the method file they name, such as "comm.mean"
     sharding → train.sharding.make_mesh      checkpoint → train.checkpoint.Checkpoints
-    export → export.make        benchmark → jobs.benchmark.settings
+    export → ExportSettings     benchmark → BenchmarkSettings, below
 """
 
 import dataclasses
@@ -86,23 +86,63 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """The keys of `config.export`.
+
+    Attributes:
+      formats: names of files in `export/formats`.
+      calibration: training images that the ranges of integer formats are measured on.
+      check: test images on which each file must agree with the live model.
+      tolerance: largest difference of a float file's logits, relative to the largest logit where that is above 1.
+      int8_agreement: share of check images whose top class an integer file must share, 0..1.
+    """
+
+    formats: tuple = ("stablehlo", "tflite", "tflite_int8")
+    calibration: int = 256
+    check: int = 128
+    tolerance: float = 1e-4
+    int8_agreement: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    """The keys of `config.benchmark`.
+
+    Attributes:
+      runs: timed runs of each file at batch 1.
+      warmup: runs before them.
+    """
+
+    runs: int = 200
+    warmup: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
 class Built:
     """An experiment's parts, before any state exists."""
 
     experiment: Experiment
-    data: Any
+    data: data.Data
     model: nn.Module
     tx: optax.GradientTransformation
     objective: Callable
     weights: tuple[Callable, ...]
     exchange: Callable | None
     mesh: Mesh
+    export: ExportSettings
+    benchmark: BenchmarkSettings
 
     def create(self) -> states.State:
         """The initial state, initialised on the devices where its shardings put it."""
-        return jax.jit(self._create, out_shardings=self.shardings())(
-            jax.random.key(self.experiment.seed)
+        key = jax.random.key(self.experiment.seed)
+        create = jax.jit(self._create, out_shardings=self.shardings()).lower(key)
+        # It runs once: on the CPU, optimizing it would take longer than all it computes.
+        quick = (
+            {"xla_backend_optimization_level": 0}
+            if jax.default_backend() == "cpu"
+            else {}
         )
+        return create.compile(compiler_options=quick)(key)
 
     def _create(self, key):
         return states.create(
@@ -174,16 +214,31 @@ def build(experiment: Experiment) -> Built:
             f"config.model.num_classes = {classes}, but the data's labels go up to {source.num_classes - 1}; leave the"
             f" key out or set it to {source.num_classes}"
         )
+    export = _settings(ExportSettings, e.export, "config.export")
+    for key in export.formats:
+        registry.load("squeeze_jax.export.formats", key, "export format")
     return Built(
-        e,
-        source,
-        model,
-        optax.chain(tx, *transforms),
-        objective,
-        weights,
-        exchange,
-        mesh,
+        experiment=e,
+        data=source,
+        model=model,
+        tx=optax.chain(tx, *transforms),
+        objective=objective,
+        weights=weights,
+        exchange=exchange,
+        mesh=mesh,
+        export=export,
+        benchmark=_settings(BenchmarkSettings, e.benchmark, "config.benchmark"),
     )
+
+
+def _settings(kind: type, section: Mapping[str, Any], where: str):
+    """Builds a dataclass of settings from its section; counts start at 1."""
+    registry.check(kind, section, where)
+    made = kind(**section)
+    for key, value in dataclasses.asdict(made).items():
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{where}.{key} = {value} should be at least 1")
+    return made
 
 
 def method(section: Mapping[str, Any], where: str):

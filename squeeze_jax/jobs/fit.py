@@ -32,11 +32,14 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
     say(plan(built, workdir))
-    abstract = built.abstract()
-    step = compile_step(built, abstract)
-    say(f"memory     {memory(step)}\n")
     checkpoints = Checkpoints(workdir / "checkpoints", **built.experiment.checkpoint)
     try:
+        if checkpoints.steps()[-1:] == [built.experiment.steps]:
+            say("trained    already, to the last step")
+            return
+        abstract = built.abstract()
+        step = compile_step(built, abstract)
+        say(f"memory     {memory(step)}\n")
         restored = checkpoints.restore(abstract)
         state, position = restored or (built.create(), 0)
         start = int(state.step)

@@ -1,0 +1,99 @@
+"""Runs every exported file on the whole test set in its own runtime, on one thread, and prints one table."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax import tree
+from squeeze_jax.cost import count
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import runtime
+from squeeze_jax.jobs import evaluate, export, fit
+from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.report import curves, picture, record, table
+from squeeze_jax.train.state import State
+
+STEMS = {
+    "stablehlo": "model.stablehlo",
+    "tflite": "model.tflite",
+    "tflite_int8": "model_int8.tflite",
+}
+
+
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+    """Prints the table and writes it to `report.json` and `report.png`.
+
+    Raises:
+      UserError: an exported file or the checkpoint is missing.
+    """
+    if inputs:
+        raise UserError(f"the job benchmark takes no files: {inputs[0]}")
+    export.alone("benchmark")
+    paths = [workdir / "export" / STEMS[key] for key in built.export.formats]
+    for path in paths:
+        if not path.exists():
+            raise UserError(
+                f"no exported file {path}; run --job=export --workdir={workdir} first"
+            )
+    state = evaluate.trained(built, workdir)
+    images, labels = test_set(built)
+    counts = network(built, state)
+    result = fit.evaluator(built)(state)
+    weights = tree.nbytes(state.variables())
+    rows = [
+        table.row(
+            "live model (JAX)",
+            {"accuracy": result["eval_accuracy"], "bytes": weights},
+            **counts,
+        )
+    ]
+    for path in paths:
+        print(
+            f"measuring  {path} on {len(images):,} test images, one thread", flush=True
+        )
+        measured = runtime.measure(
+            path,
+            images,
+            labels,
+            runs=built.benchmark.runs,
+            warmup=built.benchmark.warmup,
+        )
+        rows.append(table.row(path.name, measured, **counts))
+    print(f"\n{table.text(rows)}\n")
+    config = json.loads((workdir / "config.json").read_text())
+    title = f"{config['model']['name']} on {config['data']['source']['name']}"
+    record.write(workdir / "report.json", rows, config=config, title=title)
+    metrics = (
+        curves.read(workdir / "metrics.jsonl")
+        if (workdir / "metrics.jsonl").exists()
+        else None
+    )
+    picture.write(
+        workdir / "report.png",
+        rows,
+        title=title,
+        caption="one thread, batch 1",
+        metrics=metrics,
+    )
+    print(f"written    {workdir / 'report.json'} and {workdir / 'report.png'}")
+
+
+def test_set(built: Built) -> tuple[np.ndarray, np.ndarray]:
+    """All test images, uint8 [n, h, w, c], and labels [n]."""
+    batches = [
+        (b["image"][b["mask"]], b["label"][b["mask"]]) for b in built.data.eval(256)
+    ]
+    return tuple(np.concatenate(part) for part in zip(*batches, strict=True))
+
+
+def network(built: Built, state: State) -> dict[str, int]:
+    """Parameters, and MACs of one image, of the network as exported."""
+    pixels = jax.ShapeDtypeStruct((1, *built.data.shape), jnp.float32)
+    return {
+        "parameters": tree.size(state.params),
+        "macs": count.macs(export.live(built, state), pixels).total,
+    }

@@ -1,0 +1,88 @@
+"""Exports the trained network to files for devices; each runs again and must agree with the live model."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from squeeze_jax import export
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import evaluate
+from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.nn.conv import lowering
+from squeeze_jax.report import units
+from squeeze_jax.train.state import State
+
+
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+    """Writes the files of `config.export.formats` to `workdir/export` and prints how closely each agrees.
+
+    Raises:
+      UserError: there is no checkpoint, or several processes.
+      export.Disagreement: a file does not compute what the live model computes.
+    """
+    if inputs:
+        raise UserError(f"the job export takes no files: {inputs[0]}")
+    alone("export")
+    state = evaluate.trained(built, workdir)
+    check = images(built.data.eval(built.export.check), built.export.check)
+    batch = built.experiment.batch
+    calibration = images(
+        built.data.train(batch, built.experiment.seed), built.export.calibration
+    )
+    for key in built.export.formats:
+        (file,) = export.make(
+            live(built, state),
+            built.data.shape,
+            workdir / "export",
+            formats=(key,),
+            calibration=calibration,
+            check_images=check,
+            endpoints_fn=live(built, state, endpoints=True),
+            tolerance=built.export.tolerance,
+            int8_agreement=built.export.int8_agreement,
+        )
+        print(
+            f"exported   {file.path} · {units.size(file.bytes)} · largest difference {file.max_difference:.2g} ·"
+            f" same class {file.agreement:.1%}",
+            flush=True,
+        )
+
+
+def live(built: Built, state: State, *, endpoints: bool = False):
+    """The trained network as it is exported: pixels 0..255 [b, h, w, c] → logits, or its named stages.
+
+    Its convolutions are the native operations whatever the training used, and its weights are on the host.
+    """
+    variables = jax.device_get(state.variables())
+    for reparametrize in built.weights:
+        variables["params"] = jax.device_get(reparametrize(variables["params"]))
+
+    def fn(pixels):
+        with lowering("native"):
+            logits, stages = built.model.apply(
+                variables, built.data.normalise(pixels), train=False
+            )
+        return stages | {"logits": logits} if endpoints else logits
+
+    return fn
+
+
+def images(batches, count: int) -> np.ndarray:
+    """The first `count` images of a stream of batches that are no padding: uint8 [n, h, w, c]."""
+    taken, have = [], 0
+    for batch in batches:
+        taken.append(batch["image"][batch["mask"]])
+        have += len(taken[-1])
+        if have >= count:
+            break
+    return np.concatenate(taken)[:count]
+
+
+def alone(job: str) -> None:
+    """Raises a UserError in one of several processes: files are made and measured by one."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"the job {job} runs in one process; leave out --coordinator and --processes"
+        )

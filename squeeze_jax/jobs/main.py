@@ -1,0 +1,26 @@
+"""The main job: train, evaluate, export, run every exported file again, and print one table."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import benchmark, evaluate, export, fit
+from squeeze_jax.jobs._experiment import Built
+
+
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+    """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again."""
+    if inputs:
+        raise UserError(f"{inputs[0]}: files are for --job=predict")
+    fit.run(built, workdir)
+    evaluate.run(built, workdir)
+    if jax.process_count() > 1:
+        if jax.process_index() == 0:
+            print(
+                f"run --job=export and --job=benchmark with --workdir={workdir} in one process"
+            )
+        return
+    export.run(built, workdir)
+    benchmark.run(built, workdir)
