@@ -245,6 +245,37 @@ def test_a_dead_channel_quantizes(tmp_path):
     assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
 
 
+def test_padding_of_a_maximum_is_no_activation(tmp_path):
+    """Max pooling pads with minus infinity, also where all values are negative; it must not widen the range."""
+    images = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 3), np.uint8)
+
+    def fn(x):
+        pads = [(0, 0), (1, 1), (1, 1), (0, 0)]
+        window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
+        best = jax.lax.reduce_window(
+            x / 2 - 200, -jnp.inf, jax.lax.max, window, strides, pads
+        )
+        return best.reshape(-1, 12)  # [b, 2, 2, 3], every value below -72
+
+    (made,) = export.make(
+        fn,
+        (4, 4, 3),
+        tmp_path,
+        formats=("tflite_int8",),
+        calibration=images,
+        check_images=images,
+        int8_agreement=0.0,
+    )
+    padded = np.pad(
+        images / 2.0 - 200, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-300
+    )
+    rows = [padded[:, i : i + 3, j : j + 3].max((1, 2)) for i in (0, 2) for j in (0, 2)]
+    found = runtime.load(made.path)(images)
+    assert (
+        np.abs(found - np.concatenate(rows, -1)).max() < 1.6
+    )  # two steps of 200 / 255
+
+
 def options(**changed):
     images = np.zeros((2, *SHAPE), np.uint8)
     return (
@@ -294,7 +325,9 @@ def test_directory_that_cannot_be_written(tmp_path):
 def test_operation_that_the_runtime_lacks(tmp_path):
     """litert-converter writes a sort that LiteRT cannot run."""
     changed = options(fn=lambda x: jnp.sort(x.mean((1, 2))), formats=("tflite",))
-    with pytest.raises(process.Crash, match=r"model\.tflite cannot be run .*SORT"):
+    with pytest.raises(
+        process.Crash, match=r"does not run: model\.tflite cannot .*SORT"
+    ):
         export.make(directory=tmp_path, **changed)
     assert list(tmp_path.iterdir()) == []
 

@@ -126,8 +126,12 @@ def _converted(module, fn, name, *, folder, shape, calibration, images, timeout)
     paths = [files.write(folder / (name + end), data) for end, data in contents.items()]
     try:
         found = runtime.run(paths[0], images, batch=CHECK_BATCH, timeout=timeout)
-    except UserError as error:  # the images fit, so it is the converter's fault
-        raise process.Crash(f"a converted file does not run: {error}") from None
+    except (
+        UserError,
+        process.Crash,
+    ) as error:  # the images fit: it is the file's fault
+        said = str(error).replace(f"{folder}{os.sep}", "")  # that folder goes
+        raise process.Crash(f"the converted file does not run: {said}") from None
     return paths, found["outputs"]
 
 

@@ -15,6 +15,7 @@ STEPS = 255
 SHRINK = np.linspace(
     0.3, 1.0, 36
 )  # candidate ends of a range, as shares of the seen ones
+PADDING = 1e30  # a maximum is padded with the least float, which is no activation
 SAMPLED = 65536  # values of one tensor and image that enter its histogram, about
 
 
@@ -33,8 +34,9 @@ def collect(
     seen: dict[str, tuple[float, float]] = {}
     for image in images:
         for name, values in run(image).items():
+            values = values[np.abs(values) < PADDING]
             low, high = seen.get(name, (0.0, 0.0))
-            ends = float(values.min()), float(values.max())
+            ends = float(values.min(initial=0)), float(values.max(initial=0))
             seen[name] = min(low, ends[0]), max(high, ends[1])
     counts = {name: np.zeros(BINS, np.int64) for name in seen}
     for image in images:
@@ -46,10 +48,10 @@ def collect(
 def histogram(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Counts values in `BINS` equal parts of [low, high]; of a large array only every k-th one.
 
-    Zeros are left out: any range represents them exactly, and after a ReLU they are many.
+    Zeros are left out: any range represents them exactly, and after a ReLU they are many. So is padding.
     """
     values = values.reshape(-1)[:: max(1, values.size // SAMPLED)]
-    values = values[values != 0]
+    values = values[(values != 0) & (np.abs(values) < PADDING)]
     scale = BINS / (high - low) if high > low else 0.0
     bins = ((values - low) * scale).astype(np.int64).clip(0, BINS - 1)
     return np.bincount(bins, minlength=BINS)
