@@ -65,7 +65,8 @@ def _train(
         else built.data.train(e.batch, e.seed, position, process)
     )
     # The key is the run's alone; the step folds its own number in, so a continued run draws what it would have drawn.
-    key = jax.device_put(jax.random.key(e.seed + 1), sharding.replicated(built.mesh))
+    one = sharding.replicated(built.mesh)
+    key = jax.jit(lambda: jax.random.key(e.seed + 1), out_shardings=one)()
     loop.run(
         step,
         state,

@@ -65,7 +65,8 @@ class Log:
             return
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         for key, value in record.items():
-            self._board.add_scalar(key, value, step)
+            if isinstance(value, float):  # counts and checksums are for programs
+                self._board.add_scalar(key, value, step)
         if self._live and not keep:
             print("\r\033[K" + text, end="", flush=True)
         else:

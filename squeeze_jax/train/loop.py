@@ -2,6 +2,7 @@
 
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
 
 import jax
@@ -59,15 +60,18 @@ def run(
       log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
       learning_rate: step → value, to be logged.
 
+    Each record of training tells, in `examples_crc32`, which examples this process has seen since the one before: two
+    runs that saw the same examples in the same order have the same records.
+
     Raises:
       UserError: the loss is not finite; names the step and the last good checkpoint.
       Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
-    pending, waited, since = [], 0.0, time.perf_counter()
+    pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
     first, evaluated = int(state.step), None
 
     def flush(at: int):
-        nonlocal pending, waited, since
+        nonlocal pending, waited, digest, since
         if not pending:
             return
         means = _means(jax.device_get(pending), at - len(pending) + 1, checkpoints)
@@ -79,8 +83,9 @@ def run(
         }
         if learning_rate is not None:
             record["learning_rate"] = float(learning_rate(at - 1))
+        record["examples_crc32"] = digest
         log.train(at, record)
-        pending, waited, since = [], 0.0, time.perf_counter()
+        pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
 
     def due(at: int, every: int) -> bool:
         return at == steps or (every > 0 and at % every == 0)
@@ -88,8 +93,10 @@ def run(
     with _Signals() as signals:
         for at in range(first + 1, steps + 1):
             begin = time.perf_counter()
-            placed = put(next(batches))
+            rows = next(batches)
+            placed = put(rows)
             waited += time.perf_counter() - begin
+            digest = zlib.crc32(rows["index"].tobytes(), digest)
             state, metrics = step(state, placed, key)
             pending.append(metrics)
             stop = signals.agreed(at % log_every == 0 or at == first + 1)
