@@ -68,6 +68,25 @@ def test_measure(name, folder, images, expected):
     np.testing.assert_allclose(found["outputs"], alone, atol=1e-4)
 
 
+def test_ranges_come_from_all_calibration_images(tmp_path):
+    """Five bright images after many dark ones: averaged ranges would cut their values to a fraction."""
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 12, (40, *SHAPE), np.uint8)
+    images[35:] = rng.integers(180, 256, (5, *SHAPE), np.uint8)
+    (made,) = export.make(
+        lambda x: x.mean((1, 2)) @ HEAD,
+        SHAPE,
+        tmp_path,
+        formats=("tflite_int8",),
+        calibration=images,
+        check_images=images,
+        int8_agreement=0.0,
+    )
+    expected = images.astype(np.float64).mean((1, 2)) @ HEAD
+    error = np.abs(runtime.load(made.path)(images) - expected).max()
+    assert error < 0.04 * np.abs(expected).max()
+
+
 def test_without_labels_there_is_no_accuracy(folder, images):
     found = runtime.measure(folder / "model.tflite", images[:3], runs=1, warmup=0)
     assert found["accuracy"] is None
