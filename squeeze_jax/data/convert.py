@@ -99,7 +99,8 @@ def _alone(folder: Path) -> Iterator[None]:
 def _load(archive: Path) -> tuple[dict[str, tuple], tuple[str, ...]]:
     """Returns `{split: (bytes, offsets, labels)}` and the class names, checked."""
     try:
-        with np.load(archive, allow_pickle=False) as file:
+        # Opened here, because numpy forgets to close what turns out to be no archive.
+        with open(archive, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise UserError(f"no archive {archive}") from None

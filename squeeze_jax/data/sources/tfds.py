@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.errors import UserError, nearest
 
+FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -37,15 +39,17 @@ def make(
     folder = find(dataset, data_dir)
     builder = tfds.builder_from_directory(folder)
     info = builder.info
-    image, label = info.supervised_keys or ("image", "label")
-    features = dict(info.features)
-    if not (
-        isinstance(features.get(image), tfds.features.Image)
-        and isinstance(features.get(label), tfds.features.ClassLabel)
-    ):
+    if FORMAT not in info.available_file_formats():
+        raise UserError(
+            f"{folder} holds {info.file_format.value} files, not ArrayRecord: {_recipe(dataset, data_dir)}"
+        )
+    features, keys = dict(info.features), info.supervised_keys or ("image", "label")
+    kinds = tuple(type(features.get(k)) for k in keys if isinstance(k, str))
+    if kinds != (tfds.features.Image, tfds.features.ClassLabel):
         raise UserError(
             f"{dataset} is not an image classification set: its features are {', '.join(features)}"
         )
+    image, label = keys
     return Source(
         label_names=tuple(features[label].names),
         channels=3 if features[image].shape[-1] != 1 else 1,
@@ -100,13 +104,10 @@ def _recipe(dataset: str, data_dir: str) -> str:
 def _open(builder, split: str) -> Sequence[bytes]:
     try:
         return builder.as_data_source(
-            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            split=split,
+            file_format=FORMAT,
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
         )
-    except NotImplementedError:
-        raise UserError(
-            f"{builder.data_dir} holds {builder.info.file_format.value} files, which only TensorFlow reads:"
-            f" {_recipe(builder.info.name, str(builder.data_dir.parent.parent))}"
-        ) from None
     except ValueError:
         splits = list(builder.info.splits)
         raise UserError(
@@ -128,10 +129,16 @@ class _Records:
 
     def read(self, indices: Sequence[int]) -> list[Example]:
         found = []
-        rows = self.records.__getitems__([int(i) for i in indices])
-        for i, row in zip(indices, rows, strict=True):
-            feature = tf_example_pb2.Example.FromString(row).features.feature
-            image = feature[self.image].bytes_list.value[0]
-            label = feature[self.label].int64_list.value[0]
-            found.append(Example(image, label, f"{self.name}[{i}]"))
+        try:
+            rows = self.records.__getitems__([int(i) for i in indices])
+            for i, row in zip(indices, rows, strict=True):
+                feature = tf_example_pb2.Example.FromString(row).features.feature
+                image = feature[self.image].bytes_list.value[0]
+                label = feature[self.label].int64_list.value[0]
+                found.append(Example(image, label, f"{self.name}[{i}]"))
+        # What ArrayRecord and protobuf raise for damaged files; a file cut short may also give empty records.
+        except (RuntimeError, IndexError, DecodeError) as error:
+            raise UserError(
+                f"cannot read {self.name}: {' '.join(str(error).split())}; delete and prepare it again"
+            ) from None
         return found
