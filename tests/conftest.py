@@ -1,0 +1,89 @@
+"""Fixtures for every test file.
+
+Tests marked or fed by `shared` need the folder of real data and reference material beside the repository. Where it is
+absent they are deselected, never skipped; in CI its absence is an error.
+"""
+
+import importlib.util
+import io
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "shared: needs the folder ../shared")
+
+
+def pytest_collection_modifyitems(config, items):
+    if SHARED.is_dir():
+        return
+    needing = [
+        item
+        for item in items
+        if item.get_closest_marker("shared") or "shared" in item.fixturenames
+    ]
+    if needing and os.environ.get("CI"):
+        raise pytest.UsageError(f"{SHARED} is absent: CI must run the tests needing it")
+    config.hook.pytest_deselected(items=needing)
+    items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, weights and reference material."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def torchvision(shared):
+    """torchvision, importable beside a CPU build of PyTorch."""
+    if "torchvision_cpu" not in sys.modules:
+        path = shared / "tools" / "torchvision_cpu.py"
+        spec = importlib.util.spec_from_file_location("torchvision_cpu", path)
+        # The module has to stay: what it declares ends with it.
+        module = sys.modules["torchvision_cpu"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    import torchvision.transforms.autoaugment
+
+    return torchvision
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared, tmp_path_factory) -> Path:
+    """A `data_dir` with the whole of CIFAR-10, converted by our own command's function."""
+    from squeeze_jax.data.convert import convert
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    convert(shared / "data" / "cifar10" / "cifar10_jpeg.npz", "cifar10", data_dir)
+    return data_dir
+
+
+def encode(array: np.ndarray, format: str = "PNG") -> bytes:
+    """An image file's bytes of uint8 [h, w, c] or [h, w]."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder source: 3 classes, 20 training and 7 test images in all, of noise in different sizes, PNG and JPEG."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, counts in ("train", (9, 6, 5)), ("test", (3, 2, 2)):
+        for name, count in zip(("ant", "bee", "cow"), counts, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20 + i, 24, 3), np.uint8)
+                kind = ("PNG", "JPEG")[i % 2]
+                path = folder / f"{i}.{kind.lower()}"
+                path.write_bytes(encode(pixels, kind))
+    return root

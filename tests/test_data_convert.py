@@ -1,0 +1,238 @@
+"""The conversion command: its files read by us and by TFDS, all of CIFAR-10, killed conversions, bad archives."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from squeeze_jax import data
+from squeeze_jax.data import convert
+from squeeze_jax.errors import UserError
+
+
+def archive(path, sizes=((8, 8),), train=30, changes=None):
+    """A small packed archive of flat pictures: red is the index, green the split."""
+    arrays = {"classes": np.array(["cat", "dog", "emu"])}
+    for green, (split, n) in enumerate({"train": train, "test": 4}.items()):
+        files = []
+        for i in range(n):
+            buffer = io.BytesIO()
+            color = (i * 8 % 256, green * 100, 50)
+            Image.new("RGB", sizes[i % len(sizes)], color).save(buffer, "PNG")
+            files.append(buffer.getvalue())
+        arrays[f"{split}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
+        offsets = np.cumsum([0, *map(len, files)])
+        arrays[f"{split}_offsets"] = offsets.astype(np.uint32)
+        arrays[f"{split}_labels"] = (np.arange(n) % 3).astype(np.uint8)
+    arrays |= changes or {}
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return path
+
+
+def opened(data_dir, name, size=8, **keys):
+    source = {"name": "tfds", "dataset": name, "data_dir": str(data_dir)}
+    return data.make(source, size, **keys)
+
+
+def test_what_is_converted_is_read_in_order(tmp_path):
+    seen = []
+    folder, new = convert.convert(
+        archive(tmp_path / "a.npz"), "pets", tmp_path / "d", lambda *p: seen.append(p)
+    )
+    assert (folder, new) == (tmp_path / "d" / "pets" / "1.0.0", True)
+    assert seen == [("train", 0, 30), ("train", 30, 30), ("test", 0, 4), ("test", 4, 4)]
+    read = opened(tmp_path / "d", "pets")
+    assert read.label_names == ("cat", "dog", "emu")
+    assert (read.num_train, read.num_eval, read.shape) == (30, 4, (8, 8, 3))
+    (batch,) = read.eval(4)
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], [0, 8, 16, 24])
+    assert (batch["image"][..., 1] == 100).all()
+    np.testing.assert_array_equal(batch["label"], [0, 1, 2, 0])
+    batch = next(read.train(30, seed=0))
+    np.testing.assert_array_equal(batch["image"][:, 3, 3, 0], batch["index"] * 8)
+    np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
+
+
+def test_tfds_itself_reads_it(tmp_path):
+    import tensorflow_datasets as tfds
+
+    # Pictures of two sizes: the shape is open where they differ.
+    packed = archive(tmp_path / "a.npz", sizes=((8, 8), (8, 6)))
+    folder, _ = convert.convert(packed, "pets", tmp_path / "d")
+    builder = tfds.builder_from_directory(folder)
+    assert builder.info.features["image"].shape == (None, 8, 3)
+    assert builder.info.features["label"].names == ["cat", "dog", "emu"]
+    assert builder.info.supervised_keys == ("image", "label")
+    assert builder.info.splits["train"].num_examples == 30
+    source = builder.as_data_source("train")
+    assert source[5]["image"].shape == (6, 8, 3)
+    assert source[5]["image"][0, 0].tolist() == [40, 0, 50]
+    assert [source[i]["label"] for i in range(4)] == [0, 1, 2, 0]
+    assert "tensorflow" not in sys.modules
+
+
+def test_all_of_cifar10(cifar10):
+    read = opened(cifar10, "cifar10", 32)
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    assert read.label_names == tuple(names.split())
+    assert (read.num_train, read.num_eval) == (50_000, 10_000)
+    batches = list(read.eval(2500))
+    labels = np.concatenate([b["label"] for b in batches])
+    assert np.bincount(labels).tolist() == [1000] * 10
+    images = np.concatenate([b["image"] for b in batches])
+    # Published per-channel means of CIFAR-10's training images are 0.491, 0.482, 0.447; the test set's are as close as this.
+    np.testing.assert_allclose(
+        images.mean((0, 1, 2)) / 255, [0.491, 0.482, 0.447], atol=0.006
+    )
+    # Sky and sea against land animals: mean blue less mean red tells the classes' names from others' order.
+    blueness = images[..., 2].mean((1, 2)) - images[..., 0].mean((1, 2))
+    per_class = dict(
+        zip(
+            read.label_names,
+            [blueness[labels == i].mean() for i in range(10)],
+            strict=True,
+        )
+    )
+    bluest = sorted(per_class, key=per_class.get)[-2:]
+    assert set(bluest) == {"airplane", "ship"}
+    train = np.concatenate(
+        [
+            [e.label for e in read.train_reader.examples.read(range(i, i + 5000))]
+            for i in range(0, 50_000, 5000)
+        ]
+    )
+    assert np.bincount(train).tolist() == [5000] * 10
+
+
+def command(*args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "squeeze_jax.data.convert", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+
+
+@pytest.fixture
+def long(tmp_path):
+    """An archive that takes seconds to convert: one picture 40,000 times."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "PNG")
+    file, n = np.frombuffer(buffer.getvalue(), np.uint8), 40_000
+    changes = {
+        "train_jpeg": np.tile(file, n),
+        "train_offsets": (np.arange(n + 1) * len(file)).astype(np.uint32),
+        "train_labels": np.zeros(n, np.uint8),
+    }
+    return archive(tmp_path / "long.npz", changes=changes)
+
+
+@pytest.mark.parametrize("written", [1000, 39000])
+def test_a_killed_conversion_never_looks_complete(tmp_path, long, written):
+    base = tmp_path / "d"
+    args = (long, "--name=pets", f"--data_dir={base}")
+    with command(*args) as first:
+        seen = b""
+        while f"train {written}/40000".encode() not in seen:
+            seen += os.read(first.stderr.fileno(), 1000)
+        first.kill()
+    assert first.returncode == -9
+    assert (base / ".pets.incomplete").is_dir()
+    with pytest.raises(UserError, match="no data set 'pets'"):
+        opened(base, "pets")
+
+    with command(*args) as second:
+        out, err = second.communicate(timeout=120)
+    folder = base / "pets" / "1.0.0"
+    assert out.startswith(f"wrote {folder} in ".encode())
+    assert b"\rpets: train 40000/40000 images\n" in err
+    assert err.endswith(b"\rpets: test 4/4 images\n")
+    assert os.listdir(base) == ["pets"]
+    assert opened(base, "pets").num_train == 40_000
+    assert convert.convert(long, "pets", base) == (folder, False)
+
+
+def test_two_conversions_do_not_meet(tmp_path):
+    packed, work = archive(tmp_path / "a.npz"), tmp_path / "d" / ".pets.incomplete"
+    work.mkdir(parents=True)
+    with convert._alone(work), pytest.raises(UserError) as error:
+        convert.convert(packed, "pets", tmp_path / "d")
+    assert str(error.value) == f"another conversion is writing to {work}"
+    assert convert.convert(packed, "pets", tmp_path / "d")[1]
+
+
+def test_the_command_speaks_in_one_line(tmp_path, capsys):
+    packed = archive(tmp_path / "a.npz")
+    args = [str(packed), "--name=pets", f"--data_dir={tmp_path}"]
+    assert convert.main(args) == 0
+    assert convert.main(args) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1:] == [f"already there: {tmp_path / 'pets' / '1.0.0'}"]
+    assert convert.main([str(tmp_path / "no.npz"), "--name=other"]) == 2
+    assert capsys.readouterr().err == f"error: no archive {tmp_path / 'no.npz'}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "line"),
+    [
+        ("Pets", {}, "--name=Pets: a data set's name is lower case"),
+        ("../x", {}, "--name=../x: a data set's name is lower case"),
+        ("pets", dict(classes=None), "lacks classes: it needs"),
+        ("pets", dict(test_labels=None), "lacks test_labels: it needs"),
+        ("pets", dict(train_jpeg=None, test_jpeg=None), "lacks SPLIT_jpeg: it needs"),
+        (
+            "pets",
+            dict(test_labels=np.array([0, 1, 3, 2])),
+            "test[2] has label 3, outside the 3 classes",
+        ),
+        (
+            "pets",
+            dict(test_labels=np.array([0, -1, 3, 2])),
+            "test[1] has label -1, outside the 3 classes",
+        ),
+        (
+            "pets",
+            dict(test_labels=np.array([0, 1])),
+            "test_offsets does not fit 2 labels and ",
+        ),
+        (
+            "pets",
+            dict(test_jpeg=np.zeros(2000, np.uint8)),
+            "test[0] in the archive is not an image",
+        ),
+        (
+            "pets",
+            dict(test_jpeg=np.zeros(5, np.uint8)),
+            "test_offsets does not fit 4 labels and 5 bytes",
+        ),
+    ],
+)
+def test_bad_archives_are_named_before_anything_is_written(
+    tmp_path, name, changes, line
+):
+    packed = archive(tmp_path / "a.npz", changes=changes)
+    with pytest.raises(UserError) as error:
+        convert.convert(packed, name, tmp_path / "d")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "d").glob("*/*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no more"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz is not an npz archive"):
+        convert.convert(path, "pets", tmp_path / "d")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    packed = archive(tmp_path / "a.npz")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^cannot write to .*file/d: Not a directory"):
+        convert.convert(packed, "pets", tmp_path / "file" / "d")
