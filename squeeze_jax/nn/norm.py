@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from squeeze_jax.nn import positions, varying
+from squeeze_jax.nn import varying
 
 
 class BatchNorm(nn.Module):
@@ -47,7 +47,7 @@ class BatchNorm(nn.Module):
             mean.value = keep * mean.value + (1 - keep) * batch_mean
             var.value = keep * var.value + (1 - keep) * unbiased
         a, b = _affine(batch_mean, batch_var, scale, bias, self.epsilon)
-        a, b = positions.spread(varying.like(a, x), varying.like(b, x), shape=x.shape)
+        a, b = varying.like(a, x), varying.like(b, x)
         return (_wide(x) * a + b).astype(x.dtype)
 
 
@@ -59,7 +59,9 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
     axes = varying.axes(x)
     count = math.prod(x.shape[:-1])
     wide = _wide(x)
-    mean, square = (s / count for s in positions.total(wide, wide * wide))
+    over = tuple(range(x.ndim - 1))
+    # Both read x alone, so that XLA makes one pass of them.
+    mean, square = wide.sum(over) / count, (wide * wide).sum(over) / count
     if axes:
         mean, square = lax.pmean((mean, square), axes)
         count *= math.prod(map(lax.axis_size, axes))
@@ -72,4 +74,4 @@ def _affine(mean, var, scale, bias, epsilon):
 
 
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))

@@ -1,9 +1,11 @@
 """Sums over all positions of several images at once, and their transpose.
 
-Both are linear. They are primitives because each has to be the other's transpose: XLA makes one pass over the memory of
-a sum of several arrays, and several passes, many times slower on a CPU, of the sums that differentiation makes of
+Both are linear. They are primitives because each has to be the other's transpose: on a CPU XLA makes one pass over the
+memory of a sum of several arrays, and several passes, many times slower, of the sums that differentiation makes of
 separate broadcasts. Being linear primitives they have derivatives of every order, forward and reverse.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,12 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from squeeze_jax.nn import varying
+
 
 def total(*arrays: jax.Array) -> list[jax.Array]:
     """Sums of arrays of one shape [..., c] over all axes but the last, in one pass: [c] of each."""
-    return _total.bind(*arrays)
+    return _total.bind(*arrays, at_once=_at_once(arrays[0]))
 
 
 def spread(*vectors: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
@@ -22,32 +26,31 @@ def spread(*vectors: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
     return _spread.bind(*vectors, shape=tuple(shape))
 
 
-def _sum_all(*arrays):
-    # Over the batch alone the partial sums stay in vector registers.
-    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+def _at_once(x) -> bool:
+    # XLA cannot shard a reduction of several arrays: it would gather them on every device. Inside `jax.shard_map` it
+    # need not, and one device has nothing to gather.
+    alone = jax.device_count() == 1 or bool(varying.axes(x))
+    return jax.default_backend() == "cpu" and alone
+
+
+def _sum_all(*arrays, at_once):
+    if not at_once:
+        return [a.sum(range(a.ndim - 1)) for a in arrays]
     zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
-    partial_sums = lax.reduce(tuple(arrays), zeros, add, (0,))
-    return [a.sum(range(a.ndim - 1)) for a in partial_sums]
+    # Over the batch alone the partial sums stay in vector registers.
+    sums = lax.reduce(tuple(arrays), zeros, _add, (0,))
+    return [a.sum(range(a.ndim - 1)) for a in sums]
+
+
+def _add(a, b):
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _broadcast_all(*vectors, shape):
     return [lax.broadcast_in_dim(v, shape, (len(shape) - 1,)) for v in vectors]
 
 
-def _total_types(*types):
-    return [_retype(t, t.shape[-1:]) for t in types]
-
-
-def _spread_types(*types, shape):
-    return [_retype(t, shape) for t in types]
-
-
-def _retype(kind, shape):
-    # The sharding of a type has its rank: it is left out and then derived again.
-    return kind.update(shape=shape, sharding=None, weak_type=False)
-
-
-def _total_transpose(cotangents, *arrays):
+def _total_transpose(cotangents, *arrays, at_once):
     shape = arrays[0].aval.shape
     return spread(*map(ad.instantiate_zeros, cotangents), shape=shape)
 
@@ -56,7 +59,7 @@ def _spread_transpose(cotangents, *vectors, shape):
     return total(*map(ad.instantiate_zeros, cotangents))
 
 
-def _total_batched(arrays, dims):
+def _total_batched(arrays, dims, at_once):
     """Under `vmap` plain sums, of which XLA makes what it can."""
     out = [
         a.sum(range(a.ndim - 1))
@@ -79,7 +82,11 @@ def _spread_batched(vectors, dims, shape):
     return out, [None if d is None else 0 for d in dims]
 
 
-def _primitive(name, run, types, transpose, batched) -> Primitive:
+def _primitive(name, run, transpose, batched) -> Primitive:
+    def types(*inputs, **params):
+        # Traced, so that dtypes, shardings and the axes of `jax.shard_map` are what the operations make of them.
+        return jax.make_jaxpr(partial(run, **params))(*inputs).out_avals
+
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(run)
@@ -90,13 +97,10 @@ def _primitive(name, run, types, transpose, batched) -> Primitive:
     return primitive
 
 
-_total = _primitive(
-    "positions_total", _sum_all, _total_types, _total_transpose, _total_batched
-)
+_total = _primitive("positions_total", _sum_all, _total_transpose, _total_batched)
 _spread = _primitive(
     "positions_spread",
     _broadcast_all,
-    _spread_types,
     _spread_transpose,
     _spread_batched,
 )

@@ -1,0 +1,235 @@
+"""Batch normalisation, pooling and widths are those of PyTorch and torchvision; 4 devices are 1 device."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.pool import global_mean, max_pool
+from squeeze_jax.nn.width import scaled
+
+
+def batch(seed=0, shape=(3, 5, 4, 6)):
+    """Images whose channels have means far from zero."""
+    rng = np.random.default_rng(seed)
+    x = (
+        rng.normal(size=shape) * rng.uniform(0.1, 3, shape[-1])
+        + rng.normal(size=shape[-1]) * 4
+    )
+    return x.astype(np.float32)
+
+
+def torch_norm(x, steps):
+    """PyTorch's layer after some steps on x: (output, gradient of x, of scale, of bias, running mean, variance)."""
+    layer = torch.nn.BatchNorm2d(x.shape[-1])
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-1, 2, x.shape[-1]))
+        layer.bias.copy_(torch.linspace(3, 1, x.shape[-1]))
+    for _ in range(steps):
+        layer.zero_grad()
+        image = torch.tensor(x, requires_grad=True)
+        y = layer(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        torch.sin(y).sum().backward()
+    layer.eval()
+    evaluated = layer(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    found = (y, image.grad, layer.weight.grad, layer.bias.grad)
+    found += (layer.running_mean, layer.running_var, evaluated)
+    return [t.detach().numpy() for t in found]
+
+
+def test_training_and_evaluation_equal_pytorch():
+    x = batch()
+    y, dx, dscale, dbias, mean, var, evaluated = torch_norm(x, steps=2)
+    layer = BatchNorm()
+    params = {"scale": jnp.linspace(-1, 2, 6), "bias": jnp.linspace(3, 1, 6)}
+    stats = layer.init(jax.random.key(0), x)["batch_stats"]
+
+    def loss(params, x, stats):
+        variables = {"params": params, "batch_stats": stats}
+        y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+        return jnp.sin(y).sum(), (y, new["batch_stats"])
+
+    for _ in range(2):
+        (dp, dx_ours), (y_ours, stats) = jax.grad(loss, (0, 1), has_aux=True)(
+            params, x, stats
+        )
+    ours = layer.apply({"params": params, "batch_stats": stats}, x)
+    np.testing.assert_allclose(y_ours, y, atol=2e-5)
+    np.testing.assert_allclose(dx_ours, dx, atol=2e-4)
+    np.testing.assert_allclose(dp["scale"], dscale, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dp["bias"], dbias, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-5)
+    np.testing.assert_allclose(ours, evaluated, atol=2e-5)
+
+
+def test_bfloat16_in_is_bfloat16_out_with_statistics_in_float32():
+    x = jnp.bfloat16(batch(shape=(32, 8, 8, 6)))
+    layer = BatchNorm(momentum=0.0)
+    variables = layer.init(jax.random.key(0), x)
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert y.dtype == layer.apply(variables, x).dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["var"], var, rtol=1e-4)
+
+
+def test_statistics_stay_where_they_may_not_change():
+    x = batch()
+    layer = BatchNorm()
+    variables = layer.init(jax.random.key(0), x, train=True)
+    assert not np.any(variables["batch_stats"]["mean"])
+    frozen = layer.apply(variables, x, train=True)
+    np.testing.assert_allclose(frozen.mean((0, 1, 2)), 0, atol=1e-5)
+
+
+def test_derivatives_of_second_order_and_under_vmap_are_those_of_the_formula():
+    x = jnp.asarray(batch(shape=(2, 3, 2, 3)))
+    layer = BatchNorm()
+    variables = layer.init(jax.random.key(0), x)
+
+    def ours(x):
+        return jnp.sin(layer.apply(variables, x, train=True)).sum()
+
+    def formula(x):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return jnp.sin((x - mean) / jnp.sqrt(var + 1e-5)).sum()
+
+    def derivatives(f):
+        curvature = jax.jvp(jax.grad(f), (x,), (jnp.cos(x),))[1]
+        twice = jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), jnp.cos(x)))(x)
+        return curvature, twice, jax.vmap(jax.grad(f))(jnp.stack([x, x**2]))
+
+    for a, b in zip(
+        jax.jit(derivatives, static_argnums=0)(ours), derivatives(formula), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+FOUR_DEVICES = """
+import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, re
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from squeeze_jax import tree
+from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.norm import BatchNorm
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(BatchNorm()(Conv(8, 1)(x), train=True))
+        x = nn.relu(BatchNorm()(Conv(8, 3, groups=8)(x), train=True))
+        return BatchNorm()(Conv(4, 3, 2, groups=2)(x), train=True)
+
+net = Net()
+mesh = jax.make_mesh((2, 2), ("data", "more"), axis_types=(AxisType.Auto,) * 2)
+axes = ("data", "more")
+x = jax.random.normal(jax.random.key(0), (8, 16, 16, 3)) * 3 + 1
+variables = jax.jit(net.init)(jax.random.key(1), x)
+
+def step(params, stats, x, axes=()):
+    def loss(params):
+        variables = {"params": params, "batch_stats": stats}
+        y, new = net.apply(variables, x, mutable=["batch_stats"])
+        value = jnp.sum(jnp.sin(y)) / 8
+        return (jax.lax.psum(value, axes) if axes else value), new["batch_stats"]
+    (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, new, gradient
+
+specs = dict(in_specs=(P(), P(), P(axes)), out_specs=P())
+manual = jax.shard_map(lambda *a: step(*a, axes), mesh=mesh, **specs)
+arguments = variables["params"], variables["batch_stats"], x
+one = jax.jit(step)(*arguments)
+assert max(float(abs(g).max()) for g in jax.tree.leaves(one[2])) > 0.1
+spread = *arguments[:2], jax.device_put(x, NamedSharding(mesh, P(axes)))
+for way, run in {"shard_map": manual, "jit": step}.items():
+    compiled = jax.jit(run).lower(*spread).compile()
+    four = compiled(*spread)
+    for (name, a), b in zip(tree.flatten(one).items(), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=f"{way} {name}")
+    # No device sends more than parameters and statistics: 3x3x4x4 of the last kernel at most.
+    sent = re.findall("(.*) (?:all-reduce|all-gather|all-to-all|collective-permute)[(]", compiled.as_text())
+    sizes = [np.prod([int(n) for n in s.split(",") if n]) for m in sent for s in re.findall("f32.([0-9,]*)]", m)]
+    assert sizes and max(sizes) <= 144, (way, sizes)
+print("equal")
+"""
+
+
+def test_four_devices_are_one_under_jit_and_inside_shard_map():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.parametrize("size", [(7, 8), (9, 6), (3, 3)])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"), [(3, 2, 0), (3, 2, 1), (2, 3, 1), (2, 1, 0)]
+)
+@pytest.mark.parametrize("ceil", [True, False])
+def test_max_pool_equals_pytorch(size, window, strides, padding, ceil):
+    x = -np.abs(batch(shape=(2, *size, 3)))
+    expected = torch.nn.functional.max_pool2d(
+        torch.tensor(x).permute(0, 3, 1, 2), window, strides, padding, ceil_mode=ceil
+    )
+    found = max_pool(x, window, strides, padding, ceil=ceil)
+    np.testing.assert_array_equal(found, expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_max_pool_has_gradients_and_keeps_bfloat16():
+    x = jnp.bfloat16(batch())
+    gradient = jax.grad(lambda x: max_pool(x, 3, 2, ceil=True).sum())(x)
+    assert gradient.dtype == jnp.bfloat16
+    # Of 5x4 positions 2x2 windows each pass a gradient of 1 to their largest.
+    assert float(gradient.astype(jnp.float32).sum()) == 3 * 6 * 4
+
+
+def test_global_mean_is_float32():
+    x = jnp.full((1, 64, 64, 2), 1.0078125, jnp.bfloat16)
+    assert global_mean(x).dtype == jnp.float32
+    np.testing.assert_array_equal(global_mean(x), 1.0078125)
+
+
+def test_scaled_widths_follow_the_published_rule():
+    # The MobileNet papers' code: multiples of 8, at least nine tenths of the exact width.
+    assert [scaled(c, 0.35) for c in (32, 16, 24, 64, 96, 160, 320)] == [
+        16,
+        8,
+        8,
+        24,
+        32,
+        56,
+        112,
+    ]
+    assert [scaled(c, 1.4) for c in (32, 16, 24, 64, 96, 160, 320)] == [
+        48,
+        24,
+        32,
+        88,
+        136,
+        224,
+        448,
+    ]
+    assert scaled(10, 1.0) == 16
+    assert scaled(9, 1.0) == 16
+
+
+def test_a_window_larger_than_the_image_is_an_error():
+    with pytest.raises(UserError, match="smaller than a window"):
+        max_pool(jnp.ones((1, 2, 3, 1)), 3, 2)
