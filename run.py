@@ -86,22 +86,28 @@ def load_config(path):
 
 
 def override(config, argument):
-    """Sets one key from `--config.a.b=value`; the value is Python where it reads as Python, else a string."""
+    """Sets one key from `--config.a.b=value`.
+
+    What replaces a string is a string; other values are Python where they read as Python.
+    """
     from squeeze_jax.errors import UserError
 
     key, equals, text = argument.removeprefix("--config.").partition("=")
     if not equals:
         raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     *sections, last = key.split(".")
     for section in sections:
         config = config.setdefault(section, {})
         if not isinstance(config, dict):
             raise UserError(f"--config.{key}: {section} is a value, not a section")
-    config[last] = value
+    if isinstance(config.get(last), str):
+        config[last] = text
+        return
+    try:
+        config[last] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        words = {"true": True, "false": False, "none": None}
+        config[last] = words.get(text.lower(), text)
 
 
 def main(argv=None):
@@ -133,6 +139,8 @@ def main(argv=None):
         import jax
 
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    if not getattr(job, "BEGINS", False):
+        _experiment.read_config(workdir)  # there has to be a run
     built = _experiment.build(experiment)
     _experiment.open_workdir(workdir, config)
     job.run(built, workdir, args.inputs)

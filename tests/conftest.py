@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+# Meshes are tested on four simulated devices; this has to stand before jax is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
 import numpy as np
 import pytest
 from PIL import Image

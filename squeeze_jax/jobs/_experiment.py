@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from squeeze_jax import data, models, registry
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.export import files
 from squeeze_jax.train import optim, sharding
 from squeeze_jax.train import state as states
 from squeeze_jax.train.checkpoint import Checkpoints
@@ -293,9 +294,7 @@ def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
                 f"{workdir} holds another experiment: {'; '.join(different[:3])}{more}; choose another --workdir or"
                 " remove it"
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    temporary.replace(path)
+    files.write(path, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:

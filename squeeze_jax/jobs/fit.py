@@ -19,6 +19,8 @@ from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.log import Log
 from squeeze_jax.train.state import State
 
+BEGINS = True  # a run, where the work directory holds none yet
+
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Trains to the end; the final state is in the newest checkpoint.

@@ -9,6 +9,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import benchmark, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 
+BEGINS = True  # a run, where the work directory holds none yet
+
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again."""

@@ -1,0 +1,336 @@
+"""`run.py` as a user meets it: real processes, killed, stopped, joined, and given bad input."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from squeeze_jax.jobs import _experiment, evaluate
+from squeeze_jax.train import log
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 24
+TINY = (
+    '--config.model={"name": "squeezenet", "variant": "tiny", "norm": True, "stem_strides": 1, "conv10_relu": False}',
+    f"--config.steps={STEPS}",
+    "--config.batch=16",
+    "--config.data.size=8",
+    "--config.data.pad=1",
+    "--config.optim.warmup=2",
+    "--config.log_every=1",
+    "--config.save_every=5",
+    "--config.eval_every=0",
+    "--config.ema=0.9",
+)
+
+
+def start(*arguments, **options):
+    """Starts run.py on one CPU device."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu"
+    }
+    command = [sys.executable, "-u", ROOT / "run.py", *arguments]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        list(map(str, command)), env=environment, cwd=ROOT, **pipes, **options
+    )
+
+
+def finish(process):
+    """Its exit status and everything it printed."""
+    try:
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, printed
+
+
+def run(*arguments):
+    return finish(start(*arguments))
+
+
+def fit(workdir, *more):
+    return ["--job=fit", f"--workdir={workdir}", *TINY, *more]
+
+
+def read_until(process, step):
+    """Reads the progress lines until that of `step`."""
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith(f"step {step}/"):
+            return
+    raise AssertionError("ended before step " + str(step) + ":\n" + "".join(printed))
+
+
+def final(workdir):
+    """The state of the newest checkpoint, on the host."""
+    config = _experiment.read_config(workdir)
+    config["sharding"] = {"data": 4}  # of the devices of this process
+    return jax.device_get(
+        evaluate.trained(_experiment.build(_experiment.check(config)), workdir)
+    )
+
+
+def seen(workdir):
+    """Which examples each step saw, as the log tells."""
+    return [
+        (r["step"], r["examples_crc32"])
+        for r in log.read(workdir / "metrics.jsonl")
+        if "examples_crc32" in r
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    status, printed = run(*fit(workdir))
+    assert status == 0, printed
+    return workdir
+
+
+def test_says_what_it_will_do_and_logs_each_step(whole):
+    records = log.read(whole / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
+    assert all(
+        0 <= r["input_wait"] <= 1 and r["images_per_s"] > 0
+        for r in records
+        if "loss" in r
+    )
+    assert len({r["examples_crc32"] for r in records if "loss" in r}) == STEPS
+    assert list((whole / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("kill_at", [3, 11, 22])
+def test_killed_and_run_again_ends_the_same_to_the_bit(whole, tmp_path, kill_at):
+    process = start(*fit(tmp_path))
+    read_until(process, kill_at)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    status, printed = run(*fit(tmp_path))
+    assert status == 0, printed
+    if kill_at > 10:
+        assert "continuing from the checkpoint of step" in printed
+    chex.assert_trees_all_equal(final(tmp_path), final(whole))
+    assert seen(tmp_path) == seen(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_says_so(whole, tmp_path, number):
+    process = start(*fit(tmp_path))
+    read_until(process, 7)
+    process.send_signal(number)
+    status, printed = finish(process)
+    assert status == 128 + number
+    (stopped,) = re.findall(
+        r"stopped at step (\d+) and saved; run the same command again", printed
+    )
+    status, printed = run(*fit(tmp_path))
+    assert status == 0
+    assert f"continuing from the checkpoint of step {stopped}" in printed
+    chex.assert_trees_all_equal(final(tmp_path), final(whole))
+    assert seen(tmp_path) == seen(whole)
+
+
+def test_two_processes_train_what_one_trains(whole, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    joined = [f"--coordinator=localhost:{port}", "--processes=2"]
+    both = [start(*fit(tmp_path, *joined, f"--process={i}")) for i in range(2)]
+    for status, printed in map(finish, both):
+        assert status == 0, printed
+    chex.assert_trees_all_close(final(tmp_path).params, final(whole).params, atol=1e-5)
+    chex.assert_trees_all_close(final(tmp_path).stats, final(whole).stats, atol=1e-5)
+
+
+def test_predict_prints_five_labels_of_each_image(whole, tmp_path):
+    for name in ("a.png", "b/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / name)
+    status, printed = run(
+        "--job=predict", f"--workdir={whole}", tmp_path / "a.png", tmp_path / "b"
+    )
+    assert status == 0, printed
+    assert printed.index("a.png") < printed.index("c.png")
+    rows = re.findall(r"^ +(\d+\.\d)%  (\d)$", printed, re.MULTILINE)
+    assert len(rows) == 10
+    shares = [float(share) for share, _ in rows]
+    assert shares[:5] == sorted(shares[:5], reverse=True)
+    assert len({label for _, label in rows[:5]}) == 5
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    status, printed = run(*fit(whole))
+    assert status == 0
+    assert "trained    already" in printed
+
+
+def test_main_job_measures_every_file_it_exports(tmp_path):
+    """The whole way, in small: the table, the JSON and the picture tell the same four rows."""
+    small = [
+        "--config.export.int8_agreement=0.5",
+        "--config.benchmark.runs=5",
+        "--config.steps=60",
+    ]
+    status, printed = run(f"--workdir={tmp_path}", *TINY, *small)
+    assert status == 0, printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = ["live model (JAX)", "model.stablehlo", "model.tflite", "model_int8.tflite"]
+    assert [r["model"] for r in report["rows"]] == names
+    live, *files = report["rows"]
+    for row in files:
+        assert row["bytes"] == (tmp_path / "export" / row["model"]).stat().st_size
+        assert 0 < row["latency_ms"]["p50"] <= row["latency_ms"]["p90"]
+        assert row["peak_memory_mb"] > 0
+        assert row["model"] in printed
+    assert [r["accuracy"] for r in files[:2]] == [
+        pytest.approx(live["accuracy"], abs=0.003)
+    ] * 2
+    assert report["provenance"]["packages"]["jax"] == jax.__version__
+    assert report["config"]["steps"] == 60
+    with Image.open(tmp_path / "report.png") as picture:
+        assert min(picture.size) > 500
+
+
+def lines(arguments):
+    status, printed = run(*arguments)
+    assert status == 1, printed
+    return printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.stpes=5"], "unknown key config.stpes; did you mean 'steps'"),
+        (["--config.steps=many"], "config.steps = 'many' (str) should be int"),
+        (
+            ["--config.model.name=squeznet"],
+            "unknown model 'squeznet'; did you mean 'squeezenet'",
+        ),
+        (
+            ["--config.model.variant=1.2"],
+            "unknown variant of squeezenet '1.2'; did you mean '1.1'",
+        ),
+        (
+            ["--config.model.num_classes=9"],
+            "config.model.num_classes = 9, but the data's labels go up to 9",
+        ),
+        (["--config.data.source.name=digit"], "unknown"),
+        (
+            ["--config.data.flop=True"],
+            "unknown key config.data.flop; did you mean 'flip'",
+        ),
+        (
+            [
+                '--config.data.source={"name": "tfds", "dataset": "cifar10", "data_dir": "/nowhere"}'
+            ],
+            "/nowhere",
+        ),
+        (["--job=fitt"], "unknown job 'fitt'; did you mean 'fit'"),
+        (
+            ["--config=configs/digit.py"],
+            "no config file configs/digit.py; did you mean 'configs/digits.py'",
+        ),
+        (
+            ["--workdir=/proc/nothing"],
+            "cannot write to the work directory /proc/nothing",
+        ),
+        (["--config.batch=0"], "config.batch = 0 should be at least 1"),
+        (["--config.sharding.data=3"], "does not make the 1 devices there are"),
+        (["--config.accumulate=7"], "config.batch = 64 is not divisible by 7"),
+        (["--config.optim.name=sdg"], "should be one of 'sgd'"),
+        (
+            ["--config.export.formats=('tflight',)"],
+            "unknown export format 'tflight'; did you mean 'tflite'",
+        ),
+        (
+            ['--config.exchange={"name": "comm.meen"}'],
+            "unknown method of comm 'meen'; did you mean 'mean'",
+        ),
+        (["--config.steps"], "--config.steps needs a value"),
+        (
+            ["--job=evaluate", "--workdir=/tmp/no-such-run"],
+            "/tmp/no-such-run holds no experiment",
+        ),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_that_names_the_culprit(arguments, words, tmp_path):
+    if not any(a.startswith("--workdir") for a in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    printed = lines(arguments)
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert words in printed
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], "needs image files or folders"),
+        (["nothing.png"], "no such file or folder: nothing.png"),
+        (["{empty}"], "holds no image"),
+        (["{text}"], "note.png"),
+    ],
+    ids=["none", "missing", "empty", "corrupt"],
+)
+def test_predict_names_what_is_no_image(whole, tmp_path, files, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.png").write_text("not a picture")
+    places = {"empty": tmp_path / "empty", "text": tmp_path / "note.png"}
+    printed = lines(
+        ["--job=predict", f"--workdir={whole}", *(f.format(**places) for f in files)]
+    )
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert words in printed
+
+
+def test_a_work_directory_belongs_to_one_experiment(whole):
+    printed = lines(fit(whole, "--config.optim.lr=0.3"))
+    assert (
+        f"error: {whole} holds another experiment: optim.lr = 0.1 there, 0.3 here"
+        in printed
+    )
+
+
+def test_cadences_and_exports_may_change(whole):
+    status, printed = run(
+        *fit(whole, "--config.log_every=7", "--config.export.check=32")
+    )
+    assert status == 0, printed
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
+    status, printed = run(
+        *fit(tmp_path, "--config.optim.lr=1e30", "--config.optim.warmup=0")
+    )
+    assert status == 1
+    last = printed.strip().splitlines()[-1]
+    assert re.match(r"error: the loss is (nan|inf) at step \d+; ", last)
+    assert "try a lower config.optim.lr" in last
+
+
+def test_help_explains_itself():
+    status, printed = run("--help")
+    assert status == 0
+    for word in (
+        "--config.KEY",
+        "--workdir",
+        "benchmark, evaluate, export, fit, main, predict",
+        "Ctrl-C",
+    ):
+        assert word in printed
