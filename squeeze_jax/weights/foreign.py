@@ -1,0 +1,100 @@
+"""Fitting another project's named arrays into our variables.
+
+A model file says where its layers are in a published checkpoint, as `{our layer: their layer}`; what follows the layer's
+name and the order of axes are the same for every network of a framework, and said here once.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from squeeze_jax import tree
+from squeeze_jax.errors import UserError
+
+# How others end the name of each of our leaves: PyTorch, and Caffe as blobs of w and b.
+ENDINGS = {
+    "kernel": (".weight", "/w"),
+    "scale": (".weight",),
+    "bias": (".bias", "/b"),
+    "mean": (".running_mean",),
+    "var": (".running_var",),
+    "embedding": (".weight",),
+}
+# What carries no weights: PyTorch's counter of batches.
+NO_WEIGHTS = (r"\.num_batches_tracked$",)
+
+
+def fit(
+    arrays: Mapping[str, np.ndarray],
+    like,
+    names: Mapping[str, str],
+    *,
+    ignore: Sequence[str] = (),
+):
+    """Returns variables as `like` with the values of `arrays`.
+
+    Convolutions [out, in, kh, kw] become [kh, kw, in, out] and matrices [out, in] become [in, out].
+
+    Args:
+      arrays: `{their name: array}`, such as a PyTorch state dict or what `files.read` returns.
+      like: our variables or their shapes from `jax.eval_shape`, {"params": …, "batch_stats": …}.
+      names: `{our layer: their layer}`, a layer's name being its leaves' without the last part.
+      ignore: regexes of their names that have no place here, such as an auxiliary head.
+
+    Raises:
+      UserError: the names or shapes do not fit; counts what is missing, left over and of another shape, and names the
+        first with both shapes.
+    """
+    used, problems = set(), {"missing": [], "of another shape": []}
+
+    def value(name, leaf):
+        ours = name.split("/", 1)[1]  # without the collection
+        layer, _, end = ours.rpartition("/")
+        theirs = _find(arrays, names.get(layer), end)
+        if theirs is None:
+            found = f"{names[layer]}.*" if layer in names else "a name for the layer"
+            problems["missing"].append(f"{ours} {tuple(leaf.shape)} needs {found}")
+            return leaf
+        used.add(theirs)
+        array = _our_layout(np.asarray(arrays[theirs]), end)
+        if array.shape != tuple(leaf.shape):
+            problems["of another shape"].append(
+                f"{ours} should be {tuple(leaf.shape)}, {theirs} is {array.shape}"
+            )
+        return array.astype(leaf.dtype)
+
+    fitted = tree.map_named(value, like)
+    known = [re.compile(p) for p in (*NO_WEIGHTS, *ignore)]
+    problems["left over"] = [
+        f"{name} {np.shape(array)} has no place"
+        for name, array in arrays.items()
+        if name not in used and not any(p.search(name) for p in known)
+    ]
+    if any(problems.values()):
+        raise UserError(_message(problems))
+    return fitted
+
+
+def shapes(module, *args, **kwargs):
+    """The shapes of a Linen module's variables when called with these arguments, to be filled by `fit`."""
+    init = lambda a: module.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
+    return jax.eval_shape(init, args)
+
+
+def _find(arrays, layer: str | None, end: str) -> str | None:
+    endings = ENDINGS.get(end, ()) if layer is not None else ()
+    return next((layer + e for e in endings if layer + e in arrays), None)
+
+
+def _our_layout(array: np.ndarray, end: str) -> np.ndarray:
+    if end != "kernel":
+        return array
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _message(problems: Mapping[str, list[str]]) -> str:
+    counts = [f"{len(found)} {kind}" for kind, found in problems.items() if found]
+    first = [line for found in problems.values() for line in found[:3]]
+    return f"weights do not fit ({', '.join(counts)}): {'; '.join(first)}"

@@ -1,0 +1,121 @@
+"""Foreign files are read as their own libraries wrote them, and what does not fit is named and counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from squeeze_jax import models
+from squeeze_jax.errors import UserError
+from squeeze_jax.models.squeezenet import torchvision_names
+from squeeze_jax.weights import files, foreign
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.normal(size=(4, 3, 2, 1)).astype(np.float32),
+        "half": rng.normal(size=(3,)).astype(np.float16),
+        "count": np.array(7),
+    }
+
+
+def test_safetensors_are_read_as_written(tmp_path, arrays):
+    arrays["brain"] = np.asarray(jnp.linspace(-1, 1, 5).astype(jnp.bfloat16))
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+    found = files.read(path)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_npz_and_torch_files_are_read_as_written(tmp_path, arrays):
+    np.savez(tmp_path / "w.npz", **arrays)
+    state = {name: torch.tensor(array) for name, array in arrays.items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    for name in ("w.npz", "w.pth"):
+        found = files.read(tmp_path / name)
+        assert found.keys() == arrays.keys()
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(found[key], array)
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.pt"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"\x10\0\0\0\0\0\0\0 not what it says it is")
+    with pytest.raises(UserError, match=f"{name} is damaged") as error:
+        files.read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_safetensors_file_is_damaged(tmp_path, arrays):
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(arrays, path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="damaged"):
+        files.read(path)
+
+
+def test_missing_files_and_unknown_endings_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no weights file .*w\.npz"):
+        files.read(tmp_path / "w.npz")
+    with pytest.raises(UserError, match=r"unknown ending: use \.npz"):
+        files.read(tmp_path / "w.h5")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A net, its shapes, and a checkpoint of it in PyTorch's names and layout."""
+    net = models.make("squeezenet", variant="tiny", num_classes=5)
+    like = foreign.shapes(net, jnp.zeros((1, 32, 32, 3)))
+    rng, checkpoint = np.random.default_rng(0), {}
+    for ours, theirs in torchvision_names(net).items():
+        leaves = like["params"]
+        for part in ours.split("/"):
+            leaves = leaves[part]
+        h, w, i, o = leaves["kernel"].shape
+        checkpoint[f"{theirs}.weight"] = rng.normal(size=(o, i, h, w))
+        checkpoint[f"{theirs}.bias"] = rng.normal(size=(o,))
+    return net, like, checkpoint
+
+
+def test_fitted_variables_have_the_structure_and_dtype_asked_for(tiny):
+    net, like, checkpoint = tiny
+    checkpoint = {**checkpoint, "classifier.1.num_batches_tracked": np.array(3)}
+    fitted = foreign.fit(checkpoint, like, torchvision_names(net))
+    types = lambda t: jax.tree.map(lambda a: (a.shape, a.dtype), t)  # noqa: E731
+    assert types(fitted) == types(like)
+    kernel = fitted["params"]["fire2"]["expand3x3"]["kernel"]
+    expected = checkpoint["features.3.expand3x3.weight"]
+    np.testing.assert_array_equal(kernel[2, 0, 1, 3], expected[3, 1, 2, 0].astype("f4"))
+
+
+def test_what_does_not_fit_is_named_and_counted(tiny):
+    net, like, checkpoint = tiny
+    checkpoint = dict(checkpoint)
+    del checkpoint["features.3.squeeze.bias"]
+    checkpoint["aux.weight"] = np.zeros((2, 3))
+    checkpoint["features.0.weight"] = np.zeros((8, 3, 7, 7))
+    with pytest.raises(UserError) as error:
+        foreign.fit(checkpoint, like, torchvision_names(net))
+    assert str(error.value) == (
+        "weights do not fit (1 missing, 1 of another shape, 1 left over): "
+        "fire2/squeeze1x1/bias (4,) needs features.3.squeeze.*; "
+        "conv1/kernel should be (3, 3, 3, 8), features.0.weight is (7, 7, 3, 8); "
+        "aux.weight (2, 3) has no place"
+    )
+    del checkpoint["features.0.weight"]
+    with pytest.raises(UserError, match=r"\(2 missing\)"):
+        foreign.fit(checkpoint, like, torchvision_names(net), ignore=["^aux"])
+
+
+def test_a_layer_without_a_foreign_name_is_missing(tiny):
+    _, like, checkpoint = tiny
+    with pytest.raises(UserError, match=r"16 missing, 16 left over\): conv1/bias"):
+        foreign.fit(checkpoint, like, {})
