@@ -147,15 +147,14 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from squeeze_jax.errors import UserError
-    from squeeze_jax.train.loop import Interrupted
+    from squeeze_jax.errors import Reported
 
     try:
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except Interrupted as stop:
-        print(f"\n{stop}")
-        sys.exit(128 + stop.signum)
+    except Reported as error:
+        print(
+            f"\n{error}" if error.status > 128 else f"error: {error}", file=sys.stderr
+        )
+        sys.exit(error.status)
     except KeyboardInterrupt:
-        sys.exit("\nstopped before anything had to be saved")
+        sys.exit("\nstopped before there was anything to save")

@@ -1,14 +1,21 @@
-"""The one exception for mistakes in the input, and the way its message points at a fix."""
+"""Exceptions whose one line is for the user, and the way that line points at a fix."""
 
 import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
-    """A mistake in what the user gave (config, file, data), not in the code.
+class Reported(Exception):
+    """Ends `run.py` with its message, one line, in place of a traceback.
 
-    The message is one line that names the culprit and the fix; `run.py` prints it without a traceback.
+    Attributes:
+      status: the program's exit status.
     """
+
+    status = 1
+
+
+class UserError(Reported, ValueError):
+    """A mistake in what the user gave (config, file, data), not in the code; names the culprit and the fix."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -117,7 +117,7 @@ def test_killed_and_run_again_ends_the_same_to_the_bit(whole, tmp_path, kill_at)
     process = start(*fit(tmp_path))
     read_until(process, kill_at)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    finish(process)
     status, printed = run(*fit(tmp_path))
     assert status == 0, printed
     if kill_at > 10:

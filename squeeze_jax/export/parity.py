@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from squeeze_jax.errors import Reported
+
 INTEGER_STAGE_ERROR = 0.25  # relative RMS error of a stage beyond what 8 bits explain
 
 
-class Disagreement(RuntimeError):
+class Disagreement(Reported, RuntimeError):
     """An exported file does not compute what the live model computes.
 
     Attributes:

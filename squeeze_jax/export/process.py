@@ -10,13 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import Reported, UserError
 
 USER_ERROR = 3  # exit status of a child whose last line on stderr is for the user
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-class Crash(RuntimeError):
+class Crash(Reported, RuntimeError):
     """A converter or a runtime died, hung, or refused a file; the message is one line that names the file."""
 
 

@@ -36,7 +36,7 @@ FREE = (
     "eval_every",
     "save_every",
 )
-FREE += ("data.workers", "data.threads", "data.source.data_dir")
+FREE += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Trains the experiment, or goes on where an earlier run of the same work directory stopped."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -15,7 +16,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import loop, optim, sharding
 from squeeze_jax.train import step as steps
-from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.train.checkpoint import Checkpoints, Restored
 from squeeze_jax.train.log import Log
 from squeeze_jax.train.state import State
 
@@ -34,58 +35,55 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
     say(plan(built, workdir))
-    checkpoints = Checkpoints(workdir / "checkpoints", **built.experiment.checkpoint)
-    try:
-        if checkpoints.steps()[-1:] == [built.experiment.steps]:
+    directory = workdir / "checkpoints"
+    settings = built.experiment.checkpoint
+    with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
+        abstract = built.abstract()
+        restored = checkpoints.restore(abstract)
+        start = int(restored.state.step) if restored else 0
+        if start == built.experiment.steps:
             say("trained    already, to the last step")
             return
-        abstract = built.abstract()
         step = compile_step(built, abstract)
         say(f"memory     {memory(step)}\n")
-        restored = checkpoints.restore(abstract)
-        state, position = restored or (built.create(), 0)
-        start = int(state.step)
         if restored:
             say(f"continuing from the checkpoint of step {start}")
-        log = Log(workdir, built.experiment.steps, start=start, quiet=not main)
-        try:
-            _train(built, step, state, position, log, checkpoints)
-        finally:
-            log.close()
-    finally:
-        checkpoints.close()
+        begin = restored or Restored(built.create(), 0)
+        with contextlib.closing(
+            Log(workdir, built.experiment.steps, start=start, quiet=not main)
+        ) as log:
+            train(built, step, begin, log, checkpoints)
 
 
-def _train(
-    built: Built, step, state: State, position: int, log: Log, checkpoints: Checkpoints
-) -> None:
+def train(
+    built: Built, step, begin: Restored, log: Log, checkpoints: Checkpoints
+) -> State:
+    """Runs the loop from a state and its position in the data to the last step."""
     e = built.experiment
     process = (jax.process_index(), jax.process_count())
-    batches = (
-        ()
-        if int(state.step) == e.steps
-        else built.data.train(e.batch, e.seed, position, process)
-    )
     # The key is the run's alone; the step folds its own number in, so a continued run draws what it would have drawn.
     one = sharding.replicated(built.mesh)
     key = jax.jit(lambda: jax.random.key(e.seed + 1), out_shardings=one)()
-    loop.run(
-        step,
-        state,
-        iter(batches),
-        key,
-        steps=e.steps,
-        batch=e.batch,
-        put=lambda batch: put(batch, built.mesh),
-        evaluate=evaluator(built),
-        log=log,
-        checkpoints=checkpoints,
-        config=dataclasses.asdict(e),
-        log_every=e.log_every,
-        eval_every=e.eval_every,
-        save_every=e.save_every,
-        learning_rate=schedule(built),
-    )
+    with contextlib.closing(
+        built.data.train(e.batch, e.seed, begin.position, process)
+    ) as batches:
+        return loop.run(
+            step,
+            begin.state,
+            batches,
+            key,
+            steps=e.steps,
+            batch=e.batch,
+            put=lambda batch: put(batch, built.mesh),
+            evaluate=evaluator(built),
+            log=log,
+            checkpoints=checkpoints,
+            config=dataclasses.asdict(e),
+            log_every=e.log_every,
+            eval_every=e.eval_every,
+            save_every=e.save_every,
+            learning_rate=schedule(built),
+        )
 
 
 def put(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:

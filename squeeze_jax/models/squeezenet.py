@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError, nearest
-from squeeze_jax.nn.conv import Conv, Pair
+from squeeze_jax.nn.conv import Conv, Pair, pair
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
@@ -85,7 +85,7 @@ class SqueezeNet(nn.Module):
     bypass: Bypass
     dropout: float
     norm: bool
-    stem_strides: Pair
+    stem_strides: tuple[int, int]
     conv10_padding: int
     conv10_relu: bool
 
@@ -176,7 +176,7 @@ def make(
         bypass,
         dropout,
         norm,
-        stem_strides,
+        pair(stem_strides),
         conv10_padding,
         conv10_relu,
     )

@@ -80,7 +80,7 @@ def conv(
     Raises:
       UserError: shapes that do not fit, unknown padding, or a lowering that this convolution does not have.
     """
-    strides, dilation = _pair(strides), _pair(dilation)
+    strides, dilation = pair(strides), pair(dilation)
     _check_shapes(x.shape, kernel.shape, groups)
     pads = explicit_padding(padding, x.shape[1:3], kernel.shape[:2], strides, dilation)
     possible = _possible(x.shape, kernel.shape, pads, groups)
@@ -125,7 +125,7 @@ class Conv(nn.Module):
             raise UserError(
                 f"{self.name or 'Conv'}: {x.shape[-1]} channels do not divide into groups={self.groups}"
             )
-        shape = (*_pair(self.kernel), x.shape[-1] // self.groups, self.features)
+        shape = (*pair(self.kernel), x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         y = conv(
             x,
@@ -182,7 +182,8 @@ def _known(name: str) -> str:
     return name
 
 
-def _pair(value: Pair) -> tuple[int, int]:
+def pair(value: Pair) -> tuple[int, int]:
+    """One number for both axes, or one for each, as (vertical, horizontal)."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 

@@ -9,20 +9,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.log import Log
 from squeeze_jax.train.state import State
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, has saved, and can go on later. `signum` is the signal."""
+class Interrupted(Reported):
+    """The run was asked to stop, has saved, and can go on later."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(
             f"stopped at step {step} and saved; run the same command again to continue"
         )
-        self.signum, self.step = signum, step
+        self.step, self.status = step, 128 + signum
 
 
 def run(
