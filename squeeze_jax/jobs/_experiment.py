@@ -207,6 +207,7 @@ def build(experiment: Experiment) -> Built:
     transforms = [method(t, "config.transforms") for t in e.transforms]
     weights = tuple(method(w, "config.weights") for w in e.weights)
     exchange = method(e.exchange, "config.exchange") if e.exchange else None
+    registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
     model = models.make(**{"num_classes": source.num_classes} | dict(e.model))
     classes = e.model.get("num_classes", source.num_classes)

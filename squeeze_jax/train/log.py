@@ -49,6 +49,8 @@ class Log:
             f"input wait {record['input_wait']:.1%}",
             f"{clock(left)} left",
         ]
+        if record["skipped"]:
+            parts.append(f"{record['skipped']} images skipped")
         self._write(step, record, " · ".join(parts))
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:

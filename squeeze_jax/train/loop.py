@@ -76,10 +76,11 @@ def run(
             return
         means = _means(jax.device_get(pending), at - len(pending) + 1, checkpoints)
         spent = time.perf_counter() - since
+        missing = len(pending) * (batch - means.pop("examples"))
         record = means | {
             "images_per_s": len(pending) * batch / spent,
             "input_wait": waited / spent,
-            "skipped": batch - means.pop("examples"),
+            "skipped": round(missing),
         }
         if learning_rate is not None:
             record["learning_rate"] = float(learning_rate(at - 1))
