@@ -1,0 +1,182 @@
+"""The loop and its log: cadences, waiting, skipped images, records after a crash."""
+
+import contextlib
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.train import log, loop
+from squeeze_jax.train.state import State
+
+
+class Recorder:
+    """Stands in for checkpoints and log; remembers what it is told."""
+
+    directory = pathlib.Path("somewhere")
+
+    def __init__(self):
+        self.saved, self.trained, self.evaluated = [], [], []
+
+    def save(self, state, position, config, metrics=None):
+        self.saved.append((int(state.step), position, metrics))
+
+    def steps(self):
+        return [s for s, _, _ in self.saved]
+
+    def wait(self):
+        pass
+
+    def train(self, step, record):
+        self.trained.append((step, record))
+
+    def evaluation(self, step, record):
+        self.evaluated.append((step, record))
+
+
+def batches(missing=0):
+    for i in range(1000):
+        yield {"index": np.arange(4) + i, "mask": np.arange(4) >= missing}
+
+
+def run(step=None, steps=10, missing=0, start=0, **cadences):
+    recorder = Recorder()
+
+    def default(state, batch, key):
+        at = state.step + 1
+        return state._replace(step=at), {
+            "loss": jnp.float32(at),
+            "examples": batch["mask"].sum(),
+        }
+
+    loop.run(
+        step or default,
+        State(jnp.int32(start), {}, {}, ()),
+        batches(missing),
+        None,
+        steps=steps,
+        batch=4,
+        put=lambda batch: batch,
+        evaluate=lambda state: {"eval_accuracy": float(state.step)},
+        log=recorder,
+        checkpoints=recorder,
+        config={},
+        **cadences,
+    )
+    return recorder
+
+
+def test_cadences_and_the_end():
+    told = run(log_every=4, eval_every=5, save_every=3)
+    assert [s for s, _ in told.trained] == [3, 4, 5, 6, 8, 9, 10]
+    assert [s for s, _ in told.evaluated] == [5, 10]
+    assert [(s, p) for s, p, _ in told.saved] == [
+        (3, 12),
+        (5, 20),
+        (6, 24),
+        (9, 36),
+        (10, 40),
+    ]
+    assert [m for _, _, m in told.saved] == [
+        None,
+        {"eval_accuracy": 5.0},
+        None,
+        None,
+        {"eval_accuracy": 10.0},
+    ]
+
+
+def test_records_are_means_since_the_last():
+    told = run(log_every=4)
+    assert [r["loss"] for _, r in told.trained] == [2.5, 6.5, 9.5]
+    assert all(0 <= r["input_wait"] <= 1 for _, r in told.trained)
+
+
+def test_skipped_images_are_counted():
+    told = run(log_every=5, missing=1)
+    assert [r["skipped"] for _, r in told.trained] == [5, 5]
+
+
+def test_a_checksum_tells_which_examples_came():
+    one, other = run(log_every=1), run(log_every=1)
+    sums = [r["examples_crc32"] for _, r in one.trained]
+    assert sums == [r["examples_crc32"] for _, r in other.trained]
+    assert len(set(sums)) == 10
+
+
+def test_the_step_of_a_loss_that_is_not_finite_is_named():
+    def step(state, batch, key):
+        loss = jnp.where(state.step == 6, jnp.nan, 1.0)
+        return state._replace(step=state.step + 1), {
+            "loss": loss,
+            "examples": jnp.float32(4),
+        }
+
+    with pytest.raises(
+        UserError,
+        match=r"loss is nan at step 7; the last good checkpoint is somewhere/5; try a lower",
+    ):
+        run(step, log_every=5, save_every=5)
+
+
+def test_nothing_is_saved_from_a_loss_that_is_not_finite():
+    def step(state, batch, key):
+        return state._replace(step=state.step + 1), {
+            "loss": jnp.float32(jnp.inf),
+            "examples": jnp.float32(4),
+        }
+
+    with pytest.raises(UserError, match="at step 1; none was saved"):
+        run(step, log_every=100, save_every=2)
+
+
+def test_records_after_the_checkpoint_are_dropped(tmp_path, capsys):
+    record = {"loss": 1.0, "images_per_s": 1.0, "input_wait": 0.0, "skipped": 0}
+    with contextlib.closing(log.Log(tmp_path, 10)) as first:
+        for step in range(1, 6):
+            first.train(step, record)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # the line a crash cut
+    with contextlib.closing(log.Log(tmp_path, 10, start=3)) as second:
+        second.train(4, record | {"loss": 2.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [(r["step"], r["loss"]) for r in map(json.loads, lines)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+    ]
+    assert (
+        "step 4/10 · loss 2.0000 · 1 images/s · input wait 0.0%"
+        in capsys.readouterr().out
+    )
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    record = {"loss": 1.5, "images_per_s": 1.0, "input_wait": 0.25, "skipped": 0}
+    with contextlib.closing(log.Log(tmp_path, 10)) as writer:
+        writer.train(7, record)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    content, found = path.read_bytes(), {}
+    while content:  # a record: length u64, crc u32, data, crc u32
+        size = int.from_bytes(content[:8], "little")
+        event = event_pb2.Event.FromString(content[12 : 12 + size])
+        found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+        content = content[16 + size :]
+    assert found == {
+        (7, "loss"): 1.5,
+        (7, "images_per_s"): 1.0,
+        (7, "input_wait"): 0.25,
+    }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (3700, "1:01:40")]
+)
+def test_clock(seconds, text):
+    assert log.clock(seconds) == text
