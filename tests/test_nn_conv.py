@@ -224,6 +224,11 @@ def test_mistakes_are_named(arguments, message):
         conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 4, 4)), **arguments)
 
 
+def test_an_image_without_a_batch_is_an_error():
+    with pytest.raises(UserError, match=r"images \[b, h, w, c\].*\(5, 5, 4\)"):
+        conv(jnp.ones((5, 5, 4)), jnp.ones((3, 3, 4, 4)))
+
+
 def test_an_unknown_forced_lowering_is_named():
     with pytest.raises(UserError, match="did you mean 'native'"), lowering("nativ"):
         pass

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,7 @@ def test_four_devices_are_one_under_jit_and_inside_shard_map():
     }
     done = subprocess.run(
         [sys.executable, "-c", FOUR_DEVICES],
+        cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,
         text=True,

@@ -188,6 +188,10 @@ def pair(value: Pair) -> tuple[int, int]:
 
 
 def _check_shapes(x: Sequence[int], kernel: Sequence[int], groups: int) -> None:
+    if len(x) != 4 or len(kernel) != 4:
+        raise UserError(
+            f"a convolution needs images [b, h, w, c] and a kernel [kh, kw, c / groups, features], not {tuple(x)} and {tuple(kernel)}"
+        )
     if x[-1] != kernel[2] * groups or kernel[3] % groups:
         raise UserError(
             f"a kernel {tuple(kernel)} with groups={groups} does not fit an input with {x[-1]} channels"
