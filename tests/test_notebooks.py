@@ -1,0 +1,106 @@
+"""Every notebook runs from its first cell to its last, in small, and is committed as it was written: without outputs."""
+
+import ast
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+
+# Values for the names in each notebook's cell tagged "parameters"; "{tmp}" becomes an empty folder.
+SMALL = {
+    "01_first_run": {
+        "STEPS": 6,
+        "WORKDIR": "{tmp}/run",
+        "CHANGES": [
+            '--config.model={"name": "squeezenet", "variant": "tiny", "norm": True, "stem_strides": 1}',
+            "--config.data.size=8",
+            "--config.batch=16",
+            "--config.log_every=2",
+            "--config.optim.warmup=1",
+            "--config.export.int8_agreement=0.0",
+            "--config.benchmark.runs=5",
+        ],
+    },
+}
+NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+def read(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def shrink(notebook, values):
+    """Gives the names that the cell tagged "parameters" assigns other values, in a cell after it."""
+    tagged = [
+        i
+        for i, cell in enumerate(notebook.cells)
+        if "parameters" in cell.metadata.get("tags", ())
+    ]
+    (at,) = tagged
+    assigned = {
+        target.id
+        for node in ast.parse(notebook.cells[at].source).body
+        for target in node.targets
+    }
+    assert assigned == values.keys()
+    source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(source))
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """Name of a kernel of the interpreter that runs the tests, whatever kernels are installed."""
+    launch = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    folder = tmp_path / "jupyter" / "kernels" / "of_the_tests"
+    folder.mkdir(parents=True)
+    spec = {"argv": launch, "display_name": "of the tests", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    return folder.name
+
+
+def test_there_are_notebooks_and_each_has_small_values():
+    assert NOTEBOOKS
+    assert sorted(SMALL) == NOTEBOOKS
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_runs_to_the_end(name, kernel, tmp_path):
+    """A cell that raises ends the test with its traceback; a notebook draws something, and ends with its work done."""
+    notebook = read(name)
+    values = json.loads(json.dumps(SMALL[name]).replace("{tmp}", str(tmp_path)))
+    shrink(notebook, values)
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu",
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+    }
+    started_in = {"metadata": {"path": str(FOLDER)}}
+    client = NotebookClient(
+        notebook, kernel_name=kernel, timeout=300, resources=started_in
+    )
+    client.execute(env=environment)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    pictures = [
+        output
+        for cell in code
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert pictures
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_is_committed_without_outputs(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [], cell.source
+            assert cell.execution_count is None, cell.source
