@@ -1,4 +1,10 @@
-"""MobileNetV2 0.5 on CIFAR-10."""
+"""MobileNetV2 at width 0.5 (Sandler et al., arXiv 1801.04381) on CIFAR-10.
+
+The stem and the first stages keep the resolution: 32x32 becomes 4x4 where 224x224 becomes 7x7.
+
+    tfds build cifar10 --file_format=array_record   # or squeeze_jax.data.convert, for a packed archive
+    python run.py --config=configs/mobilenet_v2_cifar10.py
+"""
 
 import ml_collections
 

@@ -1,4 +1,10 @@
-"""SqueezeNet 1.1 on CIFAR-10."""
+"""SqueezeNet 1.1 (Iandola et al., arXiv 1602.07360) on CIFAR-10.
+
+With simple bypass and batch normalisation, the stem at full resolution, and no ReLU on the class scores.
+
+    tfds build cifar10 --file_format=array_record   # or squeeze_jax.data.convert, for a packed archive
+    python run.py --config=configs/squeezenet_cifar10.py
+"""
 
 import ml_collections
 
