@@ -256,6 +256,15 @@ def refusal(*arguments):
         (["--config.batch=0"], "config.batch = 0 should be at least 1"),
         (["--config.sharding.data=3"], "does not make the 4 devices there are"),
         (["--config.accumulate=7"], "config.batch = 64 is not divisible by 28"),
+        (
+            ["--config.checkpoint.keep=0"],
+            "config.checkpoint.keep = 0 should be at least 1",
+        ),
+        (["--config.data.size=1"], "is smaller than a window"),
+        (
+            ["--config.sharding.rules=(('fire99', 'fsdp'),)"],
+            "config.sharding.rules: the rule 'fire99' matches no",
+        ),
         (["--config.optim.name=sdg"], "should be one of 'sgd'"),
         (
             ["--config.export.formats=('tflight',)"],

@@ -9,6 +9,7 @@ Each section of the config is splatted into exactly one function, whose signatur
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -136,35 +137,33 @@ class Built:
     def create(self) -> states.State:
         """The initial state, initialised on the devices where its shardings put it."""
         key = jax.random.key(self.experiment.seed)
-        create = jax.jit(self._create, out_shardings=self.shardings()).lower(key)
+        placed = jax.tree.map(lambda x: x.sharding, self.abstract())
+        create = jax.jit(self._create, out_shardings=placed).lower(key)
         # It runs once: on the CPU, optimizing it would take longer than all it computes.
-        quick = (
-            {"xla_backend_optimization_level": 0}
-            if jax.default_backend() == "cpu"
-            else {}
-        )
-        return create.compile(compiler_options=quick)(key)
-
-    def _create(self, key):
-        return states.create(
-            self.model, self.tx, self.data.shape, key, ema=self.experiment.ema > 0
-        )
-
-    def shardings(self):
-        """The `NamedSharding` of every array of the state."""
-        shapes = jax.eval_shape(self._create, jax.random.key(0))
-        return sharding.shard_state(
-            shapes, self.mesh, self.experiment.sharding.get("rules", ())
-        )
+        quick = {"xla_backend_optimization_level": 0}
+        return create.compile(quick if jax.default_backend() == "cpu" else {})(key)
 
     def abstract(self) -> states.State:
-        """The state's shapes with their shardings."""
+        """The state's shapes with their shardings.
+
+        Raises:
+          UserError: images too small for the network, or sharding rules that do not fit it.
+        """
+        return self._abstract
+
+    @functools.cached_property
+    def _abstract(self) -> states.State:
         shapes = jax.eval_shape(self._create, jax.random.key(0))
+        rules = self.experiment.sharding.get("rules", ())
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
-            self.shardings(),
+            sharding.shard_state(shapes, self.mesh, rules),
         )
+
+    def _create(self, key):
+        e = self.experiment
+        return states.create(self.model, self.tx, self.data.shape, key, ema=e.ema > 0)
 
 
 def check(config: Mapping[str, Any]) -> Experiment:
@@ -175,11 +174,8 @@ def check(config: Mapping[str, Any]) -> Experiment:
     """
     registry.check(Experiment, config, "config")
     experiment = Experiment(**config)
-    for key in ("steps", "batch", "accumulate", "log_every"):
-        if getattr(experiment, key) < 1:
-            raise UserError(
-                f"config.{key} = {getattr(experiment, key)} should be at least 1"
-            )
+    counts = ("steps", "batch", "accumulate", "log_every")
+    _counts({k: getattr(experiment, k) for k in counts}, "config")
     for key in ("eval_every", "save_every", "seed"):
         if getattr(experiment, key) < 0:
             raise UserError(
@@ -202,6 +198,7 @@ def build(experiment: Experiment) -> Built:
         )
     registry.check(optim.make, e.optim, "config.optim", given=("steps",))
     registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=("directory",))
+    _counts(e.checkpoint, "config.checkpoint")
     tx = optim.make(steps=e.steps, **e.optim)
     objective = method(e.objective, "config.objective")
     transforms = [method(t, "config.transforms") for t in e.transforms]
@@ -219,7 +216,7 @@ def build(experiment: Experiment) -> Built:
     export = _settings(ExportSettings, e.export, "config.export")
     for key in export.formats:
         registry.load("squeeze_jax.export.formats", key, "export format")
-    return Built(
+    built = Built(
         experiment=e,
         data=source,
         model=model,
@@ -231,16 +228,23 @@ def build(experiment: Experiment) -> Built:
         export=export,
         benchmark=_settings(BenchmarkSettings, e.benchmark, "config.benchmark"),
     )
+    built.abstract()
+    return built
 
 
 def _settings(kind: type, section: Mapping[str, Any], where: str):
     """Builds a dataclass of settings from its section; counts start at 1."""
     registry.check(kind, section, where)
     made = kind(**section)
-    for key, value in dataclasses.asdict(made).items():
+    _counts(dataclasses.asdict(made), where)
+    return made
+
+
+def _counts(section: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError where an integer is below 1."""
+    for key, value in section.items():
         if isinstance(value, int) and value < 1:
             raise UserError(f"{where}.{key} = {value} should be at least 1")
-    return made
 
 
 def method(section: Mapping[str, Any], where: str):

@@ -66,7 +66,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     print(f"\n{table.text(rows)}\n")
     config = json.loads((workdir / "config.json").read_text())
     title = f"{config['model']['name']} on {config['data']['source']['name']}"
-    record.write(workdir / "report.json", rows, config=config, title=title)
+    written = record.write(workdir / "report.json", rows, config=config, title=title)
     metrics = (
         curves.read(workdir / "metrics.jsonl")
         if (workdir / "metrics.jsonl").exists()
@@ -76,10 +76,24 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         workdir / "report.png",
         rows,
         title=title,
-        caption="one thread, batch 1",
+        caption=caption(written["provenance"]),
         metrics=metrics,
     )
     print(f"written    {workdir / 'report.json'} and {workdir / 'report.png'}")
+
+
+def caption(origin: dict) -> str:
+    """What the numbers come from: how they were measured, machine, versions, revision."""
+    packages, git = origin["packages"], origin["git"]
+    parts = ["files on one thread, batch 1", origin["machine"]["cpu"]]
+    parts += [
+        f"{k} {packages[k]}" for k in ("jax", "flax", "ai-edge-litert") if k in packages
+    ]
+    if git:
+        parts.append(
+            f"git {git['revision'][:10]}" + (" and changes" if git["changed"] else "")
+        )
+    return " · ".join(parts)
 
 
 def test_set(built: Built) -> tuple[np.ndarray, np.ndarray]:

@@ -164,7 +164,7 @@ def compile_step(built: Built, abstract: State):
 def plan(built: Built, workdir: pathlib.Path) -> str:
     """What is about to be done, a line for each part."""
     e, data, mesh = built.experiment, built.data, built.mesh
-    shapes = jax.eval_shape(built._create, jax.random.key(0))
+    shapes = built.abstract()
     h, w, c = data.shape
     image = jax.ShapeDtypeStruct((1, h, w, c), jnp.float32)
     variables = {"params": shapes.params, "batch_stats": shapes.stats}

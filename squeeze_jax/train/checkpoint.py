@@ -43,11 +43,9 @@ class Checkpoints:
 
         Args:
           directory: where they live, one sub-directory a step.
-          keep: how many of the newest to keep.
+          keep: how many of the newest to keep, at least 1.
           best: the metric whose highest value is kept besides.
         """
-        if keep < 1:
-            raise UserError(f"config.checkpoint.keep = {keep} should be at least 1")
         self.directory = pathlib.Path(directory).absolute()
         newest = policies.LatestN(keep)
         highest = policies.BestN(
