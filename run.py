@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib.util
 import pathlib
+import signal
 import sys
 
 DESCRIPTION = """\
@@ -113,42 +114,56 @@ def override(config, argument):
 def main(argv=None):
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
     from squeeze_jax import registry
-    from squeeze_jax.errors import UserError
-    from squeeze_jax.jobs import _experiment
+    from squeeze_jax.jobs import _experiment, _workdir
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
-    begun = args.workdir and (pathlib.Path(args.workdir) / "config.json").exists()
-    if args.config is None and begun:
-        config = _experiment.read_config(pathlib.Path(args.workdir))
+    name = pathlib.Path(args.config or "digits").stem
+    workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
+    if args.config is None and (workdir / "config.json").exists():
+        config = _workdir.read(workdir)
     else:
         default = pathlib.Path(__file__).parent / "configs" / "digits.py"
         config = load_config(args.config or default)
     for each in overrides:
         override(config, each)
-    config = _experiment.tuples(config)
+    config = _workdir.tuples(config)
     experiment = _experiment.check(config)
-    workdir = pathlib.Path(
-        args.workdir
-        or pathlib.Path("runs") / pathlib.Path(args.config or "digits").stem
-    )
+    join(args)
+    if not getattr(job, "BEGINS", False):
+        _workdir.same(workdir, config)
+    built = _experiment.build(experiment)
+    if getattr(job, "BEGINS", False):
+        _workdir.begin(workdir, config)
+    job.run(built, workdir, args.inputs)
+
+
+def join(args):
+    """Joins the other processes of the run, where there are any."""
+    from squeeze_jax.errors import UserError
+
     if args.processes > 1 and not args.coordinator:
         raise UserError(
             "--processes needs --coordinator=HOST:PORT, the address of process 0"
+        )
+    if not 0 <= args.process < args.processes:
+        raise UserError(
+            f"--process={args.process} should lie in [0, {args.processes}), see --processes"
         )
     if args.coordinator:
         import jax
 
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
-    if not getattr(job, "BEGINS", False):
-        _experiment.read_config(workdir)  # there has to be a run
-    built = _experiment.build(experiment)
-    _experiment.open_workdir(workdir, config)
-    job.run(built, workdir, args.inputs)
+
+
+def terminate(number, frame):
+    """Ends as Ctrl-C ends, outside the loop that saves first."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
     from squeeze_jax.errors import Reported
 
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
     except Reported as error:
@@ -156,5 +171,8 @@ if __name__ == "__main__":
             f"\n{error}" if error.status > 128 else f"error: {error}", file=sys.stderr
         )
         sys.exit(error.status)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped before there was anything to save")
+    except KeyboardInterrupt as stop:
+        print(
+            "\nstopped; the same command goes on from what was saved", file=sys.stderr
+        )
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

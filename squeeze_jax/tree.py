@@ -47,6 +47,15 @@ def apply_rules(rules: Rules, tree, *, default: Any = None, where: str = "rules"
     Raises:
       UserError: a regex is malformed or matches no name at all; a dead rule is a mistake.
     """
+    for rule in rules:
+        if not (
+            isinstance(rule, list | tuple)
+            and len(rule) == 2
+            and isinstance(rule[0], str)
+        ):
+            raise UserError(
+                f"{where}: {rule!r} should be a pair (regular expression, value)"
+            )
     try:
         compiled = [(re.compile(pattern), value) for pattern, value in rules]
     except re.error as error:

@@ -1,5 +1,7 @@
 """`run.py` as a user meets it: real processes, killed, stopped, joined, and given bad input."""
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,8 +18,9 @@ import pytest
 from PIL import Image
 
 import run as run_py
-from squeeze_jax.errors import Reported
-from squeeze_jax.jobs import _experiment, evaluate
+from squeeze_jax.errors import Reported, UserError
+from squeeze_jax.export import Exported
+from squeeze_jax.jobs import _experiment, _workdir, evaluate, export, predict
 from squeeze_jax.train import log
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -77,7 +80,7 @@ def read_until(process, step):
 
 def final(workdir):
     """The state of the newest checkpoint, on the host."""
-    config = _experiment.read_config(workdir)
+    config = _workdir.read(workdir)
     config["sharding"] = {"data": 4}  # of the devices of this process
     return jax.device_get(
         evaluate.trained(_experiment.build(_experiment.check(config)), workdir)
@@ -99,10 +102,21 @@ def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     status, printed = run(*fit(workdir))
     assert status == 0, printed
+    (workdir / "printed").write_text(printed)
     return workdir
 
 
 def test_says_what_it_will_do_and_logs_each_step(whole):
+    plan = (whole / "printed").read_text()
+    for line in (
+        r"data +1,437 train \+ 360 test images at 8x8x1, 10 classes",
+        r"model +squeezenet tiny: 1,\d{3} parameters, [\d,]+ MACs an image",
+        r"mesh +1 x cpu: data 1 x fsdp 1 x tensor 1",
+        r"batch +16 = 16 a device",
+        rf"training +{STEPS} steps \(0.3 epochs\), sgd, lr 0.1 cosine, float32",
+        r"memory +\d+ MiB a device",
+    ):
+        assert re.search(line, plan), line
     records = log.read(whole / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
     assert all(
@@ -353,3 +367,47 @@ def test_help_explains_itself():
         "Ctrl-C",
     ):
         assert word in printed
+
+
+def test_without_a_checkpoint_another_config_does_no_harm(tmp_path):
+    """A run that failed before its first checkpoint can be tried again with its mistake mended."""
+    first, mended = {"optim": {"lr": 1e30}}, {"optim": {"lr": 0.1}}
+    _workdir.begin(tmp_path / "run", first)
+    _workdir._locks.pop().close()
+    _workdir.begin(tmp_path / "run", mended)
+    _workdir._locks.pop().close()
+    assert _workdir.read(tmp_path / "run") == mended
+
+
+def test_a_work_directory_has_one_writer(tmp_path):
+    _workdir.begin(tmp_path / "run", {})
+    held = _workdir._locks.pop()
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
+        _workdir.begin(tmp_path / "run", {})
+    held.close()
+
+
+def test_predict_answers_from_the_reparametrized_weights(whole, capsys, tmp_path):
+    """With every weight zero (plug point 2) all classes are equally likely."""
+    config = _workdir.read(whole) | {"sharding": {"data": 4}}
+    built = _experiment.build(_experiment.check(config))
+    zero = functools.partial(jax.tree.map, jax.numpy.zeros_like)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    predict.run(
+        dataclasses.replace(built, weights=(zero,)), whole, [tmp_path / "a.png"]
+    )
+    assert capsys.readouterr().out.count(" 10.0%") == 5
+
+
+def test_files_of_an_earlier_step_are_not_measured(tmp_path):
+    (tmp_path / "export").mkdir()
+    made = Exported("tflite", tmp_path / "export" / "model.tflite", 1, 0.0, 1.0)
+    made.path.touch()
+    export.note(tmp_path, made, step=3)
+    assert export.find(tmp_path, ["tflite"], 3) == [made.path]
+    with pytest.raises(
+        UserError, match=r"model.tflite is of step 3, the trained network of step 4"
+    ):
+        export.find(tmp_path, ["tflite"], 4)
+    with pytest.raises(UserError, match=r"no exported file of format stablehlo"):
+        export.find(tmp_path, ["stablehlo"], 3)

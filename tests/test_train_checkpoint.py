@@ -106,12 +106,32 @@ def test_moves_between_numbers_of_devices(tmp_path, before, after):
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
-    metrics = {
-        s: {"eval_accuracy": a}
-        for s, a in {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.6, 5: 0.7}.items()
-    }
-    save(tmp_path, 1, 2, 3, 4, 5, metrics=metrics, keep=2)
-    assert Checkpoints(tmp_path).steps() == [2, 4, 5]
+    accuracy = {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.6}
+    metrics = {s: {"eval_accuracy": a} for s, a in accuracy.items()}
+    save(tmp_path, 1, 2, 3, 4, metrics=metrics, keep=1)
+    _, like = make()
+    assert Checkpoints(tmp_path, read_only=True).steps() == [2, 4]
+    for use, step in ("newest", 4), ("best", 2):
+        trained = Checkpoints(tmp_path, use=use, read_only=True).trained(like)
+        assert trained.state.step == step
+    later = Checkpoints(tmp_path, keep=1)
+    later.save(at(make(seed=5)[0], 5), 0, {}, {"eval_accuracy": 0.1})
+    later.wait()
+    assert later.steps() == [2, 5]
+
+
+def test_there_is_no_best_without_an_evaluation(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"was evaluated: set config.eval_every"):
+        Checkpoints(tmp_path, use="best", read_only=True).trained(make()[1])
+
+
+def test_a_look_leaves_a_save_in_progress_alone(tmp_path):
+    save(tmp_path, 1)
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    assert Checkpoints(tmp_path, read_only=True).steps() == [1]
+    assert unfinished.exists()
 
 
 def files(checkpoint):
@@ -140,12 +160,19 @@ def flip(path):
 def test_a_damaged_newest_is_skipped_with_a_warning(tmp_path, harm):
     states = save(tmp_path, 1, 2)
     harm(files(tmp_path / "2")[0])
+    checkpoints = Checkpoints(tmp_path)
     with pytest.warns(UserWarning, match=r"/2 is damaged and skipped"):
-        restored = Checkpoints(tmp_path).restore(make()[1])
+        restored = checkpoints.restore(make()[1])
     chex.assert_trees_all_equal(
         jax.device_get(restored.state), jax.device_get(states[1])
     )
     assert restored.position == 10
+    # The damaged one does not stand in the way of its step's next save.
+    checkpoints.save(states[2], 20, {})
+    checkpoints.wait()
+    again = Checkpoints(tmp_path, read_only=True).restore(make()[1])
+    chex.assert_trees_all_equal(jax.device_get(again.state), jax.device_get(states[2]))
+    assert (tmp_path / "damaged-2").exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -133,6 +133,25 @@ def test_nothing_is_saved_from_a_loss_that_is_not_finite():
         run(step, log_every=100, save_every=2)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_save():
+    """The loss of that step is still finite, the weights after it are not."""
+
+    def step(state, batch, key):
+        norm = jnp.where(state.step == 3, jnp.inf, 1.0)
+        metrics = {
+            "loss": jnp.float32(1),
+            "grad_norm": norm,
+            "examples": jnp.float32(4),
+        }
+        return state._replace(step=state.step + 1), metrics
+
+    with pytest.raises(
+        UserError,
+        match=r"grad_norm is inf at step 4; the last good checkpoint is somewhere/2",
+    ):
+        run(step, log_every=100, save_every=2)
+
+
 def test_records_after_the_checkpoint_are_dropped(tmp_path, capsys):
     record = {"loss": 1.0, "images_per_s": 1.0, "input_wait": 0.0, "skipped": 0}
     with contextlib.closing(log.Log(tmp_path, 10)) as first:

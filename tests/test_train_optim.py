@@ -154,6 +154,12 @@ def test_schedule_passes_through_its_points(section, points):
         (dict(lr=0.0), "lr = 0.0 should be positive"),
         (dict(lr=0.1, warmup=100), "warmup = 100 should lie in"),
         (dict(lr=0.1, decay=-1.0), "decay = -1.0 should not be negative"),
+        (dict(lr=0.1, schedule="step"), "boundaries is empty"),
+        (
+            dict(name="adamw", lr=0.1, momentum=0.8),
+            "momentum = 0.8 has no effect on 'adamw', only on sgd, rmsprop",
+        ),
+        (dict(lr=0.1, drop=0.5), "drop = 0.5 has no effect on 'cosine', only on step"),
         (
             dict(lr=0.1, schedule="step", boundaries=(0.6, 0.3)),
             "should increase within",

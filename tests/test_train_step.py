@@ -137,6 +137,29 @@ def test_accumulation_equals_the_whole_batch(exchange):
     chex.assert_trees_all_close(jax.device_get(parts), jax.device_get(whole), atol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [None, {"data": 4}], ids=["parts", "devices"])
+def test_parts_weigh_what_they_count(axes):
+    """Masked rows all fall into one part, or on one device: still the mean over the examples that count."""
+    few = batch() | {
+        "mask": np.arange(BATCH) % 4 != 0 if axes is None else np.arange(BATCH) >= 4
+    }
+    model, tx = Plain(), optax.sgd(1.0)
+    begin = state.create(model, tx, SHAPE, jax.random.key(0))
+    whole = step.make(model, tx, cross_entropy.make())
+    expected, metrics = whole(begin, few, jax.random.key(1))
+    if axes is None:
+        part = step.make(model, tx, cross_entropy.make(), accumulate=4)
+    else:
+        part = step.make(
+            model, tx, cross_entropy.make(), exchange=mean.make(), mesh=four(**axes)
+        )
+    found, other = jax.jit(part)(begin, few, jax.random.key(1))
+    chex.assert_trees_all_close(
+        jax.device_get(found.params), jax.device_get(expected.params), atol=1e-6
+    )
+    assert other["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-5)
+
+
 def test_transform_plug_freezes_what_it_masks():
     """Plug point 1: a transform after the optimizer that zeroes one layer's updates; it sees raw gradients too."""
     seen = []

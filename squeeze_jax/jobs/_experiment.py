@@ -10,8 +10,7 @@ Each section of the config is splatted into exactly one function, whose signatur
 
 import dataclasses
 import functools
-import json
-import pathlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -20,24 +19,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+import squeeze_jax
 from squeeze_jax import data, models, registry
 from squeeze_jax.errors import UserError, nearest
-from squeeze_jax.export import files
 from squeeze_jax.train import optim, sharding
 from squeeze_jax.train import state as states
 from squeeze_jax.train.checkpoint import Checkpoints
-
-# Keys that may differ from those a work directory was begun with: they do not change what is learned.
-FREE = (
-    "export",
-    "benchmark",
-    "checkpoint",
-    "sharding",
-    "log_every",
-    "eval_every",
-    "save_every",
-)
-FREE += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +69,7 @@ class Experiment:
     checkpoint: dict = dataclasses.field(default_factory=dict)
     log_every: int = 50
     eval_every: int = 0
-    save_every: int = 0
+    save_every: int = 500
     export: dict = dataclasses.field(default_factory=dict)
     benchmark: dict = dataclasses.field(default_factory=dict)
 
@@ -181,6 +168,8 @@ def check(config: Mapping[str, Any]) -> Experiment:
             raise UserError(
                 f"config.{key} = {getattr(experiment, key)} should not be negative"
             )
+    if experiment.seed >= 2**31:
+        raise UserError(f"config.seed = {experiment.seed} should be below 2**31")
     if not 0 <= experiment.ema < 1:
         raise UserError(f"config.ema = {experiment.ema} should lie in [0, 1)")
     return experiment
@@ -197,15 +186,23 @@ def build(experiment: Experiment) -> Built:
             "config.exchange needs replicated parameters: set config.sharding.fsdp and .tensor to 1"
         )
     registry.check(optim.make, e.optim, "config.optim", given=("steps",))
-    registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=("directory",))
+    registry.check(
+        Checkpoints, e.checkpoint, "config.checkpoint", given=("directory", "read_only")
+    )
     _counts(e.checkpoint, "config.checkpoint")
     tx = optim.make(steps=e.steps, **e.optim)
     objective = method(e.objective, "config.objective")
     transforms = [method(t, "config.transforms") for t in e.transforms]
+    for section, made in zip(e.transforms, transforms, strict=True):
+        if not isinstance(made, optax.GradientTransformation):
+            raise UserError(
+                f"config.transforms: {section['name']!r} makes no gradient transform; it belongs to another key"
+            )
     weights = tuple(method(w, "config.weights") for w in e.weights)
     exchange = method(e.exchange, "config.exchange") if e.exchange else None
     registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
+    registry.check(models.make, e.model, "config.model")
     model = models.make(**{"num_classes": source.num_classes} | dict(e.model))
     classes = e.model.get("num_classes", source.num_classes)
     if classes < source.num_classes:
@@ -228,7 +225,10 @@ def build(experiment: Experiment) -> Built:
         export=export,
         benchmark=_settings(BenchmarkSettings, e.benchmark, "config.benchmark"),
     )
-    built.abstract()
+    state = (
+        built.abstract()
+    )  # finds what does not fit the network: its images, sharding rules, decay rules
+    jax.eval_shape(lambda s: tx.update(s.params, tx.init(s.params), s.params), state)
     return built
 
 
@@ -254,7 +254,8 @@ def method(section: Mapping[str, Any], where: str):
             f"{where} should be a dict with a name such as 'comm.mean', not {section!r}"
         )
     package, _, file = section["name"].partition(".")
-    packages = ("comm", "distill", "nas", "prune", "quantize", "train")
+    there = {info.name for info in pkgutil.iter_modules(squeeze_jax.__path__)}
+    packages = there & {"comm", "distill", "nas", "prune", "quantize", "train"}
     if package not in packages or not file:
         raise UserError(
             f"{where}.name = {section['name']!r} should be package.file{nearest(package, packages)}"
@@ -267,74 +268,3 @@ def method(section: Mapping[str, Any], where: str):
     arguments = {k: v for k, v in section.items() if k != "name"}
     registry.check(module.make, arguments, where)
     return module.make(**arguments)
-
-
-def open_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Makes the work directory, or checks that it holds this experiment and no other.
-
-    Raises:
-      UserError: not writable, or begun with another config; names the first keys that differ.
-    """
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the work directory {workdir} ({error.strerror}); choose another --workdir"
-        ) from None
-    if path.exists():
-        begun, now = flat(read_config(workdir)), flat(config)
-        different = [
-            f"{k} = {begun.get(k)!r} there, {now.get(k)!r} here"
-            for k in sorted(begun.keys() | now.keys())
-            if begun.get(k) != now.get(k)
-            and not any(k == f or k.startswith(f + ".") for f in FREE)
-        ]
-        if different:
-            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise UserError(
-                f"{workdir} holds another experiment: {'; '.join(different[:3])}{more}; choose another --workdir or"
-                " remove it"
-            )
-    files.write(path, json.dumps(config, indent=2) + "\n")
-
-
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """The config a work directory was begun with.
-
-    Raises:
-      UserError: there is none, or it cannot be read.
-    """
-    path = workdir / "config.json"
-    try:
-        return tuples(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(
-            f"{workdir} holds no experiment (no config.json); run the job fit there first"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); restore it or remove the work directory"
-        ) from None
-
-
-def tuples(value):
-    """Lists become tuples all the way down, so that a config is the same from Python, JSON and the command line."""
-    if isinstance(value, Mapping):
-        return {k: tuples(v) for k, v in value.items()}
-    return tuple(tuples(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`."""
-    rows = {}
-    for key, value in config.items():
-        rows |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {prefix + key: value}
-        )
-    return rows

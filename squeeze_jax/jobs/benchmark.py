@@ -17,12 +17,6 @@ from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import curves, picture, record, table
 from squeeze_jax.train.state import State
 
-STEMS = {
-    "stablehlo": "model.stablehlo",
-    "tflite": "model.tflite",
-    "tflite_int8": "model_int8.tflite",
-}
-
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Prints the table and writes it to `report.json` and `report.png`.
@@ -33,13 +27,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     if inputs:
         raise UserError(f"the job benchmark takes no files: {inputs[0]}")
     export.alone("benchmark")
-    paths = [workdir / "export" / STEMS[key] for key in built.export.formats]
-    for path in paths:
-        if not path.exists():
-            raise UserError(
-                f"no exported file {path}; run --job=export --workdir={workdir} first"
-            )
     state = evaluate.trained(built, workdir)
+    paths = export.find(workdir, built.export.formats, int(state.step))
     images, labels = test_set(built)
     counts = network(built, state)
     result = fit.evaluator(built)(state)

@@ -1,5 +1,6 @@
 """Evaluates the trained network on the whole test set."""
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
 
@@ -32,21 +33,19 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
 
 
 def trained(built: Built, workdir: pathlib.Path) -> State:
-    """The state of the newest whole checkpoint.
+    """The state that `config.checkpoint.use` names: the newest whole checkpoint or the best.
 
     Raises:
       UserError: there is none, or it does not fit the model.
     """
-    directory = workdir / "checkpoints"
-    checkpoints = (
-        Checkpoints(directory, **built.experiment.checkpoint)
-        if directory.is_dir()
-        else None
+    directory, settings = workdir / "checkpoints", built.experiment.checkpoint
+    if directory.is_dir():
+        with contextlib.closing(
+            Checkpoints(directory, **settings, read_only=True)
+        ) as checkpoints:
+            restored = checkpoints.trained(built.abstract())
+            if restored is not None:
+                return restored.state
+    raise UserError(
+        f"no checkpoint in {workdir}; run --job=fit --workdir={workdir} first"
     )
-    restored = checkpoints.restore(built.abstract()) if checkpoints else None
-    if restored is None:
-        raise UserError(
-            f"no checkpoint in {workdir}; run --job=fit --workdir={workdir} first"
-        )
-    checkpoints.close()
-    return restored.state

@@ -1,5 +1,7 @@
 """Exports the trained network to files for devices; each runs again and must agree with the live model."""
 
+import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -8,6 +10,7 @@ import numpy as np
 
 from squeeze_jax import export
 from squeeze_jax.errors import UserError
+from squeeze_jax.export import files
 from squeeze_jax.jobs import evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nn.conv import lowering
@@ -43,6 +46,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             tolerance=built.export.tolerance,
             int8_agreement=built.export.int8_agreement,
         )
+        note(workdir, file, int(state.step))
         print(
             f"exported   {file.path} · {units.size(file.bytes)} · largest difference {file.max_difference:.2g} ·"
             f" same class {file.agreement:.1%}",
@@ -67,6 +71,41 @@ def live(built: Built, state: State, *, endpoints: bool = False):
         return stages | {"logits": logits} if endpoints else logits
 
     return fn
+
+
+def note(workdir: pathlib.Path, file: export.Exported, step: int) -> None:
+    """Adds a file to `export/files.json`: of which step it is, and how closely it agrees."""
+    path = workdir / "export" / "files.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[file.format] = dataclasses.asdict(file) | {
+        "path": file.path.name,
+        "step": step,
+    }
+    files.write(path, json.dumps(known, indent=2) + "\n")
+
+
+def find(
+    workdir: pathlib.Path, formats: Sequence[str], step: int
+) -> list[pathlib.Path]:
+    """The exported files of these formats.
+
+    Raises:
+      UserError: one is missing, or of another step than the trained network.
+    """
+    path = workdir / "export" / "files.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    again = f"run --job=export --workdir={workdir} first"
+    for key in formats:
+        if key not in known or not (path.parent / known[key]["path"]).exists():
+            raise UserError(
+                f"no exported file of format {key} in {path.parent}; {again}"
+            )
+        if known[key]["step"] != step:
+            raise UserError(
+                f"{path.parent / known[key]['path']} is of step {known[key]['step']}, the trained network of step {step};"
+                f" {again}"
+            )
+    return [path.parent / known[key]["path"] for key in formats]
 
 
 def images(batches, count: int) -> np.ndarray:

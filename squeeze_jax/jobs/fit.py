@@ -82,22 +82,13 @@ def train(
             log_every=e.log_every,
             eval_every=e.eval_every,
             save_every=e.save_every,
-            learning_rate=schedule(built),
+            learning_rate=optim.schedule_of(e.optim, e.steps),
         )
 
 
 def put(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
     """What of a batch goes to the devices."""
     return sharding.put_batch({k: batch[k] for k in ("image", "label", "mask")}, mesh)
-
-
-def schedule(built: Built):
-    """The learning rate as a function of the step."""
-    wanted = ("lr", "schedule", "warmup", "end", "boundaries", "drop")
-    return optim.make_schedule(
-        built.experiment.steps,
-        **{k: v for k, v in built.experiment.optim.items() if k in wanted},
-    )
 
 
 def evaluator(built: Built):

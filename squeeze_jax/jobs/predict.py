@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import evaluate
+from squeeze_jax.jobs import evaluate, export
 from squeeze_jax.jobs._experiment import Built
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -21,12 +21,10 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     Raises:
       UserError: no input, a file that is missing or no image, an empty folder, or no checkpoint.
     """
+    export.alone("predict")
     files = find(inputs)
     images = [built.data.decode(path) for path in files]
-    variables = evaluate.trained(built, workdir).variables()
-    classify = jax.jit(
-        lambda x: built.model.apply(variables, built.data.normalise(x))[0]
-    )
+    classify = jax.jit(export.live(built, evaluate.trained(built, workdir)))
     names = built.data.label_names
     for begin in range(0, len(files), BATCH):
         some = np.stack(images[begin : begin + BATCH])

@@ -5,13 +5,17 @@ computed on the devices, so that it is the same for every sharding and catches w
 """
 
 import logging
+import operator
 import pathlib
+import shutil
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from squeeze_jax import tree
@@ -37,7 +41,9 @@ class Checkpoints:
         directory: str | pathlib.Path,
         *,
         keep: int = 2,
-        best: str = "eval_accuracy",
+        best: Literal["eval_accuracy", "eval_top5"] = "eval_accuracy",
+        use: Literal["newest", "best"] = "newest",
+        read_only: bool = False,
     ):
         """Opens (and makes) `directory`.
 
@@ -45,11 +51,16 @@ class Checkpoints:
           directory: where they live, one sub-directory a step.
           keep: how many of the newest to keep, at least 1.
           best: the metric whose highest value is kept besides.
+          use: which of them a trained network is: the newest, or the best by `best`. Training always goes on from the
+            newest.
+          read_only: for a look while another process may be saving there.
         """
+        self._use, self._best, self._read_only = use, best, read_only
         self.directory = pathlib.Path(directory).absolute()
         newest = policies.LatestN(keep)
+        score = operator.itemgetter(best)
         highest = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[best],
+            get_metric_fn=score,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -61,7 +72,9 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([newest, highest]),
-                cleanup_tmp_directories=True,
+                best_fn=score,  # makes Orbax write the metrics down
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
         )
 
@@ -83,7 +96,7 @@ class Checkpoints:
         note = {"position": position, "config": config, "checksums": checksums(state)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Orbax warns of its own deprecations
-            self._manager.save(
+            saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_to_dict(state)),
@@ -91,6 +104,8 @@ class Checkpoints:
                 ),
                 metrics=metrics,
             )
+        if not saved:
+            raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk under its final name."""
@@ -99,12 +114,30 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def restore(self, like: State, step: int | None = None) -> Restored | None:
-        """Restores the newest checkpoint that is whole, or that of `step`.
+    def trained(self, like: State) -> Restored | None:
+        """Restores the checkpoint that the trained network is, as `use` says; else as `restore`."""
+        scores = {step: self._manager.metrics(step) for step in self.steps()}
+        scores = {step: m[self._best] for step, m in scores.items() if m}
+        if self._use == "newest":
+            return self.restore(like)
+        if not scores:
+            raise UserError(
+                f"no checkpoint in {self.directory} was evaluated: set config.eval_every, or"
+                " config.checkpoint.use='newest'"
+            )
+        return self.restore(like, [max(scores, key=scores.get)])
+
+    def restore(
+        self, like: State, steps: Sequence[int] | None = None
+    ) -> Restored | None:
+        """Restores the newest checkpoint that is whole.
+
+        Damaged ones before it are set aside as `damaged-STEP`, so that their steps can be saved again.
 
         Args:
           like: a state of ShapeDtypeStructs whose shardings say where the arrays should go; they need not be those
             of the run that saved it.
+          steps: the steps to try in turn; all from the newest on by default.
 
         Returns:
           None where there is no checkpoint at all.
@@ -113,27 +146,39 @@ class Checkpoints:
           UserError: the checkpoint is of another model (names the first parameters that differ and both shapes), or
             every checkpoint is damaged.
         """
-        candidates = [step] if step is not None else self.steps()[::-1]
-        for candidate in candidates:
+        steps, damaged = self.steps()[::-1] if steps is None else steps, []
+        for step in steps:
             try:
-                return self._restore(candidate, like)
+                restored = self._restore(step, like)
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes of Orbax
-                reason = (
-                    str(error).strip().splitlines()[0]
-                    if str(error).strip()
-                    else type(error).__name__
-                )
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                damaged.append(step)
                 warnings.warn(
-                    f"checkpoint {self.directory / str(candidate)} is damaged and skipped ({reason[:200]})",
+                    f"checkpoint {self.directory / str(step)} is damaged and skipped ({reason[:200]})",
                     stacklevel=2,
                 )
-        if candidates:
+                continue
+            self._set_aside(damaged)
+            return restored
+        if damaged:
             raise UserError(
-                f"no checkpoint in {self.directory} can be read (tried {candidates}); remove the directory to start anew"
+                f"no checkpoint in {self.directory} can be read (tried {damaged}); remove the directory to start anew"
             )
         return None
+
+    def _set_aside(self, damaged: Sequence[int]) -> None:
+        if self._read_only or not damaged:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                aside = self.directory / f"damaged-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints")
+        self._manager.reload()
 
     def _restore(self, step: int, like: State) -> Restored:
         expected = _to_dict(like)

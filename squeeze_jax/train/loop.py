@@ -113,9 +113,10 @@ def run(
                 since = time.perf_counter()  # the next images/s is of training alone
             if stop:
                 checkpoints.wait()
-                if at < steps:
-                    raise Interrupted(stop, at)
+                raise Interrupted(stop, at)
         checkpoints.wait()
+        if stop := signals.agreed(meeting=True):  # during the last evaluation, say
+            raise Interrupted(stop, steps)
     return state
 
 
@@ -141,7 +142,12 @@ def _means(
 ) -> dict[str, float]:
     """Means over steps, after the check that every loss is finite."""
     for i, each in enumerate(metrics):
-        if not np.isfinite(each["loss"]):
+        # A gradient that is not finite has spoiled the weights already, whatever the loss before it was.
+        worst = next(
+            (k for k in ("loss", "grad_norm") if not np.isfinite(each.get(k, 0.0))),
+            None,
+        )
+        if worst:
             checkpoints.wait()
             saved = checkpoints.steps()
             good = (
@@ -150,8 +156,8 @@ def _means(
                 else "none was saved"
             )
             raise UserError(
-                f"the loss is {each['loss']} at step {first + i}; {good}; try a lower config.optim.lr, more"
-                " config.optim.warmup, or config.optim.clip=1.0"
+                f"the {worst} is {each[worst]} at step {first + i}; {good}; try a lower config.optim.lr, more"
+                " config.optim.warmup, or config.optim.clip=1.0, in a new --workdir"
             )
     return {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
 

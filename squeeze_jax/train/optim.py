@@ -1,5 +1,6 @@
 """Optimizers and schedules from one config section, all of optax; weight decay by rules."""
 
+import inspect
 from typing import Literal
 
 import jax
@@ -8,6 +9,17 @@ import optax
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 
+# Keys that only some optimizers or schedules read: set for another, they would be dead.
+READ_BY = {
+    "momentum": ("sgd", "rmsprop"),
+    "nesterov": ("sgd",),
+    "b1": ("adamw", "lamb"),
+    "b2": ("adamw", "lamb", "rmsprop"),
+    "eps": ("adamw", "lamb", "rmsprop"),
+    "end": ("cosine", "linear"),
+    "boundaries": ("step",),
+    "drop": ("step",),
+}
 DECAY = (("(kernel|embedding)$", 1.0),)  # none on normalisations and biases
 
 
@@ -52,6 +64,7 @@ def make(
     Raises:
       UserError: values out of range.
     """
+    _no_dead_keys(locals())
     rate = make_schedule(
         steps, lr, schedule, warmup=warmup, end=end, boundaries=boundaries, drop=drop
     )
@@ -75,6 +88,30 @@ def make(
     }[name]
     clipping = [optax.clip_by_global_norm(clip)] if clip else []
     return optax.chain(*clipping, *parts, optax.scale_by_learning_rate(rate))
+
+
+def _no_dead_keys(given: dict) -> None:
+    """Raises a UserError for a key set away from its default that the optimizer or schedule does not read."""
+    defaults = inspect.signature(make).parameters
+    for key, readers in READ_BY.items():
+        chosen = given["schedule" if key in ("end", "boundaries", "drop") else "name"]
+        if given[key] != defaults[key].default and chosen not in readers:
+            raise UserError(
+                f"config.optim.{key} = {given[key]!r} has no effect on {chosen!r}, only on {', '.join(readers)}; leave"
+                f" it at {defaults[key].default!r}"
+            )
+    if given["schedule"] == "step" and not given["boundaries"]:
+        raise UserError(
+            "config.optim.boundaries is empty: schedule 'step' needs fractions of the run, such as (0.5, 0.75)"
+        )
+
+
+def schedule_of(section: dict, steps: int) -> optax.Schedule:
+    """The learning rate that `make(steps=steps, **section)` follows."""
+    bound = inspect.signature(make).bind(**section, steps=steps)
+    bound.apply_defaults()
+    wanted = inspect.signature(make_schedule).parameters
+    return make_schedule(**{k: v for k, v in bound.arguments.items() if k in wanted})
 
 
 def make_schedule(

@@ -47,6 +47,11 @@ def make_mesh(
             f"config.sharding: data x fsdp x tensor = {' x '.join(map(str, sizes))} does not make the"
             f" {devices} devices there are; set one of them to -1"
         )
+    if jax.process_count() > 1 and jax.local_device_count() % sizes[2]:
+        raise UserError(
+            f"config.sharding.tensor = {sizes[2]} should divide the {jax.local_device_count()} devices of a process:"
+            " every process reads whole rows"
+        )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -48,7 +48,8 @@ def make(
       exchange: reduces gradients over the devices; None leaves the mean to the compiler.
       mesh: needed by `exchange`, whose parameters must be replicated.
       dtype: of the computation; master weights and statistics stay float32.
-      accumulate: split the batch into so many parts, one after the other.
+      accumulate: split the batch into so many parts, one after the other; a part weighs as much as it has examples
+        that count.
       ema: decay of the averaged weights, 0 for none; it warms up as (1 + t) / (10 + t).
 
     Returns:
@@ -87,9 +88,10 @@ def make(
         split = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
-        stats, total = _scan_mean(
-            part, stats, (split, jax.random.split(key, accumulate))
-        )
+        counts = split["mask"].sum(1, dtype=jnp.float32)
+        keys = jax.random.split(key, accumulate)
+        shares = counts / jnp.maximum(counts.mean(), 1.0)
+        stats, total = _scan_mean(part, stats, (split, keys), shares)
         return total[0], stats, total[1]
 
     if exchange is not None:
@@ -165,22 +167,24 @@ def cast(params, dtype: str):
     }
 
 
-def _scan_mean(part, stats, parts):
-    """Runs `part` over the leading axis and returns the last statistics and the mean of what it yields."""
+def _scan_mean(part, stats, parts, shares):
+    """Runs `part` over the leading axis; returns the last statistics and the mean of what it yields.
+
+    A part weighs as much as it has examples that count: `shares` [n], 1 on average.
+    """
 
     def add(carry, each):
-        stats, total = carry
+        (stats, total), (each, share) = carry, each
         stats, new = part(stats, each)
-        return (stats, jax.tree.map(jnp.add, total, new)), None
+        return (stats, jax.tree.map(lambda t, x: t + share * x, total, new)), None
 
-    rows = jax.tree.leaves(parts)[0]
     shapes = jax.eval_shape(part, stats, jax.tree.map(lambda x: x[0], parts))[1]
     # Inside shard_map a sum over a device's own rows varies over the devices, and so must what it starts from.
     zeros = jax.tree.map(
-        lambda s: varying.like(jnp.zeros(s.shape, s.dtype), rows), shapes
+        lambda s: varying.like(jnp.zeros(s.shape, s.dtype), shares), shapes
     )
-    (stats, total), _ = jax.lax.scan(add, (stats, zeros), parts)
-    return stats, jax.tree.map(lambda x: x / len(rows), total)
+    (stats, total), _ = jax.lax.scan(add, (stats, zeros), (parts, shares))
+    return stats, jax.tree.map(lambda x: x / len(shares), total)
 
 
 def _exchanged(gradients, exchange, mesh):
@@ -191,6 +195,9 @@ def _exchanged(gradients, exchange, mesh):
         params = jax.tree.map(lambda w: jax.lax.pcast(w, BATCH, to="varying"), params)
         own_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH))
         grads, stats, metrics = gradients(params, stats, batch, own_key)
+        count = batch["mask"].sum(dtype=jnp.float32)
+        share = count / jnp.maximum(jax.lax.pmean(count, BATCH), 1.0)
+        grads, metrics = jax.tree.map(lambda x: share * x, (grads, metrics))
         grads = exchange(jax.random.fold_in(own_key, 1), grads, BATCH)
         return grads, jax.lax.pmean(stats, BATCH), jax.lax.pmean(metrics, BATCH)
 

@@ -1,0 +1,135 @@
+"""The work directory of a run: whose it is, and that nobody else is writing to it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+from jax.experimental import multihost_utils
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import files
+from squeeze_jax.jobs._experiment import Experiment
+
+# Keys that may differ from those a work directory was begun with: they do not change what is learned.
+FREE = ("export", "benchmark", "checkpoint", "sharding", "log_every", "eval_every")
+FREE += ("save_every", "data.workers", "data.threads", "data.cache_mb")
+FREE += ("data.source.data_dir",)
+
+_locks = []  # held until the process ends
+
+
+def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Makes the work directory of a run that is to train, or continues that of the same experiment.
+
+    A directory without a checkpoint holds nothing yet that another config could harm.
+
+    Raises:
+      UserError: not writable, in use by another process, or begun with another config.
+    """
+    if jax.process_index() == 0:
+        with contextlib.ExitStack() as undo:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                lock = undo.enter_context(open(workdir / ".lock", "a+"))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to the work directory {workdir} ({error.strerror}); choose another --workdir"
+                ) from None
+            _hold(lock, workdir)
+            saved = (workdir / "checkpoints").glob("[0-9]*")
+            if (workdir / "config.json").exists() and any(saved):
+                same(workdir, config)
+            files.write(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+            undo.pop_all()
+            _locks.append(lock)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("work directory")
+
+
+def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Checks that a work directory was begun with this config, as far as it decides what is learned.
+
+    Raises:
+      UserError: there is no run, or keys differ; names the first.
+    """
+    begun, now = _whole(read(workdir)), _whole(config)
+    different = [
+        f"{k} = {begun.get(k)!r} there, {now.get(k)!r} here"
+        for k in sorted(begun.keys() | now.keys())
+        if begun.get(k) != now.get(k)
+        and not any(k == f or k.startswith(f + ".") for f in FREE)
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"{workdir} holds another experiment: {'; '.join(different[:3])}{more}; choose another --workdir or"
+            " remove it"
+        )
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+    """The config a work directory was begun with.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{workdir} holds no experiment (no config.json); run the job fit there first"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); restore it or remove the work directory"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no config; restore it or remove the work directory")
+    return tuples(config)
+
+
+def tuples(value):
+    """Lists become tuples all the way down, so that a config is the same from Python, JSON and the command line."""
+    if isinstance(value, Mapping):
+        return {k: tuples(v) for k, v in value.items()}
+    return tuple(tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1, ...}`, with the defaults of the top level."""
+    known = {field.name for field in dataclasses.fields(Experiment)}
+    if known >= config.keys():
+        config = dataclasses.asdict(Experiment(**config))
+    return _flat(config)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows = {}
+    for key, value in config.items():
+        rows |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {prefix + key: value}
+        )
+    return rows
+
+
+def _hold(lock: TextIO, workdir: pathlib.Path) -> None:
+    """Locks the directory for this process; the system lets go of it however the process ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(
+            f"{workdir} is in use by process {lock.read().strip() or 'unknown'}; wait for it or choose another --workdir"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
