@@ -1,0 +1,50 @@
+"""That memory freed by one computation serves the next."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = """
+import resource
+
+{prepare}
+import jax, jax.numpy as jnp
+
+@jax.jit
+@jax.grad
+def f(w, x):  # backwards needs the 16 results of 4 MB each: 64 MB, or 16384 pages of 4 kB
+    for _ in range(16):
+        x = jnp.tanh(x @ w)
+    return x.sum()
+
+w, x = jnp.eye(64), jnp.ones((2**14, 64))
+counts = []
+for _ in range(15):
+    f(w, x).block_until_ready()
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(sorted(b - a for a, b in zip(counts[4:], counts[5:]))[5])
+"""
+KEEP = "from squeeze_jax.jobs._allocator import keep_memory; keep_memory()"
+
+
+def faults(prepare):
+    """Page faults of a call, the median of ten."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(prepare=prepare)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc alone")
+def test_freed_memory_is_not_faulted_in_again():
+    assert faults("") > 16384 / 2
+    assert faults(KEEP) < 16384 / 50
