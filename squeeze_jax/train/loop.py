@@ -14,6 +14,9 @@ from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.log import Log
 from squeeze_jax.train.state import State
 
+# Steps in flight: enough to hide the dispatch, few enough that a request to stop is soon heard.
+RUN_AHEAD = 2
+
 
 class Interrupted(Reported):
     """The run was asked to stop, has saved, and can go on later."""
@@ -100,6 +103,8 @@ def run(
             digest = zlib.crc32(rows["index"].tobytes(), digest)
             state, metrics = step(state, placed, key)
             pending.append(metrics)
+            if len(pending) > RUN_AHEAD:
+                jax.block_until_ready(pending[-1 - RUN_AHEAD])
             stop = signals.agreed(at % log_every == 0 or at == first + 1)
             if due(at, log_every) or due(at, eval_every) or due(at, save_every) or stop:
                 flush(at)
