@@ -113,6 +113,9 @@ def override(config, argument):
 
 def main(argv=None):
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
+    from squeeze_jax.jobs import _allocator
+
+    _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
     from squeeze_jax.jobs import _experiment, _workdir
 
