@@ -37,6 +37,7 @@ class Turns:
           RuntimeError: a candidate ended; its traceback is on stderr.
         """
         self.ready, self._processes, self._pipes = {}, {}, {}
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         context = multiprocessing.get_context("spawn")
         try:
             for name, (function, arguments) in candidates.items():
