@@ -374,18 +374,27 @@ def test_without_a_checkpoint_another_config_does_no_harm(tmp_path):
     """A run that failed before its first checkpoint can be tried again with its mistake mended."""
     first, mended = {"optim": {"lr": 1e30}}, {"optim": {"lr": 0.1}}
     _workdir.begin(tmp_path / "run", first)
-    _workdir._locks.pop().close()
+    _workdir._locks.popitem()[1].close()
     _workdir.begin(tmp_path / "run", mended)
-    _workdir._locks.pop().close()
+    _workdir._locks.popitem()[1].close()
     assert _workdir.read(tmp_path / "run") == mended
 
 
 def test_a_work_directory_has_one_writer(tmp_path):
     _workdir.begin(tmp_path / "run", {})
-    held = _workdir._locks.pop()
+    _, held = _workdir._locks.popitem()
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
         _workdir.begin(tmp_path / "run", {})
     held.close()
+
+
+def test_a_notebook_may_begin_its_work_directory_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for steps, name in enumerate(("run", "run", tmp_path / "run")):
+        _workdir.begin(pathlib.Path(name), {"steps": steps})
+        assert _workdir.read(tmp_path / "run") == {"steps": steps}
+    _workdir._locks.popitem()[1].close()
+    assert not _workdir._locks
 
 
 def test_predict_answers_from_the_reparametrized_weights(whole, capsys, tmp_path):

@@ -21,7 +21,7 @@ FREE = ("export", "benchmark", "checkpoint", "sharding", "log_every", "eval_ever
 FREE += ("save_every", "data.workers", "data.threads", "data.cache_mb")
 FREE += ("data.source.data_dir",)
 
-_locks = []  # held until the process ends
+_locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 
 
 def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -34,6 +34,8 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """
     if jax.process_index() == 0:
         with contextlib.ExitStack() as undo:
+            if again := _locks.pop(workdir.resolve(), None):
+                again.close()  # this process is the one that holds it, as a notebook
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
@@ -47,7 +49,7 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
                 same(workdir, config)
             files.write(workdir / "config.json", json.dumps(config, indent=2) + "\n")
             undo.pop_all()
-            _locks.append(lock)
+            _locks[workdir.resolve()] = lock
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
 
