@@ -4,6 +4,10 @@ The stem and the first stages keep the resolution: 32x32 becomes 4x4 where 224x2
 
     tfds build cifar10 --file_format=array_record   # or squeeze_jax.data.convert, for a packed archive
     python run.py --config=configs/mobilenet_v2_cifar10.py
+
+Result of 3 of the 12 epochs, `--config.steps=1172`: 67.1% test accuracy (JPEG copies of the images, quality 75), 700,490
+parameters, 14.0 M MACs; 130 to 170 images/s on 2 busy cores of an AMD EPYC server with AVX-512, 17 minutes. Files:
+StableHLO 2.93 MB, TFLite 2.82 MB. All 12 epochs have not been run yet.
 """
 
 import ml_collections
