@@ -82,7 +82,9 @@ def bare(turn, case: str, folder: str, args: argparse.Namespace) -> None:
         turn(clocks() - begin)
 
 
-def whole(turn, case: str, folder: str, args: argparse.Namespace) -> None:
+def whole(
+    turn, case: str, folder: str, args: argparse.Namespace, prepared: bool = False
+) -> None:
     """Says what a block of the whole job took, as (`clocks`, {part: seconds}), at each turn."""
     workload.allocator(args.malloc)
     import jax
@@ -107,6 +109,8 @@ def whole(turn, case: str, folder: str, args: argparse.Namespace) -> None:
 
         setattr(owner, name, clocked)
 
+    if prepared:
+        pipeline.Batches.__next__ = _always_first(pipeline.Batches.__next__)
     timed(pipeline.Batches, "__next__", "input")
     timed(fit, "put", "put")
     timed(loop, "_means", "means", lambda metrics, *_: jax.block_until_ready(metrics))
@@ -150,6 +154,19 @@ def whole(turn, case: str, folder: str, args: argparse.Namespace) -> None:
         fit.run(built, workdir(folder, case))
 
 
+def _always_first(following):
+    """An iterator's `__next__` that stops what prepares further batches and repeats the first."""
+    first = []
+
+    def again(batches):
+        if not first:
+            first.append(following(batches))
+            batches.close()
+        return first[0]
+
+    return again
+
+
 def workdir(folder: str, name: str) -> pathlib.Path:
     return pathlib.Path(tempfile.mkdtemp(prefix=name, dir=folder))
 
@@ -168,33 +185,45 @@ def measure(case: str, folder: str, args: argparse.Namespace) -> dict:
     """Alternates blocks of both, from the first step to the block after the last checkpoint."""
     cycle = SAVE_EVERY // args.block
     arguments = (case, folder, args)
-    candidates = {f.__name__: (f, arguments) for f in (bare, whole)}
-    ratios, alone, spent = collections.defaultdict(list), [], []
+    candidates = {
+        "bare": (bare, arguments),
+        "loop": (whole, (*arguments, True)),
+        "whole": (whole, arguments),
+    }
+    ratios = {name: collections.defaultdict(list) for name in ("loop", "whole")}
+    alone, spent = [], []
     with turns.Turns(candidates) as players:
         for block in range(args.cycles * cycle + 1):
             said = {}
             for name in list(candidates)[:: -1 if block % 2 else 1]:
                 said[name] = players.take(name)
-            clock, parts = said["whole"]
             if block >= args.warmup:
-                ratios[kind(block, args.block)].append(clock / said["bare"])
                 alone.append(said["bare"])
-                spent.append(parts)
-    found = {k: np.median(r, axis=0) - 1 for k, r in ratios.items()}
+                spent.append(said["whole"][1])
+                for name, found in ratios.items():
+                    clock = said[name][0]
+                    found[kind(block, args.block)].append(clock / said["bare"])
     weight = {"plain": cycle - 3, "log": 1, "save": 1, "after": 1}
-    wall, cpu = sum(weight[k] * found[k] for k in weight) / cycle
+    medians = {
+        name: {k: np.median(r, axis=0) - 1 for k, r in found.items()}
+        for name, found in ratios.items()
+    }
+    total = {
+        name: (sum(weight[k] * of[k] for k in weight) / cycle).tolist()
+        for name, of in medians.items()
+    }
     return {
         "case": case,
         "step_ms": 1e3 * float(np.median(alone, axis=0)[0]) / args.block,
-        "overhead": float(wall),
-        "overhead_cpu": float(cpu),
-        "overhead_of": {k: float(f[0]) for k, f in found.items()},
+        "overhead": {name: wall for name, (wall, _) in total.items()},
+        "overhead_cpu": {name: cpu for name, (_, cpu) in total.items()},
+        "overhead_of": {k: float(of[0]) for k, of in medians["whole"].items()},
         "host_ms": {
             part: 1e3 * statistics.median(s[part] for s in spent if part in s)
             for part in PARTS
         },
         "first_save_ms": 1e3 * players.ready["whole"],
-        "ratios": {k: np.array(r)[:, 0].tolist() for k, r in ratios.items()},
+        "ratios": {k: np.array(r)[:, 0].tolist() for k, r in ratios["whole"].items()},
     }
 
 
@@ -237,9 +266,12 @@ def text(row: dict, block: int) -> str:
     kinds = {"plain": "usually", "log": "logging", "save": "saving", "after": "next"}
     each = ", ".join(f"{p} {host[p] / block:.2f}" for p in PARTS[:3])
     events = ", ".join(f"{p} {host[p]:.1f}" for p in PARTS[3:])
+    takes = " ".join(
+        f"{what} {row['overhead'][name]:+.1%} (CPU time {row['overhead_cpu'][name]:+.1%})"
+        for name, what in (("whole", "the whole job"), ("loop", "without input"))
+    )
     return (
-        f"{row['case']}: {row['step_ms']:.1f} ms a step alone; the whole job takes {row['overhead']:+.1%},"
-        f" of CPU time {row['overhead_cpu']:+.1%}\n    blocks: "
+        f"{row['case']}: {row['step_ms']:.1f} ms a step alone; {takes}\n    blocks: "
         + ", ".join(f"{kinds[k]} {of[k]:+.1%}" for k in kinds)
         + f"\n    the loop's thread, ms a step: {each}; ms each time: {events}"
         f" (the first {row['first_save_ms']:.0f})"

@@ -42,6 +42,7 @@ def ours(turn, network: str, folder: str, args: argparse.Namespace) -> None:
             size=args.size,
             crop="random_resized",
             flip=True,
+            cache_mb=0,  # as PyTorch does, ours decodes each image again for each crop
         ),
     )
     step, state = fit.compile_step(built, built.abstract()), built.create()
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="of a block")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=64, help="of images, pixels")
-    parser.add_argument("--images", type=int, default=512, help="files to generate")
+    parser.add_argument("--images", type=int, default=2048, help="files to generate")
     parser.add_argument(
         "--malloc",
         choices=("keep", "plain"),
