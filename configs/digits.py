@@ -25,6 +25,6 @@ def get_config():
         dropout=0.1,
         conv10_relu=False,
     )
-    config.optim = dict(name="sgd", lr=0.1, warmup=60, decay=1e-4, nesterov=True)
+    config.optim = dict(name="sgd", lr=0.1, warmup=0.1, decay=1e-4, nesterov=True)
     config.eval_every = 200
     return config

@@ -33,7 +33,8 @@ def get_config():
         strides=(1, 2, 2, 2, 1, 1, 1),
         dropout=0.1,
     )
-    config.optim = dict(name="sgd", lr=0.2, warmup=400, decay=5e-4, nesterov=True)
+    warmup = 400 / config.steps  # a share, so that it shrinks with a shorter run
+    config.optim = dict(name="sgd", lr=0.2, warmup=warmup, decay=5e-4, nesterov=True)
     config.log_every = 100
     config.eval_every = 50_000 // config.batch
     return config

@@ -13,7 +13,7 @@ from jax import export as jax_export
 
 from squeeze_jax import export
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files, parity, process, runtime
+from squeeze_jax.export import files, parity, process, runnable, runtime
 from squeeze_jax.export.formats import tflite
 
 SHAPE = (24, 24, 3)
@@ -436,14 +436,15 @@ def test_child_processes_have_their_own_xla_settings(tmp_path, monkeypatch):
     assert found["JAX_PLATFORMS"] == "cpu"
 
 
-def test_missing_converter_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "litert_converter", None)
-    monkeypatch.setattr(tflite.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install litert-converter"):
-        tflite.convert(lambda x: x, SHAPE)
-
-
 def test_importing_the_package_loads_no_jax():
     code = "import sys, squeeze_jax.export.runtime; sys.exit('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=None, cwd=process._ROOT)
     assert done.returncode == 0
+
+
+def test_a_format_whose_packages_are_missing_says_so(monkeypatch):
+    """As on Linux for ARM, where the converter is not built."""
+    monkeypatch.setattr(tflite, "NEEDS", ("litert-converter", "no-such-package"))
+    with pytest.raises(UserError, match="tflite needs the package no-such-package"):
+        runnable.format_of("tflite")
+    assert runnable.format_of("stablehlo").NEEDS == ()

@@ -39,10 +39,11 @@ TINY = (
 )
 
 
-def start(*arguments, **options):
-    """Starts run.py on one CPU device."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu"
+def start(*arguments, devices=1, **options):
+    """Starts run.py on so many simulated devices."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-u", ROOT / "run.py", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -60,8 +61,8 @@ def finish(process):
     return process.returncode, printed
 
 
-def run(*arguments):
-    return finish(start(*arguments))
+def run(*arguments, **options):
+    return finish(start(*arguments, **options))
 
 
 def fit(workdir, *more):
@@ -159,16 +160,56 @@ def test_asked_to_stop_it_saves_and_says_so(whole, tmp_path, number):
     assert seen(tmp_path) == seen(whole)
 
 
-def test_two_processes_train_what_one_trains(whole, tmp_path):
+def agree(workdir, other):
+    ours, theirs = final(workdir), final(other)
+    for part in ("params", "stats", "ema"):
+        chex.assert_trees_all_close(
+            getattr(ours, part), getattr(theirs, part), atol=1e-5
+        )
+
+
+def start_two(workdir):
+    """Starts two processes that train together."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     joined = [f"--coordinator=localhost:{port}", "--processes=2"]
-    both = [start(*fit(tmp_path, *joined, f"--process={i}")) for i in range(2)]
-    for status, printed in map(finish, both):
+    return [start(*fit(workdir, *joined, f"--process={i}")) for i in range(2)]
+
+
+def test_two_processes_stop_together_and_train_what_one_trains(whole, tmp_path):
+    """Asked by a signal to either of them; then they go on to the end."""
+    both = start_two(tmp_path)
+    read_until(both[0], 3)
+    both[1].send_signal(signal.SIGTERM)
+    stops = [finish(process) for process in both]
+    steps = {re.search(r"stopped at step (\d+)", printed)[1] for _, printed in stops}
+    assert [status for status, _ in stops] == [128 + signal.SIGTERM] * 2
+    assert len(steps) == 1
+    for status, printed in map(finish, start_two(tmp_path)):
         assert status == 0, printed
-    chex.assert_trees_all_close(final(tmp_path).params, final(whole).params, atol=1e-5)
-    chex.assert_trees_all_close(final(tmp_path).stats, final(whole).stats, atol=1e-5)
+    agree(tmp_path, whole)
+
+
+def test_sharded_over_devices_it_trains_what_one_device_trains(whole, tmp_path):
+    """Stopped on 2 x 2 devices in the middle, continued as 4, evaluated on one."""
+    mesh = "--config.sharding.fsdp={}"
+    process = start(*fit(tmp_path, mesh.format(2)), devices=4)
+    read_until(process, 7)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
+    status, printed = run(*fit(tmp_path, mesh.format(4)), devices=4)
+    assert status == 0, printed
+    assert "data 1 x fsdp 4 x tensor 1" in printed
+    assert "continuing from the checkpoint" in printed
+    agree(tmp_path, whole)
+    one, sharded = (
+        run("--job=evaluate", f"--workdir={w}", mesh.format(1))
+        for w in (whole, tmp_path)
+    )
+    assert one[0] == sharded[0] == 0
+    accuracy = r"test accuracy (0\.\d{4})"
+    assert re.search(accuracy, one[1])[1] == re.search(accuracy, sharded[1])[1]
 
 
 def test_predict_prints_five_labels_of_each_image(whole, tmp_path):

@@ -1,6 +1,8 @@
 """Checkpoints: exact, on any number of devices, and never a damaged one in silence."""
 
+import asyncio
 import os
+import sys
 
 import chex
 import flax.linen as nn
@@ -152,8 +154,6 @@ def flip(path):
     path.write_bytes(content)
 
 
-# Reads that were under way when Orbax gave up end in threads that nobody waits for.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "harm", [truncate, flip, os.unlink], ids=["truncated", "corrupted", "missing"]
 )
@@ -175,7 +175,6 @@ def test_a_damaged_newest_is_skipped_with_a_warning(tmp_path, harm):
     assert (tmp_path / "damaged-2").exists()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_all_damaged_is_an_error(tmp_path):
     save(tmp_path, 1)
     truncate(files(tmp_path / "1")[0])
@@ -184,6 +183,32 @@ def test_all_damaged_is_an_error(tmp_path):
         pytest.raises(UserError, match=r"no checkpoint in .* can be read"),
     ):
         Checkpoints(tmp_path).restore(make()[1])
+
+
+class Late:
+    """As a read that is abandoned: it fails where nobody can catch it."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __del__(self):
+        raise self.error
+
+
+def test_reads_given_up_are_not_reported_but_all_else_is(tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: reported.append(u.exc_value))
+    for _ in range(2):
+        assert Checkpoints(tmp_path).restore(make()[1]) is None
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError) as closed:
+        loop.call_soon_threadsafe(print)
+    Late(closed.value)
+    assert not reported
+    other = RuntimeError("something else")
+    Late(other)
+    assert reported == [other]
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,9 @@ class Recorder:
         return [s for s, _, _ in self.saved]
 
     def wait(self):
+        pass
+
+    def tick(self, step):
         pass
 
     def train(self, step, record):
@@ -199,3 +203,20 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 )
 def test_clock(seconds, text):
     assert log.clock(seconds) == text
+
+
+def test_a_terminal_shows_how_far_it_is_between_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    clock = iter([0.0, 10.0, 10.5, 12.0, 12.0, 14.0])
+    fake = types.SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(log, "time", fake)
+    record = {"loss": 1.5, "images_per_s": 7.0, "input_wait": 0.0, "skipped": 0}
+    with contextlib.closing(log.Log(tmp_path, 10)) as writer:  # at 0.0
+        for step in (1, 2):  # at 10.0, and too soon after it
+            writer.tick(step)
+        assert capsys.readouterr().out.endswith("step 1/10 · under way")
+        writer.tick(3)  # at 12.0
+        writer.train(4, record)  # at 12.0
+        writer.tick(5)  # at 14.0
+    assert "step 5/10 · loss 1.5000 · 7 images/s" in capsys.readouterr().out
+    assert [r["step"] for r in log.read(tmp_path / "metrics.jsonl")] == [4]

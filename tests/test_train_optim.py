@@ -139,6 +139,7 @@ def test_decay_factors_follow_the_first_matching_rule():
             dict(schedule="step", boundaries=(0.5,), warmup=20),
             {10: 0.5, 49: 1.0, 51: 0.1},
         ),
+        (dict(schedule="constant", warmup=0.1), {0: 0.0, 5: 0.5, 10: 1.0, 99: 1.0}),
         (dict(schedule="cosine", warmup=20), {10: 0.5, 20: 1.0, 60: 0.5, 100: 0.0}),
     ],
 )
@@ -153,6 +154,7 @@ def test_schedule_passes_through_its_points(section, points):
     [
         (dict(lr=0.0), "lr = 0.0 should be positive"),
         (dict(lr=0.1, warmup=100), "warmup = 100 should lie in"),
+        (dict(lr=0.1, warmup=2.5), "warmup = 2.5 should be a whole number"),
         (dict(lr=0.1, decay=-1.0), "decay = -1.0 should not be negative"),
         (dict(lr=0.1, schedule="step"), "boundaries is empty"),
         (
@@ -185,7 +187,7 @@ def test_values_out_of_range_are_named(section, words):
         ),
         (dict(), "missing key config.optim.lr"),
         (dict(lr=0.1, nesterov=1), "nesterov = 1 .int. should be bool"),
-        (dict(lr=0.1, warmup=True), "warmup = True .bool. should be int"),
+        (dict(lr=0.1, warmup=True), "warmup = True .bool. should be float"),
     ],
 )
 def test_the_signature_is_the_schema(section, words):

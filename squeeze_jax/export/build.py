@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import files, process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
-from squeeze_jax.export.runnable import FORMATS, Runnable, outputs
+from squeeze_jax.export.runnable import Runnable, format_of, outputs
 
 __all__ = ["Disagreement", "Exported", "make"]
 
@@ -82,7 +81,7 @@ def make(
       Disagreement: a file does not agree; it is left as `<name>.rejected`, an earlier one of its name untouched.
       process.Crash: a converter or a runtime failed.
     """
-    modules = [registry.load(FORMATS, key, "export format") for key in formats]
+    modules = [format_of(key) for key in formats]
     shape, directory = tuple(shape), Path(directory)
     images = np.asarray(check_images)
     (live,) = _live(lambda x: (fn(x),), shape, images)

@@ -1,6 +1,8 @@
 """An exported file, opened: the one shape that every runtime is brought into."""
 
+import importlib.metadata
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,24 @@ class Runnable(NamedTuple):
     run: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     timed: Callable[[np.ndarray], Callable[[], Any]]
     runtime: str
+
+
+def format_of(key: str) -> types.ModuleType:
+    """Loads a format's file and looks for the packages that it needs.
+
+    Raises:
+      UserError: no such format, or a package is missing, as where it is not built for this kind of machine.
+    """
+    module = registry.load(FORMATS, key, "export format")
+    for package in module.NEEDS:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"export format {key} needs the package {package}: pip install {package}, or leave {key} out of"
+                " config.export.formats"
+            ) from None
+    return module
 
 
 def opened(path: str | Path, threads: int | None = None) -> Runnable:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.export.runnable import format_of
 from squeeze_jax.jobs import benchmark, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 
@@ -16,6 +17,9 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again."""
     if inputs:
         raise UserError(f"{inputs[0]}: files are for --job=predict")
+    if jax.process_count() == 1:
+        for key in built.export.formats:
+            format_of(key)  # what is missing is better known before the training
     fit.run(built, workdir)
     evaluate.run(built, workdir)
     if jax.process_count() > 1:

@@ -8,6 +8,7 @@ import logging
 import operator
 import pathlib
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -147,6 +148,7 @@ class Checkpoints:
             every checkpoint is damaged.
         """
         steps, damaged = self.steps()[::-1] if steps is None else steps, []
+        _hush_abandoned_reads()
         for step in steps:
             try:
                 restored = self._restore(step, like)
@@ -213,6 +215,23 @@ class Checkpoints:
         if wrong:
             raise OSError(f"checksum of {wrong[0]} differs")
         return Restored(state, restored["note"]["position"])
+
+
+def _hush_abandoned_reads() -> None:
+    """Keeps Python from printing what becomes of reads under way when Orbax gave a damaged checkpoint up.
+
+    They end in threads that nobody waits for, and report to an event loop that is closed.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "hushes", None) is _hush_abandoned_reads:
+        return
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    hook.hushes = _hush_abandoned_reads
+    sys.unraisablehook = hook
 
 
 def checksums(state) -> dict[str, int]:

@@ -24,7 +24,7 @@ class Log:
         """
         self.steps, self.start, self.quiet = steps, start, quiet
         self._begin = time.monotonic()
-        self._live = sys.stdout.isatty()
+        self._live, self._shown, self._line = sys.stdout.isatty(), 0.0, ""
         if quiet:
             return
         path = workdir / "metrics.jsonl"
@@ -51,11 +51,20 @@ class Log:
         ]
         if record["skipped"]:
             parts.append(f"{record['skipped']} images skipped")
-        self._write(step, record, " · ".join(parts))
+        self._line = " · ".join(parts)
+        self._write(step, record, self._line)
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:
         text = f"step {step}/{self.steps} · test accuracy {record['eval_accuracy']:.4f} · loss {record['eval_loss']:.4f}"
         self._write(step, record, text, keep=True)
+
+    def tick(self, step: int) -> None:
+        """Shows on a terminal, between records, how far the run is; at most once a second."""
+        now = time.monotonic()
+        if self._live and not self.quiet and now - self._shown > 1:
+            self._shown = now
+            rest = self._line.partition(" · ")[2] or "under way"
+            print(f"\r\033[Kstep {step}/{self.steps} · {rest}", end="", flush=True)
 
     def say(self, text: str) -> None:
         """A line for eyes only."""

@@ -105,6 +105,7 @@ def run(
             pending.append(metrics)
             if len(pending) > RUN_AHEAD:
                 jax.block_until_ready(pending[-1 - RUN_AHEAD])
+            log.tick(at)
             stop = signals.agreed(at % log_every == 0 or at == first + 1)
             if due(at, log_every) or due(at, eval_every) or due(at, save_every) or stop:
                 flush(at)

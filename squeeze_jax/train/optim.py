@@ -29,7 +29,7 @@ def make(
     steps: int,
     lr: float,
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine",
-    warmup: int = 0,
+    warmup: float = 0,
     end: float = 0.0,
     boundaries: tuple = (),
     drop: float = 0.1,
@@ -50,7 +50,7 @@ def make(
       steps: length of the run, which the schedule ends with.
       lr: peak learning rate.
       schedule: what follows the linear warmup; "step" multiplies by `drop` at each fraction of the run in `boundaries`.
-      warmup: steps of linear warmup from 0.
+      warmup: steps of linear warmup from 0; below 1, the share of the run.
       end: final learning rate as a fraction of the peak, for "cosine" and "linear".
       boundaries: increasing fractions of the run, in (0, 1).
       drop: factor at each boundary.
@@ -122,8 +122,13 @@ def make_schedule(
         raise UserError(f"config.optim.lr = {lr} should be positive")
     if not 0 <= warmup < steps:
         raise UserError(
-            f"config.optim.warmup = {warmup} should lie in [0, {steps}), the length of the run"
+            f"config.optim.warmup = {warmup} should lie in [0, {steps}), the length of the run, or be a share below 1"
         )
+    if warmup >= 1 and warmup != int(warmup):
+        raise UserError(
+            f"config.optim.warmup = {warmup} should be a whole number of steps, or a share below 1"
+        )
+    warmup = int(warmup) if warmup >= 1 else round(warmup * steps)
     if sorted(set(boundaries)) != list(boundaries) or not all(
         0 < b < 1 for b in boundaries
     ):

@@ -109,8 +109,6 @@ def whole(
 
         setattr(owner, name, clocked)
 
-    if prepared:
-        pipeline.Batches.__next__ = _always_first(pipeline.Batches.__next__)
     timed(pipeline.Batches, "__next__", "input")
     timed(fit, "put", "put")
     timed(loop, "_means", "means", lambda metrics, *_: jax.block_until_ready(metrics))
@@ -150,6 +148,8 @@ def whole(
         fit.compile_step = lambda *_: compiled
         fit.run(dataclasses.replace(built, experiment=short), workdir(folder, "short"))
         first_save = spent["save"]
+        if prepared:  # after the evaluation that the short run ends with
+            pipeline.Batches.__next__ = _always_first(pipeline.Batches.__next__)
         fit.compile_step = lambda *_: Step()
         fit.run(built, workdir(folder, case))
 

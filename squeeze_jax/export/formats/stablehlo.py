@@ -13,6 +13,7 @@ from squeeze_jax.export.runnable import Runnable
 
 SUFFIX = ".stablehlo"
 INTEGER = False
+NEEDS = ()
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

@@ -5,7 +5,6 @@ graph. litert-converter's Python binding is no documented API: `flatbuffer` is t
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import sys
 import tempfile
@@ -13,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from squeeze_jax.errors import UserError
 from squeeze_jax.export import process
 from squeeze_jax.export.runnable import Runnable
 
 SUFFIX = ".tflite"
 INTEGER = False
+NEEDS = ("litert-converter", "ai-edge-litert")
 SIGNATURE = "serving_default"
 CONVERTER_SECONDS = 1800.0
 
@@ -29,7 +28,6 @@ def convert(fn, shape, calibration=None) -> dict[str, bytes]:
     Raises:
       process.Crash: the converter fails; names the operation that it cannot convert.
     """
-    need("litert_converter", "litert-converter")
     return {SUFFIX: converted("tflite", fn, shape)}
 
 
@@ -82,7 +80,6 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
       path: the file.
       threads: CPU threads, all cores by default.
     """
-    need("ai_edge_litert", "ai-edge-litert")
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
@@ -122,14 +119,6 @@ def _dequantize(integers, detail):
     if not scale:
         return integers.astype(np.float32)
     return np.float32(scale) * (integers.astype(np.float32) - np.float32(zero_point))
-
-
-def need(module: str, package: str) -> None:
-    """Raises a UserError that says what to install where a module is not there."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(
-            f"TFLite files need the package {package}: pip install {package}"
-        )
 
 
 if __name__ == "__main__":

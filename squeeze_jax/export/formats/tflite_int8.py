@@ -16,6 +16,7 @@ from squeeze_jax.export.formats import tflite
 
 SUFFIX = "_int8.tflite"
 INTEGER = True
+NEEDS = (*tflite.NEEDS, "litert-quantizer")
 PIXELS = (0.0, 255.0)
 
 
@@ -31,8 +32,6 @@ def convert(fn, shape, calibration) -> dict[str, bytes]:
       UserError: no calibration images, or of another shape.
       process.Crash: the converter or the quantizer fails.
     """
-    tflite.need("litert_converter", "litert-converter")
-    tflite.need("litert_quantizer", "litert-quantizer")
     if calibration is None or not len(calibration):
         raise UserError("tflite_int8 needs calibration images: give at least one")
     if tuple(calibration.shape[1:]) != tuple(shape):
