@@ -123,8 +123,6 @@ _FREE |= {
     "all_gather_invariant",
     "pbroadcast",
     "pcast",
-    "positions_spread",
-    "positions_total",
     "psum2",
     "psum_invariant",
     "pvary",

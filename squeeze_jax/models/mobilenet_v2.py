@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.nn.conv import Conv, Pair, pair
+from squeeze_jax.nn.conv import Conv, Pair, per_axis
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -162,7 +162,7 @@ def make(
         for stage, s in zip(row.stages, strides, strict=True)
     )
     row = Row(width, scaled(row.stem, width), scaled(row.head, max(1.0, width)), stages)
-    return MobileNetV2(row, num_classes, dropout, pair(stem_strides))
+    return MobileNetV2(row, num_classes, dropout, per_axis(stem_strides))
 
 
 def torchvision_names(net: MobileNetV2) -> dict[str, str]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError, nearest
-from squeeze_jax.nn.conv import Conv, Pair, pair
+from squeeze_jax.nn.conv import Conv, Pair, per_axis
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
@@ -176,7 +176,7 @@ def make(
         bypass,
         dropout,
         norm,
-        pair(stem_strides),
+        per_axis(stem_strides),
         conv10_padding,
         conv10_relu,
     )

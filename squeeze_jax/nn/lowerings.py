@@ -1,0 +1,412 @@
+"""How the three maps of a convolution are computed: each lowering in plain operations of XLA.
+
+A convolution y = x * k is linear in the image and in the kernel, and has three maps, each the derivative of the others:
+
+    forward   y  [b, h', w', f]         from x and k
+    image     x̄  [b, h, w, c]           from ȳ and k: the gradient with respect to the image
+    kernel    k̄  [kh, kw, c / g, f]     from x and ȳ: the gradient with respect to the kernel
+
+A lowering has a function for each; `fastest` says which is taken on a CPU, from measurements of one.
+
+  native   `lax.conv_general_dilated` and what JAX makes of its transposes
+  taps     depthwise: a sum over kernel positions of a shifted image times that position's weights
+  matmul   pointwise (1x1, one group, no padding): one matrix product over all positions
+  patches  one group: the window of each output written out as a row, then a matrix product
+  split    grouped: one convolution a group, side by side
+
+Sums of narrow types are kept in float32.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from squeeze_jax.nn import varying
+
+Pair = tuple[int, int]
+Map = Literal["forward", "image", "kernel"]
+MAPS = ("forward", "image", "kernel")
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+# Beyond this many kernel positions the sum of shifted images is longer to compile than it saves.
+MOST_TAPS = 169
+
+
+class Geometry(NamedTuple):
+    """What a convolution is beside its arrays; each pair is (vertical, horizontal).
+
+    Attributes:
+      size: positions of the image.
+      channels: of the image.
+      kernel: positions of the kernel.
+      features: of the output.
+      strides, dilation: as in `conv`.
+      pads: zeros (before, after) on each axis.
+      groups: of channels and features.
+    """
+
+    size: Pair
+    channels: int
+    kernel: Pair
+    features: int
+    strides: Pair
+    pads: tuple[Pair, Pair]
+    dilation: Pair
+    groups: int
+
+    @property
+    def out(self) -> Pair:
+        """Positions of the output."""
+        axes = zip(self.size, self.pads, self.extent, self.strides, strict=True)
+        return tuple((n + sum(p) - e) // s + 1 for n, p, e, s in axes)
+
+    @property
+    def extent(self) -> Pair:
+        """Positions that a window spans."""
+        axes = zip(self.kernel, self.dilation, strict=True)
+        return tuple(d * (k - 1) + 1 for k, d in axes)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.channels
+
+    @property
+    def kernel_shape(self) -> tuple[int, int, int, int]:
+        return (*self.kernel, self.channels // self.groups, self.features)
+
+    def one_group(self) -> "Geometry":
+        """The convolution that each group is."""
+        return self._replace(
+            channels=self.channels // self.groups,
+            features=self.features // self.groups,
+            groups=1,
+        )
+
+
+def possible(g: Geometry) -> list[str]:
+    """The lowerings that a convolution has."""
+    found = ["native"]
+    if g.depthwise and g.groups > 1:
+        found.append("taps")
+    if g.groups == 1:
+        found.append("patches")
+        if g.kernel == (1, 1) and not any(map(any, g.pads)):
+            found.append("matmul")
+    else:
+        found.append("split")
+    return found
+
+
+def fastest(which: Map, g: Geometry) -> str:
+    """The lowering that a CPU is quickest with.
+
+    XLA hands a convolution to an optimized routine only where the image, without its padding, is as large as the
+    kernel; else it runs a plain loop, up to a hundred times slower. In the gradient for the image the output's gradient
+    takes the image's place.
+    """
+    there = possible(g)
+    if "taps" in there and math.prod(g.kernel) <= MOST_TAPS:
+        return "taps"
+    if "matmul" in there:
+        return "matmul"
+    if "split" in there and "taps" not in there:
+        return "split"  # one convolution a channel would be thousands of operations
+    if "patches" in there:
+        place = {"forward": g.size, "image": g.out, "kernel": g.extent}[which]
+        if any(n < k for n, k in zip(place, g.kernel, strict=True)):
+            return "patches"
+        if which == "kernel" and _kernel_by_patches(g):
+            return "patches"
+    return "native"
+
+
+def _kernel_by_patches(g: Geometry) -> bool:
+    return math.prod(g.out) >= 256 and math.prod(g.kernel) <= 25
+
+
+def run(
+    which: Map, lowering: str, g: Geometry, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    """Computes one of the maps of two arrays, in the order that the table at the top gives them."""
+    name = fastest(which, g) if lowering == "auto" else lowering
+    return _LOWERINGS[name][MAPS.index(which)](g, a, b)
+
+
+def run_plain(
+    which: Map, lowering: str, g: Geometry, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    """As `run`, of operations that are quick under `vmap` and have derivatives of their own."""
+    name = fastest(which, g) if lowering == "auto" else lowering
+    if (name, which) == ("taps", "kernel"):
+        return _taps_kernel(g, a, b, at_once=False)
+    return _LOWERINGS[name][MAPS.index(which)](g, a, b)
+
+
+def native(g: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        k,
+        g.strides,
+        g.pads,
+        rhs_dilation=g.dilation,
+        dimension_numbers=DIMENSIONS,
+        feature_group_count=g.groups,
+    )
+
+
+def _native_image(g, y, k):
+    x = varying.like(jnp.zeros((y.shape[0], *g.size, g.channels), y.dtype), y)
+    return jax.vjp(lambda x: native(g, x, k), x)[1](y)[0]
+
+
+def _native_kernel(g, x, y):
+    k = varying.like(jnp.zeros(g.kernel_shape, x.dtype), x)
+    return jax.vjp(lambda k: native(g, x, k), k)[1](y)[0]
+
+
+def _matmul(g, x, k):
+    # As a 4-D product the gradients are several times slower than over [positions, c].
+    x = x[:, :: g.strides[0], :: g.strides[1]]
+    return (_rows(x) @ k[0, 0]).reshape(*x.shape[:-1], g.features)
+
+
+def _matmul_image(g, y, k):
+    x = (_rows(y) @ k[0, 0].T).reshape(*y.shape[:-1], g.channels)
+    if g.strides == (1, 1):
+        return x
+    return _pad(x, *((0, n) for n in g.size), between=g.strides)
+
+
+def _matmul_kernel(g, x, y):
+    x = x[:, :: g.strides[0], :: g.strides[1]]
+    return (_rows(x).T @ _rows(y)).reshape(g.kernel_shape)
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _patches(g, x, k):
+    at = _shifted(g, x)
+    window = [at(u, v) for u, v in _positions(g)]
+    rows = jnp.concatenate(window, -1).reshape(-1, math.prod(g.kernel) * g.channels)
+    return (rows @ _rows(k)).reshape(x.shape[0], *g.out, g.features)
+
+
+def _patches_image(g, y, k):
+    """The forward map of ȳ, with zeros between its positions, and the kernel turned around."""
+    turned = g._replace(
+        size=tuple(
+            n + sum(p) + e - 1 for n, p, e in zip(g.size, g.pads, g.extent, strict=True)
+        ),
+        channels=g.features,
+        features=g.channels,
+        strides=(1, 1),
+        pads=((0, 0), (0, 0)),
+    )
+    ends = [(e - 1, n) for e, n in zip(g.extent, turned.size, strict=True)]
+    x = _patches(turned, _pad(y, *ends, between=g.strides), _turned(k))
+    return _cropped(g, x)
+
+
+def _patches_kernel(g, x, y):
+    at, y = _shifted(g, x), _rows(y)
+    parts = []
+    for u in range(g.kernel[0]):
+        window = [at(u, v) for v in range(g.kernel[1])]
+        rows = jnp.concatenate(window, -1).reshape(-1, g.kernel[1] * g.channels)
+        parts.append(rows.T @ y)
+    return jnp.stack(parts).reshape(g.kernel_shape)
+
+
+def _taps(g, x, k):
+    at, wide = _shifted(g, _repeated(g, x)), _wide(x)
+    y = 0
+    for u, v in _positions(g):
+        y = y + at(u, v).astype(wide) * k[u, v, 0].astype(wide)
+    return y.astype(x.dtype)
+
+
+def _taps_image(g, y, k):
+    """Row q of the padded image meets row o of the output where q = s o + d u.
+
+    The rows with the same q modulo s share their kernel positions: each such phase is a sum of shifted ȳ.
+    """
+    wide = _wide(y)
+    shifts, y = _padded(g, y)
+    count = [n - i for n, i in zip(y.shape[1:3], shifts, strict=True)]  # of each phase
+    phases = {}
+    for u, v in _positions(g):
+        (i, m), (j, n) = (
+            divmod(t * d, s)
+            for t, d, s in zip((u, v), g.dilation, g.strides, strict=True)
+        )
+        i, j = shifts[0] - i, shifts[1] - j
+        tap = y[:, i : i + count[0], j : j + count[1]]
+        term = tap.astype(wide) * k[u, v, 0].astype(wide)
+        phases[m, n] = phases[m, n] + term if (m, n) in phases else term
+    x = _interleaved(phases, g.strides).astype(y.dtype)
+    return lax.optimization_barrier(_summed(g, _cropped(g, x)))
+
+
+def _padded(g, y):
+    """ȳ with as many rows and columns before it, which are told, as its taps in the gradient for the image reach back.
+
+    XLA keeps a padded array. What is not padded it computes anew, on a CPU, in every pass that reads it, and a gradient
+    comes out of many operations; so the gradient for the kernel reads this array too.
+    """
+    shifts = [(e - 1) // s for e, s in zip(g.extent, g.strides, strict=True)]
+    axes = zip(g.size, g.pads, g.strides, shifts, strict=True)
+    ends = [(e, -(-(n + sum(p)) // s) + e) for n, p, s, e in axes]
+    return shifts, lax.optimization_barrier(_pad(y, *ends))
+
+
+def _taps_kernel(g, x, y, at_once=True):
+    at, wide = _shifted(g, _repeated(g, x)), _wide(x)
+    shifts, padded = _padded(g, y)
+    y = padded[:, shifts[0] :, shifts[1] :][:, : g.out[0], : g.out[1]].astype(wide)
+    # XLA cannot shard a reduction of several arrays: it would gather them on every device. Inside `jax.shard_map` it
+    # need not, and one device has nothing to gather.
+    at_once = at_once and (jax.device_count() == 1 or bool(varying.axes(x)))
+    share = _share(x.shape[0])
+    together = (3 if share > 3 else 9) if at_once else 1
+    where, sums = _positions(g), []
+    for some in (where[n : n + together] for n in range(0, len(where), together)):
+        terms = [at(u, v).astype(wide) * y for u, v in some]
+        sums += _totals(terms, share) if at_once else [_total(t) for t in terms]
+    return jnp.stack(sums).reshape(g.kernel_shape).astype(x.dtype)
+
+
+def _share(batch: int) -> int:
+    """The largest divisor of the batch up to 16; 1 for a batch that is only known later."""
+    if not isinstance(batch, int):
+        return 1
+    return next(n for n in range(16, 0, -1) if batch % n == 0)
+
+
+def _totals(terms: list[jax.Array], share: int) -> list[jax.Array]:
+    """Sums of several arrays [b, h, w, c] over all but channels, in one pass over what they are computed from.
+
+    A pass adds up images `share` apart, or, where the batch has no such parts, positions: with the whole batch in one
+    sum the strides through memory are so long that it takes three times as long or more.
+    """
+    axes = (1, 2)
+    if share > 3:
+        terms = [t.reshape(-1, share, *t.shape[1:]) for t in terms]
+        axes = (1,)
+    zero = varying.like(jnp.zeros((), terms[0].dtype), terms[0])
+    return list(map(_total, lax.reduce(tuple(terms), (zero,) * len(terms), _add, axes)))
+
+
+def _total(x: jax.Array) -> jax.Array:
+    return x.sum(range(x.ndim - 1))
+
+
+def _add(a, b):
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _split(which: Map):
+    def run_each(g, a, b):
+        one = g.one_group()
+        pairs = zip(jnp.split(a, g.groups, -1), jnp.split(b, g.groups, -1), strict=True)
+        return jnp.concatenate([run(which, "auto", one, *pair) for pair in pairs], -1)
+
+    return run_each
+
+
+_LOWERINGS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "native": (native, _native_image, _native_kernel),
+    "taps": (_taps, _taps_image, _taps_kernel),
+    "matmul": (_matmul, _matmul_image, _matmul_kernel),
+    "patches": (_patches, _patches_image, _patches_kernel),
+    "split": tuple(map(_split, MAPS)),
+}
+
+
+def _positions(g: Geometry) -> list[Pair]:
+    return list(itertools.product(*map(range, g.kernel)))
+
+
+def _shifted(g: Geometry, x: jax.Array) -> Callable[[int, int], jax.Array]:
+    """Returns `at(u, v)`: what the kernel's position (u, v) sees of the padded image, [b, h', w', c].
+
+    A strided slice costs two to three times a plain one. Reshaped to [b, h/s, s, w/s, s, c], each phase is plain.
+    """
+    counts = [
+        o + (e - 1) // s for o, e, s in zip(g.out, g.extent, g.strides, strict=True)
+    ]
+    sizes = [n * s for n, s in zip(counts, g.strides, strict=True)]
+    x = _pad(x, *((p[0], n) for p, n in zip(g.pads, sizes, strict=True)))
+    if g.strides == (1, 1):
+        phases = {(0, 0): lax.optimization_barrier(x)}
+    else:
+        (h, w), (s, t) = counts, g.strides
+        x = lax.optimization_barrier(x).reshape(x.shape[0], h, s, w, t, x.shape[-1])
+        phases = {
+            (m, n): x[:, :, m, :, n] for m, n in itertools.product(range(s), range(t))
+        }
+        # Without the barriers XLA pads and takes phases anew for every tap.
+        phases = lax.optimization_barrier(phases)
+
+    def at(u, v):
+        (i, m), (j, n) = (
+            divmod(k * d, s)
+            for k, d, s in zip((u, v), g.dilation, g.strides, strict=True)
+        )
+        return phases[m, n][:, i : i + g.out[0], j : j + g.out[1]]
+
+    return at
+
+
+def _interleaved(phases: dict[Pair, jax.Array], strides: Pair) -> jax.Array:
+    """Puts [b, t, t', c] of each phase (m, n) at every s-th row from m on and column from n on."""
+    if strides == (1, 1):
+        return phases[0, 0]
+    b, h, w, c = next(iter(phases.values())).shape
+    zero = jnp.zeros_like(next(iter(phases.values())))
+    rows = [
+        jnp.stack([phases.get((m, n), zero) for n in range(strides[1])], 3)
+        for m in range(strides[0])
+    ]
+    return jnp.stack(rows, 2).reshape(b, h * strides[0], w * strides[1], c)
+
+
+def _pad(x: jax.Array, *ends: Pair, between: Pair = (1, 1)) -> jax.Array:
+    """Gives each axis of positions (zeros before it, positions in all); less than there are crops.
+
+    Positions lie `between` apart, with zeros between them.
+    """
+    config = [(0, 0, 0)]
+    for n, (before, total), apart in zip(x.shape[1:3], ends, between, strict=True):
+        config.append((before, total - before - (n - 1) * apart - 1, apart - 1))
+    return lax.pad(x, varying.like(jnp.zeros((), x.dtype), x), [*config, (0, 0, 0)])
+
+
+def _cropped(g: Geometry, x: jax.Array) -> jax.Array:
+    """The image out of the padded image."""
+    return _pad(x, *((-p[0], n) for p, n in zip(g.pads, g.size, strict=True)))
+
+
+def _turned(k: jax.Array) -> jax.Array:
+    return k[::-1, ::-1].transpose(0, 1, 3, 2)
+
+
+def _repeated(g: Geometry, x: jax.Array) -> jax.Array:
+    """Each channel as often as it has outputs, depthwise."""
+    times = g.features // g.channels
+    return x if times == 1 else jnp.repeat(x, times, -1)
+
+
+def _summed(g: Geometry, x: jax.Array) -> jax.Array:
+    """The transpose of `_repeated`."""
+    times = g.features // g.channels
+    return x if times == 1 else x.reshape(*x.shape[:-1], -1, times).sum(-1)
+
+
+def _wide(x: jax.Array):
+    return jnp.promote_types(x.dtype, jnp.float32)
