@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn.conv import lowering
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
@@ -121,6 +122,7 @@ import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, re
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from squeeze_jax import tree
 from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.conv import lowering
 from squeeze_jax.nn.norm import BatchNorm
 
 class Net(nn.Module):
@@ -192,6 +194,57 @@ def test_max_pool_equals_pytorch(size, window, strides, padding, ceil):
     )
     found = max_pool(x, window, strides, padding, ceil=ceil)
     np.testing.assert_array_equal(found, expected.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "strides", "padding"),
+    [((9, 8), 3, 2, 1), ((7, 9), 3, 2, 0), ((6, 7), 2, 3, 1), ((5, 6), 3, 1, 1)],
+)
+def test_max_pool_has_the_derivatives_of_pytorch_and_xla(
+    size, window, strides, padding
+):
+    """Also among equally large values: the first of a window has the gradient."""
+    x = np.rint(batch(shape=(2, *size, 3)))
+    theirs = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_()
+    y = torch.nn.functional.max_pool2d(theirs, window, strides, padding)
+    weight = np.random.default_rng(1).normal(size=y.permute(0, 2, 3, 1).shape)
+    weight = weight.astype(np.float32)
+    y.backward(torch.tensor(weight).permute(0, 3, 1, 2))
+
+    def loss(x):
+        return jnp.sum(weight * max_pool(x, window, strides, padding) ** 2) / 2
+
+    def weighted(x):
+        return jnp.sum(weight * max_pool(x, window, strides, padding))
+
+    def derivatives():  # a function of its own each time, as jit remembers its trace
+        two = jnp.stack([x, -x])
+        return jax.jit(
+            lambda x, two: (
+                jax.grad(loss)(x),
+                jax.jvp(loss, (x,), (x + 1,)),
+                jax.jvp(jax.grad(loss), (x,), (x + 1,)),
+                jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), x))(x),
+                jax.vmap(jax.grad(loss))(two),
+                jax.vmap(jax.jvp, (None, 0, 0))(loss, (two,), (two + 1,)),
+            )
+        )(x, two)
+
+    ours = jax.jit(jax.grad(weighted))(x)
+    np.testing.assert_allclose(ours, theirs.grad.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+    found = derivatives()
+    with lowering("native"):
+        expected = derivatives()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_max_pool_is_one_operation_where_files_are_made():
+    run = jax.jit(lambda x: max_pool(x, 3, 2))
+    x = jnp.ones((1, 7, 7, 2))
+    assert "reduce_window" not in run.lower(x).as_text()
+    with lowering("native"):
+        assert run.lower(x).as_text().count("stablehlo.reduce_window") == 1
 
 
 def test_max_pool_has_gradients_and_keeps_bfloat16():

@@ -11,9 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
-from squeeze_jax.nn import lowerings
+from squeeze_jax.nn import lowerings, primitives
 from squeeze_jax.nn.lowerings import MAPS, Geometry, Map
 
 
@@ -29,12 +29,6 @@ def conv(x: jax.Array, k: jax.Array, g: Geometry, lowering: str = "auto") -> jax
 
 def _run(which: Map, a, b, *, geometry, lowering):
     return lowerings.run(which, lowering, geometry, a, b)
-
-
-def _type(which: Map, a, b, *, geometry, lowering):
-    # Traced, so that dtype, sharding and the axes of `jax.shard_map` are what the operations make of them.
-    native = partial(_run, which, geometry=geometry, lowering="native")
-    return jax.make_jaxpr(native)(a, b).out_avals[0]
 
 
 # The arguments of a map, and what the derivative with respect to each is: the map and its two arguments, where "ct" is
@@ -77,10 +71,9 @@ def _batched(which: Map, arrays, dims, *, geometry, lowering):
 
 def _primitive(which: Map) -> Primitive:
     run = partial(_run, which)
-    primitive = Primitive(f"conv_{which}")
-    primitive.def_impl(jax.jit(run, static_argnames=("geometry", "lowering")))
-    primitive.def_abstract_eval(partial(_type, which))
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    primitive = primitives.make(
+        f"conv_{which}", run, lambda a, b, **p: run(a, b, **p | {"lowering": "native"})
+    )
     ad.defbilinear(primitive, _transpose(which, 0), _transpose(which, 1))
     batching.primitive_batchers[primitive] = partial(_batched, which)
     return primitive

@@ -103,7 +103,7 @@ def _lowered(x, kernel, geometry: Geometry, wanted: str) -> jax.Array:
             f"lowering {wanted!r} cannot do a convolution with kernel {kernel.shape} and groups {geometry.groups}"
             f"{nearest(wanted, possible)}"
         )
-    if wanted == "native" or (wanted == "auto" and jax.default_backend() != "cpu"):
+    if wanted == "native" or (wanted == "auto" and native_is_best()):
         return lowerings.native(geometry, x, kernel)
     return bilinear.conv(x, kernel, geometry, wanted)
 
@@ -189,6 +189,11 @@ def _pads(padding, size, extent, strides):
     if isinstance(padding, int):
         return ((padding, padding),) * len(extent)
     return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+
+
+def native_is_best() -> bool:
+    """Whether XLA's own operation is to be used where nobody names another: on accelerators and in exported files."""
+    return _forced.value == "native" or jax.default_backend() != "cpu"
 
 
 def _known(name: str) -> str:

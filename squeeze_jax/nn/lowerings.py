@@ -19,7 +19,7 @@ Sums of narrow types are kept in float32.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -191,8 +191,8 @@ def _rows(x):
 
 
 def _patches(g, x, k):
-    at = _shifted(g, x)
-    window = [at(u, v) for u, v in _positions(g)]
+    at = shifted(g, x)
+    window = [at(u, v) for u, v in positions(g)]
     rows = jnp.concatenate(window, -1).reshape(-1, math.prod(g.kernel) * g.channels)
     return (rows @ _rows(k)).reshape(x.shape[0], *g.out, g.features)
 
@@ -200,21 +200,19 @@ def _patches(g, x, k):
 def _patches_image(g, y, k):
     """The forward map of ȳ, with zeros between its positions, and the kernel turned around."""
     turned = g._replace(
-        size=tuple(
-            n + sum(p) + e - 1 for n, p, e in zip(g.size, g.pads, g.extent, strict=True)
-        ),
+        size=tuple(n + e - 1 for n, e in zip(g.size, g.extent, strict=True)),
         channels=g.features,
         features=g.channels,
         strides=(1, 1),
         pads=((0, 0), (0, 0)),
     )
-    ends = [(e - 1, n) for e, n in zip(g.extent, turned.size, strict=True)]
-    x = _patches(turned, _pad(y, *ends, between=g.strides), _turned(k))
-    return _cropped(g, x)
+    axes = zip(g.extent, g.pads, turned.size, strict=True)
+    ends = [(e - 1 - p[0], n) for e, p, n in axes]
+    return _patches(turned, _pad(y, *ends, between=g.strides), _turned(k))
 
 
 def _patches_kernel(g, x, y):
-    at, y = _shifted(g, x), _rows(y)
+    at, y = shifted(g, x), _rows(y)
     parts = []
     for u in range(g.kernel[0]):
         window = [at(u, v) for v in range(g.kernel[1])]
@@ -224,57 +222,32 @@ def _patches_kernel(g, x, y):
 
 
 def _taps(g, x, k):
-    at, wide = _shifted(g, _repeated(g, x)), _wide(x)
+    at, wide = shifted(g, _repeated(g, x)), _wide(x)
     y = 0
-    for u, v in _positions(g):
+    for u, v in positions(g):
         y = y + at(u, v).astype(wide) * k[u, v, 0].astype(wide)
     return y.astype(x.dtype)
 
 
 def _taps_image(g, y, k):
-    """Row q of the padded image meets row o of the output where q = s o + d u.
-
-    The rows with the same q modulo s share their kernel positions: each such phase is a sum of shifted ȳ.
-    """
-    wide = _wide(y)
-    shifts, y = _padded(g, y)
-    count = [n - i for n, i in zip(y.shape[1:3], shifts, strict=True)]  # of each phase
-    phases = {}
-    for u, v in _positions(g):
-        (i, m), (j, n) = (
-            divmod(t * d, s)
-            for t, d, s in zip((u, v), g.dilation, g.strides, strict=True)
-        )
-        i, j = shifts[0] - i, shifts[1] - j
-        tap = y[:, i : i + count[0], j : j + count[1]]
-        term = tap.astype(wide) * k[u, v, 0].astype(wide)
-        phases[m, n] = phases[m, n] + term if (m, n) in phases else term
-    x = _interleaved(phases, g.strides).astype(y.dtype)
-    return lax.optimization_barrier(_summed(g, _cropped(g, x)))
-
-
-def _padded(g, y):
-    """ȳ with as many rows and columns before it, which are told, as its taps in the gradient for the image reach back.
-
-    XLA keeps a padded array. What is not padded it computes anew, on a CPU, in every pass that reads it, and a gradient
-    comes out of many operations; so the gradient for the kernel reads this array too.
-    """
-    shifts = [(e - 1) // s for e, s in zip(g.extent, g.strides, strict=True)]
-    axes = zip(g.size, g.pads, g.strides, shifts, strict=True)
-    ends = [(e, -(-(n + sum(p)) // s) + e) for n, p, s, e in axes]
-    return shifts, lax.optimization_barrier(_pad(y, *ends))
+    at, wide = reaching(g, y), _wide(y)
+    terms = {
+        (u, v): at(u, v).astype(wide) * k[u, v, 0].astype(wide) for u, v in positions(g)
+    }
+    x = _summed(g, joined(g, terms).astype(y.dtype))
+    return lax.optimization_barrier(x)
 
 
 def _taps_kernel(g, x, y, at_once=True):
-    at, wide = _shifted(g, _repeated(g, x)), _wide(x)
-    shifts, padded = _padded(g, y)
-    y = padded[:, shifts[0] :, shifts[1] :][:, : g.out[0], : g.out[1]].astype(wide)
+    at, wide = shifted(g, _repeated(g, x)), _wide(x)
+    before, padded = _padded(g, y)
+    y = padded[:, before[0] :, before[1] :][:, : g.out[0], : g.out[1]].astype(wide)
     # XLA cannot shard a reduction of several arrays: it would gather them on every device. Inside `jax.shard_map` it
     # need not, and one device has nothing to gather.
     at_once = at_once and (jax.device_count() == 1 or bool(varying.axes(x)))
     share = _share(x.shape[0])
     together = (3 if share > 3 else 9) if at_once else 1
-    where, sums = _positions(g), []
+    where, sums = positions(g), []
     for some in (where[n : n + together] for n in range(0, len(where), together)):
         terms = [at(u, v).astype(wide) * y for u, v in some]
         sums += _totals(terms, share) if at_once else [_total(t) for t in terms]
@@ -328,12 +301,14 @@ _LOWERINGS: dict[str, tuple[Callable, Callable, Callable]] = {
 }
 
 
-def _positions(g: Geometry) -> list[Pair]:
+def positions(g: Geometry) -> list[Pair]:
     return list(itertools.product(*map(range, g.kernel)))
 
 
-def _shifted(g: Geometry, x: jax.Array) -> Callable[[int, int], jax.Array]:
-    """Returns `at(u, v)`: what the kernel's position (u, v) sees of the padded image, [b, h', w', c].
+def shifted(
+    g: Geometry, x: jax.Array, fill: float = 0.0
+) -> Callable[[int, int], jax.Array]:
+    """Returns `at(u, v)`: what the kernel's position (u, v) sees of the image padded with `fill`, [b, h', w', c].
 
     A strided slice costs two to three times a plain one. Reshaped to [b, h/s, s, w/s, s, c], each phase is plain.
     """
@@ -341,7 +316,8 @@ def _shifted(g: Geometry, x: jax.Array) -> Callable[[int, int], jax.Array]:
         o + (e - 1) // s for o, e, s in zip(g.out, g.extent, g.strides, strict=True)
     ]
     sizes = [n * s for n, s in zip(counts, g.strides, strict=True)]
-    x = _pad(x, *((p[0], n) for p, n in zip(g.pads, sizes, strict=True)))
+    ends = ((p[0], n) for p, n in zip(g.pads, sizes, strict=True))
+    x = _pad(x, *ends, fill=fill)
     if g.strides == (1, 1):
         phases = {(0, 0): lax.optimization_barrier(x)}
     else:
@@ -363,6 +339,49 @@ def _shifted(g: Geometry, x: jax.Array) -> Callable[[int, int], jax.Array]:
     return at
 
 
+def reaching(
+    g: Geometry, y: jax.Array, fill: float = 0.0
+) -> Callable[[int, int], jax.Array]:
+    """Returns `at(u, v)`: for the rows and columns of the image, in steps of the strides, what reaches them by (u, v).
+
+    Row q of the padded image meets row o of the output through kernel row u where q = s o + d u. The rows with the same
+    q modulo s share their kernel rows: `at` has one row for each t = q div s, a shifted part of the padded y.
+    """
+    before, y = _padded(g, y, fill)
+    count = [n - i for n, i in zip(y.shape[1:3], before, strict=True)]
+
+    def at(u, v):
+        i, j = (
+            e - k * d // s
+            for e, k, d, s in zip(before, (u, v), g.dilation, g.strides, strict=True)
+        )
+        return y[:, i : i + count[0], j : j + count[1]]
+
+    return at
+
+
+def joined(g: Geometry, terms: dict[Pair, jax.Array]) -> jax.Array:
+    """Adds up terms with the rows of `reaching(g, ...)`, by kernel position, to the image [b, h, w, c]."""
+    phases = {}
+    for (u, v), term in terms.items():
+        where = (u * g.dilation[0] % g.strides[0], v * g.dilation[1] % g.strides[1])
+        phases[where] = phases[where] + term if where in phases else term
+    x = _interleaved(phases, g.strides)
+    return _pad(x, *((-p[0], n) for p, n in zip(g.pads, g.size, strict=True)))
+
+
+def _padded(g, y, fill=0.0):
+    """y with the rows and columns before it, which are told, that `reaching` reaches back to.
+
+    XLA keeps a padded array. What is not padded it computes anew, on a CPU, in every pass that reads it, and a gradient
+    comes out of many operations; so the gradient for the kernel reads this array too.
+    """
+    before = [(e - 1) // s for e, s in zip(g.extent, g.strides, strict=True)]
+    axes = zip(g.size, g.pads, g.strides, before, strict=True)
+    ends = [(e, -(-(n + sum(p)) // s) + e) for n, p, s, e in axes]
+    return before, lax.optimization_barrier(_pad(y, *ends, fill=fill))
+
+
 def _interleaved(phases: dict[Pair, jax.Array], strides: Pair) -> jax.Array:
     """Puts [b, t, t', c] of each phase (m, n) at every s-th row from m on and column from n on."""
     if strides == (1, 1):
@@ -376,20 +395,18 @@ def _interleaved(phases: dict[Pair, jax.Array], strides: Pair) -> jax.Array:
     return jnp.stack(rows, 2).reshape(b, h * strides[0], w * strides[1], c)
 
 
-def _pad(x: jax.Array, *ends: Pair, between: Pair = (1, 1)) -> jax.Array:
-    """Gives each axis of positions (zeros before it, positions in all); less than there are crops.
+def _pad(
+    x: jax.Array, *ends: Pair, between: Pair = (1, 1), fill: float = 0.0
+) -> jax.Array:
+    """Gives each axis of positions (positions before it, positions in all); less than there are crops.
 
     Positions lie `between` apart, with zeros between them.
     """
     config = [(0, 0, 0)]
     for n, (before, total), apart in zip(x.shape[1:3], ends, between, strict=True):
         config.append((before, total - before - (n - 1) * apart - 1, apart - 1))
-    return lax.pad(x, varying.like(jnp.zeros((), x.dtype), x), [*config, (0, 0, 0)])
-
-
-def _cropped(g: Geometry, x: jax.Array) -> jax.Array:
-    """The image out of the padded image."""
-    return _pad(x, *((-p[0], n) for p, n in zip(g.pads, g.size, strict=True)))
+    fill = varying.like(jnp.array(fill, x.dtype), x)
+    return lax.pad(x, fill, [*config, (0, 0, 0)])
 
 
 def _turned(k: jax.Array) -> jax.Array:

@@ -1,0 +1,33 @@
+"""Primitives made of operations: for what is linear and has a quicker derivative than that of its operations."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+
+def make(
+    name: str, run: Callable[..., jax.Array], like: Callable[..., jax.Array]
+) -> Primitive:
+    """Returns a primitive without rules for derivatives and `vmap`, which its maker adds.
+
+    Args:
+      name: as it is called in a jaxpr.
+      run: arrays and hashable keyword parameters → an array; what the primitive is compiled to.
+      like: the same function in few operations. It is traced for the type of the result, so that dtype, sharding and
+        the axes of `jax.shard_map` are what operations make of them.
+    """
+
+    def types(*arrays, **params):
+        return jax.make_jaxpr(partial(like, **params))(*arrays).out_avals[0]
+
+    def alone(*arrays, **params):
+        return jax.jit(run, static_argnames=tuple(params))(*arrays, **params)
+
+    primitive = Primitive(name)
+    primitive.def_impl(alone)
+    primitive.def_abstract_eval(types)
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    return primitive
