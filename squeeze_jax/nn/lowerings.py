@@ -119,13 +119,11 @@ def fastest(which: Map, g: Geometry) -> str:
         place = {"forward": g.size, "image": g.out, "kernel": g.extent}[which]
         if any(n < k for n, k in zip(place, g.kernel, strict=True)):
             return "patches"
-        if which == "kernel" and _kernel_by_patches(g):
+        if which == "kernel" and math.prod(g.out) >= 49 and math.prod(g.kernel) <= 25:
             return "patches"
+        if which == "forward" and math.prod(g.kernel) * g.channels <= 32:
+            return "patches"  # the first layer, of a colour image
     return "native"
-
-
-def _kernel_by_patches(g: Geometry) -> bool:
-    return math.prod(g.out) >= 256 and math.prod(g.kernel) <= 25
 
 
 def run(
@@ -234,8 +232,8 @@ def _taps_image(g, y, k):
     terms = {
         (u, v): at(u, v).astype(wide) * k[u, v, 0].astype(wide) for u, v in positions(g)
     }
-    x = _summed(g, joined(g, terms).astype(y.dtype))
-    return lax.optimization_barrier(x)
+    x = _summed(g, joined(g, terms))
+    return lax.optimization_barrier(x.astype(y.dtype))
 
 
 def _taps_kernel(g, x, y, at_once=True):
