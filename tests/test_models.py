@@ -9,20 +9,74 @@ from squeeze_jax import models, registry, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 
-# (parameters, MACs in millions at 224 pixels), counted on torchvision's networks by PyTorch's own counter.
+# (parameters, MACs in millions at 224 pixels or at SIZES), counted by PyTorch's own counter: on torchvision's networks;
+# on timm's for EfficientNet Lite and for the narrow and minimalistic MobileNetV3; for ShuffleNet on its authors' code
+# where that has the variant, else on the network of test_models_parity.py.
 PUBLISHED = {
+    ("efficientnet", "b0"): (5_288_548, 385.81),
+    ("efficientnet", "b1"): (7_794_184, 686.80),
+    ("efficientnet", "b2"): (9_109_994, 993.56),
+    ("efficientnet", "b3"): (12_233_232, 1_827.14),
+    ("efficientnet", "b4"): (19_341_616, 4_393.77),
+    ("efficientnet", "b5"): (30_389_784, 10_266.38),
+    ("efficientnet", "b6"): (43_040_704, 19_067.59),
+    ("efficientnet", "b7"): (66_347_960, 37_745.88),
+    ("efficientnet", "lite0"): (4_652_008, 385.19),
+    ("efficientnet", "lite1"): (5_416_680, 600.19),
+    ("efficientnet", "lite2"): (6_092_072, 859.74),
+    ("efficientnet", "lite3"): (8_197_096, 1_383.32),
+    ("efficientnet", "lite4"): (13_006_568, 2_553.03),
     ("mobilenet_v2", "0.35"): (1_677_128, 59.29),
     ("mobilenet_v2", "0.5"): (1_968_680, 97.13),
     ("mobilenet_v2", "0.75"): (2_636_424, 209.07),
     ("mobilenet_v2", "1.0"): (3_504_872, 300.77),
     ("mobilenet_v2", "1.4"): (6_108_776, 582.20),
+    ("mobilenet_v3", "large"): (5_483_032, 216.59),
+    ("mobilenet_v3", "large-0.75"): (3_993_528, 154.56),
+    ("mobilenet_v3", "large-minimalistic"): (3_924_288, 209.14),
+    ("mobilenet_v3", "small"): (2_542_856, 56.51),
+    ("mobilenet_v3", "small-0.75"): (2_041_872, 43.40),
+    ("mobilenet_v3", "small-minimalistic"): (2_044_736, 52.29),
     ("resnet", "101"): (44_549_160, 7_801.41),
     ("resnet", "152"): (60_192_808, 11_513.63),
     ("resnet", "18"): (11_689_512, 1_814.07),
     ("resnet", "34"): (21_797_672, 3_663.76),
     ("resnet", "50"): (25_557_032, 4_089.18),
+    ("shufflenet", "0.25-g1"): (208_746, 11.00),
+    ("shufflenet", "0.25-g2"): (266_026, 11.16),
+    ("shufflenet", "0.25-g3"): (304_902, 11.01),
+    ("shufflenet", "0.25-g4"): (337_544, 11.81),
+    ("shufflenet", "0.25-g8"): (453_504, 12.43),
+    ("shufflenet", "0.5-g1"): (533_484, 38.52),
+    ("shufflenet", "0.5-g2"): (642_932, 38.57),
+    ("shufflenet", "0.5-g3"): (717_324, 37.59),
+    ("shufflenet", "0.5-g4"): (777_040, 37.47),
+    ("shufflenet", "0.5-g8"): (1_010_448, 40.47),
+    ("shufflenet", "1.0-g1"): (1_530_936, 143.08),
+    ("shufflenet", "1.0-g2"): (1_732_848, 140.84),
+    ("shufflenet", "1.0-g3"): (1_864_728, 137.46),
+    ("shufflenet", "1.0-g4"): (1_967_344, 134.34),
+    ("shufflenet", "1.0-g8"): (2_433_768, 138.37),
+    ("shufflenet", "1.5-g3"): (3_441_168, 292.44),
+    ("shufflenet", "1.5-g8"): (4_268_952, 290.19),
+    ("shufflenet", "2.0-g3"): (5_449_776, 524.05),
+    ("shufflenet", "2.0-g8"): (6_521_232, 521.94),
     ("squeezenet", "1.0"): (1_248_424, 818.92),
     ("squeezenet", "1.1"): (1_235_496, 349.15),
+}
+# Pixels where a variant is made for another number of them: the authors' efficientnet and efficientnet/lite READMEs.
+SIZES = {
+    ("efficientnet", "b1"): 240,
+    ("efficientnet", "b2"): 260,
+    ("efficientnet", "b3"): 300,
+    ("efficientnet", "b4"): 380,
+    ("efficientnet", "b5"): 456,
+    ("efficientnet", "b6"): 528,
+    ("efficientnet", "b7"): 600,
+    ("efficientnet", "lite1"): 240,
+    ("efficientnet", "lite2"): 260,
+    ("efficientnet", "lite3"): 280,
+    ("efficientnet", "lite4"): 300,
 }
 NAMES = registry.names("squeeze_jax.models")
 ALL = [
@@ -50,7 +104,8 @@ def filled(net):
 def test_parameters_and_macs_are_the_published_ones(name, variant):
     parameters, macs = PUBLISHED[name, variant]
     net = models.make(name, variant=variant)
-    x = image(1, 224, 224, 3)
+    size = SIZES.get((name, variant), 224)
+    x = image(1, size, size, 3)
     assert count.parameters(net, x) == parameters
     found = count.macs(net, x)
     assert round(found.total / 1e6, 2) == macs
@@ -244,6 +299,149 @@ class TestMobileNetV2:
 
         first, second = run(jax.random.key(0), jax.random.key(1))
         assert np.abs(first - second).max() > 1e-3
+
+
+class TestMobileNetV3:
+    def test_published_maps_at_224(self):
+        # Tables 1 and 2, the inputs of each line.
+        large = [112, 56, 56, 28, 28, 28, *[14] * 6, 7, 7, 7]
+        small = [56, 28, 28, *[14] * 5, 7, 7, 7]
+        for variant, sizes in ("large", large), ("small", small):
+            found = shapes(models.make("mobilenet_v3", variant=variant), 224)
+            blocks = {f"bottleneck{n}": size for n, size in enumerate(sizes, 1)}
+            assert found == dict(conv1=112, **blocks, head=7)
+
+    def test_strides_for_small_images(self):
+        net = models.make(
+            "mobilenet_v3", variant="small", stem_strides=1, strides=[1, 1, 2, 1, 2]
+        )
+        blocks = {f"bottleneck{n}": 32 for n in (1, 2, 3)}
+        blocks |= {f"bottleneck{n}": 16 for n in (4, 5, 6, 7, 8)}
+        blocks |= {f"bottleneck{n}": 8 for n in (9, 10, 11)}
+        assert shapes(net, 32) == dict(conv1=32, **blocks, head=8)
+        with pytest.raises(UserError, match="6 stages need as many"):
+            models.make("mobilenet_v3", variant="large", strides=(1, 2))
+
+    def test_the_width_option_is_the_variant(self):
+        x = image(1, 224, 224, 3)
+        net = models.make("mobilenet_v3", variant="small", width=0.75)
+        published = PUBLISHED["mobilenet_v3", "small-0.75"]
+        assert count.parameters(net, x) == published[0]
+
+
+class TestEfficientNet:
+    def test_published_maps_at_224(self):
+        # Table 1, the inputs of each stage.
+        found = shapes(models.make("efficientnet"), 224)
+        stages = dict(stage2=112, stage3=56, stage4=28, stage5=14, stage6=14, stage7=7)
+        assert found == dict(conv1=112, **stages, stage8=7, head=7)
+
+    def test_strides_for_small_images(self):
+        net = models.make("efficientnet", stem_strides=1, strides=[1, 1, 1, 2, 1, 2, 1])
+        stages = dict(stage2=32, stage3=32, stage4=32, stage5=16, stage6=16, stage7=8)
+        assert shapes(net, 32) == dict(conv1=32, **stages, stage8=8, head=8)
+        with pytest.raises(UserError, match="7 stages need as many"):
+            models.make("efficientnet", strides=(1, 2))
+
+    @pytest.mark.parametrize("variant", ["b3", "lite3"])
+    def test_the_options_are_the_variant(self, variant):
+        kind = variant.replace("3", "0")
+        net = models.make("efficientnet", variant=kind, width=1.2, depth=1.4)
+        found = count.parameters(net, image(1, 224, 224, 3))
+        assert found == PUBLISHED["efficientnet", variant][0]
+
+    def test_stochastic_depth_leaves_out_samples_and_makes_up_for_it(self):
+        module = registry.load("squeeze_jax.models", "efficientnet")
+        stages = (module.Stage(1, 8, 1, 1, 3), module.Stage(2, 8, 1, 1, 3))
+        row = module.Row(1.0, 1.0, 0.0, stem=8, head=8, stages=stages)
+        steady, skipping = (
+            module.EfficientNet(row, 7, rate, (2, 2)) for rate in (0.0, 1.0)
+        )
+        variables, _ = filled(steady)
+        x = np.random.default_rng(1).normal(size=(64, 8, 8, 3)).astype(np.float32)
+
+        @jax.jit
+        def parts(key):
+            """What each block adds, [[b, h, w, c] of block 0, of block 1] of both nets."""
+            options = dict(train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+            found = [
+                net.apply(variables, x, **options)[0][1] for net in (steady, skipping)
+            ]
+            names = (("stage2", "conv1"), ("stage3", "stage2"))
+            return [[e[after] - e[before] for after, before in names] for e in found]
+
+        expected, found = parts(jax.random.key(0))
+        # Rates 1 * 0 / 2 and 1 * 1 / 2: all samples pass block 0, half of them block 1, and those count twice.
+        np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+        passed = np.abs(found[1]).max((1, 2, 3)) > 0
+        assert 16 <= passed.sum() <= 48  # four standard deviations
+        factor = 2 * passed[:, None, None, None]
+        np.testing.assert_allclose(found[1], factor * expected[1], atol=1e-5)
+
+    def test_names_of_timm_checkpoints(self):
+        module = registry.load("squeeze_jax.models", "efficientnet")
+        names = module.timm_names(models.make("efficientnet", variant="b0"))
+        expected = {
+            "conv1": "conv_stem",
+            "stage2_1/depthwise_norm": "blocks.0.0.bn1",
+            "stage2_1/project": "blocks.0.0.conv_pw",
+            "stage7_4/expand": "blocks.5.3.conv_pw",
+            "stage7_4/squeeze_excite/reduce": "blocks.5.3.se.conv_reduce",
+            "stage7_4/project_norm": "blocks.5.3.bn3",
+            "head_norm": "bn2",
+        }
+        assert {ours: names[ours] for ours in expected} == expected
+        lite = module.timm_names(models.make("efficientnet", variant="lite0"))
+        excitation = {ours for ours in names if "squeeze_excite" in ours}
+        assert lite == {k: v for k, v in names.items() if k not in excitation}
+
+
+class TestShuffleNet:
+    def test_published_maps_at_224(self):
+        # Table 1.
+        found = shapes(models.make("shufflenet"), 224)
+        assert found == dict(conv1=112, stage2=28, stage3=14, stage4=7)
+
+    @pytest.mark.parametrize(
+        ("groups", "features", "complexity"),
+        [(1, 576, 143), (2, 800, 140), (3, 960, 137), (4, 1088, 133), (8, 1536, 137)],
+    )
+    def test_complexity_of_table_1(self, groups, features, complexity):
+        net = models.make("shufflenet", variant=f"1.0-g{groups}")
+        # The table leaves out the last layer, 1000 sums over stage 4's features.
+        total = count.macs(net, image(1, 224, 224, 3)).total - 1000 * features
+        assert round(total / 1e6) == complexity
+
+    @pytest.mark.parametrize(
+        ("variant", "complexity"),
+        [("0.5-g3", 38), ("1.5-g3", 292), ("2.0-g3", 524)],
+    )
+    def test_complexity_of_tables_5_and_8(self, variant, complexity):
+        # These count the last layer.
+        net = models.make("shufflenet", variant=variant)
+        total = count.macs(net, image(1, 224, 224, 3)).total
+        assert round(total / 1e6) == complexity
+
+    def test_stem_and_strides_for_small_images(self):
+        net = models.make(
+            "shufflenet", stem_strides=1, stem_pool=False, strides=[1, 2, 2]
+        )
+        assert shapes(net, 32) == dict(conv1=32, stage2=32, stage3=16, stage4=8)
+        with pytest.raises(UserError, match="3 stages need as many"):
+            models.make("shufflenet", strides=(1, 2))
+
+    def test_the_width_option_is_the_variant(self):
+        x = image(1, 224, 224, 3)
+        net = models.make("shufflenet", variant="1.0-g4", width=0.5)
+        assert count.parameters(net, x) == PUBLISHED["shufflenet", "0.5-g4"][0]
+
+    def test_channel_shuffle(self):
+        module = registry.load("squeeze_jax.models", "shufflenet")
+        # Figure 1(c): two groups of three.
+        x = jnp.array([[10, 11, 12, 20, 21, 22]])
+        shuffled = module.channel_shuffle(x, 2)
+        assert shuffled.tolist() == [[10, 20, 11, 21, 12, 22]]
+        assert module.channel_shuffle(shuffled, 3).tolist() == x.tolist()
 
 
 class TestResNet:

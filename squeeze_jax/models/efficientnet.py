@@ -1,0 +1,260 @@
+"""EfficientNet: depth, width and resolution scaled together.
+
+Tan, Le 2019, arXiv 1905.11946. B0 comes from a search like MobileNetV3's, of inverted residuals with squeeze and
+excitation and swish; B1 to B7 make it deeper, wider and its images larger in a fixed proportion, which gains more than
+any of the three alone. Lite0 to Lite4 (tensorflow/tpu, efficientnet/lite) are for integers and accelerators: no
+excitation, ReLU6 in place of swish, a stem and a head of the same width in all variants, and one block in the first and
+in the last stage.
+
+In training a block is left out of a sample's path at a rate that grows linearly with depth (stochastic depth, arXiv
+1603.09382). Momentum and epsilon are those of torchvision's checkpoints; B0 to B4 there do not have the authors' 0.99
+and 0.001. Images are NHWC.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.blocks import SqueezeExcite
+from squeeze_jax.nn.conv import Conv, Pair, per_axis
+from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.pool import global_mean
+from squeeze_jax.nn.width import scaled
+
+
+class Stage(NamedTuple):
+    """A line of Table 1; only the first block of a stage has the strides."""
+
+    expand: int
+    features: int
+    blocks: int
+    strides: int
+    kernel: int
+
+
+_STAGES = (  # Table 1, stages 2 to 8
+    Stage(1, 16, 1, 1, 3),
+    Stage(6, 24, 2, 2, 3),
+    Stage(6, 40, 2, 2, 5),
+    Stage(6, 80, 3, 2, 3),
+    Stage(6, 112, 3, 1, 5),
+    Stage(6, 192, 4, 2, 5),
+    Stage(6, 320, 1, 1, 3),
+)
+_TINY = (Stage(6, 16, 1, 2, 5), Stage(1, 16, 1, 1, 3))
+
+
+class Row(NamedTuple):
+    """A variant: multipliers of width and depth, dropout, whether Lite, normalisation as in nn/norm.py, the net."""
+
+    width: float
+    depth: float
+    dropout: float
+    lite: bool = False
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    stem: int = 32
+    head: int = 1280
+    stages: tuple[Stage, ...] = _STAGES
+
+
+# Multipliers and dropout as in the authors' efficientnet_builder.py and lite/efficientnet_lite_builder.py.
+VARIANTS = {
+    "b0": Row(1.0, 1.0, 0.2),  # 224 pixels
+    "b1": Row(1.0, 1.1, 0.2),  # 240
+    "b2": Row(1.1, 1.2, 0.3),  # 260
+    "b3": Row(1.2, 1.4, 0.3),  # 300
+    "b4": Row(1.4, 1.8, 0.4),  # 380
+    "b5": Row(1.6, 2.2, 0.4, False, 0.99, 1e-3),  # 456
+    "b6": Row(1.8, 2.6, 0.5, False, 0.99, 1e-3),  # 528
+    "b7": Row(2.0, 3.1, 0.5, False, 0.99, 1e-3),  # 600
+    "lite0": Row(1.0, 1.0, 0.2, True),  # 224
+    "lite1": Row(1.0, 1.1, 0.2, True),  # 240
+    "lite2": Row(1.1, 1.2, 0.3, True),  # 260
+    "lite3": Row(1.2, 1.4, 0.3, True),  # 280
+    "lite4": Row(1.4, 1.8, 0.3, True),  # 300
+    "tiny": Row(1.0, 1.0, 0.2, stem=8, head=64, stages=_TINY),
+}
+
+
+class MBConv(nn.Module):
+    """Expand, depthwise, squeeze and excite, project; `skip` is the rate at which samples take the residual alone."""
+
+    row: Row
+    stage: Stage
+    strides: int
+    skip: float
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        unit = partial(_unit, row=self.row, train=train)
+        stage, inputs, y = self.stage, x.shape[-1], x
+        wide = inputs * stage.expand
+        if stage.expand != 1:
+            y = unit(y, wide, 1, name="expand")
+        y = unit(y, wide, stage.kernel, self.strides, groups=wide, name="depthwise")
+        if not self.row.lite:
+            # A quarter of the block's input, not of the width inside.
+            y = SqueezeExcite(inputs // 4, nn.swish, name="squeeze_excite")(y)
+        y = unit(y, stage.features, 1, activation=False, name="project")
+        if x.shape != y.shape or self.strides != 1:
+            return y
+        axes = (1, 2, 3)
+        y = nn.Dropout(self.skip, broadcast_dims=axes, deterministic=not train)(y)
+        return x + y
+
+
+class EfficientNet(nn.Module):
+    """The net; attributes as in `make`. Endpoints: conv1, stage2, … stage8 (the stages of Table 1), head."""
+
+    row: Row
+    num_classes: int
+    stochastic_depth: float
+    stem_strides: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        row, number = self.row, 0
+        unit = partial(_unit, row=row, train=train)
+        y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
+        endpoints = {"conv1": y}
+        blocks = sum(stage.blocks for stage in row.stages)
+        for index, stage in enumerate(row.stages, 2):
+            for block in range(stage.blocks):
+                strides = 1 if block else stage.strides
+                skip = self.stochastic_depth * number / blocks
+                name = f"stage{index}_{block + 1}"
+                y = MBConv(row, stage, strides, skip, name=name)(y, train=train)
+                number += 1
+            endpoints[f"stage{index}"] = y
+        y = endpoints["head"] = unit(y, row.head, 1, name="head")
+        y = nn.Dropout(row.dropout, deterministic=not train)(global_mean(y))
+        # Uniform with a bound of 1 / sqrt(outputs).
+        init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+        classifier = nn.Dense(
+            self.num_classes, dtype=jnp.float32, kernel_init=init, name="classifier"
+        )
+        return classifier(y), endpoints
+
+
+def _unit(
+    x, features, kernel, strides=1, *, groups=1, activation=True, row, train, name
+):
+    """Convolution, batch normalisation, swish or ReLU6 where asked for; creates them in the calling module."""
+    x = Conv(
+        features,
+        kernel,
+        strides,
+        groups,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )(x)
+    x = BatchNorm(row.momentum, row.epsilon, name=f"{name}_norm")(x, train=train)
+    if not activation:
+        return x
+    return nn.relu6(x) if row.lite else nn.swish(x)
+
+
+def make(
+    variant: str = "b0",
+    *,
+    num_classes: int = 1000,
+    width: float | None = None,
+    depth: float | None = None,
+    strides: tuple[int, ...] | None = None,
+    stem_strides: Pair = 2,
+    dropout: float | None = None,
+    stochastic_depth: float = 0.2,
+) -> EfficientNet:
+    """Builds an EfficientNet.
+
+    Args:
+      variant: a row of VARIANTS.
+      num_classes: outputs of the classifier.
+      width: width multiplier instead of the variant's.
+      depth: multiplier of each stage's blocks, rounded up, instead of the variant's.
+      strides: strides of each stage instead of (1, 2, 2, 2, 1, 2, 1); fewer for small images.
+      stem_strides: strides of the first convolution.
+      dropout: rate before the classifier instead of the variant's, 0 to 1; needs the rng "dropout" in training.
+      stochastic_depth: rate at which a block behind the last would be left out, 0 to 1; 0 at the first block and
+        linear between. Drawn for each sample from the rng "dropout".
+
+    Raises:
+      UserError: unknown variant, or not one stride for each stage.
+    """
+    row = registry.row(VARIANTS, variant, "variant of efficientnet")
+    if strides is None:
+        strides = tuple(stage.strides for stage in row.stages)
+    if len(strides) != len(row.stages):
+        raise UserError(
+            f"strides = {tuple(strides)}: {len(row.stages)} stages need as many numbers"
+        )
+    width = row.width if width is None else width
+    depth = row.depth if depth is None else depth
+    stages, last = [], len(row.stages) - 1
+    for index, (stage, s) in enumerate(zip(row.stages, strides, strict=True)):
+        blocks = stage.blocks
+        if not row.lite or 0 < index < last:
+            blocks = math.ceil(blocks * depth)
+        features = scaled(stage.features, width)
+        stages.append(stage._replace(features=features, blocks=blocks, strides=s))
+    row = row._replace(
+        width=width,
+        depth=depth,
+        dropout=row.dropout if dropout is None else dropout,
+        stem=row.stem if row.lite else scaled(row.stem, width),
+        head=row.head if row.lite else scaled(row.head, width),
+        stages=tuple(stages),
+    )
+    return EfficientNet(row, num_classes, stochastic_depth, per_axis(stem_strides))
+
+
+def torchvision_names(net: EfficientNet) -> dict[str, str]:
+    """Returns {our layer: its name in torchvision's checkpoints}."""
+    names = {"classifier": "classifier.1"}
+
+    def add(ours, theirs):
+        names.update({ours: f"{theirs}.0", f"{ours}_norm": f"{theirs}.1"})
+
+    add("conv1", "features.0")
+    for index, stage in enumerate(net.row.stages, 1):
+        for block in range(stage.blocks):
+            ours, theirs = f"stage{index + 1}_{block + 1}", f"features.{index}.{block}"
+            units = ["expand"] if stage.expand != 1 else []
+            for at, unit in enumerate([*units, "depthwise", "excite", "project"]):
+                if unit != "excite":
+                    add(f"{ours}/{unit}", f"{theirs}.block.{at}")
+                elif not net.row.lite:
+                    excite = f"{ours}/squeeze_excite"
+                    names[f"{excite}/reduce"] = f"{theirs}.block.{at}.fc1"
+                    names[f"{excite}/expand"] = f"{theirs}.block.{at}.fc2"
+    add("head", f"features.{len(net.row.stages) + 1}")
+    return names
+
+
+def timm_names(net: EfficientNet) -> dict[str, str]:
+    """Returns {our layer: its name in timm's checkpoints, which Lite has too}."""
+    names = dict(conv1="conv_stem", conv1_norm="bn1", head="conv_head", head_norm="bn2")
+    names["classifier"] = "classifier"
+    for index, stage in enumerate(net.row.stages):
+        units = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl"}
+        if stage.expand == 1:
+            units = {"depthwise": "conv_dw", "project": "conv_pw"}
+        for block in range(stage.blocks):
+            ours, theirs = f"stage{index + 2}_{block + 1}", f"blocks.{index}.{block}"
+            for at, (unit, conv) in enumerate(units.items(), 1):
+                names[f"{ours}/{unit}"] = f"{theirs}.{conv}"
+                names[f"{ours}/{unit}_norm"] = f"{theirs}.bn{at}"
+            if not net.row.lite:
+                for unit in ("reduce", "expand"):
+                    excite = f"{ours}/squeeze_excite/{unit}"
+                    names[excite] = f"{theirs}.se.conv_{unit}"
+    return names

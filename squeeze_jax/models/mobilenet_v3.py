@@ -1,0 +1,245 @@
+"""MobileNetV3: MobileNetV2's bottleneck in a searched network.
+
+Howard, Sandler, Chu, Chen, Chen, Tan, Wang, Zhu, Pang, Vasudevan, Le, Adam 2019, arXiv 1905.02244. A search under a
+latency budget chose the widths and where squeeze and excitation pays; by hand came the piecewise linear hard-swish in
+the deeper half, where maps are small, and a last stage that widens only behind the global mean. Large and Small are two
+searches; the minimalistic variants do without excitation, hard-swish and 5x5 kernels, for devices on which those are
+slow. Images are NHWC.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.blocks import SqueezeExcite
+from squeeze_jax.nn.conv import Conv, Pair, per_axis
+from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.pool import global_mean
+from squeeze_jax.nn.width import scaled
+
+
+class Stage(NamedTuple):
+    """Lines of Tables 1 and 2 with as many output channels; only the first block of a stage has the strides.
+
+    `expand` is each block's width inside, the column "exp size".
+    """
+
+    features: int
+    strides: int
+    kernel: int
+    expand: tuple[int, ...]
+    excite: bool
+    activation: Callable
+
+
+class Row(NamedTuple):
+    """A variant: width multiplier, features of the stem, of the last convolution and of the layer behind the mean."""
+
+    width: float
+    stem: int
+    head: int
+    hidden: int
+    activation: Callable
+    stages: tuple[Stage, ...]
+
+
+_RE, _HS = nn.relu, nn.hard_swish
+_LARGE = (  # Table 1
+    Stage(16, 1, 3, (16,), False, _RE),
+    Stage(24, 2, 3, (64, 72), False, _RE),
+    Stage(40, 2, 5, (72, 120, 120), True, _RE),
+    Stage(80, 2, 3, (240, 200, 184, 184), False, _HS),
+    Stage(112, 1, 3, (480, 672), True, _HS),
+    Stage(160, 2, 5, (672, 960, 960), True, _HS),
+)
+_SMALL = (  # Table 2
+    Stage(16, 2, 3, (16,), True, _RE),
+    Stage(24, 2, 3, (72, 88), False, _RE),
+    Stage(40, 2, 5, (96, 240, 240), True, _HS),
+    Stage(48, 1, 5, (120, 144), True, _HS),
+    Stage(96, 2, 5, (288, 576, 576), True, _HS),
+)
+_TINY = (
+    Stage(16, 2, 5, (24,), True, _RE),
+    Stage(16, 1, 3, (16,), True, _HS),
+)
+
+
+def _minimalistic(stages):
+    simple = dict(kernel=3, excite=False, activation=_RE)
+    return tuple(stage._replace(**simple) for stage in stages)
+
+
+VARIANTS = {  # Tables 1 to 3, the last with the multiplier; minimalistic: the authors' README in tensorflow/models
+    "large": Row(1.0, 16, 960, 1280, _HS, _LARGE),
+    "large-0.75": Row(0.75, 16, 960, 1280, _HS, _LARGE),
+    "large-minimalistic": Row(1.0, 16, 960, 1280, _RE, _minimalistic(_LARGE)),
+    "small": Row(1.0, 16, 576, 1024, _HS, _SMALL),
+    "small-0.75": Row(0.75, 16, 576, 1024, _HS, _SMALL),
+    "small-minimalistic": Row(1.0, 16, 576, 1024, _RE, _minimalistic(_SMALL)),
+    "tiny": Row(1.0, 8, 96, 40, _HS, _TINY),
+}
+
+
+class Bottleneck(nn.Module):
+    """Expand, depthwise, squeeze and excite, project; Figure 4."""
+
+    expand: int
+    features: int
+    kernel: int
+    strides: int
+    excite: bool
+    activation: Callable
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        unit = partial(_unit, activation=self.activation, train=train)
+        wide, y = self.expand, x
+        if wide != x.shape[-1]:
+            y = unit(y, wide, 1, name="expand")
+        y = unit(y, wide, self.kernel, self.strides, groups=wide, name="depthwise")
+        if self.excite:
+            # A quarter of the width inside, section 5.3.
+            squeezed = scaled(wide, 0.25)
+            y = SqueezeExcite(squeezed, gate=nn.hard_sigmoid, name="squeeze_excite")(y)
+        y = _unit(y, self.features, 1, activation=None, train=train, name="project")
+        return x + y if x.shape == y.shape and self.strides == 1 else y
+
+
+class MobileNetV3(nn.Module):
+    """The net; attributes as in `make`. Endpoints: conv1, bottleneck1, … (the lines of Tables 1 and 2), head."""
+
+    row: Row
+    num_classes: int
+    dropout: float
+    stem_strides: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        row, endpoints = self.row, {}
+        unit = partial(_unit, activation=row.activation, train=train)
+        y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
+        endpoints["conv1"] = y
+        for stage in row.stages:
+            strides = stage.strides
+            for expand in stage.expand:
+                name = f"bottleneck{len(endpoints)}"
+                y = Bottleneck(
+                    expand,
+                    stage.features,
+                    stage.kernel,
+                    strides,
+                    stage.excite,
+                    stage.activation,
+                    name=name,
+                )(y, train=train)
+                endpoints[name], strides = y, 1
+        y = endpoints["head"] = unit(y, row.head, 1, name="head")
+        dense = partial(
+            nn.Dense, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.01)
+        )
+        y = row.activation(dense(row.hidden, name="hidden")(global_mean(y)))
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return dense(self.num_classes, name="classifier")(y), endpoints
+
+
+def _unit(x, features, kernel, strides=1, *, groups=1, activation, train, name):
+    """Convolution, batch normalisation, activation where there is one; creates them in the calling module."""
+    x = Conv(
+        features,
+        kernel,
+        strides,
+        groups,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )(x)
+    x = BatchNorm(0.99, 1e-3, name=f"{name}_norm")(x, train=train)
+    return activation(x) if activation else x
+
+
+def make(
+    variant: str = "large",
+    *,
+    num_classes: int = 1000,
+    width: float | None = None,
+    strides: tuple[int, ...] | None = None,
+    stem_strides: Pair = 2,
+    dropout: float = 0.2,
+) -> MobileNetV3:
+    """Builds a MobileNetV3.
+
+    Args:
+      variant: a row of VARIANTS.
+      num_classes: outputs of the classifier.
+      width: width multiplier instead of the variant's; the layer behind the global mean never gets narrower by it.
+      strides: strides of each stage, blocks with as many output channels, instead of (1, 2, 2, 2, 1, 2) of Large or
+        (2, 2, 2, 1, 2) of Small; fewer for small images.
+      stem_strides: strides of the first convolution.
+      dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+
+    Raises:
+      UserError: unknown variant, or not one stride for each stage.
+    """
+    row = registry.row(VARIANTS, variant, "variant of mobilenet_v3")
+    if strides is None:
+        strides = tuple(stage.strides for stage in row.stages)
+    if len(strides) != len(row.stages):
+        raise UserError(
+            f"strides = {tuple(strides)}: {len(row.stages)} stages need as many numbers"
+        )
+    width = row.width if width is None else width
+    stages, before = [], row.stem
+    for stage, s in zip(row.stages, strides, strict=True):
+        # What is scaled and rounded is a block's ends; it stays as many times wider inside.
+        inputs = (before, *[stage.features] * (len(stage.expand) - 1))
+        expand = tuple(
+            scaled(scaled(c, width), e / c)
+            for c, e in zip(inputs, stage.expand, strict=True)
+        )
+        before = stage.features
+        stages.append(
+            stage._replace(features=scaled(before, width), strides=s, expand=expand)
+        )
+    row = row._replace(
+        width=width,
+        stem=scaled(row.stem, width),
+        head=scaled(row.head, width),
+        hidden=scaled(row.hidden, max(1.0, width)),
+        stages=tuple(stages),
+    )
+    return MobileNetV3(row, num_classes, dropout, per_axis(stem_strides))
+
+
+def torchvision_names(net: MobileNetV3) -> dict[str, str]:
+    """Returns {our layer: its name in torchvision's checkpoints}."""
+    names = {"hidden": "classifier.0", "classifier": "classifier.3"}
+
+    def add(ours, theirs):
+        names.update({ours: f"{theirs}.0", f"{ours}_norm": f"{theirs}.1"})
+
+    add("conv1", "features.0")
+    number, inputs = 0, net.row.stem
+    for stage in net.row.stages:
+        for expand in stage.expand:
+            number += 1
+            units = ["expand"] if expand != inputs else []
+            units += ["depthwise", "squeeze_excite"] if stage.excite else ["depthwise"]
+            for index, unit in enumerate([*units, "project"]):
+                ours = f"bottleneck{number}/{unit}"
+                theirs = f"features.{number}.block.{index}"
+                if unit == "squeeze_excite":
+                    names[f"{ours}/reduce"] = f"{theirs}.fc1"
+                    names[f"{ours}/expand"] = f"{theirs}.fc2"
+                else:
+                    add(ours, theirs)
+            inputs = stage.features
+    add("head", f"features.{number + 1}")
+    return names

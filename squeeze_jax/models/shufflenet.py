@@ -1,0 +1,226 @@
+"""ShuffleNet: grouped 1x1 convolutions whose groups exchange channels.
+
+Zhang, Zhou, Lin, Sun 2017, arXiv 1707.01083. In a network with depthwise convolutions nearly all the work is in 1x1
+convolutions; grouped, they cost a fraction and so can be wider. Channels of different groups would then never meet:
+between the two 1x1 convolutions of a unit the channels are shuffled, so that each group of the second sees all groups
+of the first. Variants are "scale-groups": a scale of all widths (at 1.0 chosen for about 140 million
+multiply-accumulates) and the number of groups. Images are NHWC.
+
+The paper leaves open how widths are rounded that the groups do not divide, and whether the classifier has a bias. Here,
+as in the authors' code (github.com/megvii-model/ShuffleNet-Series), it has none, and the stem has 24 channels at 1.5
+and 16 at 0.5 with 8 groups. That code has 3 and 8 groups alone; with 2 and 4 a unit's width inside, a quarter of its
+output, goes to the nearest that the groups divide.
+"""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.conv import Conv, Pair, per_axis
+from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.pool import global_mean, max_pool
+from squeeze_jax.nn.width import scaled
+
+Shuffle = Literal["paper", "released"]
+
+
+class Row(NamedTuple):
+    """A variant: groups of the 1x1 convolutions, features of the stem and of stage 2, units and strides of each stage.
+
+    Each stage has twice the features of the one before.
+    """
+
+    groups: int
+    stem: int
+    features: int
+    units: tuple[int, ...] = (4, 8, 4)
+    strides: tuple[int, ...] = (2, 2, 2)
+
+
+VARIANTS = {  # Table 1, and as section 3.3 scales it for Tables 2 and 5
+    "0.25-g1": Row(1, 6, 36),
+    "0.25-g2": Row(2, 6, 50),
+    "0.25-g3": Row(3, 6, 60),
+    "0.25-g4": Row(4, 8, 68),
+    "0.25-g8": Row(8, 8, 96),
+    "0.5-g1": Row(1, 12, 72),
+    "0.5-g2": Row(2, 12, 100),
+    "0.5-g3": Row(3, 12, 120),
+    "0.5-g4": Row(4, 12, 136),
+    "0.5-g8": Row(8, 16, 192),
+    "1.0-g1": Row(1, 24, 144),
+    "1.0-g2": Row(2, 24, 200),
+    "1.0-g3": Row(3, 24, 240),
+    "1.0-g4": Row(4, 24, 272),
+    "1.0-g8": Row(8, 24, 384),
+    "1.5-g3": Row(3, 24, 360),
+    "1.5-g8": Row(8, 24, 576),
+    "2.0-g3": Row(3, 48, 480),
+    "2.0-g8": Row(8, 48, 768),
+    "tiny": Row(2, 8, 24, (2, 1), (2, 2)),
+}
+
+
+class Unit(nn.Module):
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, joined with the input; Figure 2(b) and (c).
+
+    The first of a stage concatenates, the others add. `groups` is (of the first 1x1, of the second).
+    """
+
+    features: int
+    strides: int
+    groups: tuple[int, int]
+    first: bool
+    shuffle: Shuffle
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        unit = partial(_unit, train=train)
+        before, groups = self.groups
+        narrow = scaled(self.features, 0.25, groups)
+        y = nn.relu(unit(x, narrow, 1, groups=before, name="reduce"))
+        y = channel_shuffle(y, groups if self.shuffle == "paper" else narrow // groups)
+        y = unit(y, narrow, 3, self.strides, groups=narrow, name="depthwise")
+        features = self.features - x.shape[-1] if self.first else self.features
+        y = unit(y, features, 1, groups=groups, name="expand")
+        if not self.first:
+            return nn.relu(x + y)
+        if self.strides != 1:
+            strides = (self.strides, self.strides)
+            x = nn.avg_pool(x, (3, 3), strides, padding=((1, 1), (1, 1)))
+        return nn.relu(jnp.concatenate([x, y], axis=-1))
+
+
+def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
+    """Channels [groups * n] seen as [groups, n] are transposed; section 3.1. With n groups it is undone.
+
+    Args:
+      x: [..., c], c a multiple of `groups`.
+    """
+    apart = x.reshape(*x.shape[:-1], groups, -1)
+    return apart.swapaxes(-1, -2).reshape(x.shape)
+
+
+class ShuffleNet(nn.Module):
+    """The net; attributes as in `make`. Endpoints: conv1 (before pooling), stage2, stage3, stage4."""
+
+    row: Row
+    num_classes: int
+    dropout: float
+    stem_strides: tuple[int, int]
+    stem_pool: bool
+    shuffle: Shuffle
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        row = self.row
+        y = _unit(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
+        y = nn.relu(y)
+        endpoints = {"conv1": y}
+        if self.stem_pool:
+            y = max_pool(y, 3, 2, padding=1)
+        for stage, (units, strides) in enumerate(
+            zip(row.units, row.strides, strict=True)
+        ):
+            for number in range(units):
+                first = number == 0
+                y = Unit(
+                    row.features * 2**stage,
+                    strides if first else 1,
+                    # The stem has few channels: the first 1x1 convolution after it is not grouped.
+                    (1 if first and stage == 0 else row.groups, row.groups),
+                    first,
+                    self.shuffle,
+                    name=f"stage{stage + 2}_{number + 1}",
+                )(y, train=train)
+            endpoints[f"stage{stage + 2}"] = y
+        y = nn.Dropout(self.dropout, deterministic=not train)(global_mean(y))
+        classifier = nn.Dense(
+            self.num_classes,
+            use_bias=False,
+            dtype=jnp.float32,
+            kernel_init=nn.initializers.normal(0.01),
+            name="classifier",
+        )
+        return classifier(y), endpoints
+
+
+def _unit(x, features, kernel, strides=1, *, groups=1, train, name):
+    """Convolution and batch normalisation; creates them in the calling module."""
+    x = Conv(
+        features,
+        kernel,
+        strides,
+        groups,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )(x)
+    return BatchNorm(name=f"{name}_norm")(x, train=train)
+
+
+def make(
+    variant: str = "1.0-g3",
+    *,
+    num_classes: int = 1000,
+    width: float = 1.0,
+    strides: tuple[int, ...] | None = None,
+    stem_strides: Pair = 2,
+    stem_pool: bool = True,
+    dropout: float = 0.0,
+    shuffle: Shuffle = "paper",
+) -> ShuffleNet:
+    """Builds a ShuffleNet.
+
+    Args:
+      variant: a row of VARIANTS.
+      num_classes: outputs of the classifier.
+      width: multiplies all of the variant's channel counts but the classes'.
+      strides: strides of each stage instead of (2, 2, 2); fewer for small images.
+      stem_strides: strides of the first convolution.
+      stem_pool: whether 3x3 max pooling of strides 2 follows it; False for small images.
+      dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+      shuffle: "paper" transposes [groups, n] to [n, groups]; "released" the other way, as the authors' checkpoints
+        need. Each group sees all others either way.
+
+    Raises:
+      UserError: unknown variant, or not one stride for each stage.
+    """
+    row = registry.row(VARIANTS, variant, "variant of shufflenet")
+    strides = row.strides if strides is None else tuple(strides)
+    if len(strides) != len(row.units):
+        raise UserError(
+            f"strides = {strides}: {len(row.units)} stages need as many numbers"
+        )
+    # Both in whole groups, since the first unit computes what the stem lacks.
+    stem = scaled(row.stem, width, row.groups)
+    features = scaled(row.features, width, row.groups)
+    row = row._replace(stem=stem, features=features, strides=strides)
+    return ShuffleNet(
+        row, num_classes, dropout, per_axis(stem_strides), stem_pool, shuffle
+    )
+
+
+def released_names(net: ShuffleNet) -> dict[str, str]:
+    """Returns {our layer: its name in the checkpoints of ShuffleNet-Series}, to be read with shuffle="released"."""
+    names = {"conv1": "first_conv.0", "conv1_norm": "first_conv.1"}
+    names["classifier"] = "classifier.0"
+    number = 0
+    for stage, units in enumerate(net.row.units, 2):
+        for unit in range(1, units + 1):
+            ours, theirs = f"stage{stage}_{unit}", f"features.{number}.branch_main"
+            names[f"{ours}/reduce"] = f"{theirs}_1.0"
+            names[f"{ours}/reduce_norm"] = f"{theirs}_1.1"
+            names[f"{ours}/depthwise"] = f"{theirs}_1.3"
+            names[f"{ours}/depthwise_norm"] = f"{theirs}_1.4"
+            names[f"{ours}/expand"] = f"{theirs}_2.0"
+            names[f"{ours}/expand_norm"] = f"{theirs}_2.1"
+            number += 1
+    return names
