@@ -132,7 +132,7 @@ def main(argv=None):
     config = _workdir.tuples(config)
     experiment = _experiment.check(config)
     join(args)
-    if not getattr(job, "BEGINS", False):
+    if getattr(job, "NEEDS_RUN", not getattr(job, "BEGINS", False)):
         _workdir.same(workdir, config)
     built = _experiment.build(experiment)
     if getattr(job, "BEGINS", False):

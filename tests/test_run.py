@@ -405,7 +405,7 @@ def test_help_explains_itself():
     for words in (
         "--config.KEY",
         "--workdir",
-        "benchmark, evaluate, export, fit, main, predict",
+        "benchmark, cost, evaluate, export, fit, main, predict",
         "Ctrl-C",
     ):
         assert words in text

@@ -55,9 +55,13 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table for a terminal: names to the left, numbers to the right, missing ones as `-`."""
-    lines = cells(rows)
+    return aligned(cells(rows))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Headings and rows of cells below each other, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)

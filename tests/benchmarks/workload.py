@@ -17,6 +17,10 @@ NETWORKS = {  # config.model, and the function of torchvision.models
     "squeezenet": (dict(name="squeezenet", variant="1.1"), "squeezenet1_1"),
     "mobilenet_v2": (dict(name="mobilenet_v2", variant="1.0"), "mobilenet_v2"),
     "resnet18": (dict(name="resnet", variant="18"), "resnet18"),
+    "resnet50": (dict(name="resnet", variant="50"), "resnet50"),
+    "mobilenet_v3": (dict(name="mobilenet_v3", variant="large"), "mobilenet_v3_large"),
+    "efficientnet_b0": (dict(name="efficientnet", variant="b0"), "efficientnet_b0"),
+    "shufflenet_g3": (dict(name="shufflenet", variant="1.0-g3"), None),
 }
 OPTIM = dict(name="sgd", lr=1e-3, momentum=0.9, decay=1e-4)
 

@@ -1,0 +1,148 @@
+"""What each layer costs: parameters, MACs, bit operations, bytes moved and arithmetic intensity.
+
+The operations that `count.macs` counts, by its rules, grouped by Linen module; so the columns add up to its totals.
+
+**Bit operations**: BOPS = sum over MACs of b_w b_a, for weights of b_w and activations of b_a bits; in a product of two
+activations both have b_a. This is the simple product of Bayesian Bits (van Baalen et al. 2020, arXiv 2005.07093) and
+of HAWQ-V3's tables (Yao et al. 2021, arXiv 2011.10680). UNIQ (Baskin et al. 2018, arXiv 1804.10969) adds the
+accumulator, b_w b_a + b_w + b_a + log2(terms of a sum), and has larger numbers: compare only counts of one definition.
+
+**Bytes**: each counted operation reads its inputs and weights and writes its outputs once, as where nothing stays in a
+cache from one operation to the next; bias, normalisation and activations join it. Intensity, in MACs a byte, tells
+what bounds a layer: below the device's MACs a second / bytes a second it is its memory (Williams et al. 2009, the
+roofline).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from squeeze_jax import tree
+from squeeze_jax.cost import count, program
+from squeeze_jax.cost.program import Operation, Program, Value
+from squeeze_jax.errors import UserError
+
+FLOAT = 32  # bits of a parameter that no rule matches
+
+
+class Layer(NamedTuple):
+    """The cost of a layer, without that of the layers in it.
+
+    Attributes:
+      name: of the module, such as "fire2/squeeze1x1".
+      parameters: trainable ones.
+      macs: multiply-accumulates.
+      bops: bit operations.
+      bytes: read and written by what is counted in `macs`.
+    """
+
+    name: str
+    parameters: int = 0
+    macs: int = 0
+    bops: int = 0
+    bytes: int = 0
+
+    @property
+    def intensity(self) -> float:
+        """MACs a byte; 0 where nothing is counted."""
+        return self.macs / self.bytes if self.bytes else 0.0
+
+
+def layers(
+    fn: Callable | nn.Module,
+    *args,
+    weight_bits: int | tree.Rules = 8,
+    activation_bits: int = 8,
+    **kwargs,
+) -> tuple[Layer, ...]:
+    """Counts what each layer of `fn(*args, **kwargs)` costs, without running it.
+
+    Args:
+      fn: any function that JAX can trace; what it closes over are weights. Of a Linen module it is the forward pass,
+        and layers are named as its parameters are; only a module has parameters.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables.
+      weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, the first that matches decides,
+        32 where none does.
+      activation_bits: of floating-point activations.
+      **kwargs: passed on as they are, such as `train=False`; no inputs.
+
+    Returns:
+      The layers that have parameters or MACs, in order of use.
+
+    Raises:
+      UserError: bits that are no integer from 1 to 64, a rule that matches no parameter, rules without a module.
+    """
+    program.check_bits(activation_bits, "activation_bits")
+    params = {}
+    if isinstance(fn, nn.Module):
+        params = tree.flatten(count._variables(fn, *args, **kwargs).get("params", {}))
+    bits = _bits(weight_bits, params, isinstance(fn, nn.Module))
+    wide = lambda v: _width(v, bits, activation_bits)  # noqa: E731
+    traced = program.trace(fn, *args, **kwargs)
+    rows = {op.layer: Layer(op.layer) for op in traced.operations}
+    for layer, macs, bops, moved in _counted(traced, 1, wide):
+        row = rows.get(layer, Layer(layer))
+        rows[layer] = row._replace(
+            macs=row.macs + macs, bops=row.bops + bops, bytes=row.bytes + moved
+        )
+    for name, leaf in params.items():
+        layer = name.rpartition("/")[0] or program.root(fn)
+        row = rows.get(layer, Layer(layer))
+        rows[layer] = row._replace(parameters=row.parameters + leaf.size)
+    return tuple(r for r in rows.values() if r.macs or r.parameters)
+
+
+def total(rows: tuple[Layer, ...]) -> Layer:
+    """The sum of layers."""
+    columns = list(zip(*rows, strict=True))[1:] if rows else []
+    return Layer("total", *map(sum, columns))
+
+
+def _bits(weight_bits: Any, params: dict, module: bool) -> dict[str, int]:
+    """{parameter's name: its bits}, and under "" those of other weights."""
+    if isinstance(weight_bits, str) or not hasattr(weight_bits, "__iter__"):
+        bits = program.check_bits(weight_bits, "weight_bits")
+        return dict.fromkeys(params, bits) | {"": bits}
+    if not module:
+        raise UserError(
+            "weight_bits: rules go by the names of parameters, which only a Linen module has; give one number of bits"
+        )
+    rules = [tuple(r) if isinstance(r, list) else r for r in weight_bits]
+    found = tree.apply_rules(rules, params, default=FLOAT, where="weight_bits")
+    for pattern, bits in rules:
+        program.check_bits(bits, f"weight_bits of {pattern!r}")
+    return found | {"": FLOAT}
+
+
+def _width(v: Value, bits: dict[str, int], activation_bits: int) -> int:
+    """Bits of a number: of weights made of several parameters the most, of other weights those under ""."""
+    if v.weights is None:
+        return activation_bits
+    names = (name.removeprefix("params/") for name in v.weights)
+    return max((bits[n] for n in names if n in bits), default=bits[""])
+
+
+def _counted(body: Program, times: int, wide) -> Iterator[tuple[str, int, int, int]]:
+    """Yields (layer, MACs, BOPS, bytes) of each operation that counts."""
+    for op in body.operations:
+        runs = times * op.times
+        macs = _macs(op)
+        if macs is not None:
+            left, right = op.inputs
+            moved = sum(v.nbytes(wide(v)) for v in (left, right, *op.outputs))
+            bops = macs * wide(left) * wide(right)
+            yield op.layer, runs * macs, runs * bops, runs * moved
+        elif op.name == "cond":
+            branches = [list(_counted(b, times, wide)) for b in op.bodies]
+            yield from max(branches, key=lambda found: sum(row[1] for row in found))
+        else:
+            turns = op.params["length"] if op.name == "scan" else 1
+            for inner in op.bodies:
+                yield from _counted(inner, times * turns, wide)
+
+
+def _macs(op: Operation) -> int | None:
+    if op.name == "conv_general_dilated":
+        return count._conv(op.eqn)
+    return count._dot(op.eqn) if op.name == "dot_general" else None

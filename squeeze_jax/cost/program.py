@@ -1,0 +1,251 @@
+"""A function as the operations it runs, in order: what costs are found from that no operation tells alone.
+
+A jaxpr is flattened: the operations of calls (jit, remat, custom derivatives, composites, `jax.shard_map`) take the
+call's place, so that every value has one name from where it is made to its last use. Loops and conditionals stay one
+operation each, with a program for each body. Values are told apart by what they are made of: weights and constants
+alone, which a device has before it starts, or what goes in, which are activations.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from squeeze_jax import tree
+from squeeze_jax.cost import count
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.conv import lowering
+
+# Functions of jax.nn, as their calls are named, that TFLite computes by one operation, here HARD_SWISH.
+KERNELS = {"hard_silu", "hard_swish"}
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Value:
+    """An array of a program; two are the same only if they are one object.
+
+    Attributes:
+      shape, dtype: of the array.
+      weights: names of the weights that it is made of, empty for a constant; None for an activation, which depends
+        on the inputs.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    weights: frozenset[str] | None = None
+
+    def nbytes(self, bits: int | None) -> int:
+        """Bytes at so many bits a floating-point number; integers, and all with None, have those of their dtype."""
+        if bits is None or not jnp.issubdtype(self.dtype, jnp.floating):
+            return math.prod(self.shape) * self.dtype.itemsize
+        return -(-math.prod(self.shape) * bits // 8)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Operation:
+    """One primitive, or one of KERNELS.
+
+    Attributes:
+      name: of the primitive, or "shard" where an array is cut for devices or joined from them.
+      layer: the Linen module it belongs to.
+      inputs, outputs: values.
+      eqn: the jaxpr's equation.
+      bodies: of a loop or a conditional.
+      times: devices that run it.
+    """
+
+    name: str
+    layer: str
+    inputs: list[Value]
+    outputs: list[Value]
+    eqn: core.JaxprEqn
+    bodies: tuple["Program", ...] = ()
+    times: int = 1
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Program:
+    """Operations in the order they run.
+
+    Attributes:
+      inputs: what the function, or each turn of a loop, is given anew; not what a body reads from outside.
+      operations: in order.
+      outputs: what it returns.
+    """
+
+    inputs: list[Value]
+    operations: list[Operation]
+    outputs: list[Value]
+
+
+def trace(fn: Callable | nn.Module, *args, first: bool = False, **kwargs) -> Program:
+    """Returns the program of `fn(*args, **kwargs)` with native convolutions, without running it.
+
+    Args:
+      fn: any function that JAX can trace: its arguments are inputs, and what it closes over are constants. Of a Linen
+        module it is the forward pass: its variables are weights, called `params/fire2/squeeze1x1/kernel`, and
+        layers are named without the module's own name.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables.
+      **kwargs: passed on as they are, such as `train=False`; no inputs.
+      first: of a tuple returned by a module keep the first alone, the result that networks return before their
+        endpoints.
+    """
+    weights, run = split(fn, args, kwargs, first)
+    prefix = f"{root(fn)}/" if isinstance(fn, nn.Module) else ""
+    with lowering("native"):
+        jaxpr = jax.make_jaxpr(run)(weights, args).jaxpr
+    names = [*tree.flatten(weights), *[None] * len(jax.tree.leaves(args))]
+    values = [
+        _value(v, None if name is None else {name})
+        for v, name in zip(jaxpr.invars, names, strict=True)
+    ]
+    env = dict(zip(jaxpr.invars, values, strict=True))
+    program = _program(jaxpr, env, values, "", 1)
+    _rename(program, prefix)
+    return program
+
+
+def split(
+    fn: Callable | nn.Module, args: tuple, kwargs: Mapping, first: bool
+) -> tuple[dict[str, Any], Callable]:
+    """A function as one of weights and arguments, and the shapes of the weights: none but of a module. See `trace`."""
+    if not isinstance(fn, nn.Module):
+        return {}, lambda _, a: fn(*a, **kwargs)
+
+    def run(weights, a):
+        found = fn.apply(weights, *a, **kwargs)
+        return found[0] if first and isinstance(found, tuple) else found
+
+    return count._variables(fn, *args, **kwargs), run
+
+
+def root(module: nn.Module) -> str:
+    """The layer of what a module does itself, outside its submodules."""
+    return module.name or type(module).__name__
+
+
+def check_bits(bits: Any, where: str) -> int:
+    """Returns the number of bits.
+
+    Raises:
+      UserError: not an integer from 1 to 64.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 64:
+        raise UserError(f"{where} = {bits!r} should be an integer from 1 to 64")
+    return bits
+
+
+def _program(jaxpr, env: dict, inputs: Iterable[Value], scope: str, times: int):
+    operations = []
+    _flatten(jaxpr, env, scope, times, operations)
+    outputs = [_read(env, v) for v in jaxpr.outvars]
+    return Program([v for v in inputs if v.weights is None], operations, outputs)
+
+
+def _flatten(jaxpr: core.Jaxpr, env: dict, scope: str, times: int, into: list):
+    """Appends the operations of a jaxpr, whose inputs are in `env`, and puts all it makes there too."""
+    for v in jaxpr.constvars:
+        env[v] = _value(v, ())
+    for eqn in jaxpr.eqns:
+        layer = count._layer(scope, str(eqn.source_info.name_stack))
+        inputs = [_read(env, v) for v in eqn.invars]
+        inside = _called(eqn)
+        if inside is not None:
+            devices = count._devices(eqn.params) if "mesh" in eqn.params else 1
+            given = _shards(eqn, inputs, inside.invars, layer, times, into)
+            inner = dict(zip(inside.invars, given, strict=True))
+            _flatten(inside, inner, layer, times * devices, into)
+            made = [_read(inner, v) for v in inside.outvars]
+            made = _shards(eqn, made, eqn.outvars, layer, times, into)
+        else:
+            names = None
+            if all(v.weights is not None for v in inputs):
+                names = frozenset().union(*(v.weights for v in inputs))
+            made = [_value(v, names) for v in eqn.outvars]
+            name = eqn.primitive.name
+            bodies = _bodies(eqn, inputs, layer, times)
+            into.append(Operation(name, layer, inputs, made, eqn, bodies, times))
+            if name in ("jit", "pjit"):
+                into[-1].name = eqn.params["name"]
+        env.update(zip(eqn.outvars, made, strict=True))
+
+
+def _called(eqn) -> core.Jaxpr | None:
+    """The jaxpr that runs in the place of a call; None where an equation is an operation."""
+    if (
+        eqn.primitive.name not in count._CALLS
+        or eqn.params.get("name", None) in KERNELS
+    ):
+        return None
+    found = core.jaxprs_in_params(eqn.params)
+    return next((j for j in found if len(j.invars) == len(eqn.invars)), None)
+
+
+def _shards(eqn, values, variables, layer, times, into) -> list[Value]:
+    """The values as they are on the other side of `jax.shard_map`, where a device has a part of each."""
+    other = []
+    for value, v in zip(values, variables, strict=True):
+        if value.shape != tuple(v.aval.shape):
+            part = _value(v, value.weights)
+            into.append(Operation("shard", layer, [value], [part], eqn, (), times))
+            value = part
+        other.append(value)
+    return other
+
+
+def _bodies(eqn, inputs: list[Value], layer: str, times: int) -> tuple[Program, ...]:
+    """The programs inside a loop or a conditional: what is the same in each turn is the value outside."""
+    params = eqn.params
+    if eqn.primitive.name == "cond":
+        return tuple(
+            _body(branch.jaxpr, inputs[1:], len(inputs) - 1, layer, times)
+            for branch in params["branches"]
+        )
+    if eqn.primitive.name == "scan":
+        same = params["num_consts"]
+        return (_body(params["jaxpr"].jaxpr, inputs, same, layer, times, params),)
+    if eqn.primitive.name == "while":
+        first, second = params["cond_nconsts"], params["body_nconsts"]
+        carry = inputs[first + second :]
+        given = (inputs[:first], inputs[first : first + second])
+        return tuple(
+            _body(params[key].jaxpr, [*same, *carry], len(same), layer, times)
+            for key, same in zip(("cond_jaxpr", "body_jaxpr"), given, strict=True)
+        )
+    return ()
+
+
+def _body(jaxpr, outside: list[Value], same: int, layer, times, scan=None) -> Program:
+    """A program whose first `same` inputs are values outside, the others new ones: carries, and slices in a scan."""
+    slices = same + scan["num_carry"] if scan else len(outside)
+    anew = [
+        _value(v, outside[i].weights if i >= slices else None)
+        for i, v in enumerate(jaxpr.invars[same:], same)
+    ]
+    env = dict(zip(jaxpr.invars, [*outside[:same], *anew], strict=True))
+    return _program(jaxpr, env, anew, layer, times)
+
+
+def _rename(program: Program, prefix: str) -> None:
+    for operation in program.operations:
+        operation.layer = operation.layer.removeprefix(prefix)
+        for body in operation.bodies:
+            _rename(body, prefix)
+
+
+def _value(v, weights: Iterable[str] | None) -> Value:
+    names = None if weights is None else frozenset(weights)
+    return Value(tuple(v.aval.shape), v.aval.dtype, names)
+
+
+def _read(env: Mapping, v) -> Value:
+    return _value(v, ()) if isinstance(v, core.Literal) else env[v]
