@@ -5,9 +5,9 @@ The stem and the first stages keep the resolution: 32x32 becomes 4x4 where 224x2
     tfds build cifar10 --file_format=array_record   # or squeeze_jax.data.convert, for a packed archive
     python run.py --config=configs/mobilenet_v2_cifar10.py
 
-Result of 3 of the 12 epochs, `--config.steps=1172`: 67.1% test accuracy (JPEG copies of the images, quality 75), 700,490
-parameters, 14.0 M MACs; 130 to 170 images/s on 2 busy cores of an AMD EPYC server with AVX-512, 17 minutes. Files:
-StableHLO 2.93 MB, TFLite 2.82 MB. All 12 epochs have not been run yet.
+Result: 81.0% test accuracy, 80.9% in int8 (JPEG copies of the images, quality 75), 700,490 parameters, 14.0 M MACs; on 2
+cores of an AMD EPYC server with AVX-512 about 300 images/s, so 35 minutes. Files and latency p50 of one image on one
+thread there: TFLite 2.82 MB, 0.226 ms; int8 1.00 MB, 0.144 ms; StableHLO 2.93 MB, 4.12 ms.
 """
 
 import ml_collections
