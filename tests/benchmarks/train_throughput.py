@@ -185,7 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["squeezenet", "mobilenet_v2", "resnet18"])
+    parser.add_argument(
+        "--models", nargs="+", default=["squeezenet", "mobilenet_v2", "resnet18"]
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=5, help="of a block")
     parser.add_argument("--batch", type=int, default=64)
