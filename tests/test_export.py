@@ -399,6 +399,12 @@ def test_write_is_atomic(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file/below"):
+        files.write(tmp_path / "file" / "below", b"")
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "message"),
     [

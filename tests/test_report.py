@@ -14,7 +14,7 @@ from PIL import Image
 
 import squeeze_jax
 from squeeze_jax.errors import UserError
-from squeeze_jax.report import curves, picture, provenance, record, table, units
+from squeeze_jax.report import costs, curves, picture, provenance, record, table, units
 
 ROWS = [
     table.row(
@@ -200,6 +200,15 @@ LONG = [
     "metrics", [None, METRICS, []], ids=["plain", "curves", "none"]
 )
 def test_no_text_overlaps_or_leaves_the_picture(rows, metrics, monkeypatch):
+    caption = "jax 0.10.2 · revision 0123456789 · latency at batch 1 on one core. " * 4
+    figure = picture.draw(
+        rows, title="squeezenet on digits " * 9, caption=caption, metrics=metrics
+    )
+    assert len(legible(figure, monkeypatch)) > 5 * len(rows)
+
+
+def legible(figure, monkeypatch):
+    """The texts of a figure, none of which overlaps another or leaves it."""
     drawn, draw = [], Text.draw
 
     def recording(self, renderer, *args, **kwargs):
@@ -208,17 +217,13 @@ def test_no_text_overlaps_or_leaves_the_picture(rows, metrics, monkeypatch):
         return draw(self, renderer, *args, **kwargs)
 
     monkeypatch.setattr(Text, "draw", recording)
-    caption = "jax 0.10.2 · revision 0123456789 · latency at batch 1 on one core. " * 4
-    figure = picture.draw(
-        rows, title="squeezenet on digits " * 9, caption=caption, metrics=metrics
-    )
     figure.canvas.draw()
-    assert len(drawn) > 5 * len(rows)
     for text, box in drawn:
         inside = min(box.x0, box.y0) >= 0 and (box.max <= figure.bbox.max).all()
         assert inside, text
     for (one, a), (two, b) in itertools.combinations(drawn, 2):
         assert not a.overlaps(b), (one, two)
+    return [text for text, _ in drawn]
 
 
 def test_picture_shows_what_it_should(tmp_path):
@@ -231,3 +236,64 @@ def test_picture_shows_what_it_should(tmp_path):
         assert tuple(bytes.fromhex(picture.COLORS[i][1:])) in colors
     assert tuple(bytes.fromhex(curves.TEST[1:])) in colors
     assert [p.name for p in tmp_path.iterdir()] == ["r.png"]
+
+
+def layer(name, macs=0, parameters=0, live=None, missing="", share=0.0):
+    return {
+        "layer": name,
+        "macs": macs,
+        "share": share,
+        "parameters": parameters,
+        "live_bytes": live,
+        "not_counted": missing,
+    }
+
+
+NET = [
+    layer("conv", 999_000, 999_000, 600, share=0.999),
+    layer("norm", 0, 64, 500),
+    layer("concatenate", 0, 0, 999_000),
+    layer("spectrum", 1000, 0, 900, "cholesky; fft", 0.001),
+    layer("embedding", 0, 50_000),
+    layer("sum", 0, 0, 300),
+    layer("total", 1_000_000, 1_049_064, 999_000, "cholesky; fft", 1.0),
+]
+
+
+def test_costs_leave_out_what_shows_nothing():
+    names = [row["layer"] for row in costs.shown(NET[:-1])]
+    # norm is beside the greater concatenate; sum is the only one after embedding, of which nothing is alive
+    assert names == ["conv", "concatenate", "spectrum", "embedding", "sum"]
+    assert costs.shown([]) == []
+
+
+WIDE = layer("encoder/layers_11/" * 5 + "query", 999_000, 999_000, 999_000, "fft " * 99)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        NET,
+        [dict(WIDE, share=1.0)] * 90 + [layer("total", 90 * 999_000, share=1.0)],
+        [dict(NET[0], share=1.0), NET[-1]],
+        [layer("total")],
+    ],
+    ids=["few", "many", "one", "none"],
+)
+def test_costs_are_legible(rows, monkeypatch):
+    figure = costs.draw(rows, title="squeezenet " * 30, caption="peak at add " * 30)
+    texts = legible(figure, monkeypatch)
+    assert len(texts) > 4 * len(costs.shown(rows[:-1]))
+    if rows is NET:
+        assert "not counted: cholesky; fft" in texts
+        assert "MACs: 1 M in all" in texts
+        assert "999 k (99.9%)" in texts
+
+
+def test_costs_of_a_deep_network_fit_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "TALLEST", 500)
+    rows = [*[NET[0]] * 40, NET[-1]]
+    path = costs.write(tmp_path / "c.png", rows, title="deep", caption="")
+    with Image.open(path) as image:
+        assert 490 < image.height <= 500
+    assert [p.name for p in tmp_path.iterdir()] == ["c.png"]

@@ -1,5 +1,6 @@
 """Writing a file so that a reader finds all of it or the one before it, never a part."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def write(path: str | Path, content: bytes | str) -> Path:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where a folder on the way is a file
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return path
