@@ -401,7 +401,7 @@ def test_write_is_atomic(tmp_path, monkeypatch):
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write .*file/below"):
+    with pytest.raises(UserError, match=r"cannot write .*file/below"):
         files.write(tmp_path / "file" / "below", b"")
 
 
