@@ -19,10 +19,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.errors import UserError
-from squeeze_jax.nn.blocks import SqueezeExcite
-from squeeze_jax.nn.conv import Conv, Pair, per_axis
-from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.blocks import SqueezeExcite, conv_norm, stage_strides
+from squeeze_jax.nn.conv import Pair, per_axis
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 
@@ -92,7 +90,7 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = partial(_unit, row=self.row, train=train)
+        unit = _unit(self.row, train)
         stage, inputs, y = self.stage, x.shape[-1], x
         wide = inputs * stage.expand
         if stage.expand != 1:
@@ -101,7 +99,7 @@ class MBConv(nn.Module):
         if not self.row.lite:
             # A quarter of the block's input, not of the width inside.
             y = SqueezeExcite(inputs // 4, nn.swish, name="squeeze_excite")(y)
-        y = unit(y, stage.features, 1, activation=False, name="project")
+        y = unit(y, stage.features, 1, activation=None, name="project")
         if x.shape != y.shape or self.strides != 1:
             return y
         axes = (1, 2, 3)
@@ -121,7 +119,7 @@ class EfficientNet(nn.Module):
     def __call__(self, x, *, train: bool = False):
         """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
         row, number = self.row, 0
-        unit = partial(_unit, row=row, train=train)
+        unit = _unit(row, train)
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
         endpoints = {"conv1": y}
         blocks = sum(stage.blocks for stage in row.stages)
@@ -143,24 +141,15 @@ class EfficientNet(nn.Module):
         return classifier(y), endpoints
 
 
-def _unit(
-    x, features, kernel, strides=1, *, groups=1, activation=True, row, train, name
-):
-    """Convolution, batch normalisation, swish or ReLU6 where asked for; creates them in the calling module."""
-    x = Conv(
-        features,
-        kernel,
-        strides,
-        groups,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        name=name,
-    )(x)
-    x = BatchNorm(row.momentum, row.epsilon, name=f"{name}_norm")(x, train=train)
-    if not activation:
-        return x
-    return nn.relu6(x) if row.lite else nn.swish(x)
+def _unit(row: Row, train: bool):
+    """`conv_norm` as a variant has it."""
+    return partial(
+        conv_norm,
+        activation=nn.relu6 if row.lite else nn.swish,
+        momentum=row.momentum,
+        epsilon=row.epsilon,
+        train=train,
+    )
 
 
 def make(
@@ -191,12 +180,7 @@ def make(
       UserError: unknown variant, or not one stride for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of efficientnet")
-    if strides is None:
-        strides = tuple(stage.strides for stage in row.stages)
-    if len(strides) != len(row.stages):
-        raise UserError(
-            f"strides = {tuple(strides)}: {len(row.stages)} stages need as many numbers"
-        )
+    strides = stage_strides(strides, [s.strides for s in row.stages])
     width = row.width if width is None else width
     depth = row.depth if depth is None else depth
     stages, last = [], len(row.stages) - 1

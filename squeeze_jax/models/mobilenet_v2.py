@@ -13,9 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.errors import UserError
-from squeeze_jax.nn.conv import Conv, Pair, per_axis
-from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.blocks import conv_norm, stage_strides
+from squeeze_jax.nn.conv import Pair, per_axis
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 
@@ -68,12 +67,12 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = partial(_unit, train=train)
+        unit = partial(conv_norm, activation=nn.relu6, train=train)
         wide, y = x.shape[-1] * self.expand, x
         if self.expand != 1:
             y = unit(y, wide, 1, name="expand")
         y = unit(y, wide, 3, self.strides, groups=wide, name="depthwise")
-        y = unit(y, self.features, 1, name="project", activation=False)
+        y = unit(y, self.features, 1, name="project", activation=None)
         return x + y if x.shape == y.shape and self.strides == 1 else y
 
 
@@ -90,7 +89,8 @@ class MobileNetV2(nn.Module):
         """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
         row, number = self.row, 0
         endpoints = {}
-        y = _unit(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
+        unit = partial(conv_norm, activation=nn.relu6, train=train)
+        y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
         endpoints["conv1"] = y
         for index, stage in enumerate(row.stages, 1):
             for block in range(stage.blocks):
@@ -100,7 +100,7 @@ class MobileNetV2(nn.Module):
                     stage.expand, stage.features, strides, name=f"bottleneck{number}"
                 )(y, train=train)
             endpoints[f"stage{index}"] = y
-        y = endpoints["head"] = _unit(y, row.head, 1, train=train, name="head")
+        y = endpoints["head"] = unit(y, row.head, 1, name="head")
         y = nn.Dropout(self.dropout, deterministic=not train)(global_mean(y))
         classifier = nn.Dense(
             self.num_classes,
@@ -109,22 +109,6 @@ class MobileNetV2(nn.Module):
             name="classifier",
         )
         return classifier(y), endpoints
-
-
-def _unit(x, features, kernel, strides=1, *, groups=1, activation=True, train, name):
-    """Convolution, batch normalisation, ReLU6 where asked for; creates them in the calling module."""
-    x = Conv(
-        features,
-        kernel,
-        strides,
-        groups,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        name=name,
-    )(x)
-    x = BatchNorm(name=f"{name}_norm")(x, train=train)
-    return nn.relu6(x) if activation else x
 
 
 def make(
@@ -150,12 +134,7 @@ def make(
       UserError: unknown variant, or not one stride for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of mobilenet_v2")
-    if strides is None:
-        strides = tuple(stage.strides for stage in row.stages)
-    if len(strides) != len(row.stages):
-        raise UserError(
-            f"strides = {tuple(strides)}: {len(row.stages)} stages need as many numbers"
-        )
+    strides = stage_strides(strides, [s.strides for s in row.stages])
     width = row.width if width is None else width
     stages = tuple(
         stage._replace(features=scaled(stage.features, width), strides=s)

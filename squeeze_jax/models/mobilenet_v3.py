@@ -15,10 +15,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.errors import UserError
-from squeeze_jax.nn.blocks import SqueezeExcite
-from squeeze_jax.nn.conv import Conv, Pair, per_axis
-from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.blocks import SqueezeExcite, conv_norm, stage_strides
+from squeeze_jax.nn.conv import Pair, per_axis
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 
@@ -98,7 +96,13 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = partial(_unit, activation=self.activation, train=train)
+        unit = partial(
+            conv_norm,
+            momentum=0.99,
+            epsilon=1e-3,
+            activation=self.activation,
+            train=train,
+        )
         wide, y = self.expand, x
         if wide != x.shape[-1]:
             y = unit(y, wide, 1, name="expand")
@@ -107,7 +111,7 @@ class Bottleneck(nn.Module):
             # A quarter of the width inside, section 5.3.
             squeezed = scaled(wide, 0.25)
             y = SqueezeExcite(squeezed, gate=nn.hard_sigmoid, name="squeeze_excite")(y)
-        y = _unit(y, self.features, 1, activation=None, train=train, name="project")
+        y = unit(y, self.features, 1, activation=None, name="project")
         return x + y if x.shape == y.shape and self.strides == 1 else y
 
 
@@ -123,7 +127,13 @@ class MobileNetV3(nn.Module):
     def __call__(self, x, *, train: bool = False):
         """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
         row, endpoints = self.row, {}
-        unit = partial(_unit, activation=row.activation, train=train)
+        unit = partial(
+            conv_norm,
+            momentum=0.99,
+            epsilon=1e-3,
+            activation=row.activation,
+            train=train,
+        )
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
         endpoints["conv1"] = y
         for stage in row.stages:
@@ -147,22 +157,6 @@ class MobileNetV3(nn.Module):
         y = row.activation(dense(row.hidden, name="hidden")(global_mean(y)))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return dense(self.num_classes, name="classifier")(y), endpoints
-
-
-def _unit(x, features, kernel, strides=1, *, groups=1, activation, train, name):
-    """Convolution, batch normalisation, activation where there is one; creates them in the calling module."""
-    x = Conv(
-        features,
-        kernel,
-        strides,
-        groups,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        name=name,
-    )(x)
-    x = BatchNorm(0.99, 1e-3, name=f"{name}_norm")(x, train=train)
-    return activation(x) if activation else x
 
 
 def make(
@@ -189,12 +183,7 @@ def make(
       UserError: unknown variant, or not one stride for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of mobilenet_v3")
-    if strides is None:
-        strides = tuple(stage.strides for stage in row.stages)
-    if len(strides) != len(row.stages):
-        raise UserError(
-            f"strides = {tuple(strides)}: {len(row.stages)} stages need as many numbers"
-        )
+    strides = stage_strides(strides, [s.strides for s in row.stages])
     width = row.width if width is None else width
     stages, before = [], row.stem
     for stage, s in zip(row.stages, strides, strict=True):

@@ -13,8 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.conv import Conv
-from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.blocks import conv_norm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 
@@ -47,7 +46,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = partial(_unit, train=train)
+        unit = partial(conv_norm, train=train)
         strided = next(i for i, (_, kernel) in enumerate(self.convs) if kernel == 3)
         last, y = len(self.convs) - 1, x
         for i, (features, kernel) in enumerate(self.convs):
@@ -71,7 +70,7 @@ class ResNet(nn.Module):
         """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
         row, endpoints = self.row, {}
         kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
-        y = _unit(x, row.features, kernel, strides, train=train, name="conv1")
+        y = conv_norm(x, row.features, kernel, strides, train=train, name="conv1")
         y = endpoints["conv1"] = nn.relu(y)
         if self.stem == "imagenet":
             y = max_pool(y, 3, 2, padding=1)
@@ -92,20 +91,6 @@ class ResNet(nn.Module):
             name="classifier",
         )
         return classifier(global_mean(y)), endpoints
-
-
-def _unit(x, features, kernel, strides=1, *, train, name):
-    """Convolution and batch normalisation; creates them in the calling module."""
-    x = Conv(
-        features,
-        kernel,
-        strides,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        name=name,
-    )(x)
-    return BatchNorm(name=f"{name}_norm")(x, train=train)
 
 
 def make(

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.errors import UserError
-from squeeze_jax.nn.conv import Conv, Pair, per_axis
-from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.blocks import conv_norm, stage_strides
+from squeeze_jax.nn.conv import Pair, per_axis
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 
@@ -80,7 +79,7 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = partial(_unit, train=train)
+        unit = partial(conv_norm, train=train)
         before, groups = self.groups
         narrow = scaled(self.features, 0.25, groups)
         y = nn.relu(unit(x, narrow, 1, groups=before, name="reduce"))
@@ -120,7 +119,7 @@ class ShuffleNet(nn.Module):
     def __call__(self, x, *, train: bool = False):
         """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
         row = self.row
-        y = _unit(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
+        y = conv_norm(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
         y = nn.relu(y)
         endpoints = {"conv1": y}
         if self.stem_pool:
@@ -151,21 +150,6 @@ class ShuffleNet(nn.Module):
         return classifier(y), endpoints
 
 
-def _unit(x, features, kernel, strides=1, *, groups=1, train, name):
-    """Convolution and batch normalisation; creates them in the calling module."""
-    x = Conv(
-        features,
-        kernel,
-        strides,
-        groups,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        name=name,
-    )(x)
-    return BatchNorm(name=f"{name}_norm")(x, train=train)
-
-
 def make(
     variant: str = "1.0-g3",
     *,
@@ -194,11 +178,7 @@ def make(
       UserError: unknown variant, or not one stride for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of shufflenet")
-    strides = row.strides if strides is None else tuple(strides)
-    if len(strides) != len(row.units):
-        raise UserError(
-            f"strides = {strides}: {len(row.units)} stages need as many numbers"
-        )
+    strides = stage_strides(strides, row.strides)
     # Both in whole groups, since the first unit computes what the stem lacks.
     stem = scaled(row.stem, width, row.groups)
     features = scaled(row.features, width, row.groups)

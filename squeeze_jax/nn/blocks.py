@@ -1,12 +1,66 @@
 """Blocks that several architectures share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 
-from squeeze_jax.nn.conv import Conv
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.conv import Conv, Pair
+from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
+
+
+def conv_norm(
+    x: jax.Array,
+    features: int,
+    kernel: int,
+    strides: Pair = 1,
+    *,
+    groups: int = 1,
+    activation: Callable | None = None,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+    train: bool,
+    name: str,
+) -> jax.Array:
+    """Convolution without bias, batch normalisation, and an activation where one is given.
+
+    Creates `name` and `name_norm` in the module that calls it. The padding is symmetric, half the kernel; kernels begin
+    normal, with a variance of 2 / (positions * features) (arXiv 1502.01852).
+
+    Args:
+      x: [b, h, w, c].
+      features, kernel, strides, groups: of the convolution, see `Conv`.
+      momentum, epsilon, train: of the normalisation, see `BatchNorm`.
+
+    Returns:
+      [b, h', w', features].
+    """
+    x = Conv(
+        features,
+        kernel,
+        strides,
+        groups,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )(x)
+    x = BatchNorm(momentum, epsilon, name=f"{name}_norm")(x, train=train)
+    return activation(x) if activation else x
+
+
+def stage_strides(given: Sequence[int] | None, own: Sequence[int]) -> tuple[int, ...]:
+    """The strides of each stage: those given to `make`, else the variant's own.
+
+    Raises:
+      UserError: not as many as there are stages.
+    """
+    strides = tuple(own if given is None else given)
+    if len(strides) != len(own):
+        raise UserError(f"strides = {strides}: {len(own)} stages need as many numbers")
+    return strides
 
 
 class SqueezeExcite(nn.Module):
