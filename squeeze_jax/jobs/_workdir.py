@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -36,13 +36,8 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         with contextlib.ExitStack() as undo:
             if again := _locks.pop(workdir.resolve(), None):
                 again.close()  # this process is the one that holds it, as a notebook
-            try:
-                workdir.mkdir(parents=True, exist_ok=True)
+            with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to the work directory {workdir} ({error.strerror}); choose another --workdir"
-                ) from None
             _hold(lock, workdir)
             saved = (workdir / "checkpoints").glob("[0-9]*")
             if (workdir / "config.json").exists() and any(saved):
@@ -52,6 +47,18 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             _locks[workdir.resolve()] = lock
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
+
+
+@contextlib.contextmanager
+def writable(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the directory; what the system refuses in it or inside the block is a UserError."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the work directory {workdir} ({error.strerror}); choose another --workdir"
+        ) from None
 
 
 def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from squeeze_jax.cost import count, layers, memory, program
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import files
-from squeeze_jax.jobs import export
+from squeeze_jax.jobs import _workdir, export
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import costs, table, units
 
@@ -57,15 +57,11 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     print(f"{title}, {bits}; {live}\n\n{text(listed)}\n")
     for line in (*where(peak), *elsewhere(model, image)):
         print(line)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the work directory {workdir} ({error.strerror}); choose another --workdir"
-        ) from None
-    data = files.write(workdir / "cost.csv", comma_separated(listed))
-    drawn = workdir / "cost.png"
-    costs.write(drawn, listed, title=title, caption=f"{bits} · peak at {place(peak)}")
+    data, drawn = workdir / "cost.csv", workdir / "cost.png"
+    caption = f"{bits} · peak at {place(peak)}"
+    with _workdir.writable(workdir):
+        files.write(data, comma_separated(listed))
+        costs.write(drawn, listed, title=title, caption=caption)
     print(f"written         {data} and {drawn}")
 
 

@@ -65,7 +65,7 @@ def _batched(which: Map, arrays, dims, *, geometry, lowering):
         )
         return out.reshape(n, m, *out.shape[1:]), 0
     axes = tuple(None if d is None else 0 for d in dims)
-    one = partial(lowerings.run_plain, which, lowering, geometry)
+    one = partial(lowerings.run, which, lowering, geometry, plain=True)
     return jax.vmap(one, axes)(a, b), 0
 
 

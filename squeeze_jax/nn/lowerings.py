@@ -127,19 +127,20 @@ def fastest(which: Map, g: Geometry) -> str:
 
 
 def run(
-    which: Map, lowering: str, g: Geometry, a: jax.Array, b: jax.Array
+    which: Map,
+    lowering: str,
+    g: Geometry,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    plain: bool = False,
 ) -> jax.Array:
-    """Computes one of the maps of two arrays, in the order that the table at the top gives them."""
-    name = fastest(which, g) if lowering == "auto" else lowering
-    return _LOWERINGS[name][MAPS.index(which)](g, a, b)
+    """Computes one of the maps of two arrays, in the order that the table at the top gives them.
 
-
-def run_plain(
-    which: Map, lowering: str, g: Geometry, a: jax.Array, b: jax.Array
-) -> jax.Array:
-    """As `run`, of operations that are quick under `vmap` and have derivatives of their own."""
+    `plain` is for `vmap`: of operations that stay quick under it and have derivatives of their own.
+    """
     name = fastest(which, g) if lowering == "auto" else lowering
-    if (name, which) == ("taps", "kernel"):
+    if plain and (name, which) == ("taps", "kernel"):
         return _taps_kernel(g, a, b, at_once=False)
     return _LOWERINGS[name][MAPS.index(which)](g, a, b)
 
