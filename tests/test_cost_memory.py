@@ -265,6 +265,13 @@ def buffers(flatbuffer: bytes) -> list[int]:
     ]
 
 
+SE = ("mobilenet_v3", "efficientnet")
+
+
+def tiny(name):
+    return lambda: models.make(name, variant="tiny", num_classes=10)
+
+
 def digits():
     config = run.load_config(Path(run.__file__).parent / "configs" / "digits.py")
     return models.make(num_classes=10, **config["model"])
@@ -272,8 +279,8 @@ def digits():
 
 # The head of the arena (all but what lasts: structures, quantization) that TFLite Micro's recording allocator tells for
 # these files, by tflite-micro 0.dev20261023182759; MobileNetV2's with its weights inside the tables, where it reads
-# them. It refuses the padded pooling of the ResNet's.
-ARENA = {"squeezenet": 9_408, "mobilenet_v2": 27_840}
+# them. It refuses the padded pooling of the ResNet's, and leaves gaps in EfficientNet's: 43,776.
+ARENA = {"squeezenet": 9_408, "mobilenet_v2": 27_840, "mobilenet_v3": 15_744}
 
 
 @pytest.mark.parametrize(
@@ -284,9 +291,9 @@ ARENA = {"squeezenet": 9_408, "mobilenet_v2": 27_840}
             lambda: models.make("mobilenet_v2", variant="0.35", num_classes=10),
             (32, 32, 3),
         ),
-        (lambda: models.make("resnet", variant="tiny", num_classes=10), (32, 32, 3)),
+        *((tiny(name), (32, 32, 3)) for name in ("resnet", *SE)),
     ],
-    ids=["squeezenet", "mobilenet_v2", "resnet"],
+    ids=["squeezenet", "mobilenet_v2", "resnet", *SE],
 )
 def test_an_int8_file_allocates_as_much(net, shape, request):
     """Exactly: the peak is that of the file's own operators, and the planner leaves no gaps in these graphs."""
@@ -302,7 +309,8 @@ def test_an_int8_file_allocates_as_much(net, shape, request):
     alive = buffers(flatbuffer)
     found = memory.peak(net, ones(1, *shape))
     assert found.bytes == max(alive)
-    assert found.bytes == ARENA.get(key, found.bytes)
+    if key in ARENA:
+        assert found.bytes == ARENA[key]
     # Also below the peak: each convolution has what its operator has in the file.
     convolutions = macs(net, ones(1, *shape)).by_layer
     assert {found.by_layer[layer] for layer in convolutions} <= set(alive)
