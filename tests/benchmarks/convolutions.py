@@ -205,14 +205,14 @@ def pytorch(turn, cases, args) -> None:
         layouts = (torch.contiguous_format, torch.channels_last)
         tried = [prepared(case, batch, layout) for layout in layouts]
         for pair in tried:
-            _once(pair[1])
-        _measure(turn, args, *min(tried, key=lambda pair: _once(pair[1])))
+            turns.once(pair[1])
+        _measure(turn, args, *min(tried, key=lambda pair: turns.once(pair[1])))
 
 
 def _measure(turn, args, forward, both) -> None:
     """Hands over the times of a convolution at as many turns as there are rounds."""
     for run in (forward, both):
-        _once(run)
+        turns.once(run)
     turn("ready")
     times = None
     for _ in range(args.rounds):
@@ -221,20 +221,14 @@ def _measure(turn, args, forward, both) -> None:
         turn(times)
 
 
-def _once(run) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
 def _timed(run, seconds: float) -> float:
     """The median of as many runs as fit, after one that fills the caches."""
-    times = [_once(run)]
+    times = [turns.once(run)]
     if times[0] > 1:
         return times[0]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        times.append(_once(run))
+        times.append(turns.once(run))
     return statistics.median(times[1:] or times)
 
 

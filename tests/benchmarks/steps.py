@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import peer
 import turns
 import workload
-from train_throughput import _torchvision
 
 
 def ours(turn, network, args, lowering="auto") -> None:
@@ -80,7 +80,7 @@ def pytorch(turn, network, args) -> None:
     ]
     for run, _ in tried:
         run()
-    run, parameters = min(tried, key=lambda t: min(_once(t[0]) for _ in range(2)))
+    run, parameters = min(tried, key=lambda t: min(turns.once(t[0]) for _ in range(2)))
     del tried
     turn(dict(parameters=parameters))
     _rounds(turn, run, args)
@@ -89,10 +89,9 @@ def pytorch(turn, network, args) -> None:
 def _peer(network, args, layout):
     import torch
 
-    make = getattr(_torchvision().models, workload.NETWORKS[network][1])
-    net = make(num_classes=workload.CLASSES).to(memory_format=layout)
+    net = peer.network(network, layout)
     x = torch.rand(args.batch, 3, args.size, args.size).to(memory_format=layout)
-    parameters = sum(p.numel() for p in net.parameters())
+    parameters = peer.parameters(net)
     if args.inference:
         net.eval()
 
@@ -102,33 +101,14 @@ def _peer(network, args, layout):
 
         return forward, parameters
     labels = torch.arange(args.batch) % workload.CLASSES
-    optim = workload.OPTIM
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=optim["lr"],
-        momentum=optim["momentum"],
-        weight_decay=optim["decay"],
-        fused=True,
-    )
-
-    def run():
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(x), labels).backward()
-        optimizer.step()
-
-    return run, parameters
+    step = peer.trainer(net)
+    return lambda: step(x, labels), parameters
 
 
 def _rounds(turn, run, args) -> None:
     while True:
-        _once(run)  # caches are the others' after their turns
-        turn(statistics.median(_once(run) for _ in range(args.steps)))
-
-
-def _once(run) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+        turns.once(run)  # caches are the others' after their turns
+        turn(statistics.median(turns.once(run) for _ in range(args.steps)))
 
 
 def compare(network: str, args) -> dict:

@@ -20,10 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import peer
 import turns
 import workload
-
-SHIM = workload.ROOT.parent / "shared" / "tools" / "torchvision_cpu.py"
 
 
 def ours(turn, network: str, folder: str, args: argparse.Namespace) -> None:
@@ -97,7 +96,7 @@ def _peer(network, folder, args, layout, workers):
     """A function that trains PyTorch's network for a number of steps."""
     import torch
 
-    torchvision = _torchvision()
+    peer.torchvision()
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -115,16 +114,8 @@ def _peer(network, folder, args, layout, workers):
             multiprocessing_context="fork" if workers else None,
         )
     )
-    net = getattr(torchvision.models, workload.NETWORKS[network][1])
-    net = net(num_classes=workload.CLASSES).to(memory_format=layout).train()
-    optim = workload.OPTIM
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=optim["lr"],
-        momentum=optim["momentum"],
-        weight_decay=optim["decay"],
-        fused=True,
-    )
+    net = peer.network(network, layout)
+    step = peer.trainer(net)
     mean = torch.tensor(workload.MEAN).view(3, 1, 1)
     std = torch.tensor(workload.STD).view(3, 1, 1)
 
@@ -134,27 +125,10 @@ def _peer(network, folder, args, layout, workers):
             # Uint8 up to here and normalised as a batch: faster than image by image.
             images = images.to(torch.float32, memory_format=layout)
             images = images.div_(255).sub_(mean).div_(std)
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(net(images), labels).backward()
-            optimizer.step()
+            step(images, labels)
 
-    run.parameters = sum(p.numel() for p in net.parameters())
+    run.parameters = peer.parameters(net)
     return run
-
-
-def _torchvision():
-    """torchvision; beside a CPU build of PyTorch its import may need a declaration first."""
-    import importlib.util
-    import sys
-
-    if SHIM.exists() and "torchvision_cpu" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("torchvision_cpu", SHIM)
-        # The module has to stay: what it declares ends with it.
-        module = sys.modules["torchvision_cpu"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    import torchvision
-
-    return torchvision
 
 
 def compare(network: str, folder: str, args: argparse.Namespace) -> dict:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,6 +93,13 @@ class Turns:
         for send in (os.killpg, os.kill):  # at first it is in no group of its own
             with contextlib.suppress(ProcessLookupError):
                 return send(process.pid, number)
+
+
+def once(run: Callable[[], Any]) -> float:
+    """Seconds of a call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def _begin(pipe, function: Callable, arguments: tuple) -> None:
