@@ -18,6 +18,7 @@ XLA replays a recorded graph (on NVIDIA GPUs) its kernels may come without names
 
 import bisect
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +169,10 @@ def _recorded(
         finally:
             jax.profiler.stop_trace()
         (path,) = Path(folder).rglob("*.xplane.pb")
-        windows, intervals = _events(ProfileData.from_file(str(path)), module)
+        with warnings.catch_warnings():
+            # From Python 3.12 on a type of the reader's own makes one, which as an error would end the process.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            windows, intervals = _events(ProfileData.from_file(str(path)), module)
     if len(windows) != runs or not intervals:
         raise UserError(
             f"JAX's profiler recorded no operations on this device ({jax.default_backend()}): measure the whole alone"
@@ -181,23 +185,19 @@ def _events(trace: ProfileData, module: str):
     windows, devices, host = [], [], []
     for plane in trace.planes:
         ends, found = {}, []
-        for event in (event for line in plane.lines for event in line.events):
-            if event.name == RUN:
-                windows.append((event.start_ns, event.end_ns))
-                continue
-            stats = dict(event.stats)
-            if event.name.startswith("end: "):
-                ends[stats.get("_c")] = event.start_ns
-            elif "hlo_op" in stats and stats.get("hlo_module") == module:
-                found.append((event, stats))
+        for line in plane.lines:
+            for event in line.events:
+                start, end, stats = event.start_ns, event.end_ns, dict(event.stats)
+                if event.name == RUN:
+                    windows.append((start, end))
+                elif event.name.startswith("end: "):
+                    ends[stats.get("_c")] = start
+                elif "hlo_op" in stats and stats.get("hlo_module") == module:
+                    found.append((start, end, stats["hlo_op"], stats.get("_p")))
         # An operation that hands work to other threads returns at once; another event follows when that is done.
         spans = [
-            Interval(
-                event.start_ns,
-                max(event.end_ns, ends.get(stats.get("_p"), 0)),
-                stats["hlo_op"],
-            )
-            for event, stats in found
+            Interval(start, max(end, ends.get(key, 0)), name)
+            for start, end, name, key in found
         ]
         (devices if plane.name.startswith("/device:") else host).extend(spans)
     return sorted(windows), sorted(devices or host)
