@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 
 import flax.linen as nn
@@ -13,9 +14,11 @@ from PIL import Image
 import run as run_py
 from squeeze_jax.cost import layers, memory
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _workdir, cost
+from squeeze_jax.jobs import _profile, _workdir, cost
 
 WRITTEN = {"cost.csv", "cost.png"}
+TIMES = ("latency_ms", "latency_share")
+TINY = "--config.model={'name': 'squeezenet', 'variant': 'tiny'}"
 
 
 @pytest.fixture
@@ -112,6 +115,110 @@ class Spectrum(nn.Module):
         return jnp.fft.fft(jnp.linalg.cholesky(square)).real
 
 
+def test_bits_from_the_config(here, capsys):
+    rows, _ = called(
+        capsys, "--config.cost.weight_bits=4", "--config.cost.activation_bits=16"
+    )
+    # 288 weights of 4 bits, 256 and 6272 activations of 16: 144 + 512 + 12,544 bytes; 64 bit operations a MAC as at 8 and 8
+    assert rows["conv1"][3:5] == ["3.61 M", "13.2 kB"]
+    assert rows["total"][-1] == "18.8 kB"  # twice the 9,408 bytes at 8 bits
+    rules = '[("conv1/kernel", 2), ("kernel", 4)]'
+    rows, _ = called(capsys, f"--config.cost.weight_bits={rules}")
+    assert rows["conv1"][3] == "903 k"  # 56,448 MACs of 2 by 8 bits
+    assert rows["conv10"][3] == "81.9 k"  # 2,560 of 4 by 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "title"),
+    [
+        ((), "weights and activations of 8 bits"),
+        (("weight_bits=4",), "weights of 4 bits, activations of 8 bits"),
+        (("weight_bits=[('kernel', 4)]",), "weights of bits by rules, activations of"),
+    ],
+)
+def test_says_the_bits(here, capsys, arguments, title):
+    run_py.main(["--job=cost", TINY, *(f"--config.cost.{a}" for a in arguments)])
+    assert title in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("weight_bits=0", r"config.cost.weight_bits = 0 should be at least 1"),
+        ("weight_bits=65", r"config.cost.weight_bits = 65 should be an integer from 1"),
+        ("weight_bits=x", r"config.cost.weight_bits = 'x' \(str\) should be int or"),
+        ("weight_bits=[('konv', 4)]", r"config.cost.weight_bits: the rule 'konv' matc"),
+        ("weight_bits=[('conv', 0)]", r"config.cost.weight_bits of 'conv' = 0 should"),
+        ("weight_bits=[4]", r"config.cost.weight_bits: 4 should be a pair"),
+        ("activation_bits=80", r"config.cost.activation_bits = 80 should be an integ"),
+        ("latency=1", r"config.cost.latency = 1 \(int\) should be bool"),
+        ("batch=0", r"config.cost.batch = 0 should be at least 1"),
+        ("cores=100000", r"config.cost.cores = 100000, but this process may use \d+: "),
+        ("bit=4", r"unknown key config.cost.bit"),
+    ],
+)
+def test_bad_settings(here, argument, message):
+    with pytest.raises(UserError, match=message):
+        run_py.main(["--job=cost", TINY, f"--config.cost.{argument}"])
+    assert not list(here.iterdir())
+
+
+LATENCY = ("--config.cost.latency=True", "--config.cost.runs=5")
+
+
+@pytest.mark.parametrize("more", [(), ("--config.cost.cores=1",)], ids=["here", "core"])
+def test_latency(here, capsys, more):
+    """On this process's device, and on one core in a process of its own."""
+    batch = "--config.cost.batch=3"
+    rows, rest = called(capsys, TINY, batch, *LATENCY, *more, "--workdir=here")
+    found = plain(here / "here" / "cost.csv")
+    assert list(found) == list(rows)
+    assert list(found)[-2:] == ["elsewhere", "total"]
+    *each, total = ({k: float(row[k]) for k in TIMES} for row in found.values())
+    assert sum(row["latency_ms"] for row in each) == pytest.approx(
+        total["latency_ms"], rel=1e-4
+    )
+    assert sum(row["latency_share"] for row in each) == pytest.approx(1, rel=1e-4)
+    assert total["latency_share"] == 1
+    # whatever takes time is shown as such
+    assert float(found["conv1"]["latency_ms"]) > 0
+    assert found["elsewhere"]["macs"] == found["elsewhere"]["parameters"] == "0"
+    assert rows["elsewhere"][:7] == ["-"] * 7
+    assert rows["total"][-1] == "100.0%"
+    (whole,) = (line for line in rest if line.startswith("latency "))
+    cores = "1 core" if more else rf"{len(os.sched_getaffinity(0))} cores?"
+    number = r"[\d.]+ m?s"
+    pattern = rf"p50 {number}, p90 {number}, p99 {number}, spread [\d.]+.*: 5 runs of 3 images in float32 on CPU, {cores}$"
+    assert re.search(pattern, whole), whole
+    (parts,) = (line for line in rest if line.startswith("by layer "))
+    assert "elsewhere" in parts
+    with Image.open(here / "here" / "cost.png") as image:
+        assert min(image.size) > 300
+
+
+def test_without_latency_nothing_is_measured(here, capsys):
+    _, rest = called(capsys, TINY, "--workdir=here")
+    assert not [line for line in rest if line.startswith(("latency", "by layer"))]
+    assert "latency_ms" not in plain(here / "here" / "cost.csv")["conv1"]
+
+
+def test_rows_with_times_by_hand():
+    image = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
+    module = Uncounted()
+    times = _profile.Measured(
+        {"dense": 3.0, "spectrum": 2.0, "new": 1.0}, 0.5, 1.5, 8.0, {}, ""
+    )
+    rows = cost.rows(
+        layers.layers(module, image), memory.peak(module, image), {}, times
+    )
+    by_name = {row["layer"]: row for row in rows}
+    assert by_name["dense"]["latency_share"] == 3 / 8
+    assert by_name["new"]["latency_ms"] == 1  # nothing else is known of it
+    assert by_name["elsewhere"]["latency_ms"] == 2
+    assert list(by_name)[-2:] == ["elsewhere", "total"]
+    assert by_name["total"]["latency_ms"] == 8
+
+
 def test_what_is_not_counted_is_named():
     image = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
     missing = cost.unknown(Uncounted(), image)
@@ -137,9 +244,6 @@ def test_without_any_macs():
     rows = cost.rows((), memory.peak(lambda x: x + 1, image), {})
     assert cost.text(rows).splitlines()[-1].split()[:4] == ["total", "-", "-", "-"]
     assert cost.comma_separated(rows).splitlines()[-1] == "total,0,0,,0,0,,8,"
-
-
-TINY = "--config.model={'name': 'squeezenet', 'variant': 'tiny'}"
 
 
 def test_takes_the_config_of_a_work_directory(here, capsys):

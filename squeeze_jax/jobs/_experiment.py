@@ -5,7 +5,7 @@ Each section of the config is splatted into exactly one function, whose signatur
     data → data.make            model → models.make         optim → train.optim.make
     objective, transforms, weights, exchange → `make` of the method file they name, such as "comm.mean"
     sharding → train.sharding.make_mesh      checkpoint → train.checkpoint.Checkpoints
-    export → ExportSettings     benchmark → BenchmarkSettings, below
+    export → ExportSettings     benchmark → BenchmarkSettings     cost → CostSettings, below
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ import optax
 from jax.sharding import Mesh
 
 import squeeze_jax
-from squeeze_jax import data, models, registry
+from squeeze_jax import data, models, registry, tree
+from squeeze_jax.cost import program
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.train import optim, sharding
 from squeeze_jax.train import state as states
@@ -48,6 +49,7 @@ class Experiment:
       log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
       export: formats and tolerances.
       benchmark: how long to measure.
+      cost: bits to count for, and whether to measure.
     """
 
     data: dict
@@ -72,6 +74,7 @@ class Experiment:
     save_every: int = 500
     export: dict = dataclasses.field(default_factory=dict)
     benchmark: dict = dataclasses.field(default_factory=dict)
+    cost: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,30 @@ class BenchmarkSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class CostSettings:
+    """The keys of `config.cost`.
+
+    Attributes:
+      weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, 32 where none matches.
+      activation_bits: of activations.
+      latency: whether to run the network and measure where its time goes.
+      runs: timed runs.
+      warmup: runs before them.
+      batch: images at a time in these runs; all other costs are of one image.
+      cores: confines them to so many cores of the CPU, in a process of their own; None runs them on JAX's default
+        device, and on a CPU on all cores.
+    """
+
+    weight_bits: int | tuple = 8
+    activation_bits: int = 8
+    latency: bool = False
+    runs: int = 100
+    warmup: int = 10
+    batch: int = 1
+    cores: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Built:
     """An experiment's parts, before any state exists."""
 
@@ -120,6 +147,7 @@ class Built:
     mesh: Mesh
     export: ExportSettings
     benchmark: BenchmarkSettings
+    cost: CostSettings
 
     def create(self) -> states.State:
         """The initial state, initialised on the devices where its shardings put it."""
@@ -224,12 +252,26 @@ def build(experiment: Experiment) -> Built:
         mesh=mesh,
         export=export,
         benchmark=_settings(BenchmarkSettings, e.benchmark, "config.benchmark"),
+        cost=_settings(CostSettings, e.cost, "config.cost"),
     )
     state = (
         built.abstract()
     )  # finds what does not fit the network: its images, sharding rules, decay rules
     jax.eval_shape(lambda s: tx.update(s.params, tx.init(s.params), s.params), state)
+    _bits(built.cost, state.params)
     return built
+
+
+def _bits(cost: CostSettings, params) -> None:
+    """Raises a UserError where bits are out of range or a rule fits no parameter."""
+    program.check_bits(cost.activation_bits, "config.cost.activation_bits")
+    where = "config.cost.weight_bits"
+    if isinstance(cost.weight_bits, int):
+        program.check_bits(cost.weight_bits, where)
+        return
+    tree.apply_rules(cost.weight_bits, params, where=where)
+    for pattern, bits in cost.weight_bits:
+        program.check_bits(bits, f"{where} of {pattern!r}")
 
 
 def _settings(kind: type, section: Mapping[str, Any], where: str):
@@ -243,7 +285,7 @@ def _settings(kind: type, section: Mapping[str, Any], where: str):
 def _counts(section: Mapping[str, Any], where: str) -> None:
     """Raises a UserError where an integer is below 1."""
     for key, value in section.items():
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise UserError(f"{where}.{key} = {value} should be at least 1")
 
 

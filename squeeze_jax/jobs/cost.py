@@ -13,56 +13,105 @@ import jax.numpy as jnp
 from squeeze_jax.cost import count, layers, memory, program
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import files
-from squeeze_jax.jobs import _workdir, export
-from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.jobs import _profile, _workdir, export
+from squeeze_jax.jobs._experiment import Built, CostSettings
 from squeeze_jax.report import costs, table, units
 
 NEEDS_RUN = False  # a config is enough
-BITS = 8  # of weights and activations, as in the files for microcontrollers
+ELSEWHERE = "elsewhere"  # the row of the time that no layer took
+BUSY = 0.5  # spread of latencies, above which they say little
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
 # heading, key of a row, how its value is written
 COLUMNS = (
     ("parameters", "parameters", units.count),
     ("MACs", "macs", units.count),
-    ("share", "share", lambda share: "-" if share is None else f"{100 * share:.1f}%"),
+    ("share", "share", _share),
     ("BOPS", "bops", units.count),
     ("bytes moved", "bytes_moved", units.size),
     ("MACs/byte", "macs_per_byte", lambda n: "-" if n is None else f"{n:.3g}"),
     ("live", "live_bytes", units.size),
+)
+MEASURED = (  # where the config asks for it
+    ("latency, ms", "latency_ms", lambda ms: "-" if ms is None else f"{ms:.4f}"),
+    ("share", "latency_share", _share),
 )
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Prints a row a layer, totals, and the peak memory of activations, of one image.
 
-    Writes the rows to `cost.csv` and `cost.png` in the work directory, and nothing else: whether it holds a run, and
-    which, stays as it is.
+    With `config.cost.latency` also what time each layer takes, measured. Writes the rows to `cost.csv` and `cost.png` in
+    the work directory, and nothing else: whether it holds a run, and which, stays as it is.
 
     Raises:
-      UserError: files are given, there are several processes, or the work directory cannot be written to.
+      UserError: files are given, there are several processes, the work directory cannot be written to, or the latency
+        cannot be measured as the config asks.
     """
     if inputs:
         raise UserError(f"the job cost takes no files: {inputs[0]}")
     export.alone("cost")
-    model, image = (
-        built.model,
-        jax.ShapeDtypeStruct((1, *built.data.shape), jnp.float32),
+    settings, name = built.cost, built.experiment.model["name"]
+    _profile.check_cores(settings.cores)
+    model = built.model
+    image = jax.ShapeDtypeStruct((1, *built.data.shape), jnp.float32)
+    found = layers.layers(
+        model,
+        image,
+        weight_bits=settings.weight_bits,
+        activation_bits=settings.activation_bits,
     )
-    found = layers.layers(model, image, weight_bits=BITS, activation_bits=BITS)
-    peak = memory.peak(model, image, bits=BITS)
-    listed = rows(found, peak, unknown(model, image))
-    size = "x".join(map(str, built.data.shape))
-    title = f"{built.experiment.model['name']}, one image of {size}"
-    bits = f"weights and activations of {BITS} bits"
+    peak = memory.peak(model, image, bits=settings.activation_bits)
+    measured = None
+    if settings.latency:
+        print(f"measuring  {settings.runs} runs of {name}, compiled first", flush=True)
+        measured = _profile.run(built)
+    listed = rows(found, peak, unknown(model, image), measured)
+    title = f"{name}, one image of {'x'.join(map(str, built.data.shape))}"
     live = "live: the most bytes of activations"
-    print(f"{title}, {bits}; {live}\n\n{text(listed)}\n")
-    for line in (*where(peak), *elsewhere(model, image)):
-        print(line)
+    print(f"{title}, {bits(settings)}; {live}\n\n{text(listed)}\n")
+    lines = [*where(peak), *elsewhere(model, image)]
+    caption = f"{bits(settings)} · peak at {place(peak)}"
+    if measured:
+        whole, parts = timing(measured, settings)
+        lines += [f"latency         {whole}", f"by layer        {parts}"]
+        caption += f" · latency {whole} · by layer {parts}"
+    print("\n".join(lines))
     data, drawn = workdir / "cost.csv", workdir / "cost.png"
-    caption = f"{bits} · peak at {place(peak)}"
     with _workdir.writable(workdir):
         files.write(data, comma_separated(listed))
         costs.write(drawn, listed, title=title, caption=caption)
     print(f"written         {data} and {drawn}")
+
+
+def bits(settings: CostSettings) -> str:
+    """The bits that are counted for."""
+    weights, activations = settings.weight_bits, f"{settings.activation_bits} bits"
+    if not isinstance(weights, int):
+        return f"weights of bits by rules, activations of {activations}"
+    if weights == settings.activation_bits:
+        return f"weights and activations of {activations}"
+    return f"weights of {weights} bits, activations of {activations}"
+
+
+def timing(measured: _profile.Measured, settings: CostSettings) -> tuple[str, str]:
+    """The latency of the whole and how it was measured, and what the parts by layer are."""
+    ms = units.milliseconds
+    p50, p90, p99 = (ms(measured.latency[k]) for k in ("p50", "p90", "p99"))
+    spread = measured.latency["spread"]
+    busy = ", so the machine was busy" if spread > BUSY else ""
+    images = f"{settings.batch} image{'s' if settings.batch > 1 else ''}"
+    whole = f"p50 {p50}, p90 {p90}, p99 {p99}, spread {spread:.2f}{busy}: {settings.runs} runs of {images} in float32"
+    layered = sum(measured.by_layer.values())
+    parts = (
+        f"a run took {ms(measured.traced_ms)} while it was recorded: {ms(layered)} in layers;"
+        f" elsewhere {ms(measured.unnamed_ms)} in operations of no layer, {ms(measured.idle_ms)} while none ran"
+    )
+    return f"{whole} on {measured.device}", parts
 
 
 def unknown(model, image) -> dict[str, list[str]]:
@@ -79,22 +128,29 @@ def rows(
     found: Sequence[layers.Layer],
     peak: memory.Memory,
     unknown: Mapping[str, Sequence[str]],
+    measured: _profile.Measured | None = None,
 ) -> list[dict[str, Any]]:
     """A row a layer, in order of use, and last the total; keys are those of COLUMNS, layer and not_counted.
 
-    Bytes live, MACs a byte and the share are None where there is nothing that they could be of.
+    Bytes live, MACs a byte and the share are None where there is nothing that they could be of. Where latency was
+    measured, rows have the keys of MEASURED too, and there is one more for the time that no layer took.
     """
     known = {row.name: row for row in found}
     total = layers.total(tuple(found))
-    names = dict.fromkeys([*peak.by_layer, *known, *unknown])
+    times = dict(measured.by_layer) if measured else {}
+    names = dict.fromkeys([*peak.by_layer, *known, *unknown, *times])
     lines = [
         (known.get(name, layers.Layer(name)), peak.by_layer.get(name), whats)
         for name in names
         for whats in [unknown.get(name, ())]
     ]
+    if measured:
+        lines.append((layers.Layer(ELSEWHERE), None, ()))
+        times[ELSEWHERE] = measured.unnamed_ms + measured.idle_ms
+        times[total.name] = measured.traced_ms
     every = dict.fromkeys(what for whats in unknown.values() for what in whats)
     lines.append((total, peak.bytes, every))
-    return [
+    made = [
         {
             "layer": row.name,
             "parameters": row.parameters,
@@ -108,17 +164,23 @@ def rows(
         }
         for row, live, whats in lines
     ]
+    if measured:
+        for row in made:
+            row["latency_ms"] = times.get(row["layer"], 0.0)
+            row["latency_share"] = row["latency_ms"] / measured.traced_ms
+    return made
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table, whose last row is the total; what a layer has none of is `-`, what is not counted a row below it."""
-    headings = ["layer", *(heading for heading, _, _ in COLUMNS)]
+    columns = [*COLUMNS, *(MEASURED if "latency_ms" in rows[-1] else ())]
+    headings = ["layer", *(heading for heading, _, _ in columns)]
     cells, notes = [headings], {}
     for row in rows:
-        cells.append([row["layer"], *(w(row[key] or None) for _, key, w in COLUMNS)])
+        cells.append([row["layer"], *(w(row[key] or None) for _, key, w in columns)])
         if row["not_counted"] and row is not rows[-1]:
             notes[len(cells)] = row
-            cells.append([row["layer"], *[""] * len(COLUMNS)])
+            cells.append([row["layer"], *[""] * len(columns)])
     names = max(len(row[0]) for row in cells)
     lines = table.aligned(cells).splitlines()
     for at, row in notes.items():  # not in a column, which would get as wide

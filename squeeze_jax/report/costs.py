@@ -1,4 +1,4 @@
-"""What each layer costs as one picture: MACs, parameters and live activations side by side, from input to output."""
+"""What each layer costs as one picture: MACs, parameters, live activations and time side by side, from input to output."""
 
 import io
 import textwrap
@@ -16,7 +16,7 @@ ROW = 0.21  # inches of a layer's line
 PANEL = 2.7  # inches of each chart
 NAME = 0.075  # inches of a name's character
 TALLEST = 60_000  # pixels; Agg draws below 2**16
-SMALL = 0.01  # of all parameters: less is no bar that can be seen
+SMALL = 0.01  # of all parameters, or of the time: less is no bar that can be seen
 NOTE = "#D55E00"  # Okabe and Ito 2008: distinct to colour-blind eyes
 # heading of the sum, key, how a value is written
 PANELS = (
@@ -24,6 +24,7 @@ PANELS = (
     ("Parameters: {} in all", "parameters", units.count),
     ("Live activations: {} at most", "live_bytes", units.size),
 )
+LATENCY = ("Latency by layer: {} in all", "latency_ms", units.milliseconds)
 
 
 def write(
@@ -42,7 +43,8 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, caption: str = "") ->
 
     Args:
       rows: a row a layer and last the total, each with layer, macs, share (of all MACs, 0..1), parameters, live_bytes
-        (None where there are none) and not_counted (text, empty where all is).
+        (None where there are none) and not_counted (text, empty where all is); with latency_ms and latency_share (of
+        the whole, 0..1) there is one more chart.
       title: one line above.
       caption: smaller lines below; what was left out, see `shown`, is added to it.
 
@@ -51,14 +53,17 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, caption: str = "") ->
     """
     *layers, total = rows
     kept = shown(layers)
+    panels = [*PANELS, LATENCY] if "latency_ms" in total else PANELS
     if rest := len(layers) - len(kept):
         left_out = f"{rest} without MACs that hold no more activations than a layer beside them"
+        if "latency_ms" in total:
+            left_out += " and take less than 1% of the time"
         caption = " · ".join(filter(None, (caption, f"not drawn: {left_out}")))
     lines = []  # a layer's, and one below it for what is not counted
     for row in kept:
         lines += [row, row["not_counted"]] if row["not_counted"] else [row]
     names = 0.2 + NAME * max((len(r["layer"]) for r in kept), default=0)
-    width = 0.8 + names + PANEL * len(PANELS)
+    width = 0.8 + names + PANEL * len(panels)
     wrapped = textwrap.wrap(caption, int(width * 13))
     above, below = 0.95, 0.3 + 0.2 * len(wrapped)
     inner = ROW * max(len(lines), 1)
@@ -69,7 +74,7 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, caption: str = "") ->
     figure.text(0.4 / width, 1 - 0.4 / height, title, fontsize=14, weight="bold")
     area = (0.4 / width, below / height, 1 - 0.8 / width, inner / height)
     _names(figure.add_axes(area), lines)
-    for i, (panel, color) in enumerate(zip(PANELS, picture.COLORS, strict=False)):
+    for i, (panel, color) in enumerate(zip(panels, picture.COLORS, strict=False)):
         left = (0.4 + names + i * PANEL) / width
         area = (left, below / height, (PANEL - 0.15) / width, inner / height)
         _bars(figure.add_axes(area), lines, total, *panel, color=color)
@@ -82,8 +87,8 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, caption: str = "") ->
 def shown(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The layers that a picture needs.
 
-    All that have MACs, 1% of the parameters, or something not counted; of those between two of them, such as
-    normalisations and concatenations, the one with the most live activations, if it has more than both.
+    All that have MACs, 1% of the parameters or of the time, or something not counted; of those between two of them, such
+    as normalisations and concatenations, the one with the most live activations, if it has more than both.
     """
     parameters = sum(r["parameters"] for r in layers)
     live = lambda r: r["live_bytes"] or 0  # noqa: E731
@@ -95,6 +100,7 @@ def shown(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
     for row in layers:
         large = row["parameters"] > SMALL * parameters
+        large |= row.get("latency_share", 0) > SMALL
         if not (row["macs"] or large or row["not_counted"]):
             between.append(row)
             continue
@@ -115,7 +121,7 @@ def _names(ax, lines) -> None:
 
 
 def _bars(ax, lines, total, heading, key, write, *, color) -> None:
-    """One bar a layer, its value beside it and of MACs the share; the largest in bold."""
+    """One bar a layer, its value beside it, of MACs and time the share; the largest in bold."""
     values = [r[key] or 0 if isinstance(r, Mapping) else 0 for r in lines]
     most = max(values, default=0) or 1
     for i, (row, value) in enumerate(zip(lines, values, strict=True)):
@@ -126,8 +132,9 @@ def _bars(ax, lines, total, heading, key, write, *, color) -> None:
             continue
         ax.barh(i, value, height=0.66, color=color)
         text = write(value or None)
-        if key == "macs" and value:
-            text += f" ({100 * row['share']:.1f}%)"
+        share = {"macs": "share", "latency_ms": "latency_share"}.get(key)
+        if share and value:
+            text += f" ({100 * row[share]:.1f}%)"
         weight = "bold" if value == most else "normal"
         place = value + 0.03 * most
         ax.text(place, i, text, va="center", fontsize=8.5, weight=weight)
