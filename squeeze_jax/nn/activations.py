@@ -1,0 +1,38 @@
+"""Activations by name, each one operation in an exported file."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from squeeze_jax import registry
+from squeeze_jax.nn.composite import exported_as
+
+gelu = exported_as(
+    "aten.gelu.default", partial(jax.nn.gelu, approximate=False), approximate="none"
+)
+gelu.__doc__ = "x P(N(0, 1) < x), exactly; Hendrycks and Gimpel 2016, arXiv 1606.08415. x: any shape → the same."
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): the older approximation of `gelu`, which some were trained with."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": nn.tanh,
+}
+
+
+def named(name: str) -> Callable:
+    """The activation of that name.
+
+    Raises:
+      UserError: there is none; names the nearest.
+    """
+    return registry.row(ACTIVATIONS, name, "activation")

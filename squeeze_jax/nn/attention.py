@@ -1,0 +1,137 @@
+"""Self-attention of several heads, its projections convolutions with kernel 1."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.conv import Conv
+
+
+class Attended(NamedTuple):
+    """What attention gives: the mixed values, and how it came to them.
+
+    Attributes:
+      context: [b, l, d] in the dtype of the values.
+      probabilities: [b, heads, l, l], after the softmax and before dropout; each row sums to one.
+      scores: [b, heads, l, l], float32, before the softmax; the lowest float32 where a key may not be seen.
+    """
+
+    context: jax.Array
+    probabilities: jax.Array
+    scores: jax.Array
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    heads: int,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+    drop: Callable[[jax.Array], jax.Array] = lambda p: p,
+) -> Attended:
+    """softmax(Q K^T / sqrt(d / heads)) V in each head; Vaswani et al. 2017, arXiv 1706.03762, equation 1.
+
+    Args:
+      query, key: [b, l, d]; a head has d / heads neighbouring channels.
+      value: [b, l, d'].
+      heads: divides d and d'.
+      mask: bool [b, l], True where a key may be seen; None for everywhere. A position that may see none sees all alike.
+      causal: a position sees none that come after it.
+      drop: applied to the probabilities before they weigh the values.
+
+    Raises:
+      UserError: channels that do not divide into heads.
+    """
+    split = partial(_split, heads=heads)
+    scale = np.sqrt(query.shape[-1] // heads).astype(query.dtype)
+    q, k, v = split(query / scale), split(key), split(value)
+    scores = (q @ k.swapaxes(-1, -2)).astype(jnp.float32)
+    allowed = _allowed(mask, causal, query.shape[1])
+    if allowed is not None:
+        # A sum, because runtimes have no quick selection.
+        lowest = jnp.finfo(jnp.float32).min
+        scores = scores + jnp.where(allowed, 0, lowest).astype(jnp.float32)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    context = drop(probabilities) @ v  # [b, heads, l, d' / heads]
+    return Attended(context.swapaxes(1, 2).reshape(value.shape), probabilities, scores)
+
+
+def _split(x, heads):
+    """[b, l, d] → [b, heads, l, d / heads]."""
+    if x.shape[-1] % heads:
+        raise UserError(
+            f"{x.shape[-1]} features do not divide into heads={heads}: choose a divisor"
+        )
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def _allowed(mask, causal: bool, length: int):
+    """bool [b or 1, 1, l or 1, l], or None where everything is allowed."""
+    seen = None if mask is None else mask.astype(bool)[:, None, None, :]
+    if causal:
+        earlier = np.tri(length, dtype=bool)[None, None]
+        seen = earlier if seen is None else seen & earlier
+    return seen
+
+
+class Groups(NamedTuple):
+    """Groups of each convolution of an encoder's layer; all 1 is the dense layer.
+
+    The first four are attention's, the last two of the position-wise feed-forward network, into and out of it.
+    """
+
+    query: int = 1
+    key: int = 1
+    value: int = 1
+    output: int = 1
+    ffn_in: int = 1
+    ffn_out: int = 1
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself, between convolutions query, key, value and output with kernel 1.
+
+    Attributes:
+      heads: of attention; they divide the channels.
+      groups: of the convolutions.
+      dropout: rate on the probabilities, 0 to 1; needs the rng "dropout" in training.
+      causal: a position sees none that come after it.
+      kernel_init: initializer of the kernels.
+    """
+
+    heads: int
+    groups: Groups = Groups()
+    dropout: float = 0.0
+    causal: bool = False
+    kernel_init: Callable = nn.initializers.truncated_normal(0.02)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, Attended]:
+        """x: [b, l, d], mask: bool [b, l] → [b, l, d] and what `attend` gave."""
+        project = partial(Conv, x.shape[-1], 1, kernel_init=self.kernel_init)
+        groups = self.groups
+        query, key, value = (
+            project(groups=getattr(groups, name), name=name)(x)
+            for name in ("query", "key", "value")
+        )
+        attended = attend(
+            query,
+            key,
+            value,
+            heads=self.heads,
+            mask=mask,
+            causal=self.causal,
+            drop=nn.Dropout(self.dropout, deterministic=not train),
+        )
+        output = project(groups=groups.output, name="output")
+        return output(attended.context), attended

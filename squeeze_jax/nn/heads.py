@@ -1,0 +1,147 @@
+"""What encoders end in: one head for each task."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.nn import activations
+from squeeze_jax.nn.layer_norm import LayerNorm
+
+Task = Literal[
+    "features",
+    "masked_lm",
+    "next_sentence",
+    "pretraining",
+    "classification",
+    "tokens",
+    "span",
+    "choice",
+]
+# The tasks that look at the whole sequence by its pooled first token, and those with a pooler unless told otherwise.
+NEED_POOLER = ("next_sentence", "pretraining", "classification", "choice")
+POOLED = ("features", *NEED_POOLER)
+
+_INIT = nn.initializers.truncated_normal(0.02)
+
+
+def pooled(task: str, wanted: bool | None = None) -> bool:
+    """Whether an encoder for the task has a pooler; `wanted` decides where it is not None.
+
+    Raises:
+      UserError: an unknown task, or one that needs the pooler which is not wanted.
+    """
+    if task not in get_args(Task):
+        raise UserError(f"unknown task {task!r}{nearest(task, get_args(Task))}")
+    if wanted is False and task in NEED_POOLER:
+        raise UserError(f"task {task!r} reads the pooled token: leave out pooler=False")
+    return task in POOLED if wanted is None else wanted
+
+
+class Pooler(nn.Module):
+    """tanh(W x + b) of the first token; BERT, arXiv 1810.04805."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [b, l, d] → [b, d]."""
+        dense = nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="dense")
+        return jnp.tanh(dense(x[:, 0]))
+
+
+class MaskedLM(nn.Module):
+    """Scores of every token at every position: dense, activation, normalisation, the embeddings' table, a bias.
+
+    Attributes:
+      features: of the embeddings.
+      activation: a name of `activations.ACTIVATIONS`.
+      epsilon: of the normalisation.
+    """
+
+    features: int
+    activation: str = "gelu"
+    epsilon: float = 1e-12
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scores: Callable) -> jax.Array:
+        """x: [b, l, d], scores: `Embeddings.scores` → [b, l, vocabulary], float32."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = nn.Dense(self.features, dtype=x.dtype, kernel_init=_INIT, name="transform")(
+            rows
+        )
+        y = activations.named(self.activation)(y)
+        y = scores(LayerNorm(self.epsilon, name="norm")(y))
+        bias = self.param("bias", nn.initializers.zeros_init(), y.shape[-1:])
+        return (y + bias).reshape(*x.shape[:-1], -1)
+
+
+class Head(nn.Module):
+    """A task's head as BERT has it; all logits are float32.
+
+    | task           | logits                                                                                     |
+    |----------------|--------------------------------------------------------------------------------------------|
+    | features       | [b, l, d]: the last layer, no head                                                         |
+    | masked_lm      | [b, l, vocabulary]                                                                         |
+    | next_sentence  | [b, 2]: whether the second segment follows the first (0) or not (1), or is in order        |
+    | pretraining    | {"masked_lm": …, "next_sentence": …}                                                       |
+    | classification | [b, num_classes]; one class is a regression                                                |
+    | tokens         | [b, l, num_classes]                                                                        |
+    | span           | {"start": [b, l], "end": [b, l]}: where an answer begins and ends                          |
+    | choice         | [b, choices]                                                                               |
+
+    Attributes:
+      task: see the table.
+      num_classes: of classification and tokens.
+      features: of the embeddings, for masked_lm.
+      activation, epsilon: see `MaskedLM`.
+      dropout: rate before a classifier, 0 to 1; needs the rng "dropout" in training.
+    """
+
+    task: Task
+    num_classes: int
+    features: int
+    activation: str = "gelu"
+    epsilon: float = 1e-12
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        pooled: jax.Array | None,
+        scores: Callable,
+        *,
+        choices: int = 1,
+        train: bool = False,
+    ):
+        """x: [b, l, d], pooled: [b, d], scores: `Embeddings.scores` → logits; of `choices` sequences each for choice."""
+        match self.task:
+            case "features":
+                return x.astype(jnp.float32)
+            case "masked_lm":
+                return self._masked_lm(x, scores)
+            case "next_sentence":
+                return _dense(2, "next_sentence")(pooled)
+            case "pretraining":
+                return {
+                    "masked_lm": self._masked_lm(x, scores),
+                    "next_sentence": _dense(2, "next_sentence")(pooled),
+                }
+            case "span":
+                start, end = jnp.moveaxis(_dense(2, "span")(x), -1, 0)
+                return {"start": start, "end": end}
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        if self.task == "choice":
+            return _dense(1, "classifier")(drop(pooled)).reshape(-1, choices)
+        x = x if self.task == "tokens" else pooled
+        return _dense(self.num_classes, "classifier")(drop(x))
+
+    def _masked_lm(self, x, scores):
+        head = MaskedLM(self.features, self.activation, self.epsilon, name="masked_lm")
+        return head(x, scores)
+
+
+def _dense(features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, dtype=jnp.float32, kernel_init=_INIT, name=name)
