@@ -1,6 +1,7 @@
 """Named arrays from other projects' weight files: npz, safetensors and PyTorch checkpoints."""
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def read(path: str | Path) -> Arrays:
-    """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth) says of which kind it is.
+    """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin) says of which kind it is.
 
     Raises:
       UserError: no such file, an unknown ending, or a damaged file; names the file.
@@ -71,6 +72,27 @@ def _safetensors(path: Path) -> Arrays:
     return arrays
 
 
+def write_safetensors(path: str | Path, arrays: Arrays) -> None:
+    """Writes `{name: array}` as a .safetensors file, whole or not at all."""
+    path, dtypes = Path(path), {np.dtype(t): n for n, t in _SAFETENSORS_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for one
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": dtypes[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    with new.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+    new.replace(path)
+
+
 def _torch(path: Path) -> Arrays:
     try:
         import torch
@@ -94,4 +116,5 @@ _READERS: dict[str, Callable[[Path], Arrays]] = {
     ".safetensors": _safetensors,
     ".pt": _torch,
     ".pth": _torch,
+    ".bin": _torch,
 }

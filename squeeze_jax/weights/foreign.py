@@ -13,11 +13,11 @@ import numpy as np
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 
-# How others end the name of each of our leaves: PyTorch, and Caffe as blobs of w and b.
+# How others end the name of each of our leaves: PyTorch, Caffe as blobs of w and b, and the oldest BERTs.
 ENDINGS = {
     "kernel": (".weight", "/w"),
-    "scale": (".weight",),
-    "bias": (".bias", "/b"),
+    "scale": (".weight", ".gamma"),
+    "bias": (".bias", "/b", ".beta"),
     "mean": (".running_mean",),
     "var": (".running_var",),
     "embedding": (".weight",),
@@ -35,7 +35,8 @@ def fit(
 ):
     """Returns variables as `like` with the values of `arrays`.
 
-    Convolutions [out, in, kh, kw] become [kh, kw, in, out] and matrices [out, in] become [in, out].
+    Convolutions [out, in, kh, kw] become [kh, kw, in, out] and [out, in, k] [k, in, out]; matrices [out, in] become
+    [in, out], or [1, in, out] where the layer is a convolution of sequences.
 
     Args:
       arrays: `{their name: array}`, such as a PyTorch state dict or what `files.read` returns.
@@ -58,7 +59,7 @@ def fit(
             problems["missing"].append(f"{ours} {tuple(leaf.shape)} needs {found}")
             return leaf
         used.add(theirs)
-        array = _our_layout(np.asarray(arrays[theirs]), end)
+        array = _our_layout(np.asarray(arrays[theirs]), end, len(leaf.shape))
         if array.shape != tuple(leaf.shape):
             problems["of another shape"].append(
                 f"{ours} should be {tuple(leaf.shape)}, {theirs} is {array.shape}"
@@ -77,6 +78,26 @@ def fit(
     return fitted
 
 
+def state(
+    params: Mapping[str, np.ndarray], names: Mapping[str, str], *, sequences: bool
+) -> dict[str, np.ndarray]:
+    """Our leaves by name as PyTorch has them: the inverse of `fit`, for encoders.
+
+    Args:
+      params: {our name: array} as from `tree.flatten`.
+      names: as in `fit`.
+      sequences: kernels [1, in, out] become convolutions [out, in, 1]; else matrices [out, in].
+    """
+    found = {}
+    for name, leaf in params.items():
+        layer, _, end = name.rpartition("/")
+        array = np.asarray(leaf)
+        if end == "kernel":
+            array = array[0].T if array.ndim == 3 and not sequences else array.T
+        found[names[layer] + ENDINGS[end][0]] = array
+    return found
+
+
 def shapes(module, *args, **kwargs):
     """The shapes of a Linen module's variables when called with these arguments, to be filled by `fit`."""
     init = lambda a: module.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
@@ -88,9 +109,11 @@ def _find(arrays, layer: str | None, end: str) -> str | None:
     return next((layer + e for e in endings if layer + e in arrays), None)
 
 
-def _our_layout(array: np.ndarray, end: str) -> np.ndarray:
+def _our_layout(array: np.ndarray, end: str, axes: int) -> np.ndarray:
     if end != "kernel":
         return array
+    if array.ndim == 2 and axes == 3:
+        return array.T[None]
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 

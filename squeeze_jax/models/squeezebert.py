@@ -1,0 +1,184 @@
+"""SqueezeBERT: BERT with grouped convolutions for fully connected layers.
+
+Iandola, Shaw, Krishna, Keutzer 2020, arXiv 2006.11316. A position-wise fully connected layer is a convolution with kernel
+1; with four groups, as efficient networks of vision have them, it has a quarter of the weights and of the computation.
+The layer after attention stays dense and mixes the groups. With groups=1 this is BERT, to the number.
+
+`released` is `base` with the vocabulary of the published checkpoints, padded to 30528 tokens. What to know of the
+class in `transformers` whose folders are read and written here:
+  * Its `attentions` are the scores before the softmax: our endpoints scores1, …; attention1, … are probabilities.
+  * Its layers normalise with an epsilon of 1e-12, whatever the config's `layer_norm_eps`, which embeddings and
+    the masked-LM head follow: here `layer_epsilon` and `epsilon`.
+  * It has a pooler for every task; here only where it is used.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.models import bert
+from squeeze_jax.models.bert import Bert, Row
+from squeeze_jax.nn import activations, encoder
+from squeeze_jax.nn.attention import Groups
+from squeeze_jax.nn.heads import Task, pooled
+from squeeze_jax.weights import huggingface
+
+INPUTS = "tokens"
+HUGGINGFACE = bert.HUGGINGFACE._replace(
+    model_type="squeezebert",
+    prefix="transformer",
+    classes={
+        "features": "SqueezeBertModel",
+        "masked_lm": "SqueezeBertForMaskedLM",
+        "classification": "SqueezeBertForSequenceClassification",
+        "tokens": "SqueezeBertForTokenClassification",
+        "span": "SqueezeBertForQuestionAnswering",
+        "choice": "SqueezeBertForMultipleChoice",
+    },
+    pooled=("features", "masked_lm", "classification", "tokens", "span", "choice"),
+)
+CONV1D = True
+
+GROUPS = Groups(query=4, key=4, value=4, output=1, ffn_in=4, ffn_out=4)  # section 3.2
+VARIANTS = {
+    "base": Row(12, 768, 12, 3072),
+    "released": Row(12, 768, 12, 3072, vocabulary=30528),
+    "toy": bert.VARIANTS["toy"],
+}
+
+# {key of config.json: position in Groups}
+_GROUP_KEYS = {
+    "q_groups": "query",
+    "k_groups": "key",
+    "v_groups": "value",
+    "post_attention_groups": "output",
+    "intermediate_groups": "ffn_in",
+    "output_groups": "ffn_out",
+}
+# Its class has no rate of its own for the classifier.
+_KEYS = {k: v for k, v in huggingface.BERT_KEYS.items() if k != "classifier_dropout"}
+_LAYER_EPSILON = 1e-12  # of the class in transformers
+
+
+class SqueezeBert(Bert):
+    """The net: BERT's, with groups; its endpoints are those of `bert.Bert`."""
+
+
+def make(
+    variant: str = "base",
+    *,
+    groups: int | Mapping[str, int] | Sequence[int | Mapping[str, int]] | None = None,
+    task: Task = "classification",
+    num_classes: int = 2,
+    layers: int | None = None,
+    features: int | None = None,
+    heads: int | None = None,
+    ffn_features: int | None = None,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    segments: int | None = None,
+    activation: str = "gelu",
+    epsilon: float = 1e-12,
+    layer_epsilon: float | None = None,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.1,
+    head_dropout: float | None = None,
+    pooler: bool | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> SqueezeBert:
+    """Builds a SqueezeBERT.
+
+    Args:
+      variant: a row of VARIANTS.
+      groups: of the convolutions: one number for all; {"query": 4, "ffn_out": 8} for some positions (query, key, value,
+        output, ffn_in, ffn_out), where the others keep the paper's; or a list of either, one for each layer.
+      layer_epsilon: of the layers' normalisations; None for `epsilon`.
+      Others: see `bert.make`.
+
+    Raises:
+      UserError: unknown variant, task, activation or position, or groups or heads that do not divide the features.
+    """
+    row = registry.row(VARIANTS, variant, "variant of squeezebert")
+    row = encoder.resized(
+        row,
+        layers=layers,
+        features=features,
+        heads=heads,
+        ffn_features=ffn_features,
+        vocabulary=vocabulary,
+        positions=positions,
+        segments=segments,
+    )
+    each = encoder.layer_groups({} if groups is None else groups, GROUPS, row.layers)
+    encoder.check(row.features, row.ffn_features, row.heads, each)
+    activations.named(activation)
+    return SqueezeBert(
+        row,
+        task,
+        num_classes,
+        activation,
+        epsilon,
+        dropout,
+        attention_dropout,
+        dropout if head_dropout is None else head_dropout,
+        pooled(task, pooler),
+        dtype,
+        groups=each,
+        layer_epsilon=epsilon if layer_epsilon is None else layer_epsilon,
+    )
+
+
+def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `make` from a folder's config.json.
+
+    Raises:
+      UserError: embeddings of another width than the layers'.
+    """
+    found = huggingface.options(config, _KEYS)
+    inside = config.get("hidden_size", VARIANTS["base"].features)
+    if config.get("embedding_size", inside) != inside:
+        raise UserError(
+            f"{huggingface.CONFIG}: embedding_size = {config['embedding_size']} should be hidden_size = {inside}"
+        )
+    groups = {ours: config[key] for key, ours in _GROUP_KEYS.items() if key in config}
+    return found | {"groups": groups, "layer_epsilon": _LAYER_EPSILON}
+
+
+def to_huggingface(net: SqueezeBert) -> dict[str, Any]:
+    """What config.json says of a net.
+
+    Raises:
+      UserError: the class in `transformers` cannot have these groups, or computes with another epsilon.
+    """
+    if len(set(net.groups)) > 1:
+        raise UserError(
+            "transformers' SqueezeBERT has the same groups in every layer: these differ, so it could not load them"
+        )
+    if net.layer_epsilon != _LAYER_EPSILON:
+        raise UserError(
+            f"transformers' SqueezeBERT normalises layers with epsilon {_LAYER_EPSILON} whatever its config says: not"
+            f" with layer_epsilon = {net.layer_epsilon}"
+        )
+    groups = net.groups[0]._asdict()
+    found = huggingface.config(net, _KEYS) | {"embedding_size": net.row.features}
+    return found | {key: groups[ours] for key, ours in _GROUP_KEYS.items()}
+
+
+def huggingface_names(net: SqueezeBert) -> dict[str, str]:
+    """Returns {our layer: its name in the checkpoints of `transformers`, without the encoder's prefix}."""
+    parts = {
+        "attention/query": "attention.query",
+        "attention/key": "attention.key",
+        "attention/value": "attention.value",
+        "attention/output": "post_attention.conv1d",
+        "attention_norm": "post_attention.layernorm",
+        "ffn_in": "intermediate.conv1d",
+        "ffn_out": "output.conv1d",
+        "ffn_norm": "output.layernorm",
+    }
+    names = bert.outer_names(net.task)
+    for number in range(net.row.layers):
+        for ours, theirs in parts.items():
+            names[f"layer{number + 1}/{ours}"] = f"encoder.layers.{number}.{theirs}"
+    return names

@@ -1,0 +1,382 @@
+"""Contracts of every encoder of text, and what their options promise; test_models.py has the networks of images."""
+
+import collections
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from squeeze_jax import models, registry, tree
+from squeeze_jax.cost import count
+from squeeze_jax.errors import UserError
+from squeeze_jax.export.formats import tflite
+from squeeze_jax.nn.attention import Groups, attend
+from squeeze_jax.nn.conv import lowering
+from squeeze_jax.nn.embed import Embed
+
+MODELS = "squeeze_jax.models"
+# (parameters, MACs in billions at 128 tokens), counted by PyTorch's own counter on the classes of `transformers`: the
+# encoder with its pooler, without a head.
+PUBLISHED = {
+    ("bert", "base"): (109_482_240, 11.1742),
+    ("bert", "large"): (335_141_888, 39.4611),
+    ("bert", "medium"): (41_373_184, 3.3557),
+    ("bert", "mini"): (11_170_560, 0.4363),
+    ("bert", "small"): (28_763_648, 1.6780),
+    ("bert", "tiny"): (4_385_920, 0.0587),
+    ("squeezebert", "base"): (51_089_664, 3.7000),
+    ("squeezebert", "released"): (51_094_272, 3.7000),
+}
+NAMES = [
+    name
+    for name in registry.names(MODELS)
+    if getattr(registry.load(MODELS, name), "INPUTS", "") == "tokens"
+]
+ALL = [
+    (name, variant)
+    for name in NAMES
+    for variant in registry.load(MODELS, name).VARIANTS
+    if variant != "toy"
+]
+TASKS = {
+    name: list(registry.load(MODELS, name).make.__annotations__["task"].__args__)
+    for name in NAMES
+}
+LENGTH = 11
+# Quick to compile: the numbers are the same to rounding, and here compiling takes all the time.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def shapes(length):
+    x = {"tokens": jnp.int32, "segments": jnp.int32, "mask": jnp.bool_}
+    return {key: jax.ShapeDtypeStruct((1, length), dtype) for key, dtype in x.items()}
+
+
+def batch(*shape):
+    """Real tokens in two segments."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 99, (*shape, LENGTH)).astype(np.int32)
+    segments = np.broadcast_to(np.arange(LENGTH) > 4, tokens.shape).astype(np.int32)
+    return {"tokens": tokens, "segments": segments}
+
+
+def toy(name, **options):
+    return models.make(name, variant="toy", **options)
+
+
+def filled(net):
+    """Variables of noise: quicker than to compile the initialisation."""
+    rng = np.random.default_rng(0)
+    x = batch(1, 1) if net.task == "choice" else batch(1)
+    like = jax.eval_shape(net.init, jax.random.key(0), x)
+    noise = lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32)  # noqa: E731
+    return tree.map_named(lambda name, a: noise(a) + name.endswith("/scale"), like)
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_parameters_and_macs_are_the_published_ones(name, variant):
+    parameters, macs = PUBLISHED[name, variant]
+    net = models.make(name, variant=variant, task="features")
+    assert count.parameters(net, shapes(128)) == parameters
+    found = count.macs(net, shapes(128))
+    assert round(found.total / 1e9, 4) == macs
+    assert found.unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [(name, task) for name in NAMES for task in TASKS[name]]
+)
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name, task):
+    if task == "features":
+        return  # the pooler has no part in the features
+    net = toy(name, task=task, num_classes=3, layers=1)
+    x = batch(2, 3) if task == "choice" else batch(6)
+    variables = filled(net)
+
+    @jit
+    def gradient(params):
+        def loss(params):
+            rngs = {"dropout": jax.random.key(2)}
+            logits, _ = net.apply({"params": params}, x, train=True, rngs=rngs)
+            # A fixed weight for each logit, so that none cancel.
+            weigh = lambda a: (a * jnp.sin(jnp.arange(a.size)).reshape(a.shape)).sum()  # noqa: E731
+            return sum(jax.tree.leaves(jax.tree.map(weigh, logits)))
+
+        return jax.grad(loss)(params)
+
+    for key, g in tree.flatten(gradient(variables["params"])).items():
+        assert np.isfinite(g).all(), key
+        # Adding the same to all keys changes no probability.
+        assert np.any(g) or key.endswith("key/bias"), key
+
+
+def test_a_features_net_is_tested_with_the_others():
+    assert all("features" in tasks and len(tasks) > 1 for tasks in TASKS.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_inside_gives_float32_logits(name):
+    full, half = (toy(name, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    variables, x = filled(full), batch(3)
+    both = jit(lambda v: [net.apply(v, x) for net in (full, half)])
+    (logits, endpoints), (rounded, rounded_endpoints) = both(variables)
+    assert logits.dtype == rounded.dtype == jnp.float32
+    assert endpoints["layer2"].dtype == jnp.float32
+    assert rounded_endpoints["layer2"].dtype == jnp.bfloat16
+    # Eight bits of mantissa, two layers.
+    scale = float(jnp.abs(logits).max())
+    assert scale > 0.1
+    np.testing.assert_allclose(rounded, logits, atol=0.05 * scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_toys_are_small(name):
+    assert count.parameters(toy(name), shapes(8)) < 25_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_variants_and_options_are_named(name):
+    with pytest.raises(UserError, match=rf"unknown variant of {name} 'bse'.*'base'"):
+        models.make(name, variant="bse")
+    with pytest.raises(UserError, match=r"config\.model\.num_clases.*'num_classes'"):
+        models.make(name, num_clases=10)
+    with pytest.raises(UserError, match=r"config\.model\.task = 'spam'.*'span'"):
+        models.make(name, task="spam")
+    with pytest.raises(UserError, match=r"unknown activation 'gelo'.*'gelu'"):
+        models.make(name, activation="gelo")
+    with pytest.raises(UserError, match="768 do not divide into heads = 7"):
+        models.make(name, heads=7)
+    with pytest.raises(UserError, match="layers = 0: should be a positive number"):
+        models.make(name, layers=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_that_do_not_fit_are_named(name):
+    run = lambda x, **o: jax.eval_shape(  # noqa: E731
+        partial(toy(name, **o).init, jax.random.key(0)), x
+    )
+    longer = np.zeros((1, 41), np.int32)
+    with pytest.raises(UserError, match="of 41 tokens are longer than the 40 pos"):
+        run({"tokens": longer})
+    with pytest.raises(UserError, match="called with a mapping"):
+        run(longer)
+    with pytest.raises(UserError, match=r"tokens should be \[b, choices, l\], .*1, 41"):
+        run({"tokens": longer}, task="choice")
+    with pytest.raises(UserError, match=r"mask has the shape \(1, 40\), tokens have"):
+        run({"tokens": longer, "mask": longer[:, 1:]})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_left_out_is_real_and_of_the_first_segment(name):
+    net = toy(name)
+    variables, x = filled(net), batch(2)
+    run = jit(lambda x: net.apply(variables, x)[0])
+    ones = np.ones((2, LENGTH), bool)
+    given = {"tokens": x["tokens"], "segments": 0 * x["segments"], "mask": ones}
+    bare = run({"tokens": x["tokens"]})
+    np.testing.assert_allclose(bare, run(given), atol=1e-6)
+    assert np.abs(bare - run(x)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_changes_nothing(name):
+    net = toy(name, task="tokens")
+    variables, x = filled(net), batch(2)
+    x["mask"] = np.ones((2, LENGTH), bool)
+    run = jit(lambda x: net.apply(variables, x)[0])
+    padded = {key: np.pad(array, ((0, 0), (0, 5))) for key, array in x.items()}
+    padded["tokens"][:, LENGTH:] = 7
+    np.testing.assert_allclose(run(padded)[:, :LENGTH], run(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_acts_in_training_alone(name):
+    # Any of the rates by itself.
+    x = batch(2)
+    rates = ("dropout", "attention_dropout", "head_dropout")
+    nets = [toy(name, **dict.fromkeys(rates, 0.0) | {rate: 0.5}) for rate in rates]
+    variables = filled(nets[0])
+
+    @jit
+    def run(key):
+        rngs = {"dropout": key}
+        train = [net.apply(variables, x, train=True, rngs=rngs)[0] for net in nets]
+        return train, [net.apply(variables, x)[0] for net in nets]
+
+    train, test = run(jax.random.key(0))
+    for one in test:
+        np.testing.assert_array_equal(one, test[0])
+    for one in train:
+        assert np.abs(one - test[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
+    net = toy(name, dropout=0.0)
+    variables, x = filled(net), batch(1)["tokens"]
+
+    def fn(x):
+        tokens = x.astype(jnp.int32)
+        with lowering("native"):
+            return net.apply(variables, {"tokens": tokens, "mask": tokens > 3})[0]
+
+    from ai_edge_litert.interpreter import Interpreter
+
+    content = tflite.convert(fn, (LENGTH,))[tflite.SUFFIX]
+    interpreter = Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    found = collections.Counter(o["op_name"] for o in interpreter._get_ops_details())
+    assert found["GELU"] == found["SOFTMAX"] == 2
+    assert found["EMBEDDING_LOOKUP"] == 1
+    assert found["CONV_2D"] == 12
+    assert not found.keys() & {"GATHER", "GATHER_ND", "ERF", "TANH_EXACT"}
+    (entry,), (exit_,) = (
+        interpreter.get_input_details(),
+        interpreter.get_output_details(),
+    )
+    interpreter.set_tensor(entry["index"], x.astype(np.float32))
+    interpreter.invoke()
+    expected = net.apply(variables, {"tokens": x, "mask": x > 3})[0]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+        interpreter.get_tensor(exit_["index"]), expected, atol=1e-4 * scale
+    )
+
+
+def test_derivatives_are_those_of_the_operations_also_where_they_are_one():
+    table = jnp.arange(8.0).reshape(4, 2) / 8
+    embed = Embed(4, 2)
+
+    def loss(table):
+        x = embed.apply({"params": {"embedding": table}}, jnp.array([[1, 3]]))
+        return (registry.load("squeeze_jax.nn", "activations").gelu(x) ** 2).sum()
+
+    expected = jax.grad(loss)(table)
+    with lowering("native"):
+        text = str(jax.make_jaxpr(loss)(table))
+        found = jit(jax.grad(loss))(table)
+    assert text.count("name=aten.gelu.default") == 1
+    assert text.count("name=odml.embedding_lookup") == 1
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert not found[0].any()
+    assert found[3].all()
+
+
+class TestBert:
+    def test_weights_begin_as_published(self):
+        # Normal with 0.02, cut at two standard deviations: section A.2's code.
+        net = toy("bert", task="masked_lm")
+        params = jit(net.init)(jax.random.key(0), batch(1))["params"]
+        for name, leaf in tree.flatten(params).items():
+            if name.endswith("bias"):
+                assert not leaf.any(), name
+            elif name.endswith("scale"):
+                assert (leaf == 1).all(), name
+            else:
+                assert np.abs(leaf).max() <= 0.04, name
+                # sqrt(1 - 2 * 2 * phi(2) / (Phi(2) - Phi(-2))) = 0.8796
+                assert leaf.std() == pytest.approx(0.02 * 0.8796, rel=0.2), name
+
+    @pytest.mark.parametrize("task", ["masked_lm", "tokens", "span"])
+    def test_a_task_of_tokens_has_no_pooler_unless_asked_for(self, task):
+        names = lambda **o: jax.eval_shape(  # noqa: E731
+            toy("bert", task=task, **o).init, jax.random.key(0), batch(1)
+        )["params"].keys()
+        assert "pooler" not in names()
+        assert "pooler" in names(pooler=True)
+
+    def test_a_task_of_sequences_needs_a_pooler(self):
+        with pytest.raises(UserError, match="'classification' reads the pooled token"):
+            toy("bert", pooler=False)
+
+
+class TestSqueezeBert:
+    def test_without_groups_it_is_bert(self):
+        x, options = batch(2), dict(task="pretraining", dropout=0.0)
+        theirs, ours = toy("bert", **options), toy("squeezebert", groups=1, **options)
+        variables = filled(theirs)
+        like = jax.eval_shape(ours.init, jax.random.key(0), x)
+        assert tree.differences(variables, like) == []
+        found, expected = (jit(net.apply)(variables, x) for net in (ours, theirs))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+    def test_without_groups_it_costs_as_much_as_bert(self):
+        net = models.make("squeezebert", groups=1, task="features")
+        assert count.parameters(net, shapes(128)) == PUBLISHED["bert", "base"][0]
+        assert round(count.macs(net, shapes(128)).total / 1e9, 4) == 11.1742
+
+    def test_a_group_sees_its_own_channels_alone(self):
+        # A block-diagonal kernel of the dense layer is the grouped one's.
+        sparse, dense = toy("squeezebert", groups=4), toy("squeezebert", groups=1)
+        params = tree.flatten(filled(sparse)["params"])
+        wide = {}
+        for name, leaf in params.items():
+            if name.startswith("layer") and name.endswith("kernel"):
+                _, i, o = leaf.shape
+                wide[name] = np.zeros((1, 4 * i, o), np.float32)
+                for g in range(4):
+                    rows, columns = np.s_[g * i : (g + 1) * i], np.s_[g * o // 4 :]
+                    columns = np.s_[g * (o // 4) : (g + 1) * (o // 4)]
+                    wide[name][0, rows, columns] = leaf[0][:, columns]
+        x = batch(2)
+
+        def run(net, flat):
+            leaves = jax.tree.unflatten(structure, list(flat.values()))
+            return jit(net.apply)({"params": leaves}, x)[0]
+
+        structure = jax.tree.structure(filled(dense)["params"])
+        found, expected = run(sparse, params), run(dense, params | wide)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def test_groups_by_number_position_and_layer(self):
+        groups = lambda g: toy("squeezebert", groups=g).groups  # noqa: E731
+        paper = Groups(4, 4, 4, 1, 4, 4)
+        assert groups(None) == (paper, paper)
+        assert groups(2) == (Groups(2, 2, 2, 2, 2, 2),) * 2
+        assert groups({"output": 8}) == (paper._replace(output=8),) * 2
+        layers = groups([1, {"query": 2, "ffn_out": 8}])
+        assert layers == (Groups(), Groups(2, 4, 4, 1, 4, 8))
+        net = toy("squeezebert", groups=[1, {"query": 2, "ffn_out": 8}])
+        params = filled(net)["params"]
+        kernel = lambda layer, *path: tree.flatten(params[layer])["/".join(path)].shape  # noqa: E731
+        assert kernel("layer1", "attention", "query", "kernel") == (1, 32, 32)
+        assert kernel("layer2", "attention", "query", "kernel") == (1, 16, 32)
+        assert kernel("layer2", "ffn_out", "kernel") == (1, 8, 32)
+
+    def test_groups_that_do_not_fit_are_named(self):
+        for groups, message in (
+            (3, "layer 1: 32 features do not divide into groups of query = 3"),
+            ([1, 64], "layer 2: 32 features .* query = 64"),
+            ({"ffn_in": 24}, "32 and 64 features .* ffn_in = 24"),
+            ({"querry": 4}, "unknown position in groups 'querry'.*'query'"),
+            ([4, 4, 4], "2 layers need as many entries"),
+            (0, "groups of query = 0: should be a positive number"),
+        ):
+            with pytest.raises(UserError, match=message):
+                toy("squeezebert", groups=groups)
+
+
+class TestAttention:
+    def test_by_hand(self):
+        # Two heads of one channel. Head 1: scores 0 and ln 3, so 1/4 and 3/4. Head 2: scores 0, so the mean.
+        query = jnp.array([[[1.0, 0.0]]]).repeat(2, 1)
+        key = jnp.array([[[0.0, 5.0], [np.log(3.0), 7.0]]])
+        value = jnp.array([[[4.0, 10.0], [8.0, 20.0]]])
+        found = attend(query, key, value, heads=2)
+        np.testing.assert_allclose(found.context[0, 0], [7, 15], rtol=1e-6)
+        np.testing.assert_allclose(
+            found.probabilities[0, 0, 0], [0.25, 0.75], rtol=1e-6
+        )
+        np.testing.assert_allclose(found.scores[0, 0, 0], [0, np.log(3)], rtol=1e-6)
+
+    def test_what_may_not_be_seen_has_no_part(self):
+        rng = np.random.default_rng(0)
+        q, k, v = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
+        mask = np.arange(5) < np.array([[5], [0]])
+        found = attend(q, k, v, heads=2, mask=mask, causal=True)
+        expected = np.broadcast_to(np.tri(5) > 0, (2, 5, 5))
+        np.testing.assert_array_equal(found.probabilities[0] > 0, expected)
+        # A sequence of padding alone: all alike, and no nan.
+        np.testing.assert_allclose(found.probabilities[1], 0.2, rtol=1e-6)
