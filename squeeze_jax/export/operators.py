@@ -1,0 +1,298 @@
+"""What each operator of a LiteRT file takes, from the runtime's own profiler, alone in a fresh process on one core.
+
+    python -m squeeze_jax.export.operators model.tflite --runs=100
+
+LiteRT's Python package has no way to its profiler, and the delegate that runs networks on CPUs, XNNPACK, takes the whole
+graph as one operator; but the library in that package reports what is inside, so it is called through its C interface.
+That is no documented part of the package: it is used with exactly the version that requirements.txt asks for, and in a
+process of its own, where a fault is an error and not the end of this one.
+
+  * XNNPACK counts whole microseconds, and drops what is left: an operator takes up to one more than it says, and what
+    takes less may read 0. What is missing from the whole is stated, never spread over the others; of a network that
+    takes some microseconds an operator it is most.
+  * An operator's layer is in the names of its file's tensors, where `export.make` has put it. XNNPACK's operators are
+    matched with the file's by kind and order; one that has no counterpart belongs to no layer.
+"""
+
+import argparse
+import gc
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import litert_c, process, runtime
+from squeeze_jax.export.formats.tflite import _dequantize, _quantize
+from squeeze_jax.export.runnable import opened
+
+# kinds of operators: their names in the file, and how XNNPACK's names of them begin
+KINDS = {
+    "product": (
+        ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL"),
+        ("Convolution", "Fully Connected", "Batch Matrix Multiply"),
+    ),
+    "add": (("ADD",), ("Add",)),
+    "subtract": (("SUB",), ("Subtract",)),
+    "multiply": (("MUL",), ("Multiply",)),
+    "pool": (("MAX_POOL_2D", "AVERAGE_POOL_2D"), ("Max Pool", "Average Pool")),
+    "mean": (("MEAN", "SUM"), ("Mean", "Global Average Pool", "Sum", "Reduce")),
+    "concatenate": (("CONCATENATION",), ("Concatenate", "Copy")),
+    "pad": (("PAD", "PADV2"), ("Constant Pad",)),
+    "swish": (("HARD_SWISH",), ("HardSwish", "Hard Swish", "Hardswish")),
+    "sigmoid": (("LOGISTIC",), ("Sigmoid",)),
+    "softmax": (("SOFTMAX",), ("Softmax",)),
+    "quantize": (("QUANTIZE", "DEQUANTIZE"), ("Convert",)),
+    "transpose": (("TRANSPOSE",), ("Transpose",)),
+}
+_BUILTIN = {name: kind for kind, (names, _) in KINDS.items() for name in names}
+
+
+class Operators(NamedTuple):
+    """What was found; the operators and `elsewhere_ms` add up to the mean of the profiled runs.
+
+    Attributes:
+      operators: (name, layer or None, ms) of each, in the order they run.
+      elsewhere_ms: of a profiled run, but of no operator: rounding, calling, and the profiler itself, which takes some
+        microseconds an operator outside of what it says.
+      profiled_ms: a run with the profiler.
+      latency_ms: dict(p50, p90, p99, spread) without it.
+      outputs: of the first image, [1, ...] each, to compare.
+      core: the CPU's that it ran on, or None.
+    """
+
+    operators: tuple[tuple[str, str | None, float], ...]
+    elsewhere_ms: float
+    profiled_ms: float
+    latency_ms: dict[str, float]
+    outputs: tuple[np.ndarray, ...]
+    core: int | None
+
+    def by_layer(self) -> dict[str | None, float]:
+        """{layer: ms}, None for what belongs to none."""
+        found = {}
+        for _, layer, ms in self.operators:
+            found[layer] = found.get(layer, 0.0) + ms
+        return found
+
+
+def measure(
+    path: str | Path,
+    image: np.ndarray,
+    *,
+    runs: int = 100,
+    warmup: int = 10,
+    timeout: float = 600.0,
+) -> Operators:
+    """Measures the operators of a `.tflite` file on one core, in a process of its own.
+
+    Args:
+      path: the file.
+      image: pixels 0..255 [1, h, w, c].
+      runs: with the profiler, and as many without.
+      warmup: runs before both.
+      timeout: seconds until the process is killed.
+
+    Raises:
+      UserError: no such file, another version of LiteRT, an image of another size.
+      process.Crash: the runtime died.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch, "image.npy"), Path(scratch, "found.npz")
+        np.save(given, np.asarray(image, np.float32))
+        printed = process.python(
+            "squeeze_jax.export.operators",
+            *(path, f"--image={given}", f"--outputs={found}"),
+            *(f"--runs={runs}", f"--warmup={warmup}"),
+            what=f"{path} in LiteRT's profiler",
+            timeout=timeout,
+        )
+        with np.load(found) as arrays:
+            outputs = tuple(arrays[k] for k in arrays.files)
+    from squeeze_jax.cost import latency  # loads jax, which the child does without
+
+    said = json.loads(printed.splitlines()[-1])
+    said["operators"] = tuple(map(tuple, said["operators"]))
+    times = latency.percentiles(said.pop("times_ms"))
+    return Operators(**said, latency_ms=times, outputs=outputs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The child: prints one line of JSON, and writes the outputs where it is told."""
+    parser = argparse.ArgumentParser(
+        "squeeze_jax.export.operators", description=__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("file", help="a .tflite file")
+    parser.add_argument("--image", help=".npy, pixels [1, h, w, c]; noise by default")
+    parser.add_argument("--outputs", help="where the outputs go, .npz")
+    parser.add_argument("--runs", type=int, default=100, help="profiled runs")
+    parser.add_argument("--warmup", type=int, default=10, help="runs before them")
+    args = parser.parse_args(argv)
+    try:
+        cores = runtime.pin()
+        found, results = _measured(args.file, args.image, args.runs, args.warmup)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return process.USER_ERROR
+    if args.outputs:
+        np.savez(args.outputs, *results)
+    print(json.dumps(found | {"core": cores[0] if cores else None}))
+    return 0
+
+
+def _measured(path, image, runs, warmup) -> tuple[dict, list[np.ndarray]]:
+    """What `Operators` is made of but the core, and the outputs."""
+    if runs < 1:
+        raise UserError(f"runs = {runs}: at least one is needed")
+    if Path(path).suffix != ".tflite":
+        raise UserError(f"{path}: operators are timed of .tflite files")
+    opened(path)  # says what is wrong with a file that cannot be run
+    from ai_edge_litert.interpreter import Interpreter
+
+    described = Interpreter(str(path))
+    (entry,), exits = described.get_input_details(), described.get_output_details()
+    shape = tuple(map(int, entry["shape"]))
+    noise = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+    pixels = np.load(image) if image else noise
+    if pixels.shape != shape:
+        raise UserError(f"image {list(pixels.shape)}: the file takes {list(shape)}")
+    network = litert_c.Network(Path(path), len(exits))
+    network.write(_quantize(pixels, entry))
+    _times(network.run, warmup)
+    plain = _times(network.run, runs)
+    network.start()
+    _times(network.run, warmup)
+    network.events()
+    times, events = [], []
+    for _ in range(runs):
+        times += _times(network.run, 1)
+        events.append(network.events())
+    results = [
+        _dequantize(network.read(i, e["shape"], e["dtype"]), e)
+        for i, e in enumerate(exits)
+    ]
+    names = [(name, index) for name, index, _ in events[0]]
+    taken = np.mean([[us for *_, us in each] for each in events], axis=0) / 1e3
+    layers = matched(names, in_file(path))
+    operators = [
+        (name, layer, float(ms))
+        for (name, _), layer, ms in zip(names, layers, taken, strict=True)
+    ]
+    whole = float(np.mean(times))
+    found = {
+        "operators": operators,
+        "elsewhere_ms": whole - float(taken.sum()),
+        "profiled_ms": whole,
+        "times_ms": plain,
+    }
+    return found, results
+
+
+def in_file(path: str | Path) -> list[tuple[str, str | None]]:
+    """(kind of operator, layer or None) of each in a `.tflite` file, in the order they run."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.Model.GetRootAs(Path(path).read_bytes())
+    codes = {v: k for k, v in vars(schema.BuiltinOperator).items() if k[0] != "_"}
+    graph, found = model.Subgraphs(0), []
+    for i in range(graph.OperatorsLength()):
+        op = graph.Operators(i)
+        code = model.OperatorCodes(op.OpcodeIndex())
+        kind = codes[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        # A result of the network bears its own name; the weights still tell.
+        tensors = [op.Outputs(0), *op.InputsAsNumpy()[1:]]
+        names = [graph.Tensors(t).Name().decode() for t in tensors if t >= 0]
+        found.append((kind, next(filter(None, map(layer_of, names)), None)))
+    return found
+
+
+def layer_of(tensor: str) -> str | None:
+    """The layer in a tensor's name, such as `jit(f)/Net/conv1_norm/mul;jit(f)/Net/conv1/conv_general_dilated1`: conv1.
+
+    Of several the one with a convolution or a matrix product, else the first; the module's own name is left out, but
+    where it is all there is.
+    """
+    steps = [s for s in tensor.split(";") if s.startswith("jit(")]
+    products = [s for s in steps if re.search(r"/(conv_general|dot_general)\w*$", s)]
+    for step in [*products, *steps][:1]:
+        parts = [p for p in step.split("/")[:-1] if not re.match(r"\w*\(", p)]
+        return "/".join(parts[1:] or parts) or None
+    return None
+
+
+def matched(
+    ran: Sequence[tuple[str, int | None]], file: Sequence[tuple[str, str | None]]
+) -> list[str | None]:
+    """The layers of operators that ran.
+
+    Those with an index in the file are known. Of a delegate's, convolutions and matrix products are the file's one by
+    one, if they are as many; what lies between two of them is the file's of the same kind there.
+
+    Args:
+      ran: (name, index in the file or None).
+      file: (kind, layer) of each operator in it.
+    """
+    layers = [None if index is None else file[index][1] for _, index in ran]
+    kinds = [_kind(name) if index is None else "" for name, index in ran]
+    outside = {index for _, index in ran}
+    there = [
+        (_BUILTIN.get(kind), layer)
+        for i, (kind, layer) in enumerate(file)
+        if i not in outside
+    ]
+    mine, others = list(_gaps(kinds)), list(_gaps([kind for kind, _ in there]))
+    if len(mine) != len(others):
+        return layers
+    for (at, between), (other, choices) in zip(mine, others, strict=True):
+        if at is not None:
+            layers[at] = there[other][1]
+        left, last = list(choices), {}
+        for i in between:
+            same = [j for j in left if there[j][0] == kinds[i]]
+            if same:
+                last[kinds[i]] = there[same[0]][1]
+                left = [j for j in left if j > same[0]]
+            layers[i] = layers[i] or last.get(kinds[i])
+    return layers
+
+
+def _gaps(
+    kinds: Sequence[str | None],
+) -> Iterator[tuple[int | None, list[int]]]:
+    """Yields (place of a product, places up to the next one); the first is of none."""
+    at, between = None, []
+    for i, kind in enumerate(kinds):
+        if kind == "product":
+            yield at, between
+            at, between = i, []
+        elif kind:
+            between.append(i)
+    yield at, between
+
+
+def _kind(name: str) -> str | None:
+    """The kind of an operator of XNNPACK's."""
+    return next((k for k, (_, begin) in KINDS.items() if name.startswith(begin)), None)
+
+
+def _times(run: Callable[[], None], runs: int) -> list[float]:
+    """Milliseconds of each run, with Python's garbage collector off."""
+    times = np.empty(runs, np.int64)
+    gc.disable()
+    for i in range(runs):
+        start = time.perf_counter_ns()
+        run()
+        times[i] = time.perf_counter_ns() - start
+    gc.enable()
+    return (times / 1e6).tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

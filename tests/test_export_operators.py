@@ -1,0 +1,143 @@
+"""Operators of LiteRT files: the runtime's own times, and which layer each belongs to."""
+
+import importlib.metadata
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from squeeze_jax import export
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import operators, process, runtime
+
+SHAPE = (48, 48, 3)
+
+
+class Uneven(nn.Module):
+    """A 3x3 convolution of 43 M MACs, 32 in, 64 out, between ones of 0.2 M and 0.3 M."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(32, (1, 1), name="first")(x))
+        x = nn.relu(nn.Conv(64, (3, 3), name="heavy")(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Conv(8, (1, 1), name="light")(x))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    module = Uneven()
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, *SHAPE)))
+    images = np.random.default_rng(0).integers(0, 256, (16, *SHAPE), np.uint8)
+    export.make(
+        lambda x: module.apply(variables, x / 255),
+        SHAPE,
+        folder,
+        formats=("tflite", "tflite_int8"),
+        calibration=images,
+        check_images=images[:4],
+        int8_agreement=0,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.tflite", "model_int8.tflite"])
+def test_measure(folder, name):
+    image = np.random.default_rng(1).integers(0, 256, (1, *SHAPE))
+    found = operators.measure(folder / name, image, runs=20, warmup=3)
+    layers = found.by_layer()
+    assert {"first", "heavy", "light", "head"} <= layers.keys()
+    assert layers.keys() <= {"first", "heavy", "light", "head", "Uneven", None}
+    # 43 of 43.5 M MACs
+    assert layers["heavy"] > 0.5 * sum(layers.values())
+    assert layers["heavy"] > 5 * layers["light"]
+    total = sum(ms for *_, ms in found.operators)
+    assert total + found.elsewhere_ms == pytest.approx(found.profiled_ms)
+    times = found.latency_ms
+    assert 0 < times["p50"] <= times["p90"] <= times["p99"]
+    # It is the network: the interpreter, which has no profiler, returns the same.
+    expected = runtime.run(folder / name, image)["outputs"]
+    np.testing.assert_allclose(found.outputs[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_operators_of_a_file(folder):
+    found = operators.in_file(folder / "model.tflite")
+    convolutions = [layer for kind, layer in found if kind == "CONV_2D"]
+    assert convolutions == ["first", "heavy", "light"]
+    assert ("FULLY_CONNECTED", "head") in found  # whose result is called logits
+    assert ("MAX_POOL_2D", "Uneven") in found
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layer"),
+    [
+        ("jit(f)/Net/c_norm/mul;jit(f)/Net/c/conv_general_dilated1", "c"),
+        ("jit(f)/Net/fire2/jit(relu)/max", "fire2"),
+        ("jit(f)/Net/fire2/squeeze/dot_general;jit(f)/Net/other/add", "fire2/squeeze"),
+        ("jit(<lambda>)/Net/div;jit(<lambda>)/Net/reduce_sum1", "Net"),
+        ("jit(f)/mul", None),
+        ("serving_default_logits_output", None),
+    ],
+)
+def test_layer_of_a_tensor(tensor, layer):
+    assert operators.layer_of(tensor) == layer
+
+
+FILE = [
+    ("SUB", None),
+    ("CONV_2D", "a"),
+    ("PAD", "b"),
+    ("DEPTHWISE_CONV_2D", "b"),
+    ("ADD", "c"),
+    ("RESHAPE", "d"),
+    ("CONCATENATION", "e"),
+    ("FULLY_CONNECTED", "f"),
+    ("CUMSUM", "g"),
+]
+
+
+def test_matching_by_hand():
+    """The pad is part of the convolution, the reshape nothing; a concatenation is two copies, a clamp of nobody."""
+    ran = [
+        ("Subtract (ND)", None),
+        ("Convolution (NHWC, F32) IGEMM", None),
+        ("Convolution (NHWC, F32) DWConv", None),
+        ("Add (ND)", None),
+        ("Copy (NC, X32)", None),
+        ("Copy (NC, X32)", None),
+        ("Clamp (NC, F32)", None),
+        ("Fully Connected (NC, F32) GEMM", None),
+        ("CUMSUM", 8),  # which the delegate does not take
+    ]
+    expected = [None, "a", "b", "c", "e", "e", None, "f", "g"]
+    assert operators.matched(ran, FILE) == expected
+
+
+def test_no_layers_where_the_products_differ():
+    ran = [("Convolution (NHWC, F32) IGEMM", None), ("Add (ND)", None), ("CUMSUM", 8)]
+    assert operators.matched(ran, FILE) == [None, None, "g"]
+
+
+def test_errors(folder, tmp_path, monkeypatch):
+    image = np.zeros((1, *SHAPE))
+    with pytest.raises(UserError, match="no exported file at"):
+        operators.measure(tmp_path / "none.tflite", image)
+    with pytest.raises(UserError, match="operators are timed of"):
+        operators.measure(tmp_path / "model.stablehlo", image)
+    with pytest.raises(UserError, match=r"image \[1, 2, 2, 3\]: the file takes \[1, "):
+        operators.measure(folder / "model.tflite", image[:, :2, :2])
+    with pytest.raises(UserError, match="runs = 0: at least one"):
+        operators.measure(folder / "model.tflite", image, runs=0)
+    broken = tmp_path / "broken.tflite"
+    broken.write_bytes(b"TFL3" * 100)
+    with pytest.raises((UserError, process.Crash), match=r"broken\.tflite"):
+        operators.measure(broken, image)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.4.0")
+    with pytest.raises(
+        UserError, match=r"with ai-edge-litert 2\.3\.0, here is 2\.4\.0"
+    ):
+        operators.litert_c.library()
