@@ -11,6 +11,10 @@ operation came from. The time of a run is divided among them so that the parts a
   * The parts are of the middle half of the traced runs, by their time: a mean, so that they add up, without the runs
     that something else on the machine disturbed.
 
+A module's weights are arguments, as in a network that JAX trains: handing them over takes a microsecond or two an array,
+before the first operation, where no operation runs. Exported files have them inside; `export.runtime` and
+`export.operators` measure those.
+
 Recording takes time, some µs an operation, which small networks notice; so the whole is also measured without it. Where
 XLA replays a recorded graph (on NVIDIA GPUs) its kernels may come without names: `XLA_FLAGS=
 --xla_gpu_enable_command_buffer=` has them run one by one.
