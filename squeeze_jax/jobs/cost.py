@@ -18,7 +18,6 @@ from squeeze_jax.jobs._experiment import Built, CostSettings
 from squeeze_jax.report import costs, table, units
 
 NEEDS_RUN = False  # a config is enough
-ELSEWHERE = "elsewhere"  # the row of the time that no layer took
 BUSY = 0.5  # spread of latencies, above which they say little
 
 
@@ -145,8 +144,8 @@ def rows(
         for whats in [unknown.get(name, ())]
     ]
     if measured:
-        lines.append((layers.Layer(ELSEWHERE), None, ()))
-        times[ELSEWHERE] = measured.unnamed_ms + measured.idle_ms
+        lines.append((layers.Layer(costs.ELSEWHERE), None, ()))
+        times[costs.ELSEWHERE] = measured.unnamed_ms + measured.idle_ms
         times[total.name] = measured.traced_ms
     every = dict.fromkeys(what for whats in unknown.values() for what in whats)
     lines.append((total, peak.bytes, every))

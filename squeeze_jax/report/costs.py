@@ -24,6 +24,7 @@ PANELS = (
     ("Parameters: {} in all", "parameters", units.count),
     ("Live activations: {} at most", "live_bytes", units.size),
 )
+ELSEWHERE = "elsewhere"  # the row of the time that no layer took: a number without a bar, which might dwarf the others
 LATENCY = ("Latency by layer: {} in all", "latency_ms", units.milliseconds)
 
 
@@ -123,20 +124,24 @@ def _names(ax, lines) -> None:
 def _bars(ax, lines, total, heading, key, write, *, color) -> None:
     """One bar a layer, its value beside it, of MACs and time the share; the largest in bold."""
     values = [r[key] or 0 if isinstance(r, Mapping) else 0 for r in lines]
-    most = max(values, default=0) or 1
-    for i, (row, value) in enumerate(zip(lines, values, strict=True)):
+    bars = [
+        0 if isinstance(r, Mapping) and r["layer"] == ELSEWHERE else v
+        for r, v in zip(lines, values, strict=True)
+    ]
+    most = max(bars, default=0) or 1
+    for i, (row, value, bar) in enumerate(zip(lines, values, bars, strict=True)):
         if not isinstance(row, Mapping):
             if key == "macs":  # runs on over the other charts, which are empty here
                 note = textwrap.shorten(f"not counted: {row}", 90, placeholder=" …")
                 ax.text(0.02 * most, i, note, va="center", fontsize=8.5, color=NOTE)
             continue
-        ax.barh(i, value, height=0.66, color=color)
+        ax.barh(i, bar, height=0.66, color=color)
         text = write(value or None)
         share = {"macs": "share", "latency_ms": "latency_share"}.get(key)
         if share and value:
             text += f" ({100 * row[share]:.1f}%)"
         weight = "bold" if value == most else "normal"
-        place = value + 0.03 * most
+        place = bar + 0.03 * most
         ax.text(place, i, text, va="center", fontsize=8.5, weight=weight)
     ax.set(xlim=(0, 1.85 * most), ylim=(max(len(lines), 1) - 0.5, -0.5))
     ax.set(xticks=[], yticks=[], facecolor="none")
