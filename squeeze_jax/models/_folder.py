@@ -88,6 +88,8 @@ def save(
       UserError: `transformers` has no class for the net, or could not compute what it computes.
     """
     module = sys.modules[type(net).__module__]
+    if not hasattr(module, "HUGGINGFACE"):
+        raise UserError(f"{type(net).__name__} is no encoder that transformers has")
     family = module.HUGGINGFACE
     if net.task not in family.classes:
         raise UserError(
@@ -116,8 +118,13 @@ def save(
         classes = {n: f"LABEL_{n}" for n in range(net.num_classes)}
         written["id2label"] = classes
         written["label2id"] = {name: n for n, name in classes.items()}
+    written |= config or {}
+    if "id2label" in written and len(written["id2label"]) != net.num_classes:
+        raise UserError(
+            f"config has {len(written['id2label'])} labels in id2label: the net has num_classes = {net.num_classes}"
+        )
     arrays = foreign.state(params, names, sequences=module.CONV1D)
-    huggingface.write(folder, written | dict(config or {}), arrays)
+    huggingface.write(folder, written, arrays)
 
 
 def _module(config: Mapping[str, Any], folder: Path):
@@ -139,15 +146,15 @@ def _fitted(net, arrays, module, fresh):
     names, family = module.huggingface_names(net), module.HUGGINGFACE
     shapes = tree.flatten(foreign.shapes(net, _example(net))["params"])
     asked = {name for ours, name in names.items() if ours.startswith("head/")}
-    passed = set(family.heads) - asked
+    passed = [
+        head
+        for head in family.heads
+        if not any(f"{layer}.".startswith(f"{head}.") for layer in asked)
+    ]
     if not net.pooler:
-        passed.add("pooler")
-    arrays = {
-        name: array
-        for name, array in arrays.items()
-        if not any(name.startswith(f"{layer}.") for layer in passed)
-        or name.rpartition(".")[0] in asked
-    }
+        passed.append("pooler")
+    starts = tuple(f"{layer}." for layer in passed)
+    arrays = {k: array for k, array in arrays.items() if not k.startswith(starts)}
     lacking = _lacking(net, shapes, names, arrays)
     if lacking and fresh is None:
         layers = ", ".join(sorted({k.rpartition("/")[0] for k in lacking}))

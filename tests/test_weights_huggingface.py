@@ -1,0 +1,329 @@
+"""Folders: what we save `transformers` loads, every kind of folder is read, and what is wrong with one is said."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from squeeze_jax import models, registry, tree
+from squeeze_jax.errors import UserError
+from squeeze_jax.weights import files, huggingface
+
+MODELS = "squeeze_jax.models"
+FAMILIES = {
+    name: registry.load(MODELS, name).HUGGINGFACE
+    for name in registry.names(MODELS)
+    if hasattr(registry.load(MODELS, name), "HUGGINGFACE")
+}
+CASES = [(name, task) for name, family in FAMILIES.items() for task in family.classes]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def transformers(torchvision):
+    """Imports torchvision where it is installed: in the way that works beside a CPU build of PyTorch."""
+    import transformers
+
+    return transformers
+
+
+def made(name, **options):
+    """(a small net, variables of noise)."""
+    net = models.make(name, variant="toy", layers=1, **options)
+    rng = np.random.default_rng(0)
+    tokens = np.zeros((1, 1, 1) if net.task == "choice" else (1, 1), np.int32)
+    like = jax.eval_shape(net.init, jax.random.key(0), {"tokens": tokens})
+    noise = lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32)  # noqa: E731
+    return net, tree.map_named(lambda k, a: noise(a) + k.endswith("scale"), like)
+
+
+def opened(transformers, folder, cls):
+    """The network that `transformers` makes of a folder, to which nothing may be missing or left."""
+    net, told = getattr(transformers, cls).from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(told.values()), told
+    return net.eval()
+
+
+def same(found, expected):
+    assert tree.differences(expected, found) == []
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def outputs(found):
+    """The logits in the order of ours."""
+    keys = ("prediction_logits", "seq_relationship_logits", "end_logits")
+    keys += ("start_logits", "logits", "last_hidden_state")
+    return [found[key].detach().numpy() for key in keys if key in found]
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_what_is_saved_gives_the_same_in_transformers(
+    tmp_path, transformers, name, task
+):
+    options = dict(task=task, activation="gelu_tanh", epsilon=1e-3)
+    if name == "squeezebert":
+        options |= dict(groups={"query": 2, "output": 2}, layer_epsilon=1e-12)
+    net, variables = made(name, num_classes=3, head_dropout=0.1, **options)
+    models.save(tmp_path, net, variables)
+    their = opened(transformers, tmp_path, FAMILIES[name].classes[task])
+    shape = (2, 3, 9) if task == "choice" else (2, 9)
+    tokens = np.random.default_rng(1).integers(1, 99, shape)
+    with torch.no_grad():
+        expected = outputs(their(torch.tensor(tokens)))
+    logits, _ = jax.jit(
+        net.apply, compiler_options={"xla_backend_optimization_level": 0}
+    )(variables, {"tokens": tokens})
+    found = jax.tree.leaves(logits)
+    if task == "span":
+        assert logits["start"] is found[1]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    again, read = models.load(tmp_path, pooler=net.pooler)
+    same(read, variables)
+    assert again == (
+        net if task in ("classification", "tokens") else net.clone(num_classes=2)
+    )
+
+
+def test_a_pooler_that_only_the_class_has_is_written_fresh(tmp_path, transformers):
+    net, variables = made("squeezebert", task="masked_lm", layer_epsilon=1e-12)
+    assert "pooler" not in variables["params"]
+    models.save(tmp_path, net, variables)
+    kernel = files.read(tmp_path / "model.safetensors")[
+        "transformer.pooler.dense.weight"
+    ]
+    assert 0.015 < kernel.std() < 0.02
+
+
+def test_a_pooler_that_the_class_has_not_is_left_out(tmp_path, transformers):
+    net, variables = made("bert", task="masked_lm", pooler=True)
+    models.save(tmp_path, net, variables)
+    opened(transformers, tmp_path, "BertForMaskedLM")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """(a folder of a BERT for masked words and next sentences, its variables)."""
+    net, variables = made("bert", task="pretraining")
+    models.save(tmp_path, net, variables)
+    return tmp_path, variables
+
+
+def rewrite(folder, change=lambda arrays: None, **config):
+    """Changes a folder's arrays and config.json."""
+    path = folder / "model.safetensors"
+    arrays = files.read(path)
+    change(arrays)
+    files.write_safetensors(path, arrays)
+    old = huggingface.read_config(folder)
+    (folder / "config.json").write_text(json.dumps(old | config))
+
+
+def test_files_of_older_kinds_are_read(folder):
+    path, variables = folder
+    arrays = files.read(path / "model.safetensors")
+    state = {
+        # As the first BERTs call them.
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): torch.tensor(a)
+        for k, a in arrays.items()
+    }
+    assert any(k.endswith("gamma") for k in state)
+    word = state["bert.embeddings.word_embeddings.weight"]
+    state["cls.predictions.decoder.weight"] = word
+    state["cls.predictions.decoder.bias"] = state.pop("cls.predictions.bias")
+    state["bert.embeddings.position_ids"] = torch.arange(40)[None]
+    torch.save(state, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    same(models.load(path)[1], variables)
+
+
+def test_files_in_parts_are_read(folder, transformers):
+    path, variables = folder
+    net = opened(transformers, path, "BertForPreTraining")
+    net.save_pretrained(path / "parts", max_shard_size="20KB")
+    assert len(list((path / "parts").glob("*.safetensors"))) > 1
+    same(models.load(path / "parts")[1], variables)
+    index = path / "parts" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    some = sorted(content["weight_map"])
+    content["weight_map"]["extra"] = content["weight_map"][some[0]]
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"lacks extra, which model\.safetensors\.index"):
+        models.load(path / "parts")
+    content["weight_map"] = dict.fromkeys(some, "../model.safetensors")
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="should map tensors to files beside it"):
+        models.load(path / "parts")
+
+
+class Bomb:
+    """What a pickle would run."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_no_code_in_a_folder_is_run(folder, monkeypatch):
+    path, _ = folder
+    monkeypatch.chdir(path)
+    (path / "model.safetensors").unlink()
+    torch.save({"bert.pooler.dense.weight": Bomb()}, path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is damaged") as error:
+        models.load(path)
+    assert "\n" not in str(error.value)
+    assert not (path / "exploded").exists()
+
+
+def test_a_head_that_is_not_there_is_made_where_asked_for(folder):
+    path, variables = folder
+    message = "no weights for head/classifier of task 'classification'.*give fresh="
+    with pytest.raises(UserError, match=message):
+        models.load(path, task="classification", num_classes=3)
+    key = jax.random.key(0)
+    net, found = models.load(path, task="classification", num_classes=3, fresh=key)
+    kernel = found["params"]["head"]["classifier"]["kernel"]
+    assert (net.num_classes, kernel.shape) == (3, (32, 3))
+    assert 0 < np.abs(kernel).max() <= 0.04
+    shared = {k: v for k, v in variables["params"].items() if k != "head"}
+    same({k: found["params"][k] for k in shared}, shared)
+    # Also where the folder's is of other classes; one that fits is kept.
+    models.save(path, net, found)
+    with pytest.raises(UserError, match="no weights for head/classifier"):
+        models.load(path, num_classes=5)
+    _, other = models.load(path, num_classes=5, fresh=key)
+    assert other["params"]["head"]["classifier"]["kernel"].shape == (32, 5)
+    same(models.load(path, fresh=jax.random.key(1))[1], found)
+
+
+def test_other_heads_are_passed_over(folder):
+    path, variables = folder
+    _, found = models.load(path, task="masked_lm")
+    expected = {k: v for k, v in variables["params"].items() if k != "pooler"}
+    head = {"masked_lm": expected["head"]["masked_lm"]}
+    same(found, {"params": expected | {"head": head}})
+    net, _ = models.load(path, task="features", dropout=0.0)
+    assert (net.dropout, net.pooler) == (0.0, True)
+
+
+def test_tensors_that_do_not_fit_are_named(folder):
+    path, _ = folder
+
+    def change(arrays):
+        arrays["bert.encoder.layer.1.output.dense.bias"] = np.zeros(3, np.float32)
+        del arrays["bert.embeddings.LayerNorm.bias"]
+        name = "bert.encoder.layer.0.output.dense.weight"
+        arrays[name] = arrays[name][:, :5]
+
+    rewrite(path, change)
+    with pytest.raises(UserError) as error:
+        models.load(path)
+    assert str(error.value) == (
+        f"{path}: weights do not fit (1 missing, 1 of another shape, 1 left over): "
+        "embeddings/norm/bias (32,) needs embeddings.LayerNorm.*; "
+        "layer1/ffn_out/kernel should be (1, 64, 32), encoder.layer.0.output.dense.weight is (1, 5, 32); "
+        "encoder.layer.1.output.dense.bias (3,) has no place"
+    )
+
+
+def test_an_output_that_is_not_tied_is_an_error(folder):
+    path, _ = folder
+
+    def change(arrays):
+        word = arrays["bert.embeddings.word_embeddings.weight"]
+        arrays["cls.predictions.decoder.weight"] = word + 1
+
+    rewrite(path, change)
+    with pytest.raises(UserError, match=r"decoder\.weight differs from embeddings\.wo"):
+        models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "brt"}, "unknown model_type 'brt'; did you mean 'bert'"),
+        (
+            {"architectures": ["BertLMHeadModel"]},
+            r"names \['BertLMHeadModel'\]: give a",
+        ),
+        ({"hidden_act": "gelo"}, r"unknown hidden_act 'gelo'; did you mean 'gelu'"),
+        ({"is_decoder": True}, "is_decoder = True is not supported, only False"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "'relative_key' is not supported, only 'absolute'",
+        ),
+        ({"hidden_size": "32"}, r"options\.features = '32' \(str\) should be int"),
+        ({"num_attention_heads": 5}, "features = 32 do not divide into heads = 5"),
+    ],
+)
+def test_what_is_wrong_with_a_config_is_named(folder, config, message):
+    path, _ = folder
+    rewrite(path, **config)
+    with pytest.raises(UserError, match=message) as error:
+        models.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_wrong_with_a_folder_is_named(folder):
+    path, _ = folder
+    with pytest.raises(UserError, match=r"nowhere is not a folder with a config\.json"):
+        models.load(path / "nowhere")
+    with pytest.raises(UserError, match=r"unknown key options\.droput.*'dropout'"):
+        models.load(path, droput=0.0)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights: it should have model\.safet"):
+        models.load(path)
+    for content in ("{", "[]"):
+        (path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json (is no|should hold a) JSON"):
+            models.load(path)
+    (path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        models.load(path)
+
+
+def test_what_transformers_could_not_load_is_not_written(tmp_path):
+    for options, message in (
+        (
+            dict(task="pretraining"),
+            "no squeezebert for task 'pretraining': save it for",
+        ),
+        (
+            dict(epsilon=1e-5),
+            "whatever its config says: not with layer_epsilon = 1e-05",
+        ),
+    ):
+        net, variables = made("squeezebert", **options)
+        with pytest.raises(UserError, match=message):
+            models.save(tmp_path, net, variables)
+    net = models.make("squeezebert", variant="toy", groups=[4, 1])
+    with pytest.raises(UserError, match="the same groups in every layer"):
+        models.save(tmp_path, net, variables)
+    net = models.make("squeezenet", variant="tiny")
+    with pytest.raises(UserError, match="SqueezeNet is no encoder that transformers"):
+        models.save(tmp_path, net, variables)
+    net, variables = made("bert", num_classes=3)
+    labels = {"id2label": {0: "no", 1: "yes"}}
+    with pytest.raises(
+        UserError, match="2 labels in id2label: the net has num_classes"
+    ):
+        models.save(tmp_path, net, variables, config=labels)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*file"):
+        models.save(tmp_path / "file", net, variables)
+
+
+def test_labels_are_kept(tmp_path, transformers):
+    net, variables = made("bert")
+    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    models.save(tmp_path, net, variables, config=labels)
+    theirs = opened(transformers, tmp_path, "BertForSequenceClassification")
+    assert theirs.config.id2label == labels["id2label"]
+    assert models.load(tmp_path)[0] == net
