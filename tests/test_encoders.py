@@ -62,8 +62,8 @@ def batch(*shape):
     return {"tokens": tokens, "segments": segments}
 
 
-def toy(name, **options):
-    return models.make(name, variant="toy", **options)
+def toy(name, *, layers=1, **options):
+    return models.make(name, variant="toy", layers=layers, **options)
 
 
 def filled(net):
@@ -85,21 +85,25 @@ def test_parameters_and_macs_are_the_published_ones(name, variant):
     assert found.unknown == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "task"), [(name, task) for name in NAMES for task in TASKS[name]]
-)
+def trained():
+    """(name, task) of what is trained: all heads, those of pretraining at once; features have none."""
+    for name, tasks in TASKS.items():
+        left = {"features"}
+        if "pretraining" in tasks:
+            left |= {"masked_lm", "next_sentence"}
+        yield from ((name, task) for task in tasks if task not in left)
+
+
+@pytest.mark.parametrize(("name", "task"), list(trained()))
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name, task):
-    if task == "features":
-        return  # the pooler has no part in the features
-    net = toy(name, task=task, num_classes=3, layers=1)
+    net = toy(name, task=task, num_classes=3)
     x = batch(2, 3) if task == "choice" else batch(6)
     variables = filled(net)
 
     @jit
     def gradient(params):
         def loss(params):
-            rngs = {"dropout": jax.random.key(2)}
-            logits, _ = net.apply({"params": params}, x, train=True, rngs=rngs)
+            logits, _ = net.apply({"params": params}, x)
             # A fixed weight for each logit, so that none cancel.
             weigh = lambda a: (a * jnp.sin(jnp.arange(a.size)).reshape(a.shape)).sum()  # noqa: E731
             return sum(jax.tree.leaves(jax.tree.map(weigh, logits)))
@@ -112,10 +116,6 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name, task):
         assert np.any(g) or key.endswith("key/bias"), key
 
 
-def test_a_features_net_is_tested_with_the_others():
-    assert all("features" in tasks and len(tasks) > 1 for tasks in TASKS.values())
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_inside_gives_float32_logits(name):
     full, half = (toy(name, dtype=dtype) for dtype in ("float32", "bfloat16"))
@@ -123,9 +123,9 @@ def test_bfloat16_inside_gives_float32_logits(name):
     both = jit(lambda v: [net.apply(v, x) for net in (full, half)])
     (logits, endpoints), (rounded, rounded_endpoints) = both(variables)
     assert logits.dtype == rounded.dtype == jnp.float32
-    assert endpoints["layer2"].dtype == jnp.float32
-    assert rounded_endpoints["layer2"].dtype == jnp.bfloat16
-    # Eight bits of mantissa, two layers.
+    assert endpoints["layer1"].dtype == jnp.float32
+    assert rounded_endpoints["layer1"].dtype == jnp.bfloat16
+    # Eight bits of mantissa.
     scale = float(jnp.abs(logits).max())
     assert scale > 0.1
     np.testing.assert_allclose(rounded, logits, atol=0.05 * scale)
@@ -133,7 +133,7 @@ def test_bfloat16_inside_gives_float32_logits(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_toys_are_small(name):
-    assert count.parameters(toy(name), shapes(8)) < 25_000
+    assert count.parameters(models.make(name, variant="toy"), shapes(8)) < 25_000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -203,13 +203,12 @@ def test_dropout_acts_in_training_alone(name):
     def run(key):
         rngs = {"dropout": key}
         train = [net.apply(variables, x, train=True, rngs=rngs)[0] for net in nets]
-        return train, [net.apply(variables, x)[0] for net in nets]
+        return train, [net.apply(variables, x)[0] for net in nets[:2]]
 
-    train, test = run(jax.random.key(0))
-    for one in test:
-        np.testing.assert_array_equal(one, test[0])
+    train, (test, other) = run(jax.random.key(0))
+    np.testing.assert_array_equal(test, other)
     for one in train:
-        assert np.abs(one - test[0]).max() > 1e-3
+        assert np.abs(one - test).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,10 +227,10 @@ def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
     interpreter = Interpreter(model_content=content)
     interpreter.allocate_tensors()
     found = collections.Counter(o["op_name"] for o in interpreter._get_ops_details())
-    assert found["GELU"] == found["SOFTMAX"] == 2
-    assert found["EMBEDDING_LOOKUP"] == 1
-    assert found["CONV_2D"] == 12
-    assert not found.keys() & {"GATHER", "GATHER_ND", "ERF", "TANH_EXACT"}
+    assert found["GELU"] == found["SOFTMAX"] == found["EMBEDDING_LOOKUP"] == 1
+    assert found["CONV_2D"] == 6
+    # What GELU and the lookup would be made of.
+    assert not found.keys() & {"EXP", "SIGN", "DIV", "SELECT", "GATHER", "GATHER_ND"}
     (entry,), (exit_,) = (
         interpreter.get_input_details(),
         interpreter.get_output_details(),
@@ -331,14 +330,14 @@ class TestSqueezeBert:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
     def test_groups_by_number_position_and_layer(self):
-        groups = lambda g: toy("squeezebert", groups=g).groups  # noqa: E731
+        groups = lambda g: toy("squeezebert", layers=2, groups=g).groups  # noqa: E731
         paper = Groups(4, 4, 4, 1, 4, 4)
         assert groups(None) == (paper, paper)
         assert groups(2) == (Groups(2, 2, 2, 2, 2, 2),) * 2
         assert groups({"output": 8}) == (paper._replace(output=8),) * 2
         layers = groups([1, {"query": 2, "ffn_out": 8}])
         assert layers == (Groups(), Groups(2, 4, 4, 1, 4, 8))
-        net = toy("squeezebert", groups=[1, {"query": 2, "ffn_out": 8}])
+        net = toy("squeezebert", layers=2, groups=[1, {"query": 2, "ffn_out": 8}])
         params = filled(net)["params"]
         kernel = lambda layer, *path: tree.flatten(params[layer])["/".join(path)].shape  # noqa: E731
         assert kernel("layer1", "attention", "query", "kernel") == (1, 32, 32)
@@ -355,7 +354,7 @@ class TestSqueezeBert:
             (0, "groups of query = 0: should be a positive number"),
         ):
             with pytest.raises(UserError, match=message):
-                toy("squeezebert", groups=groups)
+                toy("squeezebert", layers=2, groups=groups)
 
 
 class TestAttention:
