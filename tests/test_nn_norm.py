@@ -85,6 +85,25 @@ def test_bfloat16_in_is_bfloat16_out_with_statistics_in_float32():
     np.testing.assert_allclose(new["batch_stats"]["var"], var, rtol=1e-4)
 
 
+def test_gradients_in_bfloat16_are_those_of_pytorch_in_float32():
+    # Whole numbers, so that the input is the same in both.
+    x = np.rint(batch(shape=(8, 4, 3, 6)) * 4)
+    _, dx, dscale, dbias, *_ = torch_norm(x, steps=1)
+    params = {"scale": jnp.linspace(-1, 2, 6), "bias": jnp.linspace(3, 1, 6)}
+    stats = BatchNorm().init(jax.random.key(0), x)["batch_stats"]
+
+    def loss(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        y = BatchNorm().apply(variables, x, train=True)
+        return jnp.sin(y.astype(jnp.float32)).sum()
+
+    ours, ours_x = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.bfloat16(x))
+    assert ours_x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours_x.astype(jnp.float32), dx, atol=0.02)
+    np.testing.assert_allclose(ours["scale"], dscale, atol=0.6)
+    np.testing.assert_allclose(ours["bias"], dbias, atol=0.6)
+
+
 def test_statistics_stay_where_they_may_not_change():
     x = batch()
     layer = BatchNorm()
@@ -94,8 +113,9 @@ def test_statistics_stay_where_they_may_not_change():
     np.testing.assert_allclose(frozen.mean((0, 1, 2)), 0, atol=1e-5)
 
 
-def test_derivatives_of_second_order_and_under_vmap_are_those_of_the_formula():
-    x = jnp.asarray(batch(shape=(2, 3, 2, 3)))
+@pytest.mark.parametrize("shape", [(2, 3, 2, 3), (8, 2, 3, 3), (9, 3), (4, 5, 3)])
+def test_derivatives_of_second_order_and_under_vmap_are_those_of_the_formula(shape):
+    x = jnp.asarray(batch(shape=shape))
     layer = BatchNorm()
     variables = layer.init(jax.random.key(0), x)
 
@@ -103,7 +123,8 @@ def test_derivatives_of_second_order_and_under_vmap_are_those_of_the_formula():
         return jnp.sin(layer.apply(variables, x, train=True)).sum()
 
     def formula(x):
-        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        over = range(x.ndim - 1)
+        mean, var = x.mean(over), x.var(over)
         return jnp.sin((x - mean) / jnp.sqrt(var + 1e-5)).sum()
 
     def derivatives(f):

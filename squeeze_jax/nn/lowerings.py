@@ -19,7 +19,7 @@ Sums of narrow types are kept in float32.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -241,16 +241,12 @@ def _taps_kernel(g, x, y, at_once=True):
     at, wide = shifted(g, _repeated(g, x)), _wide(x)
     before, padded = _padded(g, y)
     y = padded[:, before[0] :, before[1] :][:, : g.out[0], : g.out[1]].astype(wide)
-    # XLA cannot shard a reduction of several arrays: it would gather them on every device. Inside `jax.shard_map` it
-    # need not, and one device has nothing to gather.
-    at_once = at_once and (jax.device_count() == 1 or bool(varying.axes(x)))
-    share = _share(x.shape[0])
-    together = (3 if share > 3 else 9) if at_once else 1
+    together = 3 if _share(x.shape[0]) > 3 else 9
     where, sums = positions(g), []
     for some in (where[n : n + together] for n in range(0, len(where), together)):
         terms = [at(u, v).astype(wide) * y for u, v in some]
-        sums += _totals(terms, share) if at_once else [_total(t) for t in terms]
-    return jnp.stack(sums).reshape(g.kernel_shape).astype(x.dtype)
+        sums.append(totals(terms) if at_once else jnp.stack(list(map(_total, terms))))
+    return jnp.concatenate(sums).reshape(g.kernel_shape).astype(x.dtype)
 
 
 def _share(batch: int) -> int:
@@ -260,18 +256,24 @@ def _share(batch: int) -> int:
     return next(n for n in range(16, 0, -1) if batch % n == 0)
 
 
-def _totals(terms: list[jax.Array], share: int) -> list[jax.Array]:
-    """Sums of several arrays [b, h, w, c] over all but channels, in one pass over what they are computed from.
+def totals(terms: Sequence[jax.Array]) -> jax.Array:
+    """Sums of several arrays [b, ..., c] over all but channels, [n, c], in one pass over what they are computed from.
 
     A pass adds up images `share` apart, or, where the batch has no such parts, positions: with the whole batch in one
     sum the strides through memory are so long that it takes three times as long or more.
     """
-    axes = (1, 2)
+    first = terms[0]
+    # XLA cannot shard a reduction of several arrays: it would gather them on every device. Inside `jax.shard_map` it
+    # need not, and one device has nothing to gather.
+    if jax.device_count() > 1 and not varying.axes(first):
+        return jnp.stack(list(map(_total, terms)))
+    share, axes = _share(first.shape[0]), tuple(range(1, first.ndim - 1))
     if share > 3:
         terms = [t.reshape(-1, share, *t.shape[1:]) for t in terms]
         axes = (1,)
-    zero = varying.like(jnp.zeros((), terms[0].dtype), terms[0])
-    return list(map(_total, lax.reduce(tuple(terms), (zero,) * len(terms), _add, axes)))
+    zero = varying.like(jnp.zeros((), first.dtype), first)
+    parts = lax.reduce(tuple(terms), (zero,) * len(terms), _add, axes)
+    return jnp.stack(parts).sum(range(1, parts[0].ndim))
 
 
 def _total(x: jax.Array) -> jax.Array:

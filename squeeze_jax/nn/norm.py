@@ -1,14 +1,27 @@
-"""Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) with statistics over the global batch."""
+"""Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) with statistics over the global batch.
+
+What it costs on a CPU is passes over memory. Two linear maps do all of its work, each the transpose of the other:
+
+    scaled   (x, [a, b]) → x a + b
+    sums     (x, y) → [sum of x y, sum of y]
+
+The statistics are sums(x, x), the gradients of scale and bias sums(x, ȳ). As primitives both sums are one pass, where
+XLA makes two of what differentiating the operations gives it.
+"""
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.interpreters import ad, batching
 
-from squeeze_jax.nn import varying
+from squeeze_jax.nn import primitives, varying
+from squeeze_jax.nn.conv import native_is_best
+from squeeze_jax.nn.lowerings import totals
 
 
 class BatchNorm(nn.Module):
@@ -38,17 +51,17 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", self.bias_init, shape, jnp.float32)
         if not train:
-            a, b = _affine(mean.value, var.value, scale, bias, self.epsilon)
-            return (_wide(x) * a + b).astype(x.dtype)
+            ab = _affine(mean.value, var.value, scale, bias, self.epsilon)
+            return _scaled(x, ab)
         batch_mean, batch_var, count = moments(x)
         if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
             keep = self.momentum
             unbiased = batch_var * (count / max(count - 1, 1))
             mean.value = keep * mean.value + (1 - keep) * batch_mean
             var.value = keep * var.value + (1 - keep) * unbiased
-        a, b = _affine(batch_mean, batch_var, scale, bias, self.epsilon)
-        a, b = varying.like(a, x), varying.like(b, x)
-        return (_wide(x) * a + b).astype(x.dtype)
+        ab = _affine(batch_mean, batch_var, scale, bias, self.epsilon)
+        ab = varying.like(jnp.stack(ab), x)
+        return _scaled(x, ab) if native_is_best() else _scaled_once.bind(x, ab)
 
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
@@ -58,10 +71,7 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
     """
     axes = varying.axes(x)
     count = math.prod(x.shape[:-1])
-    wide = _wide(x)
-    over = tuple(range(x.ndim - 1))
-    # Both read x alone, so that XLA makes one pass of them.
-    mean, square = wide.sum(over) / count, (wide * wide).sum(over) / count
+    square, mean = (_sums(x, x) if native_is_best() else _powers(x)) / count
     if axes:
         mean, square = lax.pmean((mean, square), axes)
         count *= math.prod(map(lax.axis_size, axes))
@@ -75,3 +85,54 @@ def _affine(mean, var, scale, bias, epsilon):
 
 def _wide(x):
     return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _scaled(x, ab):
+    return (_wide(x) * ab[0] + ab[1]).astype(x.dtype)
+
+
+def _sums(x, y):
+    x, y, over = _wide(x), _wide(y), tuple(range(x.ndim - 1))
+    return jnp.stack([(x * y).sum(over), y.sum(over)])
+
+
+@primitives.apart
+def _sums_at_once(x, y):
+    x, y = _wide(x), _wide(y)
+    return totals([x * y, y])
+
+
+@jax.custom_jvp
+def _powers(x):
+    """The sums of x^2 and of x, [2, c]."""
+    return _sums_once.bind(x, x)
+
+
+@_powers.defjvp
+def _powers_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    product, plain = _sums_once.bind(x, t)
+    return _powers(x), jnp.stack([2 * product, plain])
+
+
+def _batched(plain, arrays, dims):
+    """`vmap`: of operations that have rules of their own."""
+    return jax.vmap(plain, dims)(*arrays), 0
+
+
+_scaled_once = primitives.make("batch_norm_scaled", _scaled, _scaled)
+_sums_once = primitives.make("batch_norm_sums", _sums_at_once, _sums)
+ad.defjvp(
+    _scaled_once,
+    lambda t, x, ab: (_wide(t) * ab[0]).astype(x.dtype),
+    lambda t, x, ab: _scaled_once.bind(x, t),
+)
+ad.defjvp(
+    _sums_once,
+    lambda t, x, y: _sums(t, y).at[1].set(0),
+    lambda t, x, y: _sums_once.bind(x, t),
+)
+ad.primitive_transposes[_scaled_once] = lambda t, x, ab: (None, _sums_once.bind(x, t))
+ad.primitive_transposes[_sums_once] = lambda t, x, y: (None, _scaled_once.bind(x, t))
+batching.primitive_batchers[_scaled_once] = partial(_batched, _scaled)
+batching.primitive_batchers[_sums_once] = partial(_batched, _sums)

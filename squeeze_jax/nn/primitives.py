@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -31,3 +32,18 @@ def make(
     primitive.def_abstract_eval(types)
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
     return primitive
+
+
+def apart(fn: Callable) -> Callable:
+    """Returns a function of arrays that XLA compiles on its own, fused with nothing around it.
+
+    What it is given is in memory once, then. On a CPU XLA otherwise computes what is cheap to it, such as a sum of nine
+    shifted images, anew in each pass that reads it, and `lax.optimization_barrier` is gone before it decides.
+    """
+    compiled = jax.jit(fn)
+
+    def call(*arrays):
+        with set_xla_metadata(inlineable="false"):
+            return compiled(*arrays)
+
+    return call
