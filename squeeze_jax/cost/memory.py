@@ -277,7 +277,7 @@ def _during(op: Operation, alive, dying, made, bits, in_place) -> list[_Moment]:
 def _turns(op: Operation, alive, dying, made, bits, in_place) -> list[_Moment]:
     outside, results = dict(alive), {}
     if op.name == "scan":
-        first, carries = op.params["num_consts"], op.params["num_carry"]
+        first, carries = program.scanned(op.params)
         start = op.inputs[first : first + carries]
         results = {v: made[v] for v in op.outputs[carries:] if v in made}
     else:

@@ -211,8 +211,9 @@ def _bodies(eqn, inputs: list[Value], layer: str, times: int) -> tuple[Program, 
             for branch in params["branches"]
         )
     if eqn.primitive.name == "scan":
-        same = params["num_consts"]
-        return (_body(params["jaxpr"].jaxpr, inputs, same, layer, times, params),)
+        same, carries = scanned(params)
+        slices = same + carries
+        return (_body(params["jaxpr"].jaxpr, inputs, same, layer, times, slices),)
     if eqn.primitive.name == "while":
         first, second = params["cond_nconsts"], params["body_nconsts"]
         carry = inputs[first + second :]
@@ -224,9 +225,17 @@ def _bodies(eqn, inputs: list[Value], layer: str, times: int) -> tuple[Program, 
     return ()
 
 
-def _body(jaxpr, outside: list[Value], same: int, layer, times, scan=None) -> Program:
-    """A program whose first `same` inputs are values outside, the others new ones: carries, and slices in a scan."""
-    slices = same + scan["num_carry"] if scan else len(outside)
+def scanned(params: Mapping) -> tuple[int, int]:
+    """How many of a scan's inputs are the same in each turn, and how many are carried from one to the next."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    same, carries, _ = params["ft_in"].unpack()  # from jax 0.11 on
+    return len(list(same)), len(list(carries))
+
+
+def _body(jaxpr, outside: list[Value], same: int, layer, times, slices=None) -> Program:
+    """A program whose first `same` inputs are values outside, the others new ones: carries, from `slices` on slices."""
+    slices = len(outside) if slices is None else slices
     anew = [
         _value(v, outside[i].weights if i >= slices else None)
         for i, v in enumerate(jaxpr.invars[same:], same)

@@ -17,8 +17,8 @@ from squeeze_jax.export import files
 from squeeze_jax.jobs._experiment import Experiment
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
-FREE = ("export", "benchmark", "checkpoint", "sharding", "log_every", "eval_every")
-FREE += ("save_every", "data.workers", "data.threads", "data.cache_mb")
+FREE = ("export", "benchmark", "cost", "checkpoint", "sharding", "log_every")
+FREE += ("eval_every", "save_every", "data.workers", "data.threads", "data.cache_mb")
 FREE += ("data.source.data_dir",)
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
