@@ -154,7 +154,9 @@ def test_files_in_parts_are_read(folder, transformers):
     some = sorted(content["weight_map"])
     content["weight_map"]["extra"] = content["weight_map"][some[0]]
     index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"lacks extra, which model\.safetensors\.index"):
+    with pytest.raises(
+        UserError, match=r"lacks extra, which model\.safetensors\.index"
+    ):
         models.load(path / "parts")
     content["weight_map"] = dict.fromkeys(some, "../model.safetensors")
     index.write_text(json.dumps(content))
@@ -232,7 +234,8 @@ def test_tensors_that_do_not_fit_are_named(folder):
 
 
 def test_an_output_that_is_not_tied_is_an_error(folder):
-    path, _ = folder
+    path, variables = folder
+    pooler = variables["params"]["pooler"]
 
     def change(arrays):
         word = arrays["bert.embeddings.word_embeddings.weight"]
@@ -240,6 +243,16 @@ def test_an_output_that_is_not_tied_is_an_error(folder):
 
     rewrite(path, change)
     with pytest.raises(UserError, match=r"decoder\.weight differs from embeddings\.wo"):
+        models.load(path)
+    # Other heads have nothing to do with it.
+    same(models.load(path, task="next_sentence")[1]["params"]["pooler"], pooler)
+
+
+def test_a_head_has_no_tensors_that_ours_has_not(folder):
+    path, _ = folder
+    extra = {"cls.predictions.transform.gate.weight": np.ones(3, np.float32)}
+    rewrite(path, lambda arrays: arrays.update(extra))
+    with pytest.raises(UserError, match=r"cls.*gate\.weight \(3,\) has no place"):
         models.load(path)
 
 

@@ -59,8 +59,7 @@ def load(
         given |= module.from_huggingface(config) | options
         registry.check(module.make, given, "options")
         net = module.make(**given)
-        arrays = huggingface.untied(huggingface.read_arrays(folder), family)
-        return net, _fitted(net, arrays, module, fresh)
+        return net, _fitted(net, huggingface.read_arrays(folder), module, fresh)
     except UserError as error:
         where = "" if str(folder) in str(error) else f"{folder}: "
         raise UserError(f"{where}{error}") from None
@@ -123,7 +122,7 @@ def save(
         raise UserError(
             f"config has {len(written['id2label'])} labels in id2label: the net has num_classes = {net.num_classes}"
         )
-    arrays = foreign.state(params, names, sequences=module.CONV1D)
+    arrays = foreign.state(params, names, sequences=family.conv1d)
     huggingface.write(folder, written, arrays)
 
 
@@ -145,17 +144,9 @@ def _module(config: Mapping[str, Any], folder: Path):
 def _fitted(net, arrays, module, fresh):
     names, family = module.huggingface_names(net), module.HUGGINGFACE
     shapes = tree.flatten(foreign.shapes(net, _example(net))["params"])
-    asked = {name for ours, name in names.items() if ours.startswith("head/")}
-    passed = [
-        head
-        for head in family.heads
-        if not any(f"{layer}.".startswith(f"{head}.") for layer in asked)
-    ]
-    if not net.pooler:
-        passed.append("pooler")
-    starts = tuple(f"{layer}." for layer in passed)
-    arrays = {k: array for k, array in arrays.items() if not k.startswith(starts)}
-    lacking = _lacking(net, shapes, names, arrays)
+    arrays = _used(huggingface.without_prefix(arrays, family), net, names, family)
+    arrays = huggingface.tied(arrays, family)
+    lacking = _lacking(shapes, names, arrays)
     if lacking and fresh is None:
         layers = ", ".join(sorted({k.rpartition("/")[0] for k in lacking}))
         raise UserError(
@@ -173,7 +164,21 @@ def _fitted(net, arrays, module, fresh):
     return {"params": traverse_util.unflatten_dict(fitted, sep="/")}
 
 
-def _lacking(net, shapes, names, arrays) -> set[str]:
+def _used(arrays, net, names, family):
+    """The arrays without those of other tasks' heads and of a pooler that the net has not."""
+    asked = {name for ours, name in names.items() if ours.startswith("head/")}
+    passed = [
+        head
+        for head in family.heads
+        if not any(f"{layer}.".startswith(f"{head}.") for layer in asked)
+    ]
+    if not net.pooler:
+        passed.append("pooler")
+    starts = tuple(f"{layer}." for layer in passed)
+    return {k: array for k, array in arrays.items() if not k.startswith(starts)}
+
+
+def _lacking(shapes, names, arrays) -> set[str]:
     """Leaves of head and pooler whose layer the arrays do not have, or have for another number of classes."""
     layers = {}
     for name in shapes:
@@ -184,7 +189,7 @@ def _lacking(net, shapes, names, arrays) -> set[str]:
         theirs = [k for k in arrays if k.rpartition(".")[0] == names[layer]]
         outputs = {shapes[k].shape[-1] for k in leaves}
         other = layer == "head/classifier" and any(
-            np.shape(arrays[k])[0] not in outputs for k in theirs
+            not outputs.intersection(np.shape(arrays[k])[:1]) for k in theirs
         )
         if other or not theirs:
             lacking |= set(leaves)

@@ -40,8 +40,8 @@ HUGGINGFACE = huggingface.Family(
         "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
+    conv1d=False,
 )
-CONV1D = False
 
 
 class Row(NamedTuple):

@@ -37,8 +37,8 @@ HUGGINGFACE = bert.HUGGINGFACE._replace(
         "choice": "SqueezeBertForMultipleChoice",
     },
     pooled=("features", "masked_lm", "classification", "tokens", "span", "choice"),
+    conv1d=True,
 )
-CONV1D = True
 
 GROUPS = Groups(query=4, key=4, value=4, output=1, ffn_in=4, ffn_out=4)  # section 3.2
 VARIANTS = {

@@ -52,7 +52,6 @@ ONLY = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
 
 
@@ -66,6 +65,7 @@ class Family(NamedTuple):
       pooled: the tasks whose class has a pooler, needed or not.
       heads: the layers of all heads; those of other tasks are passed over.
       tied: {tensor: the tensor that it is the same as}.
+      conv1d: whether its layers are convolutions of sequences, which have another axis in their weights, or matrices.
     """
 
     model_type: str
@@ -74,6 +74,7 @@ class Family(NamedTuple):
     pooled: tuple[str, ...]
     heads: tuple[str, ...]
     tied: Mapping[str, str]
+    conv1d: bool
 
 
 def read_config(folder: str | Path) -> Config:
@@ -204,14 +205,19 @@ def labels(config: Mapping[str, Any]) -> int:
     return len(config.get("id2label") or ()) or config.get("num_labels", 2)
 
 
-def untied(arrays: Mapping[str, np.ndarray], family: Family) -> files.Arrays:
-    """The arrays under the names of an encoder with a head or without, and each tied one once.
+def without_prefix(arrays: files.Arrays, family: Family) -> files.Arrays:
+    """The arrays named alike, whether they come from an encoder with a head or without."""
+    start = f"{family.prefix}."
+    return {name.removeprefix(start): array for name, array in arrays.items()}
+
+
+def tied(arrays: files.Arrays, family: Family) -> files.Arrays:
+    """The arrays with each of those that are the same once.
 
     Raises:
       UserError: tensors that should be the same and are not.
     """
-    start = f"{family.prefix}."
-    found = {name.removeprefix(start): array for name, array in arrays.items()}
+    found = dict(arrays)
     for name, same in family.tied.items():
         array = found.pop(name, None)
         if array is None:
