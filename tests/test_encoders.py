@@ -14,7 +14,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export.formats import tflite
 from squeeze_jax.nn.attention import Groups, attend
 from squeeze_jax.nn.conv import lowering
-from squeeze_jax.nn.embed import Embed
+from squeeze_jax.nn.embed import Embed, Embeddings
 
 MODELS = "squeeze_jax.models"
 # (parameters, MACs in billions at 128 tokens), counted by PyTorch's own counter on the classes of `transformers`: the
@@ -379,3 +379,37 @@ class TestAttention:
         np.testing.assert_array_equal(found.probabilities[0] > 0, expected)
         # A sequence of padding alone: all alike, and no nan.
         np.testing.assert_allclose(found.probabilities[1], 0.2, rtol=1e-6)
+
+
+class TestEmbeddings:
+    tokens = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+    positions = 10 * np.array([[1, 2], [3, 4], [5, 6]], np.float32)
+    segments = 100 * np.array([[1, 2], [3, 4]], np.float32)
+
+    def run(self, *args, method="__call__", **options):
+        net = Embeddings(4, 2, 3, epsilon=None, **options)
+        tables = {"tokens": self.tokens, "positions": self.positions}
+        if net.segments:
+            tables["segments"] = self.segments
+        params = {name: {"embedding": table} for name, table in tables.items()}
+        return net.apply({"params": params}, *args, method=method).tolist()
+
+    def test_a_sum_of_rows(self):
+        ids = jnp.array([[3, 0]])
+        expected = [[[6 + 10 + 100, 7 + 20 + 200], [0 + 30 + 300, 1 + 40 + 400]]]
+        assert self.run(ids, jnp.array([[0, 1]])) == expected
+        assert self.run(ids, segments=0) == [[[16, 27], [30, 41]]]
+
+    def test_positions_may_be_given(self):
+        given = lambda net, ids, at: net(ids, at=at)  # noqa: E731
+        found = self.run(
+            jnp.array([[3, 0]]), jnp.array([[2, 0]]), method=given, segments=0
+        )
+        assert found == [[[6 + 50, 7 + 60], [0 + 10, 1 + 20]]]
+
+    def test_an_index_beyond_the_table_means_its_last_row(self):
+        assert self.run(jnp.array([[9]]), segments=0) == [[[6 + 10, 7 + 20]]]
+
+    def test_scores_are_products_with_every_row(self):
+        found = self.run(jnp.array([[[1.0, 10.0]]]), method="scores")
+        assert found == [[[0 + 10, 2 + 30, 4 + 50, 6 + 70]]]

@@ -53,7 +53,7 @@ def attend(
     split = partial(_split, heads=heads)
     scale = np.sqrt(query.shape[-1] // heads).astype(query.dtype)
     q, k, v = split(query / scale), split(key), split(value)
-    scores = (q @ k.swapaxes(-1, -2)).astype(jnp.float32)
+    scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     allowed = _allowed(mask, causal, query.shape[1])
     if allowed is not None:
         # A sum, because runtimes have no quick selection.
