@@ -29,9 +29,9 @@ def transformers(torchvision):
     return transformers
 
 
-def made(name, **options):
+def made(name, *, layers=1, **options):
     """(a small net, variables of noise)."""
-    net = models.make(name, variant="toy", layers=1, **options)
+    net = models.make(name, variant="toy", layers=layers, **options)
     rng = np.random.default_rng(0)
     tokens = np.zeros((1, 1, 1) if net.task == "choice" else (1, 1), np.int32)
     like = jax.eval_shape(net.init, jax.random.key(0), {"tokens": tokens})
@@ -315,12 +315,18 @@ def test_what_transformers_could_not_load_is_not_written(tmp_path):
         net, variables = made("squeezebert", **options)
         with pytest.raises(UserError, match=message):
             models.save(tmp_path, net, variables)
-    net = models.make("squeezebert", variant="toy", groups=[4, 1])
+    net, variables = made("squeezebert", groups=[4, 1], layers=2)
     with pytest.raises(UserError, match="the same groups in every layer"):
         models.save(tmp_path, net, variables)
     net = models.make("squeezenet", variant="tiny")
     with pytest.raises(UserError, match="SqueezeNet is no encoder that transformers"):
         models.save(tmp_path, net, variables)
+    net, variables = made("bert")
+    other = models.make("bert", variant="toy", layers=1, num_classes=3)
+    with pytest.raises(
+        UserError, match=r"not the net's \(2\): head/classifier/bias: ex"
+    ):
+        models.save(tmp_path, other, variables)
     net, variables = made("bert", num_classes=3)
     labels = {"id2label": {0: "no", 1: "yes"}}
     with pytest.raises(

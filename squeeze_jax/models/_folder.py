@@ -84,7 +84,8 @@ def save(
       config: more for config.json, such as {"id2label": {0: "negative", 1: "positive"}}.
 
     Raises:
-      UserError: `transformers` has no class for the net, or could not compute what it computes.
+      UserError: `transformers` has no class for the net, or could not compute what it computes; or the variables are
+        another net's.
     """
     module = sys.modules[type(net).__module__]
     if not hasattr(module, "HUGGINGFACE"):
@@ -95,7 +96,13 @@ def save(
             f"transformers has no {family.model_type} for task {net.task!r}: save it for one of"
             f" {', '.join(family.classes)}"
         )
+    lines = tree.differences(
+        foreign.shapes(net, _example(net))["params"], variables["params"]
+    )
+    if lines:
+        raise UserError(f"the variables are not the net's ({len(lines)}): {lines[0]}")
     params = tree.flatten(variables["params"])
+    params = {name: np.asarray(leaf, np.float32) for name, leaf in params.items()}
     pooled = net.task in family.pooled
     params = {k: v for k, v in params.items() if pooled or not k.startswith("pooler/")}
     if pooled and not net.pooler:
