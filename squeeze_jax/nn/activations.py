@@ -1,4 +1,4 @@
-"""Activations by name, each one operation in an exported file."""
+"""Activations by name, each one operation for LiteRT's converter inside `composite.whole`."""
 
 from collections.abc import Callable
 from functools import partial

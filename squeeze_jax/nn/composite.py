@@ -1,17 +1,29 @@
-"""Operations that an exported file has as one, where StableHLO would spell them out: GELU, an embedding's lookup."""
+"""Operations that LiteRT has as one, where StableHLO spells them out: GELU, an embedding's lookup."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 
-from squeeze_jax.nn import conv
+# A user context is part of jit's cache key, so that a function traced outside a `whole` block is traced again in it.
+_whole = jax.make_user_context(False)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Keeps the operations of `exported_as` whole in what is traced inside, for LiteRT's converter.
+
+    Not for other programs: a composite cannot be mapped by `vmap`, and jax.export makes an invalid module of one with
+    a symbolic batch or for several platforms.
+    """
+    with _whole(True):
+        yield
 
 
 def exported_as(name: str, plain: Callable, **attributes) -> Callable:
-    """Returns `plain` as a function that stays whole in what is exported.
+    """Returns `plain` as a function that inside `whole` is one StableHLO composite.
 
-    Inside `conv.lowering("native")` a call is one StableHLO composite, which LiteRT's converter knows by its name and
-    others inline; elsewhere it is `plain` itself. Derivatives are always those of `plain`.
+    LiteRT's converter knows composites by their names. Derivatives are always those of `plain`.
 
     Args:
       name: of the composite, such as "aten.gelu.default".
@@ -20,17 +32,15 @@ def exported_as(name: str, plain: Callable, **attributes) -> Callable:
     """
 
     @jax.custom_jvp
-    def whole(*arrays):
+    def one(*arrays):
         decomposition = lambda *a, **_: plain(*a)  # noqa: E731
         return jax.lax.composite(decomposition, name=name)(*arrays, **attributes)
 
-    @whole.defjvp
+    @one.defjvp
     def _(arrays, tangents):
         return jax.jvp(plain, arrays, tangents)
 
     def call(*arrays):
-        # Not wherever XLA's own operations are quickest, as on a GPU: composites cannot be mapped by `vmap`.
-        forced = conv._forced.value == "native"
-        return whole(*arrays) if forced else plain(*arrays)
+        return one(*arrays) if _whole.value else plain(*arrays)
 
     return call
