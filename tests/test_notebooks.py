@@ -27,6 +27,13 @@ SMALL = {
             "--config.benchmark.runs=5",
         ],
     },
+    "02_convolutions": {
+        "CHANNELS": 16,
+        "BATCH": 1,
+        "ROUNDS": 1,
+        "ROWS": 64,
+        "LAYERS": 4,
+    },
 }
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
