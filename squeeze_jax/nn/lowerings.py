@@ -20,13 +20,14 @@ Sums of narrow types are kept in float32.
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from squeeze_jax.nn import varying
+from squeeze_jax.nn import primitives, varying
 
 Pair = tuple[int, int]
 Map = Literal["forward", "image", "kernel"]
@@ -119,7 +120,7 @@ def fastest(which: Map, g: Geometry) -> str:
         place = {"forward": g.size, "image": g.out, "kernel": g.extent}[which]
         if any(n < k for n, k in zip(place, g.kernel, strict=True)):
             return "patches"
-        if which == "kernel" and math.prod(g.out) >= 49 and math.prod(g.kernel) <= 25:
+        if which == "kernel" and g.channels >= 128:
             return "patches"
         if which == "forward" and math.prod(g.kernel) * g.channels <= 32:
             return "patches"  # the first layer, of a colour image
@@ -182,7 +183,12 @@ def _matmul_image(g, y, k):
 
 def _matmul_kernel(g, x, y):
     x = x[:, :: g.strides[0], :: g.strides[1]]
-    return (_rows(x).T @ _rows(y)).reshape(g.kernel_shape)
+    return _inner(_rows(x), _rows(y)).reshape(g.kernel_shape)
+
+
+def _inner(a, b):
+    """[n, c], [n, f] → [c, f]; XLA first copies what is written as `a.T @ b`."""
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 def _rows(x):
@@ -210,13 +216,14 @@ def _patches_image(g, y, k):
     return _patches(turned, _pad(y, *ends, between=g.strides), _turned(k))
 
 
+@partial(primitives.apart, static=(0,))
 def _patches_kernel(g, x, y):
     at, y = shifted(g, x), _rows(y)
     parts = []
     for u in range(g.kernel[0]):
         window = [at(u, v) for v in range(g.kernel[1])]
         rows = jnp.concatenate(window, -1).reshape(-1, g.kernel[1] * g.channels)
-        parts.append(rows.T @ y)
+        parts.append(_inner(rows, y))
     return jnp.stack(parts).reshape(g.kernel_shape)
 
 

@@ -1,6 +1,6 @@
 """Primitives made of operations: for what is linear and has a quicker derivative than that of its operations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -34,16 +34,21 @@ def make(
     return primitive
 
 
-def apart(fn: Callable) -> Callable:
-    """Returns a function of arrays that XLA compiles on its own, fused with nothing around it.
+def apart(fn: Callable, static: Sequence[int] = ()) -> Callable:
+    """Returns a function that XLA compiles on its own, fused with nothing around it, and begins when all arrays are there.
 
-    What it is given is in memory once, then. On a CPU XLA otherwise computes what is cheap to it, such as a sum of nine
-    shifted images, anew in each pass that reads it, and `lax.optimization_barrier` is gone before it decides.
+    On a CPU XLA otherwise computes what is cheap to it, such as a sum of nine shifted images, anew in each pass that
+    reads it; and it begins a gradient with what only needs activations, such as windows, long before it can be ended,
+    and keeps that. By then `lax.optimization_barrier` is gone.
+
+    Args:
+      fn: of arrays.
+      static: positions of hashable arguments that are no arrays.
     """
-    compiled = jax.jit(fn)
+    compiled = jax.jit(fn, static_argnums=tuple(static))
 
-    def call(*arrays):
+    def call(*arguments):
         with set_xla_metadata(inlineable="false"):
-            return compiled(*arrays)
+            return compiled(*arguments)
 
     return call
