@@ -11,7 +11,8 @@ from jax import export
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, conv, lowering
 
-LOWERINGS = ("native", "taps", "matmul", "patches", "split")
+LOWERINGS = ("native", "taps", "matmul", "patches", "split", "flat")
+KINDS = ("dense", "depthwise", "pointwise", "grouped", "grouped pointwise")
 
 
 def random_case(seed, most=5):
@@ -20,16 +21,17 @@ def random_case(seed, most=5):
     Kernels have up to `most` - 1 positions along an axis.
     """
     rng = np.random.default_rng(seed)
-    kind = ("dense", "depthwise", "pointwise", "grouped")[seed % 4]
-    groups = int(rng.integers(2, 5)) if kind in ("depthwise", "grouped") else 1
+    kind = KINDS[seed % len(KINDS)]
+    groups = int(rng.integers(2, 5)) if kind.startswith(("depth", "group")) else 1
     inputs = 1 if kind == "depthwise" else int(rng.integers(1, 4))
     outputs = int(rng.integers(1, 3)) * groups
-    size = (1, 1) if kind == "pointwise" else tuple(map(int, rng.integers(1, most, 2)))
+    pointwise = kind.endswith("pointwise")
+    size = (1, 1) if pointwise else tuple(map(int, rng.integers(1, most, 2)))
     arguments = {
         "strides": tuple(map(int, rng.integers(1, 4, 2))),
         "dilation": tuple(map(int, rng.integers(1, 3, 2))),
         "groups": groups,
-        "padding": 0 if kind == "pointwise" else tuple(map(int, rng.integers(0, 4, 2))),
+        "padding": 0 if pointwise else tuple(map(int, rng.integers(0, 4, 2))),
     }
     b, h, w = map(int, rng.integers((1, 9, 9), (4, 14, 14)))
     x = rng.normal(size=(b, h, w, inputs * groups)).astype(np.float32)
@@ -39,6 +41,7 @@ def random_case(seed, most=5):
         "depthwise": ("native", "taps", "split", "auto"),
         "pointwise": ("native", "matmul", "patches", "auto"),
         "grouped": ("native", "split", *(("taps",) if inputs == 1 else ()), "auto"),
+        "grouped pointwise": ("native", "split", "flat", "auto"),
     }[kind]
     return x, kernel, arguments, found
 
@@ -65,7 +68,7 @@ def torch_conv(x, kernel, *, strides, dilation, groups, padding):
     return y.detach().numpy(), x.grad.numpy(), kernel.grad.numpy()
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(20))
 def test_every_lowering_and_its_gradients_equal_pytorch(seed):
     x, kernel, arguments, found = random_case(seed)
     y, dx, dk = torch_conv(x, kernel, **arguments)
@@ -82,7 +85,7 @@ def test_every_lowering_and_its_gradients_equal_pytorch(seed):
             close(ours, theirs)
 
 
-@pytest.mark.parametrize("seed", [5, 2, 3, 4])
+@pytest.mark.parametrize("seed", [6, 2, 3, 5, 4])
 def test_derivatives_of_every_kind_equal_those_of_the_native_lowering(seed):
     x, kernel, arguments, found = random_case(seed, most=4)
     rng = np.random.default_rng(seed)
@@ -135,7 +138,8 @@ def test_padding_as_xla_says_it(padding, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "seed"), [("taps", 1), ("matmul", 2), ("split", 3), ("patches", 4)]
+    ("name", "seed"),
+    [("taps", 1), ("matmul", 2), ("split", 3), ("patches", 5), ("flat", 4)],
 )
 def test_bfloat16_stays_and_is_as_exact_as_its_eight_bits(name, seed):
     x, kernel, arguments, _ = random_case(seed)
@@ -184,6 +188,7 @@ def test_a_forced_lowering_also_holds_for_functions_compiled_before():
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_a_symbolic_batch_can_be_exported(name):
     kernels = {"matmul": (1, 1, 6, 4), "split": (3, 3, 2, 6), "patches": (3, 3, 6, 4)}
+    kernels["flat"] = (1, 1, 3, 4)
     kernel = np.ones(kernels.get(name, (3, 3, 1, 6)), np.float32)
     groups = 6 // kernel.shape[2]
     run = jax.jit(

@@ -8,6 +8,7 @@ operations. `lowerings` has those; all give the same numbers and have derivative
 inside; exports and cost counts are made in it.
 """
 
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -21,11 +22,11 @@ from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import bilinear, lowerings, varying
 from squeeze_jax.nn.lowerings import Geometry
 
-Lowering = Literal["auto", "native", "taps", "matmul", "patches", "split"]
+Lowering = Literal["auto", "native", "taps", "matmul", "patches", "split", "flat"]
 Pair = int | tuple[int, ...]
 Padding = str | int | tuple[int, ...] | Sequence[tuple[int, int]]
 
-LOWERINGS = ("auto", "native", "taps", "matmul", "patches", "split")
+LOWERINGS = typing.get_args(Lowering)
 
 # A user context is part of jit's cache key, so that a function traced outside a `lowering` block is traced again in it.
 _forced = jax.make_user_context(None)

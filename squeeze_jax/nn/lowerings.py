@@ -13,6 +13,7 @@ A lowering has a function for each; `fastest` says which is taken on a CPU, from
   matmul   pointwise (1x1, one group, no padding): one matrix product over all positions
   patches  one group: the window of each output written out as a row, then a matrix product
   split    grouped: one convolution a group, side by side
+  flat     grouped and pointwise: XLA's convolution of one axis, along all positions; the gradients are split
 
 Sums of narrow types are kept in float32.
 """
@@ -35,6 +36,7 @@ MAPS = ("forward", "image", "kernel")
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Beyond this many kernel positions the sum of shifted images is longer to compile than it saves.
 MOST_TAPS = 169
+WIDE = 128  # channels with which matrix products run at full speed
 
 
 class Geometry(NamedTuple):
@@ -93,12 +95,11 @@ def possible(g: Geometry) -> list[str]:
     found = ["native"]
     if g.depthwise and g.groups > 1:
         found.append("taps")
+    pointwise = g.kernel == (1, 1) and not any(map(any, g.pads))
     if g.groups == 1:
-        found.append("patches")
-        if g.kernel == (1, 1) and not any(map(any, g.pads)):
-            found.append("matmul")
+        found += ["patches", "matmul"] if pointwise else ["patches"]
     else:
-        found.append("split")
+        found += ["split", "flat"] if pointwise else ["split"]
     return found
 
 
@@ -114,13 +115,16 @@ def fastest(which: Map, g: Geometry) -> str:
         return "taps"
     if "matmul" in there:
         return "matmul"
+    wide = min(g.one_group().channels, g.one_group().features) >= WIDE
+    if "flat" in there and which == "forward" and wide:
+        return "flat"
     if "split" in there and "taps" not in there:
         return "split"  # one convolution a channel would be thousands of operations
     if "patches" in there:
         place = {"forward": g.size, "image": g.out, "kernel": g.extent}[which]
         if any(n < k for n, k in zip(place, g.kernel, strict=True)):
             return "patches"
-        if which == "kernel" and g.channels >= 128:
+        if which == "kernel" and g.channels >= WIDE and g.dilation == (1, 1):
             return "patches"
         if which == "forward" and math.prod(g.kernel) * g.channels <= 32:
             return "patches"  # the first layer, of a colour image
@@ -300,12 +304,26 @@ def _split(which: Map):
     return run_each
 
 
+def _flat(g, x, k):
+    x = x[:, :: g.strides[0], :: g.strides[1]]
+    y = lax.conv_general_dilated(
+        x.reshape(1, -1, g.channels),
+        k[0],
+        (1,),
+        ((0, 0),),
+        dimension_numbers=("NHC", "HIO", "NHC"),
+        feature_group_count=g.groups,
+    )
+    return y.reshape(*x.shape[:-1], g.features)
+
+
 _LOWERINGS: dict[str, tuple[Callable, Callable, Callable]] = {
     "native": (native, _native_image, _native_kernel),
     "taps": (_taps, _taps_image, _taps_kernel),
     "matmul": (_matmul, _matmul_image, _matmul_kernel),
     "patches": (_patches, _patches_image, _patches_kernel),
     "split": tuple(map(_split, MAPS)),
+    "flat": (_flat, _split("image"), _split("kernel")),
 }
 
 
