@@ -44,7 +44,7 @@ class Turns:
             for name, (function, arguments) in candidates.items():
                 here, there = context.Pipe()
                 process = context.Process(
-                    target=_begin, args=(there, function, arguments), name=name
+                    target=_begin, args=(there, function, arguments), name=str(name)
                 )
                 process.start()
                 there.close()
