@@ -86,14 +86,16 @@ def state(
     Args:
       params: {our name: array} as from `tree.flatten`.
       names: as in `fit`.
-      sequences: kernels [1, in, out] become convolutions [out, in, 1]; else matrices [out, in].
+      sequences: kernels [1, in, out] become convolutions [out, in, 1]; else matrices [out, in]. Longer ones are
+        convolutions anyway.
     """
     found = {}
     for name, leaf in params.items():
         layer, _, end = name.rpartition("/")
         array = np.asarray(leaf)
         if end == "kernel":
-            array = array[0].T if array.ndim == 3 and not sequences else array.T
+            single = array.ndim == 3 and len(array) == 1
+            array = array[0].T if single and not sequences else array.T
         found[names[layer] + ENDINGS[end][0]] = array
     return found
 

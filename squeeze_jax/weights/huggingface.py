@@ -7,7 +7,7 @@ and the keys of config.json, and the names of its layers; `models.load` and `mod
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,9 @@ class Family(NamedTuple):
       heads: the layers of all heads; those of other tasks are passed over.
       tied: {tensor: the tensor that it is the same as}.
       conv1d: whether its layers are convolutions of sequences, which have another axis in their weights, or matrices.
+      unpacked: (arrays without prefix, net) → arrays as PyTorch's own layers have them, one for each of ours, where the
+        class keeps some otherwise, as transposed or several in one.
+      packed: (arrays, net) → the inverse; names have the prefix.
     """
 
     model_type: str
@@ -75,6 +78,8 @@ class Family(NamedTuple):
     heads: tuple[str, ...]
     tied: Mapping[str, str]
     conv1d: bool
+    unpacked: Callable = lambda arrays, net: arrays
+    packed: Callable = lambda arrays, net: arrays
 
 
 def read_config(folder: str | Path) -> Config:
@@ -154,14 +159,21 @@ def write(folder: str | Path, config: Mapping[str, Any], arrays: files.Arrays) -
 
 
 def options(
-    config: Mapping[str, Any], keys: Mapping[str, str] = BERT_KEYS
+    config: Mapping[str, Any],
+    keys: Mapping[str, str] = BERT_KEYS,
+    only: Mapping[str, Any] = ONLY,
 ) -> dict[str, Any]:
     """Options of `make` from config.json; keys that it lacks keep the defaults.
+
+    Args:
+      config: the content of config.json.
+      keys: {key of config.json: option}.
+      only: {key of config.json: the one value that we compute}.
 
     Raises:
       UserError: a value that stands for something else than what we compute.
     """
-    for key, value in ONLY.items():
+    for key, value in only.items():
         if config.get(key, value) != value:
             raise UserError(
                 f"{CONFIG}: {key} = {config[key]!r} is not supported, only {value!r}"
