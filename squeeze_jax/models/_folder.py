@@ -18,7 +18,10 @@ from squeeze_jax.weights import foreign, huggingface
 
 # What may be initialised instead of read.
 FRESH = re.compile(r"^(head|pooler)/")
-NO_WEIGHTS = (r"(^|\.)(position_ids|token_type_ids)$",)
+NO_WEIGHTS = (
+    r"(^|\.)(position_ids|token_type_ids)$",
+    r"(^|\.)attn\.(masked_)?bias$",  # the causal mask of old GPT-2s
+)
 
 
 def load(
@@ -130,7 +133,7 @@ def save(
             f"config has {len(written['id2label'])} labels in id2label: the net has num_classes = {net.num_classes}"
         )
     arrays = foreign.state(params, names, sequences=family.conv1d)
-    huggingface.write(folder, written, arrays)
+    huggingface.write(folder, written, family.packed(arrays, net))
 
 
 def _module(config: Mapping[str, Any], folder: Path):
@@ -152,7 +155,7 @@ def _fitted(net, arrays, module, fresh):
     names, family = module.huggingface_names(net), module.HUGGINGFACE
     shapes = tree.flatten(foreign.shapes(net, _example(net))["params"])
     arrays = _used(huggingface.without_prefix(arrays, family), net, names, family)
-    arrays = huggingface.tied(arrays, family)
+    arrays = family.unpacked(huggingface.tied(arrays, family), net)
     lacking = _lacking(shapes, names, arrays)
     if lacking and fresh is None:
         layers = ", ".join(sorted({k.rpartition("/")[0] for k in lacking}))
