@@ -25,7 +25,19 @@ CONFIG = dict(
     layer_norm_eps=0.01,
 )
 CONFIGS = {
+    "albert": dict(CONFIG, embedding_size=16, hidden_act="relu"),
     "bert": dict(CONFIG, hidden_act="gelu_new"),
+    # Its epsilon is not for config.json to say.
+    "distilbert": dict(
+        {k: v for k, v in CONFIG.items() if k[:5] not in ("inter", "layer")},
+        hidden_dim=64,
+        activation="relu",
+    ),
+    "electra": dict(CONFIG, embedding_size=16, hidden_act="gelu_new"),
+    # Two more rows in the table of positions.
+    "roberta": dict(
+        CONFIG, hidden_act="gelu_new", max_position_embeddings=26, type_vocab_size=2
+    ),
     "squeezebert": dict(CONFIG, embedding_size=32, q_groups=2, post_attention_groups=2),
 }
 CASES = [
@@ -64,14 +76,15 @@ def theirs(name, task, **options):
     return net
 
 
-def batch(task):
+def batch(name, task):
     """(our input, theirs): three sequences of 17 tokens, two of them padded, or as many choices of two questions."""
     rng = np.random.default_rng(0)
     shape = (2, 3, 17) if task == "choice" else (3, 17)
     length = np.broadcast_to([17, 9, 12], shape[:-1])[..., None]
     mask = np.arange(17) < length
     x = {
-        "tokens": rng.integers(1, 99, shape).astype(np.int32) * mask,
+        # 1 is padding to RoBERTa, to all others 0.
+        "tokens": np.where(mask, rng.integers(2, 99, shape), name == "roberta"),
         "segments": (np.arange(17) >= 6).astype(np.int32) * mask,
         "mask": mask,
     }
@@ -80,6 +93,8 @@ def batch(task):
         "token_type_ids": "segments",
         "attention_mask": "mask",
     }
+    if name == "distilbert":
+        keys.pop("token_type_ids")
     return x, {key: torch.tensor(x[ours]).long() for key, ours in keys.items()}
 
 
@@ -89,6 +104,7 @@ def labels(task, classes):
     masked = np.where(rng.random((3, 17)) < 0.3, rng.integers(0, 99, (3, 17)), -100)
     order = rng.integers(0, 2, 3)
     some = rng.integers(0, classes, 3)
+    real = np.arange(17) < np.array([[17], [9], [12]])
     return {
         "masked_lm": {"labels": masked},
         "next_sentence": {"labels": order},
@@ -97,6 +113,7 @@ def labels(task, classes):
             "labels": some if classes > 1 else rng.normal(size=3).astype(np.float32)
         },
         "tokens": {"labels": rng.integers(0, classes, (3, 17))},
+        "replaced": {"labels": np.where(real, rng.integers(0, 2, (3, 17)), -100)},
         "span": {
             "start_positions": np.array([1, 3, 5]),
             "end_positions": np.array([4, 3, 9]),
@@ -124,6 +141,10 @@ def loss(task, logits, told):
         case "span":
             start = cross_entropy(logits["start"], told["start_positions"])
             return (start + cross_entropy(logits["end"], told["end_positions"])) / 2
+        case "replaced":
+            counts = told["labels"] >= 0
+            wrong = jnp.where(told["labels"] == 1, -logits, logits)
+            return (jax.nn.softplus(wrong) * counts).sum() / counts.sum()
     if logits.shape[-1] == 1:
         return ((logits[:, 0] - told["labels"]) ** 2).mean()
     return cross_entropy(logits, told["labels"])
@@ -137,7 +158,9 @@ def outputs(task, found):
         case "pretraining":
             return {
                 "masked_lm": found.prediction_logits,
-                "next_sentence": found.seq_relationship_logits,
+                "next_sentence": found.get(
+                    "sop_logits", found.get("seq_relationship_logits")
+                ),
             }
         case "span":
             return {"start": found.start_logits, "end": found.end_logits}
@@ -158,26 +181,31 @@ def loaded(net, folder, **options):
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_outputs_and_losses_equal_transformers(tmp_path, name, task):
-    # A span is of two labels: start and end.
-    net = theirs(name, task, num_labels=2 if task == "span" else 3)
-    x, given = batch(task)
+    # A span is of two labels: start and end; ALBERT's order of sentences, too.
+    net = theirs(name, task, num_labels=2 if task in ("span", "pretraining") else 3)
+    x, given = batch(name, task)
     told = {} if task == "features" else labels(task, 3)
+    for key, label in told.items():
+        their = (
+            key if name != "albert" else key.replace("next_sentence", "sentence_order")
+        )
+        given[their] = torch.tensor(label)
     with torch.no_grad():
-        expected = net(**given, **{k: torch.tensor(v) for k, v in told.items()})
+        expected = net(**given)
     ours, variables = loaded(net, tmp_path)
     assert ours.task == task
     logits, endpoints = jit(ours.apply)(variables, x)
     jax.tree.map(close, logits, jax.tree.map(np.asarray, outputs(task, expected)))
-    if task == "features":
-        close(endpoints["pooled"], expected.pooler_output)
-    else:
+    if task != "features":
         close(loss(task, logits, told), expected.loss)
+    elif ours.pooler:
+        close(endpoints["pooled"], expected.pooler_output)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 def test_a_regression_is_a_classification_of_one_class(tmp_path, name):
     net = theirs(name, "classification", num_labels=1)
-    x, given = batch("classification")
+    x, given = batch(name, "classification")
     told = labels("classification", 1)
     with torch.no_grad():
         expected = net(**given, labels=torch.tensor(told["labels"]))
@@ -190,7 +218,7 @@ def test_a_regression_is_a_classification_of_one_class(tmp_path, name):
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 def test_every_layer_equals_transformers(tmp_path, name):
     net = theirs(name, "features", num_hidden_layers=2)
-    x, given = batch("features")
+    x, given = batch(name, "features")
     with torch.no_grad():
         expected = net(**given, output_hidden_states=True, output_attentions=True)
     ours, variables = loaded(net, tmp_path)
@@ -215,7 +243,7 @@ def test_every_layer_equals_transformers(tmp_path, name):
 
 def test_gradients_equal_transformers(tmp_path):
     net = theirs("bert", "pretraining")
-    x, given = batch("pretraining")
+    x, given = batch("bert", "pretraining")
     told = labels("pretraining", 2)
     net(**given, **{k: torch.tensor(v) for k, v in told.items()}).loss.backward()
     ours, variables = loaded(net, tmp_path)

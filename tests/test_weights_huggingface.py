@@ -55,7 +55,7 @@ def same(found, expected):
 
 def outputs(found):
     """The logits in the order of ours."""
-    keys = ("prediction_logits", "seq_relationship_logits", "end_logits")
+    keys = ("prediction_logits", "seq_relationship_logits", "sop_logits", "end_logits")
     keys += ("start_logits", "logits", "last_hidden_state")
     return [found[key].detach().numpy() for key in keys if key in found]
 
@@ -67,6 +67,8 @@ def test_what_is_saved_gives_the_same_in_transformers(
     options = dict(task=task, activation="gelu_tanh", epsilon=1e-3)
     if name == "squeezebert":
         options |= dict(groups={"query": 2, "output": 2}, layer_epsilon=1e-12)
+    if name == "distilbert":
+        del options["epsilon"]
     net, variables = made(name, num_classes=3, head_dropout=0.1, **options)
     models.save(tmp_path, net, variables)
     their = opened(transformers, tmp_path, FAMILIES[name].classes[task])
@@ -82,7 +84,7 @@ def test_what_is_saved_gives_the_same_in_transformers(
         assert logits["start"] is found[1]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
-    again, read = models.load(tmp_path, pooler=net.pooler)
+    again, read = models.load(tmp_path)
     same(read, variables)
     assert again == (
         net if task in ("classification", "tokens") else net.clone(num_classes=2)

@@ -176,16 +176,19 @@ def _fitted(net, arrays, module, fresh):
 
 def _used(arrays, net, names, family):
     """The arrays without those of other tasks' heads and of a pooler that the net has not."""
-    asked = {name for ours, name in names.items() if ours.startswith("head/")}
-    passed = [
-        head
-        for head in family.heads
-        if not any(f"{layer}.".startswith(f"{head}.") for layer in asked)
-    ]
-    if not net.pooler:
-        passed.append("pooler")
-    starts = tuple(f"{layer}." for layer in passed)
-    return {k: array for k, array in arrays.items() if not k.startswith(starts)}
+
+    def head(name):
+        # A head may be named inside another's name: the longest counts.
+        found = (h for h in family.heads if f"{name}.".startswith(f"{h}."))
+        return max(found, key=len, default=None)
+
+    asked = {head(name) for ours, name in names.items() if ours.startswith("head/")}
+    asked.add(None)
+    return {
+        k: array
+        for k, array in arrays.items()
+        if head(k) in asked and (net.pooler or not k.startswith("pooler."))
+    }
 
 
 def _lacking(shapes, names, arrays) -> set[str]:

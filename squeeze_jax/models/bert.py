@@ -7,17 +7,10 @@ feed-forward network over all tokens [b, l, d]; a task reads all of them or the 
 """
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import flax.linen as nn
-import jax.numpy as jnp
-
-from squeeze_jax import registry
-from squeeze_jax.nn import activations, encoder
-from squeeze_jax.nn.attention import Groups
-from squeeze_jax.nn.embed import Embeddings, text
-from squeeze_jax.nn.heads import POOLED, Head, Pooler, Task, pooled
+from squeeze_jax.models._encoder import Encoder, Row, layer_names, sized
+from squeeze_jax.nn.heads import POOLED, Task, pooled
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
@@ -44,18 +37,6 @@ HUGGINGFACE = huggingface.Family(
 )
 
 
-class Row(NamedTuple):
-    """A variant: L, H, A of the paper, the feed-forward network's channels, and the sizes of the three embeddings."""
-
-    layers: int
-    features: int
-    heads: int
-    ffn_features: int
-    vocabulary: int = 30522
-    positions: int = 512
-    segments: int = 2
-
-
 VARIANTS = {
     "large": Row(24, 1024, 16, 4096),  # 1810.04805, section 3
     "base": Row(12, 768, 12, 3072),
@@ -66,79 +47,35 @@ VARIANTS = {
     "toy": Row(2, 32, 4, 64, vocabulary=99, positions=40),  # for tests
 }
 
+# {our layer: its name in the checkpoints of `transformers`}: what is around the layers, and each task's head.
+OUTER_NAMES = {
+    "embeddings/tokens": "embeddings.word_embeddings",
+    "embeddings/positions": "embeddings.position_embeddings",
+    "embeddings/segments": "embeddings.token_type_embeddings",
+    "embeddings/norm": "embeddings.LayerNorm",
+    "pooler/dense": "pooler.dense",
+}
+_MASKED_LM = {
+    "head/masked_lm": "cls.predictions",  # its bias
+    "head/masked_lm/transform": "cls.predictions.transform.dense",
+    "head/masked_lm/norm": "cls.predictions.transform.LayerNorm",
+}
+_NEXT_SENTENCE = {"head/next_sentence": "cls.seq_relationship"}
+_CLASSIFIER = {"head/classifier": "classifier"}
+HEAD_NAMES = {
+    "features": {},
+    "masked_lm": _MASKED_LM,
+    "next_sentence": _NEXT_SENTENCE,
+    "pretraining": _MASKED_LM | _NEXT_SENTENCE,
+    "classification": _CLASSIFIER,
+    "tokens": _CLASSIFIER,
+    "span": {"head/span": "qa_outputs"},
+    "choice": _CLASSIFIER,
+}
 
-class Bert(nn.Module):
-    """The net; attributes as in `make`, and for SqueezeBERT the groups and the epsilon of each layer.
 
-    Endpoints: embeddings, layer1, layer2, … [b, l, d], attention1, … (probabilities) and scores1, … (before the softmax)
-    [b, heads, l, l], pooled [b, d] where there is a pooler.
-    """
-
-    row: Row
-    task: Task
-    num_classes: int
-    activation: str
-    epsilon: float
-    dropout: float
-    attention_dropout: float
-    head_dropout: float
-    pooler: bool
-    dtype: str
-    groups: tuple[Groups, ...]
-    layer_epsilon: float
-
-    @nn.compact
-    def __call__(self, x, *, train: bool = False):
-        """x: {"tokens", "segments", "mask"} of [b, l], see `embed.text` → logits, see `heads.Head`, and endpoints."""
-        row = self.row
-        tokens, segments, mask = text(x, choices=self.task == "choice")
-        embeddings = Embeddings(
-            row.vocabulary,
-            row.features,
-            row.positions,
-            row.segments,
-            self.dropout,
-            self.epsilon,
-            jnp.dtype(self.dtype),
-            name="embeddings",
-        )
-        layer = partial(
-            encoder.Layer,
-            row.heads,
-            row.ffn_features,
-            activation=self.activation,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            epsilon=self.layer_epsilon,
-        )
-        y = embeddings(tokens, segments, train=train)
-        endpoints = {"embeddings": y}
-        layers = [
-            layer(groups=groups, name=f"layer{n}")
-            for n, groups in enumerate(self.groups, 1)
-        ]
-        y, more = encoder.stack(layers, y, mask, train=train)
-        endpoints |= more
-        if self.pooler:
-            endpoints["pooled"] = Pooler(name="pooler")(y)
-        head = Head(
-            self.task,
-            self.num_classes,
-            row.features,
-            self.activation,
-            self.epsilon,
-            self.head_dropout,
-            name="head",
-        )
-        choices = x["tokens"].shape[1]
-        logits = head(
-            y,
-            endpoints.get("pooled"),
-            embeddings.scores,
-            choices=choices,
-            train=train,
-        )
-        return logits, endpoints
+class Bert(Encoder):
+    """The net; attributes and endpoints as in `Encoder`."""
 
 
 def make(
@@ -180,9 +117,11 @@ def make(
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    row = registry.row(VARIANTS, variant, "variant of bert")
-    row = encoder.resized(
-        row,
+    row = sized(
+        VARIANTS,
+        variant,
+        "bert",
+        activation,
         layers=layers,
         features=features,
         heads=heads,
@@ -191,8 +130,6 @@ def make(
         positions=positions,
         segments=segments,
     )
-    encoder.check(row.features, row.ffn_features, row.heads)
-    activations.named(activation)
     return Bert(
         row,
         task,
@@ -204,8 +141,6 @@ def make(
         dropout if head_dropout is None else head_dropout,
         pooled(task, pooler),
         dtype,
-        groups=(Groups(),) * row.layers,
-        layer_epsilon=epsilon,
     )
 
 
@@ -221,6 +156,11 @@ def to_huggingface(net: Bert) -> dict[str, Any]:
 
 def huggingface_names(net: Bert) -> dict[str, str]:
     """Returns {our layer: its name in the checkpoints of `transformers`, without the encoder's prefix}."""
+    return encoder_names(net.row.layers) | HEAD_NAMES[net.task]
+
+
+def encoder_names(layers: int) -> dict[str, str]:
+    """The part of `huggingface_names` without the heads."""
     parts = {
         "attention/query": "attention.self.query",
         "attention/key": "attention.self.key",
@@ -231,37 +171,4 @@ def huggingface_names(net: Bert) -> dict[str, str]:
         "ffn_out": "output.dense",
         "ffn_norm": "output.LayerNorm",
     }
-    names = outer_names(net.task)
-    for number in range(net.row.layers):
-        for ours, theirs in parts.items():
-            names[f"layer{number + 1}/{ours}"] = f"encoder.layer.{number}.{theirs}"
-    return names
-
-
-def outer_names(task: Task) -> dict[str, str]:
-    """The part of `huggingface_names` that is not the layers'."""
-    names = {
-        "embeddings/tokens": "embeddings.word_embeddings",
-        "embeddings/positions": "embeddings.position_embeddings",
-        "embeddings/segments": "embeddings.token_type_embeddings",
-        "embeddings/norm": "embeddings.LayerNorm",
-        "pooler/dense": "pooler.dense",
-    }
-    masked_lm = {
-        "head/masked_lm": "cls.predictions",  # its bias
-        "head/masked_lm/transform": "cls.predictions.transform.dense",
-        "head/masked_lm/norm": "cls.predictions.transform.LayerNorm",
-    }
-    next_sentence = {"head/next_sentence": "cls.seq_relationship"}
-    match task:
-        case "features":
-            return names
-        case "masked_lm":
-            return names | masked_lm
-        case "next_sentence":
-            return names | next_sentence
-        case "pretraining":
-            return names | masked_lm | next_sentence
-        case "span":
-            return names | {"head/span": "qa_outputs"}
-    return names | {"head/classifier": "classifier"}
+    return OUTER_NAMES | layer_names(parts, layers, "encoder.layer")

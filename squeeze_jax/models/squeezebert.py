@@ -15,11 +15,11 @@ class in `transformers` whose folders are read and written here:
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.models import bert
-from squeeze_jax.models.bert import Bert, Row
-from squeeze_jax.nn import activations, encoder
+from squeeze_jax.models._encoder import Row, layer_names, sized
+from squeeze_jax.models.bert import Bert
+from squeeze_jax.nn import encoder
 from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.heads import Task, pooled
 from squeeze_jax.weights import huggingface
@@ -62,7 +62,7 @@ _LAYER_EPSILON = 1e-12  # of the class in transformers
 
 
 class SqueezeBert(Bert):
-    """The net: BERT's, with groups; its endpoints are those of `bert.Bert`."""
+    """The net: BERT's, with groups; its endpoints are those of `Encoder`."""
 
 
 def make(
@@ -99,9 +99,11 @@ def make(
     Raises:
       UserError: unknown variant, task, activation or position, or groups or heads that do not divide the features.
     """
-    row = registry.row(VARIANTS, variant, "variant of squeezebert")
-    row = encoder.resized(
-        row,
+    row = sized(
+        VARIANTS,
+        variant,
+        "squeezebert",
+        activation,
         layers=layers,
         features=features,
         heads=heads,
@@ -112,7 +114,6 @@ def make(
     )
     each = encoder.layer_groups({} if groups is None else groups, GROUPS, row.layers)
     encoder.check(row.features, row.ffn_features, row.heads, each)
-    activations.named(activation)
     return SqueezeBert(
         row,
         task,
@@ -177,8 +178,5 @@ def huggingface_names(net: SqueezeBert) -> dict[str, str]:
         "ffn_out": "output.conv1d",
         "ffn_norm": "output.layernorm",
     }
-    names = bert.outer_names(net.task)
-    for number in range(net.row.layers):
-        for ours, theirs in parts.items():
-            names[f"layer{number + 1}/{ours}"] = f"encoder.layers.{number}.{theirs}"
-    return names
+    layers = layer_names(parts, net.row.layers, "encoder.layers")
+    return bert.OUTER_NAMES | layers | bert.HEAD_NAMES[net.task]

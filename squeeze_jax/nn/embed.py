@@ -76,9 +76,9 @@ class Embed(nn.Module):
         """ids: int [...] → [..., features], float32."""
         return _lookup(ids.reshape(-1), self.embedding).reshape(*ids.shape, -1)
 
-    def first(self, length: int) -> jax.Array:
-        """The first rows, [length, features]."""
-        return self.embedding[:length]
+    def first(self, length: int, after: int = 0) -> jax.Array:
+        """The first rows after some, [length, features]."""
+        return self.embedding[after : after + length]
 
     def scores(self, x: jax.Array) -> jax.Array:
         """x: [..., features] → products with every row [..., size], float32."""
@@ -95,11 +95,12 @@ class Embeddings(nn.Module):
     Attributes:
       vocabulary: tokens.
       features: of the embeddings.
-      positions: rows of the table of positions: the longest sequence.
+      positions: the longest sequence.
       segments: rows of the table of segments; 0 for none.
       dropout: rate after the normalisation, 0 to 1; needs the rng "dropout" in training.
       epsilon: of the normalisation; None for no normalisation.
       dtype: of the result.
+      before: rows of the table of positions before that of the first token.
     """
 
     vocabulary: int
@@ -109,6 +110,7 @@ class Embeddings(nn.Module):
     dropout: float = 0.0
     epsilon: float | None = 1e-12
     dtype: Any = jnp.float32
+    before: int = 0
 
     def setup(self):
         self.tokens = Embed(self.vocabulary, self.features)
@@ -124,7 +126,8 @@ class Embeddings(nn.Module):
     ) -> jax.Array:
         """tokens, segments: int [b, l] → [b, l, features].
 
-        `at` gives each token's position, int [b, l]; by default they count from 0. No segments are segment 0.
+        `at` gives each token's row in the table of positions, int [b, l]; by default they count from `before`. No
+        segments are segment 0.
 
         Raises:
           UserError: sequences longer than there are positions.
@@ -135,8 +138,10 @@ class Embeddings(nn.Module):
                 f"sequences of {length} tokens are longer than the {self.positions} positions: cut them, or make the"
                 f" encoder with positions={length}"
             )
-        table = Embed(self.positions, self.features, name="positions")
-        y = self.tokens(tokens) + (table.first(length) if at is None else table(at))
+        rows = self.before + self.positions
+        table = Embed(rows, self.features, name="positions")
+        where = table.first(length, self.before) if at is None else table(at)
+        y = self.tokens(tokens) + where
         if self.segments:
             table = Embed(self.segments, self.features, name="segments")
             y = y + (table.first(1) if segments is None else table(segments))

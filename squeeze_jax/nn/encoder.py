@@ -13,6 +13,7 @@ from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.layer_norm import LayerNorm
 
 GroupsLike = int | Mapping[str, int]
+KERNEL_INIT = nn.initializers.truncated_normal(0.02)
 
 
 class Layer(nn.Module):
@@ -43,7 +44,7 @@ class Layer(nn.Module):
     epsilon: float = 1e-12
     norm_first: bool = False
     causal: bool = False
-    kernel_init: Callable = nn.initializers.truncated_normal(0.02)
+    kernel_init: Callable = KERNEL_INIT
 
     @nn.compact
     def __call__(

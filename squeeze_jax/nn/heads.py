@@ -1,7 +1,7 @@
 """What encoders end in: one head for each task."""
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,7 @@ from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import activations
 from squeeze_jax.nn.layer_norm import LayerNorm
 
+# BERT's; others have some of these, and ELECTRA "replaced".
 Task = Literal[
     "features",
     "masked_lm",
@@ -28,17 +29,38 @@ POOLED = ("features", *NEED_POOLER)
 _INIT = nn.initializers.truncated_normal(0.02)
 
 
-def pooled(task: str, wanted: bool | None = None) -> bool:
+def check(task: str, tasks: Any) -> None:
+    """Checks that a task is one of a `Literal`.
+
+    Raises:
+      UserError: an unknown task.
+    """
+    if task not in get_args(tasks):
+        raise UserError(f"unknown task {task!r}{nearest(task, get_args(tasks))}")
+
+
+def pooled(
+    task: str,
+    wanted: bool | None = None,
+    *,
+    tasks: Any = Task,
+    need: Sequence[str] = NEED_POOLER,
+) -> bool:
     """Whether an encoder for the task has a pooler; `wanted` decides where it is not None.
+
+    Args:
+      task: what the head is for.
+      wanted: whether there shall be one; None for where the task needs it, and for features.
+      tasks: the `Literal` of those that the encoder has.
+      need: those whose heads read the pooled token.
 
     Raises:
       UserError: an unknown task, or one that needs the pooler which is not wanted.
     """
-    if task not in get_args(Task):
-        raise UserError(f"unknown task {task!r}{nearest(task, get_args(Task))}")
-    if wanted is False and task in NEED_POOLER:
+    check(task, tasks)
+    if wanted is False and task in need:
         raise UserError(f"task {task!r} reads the pooled token: leave out pooler=False")
-    return task in POOLED if wanted is None else wanted
+    return task in ("features", *need) if wanted is None else wanted
 
 
 class Pooler(nn.Module):
@@ -78,7 +100,7 @@ class MaskedLM(nn.Module):
 
 
 class Head(nn.Module):
-    """A task's head as BERT has it; all logits are float32.
+    """A task's head, by default as BERT has it; all logits are float32.
 
     | task           | logits                                                                                     |
     |----------------|--------------------------------------------------------------------------------------------|
@@ -86,6 +108,7 @@ class Head(nn.Module):
     | masked_lm      | [b, l, vocabulary]                                                                         |
     | next_sentence  | [b, 2]: whether the second segment follows the first (0) or not (1), or is in order        |
     | pretraining    | {"masked_lm": …, "next_sentence": …}                                                       |
+    | replaced       | [b, l]: whether another net put the token there; ELECTRA, arXiv 2003.10555                 |
     | classification | [b, num_classes]; one class is a regression                                                |
     | tokens         | [b, l, num_classes]                                                                        |
     | span           | {"start": [b, l], "end": [b, l]}: where an answer begins and ends                          |
@@ -95,16 +118,22 @@ class Head(nn.Module):
       task: see the table.
       num_classes: of classification and tokens.
       features: of the embeddings, for masked_lm.
-      activation, epsilon: see `MaskedLM`.
-      dropout: rate before a classifier, 0 to 1; needs the rng "dropout" in training.
+      activation: of masked_lm and replaced.
+      epsilon: see `MaskedLM`.
+      dropout: rate before the last layer, 0 to 1; needs the rng "dropout" in training.
+      summary: the activation after a fully connected layer on the first token, which tasks of sequences read instead of
+        the pooled one; None for the pooled one.
+      summary_dropout: rate before that layer.
     """
 
-    task: Task
+    task: str
     num_classes: int
     features: int
     activation: str = "gelu"
     epsilon: float = 1e-12
     dropout: float = 0.0
+    summary: str | None = None
+    summary_dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -117,30 +146,47 @@ class Head(nn.Module):
         train: bool = False,
     ):
         """x: [b, l, d], pooled: [b, d], scores: `Embeddings.scores` → logits; of `choices` sequences each for choice."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        sequence = lambda: drop(self._sequence(x, pooled, train))  # noqa: E731
         match self.task:
             case "features":
                 return x.astype(jnp.float32)
             case "masked_lm":
                 return self._masked_lm(x, scores)
             case "next_sentence":
-                return _dense(2, "next_sentence")(pooled)
+                return _dense(2, "next_sentence")(sequence())
             case "pretraining":
                 return {
                     "masked_lm": self._masked_lm(x, scores),
-                    "next_sentence": _dense(2, "next_sentence")(pooled),
+                    "next_sentence": _dense(2, "next_sentence")(sequence()),
                 }
+            case "replaced":
+                y = activations.named(self.activation)(_transform(x))
+                return _dense(1, "replaced")(drop(y))[..., 0]
             case "span":
-                start, end = jnp.moveaxis(_dense(2, "span")(x), -1, 0)
+                start, end = jnp.moveaxis(_dense(2, "span")(drop(x)), -1, 0)
                 return {"start": start, "end": end}
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        if self.task == "choice":
-            return _dense(1, "classifier")(drop(pooled)).reshape(-1, choices)
-        x = x if self.task == "tokens" else pooled
-        return _dense(self.num_classes, "classifier")(drop(x))
+            case "choice":
+                return _dense(1, "classifier")(sequence()).reshape(-1, choices)
+        y = drop(x) if self.task == "tokens" else sequence()
+        return _dense(self.num_classes, "classifier")(y)
+
+    def _sequence(self, x, pooled, train):
+        """What stands for the whole sequence, [b, d]."""
+        if self.summary is None:
+            return pooled
+        drop = nn.Dropout(self.summary_dropout, deterministic=not train)
+        return activations.named(self.summary)(_transform(drop(x[:, 0])))
 
     def _masked_lm(self, x, scores):
         head = MaskedLM(self.features, self.activation, self.epsilon, name="masked_lm")
         return head(x, scores)
+
+
+def _transform(x):
+    """A fully connected layer that keeps the channels, [..., d]."""
+    dense = nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="transform")
+    return dense(x)
 
 
 def _dense(features: int, name: str) -> nn.Dense:
