@@ -1,0 +1,177 @@
+"""DistilBERT: half of BERT's layers, taught by BERT.
+
+Sanh, Debut, Chaumond, Wolf 2019, arXiv 1910.01108, section 3: the layers are BERT's, every second one is left out; there
+are no segments and there is no pooler. A classifier has its own layer on the first token, with a ReLU. All normalisations
+have an epsilon of 1e-12, which config.json cannot change. Segments of the input are passed over.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.models import bert
+from squeeze_jax.models._encoder import Encoder, Row, layer_names, sized
+from squeeze_jax.nn.heads import Head, check
+from squeeze_jax.weights import huggingface
+
+INPUTS = "tokens"
+HUGGINGFACE = huggingface.Family(
+    "distilbert",
+    prefix="distilbert",
+    classes={
+        "features": "DistilBertModel",
+        "masked_lm": "DistilBertForMaskedLM",
+        "classification": "DistilBertForSequenceClassification",
+        "tokens": "DistilBertForTokenClassification",
+        "span": "DistilBertForQuestionAnswering",
+        "choice": "DistilBertForMultipleChoice",
+    },
+    pooled=(),
+    heads=(
+        "vocab_transform",
+        "vocab_layer_norm",
+        "vocab_projector",
+        "pre_classifier",
+        "classifier",
+        "qa_outputs",
+    ),
+    tied={"vocab_projector.weight": "embeddings.word_embeddings.weight"},
+    conv1d=False,
+)
+
+VARIANTS = {
+    "base": Row(6, 768, 12, 3072, segments=0),
+    "toy": Row(2, 32, 4, 64, vocabulary=99, positions=40, segments=0),  # for tests
+}
+
+Task = Literal["features", "masked_lm", "classification", "tokens", "span", "choice"]
+# {key of config.json: option}
+_KEYS = {
+    "n_layers": "layers",
+    "dim": "features",
+    "n_heads": "heads",
+    "hidden_dim": "ffn_features",
+    "vocab_size": "vocabulary",
+    "max_position_embeddings": "positions",
+    "activation": "activation",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "seq_classif_dropout": "head_dropout",
+    "qa_dropout": "span_dropout",
+}
+_EPSILON = 1e-12  # of the class in transformers
+_SEQUENCE = {"head/transform": "pre_classifier", "head/classifier": "classifier"}
+_HEAD_NAMES = {
+    **bert.HEAD_NAMES,
+    "masked_lm": {
+        "head/masked_lm": "vocab_projector",  # its bias
+        "head/masked_lm/transform": "vocab_transform",
+        "head/masked_lm/norm": "vocab_layer_norm",
+    },
+    "classification": _SEQUENCE,
+    "choice": _SEQUENCE,
+}
+
+
+class DistilBert(Encoder):
+    """The net; attributes and endpoints as in `Encoder`, and the rate before the layer that finds a span."""
+
+    span_dropout: float = 0.1
+
+    def make_head(self) -> Head:
+        rates = {"span": self.span_dropout, "tokens": self.dropout}
+        dropout = rates.get(self.task, self.head_dropout)
+        return super().make_head(summary="relu", dropout=dropout)
+
+
+def make(
+    variant: str = "base",
+    *,
+    task: Task = "classification",
+    num_classes: int = 2,
+    layers: int | None = None,
+    features: int | None = None,
+    heads: int | None = None,
+    ffn_features: int | None = None,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    activation: str = "gelu",
+    epsilon: float = _EPSILON,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.1,
+    head_dropout: float = 0.2,
+    span_dropout: float = 0.1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> DistilBert:
+    """Builds a DistilBERT.
+
+    Args:
+      variant: a row of VARIANTS.
+      head_dropout: rate before the last layer of the tasks classification and choice; that of tokens has `dropout`.
+      span_dropout: rate before the last layer of the task span.
+      Others: see `bert.make`.
+
+    Raises:
+      UserError: unknown variant, task or activation, or heads that do not divide the features.
+    """
+    row = sized(
+        VARIANTS,
+        variant,
+        "distilbert",
+        activation,
+        layers=layers,
+        features=features,
+        heads=heads,
+        ffn_features=ffn_features,
+        vocabulary=vocabulary,
+        positions=positions,
+    )
+    check(task, Task)
+    return DistilBert(
+        row,
+        task,
+        num_classes,
+        activation,
+        epsilon,
+        dropout,
+        attention_dropout,
+        head_dropout,
+        False,
+        dtype,
+        span_dropout=span_dropout,
+    )
+
+
+def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `make` from a folder's config.json."""
+    return huggingface.options(config, _KEYS)
+
+
+def to_huggingface(net: DistilBert) -> dict[str, Any]:
+    """What config.json says of a net.
+
+    Raises:
+      UserError: the class in `transformers` computes with another epsilon.
+    """
+    if net.epsilon != _EPSILON:
+        raise UserError(
+            f"transformers' DistilBERT normalises with {_EPSILON}, whatever its config says: not with epsilon ="
+            f" {net.epsilon}"
+        )
+    return huggingface.config(net, _KEYS)
+
+
+def huggingface_names(net: DistilBert) -> dict[str, str]:
+    """Returns {our layer: its name in the checkpoints of `transformers`, without the encoder's prefix}."""
+    parts = {
+        "attention/query": "attention.q_lin",
+        "attention/key": "attention.k_lin",
+        "attention/value": "attention.v_lin",
+        "attention/output": "attention.out_lin",
+        "attention_norm": "sa_layer_norm",
+        "ffn_in": "ffn.lin1",
+        "ffn_out": "ffn.lin2",
+        "ffn_norm": "output_layer_norm",
+    }
+    layers = layer_names(parts, net.row.layers, "transformer.layer")
+    return bert.OUTER_NAMES | layers | _HEAD_NAMES[net.task]
