@@ -1,0 +1,180 @@
+"""ELECTRA: BERT's encoder as a discriminator, which tells the tokens of a text from those that a generator put there.
+
+Clark, Luong, Le, Manning 2020, arXiv 2003.10555. Discriminators `small`, `base` and `large` (Table 6) learn the task
+"replaced": one logit for each token. Their generators learn "masked_lm" and share the discriminators' embeddings: fewer
+channels, by the table's multiplier of 1/4, 1/3 and 1/4, and a head for every 64 of them. The released generator of `small`
+is as large as `small` itself. There is no pooler: a classifier has its own layer on the first token, with a GELU. Where
+embeddings are narrower than the layers a fully connected layer widens them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from squeeze_jax.models import bert
+from squeeze_jax.models._encoder import Encoder, Row, sized
+from squeeze_jax.nn.heads import Head, check
+from squeeze_jax.weights import huggingface
+
+INPUTS = "tokens"
+HUGGINGFACE = huggingface.Family(
+    "electra",
+    prefix="electra",
+    classes={
+        "features": "ElectraModel",
+        "masked_lm": "ElectraForMaskedLM",
+        "replaced": "ElectraForPreTraining",
+        "classification": "ElectraForSequenceClassification",
+        "tokens": "ElectraForTokenClassification",
+        "span": "ElectraForQuestionAnswering",
+        "choice": "ElectraForMultipleChoice",
+    },
+    pooled=(),
+    heads=(
+        "generator_predictions",
+        "generator_lm_head",
+        "discriminator_predictions",
+        "classifier",
+        "classifier.dense",
+        "classifier.out_proj",
+        "sequence_summary",
+        "qa_outputs",
+    ),
+    tied={"generator_lm_head.weight": "embeddings.word_embeddings.weight"},
+    conv1d=False,
+)
+
+VARIANTS = {
+    "large": Row(24, 1024, 16, 4096, embedding_features=1024),
+    "large_generator": Row(24, 256, 4, 1024, embedding_features=1024),
+    "base": Row(12, 768, 12, 3072, embedding_features=768),
+    "base_generator": Row(12, 256, 4, 1024, embedding_features=768),
+    "small": Row(12, 256, 4, 1024, embedding_features=128),
+    "small_generator": Row(12, 64, 1, 256, embedding_features=128),
+    # for tests
+    "toy": Row(2, 32, 4, 64, vocabulary=99, positions=40, embedding_features=16),
+}
+
+Task = Literal[
+    "features", "masked_lm", "replaced", "classification", "tokens", "span", "choice"
+]
+# {key of config.json: option}
+_KEYS = {**huggingface.BERT_KEYS, "embedding_size": "embedding_features"}
+# How its class for multiple choice reads a sequence.
+_SUMMARY = {
+    "summary_type": "first",
+    "summary_use_proj": True,
+    "summary_activation": "gelu",
+}
+_HEAD_NAMES = {
+    **bert.HEAD_NAMES,
+    "masked_lm": {
+        "head/masked_lm": "generator_lm_head",  # its bias
+        "head/masked_lm/transform": "generator_predictions.dense",
+        "head/masked_lm/norm": "generator_predictions.LayerNorm",
+    },
+    "replaced": {
+        "head/transform": "discriminator_predictions.dense",
+        "head/replaced": "discriminator_predictions.dense_prediction",
+    },
+    "classification": {
+        "head/transform": "classifier.dense",
+        "head/classifier": "classifier.out_proj",
+    },
+    "choice": {
+        "head/transform": "sequence_summary.summary",
+        "head/classifier": "classifier",
+    },
+}
+
+
+class Electra(Encoder):
+    """The net; attributes and endpoints as in `Encoder`."""
+
+    def make_head(self) -> Head:
+        # The paper's code has GELU in these, whatever the layers have.
+        options = {"summary": "gelu"}
+        if self.task == "masked_lm":
+            options["activation"] = "gelu"
+        if self.task == "classification":
+            options["summary_dropout"] = self.head_dropout
+        return super().make_head(**options)
+
+
+def make(
+    variant: str = "base",
+    *,
+    task: Task = "classification",
+    num_classes: int = 2,
+    layers: int | None = None,
+    features: int | None = None,
+    heads: int | None = None,
+    ffn_features: int | None = None,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    segments: int | None = None,
+    embedding_features: int | None = None,
+    activation: str = "gelu",
+    epsilon: float = 1e-12,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.1,
+    head_dropout: float | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Electra:
+    """Builds an ELECTRA.
+
+    Args:
+      variant: a row of VARIANTS.
+      embedding_features: channels of the embeddings instead of the variant's.
+      Others: see `bert.make`.
+
+    Raises:
+      UserError: unknown variant, task or activation, or heads that do not divide the features.
+    """
+    row = sized(
+        VARIANTS,
+        variant,
+        "electra",
+        activation,
+        layers=layers,
+        features=features,
+        heads=heads,
+        ffn_features=ffn_features,
+        vocabulary=vocabulary,
+        positions=positions,
+        segments=segments,
+        embedding_features=embedding_features,
+    )
+    check(task, Task)
+    return Electra(
+        row,
+        task,
+        num_classes,
+        activation,
+        epsilon,
+        dropout,
+        attention_dropout,
+        dropout if head_dropout is None else head_dropout,
+        False,
+        dtype,
+    )
+
+
+def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `make` from a folder's config.json.
+
+    Raises:
+      UserError: a sequence that is read in another way.
+    """
+    return huggingface.options(config, _KEYS, huggingface.ONLY | _SUMMARY)
+
+
+def to_huggingface(net: Electra) -> dict[str, Any]:
+    """What config.json says of a net."""
+    dropout = {"summary_last_dropout": net.head_dropout}
+    return huggingface.config(net, _KEYS) | _SUMMARY | dropout
+
+
+def huggingface_names(net: Electra) -> dict[str, str]:
+    """Returns {our layer: its name in the checkpoints of `transformers`, without the encoder's prefix}."""
+    names = {"project": "embeddings_project"}
+    return names | bert.encoder_names(net.row.layers) | _HEAD_NAMES[net.task]
