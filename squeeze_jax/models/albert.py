@@ -1,0 +1,187 @@
+"""ALBERT: one layer's weights for all layers of BERT, and embeddings that are narrower than the layers.
+
+Lan, Chen, Goodman, Gimpel, Sharma, Soricut 2019, arXiv 1909.11942, Table 1. Sharing saves weights and no computation. A
+fully connected layer widens the embeddings of 128 channels. Instead of next sentences it learns the order of two: the
+task "next_sentence". Sizes, activation and rates are those of the second release, which is without dropout except before
+classifiers, and whose `xlarge` has 16 heads.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.models import bert
+from squeeze_jax.models._encoder import Encoder, Row, layer_names, sized
+from squeeze_jax.nn.attention import Groups
+from squeeze_jax.nn.heads import POOLED, Head, Task, pooled
+from squeeze_jax.weights import huggingface
+
+INPUTS = "tokens"
+HUGGINGFACE = huggingface.Family(
+    "albert",
+    prefix="albert",
+    classes={
+        "features": "AlbertModel",
+        "masked_lm": "AlbertForMaskedLM",
+        "pretraining": "AlbertForPreTraining",
+        "classification": "AlbertForSequenceClassification",
+        "tokens": "AlbertForTokenClassification",
+        "span": "AlbertForQuestionAnswering",
+        "choice": "AlbertForMultipleChoice",
+    },
+    pooled=POOLED,
+    heads=("predictions", "sop_classifier", "classifier", "qa_outputs"),
+    tied={
+        "predictions.decoder.weight": "embeddings.word_embeddings.weight",
+        "predictions.decoder.bias": "predictions.bias",
+    },
+    conv1d=False,
+)
+
+_OWN = {"vocabulary": 30000, "embedding_features": 128}
+VARIANTS = {
+    "xxlarge": Row(12, 4096, 64, 16384, **_OWN),
+    "xlarge": Row(24, 2048, 16, 8192, **_OWN),
+    "large": Row(24, 1024, 16, 4096, **_OWN),
+    "base": Row(12, 768, 12, 3072, **_OWN),
+    # for tests
+    "toy": Row(2, 32, 4, 64, vocabulary=99, positions=40, embedding_features=16),
+}
+
+# {key of config.json: option}
+_KEYS = {k: v for k, v in huggingface.BERT_KEYS.items() if k != "classifier_dropout"}
+_KEYS |= {
+    "classifier_dropout_prob": "head_dropout",
+    "embedding_size": "embedding_features",
+    "num_hidden_groups": "distinct",
+}
+_MASKED_LM = {
+    "head/masked_lm": "predictions",  # its bias
+    "head/masked_lm/transform": "predictions.dense",
+    "head/masked_lm/norm": "predictions.LayerNorm",
+}
+_ORDER = {"head/next_sentence": "sop_classifier.classifier"}
+_HEAD_NAMES = {
+    **bert.HEAD_NAMES,
+    "masked_lm": _MASKED_LM,
+    "next_sentence": _ORDER,
+    "pretraining": _MASKED_LM | _ORDER,
+}
+
+
+class Albert(Encoder):
+    """The net; attributes and endpoints as in `Encoder`, and how many layers have weights of their own."""
+
+    distinct: int = 1
+
+    def has_projection(self) -> bool:
+        return True
+
+    def make_layers(self):
+        own = [self.make_layer(f"layer{n + 1}", Groups()) for n in range(self.distinct)]
+        count = self.row.layers
+        return [own[n * self.distinct // count] for n in range(count)]
+
+    def make_head(self) -> Head:
+        whole = self.task in ("next_sentence", "pretraining")
+        return super().make_head(**{"dropout": self.head_dropout} if whole else {})
+
+
+def make(
+    variant: str = "base",
+    *,
+    task: Task = "classification",
+    num_classes: int = 2,
+    layers: int | None = None,
+    distinct: int = 1,
+    features: int | None = None,
+    heads: int | None = None,
+    ffn_features: int | None = None,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    segments: int | None = None,
+    embedding_features: int | None = None,
+    activation: str = "gelu_tanh",
+    epsilon: float = 1e-12,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    head_dropout: float = 0.1,
+    pooler: bool | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Albert:
+    """Builds an ALBERT.
+
+    Args:
+      variant: a row of VARIANTS.
+      distinct: layers with weights of their own, at most `layers`; each is used several times in a row.
+      embedding_features: channels of the embeddings instead of the variant's.
+      head_dropout: rate before a classifier, also that of two sentences' order.
+      Others: see `bert.make`.
+
+    Raises:
+      UserError: unknown variant, task or activation, heads that do not divide the features, or more distinct layers than
+        layers.
+    """
+    row = sized(
+        VARIANTS,
+        variant,
+        "albert",
+        activation,
+        layers=layers,
+        features=features,
+        heads=heads,
+        ffn_features=ffn_features,
+        vocabulary=vocabulary,
+        positions=positions,
+        segments=segments,
+        embedding_features=embedding_features,
+    )
+    if not 1 <= distinct <= row.layers:
+        raise UserError(
+            f"distinct = {distinct}: should be from 1 to the number of layers, {row.layers}"
+        )
+    return Albert(
+        row,
+        task,
+        num_classes,
+        activation,
+        epsilon,
+        dropout,
+        attention_dropout,
+        head_dropout,
+        pooled(task, pooler),
+        dtype,
+        distinct=distinct,
+    )
+
+
+def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `make` from a folder's config.json.
+
+    Raises:
+      UserError: several layers in a group.
+    """
+    return huggingface.options(config, _KEYS, huggingface.ONLY | {"inner_group_num": 1})
+
+
+def to_huggingface(net: Albert) -> dict[str, Any]:
+    """What config.json says of a net."""
+    return huggingface.config(net, _KEYS)
+
+
+def huggingface_names(net: Albert) -> dict[str, str]:
+    """Returns {our layer: its name in the checkpoints of `transformers`, without the encoder's prefix}."""
+    parts = {
+        "attention/query": "attention.query",
+        "attention/key": "attention.key",
+        "attention/value": "attention.value",
+        "attention/output": "attention.dense",
+        "attention_norm": "attention.LayerNorm",
+        "ffn_in": "ffn",
+        "ffn_out": "ffn_output",
+        "ffn_norm": "full_layer_layer_norm",
+    }
+    parts = {ours: f"albert_layers.0.{theirs}" for ours, theirs in parts.items()}
+    names = {"project": "encoder.embedding_hidden_mapping_in", "pooler/dense": "pooler"}
+    layers = layer_names(parts, net.distinct, "encoder.albert_layer_groups")
+    return bert.OUTER_NAMES | names | layers | _HEAD_NAMES[net.task]
