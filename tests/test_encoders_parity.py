@@ -241,6 +241,31 @@ def test_every_layer_equals_transformers(tmp_path, name):
             close(probabilities, attention)
 
 
+def test_positions_of_roberta_count_real_tokens_alone(tmp_path):
+    # Padding stands before the tokens.
+    net = theirs("roberta", "features")
+    x, given = batch("roberta", "features")
+    x = {key: array[:, ::-1] for key, array in x.items()}
+    given = {key: array.flip(1) for key, array in given.items()}
+    with torch.no_grad():
+        expected = net(**given)
+    ours, variables = loaded(net, tmp_path)
+    logits, _ = jit(ours.apply)(variables, x)
+    close(logits, expected.last_hidden_state)
+
+
+def test_layers_of_albert_may_share_weights_in_groups(tmp_path):
+    net = theirs("albert", "features", num_hidden_layers=3, num_hidden_groups=2)
+    x, given = batch("albert", "features")
+    with torch.no_grad():
+        expected = net(**given)
+    ours, variables = loaded(net, tmp_path)
+    layers = {key for key in variables["params"] if key.startswith("layer")}
+    assert layers == {"layer1", "layer2"}
+    logits, _ = jit(ours.apply)(variables, x)
+    close(logits, expected.last_hidden_state)
+
+
 def test_gradients_equal_transformers(tmp_path):
     net = theirs("bert", "pretraining")
     x, given = batch("bert", "pretraining")

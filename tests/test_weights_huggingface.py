@@ -215,6 +215,20 @@ def test_other_heads_are_passed_over(folder):
     assert (net.dropout, net.pooler) == (0.0, True)
 
 
+def test_a_head_whose_name_is_in_another_heads_is_not_that(tmp_path):
+    # The classifier of sequences is classifier.dense and classifier.out_proj, that of tokens is classifier.
+    message = "no weights for head/classifier.* of task"
+    key = jax.random.key(0)
+    for task, other in (("classification", "tokens"), ("tokens", "classification")):
+        net, variables = made("roberta", task=task)
+        models.save(tmp_path, net, variables)
+        with pytest.raises(UserError, match=message):
+            models.load(tmp_path, task=other)
+        found = models.load(tmp_path, task=other, fresh=key)[1]["params"]
+        expected = dict(variables["params"], head=found["head"])
+        same(found, expected)
+
+
 def test_tensors_that_do_not_fit_are_named(folder):
     path, _ = folder
 
@@ -285,6 +299,24 @@ def test_what_is_wrong_with_a_config_is_named(folder, config, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("albert", {"inner_group_num": 2}, "inner_group_num = 2 is not supported"),
+        ("albert", {"num_hidden_groups": 3}, "distinct = 3: should be from 1 to .* 1"),
+        ("electra", {"summary_type": "mean"}, "'mean' is not supported, only 'first'"),
+        ("roberta", {"pad_token_id": 0}, "pad_token_id = 0 is not supported, only 1"),
+    ],
+)
+def test_what_an_architecture_has_not_is_named(tmp_path, name, config, message):
+    models.save(tmp_path, *made(name, task="features"))
+    rewrite(tmp_path, **config)
+    with pytest.raises(UserError, match=message) as error:
+        models.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_wrong_with_a_folder_is_named(folder):
     path, _ = folder
     with pytest.raises(UserError, match=r"nowhere is not a folder with a config\.json"):
@@ -304,17 +336,21 @@ def test_what_is_wrong_with_a_folder_is_named(folder):
 
 
 def test_what_transformers_could_not_load_is_not_written(tmp_path):
-    for options, message in (
+    for name, options, message in (
         (
+            "squeezebert",
             dict(task="pretraining"),
             "no squeezebert for task 'pretraining': save it for",
         ),
         (
+            "squeezebert",
             dict(epsilon=1e-5),
             "whatever its config says: not with layer_epsilon = 1e-05",
         ),
+        ("distilbert", dict(epsilon=1e-5), "its config says: not with epsilon = 1e-05"),
+        ("albert", dict(task="next_sentence"), "no albert for task 'next_sentence'"),
     ):
-        net, variables = made("squeezebert", **options)
+        net, variables = made(name, **options)
         with pytest.raises(UserError, match=message):
             models.save(tmp_path, net, variables)
     net, variables = made("squeezebert", groups=[4, 1], layers=2)
