@@ -11,7 +11,7 @@ from jax import export
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, conv, lowering
 
-LOWERINGS = ("native", "taps", "matmul", "patches", "split", "flat")
+LOWERINGS = ("native", "taps", "matmul", "patches", "direct", "split", "flat")
 KINDS = ("dense", "depthwise", "pointwise", "grouped", "grouped pointwise")
 
 
@@ -37,9 +37,9 @@ def random_case(seed, most=5):
     x = rng.normal(size=(b, h, w, inputs * groups)).astype(np.float32)
     kernel = rng.normal(size=(*size, inputs, outputs)).astype(np.float32)
     found = {
-        "dense": ("native", "patches", "auto"),
+        "dense": ("native", "patches", "direct", "auto"),
         "depthwise": ("native", "taps", "split", "auto"),
-        "pointwise": ("native", "matmul", "patches", "auto"),
+        "pointwise": ("native", "matmul", "patches", "direct", "auto"),
         "grouped": ("native", "split", *(("taps",) if inputs == 1 else ()), "auto"),
         "grouped pointwise": ("native", "split", "flat", "auto"),
     }[kind]
@@ -139,7 +139,14 @@ def test_padding_as_xla_says_it(padding, name):
 
 @pytest.mark.parametrize(
     ("name", "seed"),
-    [("taps", 1), ("matmul", 2), ("split", 3), ("patches", 5), ("flat", 4)],
+    [
+        ("taps", 1),
+        ("matmul", 2),
+        ("split", 3),
+        ("patches", 5),
+        ("direct", 0),
+        ("flat", 4),
+    ],
 )
 def test_bfloat16_stays_and_is_as_exact_as_its_eight_bits(name, seed):
     x, kernel, arguments, _ = random_case(seed)
@@ -188,7 +195,7 @@ def test_a_forced_lowering_also_holds_for_functions_compiled_before():
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_a_symbolic_batch_can_be_exported(name):
     kernels = {"matmul": (1, 1, 6, 4), "split": (3, 3, 2, 6), "patches": (3, 3, 6, 4)}
-    kernels["flat"] = (1, 1, 3, 4)
+    kernels |= {"flat": (1, 1, 3, 4), "direct": (3, 3, 6, 4)}
     kernel = np.ones(kernels.get(name, (3, 3, 1, 6)), np.float32)
     groups = 6 // kernel.shape[2]
     run = jax.jit(

@@ -14,7 +14,7 @@ import torch
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import lowering
 from squeeze_jax.nn.norm import BatchNorm
-from squeeze_jax.nn.pool import global_mean, max_pool
+from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.width import scaled
 
 
@@ -266,6 +266,23 @@ def test_max_pool_is_one_operation_where_files_are_made():
     assert "reduce_window" not in run.lower(x).as_text()
     with lowering("native"):
         assert run.lower(x).as_text().count("stablehlo.reduce_window") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "strides", "padding"), [((7, 8), 3, 2, 1), ((6, 5), 2, 1, 0)]
+)
+def test_mean_pool_equals_pytorch(size, window, strides, padding):
+    x = batch(shape=(2, *size, 3))
+    theirs = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_()
+    y = torch.nn.functional.avg_pool2d(theirs, window, strides, padding)
+    (y**2).sum().backward()
+    run = lambda x: mean_pool(x, window, strides, padding)  # noqa: E731
+    gradient = jax.grad(lambda x: (run(x) ** 2).sum())
+    for name in ("auto", "native"):
+        with lowering(name):
+            ours = jax.jit(run)(x), jax.jit(gradient)(x)
+        for a, b in zip(ours, (y.detach(), theirs.grad), strict=True):
+            np.testing.assert_allclose(a, b.permute(0, 2, 3, 1), atol=1e-5)
 
 
 def test_max_pool_has_gradients_and_keeps_bfloat16():

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.nn.blocks import conv_norm, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
-from squeeze_jax.nn.pool import global_mean, max_pool
+from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.width import scaled
 
 Shuffle = Literal["paper", "released"]
@@ -90,8 +90,7 @@ class Unit(nn.Module):
         if not self.first:
             return nn.relu(x + y)
         if self.strides != 1:
-            strides = (self.strides, self.strides)
-            x = nn.avg_pool(x, (3, 3), strides, padding=((1, 1), (1, 1)))
+            x = mean_pool(x, 3, self.strides, padding=1)
         return nn.relu(jnp.concatenate([x, y], axis=-1))
 
 

@@ -22,7 +22,9 @@ from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import bilinear, lowerings, varying
 from squeeze_jax.nn.lowerings import Geometry
 
-Lowering = Literal["auto", "native", "taps", "matmul", "patches", "split", "flat"]
+Lowering = Literal[
+    "auto", "native", "taps", "matmul", "patches", "direct", "split", "flat"
+]
 Pair = int | tuple[int, ...]
 Padding = str | int | tuple[int, ...] | Sequence[tuple[int, int]]
 
@@ -73,28 +75,56 @@ def conv(
     Raises:
       UserError: shapes that do not fit, unknown padding, or a lowering that this convolution does not have.
     """
-    _check_shapes(x.shape, kernel.shape, groups)
-    axes = x.ndim - 2
+    g = geometry(
+        x.shape,
+        kernel.shape,
+        strides=strides,
+        padding=padding,
+        groups=groups,
+        dilation=dilation,
+    )
+    if x.ndim == 4:
+        return _lowered(x, varying.like(kernel, x), g, _forced.value or lowering)
+    x, kernel = x[:, None], kernel[None]
+    return _lowered(x, varying.like(kernel, x), g, _forced.value or lowering)[:, 0]
+
+
+def geometry(
+    x: Sequence[int],
+    kernel: Sequence[int],
+    *,
+    strides: Pair = 1,
+    padding: Padding = "SAME",
+    groups: int = 1,
+    dilation: Pair = 1,
+) -> Geometry:
+    """What `lowerings` knows of a convolution: a sequence is an image of one row.
+
+    Args:
+      x, kernel: shapes, as of `conv`'s arrays; the others as in `conv`.
+
+    Raises:
+      UserError: shapes that do not fit, or unknown padding.
+    """
+    _check_shapes(x, kernel, groups)
+    axes = len(x) - 2
     strides, dilation = per_axis(strides, axes), per_axis(dilation, axes)
-    size, extent = x.shape[1:-1], kernel.shape[:-2]
+    size, extent = tuple(x[1:-1]), tuple(kernel[:-2])
     pads = explicit_padding(padding, size, extent, strides, dilation)
     along = [size, extent, strides, pads, dilation]
-    if axes == 1:  # an image of one row
+    if axes == 1:
         along = [(one, *v) for one, v in zip((1, 1, 1, (0, 0), 1), along, strict=True)]
-        x, kernel = x[:, None], kernel[None]
     size, extent, strides, pads, dilation = along
-    geometry = Geometry(
+    return Geometry(
         size=size,
-        channels=x.shape[-1],
+        channels=x[-1],
         kernel=extent,
-        features=kernel.shape[-1],
+        features=kernel[-1],
         strides=strides,
         pads=pads,
         dilation=dilation,
         groups=groups,
     )
-    y = _lowered(x, varying.like(kernel, x), geometry, _forced.value or lowering)
-    return y[:, 0] if axes == 1 else y
 
 
 def _lowered(x, kernel, geometry: Geometry, wanted: str) -> jax.Array:

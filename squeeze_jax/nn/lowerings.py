@@ -12,6 +12,8 @@ A lowering has a function for each; `fastest` says which is taken on a CPU, from
   taps     depthwise: a sum over kernel positions of a shifted image times that position's weights
   matmul   pointwise (1x1, one group, no padding): one matrix product over all positions
   patches  one group: the window of each output written out as a row, then a matrix product
+  direct   one group of few channels, as those of a colour image: a sum over kernel positions and channels; the gradients
+           are those of patches
   split    grouped: one convolution a group, side by side
   flat     grouped and pointwise: XLA's convolution of one axis, along all positions; the gradients are split
 
@@ -98,6 +100,8 @@ def possible(g: Geometry) -> list[str]:
     pointwise = g.kernel == (1, 1) and not any(map(any, g.pads))
     if g.groups == 1:
         found += ["patches", "matmul"] if pointwise else ["patches"]
+        if math.prod(g.kernel) * g.channels <= MOST_TAPS:
+            found.append("direct")
     else:
         found += ["split", "flat"] if pointwise else ["split"]
     return found
@@ -126,8 +130,9 @@ def fastest(which: Map, g: Geometry) -> str:
             return "patches"
         if which == "kernel" and g.channels >= WIDE and g.dilation == (1, 1):
             return "patches"
-        if which == "forward" and math.prod(g.kernel) * g.channels <= 32:
-            return "patches"  # the first layer, of a colour image
+        few = math.prod(g.kernel) * g.channels <= 32  # the first layer, of an image
+        if which == "forward" and few and g.features < 64:
+            return "direct"
     return "native"
 
 
@@ -295,6 +300,19 @@ def _add(a, b):
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
+def _direct(g, x, k):
+    x, wide = lax.optimization_barrier(_framed(g, x)), _wide(x)
+    y = 0
+    for u, v in positions(g):
+        i, j = (n * d for n, d in zip((u, v), g.dilation, strict=True))
+        seen = x[:, i :: g.strides[0], j :: g.strides[1]].astype(wide)
+        seen = seen[:, : g.out[0], : g.out[1]]
+        for c in range(g.channels):
+            # One number of the image, all features: strides cost nothing here.
+            y = y + seen[..., c : c + 1] * k[u, v, c].astype(wide)
+    return y.astype(x.dtype)
+
+
 def _split(which: Map):
     def run_each(g, a, b):
         one = g.one_group()
@@ -323,6 +341,7 @@ _LOWERINGS: dict[str, tuple[Callable, Callable, Callable]] = {
     "matmul": (_matmul, _matmul_image, _matmul_kernel),
     "patches": (_patches, _patches_image, _patches_kernel),
     "split": tuple(map(_split, MAPS)),
+    "direct": (_direct, _patches_image, _patches_kernel),
     "flat": (_flat, _split("image"), _split("kernel")),
 }
 
@@ -338,12 +357,8 @@ def shifted(
 
     A strided slice costs two to three times a plain one. Reshaped to [b, h/s, s, w/s, s, c], each phase is plain.
     """
-    counts = [
-        o + (e - 1) // s for o, e, s in zip(g.out, g.extent, g.strides, strict=True)
-    ]
-    sizes = [n * s for n, s in zip(counts, g.strides, strict=True)]
-    ends = ((p[0], n) for p, n in zip(g.pads, sizes, strict=True))
-    x = _pad(x, *ends, fill=fill)
+    counts = _counts(g)
+    x = _framed(g, x, fill)
     if g.strides == (1, 1):
         phases = {(0, 0): lax.optimization_barrier(x)}
     else:
@@ -363,6 +378,19 @@ def shifted(
         return phases[m, n][:, i : i + g.out[0], j : j + g.out[1]]
 
     return at
+
+
+def _counts(g):
+    """Steps of the strides that the windows span."""
+    axes = zip(g.out, g.extent, g.strides, strict=True)
+    return [o + (e - 1) // s for o, e, s in axes]
+
+
+def _framed(g, x, fill=0.0):
+    """The image padded, or cropped, to whole steps of the strides."""
+    sizes = [n * s for n, s in zip(_counts(g), g.strides, strict=True)]
+    ends = ((p[0], n) for p, n in zip(g.pads, sizes, strict=True))
+    return _pad(x, *ends, fill=fill)
 
 
 def reaching(

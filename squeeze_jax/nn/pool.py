@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial, reduce
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +11,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from squeeze_jax.nn import primitives
-from squeeze_jax.nn.conv import Padding, explicit_padding, native_is_best
+from squeeze_jax.nn.conv import Padding, conv, explicit_padding, native_is_best
 from squeeze_jax.nn.lowerings import Geometry, joined, positions, reaching, shifted
 
 
@@ -135,6 +136,25 @@ def _beyond(n: int, before: int, after: int, window: int, strides: int) -> int:
     missing = -(n + before + after - window) % strides
     start = n + before + after + missing - window
     return missing if start < n + before else 0
+
+
+def mean_pool(
+    x: jax.Array, window: int, strides: int, padding: Padding = "VALID"
+) -> jax.Array:
+    """The mean of each window, padded zeros counted.
+
+    Args:
+      x: [b, h, w, c].
+      window, strides, padding: as of `max_pool`.
+
+    Returns:
+      [b, h', w', c].
+    """
+    if native_is_best():
+        pads = explicit_padding(padding, x.shape[1:3], (window,) * 2, (strides,) * 2)
+        return nn.avg_pool(x, (window, window), (strides, strides), padding=pads)
+    kernel = jnp.full((window, window, 1, x.shape[-1]), window**-2, x.dtype)
+    return conv(x, kernel, strides=strides, padding=padding, groups=x.shape[-1])
 
 
 def global_mean(x: jax.Array) -> jax.Array:

@@ -36,8 +36,11 @@ def converted(key: str, fn, shape, *arrays: np.ndarray) -> bytes:
     import jax
     from jax import export
 
+    from squeeze_jax.nn import composite
+
     pixels = jax.ShapeDtypeStruct((1, *shape), np.float32)
-    exported = export.export(jax.jit(lambda x: fn(x)), platforms=("cpu",))(pixels)
+    with composite.whole():
+        exported = export.export(jax.jit(lambda x: fn(x)), platforms=("cpu",))(pixels)
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch, "in.mlirbc"), Path(scratch, "out.tflite")
         source.write_bytes(exported.mlir_module_serialized)
