@@ -69,17 +69,7 @@ class Encoder(nn.Module):
         """x: {"tokens", "segments", "mask"} of [b, l], see `embed.text` → logits, see `heads.Head`, and endpoints."""
         row = self.row
         tokens, segments, mask = text(x, choices=self.task == "choice")
-        embeddings = Embeddings(
-            row.vocabulary,
-            row.embedding_features or row.features,
-            row.positions,
-            row.segments,
-            self.dropout,
-            self.epsilon,
-            jnp.dtype(self.dtype),
-            self.before_positions,
-            name="embeddings",
-        )
+        embeddings = self.make_embeddings()
         at = self.position_rows(mask)
         y = embeddings(tokens, segments, at=at, train=train)
         if self.has_projection():
@@ -89,16 +79,41 @@ class Encoder(nn.Module):
         endpoints = {"embeddings": y}
         y, more = encoder.stack(self.make_layers(), y, mask, train=train)
         endpoints |= more
-        if self.pooler:
-            endpoints["pooled"] = Pooler(name="pooler")(y)
+        y = self.finish(y)
+        pooled = self.pool(y, mask)
+        if pooled is not None:
+            endpoints["pooled"] = pooled
         logits = self.make_head()(
             y,
-            endpoints.get("pooled"),
+            pooled,
             embeddings.scores,
             choices=x["tokens"].shape[1],
             train=train,
         )
         return logits, endpoints
+
+    def make_embeddings(self, **options) -> Embeddings:
+        """The embeddings; options are those of `embed.Embeddings` that differ from BERT's."""
+        row = self.row
+        common = {
+            "vocabulary": row.vocabulary,
+            "features": row.embedding_features or row.features,
+            "positions": row.positions,
+            "segments": row.segments,
+            "dropout": self.dropout,
+            "epsilon": self.epsilon,
+            "dtype": jnp.dtype(self.dtype),
+            "before": self.before_positions,
+        }
+        return Embeddings(**common | options, name="embeddings")
+
+    def finish(self, y):
+        """What is done to the last layer's [b, l, d]."""
+        return y
+
+    def pool(self, y, mask):
+        """What stands for a whole sequence, [b, d] or None, of y [b, l, d]; mask: bool [b, l] or None."""
+        return Pooler(name="pooler")(y) if self.pooler else None
 
     def position_rows(self, mask):
         """The row of each token in the table of positions, int [b, l], or None to count tokens from the first on."""
@@ -113,8 +128,8 @@ class Encoder(nn.Module):
         groups = self.groups or (Groups(),) * self.row.layers
         return [self.make_layer(f"layer{n}", each) for n, each in enumerate(groups, 1)]
 
-    def make_layer(self, name: str, groups: Groups) -> encoder.Layer:
-        """One layer."""
+    def make_layer(self, name: str, groups: Groups, **options) -> nn.Module:
+        """One layer; options are those of `encoder.Layer` that differ from BERT's."""
         return encoder.Layer(
             self.row.heads,
             self.row.ffn_features,
@@ -123,6 +138,7 @@ class Encoder(nn.Module):
             self.dropout,
             self.attention_dropout,
             self.epsilon if self.layer_epsilon is None else self.layer_epsilon,
+            **options,
             name=name,
         )
 

@@ -105,6 +105,7 @@ class SelfAttention(nn.Module):
       dropout: rate on the probabilities, 0 to 1; needs the rng "dropout" in training.
       causal: a position sees none that come after it.
       kernel_init: initializer of the kernels.
+      output_init: of that of output; None for `kernel_init`.
     """
 
     heads: int
@@ -112,16 +113,17 @@ class SelfAttention(nn.Module):
     dropout: float = 0.0
     causal: bool = False
     kernel_init: Callable = nn.initializers.truncated_normal(0.02)
+    output_init: Callable | None = None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Attended]:
         """x: [b, l, d], mask: bool [b, l] → [b, l, d] and what `attend` gave."""
-        project = partial(Conv, x.shape[-1], 1, kernel_init=self.kernel_init)
-        groups = self.groups
+        project = partial(Conv, x.shape[-1], 1)
+        groups, init = self.groups, self.kernel_init
         query, key, value = (
-            project(groups=getattr(groups, name), name=name)(x)
+            project(groups=getattr(groups, name), kernel_init=init, name=name)(x)
             for name in ("query", "key", "value")
         )
         attended = attend(
@@ -133,5 +135,6 @@ class SelfAttention(nn.Module):
             causal=self.causal,
             drop=nn.Dropout(self.dropout, deterministic=not train),
         )
-        output = project(groups=groups.output, name="output")
+        init = self.output_init or init
+        output = project(groups=groups.output, kernel_init=init, name="output")
         return output(attended.context), attended

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.composite import exported_as
-from squeeze_jax.nn.layer_norm import LayerNorm
+from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.layer_norm import Normalization, norm
 
 
 class Text(NamedTuple):
@@ -101,6 +102,9 @@ class Embeddings(nn.Module):
       epsilon: of the normalisation; None for no normalisation.
       dtype: of the result.
       before: rows of the table of positions before that of the first token.
+      token_features: of the tokens' table, where a convolution takes them to `features`; None for those.
+      window: tokens that this convolution sees, the others at both sides; beyond the ends they are zero.
+      normalization: which one.
     """
 
     vocabulary: int
@@ -111,9 +115,12 @@ class Embeddings(nn.Module):
     epsilon: float | None = 1e-12
     dtype: Any = jnp.float32
     before: int = 0
+    token_features: int | None = None
+    window: int = 1
+    normalization: Normalization = "layer_norm"
 
     def setup(self):
-        self.tokens = Embed(self.vocabulary, self.features)
+        self.tokens = Embed(self.vocabulary, self.token_features or self.features)
 
     @nn.compact
     def __call__(
@@ -141,15 +148,19 @@ class Embeddings(nn.Module):
         rows = self.before + self.positions
         table = Embed(rows, self.features, name="positions")
         where = table.first(length, self.before) if at is None else table(at)
-        y = self.tokens(tokens) + where
+        y = self.tokens(tokens)
+        if self.token_features is not None:
+            init = nn.initializers.truncated_normal(0.02)
+            y = Conv(self.features, self.window, kernel_init=init, name="widen")(y)
+        y = y + where
         if self.segments:
             table = Embed(self.segments, self.features, name="segments")
             y = y + (table.first(1) if segments is None else table(segments))
         if self.epsilon is not None:
-            y = LayerNorm(self.epsilon, name="norm")(y)
+            y = norm(self.normalization, self.epsilon, name="norm")(y)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         return drop(y.astype(self.dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """x: [..., features] → scores of each token [..., vocabulary], float32: the output tied to the input."""
+        """x: [..., token_features] → scores of each token [..., vocabulary], float32: the output tied to the input."""
         return self.tokens.scores(x)

@@ -1,6 +1,7 @@
 """The layer of a transformer, and a stack of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ from squeeze_jax.nn.attention import Attended, Groups, SelfAttention
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.layer_norm import LayerNorm
 
+DENSE = Groups()
 GroupsLike = int | Mapping[str, int]
 KERNEL_INIT = nn.initializers.truncated_normal(0.02)
 
@@ -33,6 +35,7 @@ class Layer(nn.Module):
       norm_first: normalises before attention and feed-forward network instead of after the sums.
       causal: a position sees none that come after it.
       kernel_init: initializer of all kernels.
+      output_init: of those of attention's output and the feed-forward network's second layer; None for `kernel_init`.
     """
 
     heads: int
@@ -45,6 +48,7 @@ class Layer(nn.Module):
     norm_first: bool = False
     causal: bool = False
     kernel_init: Callable = KERNEL_INIT
+    output_init: Callable | None = None
 
     @nn.compact
     def __call__(
@@ -58,6 +62,7 @@ class Layer(nn.Module):
             self.attention_dropout,
             self.causal,
             self.kernel_init,
+            self.output_init,
             name="attention",
         )
         norms = [
@@ -73,14 +78,48 @@ class Layer(nn.Module):
         return norms[1](y + drop(self._ffn(y))), attended
 
     def _ffn(self, x):
-        def conv(features, groups, name):
-            return Conv(
-                features, 1, groups=groups, kernel_init=self.kernel_init, name=name
-            )
+        return feed_forward(
+            x,
+            self.ffn_features,
+            activation=self.activation,
+            groups=self.groups,
+            kernel_init=self.kernel_init,
+            output_init=self.output_init,
+        )
 
-        y = conv(self.ffn_features, self.groups.ffn_in, "ffn_in")(x)
-        y = activations.named(self.activation)(y)
-        return conv(x.shape[-1], self.groups.ffn_out, "ffn_out")(y)
+
+def feed_forward(
+    x: jax.Array,
+    features: int,
+    *,
+    activation: str,
+    groups: Groups = DENSE,
+    kernel_init: Callable = KERNEL_INIT,
+    output_init: Callable | None = None,
+    name: str = "ffn",
+) -> jax.Array:
+    """Two layers with an activation between, inside a module's `nn.compact` method; they are called name_in and name_out.
+
+    Args:
+      x: [b, l, d].
+      features: between the two.
+      activation: a name of `activations.ACTIVATIONS`.
+      groups: of both.
+      kernel_init: initializer of both, or of the first.
+      output_init: of the second; None for `kernel_init`.
+      name: what their names begin with.
+
+    Returns:
+      [b, l, d].
+    """
+    conv = partial(Conv, kernel=1)
+    y = conv(
+        features, groups=groups.ffn_in, kernel_init=kernel_init, name=f"{name}_in"
+    )(x)
+    y = activations.named(activation)(y)
+    init = output_init or kernel_init
+    out = conv(x.shape[-1], groups=groups.ffn_out, kernel_init=init, name=f"{name}_out")
+    return out(y)
 
 
 def stack(

@@ -1,6 +1,7 @@
 """What encoders end in: one head for each task."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -73,6 +74,16 @@ class Pooler(nn.Module):
         return jnp.tanh(dense(x[:, 0]))
 
 
+def last_token(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """x: [b, l, d], mask: bool [b, l], True for real tokens, or None → the last real one [b, d]."""
+    if mask is None:
+        return x[:, -1]
+    places = jnp.arange(x.shape[1])
+    last = (mask * places).max(-1, keepdims=True)
+    # A sum, because runtimes have no quick selection.
+    return (x * (places == last)[..., None]).sum(1)
+
+
 class MaskedLM(nn.Module):
     """Scores of every token at every position: dense, activation, normalisation, the embeddings' table, a bias.
 
@@ -80,21 +91,27 @@ class MaskedLM(nn.Module):
       features: of the embeddings.
       activation: a name of `activations.ACTIVATIONS`.
       epsilon: of the normalisation.
+      untied: channels beside those of the embeddings, which a matrix of the head's own scores; MobileBERT's.
     """
 
     features: int
     activation: str = "gelu"
     epsilon: float = 1e-12
+    untied: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, scores: Callable) -> jax.Array:
         """x: [b, l, d], scores: `Embeddings.scores` → [b, l, vocabulary], float32."""
         rows = x.reshape(-1, x.shape[-1])
-        y = nn.Dense(self.features, dtype=x.dtype, kernel_init=_INIT, name="transform")(
-            rows
-        )
-        y = activations.named(self.activation)(y)
-        y = scores(LayerNorm(self.epsilon, name="norm")(y))
+        width = self.features + self.untied
+        dense = partial(nn.Dense, dtype=x.dtype, kernel_init=_INIT)
+        y = activations.named(self.activation)(dense(width, name="transform")(rows))
+        rows = LayerNorm(self.epsilon, name="norm")(y)
+        y = scores(rows[:, : self.features])
+        if self.untied:
+            product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            own = dense(y.shape[-1], use_bias=False, dot_general=product, name="untied")
+            y = y + own(rows[:, self.features :])
         bias = self.param("bias", nn.initializers.zeros_init(), y.shape[-1:])
         return (y + bias).reshape(*x.shape[:-1], -1)
 
@@ -106,6 +123,7 @@ class Head(nn.Module):
     |----------------|--------------------------------------------------------------------------------------------|
     | features       | [b, l, d]: the last layer, no head                                                         |
     | masked_lm      | [b, l, vocabulary]                                                                         |
+    | causal_lm      | [b, l, vocabulary]: of the token after each                                                |
     | next_sentence  | [b, 2]: whether the second segment follows the first (0) or not (1), or is in order        |
     | pretraining    | {"masked_lm": …, "next_sentence": …}                                                       |
     | replaced       | [b, l]: whether another net put the token there; ELECTRA, arXiv 2003.10555                 |
@@ -124,6 +142,8 @@ class Head(nn.Module):
       summary: the activation after a fully connected layer on the first token, which tasks of sequences read instead of
         the pooled one; None for the pooled one.
       summary_dropout: rate before that layer.
+      untied: see `MaskedLM`.
+      bias: whether a classifier has one.
     """
 
     task: str
@@ -134,6 +154,8 @@ class Head(nn.Module):
     dropout: float = 0.0
     summary: str | None = None
     summary_dropout: float = 0.0
+    untied: int = 0
+    bias: bool = True
 
     @nn.compact
     def __call__(
@@ -153,6 +175,8 @@ class Head(nn.Module):
                 return x.astype(jnp.float32)
             case "masked_lm":
                 return self._masked_lm(x, scores)
+            case "causal_lm":
+                return scores(x)
             case "next_sentence":
                 return _dense(2, "next_sentence")(sequence())
             case "pretraining":
@@ -169,7 +193,7 @@ class Head(nn.Module):
             case "choice":
                 return _dense(1, "classifier")(sequence()).reshape(-1, choices)
         y = drop(x) if self.task == "tokens" else sequence()
-        return _dense(self.num_classes, "classifier")(y)
+        return _dense(self.num_classes, "classifier", self.bias)(y)
 
     def _sequence(self, x, pooled, train):
         """What stands for the whole sequence, [b, d]."""
@@ -179,7 +203,13 @@ class Head(nn.Module):
         return activations.named(self.summary)(_transform(drop(x[:, 0])))
 
     def _masked_lm(self, x, scores):
-        head = MaskedLM(self.features, self.activation, self.epsilon, name="masked_lm")
+        head = MaskedLM(
+            self.features,
+            self.activation,
+            self.epsilon,
+            self.untied,
+            name="masked_lm",
+        )
         return head(x, scores)
 
 
@@ -189,5 +219,7 @@ def _transform(x):
     return dense(x)
 
 
-def _dense(features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=jnp.float32, kernel_init=_INIT, name=name)
+def _dense(features: int, name: str, bias: bool = True) -> nn.Dense:
+    return nn.Dense(
+        features, use_bias=bias, dtype=jnp.float32, kernel_init=_INIT, name=name
+    )
