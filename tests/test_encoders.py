@@ -32,6 +32,8 @@ PUBLISHED = {
     ("bert", "mini"): (11_170_560, 0.4363),
     ("bert", "small"): (28_763_648, 1.6780),
     ("bert", "tiny"): (4_385_920, 0.0587),
+    ("bert", "tinybert4"): (14_350_248, 0.6237),
+    ("bert", "tinybert6"): (66_955_008, 5.5874),
     ("distilbert", "base"): (66_362_880, 5.5868),
     ("electra", "base"): (108_891_648, 11.1736),
     ("electra", "base_generator"): (33_511_168, 1.3338),
@@ -39,6 +41,14 @@ PUBLISHED = {
     ("electra", "large_generator"): (50_999_552, 2.6508),
     ("electra", "small"): (13_483_008, 1.3128),
     ("electra", "small_generator"): (4_580_928, 0.1017),
+    ("gpt2", "large"): (774_030_080, 92.1069),
+    ("gpt2", "medium"): (354_823_168, 39.4600),
+    ("gpt2", "small"): (124_439_808, 11.1736),
+    ("gpt2", "xl"): (1_557_611_200, 191.2603),
+    ("mobilebert", "base"): (24_844_544, 2.6930),
+    # By hand from 2004.02984, Table 1: 293 million in its last row, which leaves the pooler out.
+    ("mobilebert", "teacher"): (294_467_840, 37.8748),
+    ("mobilebert", "tiny"): (15_748_352, 1.5354),
     ("roberta", "base"): (124_645_632, 11.1742),
     ("roberta", "large"): (355_359_744, 39.4611),
     ("squeezebert", "base"): (51_089_664, 3.7000),
@@ -77,8 +87,8 @@ def batch(*shape):
     return {"tokens": tokens, "segments": segments}
 
 
-def toy(name, *, layers=1, **options):
-    return models.make(name, variant="toy", layers=layers, **options)
+def toy(name, *, layers=1, task="classification", **options):
+    return models.make(name, variant="toy", layers=layers, task=task, **options)
 
 
 def filled(net):
@@ -153,15 +163,15 @@ def test_toys_are_small(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_variants_and_options_are_named(name):
-    with pytest.raises(UserError, match=rf"unknown variant of {name} 'bse'.*'base'"):
-        models.make(name, variant="bse")
+    with pytest.raises(UserError, match=rf"unknown variant of {name} 'tyo'.*'toy'"):
+        models.make(name, variant="tyo")
     with pytest.raises(UserError, match=r"config\.model\.num_clases.*'num_classes'"):
         models.make(name, num_clases=10)
     with pytest.raises(UserError, match=r"config\.model\.task = 'spam'.*'span'"):
         models.make(name, task="spam")
     with pytest.raises(UserError, match=r"unknown activation 'gelo'.*'gelu'"):
         models.make(name, activation="gelo")
-    with pytest.raises(UserError, match="768 do not divide into heads = 7"):
+    with pytest.raises(UserError, match=r"= \d+ .*do not divide into heads = 7"):
         models.make(name, heads=7)
     with pytest.raises(UserError, match="layers = 0: should be a positive number"):
         models.make(name, layers=0)
@@ -197,7 +207,9 @@ def test_what_is_left_out_is_real_and_of_the_first_segment(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_changes_nothing(name):
-    net = toy(name, task="tokens")
+    # MobileBERT reads the neighbours of a token before attention, real or not.
+    options = {"trigram": False} if name == "mobilebert" else {}
+    net = toy(name, task="tokens", **options)
     variables, x = filled(net), batch(2)
     x["mask"] = np.ones((2, LENGTH), bool)
     run = jit(lambda x: net.apply(variables, x)[0])
@@ -228,7 +240,7 @@ def test_dropout_acts_in_training_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
-    net = toy(name, dropout=0.0)
+    net = toy(name, dropout=0.0, activation="gelu")
     variables, x = filled(net), batch(1)["tokens"]
 
     def fn(x):
@@ -244,9 +256,11 @@ def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
     interpreter.allocate_tensors()
     found = collections.Counter(o["op_name"] for o in interpreter._get_ops_details())
     assert found["SOFTMAX"] == 1
-    assert found["GELU"] == 1 + (name == "electra")  # its classifier's
+    # Those of ELECTRA's classifier and of MobileBERT's second feed-forward network.
+    assert found["GELU"] == 1 + (name in ("electra", "mobilebert"))
     assert found["EMBEDDING_LOOKUP"] == 1 + (name == "roberta")  # its positions
-    assert found["CONV_2D"] == 6 + (name in ("albert", "electra"))  # to more channels
+    more = {"albert": 1, "electra": 1, "mobilebert": 6}  # between other channels
+    assert found["CONV_2D"] == 6 + more.get(name, 0)
     # What GELU and the lookup would be made of.
     assert not found.keys() & {"EXP", "SIGN", "DIV", "SELECT", "GATHER", "GATHER_ND"}
     (entry,), (exit_,) = (
@@ -390,6 +404,77 @@ class TestSqueezeBert:
         ):
             with pytest.raises(UserError, match=message):
                 toy("squeezebert", layers=2, groups=groups)
+
+
+class TestMobileBert:
+    def test_two_feed_forward_networks_cost_what_is_published(self):
+        net = models.make("mobilebert", stacks=2, task="features")
+        assert count.parameters(net, shapes(128)) == 18_510_080
+        assert round(count.macs(net, shapes(128)).total / 1e9, 4) == 1.8877
+
+    def test_a_token_sees_its_neighbours_before_attention(self):
+        net = toy("mobilebert", layers=1)
+        variables, x = filled(net), batch(1)
+        other = x["tokens"].copy()
+        other[0, 4] += 1
+        run = jit(lambda t: net.apply(variables, {"tokens": t})[1]["embeddings"])
+        changed = np.abs(run(other) - run(x["tokens"])).max(-1)[0] > 0
+        assert np.flatnonzero(changed).tolist() == [3, 4, 5]
+
+    def test_what_is_distilled_is_as_wide_as_the_teachers(self):
+        def endpoints(variant):
+            net = models.make("mobilebert", variant=variant, layers=2)
+            run = partial(net.init_with_output, jax.random.key(0))
+            return jax.eval_shape(run, shapes(8))[0][1]
+
+        wide, narrow = endpoints("teacher"), endpoints("base")
+        assert wide == narrow
+        assert narrow["layer2"].shape == (1, 8, 512)
+        assert narrow["attention2"].shape == narrow["scores2"].shape == (1, 4, 8, 8)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"embedding_features": 64}, "embedding_features = 64: should be at most"),
+            ({"stacks": 0}, "stacks = 0: should be a positive number"),
+            ({"attention_input": "wid"}, r"attention_input = 'wid' .*one of 'shared'"),
+        ],
+    )
+    def test_options_that_do_not_fit_are_named(self, options, message):
+        with pytest.raises(UserError, match=message):
+            toy("mobilebert", **options)
+
+
+class TestGpt2:
+    def test_no_position_sees_a_later_one(self):
+        net = toy("gpt2", task="causal_lm", layers=2)
+        variables, x = filled(net), batch(1)["tokens"]
+        other = x.copy()
+        other[0, 6] += 1
+        run = jit(lambda tokens: net.apply(variables, {"tokens": tokens})[0])
+        changed = np.abs(run(other) - run(x)).max(-1)[0] > 0
+        assert np.flatnonzero(changed).tolist() == list(range(6, LENGTH))
+
+    def test_a_sequence_is_classified_by_its_last_real_token(self):
+        net = toy("gpt2", num_classes=3)
+        variables, x = filled(net), batch(2)["tokens"]
+        run = jit(lambda x: net.apply(variables, x))
+        logits, endpoints = run({"tokens": x})
+        np.testing.assert_array_equal(endpoints["pooled"].shape, (2, 32))
+        padded = np.pad(x, ((0, 0), (0, 5)), constant_values=7)
+        mask = np.broadcast_to(np.arange(LENGTH + 5) < LENGTH, padded.shape)
+        found, _ = run({"tokens": padded, "mask": mask})
+        np.testing.assert_allclose(found, logits, atol=1e-5)
+        assert np.abs(run({"tokens": padded})[0] - logits).max() > 1e-3
+
+    def test_residuals_begin_smaller_the_more_there_are(self):
+        # By one over the square root of their number: section 2.3.
+        net = toy("gpt2", layers=2, task="features")
+        params = tree.flatten(jit(net.init)(jax.random.key(0), batch(1))["params"])
+        for layer in ("attention/output", "ffn_out"):
+            kernel = params[f"layer1/{layer}/kernel"]
+            assert kernel.std() == pytest.approx(0.02 / 2, rel=0.1)
+        assert params["layer1/ffn_in/kernel"].std() == pytest.approx(0.02, rel=0.1)
 
 
 class TestAttention:

@@ -34,6 +34,25 @@ CONFIGS = {
         activation="relu",
     ),
     "electra": dict(CONFIG, embedding_size=16, hidden_act="gelu_new"),
+    # It has no padding of its own.
+    "gpt2": dict(
+        vocab_size=99,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        n_inner=48,
+        n_positions=24,
+        layer_norm_epsilon=0.01,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    "mobilebert": dict(
+        CONFIG,
+        embedding_size=16,
+        intra_bottleneck_size=16,
+        num_feedforward_networks=2,
+    ),
     # Two more rows in the table of positions.
     "roberta": dict(
         CONFIG, hidden_act="gelu_new", max_position_embeddings=26, type_vocab_size=2
@@ -93,9 +112,12 @@ def batch(name, task):
         "token_type_ids": "segments",
         "attention_mask": "mask",
     }
-    if name == "distilbert":
+    if name in ("distilbert", "gpt2"):
         keys.pop("token_type_ids")
-    return x, {key: torch.tensor(x[ours]).long() for key, ours in keys.items()}
+    given = {key: torch.tensor(x[ours]).long() for key, ours in keys.items()}
+    if name == "gpt2" and task == "choice":
+        given["mc_token_ids"] = torch.tensor(length[..., 0] - 1)
+    return x, given
 
 
 def labels(task, classes):
@@ -107,6 +129,7 @@ def labels(task, classes):
     real = np.arange(17) < np.array([[17], [9], [12]])
     return {
         "masked_lm": {"labels": masked},
+        "causal_lm": {"labels": masked},
         "next_sentence": {"labels": order},
         "pretraining": {"labels": masked, "next_sentence_label": order},
         "classification": {
@@ -138,6 +161,8 @@ def loss(task, logits, told):
             return first + cross_entropy(
                 logits["next_sentence"], told["next_sentence_label"]
             )
+        case "causal_lm":
+            return cross_entropy(logits[:, :-1], told["labels"][:, 1:])
         case "span":
             start = cross_entropy(logits["start"], told["start_positions"])
             return (start + cross_entropy(logits["end"], told["end_positions"])) / 2
@@ -164,7 +189,7 @@ def outputs(task, found):
             }
         case "span":
             return {"start": found.start_logits, "end": found.end_logits}
-    return found.logits
+    return found.get("mc_logits", found.logits)
 
 
 def close(found, expected, tolerance=TOLERANCE):
@@ -189,6 +214,8 @@ def test_outputs_and_losses_equal_transformers(tmp_path, name, task):
         their = (
             key if name != "albert" else key.replace("next_sentence", "sentence_order")
         )
+        if "mc_token_ids" in given:
+            their = "mc_labels"
         given[their] = torch.tensor(label)
     with torch.no_grad():
         expected = net(**given)
@@ -197,7 +224,7 @@ def test_outputs_and_losses_equal_transformers(tmp_path, name, task):
     logits, endpoints = jit(ours.apply)(variables, x)
     jax.tree.map(close, logits, jax.tree.map(np.asarray, outputs(task, expected)))
     if task != "features":
-        close(loss(task, logits, told), expected.loss)
+        close(loss(task, logits, told), expected.get("mc_loss", expected.loss))
     elif ours.pooler:
         close(endpoints["pooled"], expected.pooler_output)
 
@@ -222,10 +249,13 @@ def test_every_layer_equals_transformers(tmp_path, name):
     with torch.no_grad():
         expected = net(**given, output_hidden_states=True, output_attentions=True)
     ours, variables = loaded(net, tmp_path)
-    _, endpoints = jit(ours.apply)(variables, x)
-    stages = ["embeddings", "layer1", "layer2"]
+    last, endpoints = jit(ours.apply)(variables, x)
+    # The last of theirs is what the heads see: to GPT-2 normalised once more.
+    stages = [endpoints["embeddings"], endpoints["layer1"], last]
     for stage, state in zip(stages, expected.hidden_states, strict=True):
-        close(endpoints[stage], state)
+        close(stage, state)
+    if name != "gpt2":
+        np.testing.assert_array_equal(endpoints["layer2"], last)
     for number, attention in enumerate(expected.attentions, 1):
         probabilities, scores = (
             endpoints[f"{kind}{number}"] for kind in ("attention", "scores")
@@ -295,6 +325,36 @@ def test_gradients_equal_transformers(tmp_path):
         # Adding the same to all keys changes no probability.
         assert scale > 1e-4 or key.endswith("key.bias"), key
         np.testing.assert_allclose(found[key], g, rtol=0, atol=1e-3 * scale + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "use_bottleneck_attention": True,
+            "key_query_shared_bottleneck": False,
+            "trigram_input": False,
+        },
+        {
+            "key_query_shared_bottleneck": False,
+            "intra_bottleneck_size": 32,
+            "num_feedforward_networks": 1,
+            "classifier_activation": False,
+            "normalization_type": "layer_norm",
+        },
+    ],
+)
+def test_every_kind_of_mobilebert_equals_transformers(tmp_path, options):
+    net = theirs("mobilebert", "features", **options)
+    x, given = batch("mobilebert", "features")
+    with torch.no_grad():
+        expected = net(**given)
+    ours, variables = loaded(net, tmp_path)
+    found, endpoints = jit(ours.apply)(variables, x)
+    close(found, expected.last_hidden_state)
+    close(endpoints["pooled"], expected.pooler_output)
+    models.save(tmp_path / "ours", ours, variables)
+    assert models.load(tmp_path / "ours")[0] == ours
 
 
 @pytest.mark.parametrize("epsilon", [1e-12, 0.01])

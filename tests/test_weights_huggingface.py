@@ -57,6 +57,8 @@ def outputs(found):
     """The logits in the order of ours."""
     keys = ("prediction_logits", "seq_relationship_logits", "sop_logits", "end_logits")
     keys += ("start_logits", "logits", "last_hidden_state")
+    if "mc_logits" in found:
+        keys = ("mc_logits",)
     return [found[key].detach().numpy() for key in keys if key in found]
 
 
@@ -69,8 +71,11 @@ def test_what_is_saved_gives_the_same_in_transformers(
         options |= dict(groups={"query": 2, "output": 2}, layer_epsilon=1e-12)
     if name == "distilbert":
         del options["epsilon"]
+    if name == "mobilebert":
+        options |= dict(normalization="layer_norm", ffn_epsilon=1e-5)
     net, variables = made(name, num_classes=3, head_dropout=0.1, **options)
-    models.save(tmp_path, net, variables)
+    padding = {"pad_token_id": 0} if name == "gpt2" else None
+    models.save(tmp_path, net, variables, config=padding)
     their = opened(transformers, tmp_path, FAMILIES[name].classes[task])
     shape = (2, 3, 9) if task == "choice" else (2, 9)
     tokens = np.random.default_rng(1).integers(1, 99, shape)
@@ -213,6 +218,77 @@ def test_other_heads_are_passed_over(folder):
     same(found, {"params": expected | {"head": head}})
     net, _ = models.load(path, task="features", dropout=0.0)
     assert (net.dropout, net.pooler) == (0.0, True)
+
+
+def test_what_tinybert_keeps_of_its_training_is_passed_over(folder):
+    path, variables = folder
+    for name in ("fit_dense.weight", "fit_denses.0.weight"):
+        extra = {name: np.zeros((64, 32), np.float32)}
+        rewrite(path, lambda arrays, extra=extra: arrays.update(extra))
+    same(models.load(path)[1], variables)
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """(a folder of a GPT-2, its variables)."""
+    net, variables = made("gpt2", task="causal_lm")
+    models.save(tmp_path, net, variables)
+    return tmp_path, variables
+
+
+def test_the_masks_in_older_gpt2s_are_passed_over(gpt2):
+    path, variables = gpt2
+
+    def change(arrays):
+        arrays["transformer.h.0.attn.bias"] = np.tri(40, dtype=np.float32)[None, None]
+        arrays["transformer.h.0.attn.masked_bias"] = np.float32(-1e4)
+        # The oldest have no prefix.
+        for name in list(arrays):
+            arrays[name.removeprefix("transformer.")] = arrays.pop(name)
+
+    rewrite(path, change)
+    same(models.load(path)[1], variables)
+
+
+def test_a_gpt2_that_computes_something_else_is_named(gpt2):
+    path, _ = gpt2
+    for key, value in (
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+    ):
+        rewrite(path, **{key: value})
+        with pytest.raises(UserError, match=f"{key} = {value} is not supported"):
+            models.load(path)
+        rewrite(path, **{key: not value})
+
+    def change(arrays):
+        arrays["lm_head.weight"] = arrays["transformer.wte.weight"] + 1
+        name = "transformer.h.0.attn.c_attn.weight"
+        arrays[name] = arrays[name][:, :95]
+
+    rewrite(path, change)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from wte\.weight"):
+        models.load(path)
+    with pytest.raises(UserError, match=r"needs h\.0\.attn\.c_attn\.query.*") as error:
+        models.load(path, task="features")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_input": "wide"}, "narrow = 16 features: .* load features = 32"),
+        ({"normalization": "layer_norm"}, "not with ffn_epsilon = 1e-12"),
+        ({"trigram": False, "embedding_features": 32}, "another embedding_features"),
+    ],
+)
+def test_mobileberts_that_transformers_has_not_are_not_written(
+    tmp_path, options, message
+):
+    net, variables = made("mobilebert", **options)
+    with pytest.raises(UserError, match=message):
+        models.save(tmp_path, net, variables)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_head_whose_name_is_in_another_heads_is_not_that(tmp_path):

@@ -1,8 +1,9 @@
 """BERT: a transformer's encoder, trained to fill in masked words from both sides.
 
 Devlin, Chang, Lee, Toutanova 2018, arXiv 1810.04805: `base` and `large`. Turc, Chang, Lee, Toutanova 2019, arXiv
-1908.08962: the smaller ones, better than their size when they are pretrained before they are distilled. Variants differ
-in layers and channels alone. Words, positions and segments are embedded and summed; each layer is attention and a
+1908.08962: the smaller ones, better than their size when they are pretrained before they are distilled. Jiao et al. 2019,
+arXiv 1909.10351: TinyBERT's two, distilled from the teacher's embeddings, layers and attention before the softmax, which
+are the endpoints embeddings, layer1, … and scores1, …. Variants differ in layers and channels alone. Words, positions and segments are embedded and summed; each layer is attention and a
 feed-forward network over all tokens [b, l, d]; a task reads all of them or the pooled first one.
 """
 
@@ -28,7 +29,15 @@ HUGGINGFACE = huggingface.Family(
         "choice": "BertForMultipleChoice",
     },
     pooled=POOLED,
-    heads=("cls.predictions", "cls.seq_relationship", "classifier", "qa_outputs"),
+    # The last two are TinyBERT's, which take its hidden states to the teacher's width in training.
+    heads=(
+        "cls.predictions",
+        "cls.seq_relationship",
+        "classifier",
+        "qa_outputs",
+        "fit_dense",
+        "fit_denses",
+    ),
     tied={
         "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -44,6 +53,8 @@ VARIANTS = {
     "small": Row(4, 512, 8, 2048),
     "mini": Row(4, 256, 4, 1024),
     "tiny": Row(2, 128, 2, 512),
+    "tinybert4": Row(4, 312, 12, 1200),  # 1909.10351, section 4.1: TinyBERT
+    "tinybert6": Row(6, 768, 12, 3072),
     "toy": Row(2, 32, 4, 64, vocabulary=99, positions=40),  # for tests
 }
 

@@ -1,0 +1,392 @@
+"""MobileBERT: as deep as BERT-large, with layers inside bottlenecks.
+
+Sun, Yu, Song, Liu, Yang, Zhou 2020, arXiv 2004.02984. Between layers there are 512 channels, inside them 128: fully
+connected layers narrow and widen again. To balance attention, which sees the wide input, there are several small
+feed-forward networks; tokens have narrow embeddings, of which three neighbours are read at once; and a scale and a bias
+stand for normalisations. `teacher` is the paper's IB-BERT, the same with wide insides, whose feature maps (layer1, …) and
+attention (attention1, …) MobileBERT's are trained to equal, layer by layer. `tiny` is the smaller one of its Table 1.
+
+What to know of the class in `transformers` whose folders are read and written here:
+  * The first token's neighbours are read before attention, so a sequence's last token sees the padding after it, whatever
+    the mask says: pad as in training, or with trigram=False nothing depends on it.
+  * With layer normalisations it ignores the config's epsilon after the embeddings and after the last feed-forward
+    network, where it is 1e-5: here `ffn_epsilon`.
+  * Its queries and keys cannot come from the wide input (`teacher`) unless that is as wide as the bottleneck.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.models import bert
+from squeeze_jax.models._encoder import Encoder, layer_names
+from squeeze_jax.nn import activations, encoder
+from squeeze_jax.nn.attention import Attended, Groups, attend
+from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.embed import Embeddings
+from squeeze_jax.nn.heads import Task, pooled
+from squeeze_jax.nn.layer_norm import Normalization, norm
+from squeeze_jax.weights import files, huggingface
+
+INPUTS = "tokens"
+AttentionInput = Literal["shared", "narrow", "wide"]
+
+
+class Row(NamedTuple):
+    """A variant: Table 1 of the paper; `narrow` are the channels inside a layer."""
+
+    layers: int
+    features: int
+    heads: int
+    ffn_features: int
+    narrow: int
+    stacks: int
+    embedding_features: int
+    attention_input: AttentionInput = "shared"
+    normalization: Normalization = "no_norm"
+    activation: str = "relu"
+    vocabulary: int = 30522
+    positions: int = 512
+    segments: int = 2
+
+
+VARIANTS = {
+    "base": Row(24, 512, 4, 512, 128, 4, 128),
+    "tiny": Row(24, 512, 4, 512, 128, 2, 128, "narrow"),
+    "teacher": Row(24, 512, 4, 4096, 1024, 1, 128, "wide", "layer_norm", "gelu"),
+    "toy": Row(1, 32, 4, 24, 16, 2, 16, vocabulary=99, positions=40),
+}
+
+
+def _unpacked(arrays: files.Arrays, net: "MobileBert") -> files.Arrays:
+    """The embeddings' layer over three tokens as a convolution; the head's untied matrix as PyTorch's layers have it."""
+    found = dict(arrays)
+    name = "embeddings.embedding_transformation.weight"
+    inside = 3 * net.row.embedding_features
+    if net.trigram and np.shape(found.get(name))[1:] == (inside,):
+        # Its channels are those of the next, this and the previous token.
+        taps = found[name].reshape(len(found[name]), 3, -1)
+        found[name] = taps[:, ::-1].swapaxes(1, 2)
+    return _transposed(found)
+
+
+def _packed(arrays: files.Arrays, net: "MobileBert") -> files.Arrays:
+    found = dict(arrays)
+    for name, array in arrays.items():
+        if name.endswith("embedding_transformation.weight") and array.ndim == 3:
+            found[name] = array.swapaxes(1, 2)[:, ::-1].reshape(len(array), -1)
+    return _transposed(found)
+
+
+def _transposed(arrays):
+    name = "cls.predictions.dense.weight"
+    return arrays | ({name: arrays[name].T} if name in arrays else {})
+
+
+HUGGINGFACE = bert.HUGGINGFACE._replace(
+    model_type="mobilebert",
+    prefix="mobilebert",
+    classes={task: f"Mobile{name}" for task, name in bert.HUGGINGFACE.classes.items()},
+    unpacked=_unpacked,
+    packed=_packed,
+)
+# Their keys beside BERT's.
+_KEYS = huggingface.BERT_KEYS | {
+    "embedding_size": "embedding_features",
+    "trigram_input": "trigram",
+    "intra_bottleneck_size": "narrow",
+    "num_feedforward_networks": "stacks",
+    "normalization_type": "normalization",
+    "classifier_activation": "pooler_layer",
+}
+_ONLY = huggingface.ONLY | {"use_bottleneck": True}
+_FFN_EPSILON = 1e-5  # of the class in transformers
+
+
+class Layer(nn.Module):
+    """Section 3.1 of the paper: attention and feed-forward networks between layers that narrow and widen.
+
+    Attributes:
+      heads: of attention.
+      features: inside.
+      ffn_features: between the two layers of each feed-forward network.
+      stacks: how many of those there are.
+      attention_input: see `make`.
+      normalization, activation: see `make`.
+      dropout: rate before the outer residual sum, 0 to 1; needs the rng "dropout" in training.
+      attention_dropout: rate on attention's probabilities, 0 to 1.
+      epsilon: of layer normalisations, and `ffn_epsilon` of that after the last feed-forward network.
+    """
+
+    heads: int
+    features: int
+    ffn_features: int
+    stacks: int
+    attention_input: AttentionInput
+    normalization: Normalization
+    activation: str
+    dropout: float
+    attention_dropout: float
+    epsilon: float
+    ffn_epsilon: float
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, Attended]:
+        """x: [b, l, d], mask: bool [b, l], True for real tokens → [b, l, d] and what attention gave."""
+        narrow = self._norm("narrow")(self._dense("narrow")(x))
+        query, value = {
+            "shared": (x, x),
+            "narrow": (narrow, narrow),
+            "wide": (x, x),
+        }[self.attention_input]
+        if self.attention_input == "shared":
+            query = self._norm("shared")(self._dense("shared")(x))
+        attended = attend(
+            self._dense("query")(query),
+            self._dense("key")(query),
+            self._dense("value")(value),
+            heads=self.heads,
+            mask=mask,
+            drop=nn.Dropout(self.attention_dropout, deterministic=not train),
+        )
+        y = self._dense("output")(attended.context) + narrow
+        y = self._norm("attention")(y)
+        for n in range(1, self.stacks + 1):
+            z = encoder.feed_forward(
+                y, self.ffn_features, activation=self.activation, name=f"ffn{n}"
+            )
+            epsilon = self.ffn_epsilon if n == self.stacks else self.epsilon
+            y = self._norm(f"ffn{n}", epsilon)(y + z)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        y = x + drop(self._dense("wide", x.shape[-1])(y))
+        return self._norm("wide")(y), attended
+
+    def _dense(self, name, features=None):
+        init = encoder.KERNEL_INIT
+        return Conv(features or self.features, 1, kernel_init=init, name=name)
+
+    def _norm(self, name, epsilon=None):
+        epsilon = self.epsilon if epsilon is None else epsilon
+        return norm(self.normalization, epsilon, name=f"{name}_norm")
+
+
+class MobileBert(Encoder):
+    """The net; attributes as in `Encoder` and `make`, and the endpoints of `Encoder`."""
+
+    trigram: bool = True
+    pooler_layer: bool = True
+    ffn_epsilon: float = 1e-12
+
+    def make_embeddings(self, **options) -> Embeddings:
+        """Narrow embeddings of tokens, widened by a convolution over three, then positions and segments."""
+        return super().make_embeddings(
+            features=self.row.features,
+            token_features=self.row.embedding_features,
+            window=3 if self.trigram else 1,
+            normalization=self.row.normalization,
+            epsilon=self.ffn_epsilon,
+            **options,
+        )
+
+    def has_projection(self) -> bool:
+        """No: the embeddings are widened before positions are added."""
+        return False
+
+    def make_layer(self, name: str, groups: Groups, **options) -> nn.Module:
+        """One layer; its groups are those of dense layers."""
+        row = self.row
+        return Layer(
+            row.heads,
+            row.narrow,
+            row.ffn_features,
+            row.stacks,
+            row.attention_input,
+            row.normalization,
+            self.activation,
+            self.dropout,
+            self.attention_dropout,
+            self.epsilon,
+            self.ffn_epsilon,
+            **options,
+            name=name,
+        )
+
+    def pool(self, y, mask):
+        """The first token, with `pooler_layer` after a fully connected layer and tanh."""
+        if self.pooler and not self.pooler_layer:
+            return y[:, 0]
+        return super().pool(y, mask)
+
+    def make_head(self, **options):
+        """The task's head, whose masked LM scores the channels beside the embeddings' with a matrix of its own."""
+        untied = self.row.features - self.row.embedding_features
+        return super().make_head(untied=untied, **options)
+
+
+def make(
+    variant: str = "base",
+    *,
+    task: Task = "classification",
+    num_classes: int = 2,
+    layers: int | None = None,
+    features: int | None = None,
+    heads: int | None = None,
+    ffn_features: int | None = None,
+    narrow: int | None = None,
+    stacks: int | None = None,
+    embedding_features: int | None = None,
+    attention_input: AttentionInput | None = None,
+    normalization: Normalization | None = None,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    segments: int | None = None,
+    trigram: bool = True,
+    activation: str | None = None,
+    epsilon: float = 1e-12,
+    ffn_epsilon: float | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.1,
+    head_dropout: float | None = None,
+    pooler: bool | None = None,
+    pooler_layer: bool = True,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> MobileBert:
+    """Builds a MobileBERT.
+
+    Args:
+      variant: a row of VARIANTS.
+      features: between layers, instead of the variant's.
+      narrow: features inside a layer; heads divide them.
+      stacks: feed-forward networks in a layer.
+      embedding_features: of the tokens' embeddings, at most `features`.
+      attention_input: where queries and keys come from: "shared": narrowed once more for both; "narrow": from the layer's
+        narrow features, and the values too; "wide": from the layer's input, from which values come else.
+      normalization: "no_norm", a scale and a bias, or "layer_norm".
+      trigram: whether a token is read with its two neighbours.
+      activation: of the feed-forward networks and the masked-LM head; None for the variant's.
+      ffn_epsilon: of the normalisations after the embeddings and the last feed-forward network; None for `epsilon`.
+      dropout: rate after embeddings and before the residual sums between layers, 0 to 1.
+      pooler_layer: whether the pooler has a layer and tanh, or takes the first token as it is.
+      Others: see `bert.make`.
+
+    Raises:
+      UserError: unknown variant, task or activation, or features that do not fit.
+    """
+    row = registry.row(VARIANTS, variant, "variant of mobilebert")
+    row = encoder.resized(
+        row,
+        layers=layers,
+        features=features,
+        heads=heads,
+        ffn_features=ffn_features,
+        narrow=narrow,
+        stacks=stacks,
+        embedding_features=embedding_features,
+        vocabulary=vocabulary,
+        positions=positions,
+        segments=segments,
+    )
+    kinds = {
+        "attention_input": attention_input,
+        "normalization": normalization,
+        "activation": activation,
+    }
+    row = row._replace(**{key: kind for key, kind in kinds.items() if kind})
+    if row.narrow % row.heads:
+        raise UserError(
+            f"narrow = {row.narrow} features do not divide into heads = {row.heads}"
+        )
+    if row.embedding_features > row.features:
+        raise UserError(
+            f"embedding_features = {row.embedding_features}: should be at most features = {row.features}"
+        )
+    activations.named(row.activation)
+    return MobileBert(
+        row,
+        task,
+        num_classes,
+        row.activation,
+        epsilon,
+        dropout,
+        attention_dropout,
+        dropout if head_dropout is None else head_dropout,
+        pooled(task, pooler),
+        dtype,
+        trigram=trigram,
+        pooler_layer=pooler_layer,
+        ffn_epsilon=epsilon if ffn_epsilon is None else ffn_epsilon,
+    )
+
+
+def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `make` from a folder's config.json."""
+    found = huggingface.options(config, _KEYS, _ONLY)
+    if config.get("use_bottleneck_attention", False):
+        found["attention_input"] = "narrow"
+    elif not config.get("key_query_shared_bottleneck", True):
+        found["attention_input"] = "wide"
+    return found | {"ffn_epsilon": _FFN_EPSILON}
+
+
+def to_huggingface(net: MobileBert) -> dict[str, Any]:
+    """What config.json says of a net.
+
+    Raises:
+      UserError: the class in `transformers` cannot compute what the net does.
+    """
+    row = net.row
+    if row.normalization == "layer_norm" and net.ffn_epsilon != _FFN_EPSILON:
+        raise UserError(
+            f"transformers' MobileBERT normalises embeddings and the last feed-forward network with epsilon"
+            f" {_FFN_EPSILON} whatever its config says: not with ffn_epsilon = {net.ffn_epsilon}"
+        )
+    if row.attention_input == "wide" and row.narrow != row.features:
+        raise UserError(
+            f"transformers' MobileBERT reads queries of narrow = {row.narrow} features: with attention_input = 'wide' it"
+            f" could not load features = {row.features}"
+        )
+    if not net.trigram and row.embedding_features == row.features:
+        raise UserError(
+            "transformers' MobileBERT without trigrams widens no embeddings that are as wide as the layers: save one with"
+            " another embedding_features"
+        )
+    return huggingface.config(net, _KEYS) | {
+        "use_bottleneck": True,
+        "use_bottleneck_attention": row.attention_input == "narrow",
+        "key_query_shared_bottleneck": row.attention_input == "shared",
+    }
+
+
+def huggingface_names(net: MobileBert) -> dict[str, str]:
+    """Returns {our layer: its name in the checkpoints of `transformers`, without the encoder's prefix}."""
+    parts = {
+        "narrow": "bottleneck.input.dense",
+        "narrow_norm": "bottleneck.input.LayerNorm",
+        "shared": "bottleneck.attention.dense",
+        "shared_norm": "bottleneck.attention.LayerNorm",
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "output": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "wide": "output.bottleneck.dense",
+        "wide_norm": "output.bottleneck.LayerNorm",
+    }
+    stacks = net.row.stacks
+    for n in range(1, stacks + 1):
+        start = "" if n == stacks else f"ffn.{n - 1}."
+        parts[f"ffn{n}_in"] = f"{start}intermediate.dense"
+        parts[f"ffn{n}_out"] = f"{start}output.dense"
+        parts[f"ffn{n}_norm"] = f"{start}output.LayerNorm"
+    names = bert.OUTER_NAMES | bert.HEAD_NAMES[net.task]
+    names["embeddings/widen"] = "embeddings.embedding_transformation"
+    if "head/masked_lm" in names:
+        names["head/masked_lm/untied"] = "cls.predictions.dense"
+    return names | layer_names(parts, net.row.layers, "encoder.layer")
