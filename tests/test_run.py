@@ -281,6 +281,10 @@ def refusal(*arguments):
             "unknown model 'squeznet'; did you mean 'squeezenet'",
         ),
         (
+            ['--config.model={"name": "bert", "variant": "tiny"}'],
+            "config.model.name = 'bert' reads tokens, but config.data gives images",
+        ),
+        (
             ["--config.model.variant=1.2"],
             "unknown variant of squeezenet '1.2'; did you mean '1.1'",
         ),

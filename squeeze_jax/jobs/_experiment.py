@@ -231,6 +231,12 @@ def build(experiment: Experiment) -> Built:
     registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
     registry.check(models.make, e.model, "config.model")
+    network = registry.load("squeeze_jax.models", e.model["name"], "model")
+    reads = getattr(network, "INPUTS", "images")
+    if reads != "images":
+        raise UserError(
+            f"config.model.name = {e.model['name']!r} reads {reads}, but config.data gives images: choose a network for images"
+        )
     model = models.make(**{"num_classes": source.num_classes} | dict(e.model))
     classes = e.model.get("num_classes", source.num_classes)
     if classes < source.num_classes:

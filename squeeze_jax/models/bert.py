@@ -3,8 +3,9 @@
 Devlin, Chang, Lee, Toutanova 2018, arXiv 1810.04805: `base` and `large`. Turc, Chang, Lee, Toutanova 2019, arXiv
 1908.08962: the smaller ones, better than their size when they are pretrained before they are distilled. Jiao et al. 2019,
 arXiv 1909.10351: TinyBERT's two, distilled from the teacher's embeddings, layers and attention before the softmax, which
-are the endpoints embeddings, layer1, … and scores1, …. Variants differ in layers and channels alone. Words, positions and segments are embedded and summed; each layer is attention and a
-feed-forward network over all tokens [b, l, d]; a task reads all of them or the pooled first one.
+are the endpoints embeddings, layer1, … and scores1, …. Variants differ in layers and channels alone. Words, positions and
+segments are embedded and summed; each layer is attention and a feed-forward network over all tokens [b, l, d]; a task
+reads all of them or the pooled first one.
 """
 
 from collections.abc import Mapping
