@@ -199,6 +199,7 @@ def test_broken_file_is_rejected_and_its_stage_named(
     assert error.stage == stage
     assert NAMES[key] in message
     assert f"first diverging output: {stage}" in message
+    assert ("config.export.int8_agreement" in message) == (key == "tflite_int8")
     x = images.astype(np.float32)
     wrong = np.abs(jax.jit(subject.broken(stage).fn)(x) - jax.jit(subject.fn)(x))
     if (

@@ -24,8 +24,13 @@ class Disagreement(Reported, RuntimeError):
         self.difference, self.index = verdict.difference, verdict.index
         self.agreement, self.stage = verdict.agreement, stage
         first = f"; first diverging output: {stage or 'logits'}{why}"
+        remedy = (
+            "; train longer, or lower config.export.int8_agreement"
+            if verdict.integer
+            else ""
+        )
         super().__init__(
-            f"{file} disagrees with the live model: {verdict}{first}; kept as {file}.rejected"
+            f"{file} disagrees with the live model: {verdict}{first}; kept as {file}.rejected{remedy}"
         )
 
 
