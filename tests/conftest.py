@@ -59,6 +59,14 @@ def torchvision(shared):
 
 
 @pytest.fixture(scope="session")
+def transformers(torchvision):
+    """transformers, which imports torchvision where it is installed."""
+    import transformers
+
+    return transformers
+
+
+@pytest.fixture(scope="session")
 def cifar10(shared, tmp_path_factory) -> Path:
     """A `data_dir` with the whole of CIFAR-10, converted by our own command's function."""
     from squeeze_jax.data.convert import convert

@@ -49,7 +49,10 @@ def test_a_transposed_convolution_counts_from_its_input():
 
 def test_products():
     assert macs(jnp.matmul, ones(2, 7, 3, 4), ones(2, 7, 4, 5)).total == 14 * 3 * 4 * 5
-    attention = lambda q, k: jnp.einsum("bqhd,bkhd->bhqk", q, k)  # noqa: E731
+
+    def attention(q, k):
+        return jnp.einsum("bqhd,bkhd->bhqk", q, k)
+
     assert (
         macs(attention, ones(2, 6, 3, 4), ones(2, 5, 3, 4)).total == 2 * 3 * 6 * 5 * 4
     )
@@ -71,14 +74,20 @@ def square(x):
 
 def test_loops_branches_and_calls():
     x = ones(4, 4)
-    scanned = lambda x: jax.lax.scan(lambda c, _: (square(c), None), x, length=5)[0]  # noqa: E731
+
+    def scanned(x):
+        return jax.lax.scan(lambda c, _: (square(c), None), x, length=5)[0]
+
     assert macs(scanned, x).total == 5 * 64
     assert (
         macs(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: square(c), x), x).total
         == 3 * 64
     )
     branches = [lambda x: x, square, lambda x: square(square(x))]
-    chosen = lambda i, x: jax.lax.switch(i, branches, x)  # noqa: E731
+
+    def chosen(i, x):
+        return jax.lax.switch(i, branches, x)
+
     assert macs(chosen, jax.ShapeDtypeStruct((), jnp.int32), x).total == 128
     assert macs(jax.jit(jax.jit(square)), x).total == 64
     assert macs(jax.vmap(square), ones(3, 4, 4)).total == 3 * 64
@@ -96,8 +105,11 @@ def test_custom_derivatives_and_rematerialization():
     assert macs(reverse, x).total == 64
     gradient = jax.grad(lambda x: reverse(x).sum())
     assert macs(gradient, x).total == 128
+
     # Forward and two products for the gradient; rematerialized one more forward.
-    kept = lambda x: jnp.sin(square(x)).sum()  # noqa: E731
+    def kept(x):
+        return jnp.sin(square(x)).sum()
+
     assert macs(jax.grad(kept), x).total == 3 * 64
     assert macs(jax.grad(jax.checkpoint(kept)), x).total == 4 * 64
 
@@ -115,7 +127,10 @@ def test_the_work_of_all_devices_counts():
 
 def test_what_cannot_be_counted_is_named():
     x = ones(4, 4)
-    endless = lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, square, x)  # noqa: E731
+
+    def endless(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, square, x)
+
     count = macs(endless, x)
     assert count.total == 64
     assert count.unknown == (
@@ -124,7 +139,10 @@ def test_what_cannot_be_counted_is_named():
     assert macs(jnp.linalg.cholesky, x).unknown == ("cholesky in the function itself",)
     foreign = jax.ffi.ffi_call("my_kernel", x)
     assert macs(foreign, x).unknown == ("ffi_call my_kernel in the function itself",)
-    callback = lambda x: jax.pure_callback(square, x, x)  # noqa: E731
+
+    def callback(x):
+        return jax.pure_callback(square, x, x)
+
     assert macs(callback, x).unknown == ("pure_callback in the function itself",)
 
 
@@ -162,7 +180,10 @@ def test_layers_have_the_names_of_their_parameters():
 def test_layers_keep_their_names_in_the_gradient():
     x = jnp.ones((4, 4))
     variables = jax.eval_shape(Outer().init, jax.random.key(0), x)
-    run = lambda v, x: Outer().apply(v, x).sum()  # noqa: E731
+
+    def run(v, x):
+        return Outer().apply(v, x).sum()
+
     names = [f"Outer/{n}" for n in ("kept", "kept/dense", "layers", "layers/dense")]
     assert set(macs(jax.jit(jax.grad(run)), variables, x).by_layer) == {*names, "Outer"}
 

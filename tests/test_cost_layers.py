@@ -116,7 +116,10 @@ def test_loops_and_calls():
 
 def test_a_conditional_costs_its_costliest_branch():
     branches = [lambda x: x, lambda x: x @ x, lambda x: x @ (x @ x)]
-    chosen = lambda i, x: jax.lax.switch(i, branches, x)  # noqa: E731
+
+    def chosen(i, x):
+        return jax.lax.switch(i, branches, x)
+
     (row,) = layers(chosen, jax.ShapeDtypeStruct((), np.int32), ones(4, 4))
     assert row == ("", 0, 128, 128 * 64, 2 * 48)
 

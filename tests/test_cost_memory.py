@@ -74,7 +74,10 @@ def test_bits_of_activations(bits, expected):
 def test_integers_keep_their_size():
     # 5 int32 ids and 5 rows of 16 numbers of 8 bits
     table = jnp.ones((100, 16))
-    look_up = lambda ids: table.at[ids].get(mode="promise_in_bounds")  # noqa: E731
+
+    def look_up(ids):
+        return table.at[ids].get(mode="promise_in_bounds")
+
     found = memory.peak(look_up, ones(5, dtype=jnp.uint32))
     assert found.bytes == 5 * 4 + 5 * 16
 
@@ -88,21 +91,31 @@ def test_weights_are_what_is_closed_over():
 
 def test_arithmetic_on_weights_is_done_before():
     w = jnp.ones((50, 20))
-    run = lambda x: x @ (jnp.tanh(w) * 2) + jnp.arange(20.0)  # noqa: E731
+
+    def run(x):
+        return x @ (jnp.tanh(w) * 2) + jnp.arange(20.0)
+
     assert memory.peak(run, ones(3, 50)).bytes == 150 + 60
 
 
 def test_what_no_result_needs_is_not_computed():
-    run = lambda x: (jnp.outer(x, x).sum(), x + 1)[1]  # noqa: E731
+    def run(x):
+        return (jnp.outer(x, x).sum(), x + 1)[1]
+
     assert memory.peak(run, ones(10)).bytes == 20
 
 
 def test_results_stay_to_the_end():
     # a, then a and b = sin(a), a·10 at the end: 100 + 100 + 10 (the mean of b)
-    run = lambda a: ((b := jnp.sin(a)), b.reshape(10, 10).sum(1))  # noqa: E731
+    def run(a):
+        return ((b := jnp.sin(a)), b.reshape(10, 10).sum(1))
+
     assert memory.peak(run, ones(100)).bytes == 200
+
     # the result b waits: b + c = sin(b) + d = c·b
-    run = lambda a: ((b := jnp.sin(a)), jnp.sin(jnp.sin(b)))  # noqa: E731
+    def run(a):
+        return ((b := jnp.sin(a)), jnp.sin(jnp.sin(b)))
+
     assert memory.peak(run, ones(100)).bytes == 300
 
 
@@ -110,7 +123,9 @@ def test_what_joins_a_convolution_and_what_does_not():
     kernel, scale = jnp.ones((1, 1, 4, 4)), jnp.full(4, 2.0)
 
     def after(f, **options):
-        run = lambda x: f(conv(x, kernel))  # noqa: E731
+        def run(x):
+            return f(conv(x, kernel))
+
         return memory.peak(run, ones(1, 10, 10, 4), **options).bytes
 
     # 400 bytes each: convolution and input, and for steps of their own their input and output.
@@ -135,8 +150,11 @@ def test_what_joins_a_convolution_and_what_does_not():
 
 def test_operations_do_not_write_to_inputs_of_the_function():
     assert memory.peak(jnp.add, ones(100), ones(100), in_place=True).bytes == 300
+
     # The second sum may: a + b = c (300 with a, b); c + 1
-    run = lambda a, b: jnp.sin(a + b)  # noqa: E731
+    def run(a, b):
+        return jnp.sin(a + b)
+
     assert memory.peak(run, ones(100), ones(100)).bytes == 300
 
 
@@ -144,8 +162,11 @@ def test_broadcasts_need_memory_where_all_elements_are_read():
     row, whole = ones(10), ones(20, 10)
     # 200 and 10 in, 200 out: the broadcast row is never written
     assert memory.peak(lambda x, r: x * r[None], whole, row).bytes == 410
+
     # 10 in, 200 out, or 200 broadcast and 200 out
-    repeated = lambda r: jnp.broadcast_to(r, (20, 10))  # noqa: E731
+    def repeated(r):
+        return jnp.broadcast_to(r, (20, 10))
+
     assert memory.peak(repeated, row).bytes == 210
     assert memory.peak(lambda r: repeated(r) @ jnp.ones((10, 10)), row).bytes == 400
 
@@ -176,10 +197,16 @@ def test_padding_that_tflite_has_not_is_a_copy(
 
 def test_loops_by_hand():
     w = jnp.ones((4, 4))
-    scanned = lambda x: lax.scan(lambda c, _: (c @ w, c.sum()), x, length=5)  # noqa: E731
+
+    def scanned(x):
+        return lax.scan(lambda c, _: (c @ w, c.sum()), x, length=5)
+
     # c 16, c @ w 16, sum 1, all five sums 5; the x that began it is the first c
     assert memory.peak(scanned, ones(4, 4)).bytes == 16 + 16 + 1 + 5
-    both = lambda x: (x, scanned(x))  # noqa: E731
+
+    def both(x):
+        return (x, scanned(x))
+
     assert memory.peak(both, ones(4, 4)).bytes == 16 + 38
 
     # all slices 80, one slice 16, carry 4, its sum 4; then all slices, carry, sum and new carry 4 are less
@@ -187,7 +214,10 @@ def test_loops_by_hand():
         return lax.scan(lambda c, x: (c + x.sum(0), None), jnp.zeros(4), xs)[0]
 
     assert memory.peak(over, ones(5, 4, 4)).bytes == 80 + 16 + 4 + 4
-    loop = lambda x: lax.fori_loop(0, 5, lambda _, c: c @ w, x)  # noqa: E731
+
+    def loop(x):
+        return lax.fori_loop(0, 5, lambda _, c: c @ w, x)
+
     # a counter beside c: int32, 4 bytes, and while it is raised another
     assert 32 + 4 <= memory.peak(loop, ones(4, 4)).bytes <= 32 + 8
 
@@ -195,7 +225,10 @@ def test_loops_by_hand():
 def test_a_conditional_needs_its_largest_branch():
     wide = jnp.ones((4, 100))
     branches = [lambda x: x.sum(), lambda x: (x @ wide).sum()]
-    chosen = lambda i, x: lax.switch(i, branches, x)  # noqa: E731
+
+    def chosen(i, x):
+        return lax.switch(i, branches, x)
+
     found = memory.peak(chosen, ones(dtype=jnp.int32), ones(4, 4))
     # x 16, x @ wide 400 and its sum 1, beside the clamped index, 4
     assert found.bytes == 16 + 400 + 1 + 4

@@ -96,7 +96,10 @@ def filled(net):
     rng = np.random.default_rng(0)
     x = batch(1, 1) if net.task == "choice" else batch(1)
     like = jax.eval_shape(net.init, jax.random.key(0), x)
-    noise = lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32)  # noqa: E731
+
+    def noise(a):
+        return rng.normal(0, 0.2, a.shape).astype(np.float32)
+
     return tree.map_named(lambda name, a: noise(a) + name.endswith("/scale"), like)
 
 
@@ -140,8 +143,11 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name, task, who
     def gradient(part):
         def loss(part):
             logits, _ = net.apply({"params": params | part}, x)
+
             # A fixed weight for each logit, so that none cancel.
-            weigh = lambda a: (a * jnp.sin(jnp.arange(a.size)).reshape(a.shape)).sum()  # noqa: E731
+            def weigh(a):
+                return (a * jnp.sin(jnp.arange(a.size)).reshape(a.shape)).sum()
+
             return sum(jax.tree.leaves(jax.tree.map(weigh, logits)))
 
         return jax.grad(loss)(part)
@@ -190,9 +196,9 @@ def test_unknown_variants_and_options_are_named(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_that_do_not_fit_are_named(name):
-    run = lambda x, **o: jax.eval_shape(  # noqa: E731
-        partial(toy(name, **o).init, jax.random.key(0)), x
-    )
+    def run(x, **o):
+        return jax.eval_shape(partial(toy(name, **o).init, jax.random.key(0)), x)
+
     longer = np.zeros((1, 41), np.int32)
     with pytest.raises(UserError, match="of 41 tokens are longer than the 40 pos"):
         run({"tokens": longer})
@@ -340,9 +346,11 @@ class TestBert:
 
     @pytest.mark.parametrize("task", ["masked_lm", "tokens", "span"])
     def test_a_task_of_tokens_has_no_pooler_unless_asked_for(self, task):
-        names = lambda **o: jax.eval_shape(  # noqa: E731
-            toy("bert", task=task, **o).init, jax.random.key(0), batch(1)
-        )["params"].keys()
+        def names(**o):
+            return jax.eval_shape(
+                toy("bert", task=task, **o).init, jax.random.key(0), batch(1)
+            )["params"].keys()
+
         assert "pooler" not in names()
         assert "pooler" in names(pooler=True)
 
@@ -390,7 +398,9 @@ class TestSqueezeBert:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
     def test_groups_by_number_position_and_layer(self):
-        groups = lambda g: toy("squeezebert", layers=2, groups=g).groups  # noqa: E731
+        def groups(g):
+            return toy("squeezebert", layers=2, groups=g).groups
+
         paper = Groups(4, 4, 4, 1, 4, 4)
         assert groups(None) == (paper, paper)
         assert groups(2) == (Groups(2, 2, 2, 2, 2, 2),) * 2
@@ -399,7 +409,10 @@ class TestSqueezeBert:
         assert layers == (Groups(), Groups(2, 4, 4, 1, 4, 8))
         net = toy("squeezebert", layers=2, groups=[1, {"query": 2, "ffn_out": 8}])
         params = filled(net)["params"]
-        kernel = lambda layer, *path: tree.flatten(params[layer])["/".join(path)].shape  # noqa: E731
+
+        def kernel(layer, *path):
+            return tree.flatten(params[layer])["/".join(path)].shape
+
         assert kernel("layer1", "attention", "query", "kernel") == (1, 32, 32)
         assert kernel("layer2", "attention", "query", "kernel") == (1, 16, 32)
         assert kernel("layer2", "ffn_out", "kernel") == (1, 8, 32)
@@ -532,7 +545,9 @@ class TestEmbeddings:
         assert self.run(ids, segments=0) == [[[16, 27], [30, 41]]]
 
     def test_positions_may_be_given(self):
-        given = lambda net, ids, at: net(ids, at=at)  # noqa: E731
+        def given(net, ids, at):
+            return net(ids, at=at)
+
         found = self.run(
             jnp.array([[3, 0]]), jnp.array([[2, 0]]), method=given, segments=0
         )

@@ -70,12 +70,7 @@ TOLERANCE = 1e-4
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.fixture(scope="session", autouse=True)
-def transformers(torchvision):
-    """Imports torchvision where it is installed: in the way that works beside a CPU build of PyTorch."""
-    import transformers
-
-    return transformers
+pytestmark = pytest.mark.usefixtures("transformers")
 
 
 def theirs(name, task, **options):

@@ -11,6 +11,8 @@ import pytest
 from squeeze_jax import export
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import operators, process, runtime
+from squeeze_jax.export.formats import tflite
+from squeeze_jax.nn import activations
 
 SHAPE = (48, 48, 3)
 
@@ -141,3 +143,32 @@ def test_errors(folder, tmp_path, monkeypatch):
         UserError, match=r"with ai-edge-litert 2\.3\.0, here is 2\.4\.0"
     ):
         operators.litert_c.library()
+
+
+def test_gelu_is_one_operator_of_a_file(tmp_path):
+    path = tmp_path / "gelu.tflite"
+    (content,) = tflite.convert(activations.gelu, (2, 2, 3)).values()
+    path.write_bytes(content)
+    assert [kind for kind, _ in operators.in_file(path)] == ["GELU"]
+
+
+def test_the_table_states_every_operator_and_what_none_took():
+    found = {
+        "operators": [
+            ("Convolution (NHWC, F32) IGEMM", "heavy", 0.25),
+            ("Copy", None, 0.5),
+        ],
+        "elsewhere_ms": 0.125,
+        "profiled_ms": 0.875,
+        "times_ms": [0.5, 0.75, 4.0],
+    }
+    lines = [line.split("  ") for line in operators.text(found).splitlines()]
+    rows = [[part.strip() for part in line if part.strip()] for line in lines]
+    assert rows == [
+        ["operator", "layer", "ms"],
+        ["Convolution (NHWC, F32) IGEMM", "heavy", "0.2500"],
+        ["Copy", "-", "0.5000"],
+        ["elsewhere", "-", "0.1250"],
+        ["a run with the profiler", "0.8750"],
+        ["a run without, median", "0.7500"],
+    ]

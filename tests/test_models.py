@@ -100,8 +100,13 @@ def filled(net):
     """(variables of noise, images): quicker than to compile the initialisation."""
     rng = np.random.default_rng(0)
     like = jax.eval_shape(net.init, jax.random.key(0), image(1, 32, 32, 3))
-    noise = lambda a: rng.uniform(-0.2, 0.3, a.shape).astype(np.float32)  # noqa: E731
-    fill = lambda name, a: noise(a) + name.endswith("/var")  # noqa: E731
+
+    def noise(a):
+        return rng.uniform(-0.2, 0.3, a.shape).astype(np.float32)
+
+    def fill(name, a):
+        return noise(a) + name.endswith("/var")
+
     return tree.map_named(fill, like), noise(image(2, 32, 32, 3))
 
 
@@ -258,7 +263,10 @@ class TestSqueezeNet:
             for relu in (True, False)
         )
         variables, x = filled(plain)
-        score = lambda v, x: (plain.apply(v, x)[0], free.apply(v, x))  # noqa: E731
+
+        def score(v, x):
+            return (plain.apply(v, x)[0], free.apply(v, x))
+
         logits, (scores, endpoints) = jax.jit(score)(variables, x)
         assert logits.min() == 0 > scores.min()
         maps = np.asarray(endpoints["conv10"])
@@ -297,9 +305,15 @@ class TestMobileNetV2:
 
         @jax.jit
         def run(*keys):
-            train = lambda key: net.apply(  # noqa: E731
-                variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
-            )[0][0]
+            def train(key):
+                return net.apply(
+                    variables,
+                    x,
+                    train=True,
+                    rngs={"dropout": key},
+                    mutable=["batch_stats"],
+                )[0][0]
+
             return [train(key) for key in keys]
 
         first, second = run(jax.random.key(0), jax.random.key(1))

@@ -254,10 +254,15 @@ def test_a_training_step_of_shufflenet():
 
 def caffe_squeezenet(w, x):
     """SqueezeNet 1.0 as its Caffe prototxt has it, in PyTorch's functions: [b, 3, 227, 227] BGR → [b, 1000]."""
-    conv = lambda x, name, **kw: functional.relu(  # noqa: E731
-        functional.conv2d(x, w[f"{name}/w"], w[f"{name}/b"], **kw)
-    )
-    pool = lambda x: functional.max_pool2d(x, 3, 2, ceil_mode=True)  # noqa: E731
+
+    def conv(x, name, **kw):
+        return functional.relu(
+            functional.conv2d(x, w[f"{name}/w"], w[f"{name}/b"], **kw)
+        )
+
+    def pool(x):
+        return functional.max_pool2d(x, 3, 2, ceil_mode=True)
+
     x = pool(conv(x, "conv1", stride=2))
     for n in range(2, 10):
         s = conv(x, f"fire{n}/conv1x1_1")

@@ -101,9 +101,13 @@ def test_derivatives_of_every_kind_equal_those_of_the_native_lowering(seed):
             gradient = jax.grad(loss, (0, 1))
             forward = jax.jvp(loss, (x, kernel), tangents)[1]
             over_reverse = jax.jvp(gradient, (x, kernel), tangents)[1]
-            slope = lambda x, k: sum(  # noqa: E731
-                jnp.vdot(g, t) for g, t in zip(gradient(x, k), tangents, strict=True)
-            )
+
+            def slope(x, k):
+                return sum(
+                    jnp.vdot(g, t)
+                    for g, t in zip(gradient(x, k), tangents, strict=True)
+                )
+
             twice = jax.grad(slope, (0, 1))(x, kernel)
             xs, kernels = jnp.stack([x, 2 * x]), jnp.stack([kernel, -kernel])
             mapped = jax.vmap(gradient)(xs, kernels)
@@ -151,7 +155,10 @@ def test_padding_as_xla_says_it(padding, name):
 def test_bfloat16_stays_and_is_as_exact_as_its_eight_bits(name, seed):
     x, kernel, arguments, _ = random_case(seed)
     x, kernel = jnp.bfloat16(x), jnp.bfloat16(kernel)
-    loss = lambda x, k: conv(x, k, lowering=name, **arguments).sum()  # noqa: E731
+
+    def loss(x, k):
+        return conv(x, k, lowering=name, **arguments).sum()
+
     y = conv(x, kernel, lowering=name, **arguments)
     gradients = jax.grad(loss, (0, 1))(x, kernel)
     wide = np.asarray(x, np.float32), np.asarray(kernel, np.float32)

@@ -276,7 +276,10 @@ def test_mean_pool_equals_pytorch(size, window, strides, padding):
     theirs = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_()
     y = torch.nn.functional.avg_pool2d(theirs, window, strides, padding)
     (y**2).sum().backward()
-    run = lambda x: mean_pool(x, window, strides, padding)  # noqa: E731
+
+    def run(x):
+        return mean_pool(x, window, strides, padding)
+
     gradient = jax.grad(lambda x: (run(x) ** 2).sum())
     for name in ("auto", "native"):
         with lowering(name):

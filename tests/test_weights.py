@@ -89,7 +89,10 @@ def test_fitted_variables_have_the_structure_and_dtype_asked_for(tiny):
     net, like, checkpoint = tiny
     checkpoint = {**checkpoint, "classifier.1.num_batches_tracked": np.array(3)}
     fitted = foreign.fit(checkpoint, like, torchvision_names(net))
-    types = lambda t: jax.tree.map(lambda a: (a.shape, a.dtype), t)  # noqa: E731
+
+    def types(t):
+        return jax.tree.map(lambda a: (a.shape, a.dtype), t)
+
     assert types(fitted) == types(like)
     kernel = fitted["params"]["fire2"]["expand3x3"]["kernel"]
     expected = checkpoint["features.3.expand3x3.weight"]

@@ -21,12 +21,7 @@ FAMILIES = {
 CASES = [(name, task) for name, family in FAMILIES.items() for task in family.classes]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def transformers(torchvision):
-    """Imports torchvision where it is installed: in the way that works beside a CPU build of PyTorch."""
-    import transformers
-
-    return transformers
+pytestmark = pytest.mark.usefixtures("transformers")
 
 
 def made(name, *, layers=1, **options):
@@ -35,7 +30,10 @@ def made(name, *, layers=1, **options):
     rng = np.random.default_rng(0)
     tokens = np.zeros((1, 1, 1) if net.task == "choice" else (1, 1), np.int32)
     like = jax.eval_shape(net.init, jax.random.key(0), {"tokens": tokens})
-    noise = lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32)  # noqa: E731
+
+    def noise(a):
+        return rng.normal(0, 0.3, a.shape).astype(np.float32)
+
     return net, tree.map_named(lambda k, a: noise(a) + k.endswith("scale"), like)
 
 

@@ -63,7 +63,9 @@ def parameters(module: nn.Module, *args, **kwargs) -> int:
 
 
 def _variables(module, *args, **kwargs):
-    init = lambda a: module.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
+    def init(a):
+        return module.init(jax.random.key(0), *a, **kwargs)
+
     return jax.eval_shape(init, args)
 
 

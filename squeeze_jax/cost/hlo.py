@@ -130,7 +130,10 @@ def _inputs(each: _Instruction, inside: dict[str, _Instruction]) -> Iterator[str
 
 def _owner(each: _Instruction, inside, computations, known, root) -> str | None:
     """The layer of an instruction."""
-    own = lambda i: _layer(i.op_name, known, root) if i.op_name else None  # noqa: E731
+
+    def own(i):
+        return _layer(i.op_name, known, root) if i.op_name else None
+
     work = collections.Counter()
     fused = computations.get(each.calls, {})
     for step in fused.values():

@@ -78,7 +78,10 @@ def layers(
     if isinstance(fn, nn.Module):
         params = tree.flatten(count._variables(fn, *args, **kwargs).get("params", {}))
     bits = _bits(weight_bits, params, isinstance(fn, nn.Module))
-    wide = lambda v: _width(v, bits, activation_bits)  # noqa: E731
+
+    def wide(v):
+        return _width(v, bits, activation_bits)
+
     traced = program.trace(fn, *args, **kwargs)
     rows = {op.layer: Layer(op.layer) for op in traced.operations}
     for layer, macs, bops, moved in _counted(traced, 1, wide):

@@ -168,7 +168,10 @@ def _moments(body: Program, bits, in_place) -> list[_Moment]:
     """The bytes alive before the first operation and during each one."""
     operations = _needed(body)
     original = _originals(operations, body.outputs)
-    own = lambda v: original.get(v, v)  # noqa: E731
+
+    def own(v):
+        return original.get(v, v)
+
     last = {own(v): i for i, op in enumerate(operations) for v in op.inputs}
     last |= {own(v): len(operations) for v in body.outputs}
     alive = {v: v.nbytes(bits) for v in body.inputs}

@@ -104,7 +104,10 @@ def measure(
     compiled, given = _compiled(fn, args, kwargs, variables)
     root = program.root(fn) if isinstance(fn, nn.Module) else ""
     module, operations = hlo.operations(compiled.as_text(), paths, root)
-    once = lambda: jax.block_until_ready(compiled(*given))  # noqa: E731
+
+    def once():
+        return jax.block_until_ready(compiled(*given))
+
     for _ in range(warmup):
         once()
     whole = latency.percentiles(latency._times(once, runs))
@@ -124,7 +127,10 @@ def _compiled(fn, args, kwargs, variables):
     """The compiled program of (variables, args), and these two: of a function that is no module the first is empty."""
     shapes, run = program.split(fn, args, kwargs, first=True)
     if shapes and variables is None:
-        init = lambda key: fn.init(key, *args, **kwargs)  # noqa: E731
+
+        def init(key):
+            return fn.init(key, *args, **kwargs)
+
         # It runs once: on the CPU, optimizing it would take longer than all it computes.
         quick = {"xla_backend_optimization_level": 0}
         options = quick if jax.default_backend() == "cpu" else {}

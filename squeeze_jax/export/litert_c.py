@@ -69,7 +69,10 @@ class Network:
         self._call(
             "GetModelSignature", model, ctypes.c_size_t(0), ctypes.byref(signature)
         )
-        buffer = lambda side, i: self._buffer(environment, signature, side, i)  # noqa: E731
+
+        def buffer(side, i):
+            return self._buffer(environment, signature, side, i)
+
         self._inputs = (ctypes.c_void_p * 1)(buffer("Input", 0))
         results = [buffer("Output", i) for i in range(outputs)]
         self._outputs = (ctypes.c_void_p * outputs)(*results)

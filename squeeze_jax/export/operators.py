@@ -29,7 +29,7 @@ import numpy as np
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import litert_c, process, runtime
-from squeeze_jax.export.formats.tflite import _dequantize, _quantize
+from squeeze_jax.export.formats.tflite import dequantize, quantize
 from squeeze_jax.export.runnable import opened
 
 # kinds of operators: their names in the file, and how XNNPACK's names of them begin
@@ -124,14 +124,16 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The child: prints one line of JSON, and writes the outputs where it is told."""
+    """Prints a table; as the child of `measure`, with --outputs, one line of JSON, and writes the outputs there."""
     parser = argparse.ArgumentParser(
         "squeeze_jax.export.operators", description=__doc__
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", help="a .tflite file")
     parser.add_argument("--image", help=".npy, pixels [1, h, w, c]; noise by default")
-    parser.add_argument("--outputs", help="where the outputs go, .npz")
+    parser.add_argument(
+        "--outputs", help="where the outputs go, .npz; prints JSON then"
+    )
     parser.add_argument("--runs", type=int, default=100, help="profiled runs")
     parser.add_argument("--warmup", type=int, default=10, help="runs before them")
     args = parser.parse_args(argv)
@@ -143,8 +145,22 @@ def main(argv: list[str] | None = None) -> int:
         return process.USER_ERROR
     if args.outputs:
         np.savez(args.outputs, *results)
-    print(json.dumps(found | {"core": cores[0] if cores else None}))
+        print(json.dumps(found | {"core": cores[0] if cores else None}))
+    else:
+        print(text(found))
     return 0
+
+
+def text(found: dict) -> str:
+    """A line for each operator, what no operator took, and the whole, in ms; `found` is what `_measured` returns."""
+    rows = [(name, layer or "-", ms) for name, layer, ms in found["operators"]]
+    rows.append(("elsewhere", "-", found["elsewhere_ms"]))
+    rows.append(("a run with the profiler", "", found["profiled_ms"]))
+    rows.append(("a run without, median", "", float(np.median(found["times_ms"]))))
+    wide = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{'operator':{wide[0]}}  {'layer':{wide[1]}}        ms"]
+    lines += [f"{n:{wide[0]}}  {layer:{wide[1]}}  {ms:8.4f}" for n, layer, ms in rows]
+    return "\n".join(lines)
 
 
 def _measured(path, image, runs, warmup) -> tuple[dict, list[np.ndarray]]:
@@ -164,7 +180,7 @@ def _measured(path, image, runs, warmup) -> tuple[dict, list[np.ndarray]]:
     if pixels.shape != shape:
         raise UserError(f"image {list(pixels.shape)}: the file takes {list(shape)}")
     network = litert_c.Network(Path(path), len(exits))
-    network.write(_quantize(pixels, entry))
+    network.write(quantize(pixels, entry))
     _times(network.run, warmup)
     plain = _times(network.run, runs)
     network.start()
@@ -175,7 +191,7 @@ def _measured(path, image, runs, warmup) -> tuple[dict, list[np.ndarray]]:
         times += _times(network.run, 1)
         events.append(network.events())
     results = [
-        _dequantize(network.read(i, e["shape"], e["dtype"]), e)
+        dequantize(network.read(i, e["shape"], e["dtype"]), e)
         for i, e in enumerate(exits)
     ]
     names = [(name, index) for name, index, _ in events[0]]

@@ -12,7 +12,7 @@ from squeeze_jax.nn.composite import exported_as
 
 
 def _gelu(x):
-    # jax.nn.gelu goes by erfc: more digits far below zero, where PyTorch has none either, for twice the time on a CPU.
+    # jax.nn.gelu goes by erfc: more digits far below zero, which PyTorch has not either, and more passes on a CPU.
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
 
 

@@ -14,7 +14,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from squeeze_jax.nn import lowerings, primitives
-from squeeze_jax.nn.lowerings import MAPS, Geometry, Map
+from squeeze_jax.nn.lowerings import MAPS, Map
+from squeeze_jax.nn.windows import Geometry
 
 
 def conv(x: jax.Array, k: jax.Array, g: Geometry, lowering: str = "auto") -> jax.Array:

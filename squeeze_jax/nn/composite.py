@@ -33,7 +33,9 @@ def exported_as(name: str, plain: Callable, **attributes) -> Callable:
 
     @jax.custom_jvp
     def one(*arrays):
-        decomposition = lambda *a, **_: plain(*a)  # noqa: E731
+        def decomposition(*a, **_):
+            return plain(*a)
+
         return jax.lax.composite(decomposition, name=name)(*arrays, **attributes)
 
     @one.defjvp

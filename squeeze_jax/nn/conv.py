@@ -20,7 +20,7 @@ from jax import lax
 
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import bilinear, lowerings, varying
-from squeeze_jax.nn.lowerings import Geometry
+from squeeze_jax.nn.windows import Geometry
 
 Lowering = Literal[
     "auto", "native", "taps", "matmul", "patches", "direct", "split", "flat"

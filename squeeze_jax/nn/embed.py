@@ -46,7 +46,10 @@ def text(x: Mapping[str, Any], *, choices: bool = False) -> Text:
             raise UserError(
                 f"{key} has the shape {tuple(array.shape)}, tokens have {shape}: they should be equal"
             )
-    rows = lambda a: None if a is None else a.reshape(-1, shape[-1])  # noqa: E731
+
+    def rows(a):
+        return None if a is None else a.reshape(-1, shape[-1])
+
     return Text(*map(rows, arrays.values()))
 
 

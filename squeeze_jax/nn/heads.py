@@ -169,7 +169,10 @@ class Head(nn.Module):
     ):
         """x: [b, l, d], pooled: [b, d], scores: `Embeddings.scores` → logits; of `choices` sequences each for choice."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        sequence = lambda: drop(self._sequence(x, pooled, train))  # noqa: E731
+
+        def sequence():
+            return drop(self._sequence(x, pooled, train))
+
         match self.task:
             case "features":
                 return x.astype(jnp.float32)

@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching
 
 from squeeze_jax.nn import primitives, varying
 from squeeze_jax.nn.conv import native_is_best
-from squeeze_jax.nn.lowerings import totals
+from squeeze_jax.nn.sums import totals
 
 
 class BatchNorm(nn.Module):

@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching
 
 from squeeze_jax.nn import primitives
 from squeeze_jax.nn.conv import Padding, conv, explicit_padding, native_is_best
-from squeeze_jax.nn.lowerings import Geometry, joined, positions, reaching, shifted
+from squeeze_jax.nn.windows import Geometry, joined, positions, reaching, shifted
 
 
 def max_pool(

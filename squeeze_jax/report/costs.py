@@ -92,7 +92,10 @@ def shown(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     as normalisations and concatenations, the one with the most live activations, if it has more than both.
     """
     parameters = sum(r["parameters"] for r in layers)
-    live = lambda r: r["live_bytes"] or 0  # noqa: E731
+
+    def live(r):
+        return r["live_bytes"] or 0
+
     kept, between, before = [], [], 0
 
     def most(after):

@@ -102,7 +102,10 @@ def state(
 
 def shapes(module, *args, **kwargs):
     """The shapes of a Linen module's variables when called with these arguments, to be filled by `fit`."""
-    init = lambda a: module.init(jax.random.key(0), *a, **kwargs)  # noqa: E731
+
+    def init(a):
+        return module.init(jax.random.key(0), *a, **kwargs)
+
     return jax.eval_shape(init, args)
 
 

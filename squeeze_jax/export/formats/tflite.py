@@ -91,12 +91,12 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
     exits = interpreter.get_output_details()
 
     def feed(images):
-        interpreter.set_tensor(entry["index"], _quantize(images, entry))
+        interpreter.set_tensor(entry["index"], quantize(images, entry))
 
     def run(images):
         feed(images)
         interpreter.invoke()
-        return tuple(_dequantize(interpreter.get_tensor(e["index"]), e) for e in exits)
+        return tuple(dequantize(interpreter.get_tensor(e["index"]), e) for e in exits)
 
     def timed(images):
         feed(images)
@@ -107,7 +107,7 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
     return Runnable(tuple(shape), batch, run, timed, f"ai-edge-litert {version}")
 
 
-def _quantize(values, detail):
+def quantize(values, detail):
     """The integers q of values v = scale (q - zero_point), or the values themselves for a float tensor."""
     scale, zero_point = detail["quantization"]
     if not scale:
@@ -117,7 +117,8 @@ def _quantize(values, detail):
     return np.clip(integers, limits.min, limits.max).astype(detail["dtype"])
 
 
-def _dequantize(integers, detail):
+def dequantize(integers, detail):
+    """The values of integers, see `quantize`."""
     scale, zero_point = detail["quantization"]
     if not scale:
         return integers.astype(np.float32)
