@@ -36,7 +36,7 @@ def archive(path, sizes=((8, 8),), train=30, changes=None):
 
 def opened(data_dir, name, size=8, **keys):
     source = {"name": "tfds", "dataset": name, "data_dir": str(data_dir)}
-    return data.make(source, size, **keys)
+    return data.make(source=source, size=size, **keys)
 
 
 def test_what_is_converted_is_read_in_order(tmp_path):

@@ -132,13 +132,13 @@ def test_masked_examples_neither_mix_nor_are_mixed_in(mixup, cutmix):
 
 
 def test_off_is_the_identity():
-    opened = data.make({"name": "digits"}, 8)
+    opened = data.make(source={"name": "digits"}, size=8)
     old = batch()
     assert opened.augment(jax.random.key(0), old) is old
 
 
 def test_keys_decide_and_data_passes_its_settings_on():
-    opened = data.make({"name": "digits"}, 8, mixup=0.4)
+    opened = data.make(source={"name": "digits"}, size=8, mixup=0.4)
     old = batch()
     old["label"] %= 10
     fn = jax.jit(opened.augment)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from squeeze_jax import data
+from squeeze_jax.data import vision
 from squeeze_jax.data.pipeline import draws
 from squeeze_jax.errors import UserError
 
@@ -23,7 +24,7 @@ PADDED = dict(size=16, crop="pad", pad=3, flip=True, randaugment=1)
 
 
 def folder(root, **keys):
-    return data.make({"name": "folder", "root": str(root)}, **keys)
+    return data.make(source={"name": "folder", "root": str(root)}, **keys)
 
 
 def take(batches, n):
@@ -175,7 +176,7 @@ def test_workers_in_a_plain_script(photos, tmp_path):
         from squeeze_jax import data
         if __name__ == "__main__":
             source = {{"name": "folder", "root": {str(photos)!r}}}
-            batches = data.make(source, 16, workers=2).train(4, seed=0)
+            batches = data.make(source=source, size=16, workers=2).train(4, seed=0)
             next(batches), next(batches)
             for number in signal.SIGINT, signal.SIGTERM:
                 signal.signal(number, lambda *_: print("caught", end=" "))
@@ -196,7 +197,7 @@ def test_workers_end_when_their_parent_is_killed(photos, tmp_path):
         from squeeze_jax import data
         if __name__ == "__main__":
             source = {{"name": "folder", "root": {str(photos)!r}}}
-            batches = data.make(source, 16, workers=1).train(4, seed=0)
+            batches = data.make(source=source, size=16, workers=1).train(4, seed=0)
             next(batches)
             print("one batch", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -215,11 +216,11 @@ def test_closed_batches_are_over(photos):
 
 
 def test_random_numbers_of_a_position_do_not_depend_on_its_neighbours():
-    whole = draws(7, 100, 5)
+    whole = draws(7, 100, 5, vision.DRAWS)
     for i in range(5):
-        np.testing.assert_array_equal(draws(7, 100 + i, 1)[0], whole[i])
-    assert (draws(8, 100, 5) != whole).all()
-    many = draws(0, 0, 4000)
+        np.testing.assert_array_equal(draws(7, 100 + i, 1, vision.DRAWS)[0], whole[i])
+    assert (draws(8, 100, 5, vision.DRAWS) != whole).all()
+    many = draws(0, 0, 4000, vision.DRAWS)
     assert 0 <= many.min() < 1e-4
     assert 1 - 1e-4 < many.max() < 1
     # Mean and variance of U(0, 1), within five standard errors of 256,000 numbers.
@@ -290,14 +291,16 @@ def test_decode_names_what_is_wrong(photos, tmp_path):
 
 def test_normalise():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    opened = data.make({"name": "digits"}, 8, channels=3, mean=mean, std=std)
+    opened = data.make(
+        source={"name": "digits"}, size=8, channels=3, mean=mean, std=std
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     expected = (pixels / 255.0 - np.array(mean)) / np.array(std)  # float64
     for images in pixels, pixels.astype(np.float32):
         found = jax.jit(opened.normalise)(images)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=2e-6)
-    grey = data.make({"name": "digits"}, 8, mean=(0.5,), std=(0.25,))
+    grey = data.make(source={"name": "digits"}, size=8, mean=(0.5,), std=(0.25,))
     white = grey.normalise(jnp.full((1, 8, 8, 1), 255, jnp.uint8))
     np.testing.assert_allclose(white, 2.0, atol=1e-6)
 
@@ -316,7 +319,7 @@ def test_normalise():
         (dict(std=(0.0,)), "config.data.std = (0.0,) should be positive"),
         (dict(mixup=-0.1), "config.data.mixup = -0.1 should not be negative"),
         (dict(workers=-1), "config.data.workers = -1 should not be negative"),
-        (dict(source="digits"), "config.data.source = 'digits' lacks a name; choose"),
+        (dict(source="digits"), "config.data.source = 'digits' (str) should be dict"),
         (dict(source={}), "config.data.source = {} lacks a name; choose from digits"),
         (
             dict(source={"name": "digit"}),
@@ -352,5 +355,5 @@ def test_mistakes_are_one_line_before_any_work(keys, line):
 )
 def test_mistakes_in_asking_for_batches(call, line):
     with pytest.raises(UserError) as error:
-        call(data.make({"name": "digits"}, 8))
+        call(data.make(source={"name": "digits"}, size=8))
     assert str(error.value).startswith(line)

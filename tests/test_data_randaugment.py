@@ -109,7 +109,9 @@ def test_the_numbers_choose_operation_and_direction():
 
 
 def test_all_operations_come_equally_often():
-    chosen = (draws(0, 0, 2800)[:, vision.OPS : vision.OPS + 40 : 2] * 14).astype(int)
+    chosen = (
+        draws(0, 0, 2800, vision.DRAWS)[:, vision.OPS : vision.OPS + 40 : 2] * 14
+    ).astype(int)
     counts = np.bincount(chosen.ravel(), minlength=14)
     chi2 = ((counts - 4000) ** 2 / 4000).sum()
     assert chi2 < 34.5  # 13 degrees of freedom, once in 1,000
@@ -119,7 +121,7 @@ def test_all_operations_come_equally_often():
 def test_augmenting_a_batch_uses_each_rows_own_numbers(channels):
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, channels), np.uint8)
     view = vision.View(16, channels, randaugment=3, magnitude=20.0)
-    numbers = draws(9, 0, 6)
+    numbers = draws(9, 0, 6, vision.DRAWS)
     together = vision.augment(images.copy(), view, numbers)
     for i in range(6):
         alone = vision.augment(images[i : i + 1].copy(), view, numbers[i : i + 1])

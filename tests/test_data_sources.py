@@ -114,8 +114,8 @@ def test_folder_of_grey_images_has_one_channel(tmp_path):
         path.mkdir(parents=True)
         Image.new("L", (9, 9), 77).save(path / "a.png")
     source = {"name": "folder", "root": str(tmp_path)}
-    assert data.make(source, 8).shape == (8, 8, 1)
-    coloured = data.make(source, 8, channels=3)
+    assert data.make(source=source, size=8).shape == (8, 8, 1)
+    coloured = data.make(source=source, size=8, channels=3)
     (batch,) = coloured.eval(1)
     np.testing.assert_array_equal(batch["image"], np.full((1, 8, 8, 3), 77))
 
@@ -193,7 +193,10 @@ def test_tfds_finds_the_newest_version_config_and_exact_ones(tmp_path):
 def test_tfds_says_how_to_prepare_a_set_in_a_missing_folder(tmp_path):
     missing = tmp_path / "nowhere"
     with pytest.raises(UserError) as error:
-        data.make({"name": "tfds", "dataset": "mnist", "data_dir": str(missing)}, 8)
+        data.make(
+            source={"name": "tfds", "dataset": "mnist", "data_dir": str(missing)},
+            size=8,
+        )
     line = says(error)
     assert line.startswith(f"config.data.source.data_dir = '{missing}' is not a folder")
     assert f"`tfds build mnist --file_format=array_record --data_dir={missing}`" in line
@@ -255,7 +258,7 @@ def test_tfds_reads_what_tfds_wrote(tmp_path):
     assert [e.label for e in source.eval.read([0, 1, 3])] == [0, 1, 1]
     assert source.eval.read([3])[0].name == "made train[60%:][3]"
     keys = {"dataset": "made", "data_dir": str(tmp_path)}
-    opened = data.make({"name": "tfds", **keys}, 32, eval_resize=0)
+    opened = data.make(source={"name": "tfds", **keys}, size=32, eval_resize=0)
     assert opened.shape == (32, 32, 1)
     for wrong, line in {
         "tset": "made has no split 'tset'; did you mean 'test'? choose from test, train",
@@ -282,7 +285,7 @@ def test_tfds_names_an_example_whose_label_is_outside_the_classes(tmp_path):
     assert '"numClasses": "5"' in text
     file.write_text(text.replace('"numClasses": "5"', '"numClasses": "3"'))
     opened = data.make(
-        {"name": "tfds", "dataset": "made", "data_dir": str(tmp_path)}, 8
+        source={"name": "tfds", "dataset": "made", "data_dir": str(tmp_path)}, size=8
     )
     assert opened.num_classes == 3
     for batches in opened.train(4, seed=0), opened.eval(4):

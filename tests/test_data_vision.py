@@ -143,7 +143,9 @@ def test_noise_instead_of_a_file_is_undecodable():
 
 def test_random_boxes_have_the_promised_distribution():
     scale = (0.08, 1.0)
-    boxes = [vision.box(500, 400, scale, row) for row in draws(0, 0, 4000)]
+    boxes = [
+        vision.box(500, 400, scale, row) for row in draws(0, 0, 4000, vision.DRAWS)
+    ]
     left, top, right, bottom = np.array(boxes).T
     assert left.min() >= 0
     assert top.min() >= 0
@@ -181,7 +183,9 @@ def test_random_boxes_match_torchvisions(torchvision):
             for _ in range(3000)
         ]
     )
-    ours = np.array([vision.box(300, 100, (0.3, 1.0), r) for r in draws(1, 0, 3000)])
+    ours = np.array(
+        [vision.box(300, 100, (0.3, 1.0), r) for r in draws(1, 0, 3000, vision.DRAWS)]
+    )
     ours = np.stack(
         [ours[:, 1], ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 2] - ours[:, 0]], 1
     )
@@ -212,7 +216,7 @@ def test_random_resized_is_crop_then_resize(torchvision):
 
     pixels = smooth(90, 120)
     keys = view(32, crop="random_resized", scale=(0.2, 0.6))
-    for row in draws(3, 0, 20):
+    for row in draws(3, 0, 20, vision.DRAWS):
         left, top, right, bottom = vision.box(120, 90, keys.scale, row)
         expected = F.resized_crop(
             Image.fromarray(pixels), top, left, bottom - top, right - left, (32, 32)
@@ -230,7 +234,7 @@ def test_a_big_jpeg_decoded_at_reduced_scale_looks_the_same():
     data = encode(Image.fromarray(pixels), "JPEG", quality=97)
     for scale in (1.0, 1.0), (0.3, 0.3):
         keys = view(48, crop="random_resized", scale=scale)
-        for row in draws(4, 0, 5):
+        for row in draws(4, 0, 5, vision.DRAWS):
             found = vision.random_resized(data, keys, row).astype(int)
             exact = vision.random_resized(pixels, keys, row)
             assert np.abs(found - exact).max() <= 6
@@ -255,7 +259,7 @@ def test_pad_crop_moves_each_image_by_its_own_numbers():
 def test_pad_crop_corners_are_uniform():
     spots = np.zeros((9000, 3, 3, 1), np.uint8)
     spots[:, 1, 1] = 1
-    moved = vision.pad_crop(spots, 1, draws(0, 0, 9000))[..., 0]
+    moved = vision.pad_crop(spots, 1, draws(0, 0, 9000, vision.DRAWS))[..., 0]
     counts = moved.sum(0)  # the spot lands in each of 9 places with probability 1/9
     assert counts.sum() == 9000
     chi2 = ((counts - 1000) ** 2 / 1000).sum()
@@ -264,7 +268,7 @@ def test_pad_crop_corners_are_uniform():
 
 def test_flip_mirrors_half_of_the_images():
     images = noise(1000, 4).reshape(1000, 2, 2, 3)
-    numbers = draws(0, 0, 1000)
+    numbers = draws(0, 0, 1000, vision.DRAWS)
     found = vision.augment(images.copy(), view(2, flip=True), numbers)
     same = (found == images).all((1, 2, 3))
     mirrored = (found == images[:, :, ::-1]).all((1, 2, 3))

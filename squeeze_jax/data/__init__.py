@@ -1,4 +1,4 @@
-"""Data: sources, transforms, and a deterministic, resumable input pipeline."""
+"""Data: kinds of examples, their sources and transforms, and a deterministic, resumable input pipeline."""
 
 from squeeze_jax.data.pipeline import Data, make
 

@@ -1,4 +1,4 @@
-"""The input pipeline: which example comes when, and batches of decoded images, by Grain.
+"""What data are, and the input pipeline: which example comes when, and batches, by Grain.
 
 The training stream is endless, and what stands at its position p is a pure function of (seed, p): Grain's index shuffle says
 which example of which epoch it is, and a counter-based generator (Philox) gives the random numbers of its augmentation. So a
@@ -6,260 +6,191 @@ run resumes at any batch, any number of processes share a global batch, and thre
 the speed.
 """
 
-import dataclasses
-import functools
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from squeeze_jax import registry
-from squeeze_jax.data import mix, vision
-from squeeze_jax.data.reader import Reader
-from squeeze_jax.data.source import Source
 from squeeze_jax.errors import UserError
 
-SOURCES = "squeeze_jax.data.sources"
+TASKS = "squeeze_jax.data.tasks"
 Batch = dict[str, np.ndarray]
 
 
-def make(
-    source: dict,
-    size: int,
-    *,
-    channels: Literal[1, 3] | None = None,
-    mean: tuple[float, ...] = (0.5,),
-    std: tuple[float, ...] = (0.5,),
-    crop: Literal["none", "pad", "random_resized"] = "none",
-    pad: int = 4,
-    scale: tuple[float, float] = (0.08, 1.0),
-    flip: bool = False,
-    randaugment: int = 0,
-    magnitude: float = 9.0,
-    eval_resize: int = 0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    workers: int = 0,
-    threads: int = 2,
-    cache_mb: int = 512,
-    corrupt: Literal["raise", "skip"] = "raise",
-) -> "Data":
-    """Opens a data set; the parameters are the keys of `config.data`.
+def make(name: str = "images", **options) -> "Data":
+    """Opens data; the parameters are the keys of `config.data`.
 
     Args:
-      source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "..."}.
-      size: images become size x size pixels.
-      channels: 1 or 3; None keeps what the source has.
-      mean, std: of the pixels in units of 0..1, one number or one a channel; `normalise` gives (x / 255 - mean) / std.
-      crop: of training images. "none": as for evaluation; "pad": the evaluation image, padded by `pad` black pixels on each
-        side and cropped back at random; "random_resized": a crop of a random `scale` share of the original's area and an aspect
-        ratio of 3/4 to 4/3, resized.
-      pad, scale: see crop.
-      flip: mirror half of the training images left to right.
-      randaugment: number of RandAugment operations for each training image, 0 to 20.
-      magnitude: their strength, 0 to 30.
-      eval_resize: evaluation images are resized to this short side, then cropped in the centre; 0: resized directly.
-      mixup, cutmix: α of their Beta distributions, applied by `augment`; 0 is off.
-      workers: worker processes that prepare batches; 0 leaves it to threads. Needed only where decoding is slower than the
-        training step, as the threads of one process share Python's lock for a part of the work.
-      threads: threads that prepare batches, in each process.
-      cache_mb: a data set that takes less than this decoded is kept decoded in memory after its first epoch (not for
-        "random_resized", not in worker processes); 0 never.
-      corrupt: a training image that cannot be decoded is an error, or is skipped: a black image, mask False, and a warning. In
-        evaluation it is always an error.
+      name: a file of `data/tasks`: what kind of examples.
+      **options: of its `make`.
 
     Raises:
       UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
     """
-    opened = _open(source)
-    view = vision.View(
-        size=size,
-        channels=channels or opened.channels,
-        crop=crop,
-        pad=pad,
-        scale=tuple(scale),
-        flip=flip,
-        randaugment=randaugment,
-        magnitude=magnitude,
-        eval_resize=eval_resize,
-    )
-    for key, values in ("mean", mean), ("std", std):
-        if len(values) not in (1, view.channels):
-            raise UserError(
-                f"config.data.{key} has {len(values)} numbers: it should have 1, or one for each of {view.channels} channels"
-            )
-    if min(std) <= 0:
-        raise UserError(f"config.data.std = {std} should be positive")
-    for key, value in dict(
-        mixup=mixup, cutmix=cutmix, workers=workers, threads=threads, cache_mb=cache_mb
-    ).items():
-        if value < 0:
-            raise UserError(f"config.data.{key} = {value} should not be negative")
-    megabytes = (len(opened.train) + len(opened.eval)) * math.prod(view.shape) / 2**20
-    reader = functools.partial(
-        Reader,
-        num_classes=len(opened.label_names),
-        view=view,
-        cached=workers == 0 and megabytes <= cache_mb,
-    )
-    return Data(
-        label_names=opened.label_names,
-        view=view,
-        train_reader=reader(opened.train, skip=corrupt == "skip"),
-        eval_reader=reader(opened.eval, skip=False),
-        mean=tuple(map(float, mean)),
-        std=tuple(map(float, std)),
-        mixup=mixup,
-        cutmix=cutmix,
-        workers=workers,
-        threads=threads,
-    )
+    module = registry.load(TASKS, name, "kind of data")
+    registry.check(module.make, options, "config.data")
+    return module.make(**options)
 
 
-def _open(source: Mapping) -> Source:
-    if not isinstance(source, Mapping) or "name" not in source:
-        raise UserError(
-            f"config.data.source = {source!r} lacks a name; choose from {', '.join(registry.names(SOURCES))}"
-        )
-    keys = dict(source)
-    module = registry.load(SOURCES, keys.pop("name"), "data source")
-    registry.check(module.make, keys, "config.data.source")
-    return module.make(**keys)
+class Data(Protocol):
+    """Examples of one kind, to train and to evaluate on; a file of `data/tasks` makes it.
 
+    A batch is a dict of numpy arrays [b, ...]: what a network reads, its label, "mask" bool [b] (False: padding or a
+    skipped example; weight 0), "index" int64 [b] (which example of the split; -1 for padding).
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """A data set under one view of its images; `make` builds it.
-
-    Batches are dicts of numpy arrays: "image" uint8 [b, h, w, c], "label" int32 [b], "mask" bool [b] (False: padding or a
-    skipped image; weight 0), "index" int64 [b] (which example of the split; -1 for padding).
+    Attributes:
+      reads: what its networks read, as the INPUTS of a model's file: "images" or "tokens".
+      noun: of one example, as in "MACs an image".
+      describe: what there is, in a phrase.
+      num_train, num_eval: examples.
+      label_names: of the classes; empty where there are none.
+      model: options of `models.make` that the data decide, where a config leaves them open.
+      objective: the loss that fits, as a section of a config: {"name": "train.cross_entropy"}.
+      metrics: the evaluation that fits, a file of `train/metrics`.
+      exported: {name: shape without the batch axis} of what an exported file takes, names as in a batch.
     """
 
+    reads: str
+    noun: str
+    describe: str
+    num_train: int
+    num_eval: int
     label_names: tuple[str, ...]
-    view: vision.View
-    train_reader: Reader
-    eval_reader: Reader
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mixup: float
-    cutmix: float
-    workers: int
-    threads: int
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.label_names)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of an image."""
-        return self.view.shape
-
-    @property
-    def num_train(self) -> int:
-        return len(self.train_reader)
-
-    @property
-    def num_eval(self) -> int:
-        return len(self.eval_reader)
+    model: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    metrics: str
+    exported: Mapping[str, jax.ShapeDtypeStruct]
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
-    ) -> "Batches":
-        """Returns the endless stream of shuffled, augmented training batches.
+    ) -> Iterator[Batch]:
+        """The endless stream of training batches, see `training`."""
 
-        Batches go on over the ends of epochs, so that each is full; an epoch is `num_train` examples, each once.
+    def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Every evaluation example once, see `evaluation`."""
 
-        Args:
-          batch: the global batch, over all processes.
-          seed: 0 to 2**32 - 1; decides the order and the augmentation.
-          start: how many examples of the global stream have been consumed; a multiple of `batch`.
-          process: (index, count); yields rows [index * batch / count, (index + 1) * batch / count) of each global batch.
+    def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """The arrays of a batch of so many rows that go to the devices: one dict a shape they come in, the largest last."""
 
-        Returns:
-          An iterator; its `close()` stops threads and worker processes at once instead of at garbage collection.
+    def augment(self, key: jax.Array, batch: dict) -> dict:
+        """Random changes of a training batch, under jit."""
 
-        Raises:
-          UserError: a batch that the processes cannot share, a `start` between batches, a seed out of range.
-        """
-        index, count = process
-        rows = _rows(batch, count)
-        if start % batch:
-            raise UserError(
-                f"cannot resume after {start} examples with batch {batch}: {start} is not a multiple of it"
-            )
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed = {seed} should be 0 to 2**32 - 1")
-        order = grain.MapDataset.range(self.num_train).seed(seed).shuffle().repeat()
-        chunks = order.batch(rows, batch_fn=np.array)
-        chunks = chunks.map_with_index(_Train(self.train_reader, seed, rows))
-        return self._iterate(chunks[start // rows + index :: count])
+    def inputs(self, batch: Mapping[str, jax.Array]) -> Any:
+        """What a network is called with, under jit; of the batch it takes no more than `exported` names."""
 
-    def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> "Batches":
-        """Returns the evaluation split once, in order; the last batches are filled up with masked rows.
+    def example(self) -> Any:
+        """Shapes of what `inputs` makes of one example."""
+
+    def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
+        """Lines that tell what a network says of what the user gave.
 
         Args:
-          batch, process: as for `train`; each process gets the same number of batches.
+          given: words of the command line, such as names of files.
+          run: {name of `exported`: [b, ...]} → logits, numpy.
 
         Raises:
-          UserError: a batch that the processes cannot share; while iterating, an image that cannot be decoded.
+          UserError: nothing given, or what cannot be read.
         """
-        index, count = process
-        rows = _rows(batch, count)
-        chunks = grain.MapDataset.range(-(-self.num_eval // batch) * count)
-        chunks = chunks.map(_Eval(self.eval_reader, rows))
-        return self._iterate(chunks[index::count])
 
-    def normalise(self, images):
-        """(x / 255 - mean) / std of [b, h, w, c] pixels 0..255 of any dtype; a jnp function, float32."""
-        mean, std = (jnp.array(v, jnp.float32) for v in (self.mean, self.std))
-        return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
-    def augment(self, key, batch):
-        """mixup and CutMix under jit, see `mix.augment`; labels become float32 [b, num_classes]. Identity when both are off."""
-        return mix.augment(
-            key,
-            batch,
-            num_classes=self.num_classes,
-            mixup=self.mixup,
-            cutmix=self.cutmix,
-        )
+class Reader(Protocol):
+    """A split of examples by index; its methods are pure and may run in any thread or process.
 
-    def decode(self, image: bytes | str | os.PathLike, name: str = "") -> np.ndarray:
-        """Returns uint8 [h, w, c] of an encoded image, or of a file by its path, as evaluation sees it.
+    Attributes:
+      draws: random numbers that the transforms of one example need.
+    """
 
-        Raises:
-          UserError: no such file, or no image; calls it by its path, or bytes by `name`.
-        """
-        if not isinstance(image, bytes):
-            name, path = str(image), Path(image)
-            try:
-                image = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"cannot read {name}: {error.strerror}") from None
-        try:
-            return vision.still(image, self.view)
-        except vision.Undecodable as error:
-            raise UserError(f"cannot decode image {name}: {error}") from None
+    draws: int
 
-    def _iterate(self, chunks: grain.MapDataset) -> "Batches":
-        options = grain.ReadOptions(self.threads, 2 * self.threads)
-        batches = chunks.to_iter_dataset(options)
-        if self.workers:
-            _spare_flags()
-            options = grain.MultiprocessingOptions(self.workers, 2)
-            batches = batches.mp_prefetch(options, worker_init_fn=_outlive_nobody)
-        return Batches(batches, copy=self.workers > 0)
+    def __len__(self) -> int: ...
+
+    def random(self, indices: np.ndarray, draws: np.ndarray) -> Batch:
+        """Training examples int [b] under the transforms that uniform numbers [b, draws] decide; with "mask"."""
+
+    def still(self, indices: np.ndarray) -> Batch:
+        """Evaluation examples int [b], at least one; with "mask"."""
+
+    def empty(self, rows: int) -> Batch:
+        """So many rows of padding, mask False."""
+
+
+def training(
+    reader: Reader,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    process: tuple[int, int] = (0, 1),
+    *,
+    workers: int = 0,
+    threads: int = 2,
+) -> "Batches":
+    """Returns the endless stream of shuffled, augmented training batches.
+
+    Batches go on over the ends of epochs, so that each is full; an epoch is `len(reader)` examples, each once.
+
+    Args:
+      reader: of the split.
+      batch: the global batch, over all processes.
+      seed: 0 to 2**32 - 1; decides the order and the augmentation.
+      start: how many examples of the global stream have been consumed; a multiple of `batch`.
+      process: (index, count); yields rows [index * batch / count, (index + 1) * batch / count) of each global batch.
+      workers, threads: processes, and threads in each, that prepare batches; 0 workers for this process alone.
+
+    Returns:
+      An iterator; its `close()` stops threads and worker processes at once instead of at garbage collection.
+
+    Raises:
+      UserError: a batch that the processes cannot share, a `start` between batches, a seed out of range.
+    """
+    index, count = process
+    rows = share(batch, count)
+    check_start(batch, seed, start)
+    order = grain.MapDataset.range(len(reader)).seed(seed).shuffle().repeat()
+    chunks = order.batch(rows, batch_fn=np.array)
+    chunks = chunks.map_with_index(_Train(reader, seed, rows))
+    return iterate(chunks[start // rows + index :: count], workers, threads)
+
+
+def evaluation(
+    reader: Reader,
+    batch: int,
+    process: tuple[int, int] = (0, 1),
+    *,
+    workers: int = 0,
+    threads: int = 2,
+) -> "Batches":
+    """Returns the split once, in order; the last batches are filled up with masked rows.
+
+    Args:
+      reader, batch, process, workers, threads: as for `training`; each process gets the same number of batches.
+
+    Raises:
+      UserError: a batch that the processes cannot share; while iterating, an example that cannot be read.
+    """
+    index, count = process
+    rows = share(batch, count)
+    chunks = grain.MapDataset.range(-(-len(reader) // batch) * count)
+    return iterate(chunks.map(_Eval(reader, rows))[index::count], workers, threads)
+
+
+def iterate(chunks: grain.MapDataset, workers: int, threads: int) -> "Batches":
+    """Batches in the order of a data set of them, prepared ahead."""
+    options = grain.ReadOptions(threads, 2 * threads)
+    batches = chunks.to_iter_dataset(options)
+    if workers:
+        _spare_flags()
+        options = grain.MultiprocessingOptions(workers, 2)
+        batches = batches.mp_prefetch(options, worker_init_fn=_outlive_nobody)
+    return Batches(batches, copy=workers > 0)
 
 
 class Batches:
@@ -292,10 +223,21 @@ def _close(running: list) -> None:
         running.pop().close()
 
 
-def _rows(batch: int, count: int) -> int:
+def share(batch: int, count: int) -> int:
+    """Rows of a global batch that each of `count` processes gets, or a UserError."""
     if batch <= 0 or batch % count:
         raise UserError(f"batch = {batch} is not divisible by {count} processes")
     return batch // count
+
+
+def check_start(batch: int, seed: int, start: int) -> None:
+    """Raises a UserError for a start between batches, or a seed out of range."""
+    if start % batch:
+        raise UserError(
+            f"cannot resume after {start} examples with batch {batch}: {start} is not a multiple of it"
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed = {seed} should be 0 to 2**32 - 1")
 
 
 class _Train(NamedTuple):
@@ -306,9 +248,9 @@ class _Train(NamedTuple):
     rows: int
 
     def __call__(self, chunk: int, indices: np.ndarray) -> Batch:
-        numbers = draws(self.seed, chunk * self.rows, self.rows)
-        images, labels, good = self.reader.random(indices, numbers)
-        return {"image": images, "label": labels, "mask": good, "index": indices}
+        width = self.reader.draws
+        numbers = draws(self.seed, chunk * self.rows, self.rows, width)
+        return self.reader.random(indices, numbers) | {"index": indices}
 
 
 class _Eval(NamedTuple):
@@ -321,26 +263,21 @@ class _Eval(NamedTuple):
         index = np.arange(chunk * self.rows, (chunk + 1) * self.rows)
         index[index >= len(self.reader)] = -1
         there = np.flatnonzero(index >= 0)
-        batch = {
-            "image": np.zeros((self.rows, *self.reader.view.shape), np.uint8),
-            "label": np.zeros(self.rows, np.int32),
-            "mask": index >= 0,
-            "index": index,
-        }
+        batch = self.reader.empty(self.rows)
         if len(there):
-            images, labels, _ = self.reader.still(index[there])
-            batch["image"][there], batch["label"][there] = images, labels
-        return batch
+            for key, values in self.reader.still(index[there]).items():
+                batch[key][there] = values
+        return batch | {"index": index}
 
 
-def draws(seed: int, start: int, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) for `count` positions from `start`: float64 [count, vision.DRAWS].
+def draws(seed: int, start: int, count: int, width: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for `count` positions from `start`: float64 [count, width], width a multiple of 4.
 
     Philox turns a counter into four words under a key. Each position owns a range of the counter, so its numbers do not
     depend on which positions are asked for together.
     """
-    words = np.random.Philox(key=seed, counter=start * (vision.DRAWS // 4))
-    bits = words.random_raw(count * vision.DRAWS).reshape(count, vision.DRAWS)
+    words = np.random.Philox(key=seed, counter=start * (width // 4))
+    bits = words.random_raw(count * width).reshape(count, width)
     return (bits >> np.uint64(11)) * 2.0**-53
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from squeeze_jax.data import vision
+from squeeze_jax.data.pipeline import Batch
 from squeeze_jax.data.source import Example, Examples
 from squeeze_jax.errors import UserError
 
@@ -31,6 +32,8 @@ class Reader:
       skip: whether an image that cannot be decoded is skipped; otherwise it is an error.
       cached: whether to keep decoded images in memory. A worker process gets a copy without them.
     """
+
+    draws = vision.DRAWS
 
     def __init__(
         self,
@@ -60,8 +63,8 @@ class Reader:
     def __getstate__(self):
         return self.__dict__ | {"_cache": None}
 
-    def still(self, indices: np.ndarray):
-        """Evaluation images: (uint8 [b, h, w, c], labels int32 [b], decoded bool [b]); those not decoded are black.
+    def still(self, indices: np.ndarray) -> Batch:
+        """Evaluation images: "image" uint8 [b, h, w, c], "label" int32 [b], "mask" bool [b]; those not decoded are black.
 
         Raises:
           UserError: a label outside the classes or, unless they are skipped, an image that cannot be decoded.
@@ -73,26 +76,39 @@ class Reader:
         state, images, labels = self._cache
         new = np.unique(indices[state[indices] == UNKNOWN])
         if len(new):
-            images[new], labels[new], good = self._decode(
-                new, lambda image, i: vision.still(image, self.view)
-            )
-            state[new] = np.where(good, GOOD, BAD)
-        return images[indices], labels[indices], state[indices] == GOOD
+            decoded = self._decode(new, lambda image, i: vision.still(image, self.view))
+            images[new], labels[new] = decoded["image"], decoded["label"]
+            state[new] = np.where(decoded["mask"], GOOD, BAD)
+        return {
+            "image": images[indices],
+            "label": labels[indices],
+            "mask": state[indices] == GOOD,
+        }
 
-    def random(self, indices: np.ndarray, draws: np.ndarray):
+    def random(self, indices: np.ndarray, draws: np.ndarray) -> Batch:
         """Training images, as `still`, under the random transforms that `draws` [b, vision.DRAWS] decide."""
         view = self.view
         if view.crop == "random_resized":
-            images, labels, good = self._decode(
+            batch = self._decode(
                 indices, lambda image, i: vision.random_resized(image, view, draws[i])
             )
+            images = batch["image"]
         else:
-            images, labels, good = self.still(indices)
+            batch = self.still(indices)
+            images = batch["image"]
             if view.crop == "pad":
                 images = vision.pad_crop(images, view.pad, draws)
         images = vision.augment(images, view, draws)
-        images[~good] = 0
-        return images, labels, good
+        images[~batch["mask"]] = 0
+        return batch | {"image": images}
+
+    def empty(self, rows: int) -> Batch:
+        """Black images that do not count."""
+        return {
+            "image": np.zeros((rows, *self.view.shape), np.uint8),
+            "label": np.zeros(rows, np.int32),
+            "mask": np.zeros(rows, bool),
+        }
 
     def _decode(
         self, indices, transform: Callable[[bytes | np.ndarray, int], np.ndarray]
@@ -111,7 +127,7 @@ class Reader:
             except vision.Undecodable as error:
                 self._undecodable(example, error)
                 good[i] = False
-        return images, labels, good
+        return {"image": images, "label": labels, "mask": good}
 
     def _undecodable(self, example: Example, error: vision.Undecodable):
         line = f"cannot decode image {example.name}: {error}"

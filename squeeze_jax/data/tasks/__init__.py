@@ -1,0 +1,1 @@
+"""Kinds of examples, one a file; `make(...)` returns what `data.make` describes."""

@@ -1,0 +1,293 @@
+"""Images and their classes: which pixels a network gets, from a source of `data/sources`."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax import registry
+from squeeze_jax.data import mix, pipeline, vision
+from squeeze_jax.data.pipeline import Batches
+from squeeze_jax.data.reader import Reader
+from squeeze_jax.data.source import Source
+from squeeze_jax.errors import UserError
+
+SOURCES = "squeeze_jax.data.sources"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PREDICTED = 32  # images at a time
+
+
+def make(
+    source: dict,
+    size: int,
+    *,
+    channels: Literal[1, 3] | None = None,
+    mean: tuple[float, ...] = (0.5,),
+    std: tuple[float, ...] = (0.5,),
+    crop: Literal["none", "pad", "random_resized"] = "none",
+    pad: int = 4,
+    scale: tuple[float, float] = (0.08, 1.0),
+    flip: bool = False,
+    randaugment: int = 0,
+    magnitude: float = 9.0,
+    eval_resize: int = 0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    workers: int = 0,
+    threads: int = 2,
+    cache_mb: int = 512,
+    corrupt: Literal["raise", "skip"] = "raise",
+) -> "Images":
+    """Opens a data set; the parameters are the keys of `config.data`.
+
+    Args:
+      source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "..."}.
+      size: images become size x size pixels.
+      channels: 1 or 3; None keeps what the source has.
+      mean, std: of the pixels in units of 0..1, one number or one a channel; `normalise` gives (x / 255 - mean) / std.
+      crop: of training images. "none": as for evaluation; "pad": the evaluation image, padded by `pad` black pixels on each
+        side and cropped back at random; "random_resized": a crop of a random `scale` share of the original's area and an aspect
+        ratio of 3/4 to 4/3, resized.
+      pad, scale: see crop.
+      flip: mirror half of the training images left to right.
+      randaugment: number of RandAugment operations for each training image, 0 to 20.
+      magnitude: their strength, 0 to 30.
+      eval_resize: evaluation images are resized to this short side, then cropped in the centre; 0: resized directly.
+      mixup, cutmix: α of their Beta distributions, applied by `augment`; 0 is off.
+      workers: worker processes that prepare batches; 0 leaves it to threads. Needed only where decoding is slower than the
+        training step, as the threads of one process share Python's lock for a part of the work.
+      threads: threads that prepare batches, in each process.
+      cache_mb: a data set that takes less than this decoded is kept decoded in memory after its first epoch (not for
+        "random_resized", not in worker processes); 0 never.
+      corrupt: a training image that cannot be decoded is an error, or is skipped: a black image, mask False, and a warning. In
+        evaluation it is always an error.
+
+    Raises:
+      UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
+    """
+    opened = _open(source)
+    view = vision.View(
+        size=size,
+        channels=channels or opened.channels,
+        crop=crop,
+        pad=pad,
+        scale=tuple(scale),
+        flip=flip,
+        randaugment=randaugment,
+        magnitude=magnitude,
+        eval_resize=eval_resize,
+    )
+    for key, values in ("mean", mean), ("std", std):
+        if len(values) not in (1, view.channels):
+            raise UserError(
+                f"config.data.{key} has {len(values)} numbers: it should have 1, or one for each of {view.channels} channels"
+            )
+    if min(std) <= 0:
+        raise UserError(f"config.data.std = {std} should be positive")
+    for key, value in dict(
+        mixup=mixup, cutmix=cutmix, workers=workers, threads=threads, cache_mb=cache_mb
+    ).items():
+        if value < 0:
+            raise UserError(f"config.data.{key} = {value} should not be negative")
+    megabytes = (len(opened.train) + len(opened.eval)) * math.prod(view.shape) / 2**20
+    reader = functools.partial(
+        Reader,
+        num_classes=len(opened.label_names),
+        view=view,
+        cached=workers == 0 and megabytes <= cache_mb,
+    )
+    return Images(
+        label_names=opened.label_names,
+        view=view,
+        train_reader=reader(opened.train, skip=corrupt == "skip"),
+        eval_reader=reader(opened.eval, skip=False),
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+        mixup=mixup,
+        cutmix=cutmix,
+        workers=workers,
+        threads=threads,
+    )
+
+
+def _open(source: Mapping) -> Source:
+    if not isinstance(source, Mapping) or "name" not in source:
+        raise UserError(
+            f"config.data.source = {source!r} lacks a name; choose from {', '.join(registry.names(SOURCES))}"
+        )
+    keys = dict(source)
+    module = registry.load(SOURCES, keys.pop("name"), "data source")
+    registry.check(module.make, keys, "config.data.source")
+    return module.make(**keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A data set under one view of its images, see `pipeline.Data`; `make` builds it.
+
+    Batches are dicts of numpy arrays: "image" uint8 [b, h, w, c], "label" int32 [b], "mask" bool [b] (False: padding or a
+    skipped image), "index" int64 [b].
+    """
+
+    reads = "images"
+    noun = "image"
+    objective: ClassVar = {"name": "train.cross_entropy"}
+    metrics = "classification"
+
+    label_names: tuple[str, ...]
+    view: vision.View
+    train_reader: Reader
+    eval_reader: Reader
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mixup: float
+    cutmix: float
+    workers: int
+    threads: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of an image."""
+        return self.view.shape
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes}
+
+    @property
+    def describe(self) -> str:
+        size = "{}x{}x{}".format(*self.shape)
+        return (
+            f"{self.num_train:,} train + {self.num_eval:,} test images at {size},"
+            f" {self.num_classes} classes"
+        )
+
+    @property
+    def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_reader)
+
+    @property
+    def num_eval(self) -> int:
+        return len(self.eval_reader)
+
+    def train(
+        self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
+    ) -> Batches:
+        """The endless stream of shuffled, augmented batches, see `pipeline.training`."""
+        how = dict(workers=self.workers, threads=self.threads)
+        return pipeline.training(self.train_reader, batch, seed, start, process, **how)
+
+    def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
+        """Every evaluation image once and in order, see `pipeline.evaluation`.
+
+        Raises:
+          UserError: also while iterating, for an image that cannot be decoded.
+        """
+        how = dict(workers=self.workers, threads=self.threads)
+        return pipeline.evaluation(self.eval_reader, batch, process, **how)
+
+    def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """All batches have one shape."""
+        shapes = {
+            "image": ((rows, *self.shape), jnp.uint8),
+            "label": ((rows,), jnp.int32),
+            "mask": ((rows,), jnp.bool_),
+        }
+        return [{k: jax.ShapeDtypeStruct(*spec) for k, spec in shapes.items()}]
+
+    def inputs(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Normalised images, float32 [b, h, w, c]."""
+        return self.normalise(batch["image"])
+
+    def example(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
+
+    def normalise(self, images):
+        """(x / 255 - mean) / std of [b, h, w, c] pixels 0..255 of any dtype; a jnp function, float32."""
+        mean, std = (jnp.array(v, jnp.float32) for v in (self.mean, self.std))
+        return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+    def augment(self, key, batch):
+        """mixup and CutMix under jit, see `mix.augment`; labels become float32 [b, num_classes]. Identity when both are off."""
+        return mix.augment(
+            key,
+            batch,
+            num_classes=self.num_classes,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+        )
+
+    def decode(self, image: bytes | str | os.PathLike, name: str = "") -> np.ndarray:
+        """Returns uint8 [h, w, c] of an encoded image, or of a file by its path, as evaluation sees it.
+
+        Raises:
+          UserError: no such file, or no image; calls it by its path, or bytes by `name`.
+        """
+        if not isinstance(image, bytes):
+            name, path = str(image), Path(image)
+            try:
+                image = path.read_bytes()
+            except OSError as error:
+                raise UserError(f"cannot read {name}: {error.strerror}") from None
+        try:
+            return vision.still(image, self.view)
+        except vision.Undecodable as error:
+            raise UserError(f"cannot decode image {name}: {error}") from None
+
+    def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
+        """The five likeliest labels of each image file, also in folders."""
+        files = find(given)
+        images = [self.decode(path) for path in files]
+        for begin in range(0, len(files), PREDICTED):
+            some = slice(begin, begin + PREDICTED)
+            logits = jnp.asarray(run({"image": np.stack(images[some])}), jnp.float32)
+            probabilities = np.asarray(jax.nn.softmax(logits))
+            for path, row in zip(files[some], probabilities, strict=True):
+                yield str(path)
+                for label in np.argsort(-row)[:5]:
+                    yield f"  {row[label]:6.1%}  {self.name(label)}"
+
+    def name(self, label: int) -> str:
+        """A label's name; a network may have more classes than the data name."""
+        names = self.label_names
+        return names[label] if label < len(names) else f"class {label}"
+
+
+def find(given: Sequence[str]) -> list[Path]:
+    """The image files among files and folders (searched in depth), in order.
+
+    Raises:
+      UserError: nothing given, a file that is not there, a folder without images.
+    """
+    if not given:
+        raise UserError(
+            "the job predict needs image files or folders: run.py --job=predict --workdir=DIR PHOTO.jpg"
+        )
+    files = []
+    for each in map(Path, given):
+        if not each.exists():
+            raise UserError(f"no such file or folder: {each}")
+        found = (
+            [p for p in sorted(each.rglob("*")) if p.suffix.lower() in SUFFIXES]
+            if each.is_dir()
+            else [each]
+        )
+        if not found:
+            raise UserError(f"{each} holds no image (looked for {' '.join(SUFFIXES)})")
+        files += found
+    return files
