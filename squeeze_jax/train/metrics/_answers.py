@@ -42,7 +42,7 @@ def f1(prediction: str, answers: Sequence[str], version2: bool = False) -> float
       version2: whether two texts without a word agree, as in SQuAD 2.0; in 1.1 they have nothing in common.
     """
     said = Counter(words(prediction))
-    return max((_overlap(said, Counter(words(t)), version2) for t in answers))
+    return max(_overlap(said, Counter(words(t)), version2) for t in answers)
 
 
 def _overlap(said: Counter, wanted: Counter, version2: bool) -> float:
