@@ -1,0 +1,1 @@
+"""Distillation: losses that pull a student towards its teachers, one a file, and what they share."""
