@@ -10,7 +10,7 @@ from squeeze_jax import registry
 from squeeze_jax.nn import activations, encoder
 from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.conv import Conv
-from squeeze_jax.nn.embed import Embeddings, text
+from squeeze_jax.nn.embed import Embeddings, positions, text
 from squeeze_jax.nn.heads import Head, Pooler
 
 
@@ -66,7 +66,12 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: {"tokens", "segments", "mask"} of [b, l], see `embed.text` → logits, see `heads.Head`, and endpoints."""
+        """Logits, see `heads.Head`, and endpoints.
+
+        Args:
+          x: {"tokens", "segments", "mask"} of [b, l], see `embed.text`, and "positions" for masked_lm.
+          train: whether dropout acts.
+        """
         row = self.row
         tokens, segments, mask = text(x, choices=self.task == "choice")
         embeddings = self.make_embeddings()
@@ -88,6 +93,7 @@ class Encoder(nn.Module):
             pooled,
             embeddings.scores,
             choices=x["tokens"].shape[1],
+            positions=positions(x),
             train=train,
         )
         return logits, endpoints

@@ -53,6 +53,23 @@ def text(x: Mapping[str, Any], *, choices: bool = False) -> Text:
     return Text(*map(rows, arrays.values()))
 
 
+def positions(x: Mapping[str, Any]) -> jax.Array | None:
+    """The positions whose tokens alone shall be scored, int [b, p], or None for all.
+
+    Args:
+      x: what an encoder is called with; "positions" int [b, p] may be left out.
+
+    Raises:
+      UserError: an array of another shape.
+    """
+    array = x.get("positions")
+    if array is not None and (array.ndim != 2 or len(array) != len(x["tokens"])):
+        raise UserError(
+            f"positions should be [b, p], a row for each of {len(x['tokens'])} sequences: their shape is {tuple(array.shape)}"
+        )
+    return array
+
+
 def _rows(ids, table):
     return jnp.asarray(table).at[ids].get(mode="clip", wrap_negative_indices=False)
 

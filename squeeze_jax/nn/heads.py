@@ -122,7 +122,7 @@ class Head(nn.Module):
     | task           | logits                                                                                     |
     |----------------|--------------------------------------------------------------------------------------------|
     | features       | [b, l, d]: the last layer, no head                                                         |
-    | masked_lm      | [b, l, vocabulary]                                                                         |
+    | masked_lm      | [b, l, vocabulary], or [b, p, vocabulary] of p positions                                   |
     | causal_lm      | [b, l, vocabulary]: of the token after each                                                |
     | next_sentence  | [b, 2]: whether the second segment follows the first (0) or not (1), or is in order        |
     | pretraining    | {"masked_lm": …, "next_sentence": …}                                                       |
@@ -165,9 +165,19 @@ class Head(nn.Module):
         scores: Callable,
         *,
         choices: int = 1,
+        positions: jax.Array | None = None,
         train: bool = False,
     ):
-        """x: [b, l, d], pooled: [b, d], scores: `Embeddings.scores` → logits; of `choices` sequences each for choice."""
+        """The logits, of `choices` sequences each for choice.
+
+        Args:
+          x: [b, l, d].
+          pooled: [b, d], or None where the task does not read it.
+          scores: `Embeddings.scores`.
+          choices: how many sequences are one example.
+          positions: int [b, p]: where masked_lm scores tokens; None for everywhere. The scores of all positions take more
+            time than the layers of a small encoder, and a loss reads every seventh.
+        """
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
         def sequence():
@@ -177,14 +187,14 @@ class Head(nn.Module):
             case "features":
                 return x.astype(jnp.float32)
             case "masked_lm":
-                return self._masked_lm(x, scores)
+                return self._masked_lm(x, scores, positions)
             case "causal_lm":
                 return scores(x)
             case "next_sentence":
                 return _dense(2, "next_sentence")(sequence())
             case "pretraining":
                 return {
-                    "masked_lm": self._masked_lm(x, scores),
+                    "masked_lm": self._masked_lm(x, scores, positions),
                     "next_sentence": _dense(2, "next_sentence")(sequence()),
                 }
             case "replaced":
@@ -205,7 +215,7 @@ class Head(nn.Module):
         drop = nn.Dropout(self.summary_dropout, deterministic=not train)
         return activations.named(self.summary)(_transform(drop(x[:, 0])))
 
-    def _masked_lm(self, x, scores):
+    def _masked_lm(self, x, scores, positions):
         head = MaskedLM(
             self.features,
             self.activation,
@@ -213,6 +223,8 @@ class Head(nn.Module):
             self.untied,
             name="masked_lm",
         )
+        if positions is not None:
+            x = jnp.take_along_axis(x, positions[..., None], axis=1, mode="clip")
         return head(x, scores)
 
 
