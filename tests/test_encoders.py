@@ -57,7 +57,7 @@ PUBLISHED = {
 NAMES = [
     name
     for name in registry.names(MODELS)
-    if getattr(registry.load(MODELS, name), "INPUTS", "") == "tokens"
+    if hasattr(registry.load(MODELS, name), "HUGGINGFACE")
 ]
 ALL = [
     (name, variant)
