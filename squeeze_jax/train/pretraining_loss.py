@@ -1,0 +1,33 @@
+"""The objective of BERT and ALBERT: masked tokens, and how two segments go together.
+
+Devlin et al., arXiv 1810.04805, section A.2: the sum of both mean losses. Lan et al., arXiv 1909.11942, section 3.1.
+"""
+
+from collections.abc import Callable
+
+from squeeze_jax.train import cross_entropy, masked_lm
+
+
+def make() -> Callable:
+    """Returns `loss(logits, endpoints, batch) → (loss, {"accuracy", "order_accuracy"})`.
+
+    Logits are {"masked_lm": see `masked_lm.scored`, "next_sentence": [b, 2]}; the batch has "label" int [b] as well.
+    """
+
+    def loss(logits, endpoints, batch):
+        del endpoints
+        losses, hits, weights = masked_lm.scored(logits["masked_lm"], batch)
+        order, right = ordered(logits["next_sentence"], batch)
+        total = masked_lm.mean(losses, weights)
+        total += cross_entropy.mean(order, batch["mask"])
+        return total, {
+            "accuracy": masked_lm.mean(hits, weights),
+            "order_accuracy": cross_entropy.mean(right, batch["mask"]),
+        }
+
+    return loss
+
+
+def ordered(logits, batch):
+    """Cross-entropies and whether the label is the likelier, float32 [b]; logits [b, 2], "label" int [b]."""
+    return masked_lm.token_losses(logits, batch["label"])
