@@ -130,3 +130,22 @@ def _get(row, key: str, kind: type, where: str):
         names = {list: "a list", str: "a text", int: "a whole number"}
         raise UserError(f"{where}.{key} should be {names[kind]}, as in SQuAD's files")
     return value
+
+
+def places(content: Questions) -> list[tuple[int, int] | None]:
+    """Characters [begin, end) of each question's first answer that is where the file says, or None."""
+    found = []
+    for question in content.questions:
+        document = content.documents[question.document]
+        places = (_place(answer, document) for answer in question.answers)
+        found.append(next(filter(None, places), None))
+    return found
+
+
+def _place(answer: Answer, document: str) -> tuple[int, int] | None:
+    text, begin = answer
+    bare = text.strip()
+    if not bare or begin < 0 or document[begin : begin + len(text)] != text:
+        return None
+    begin += text.index(bare)
+    return begin, begin + len(bare)

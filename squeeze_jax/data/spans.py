@@ -1,9 +1,10 @@
-"""Answers that stand in a document: windows over documents of any length, and answers read off a network's scores.
+"""Windows over documents of any length, for questions whose answers stand in them.
 
 A window is the question and as much of the document as fits beside it; windows overlap by `stride` tokens. The scheme is
 that of BERT, arXiv 1810.04805, section 4.2, and window for window that of `transformers`' tokenizers.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from squeeze_jax.data import text
+from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
 
-CHUNK = 1000  # texts that are tokenized at a time, and windows that are searched
+CHUNK = 1000  # documents that are tokenized at a time
 
 
 class Text(NamedTuple):
@@ -24,7 +27,10 @@ class Text(NamedTuple):
     offsets: np.ndarray
 
     def locate(self, begin: int, end: int) -> tuple[int, int] | None:
-        """The first and the last token that has a part of the characters [begin, end); None where none does."""
+        """The first and the last token that has a part of the characters [begin, end); None where none does.
+
+        Of several tokens that are bytes of one character all count.
+        """
         first = int(np.searchsorted(self.offsets[:, 1], begin, side="right"))
         last = int(np.searchsorted(self.offsets[:, 0], end, side="left")) - 1
         return (first, last) if first <= last else None
@@ -48,28 +54,12 @@ class Windows(NamedTuple):
         return len(self.question)
 
 
-class Found(NamedTuple):
-    """Answers read off, numpy arrays [n], those of a question side by side, the best first.
-
-    Attributes:
-      question: number of the question.
-      begin, end: characters [begin, end) of its document.
-      score: sum of the two logits.
-    """
-
-    question: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
-    score: np.ndarray
-
-
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str], noun: str) -> list[Text]:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Text]:
     """Tokenizes texts with offsets, in parallel; tells of the progress on stderr if it takes more than a few seconds.
 
     Args:
       tokenizer: a tokenizer.
-      texts: each is tokenized once.
-      noun: what they are, for the progress: "documents".
+      texts: documents.
     """
     done, told = [], time.monotonic()
     for begin in range(0, len(texts), CHUNK):
@@ -79,7 +69,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], noun: str) -> list[Text
             done.append(Text(np.array(found.ids, np.int32), offsets))
         if time.monotonic() - told > 5:
             told = time.monotonic()
-            line = f"tokenized {len(done):,} of {len(texts):,} {noun}"
+            line = f"tokenized {len(done):,} of {len(texts):,} documents"
             print(line, file=sys.stderr, flush=True)
     return done
 
@@ -146,7 +136,7 @@ def around(tokenizer: Tokenizer) -> tuple[int, int, int]:
     return a, b - a - 1, len(content) - b - 1
 
 
-def labels(
+def marks(
     windows: Windows, spans: Sequence[tuple[int, int] | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where in each window the answer begins and ends, int32 [w]; (0, 0), the first token, where it is not in there whole.
@@ -162,93 +152,59 @@ def labels(
     return np.where(inside, first + shift, 0), np.where(inside, last + shift, 0)
 
 
-def search(
-    windows: Windows,
-    documents: Sequence[Text],
-    which: Sequence[int],
-    start: np.ndarray,
-    end: np.ndarray,
-    *,
-    n_best: int,
-    max_answer: int,
-) -> Found:
-    """The best answers of every question over all its windows.
+class Split(NamedTuple):
+    """Questions as windows.
 
-    The `n_best` highest begins and ends of each window, among tokens of the document, are paired; no token is left out
-    because another window shows more around it, and an answer found in two windows counts as the better of them.
-
-    Args:
-      windows: of which scores are given.
-      documents: tokenized.
-      which: the document of each question.
-      start, end: logits, float [w, l].
-      n_best: answers of a question at most.
-      max_answer: tokens of an answer at most.
+    Attributes:
+      questions: that windows are of.
+      sources: the documents' texts.
+      documents: the same tokenized.
+      windows: in the order of the questions.
+      reader: of what a network reads, and labels "start" and "end", 0 where a window does not show the answer.
     """
-    parts = []
-    for some in range(0, len(windows), CHUNK):
-        rows = slice(some, some + CHUNK)
-        part = Windows(*(column[rows] for column in windows))
-        parts.append(_pairs(part, start[rows], end[rows], n_best, max_answer))
-    question, first, last, score = map(np.concatenate, zip(*parts, strict=True))
-    texts = [documents[d] for d in which]
-    begin = np.array(
-        [texts[q].offsets[t, 0] for q, t in zip(question, first, strict=True)], int
-    )
-    stop = np.array(
-        [texts[q].offsets[t, 1] for q, t in zip(question, last, strict=True)], int
-    )
-    return _rank(Found(question, begin, stop, score), n_best)
+
+    questions: list[Question]
+    sources: list[str]
+    documents: list[Text]
+    windows: Windows
+    reader: text.Reader
+
+    @property
+    def which(self) -> list[int]:
+        """The document of each question."""
+        return [question.document for question in self.questions]
 
 
-def _pairs(windows, start, end, n_best, max_answer):
-    """Columns question, first token, last token, score of the `n_best` best pairs of each window."""
-    positions = np.arange(start.shape[1])
-    stop = windows.place + windows.end - windows.begin
-    inside = (positions >= windows.place[:, None]) & (positions < stop[:, None])
-    first, start = _top(np.where(inside, start, -np.inf), n_best)
-    last, end = _top(np.where(inside, end, -np.inf), n_best)
-    tokens = last[:, None, :] - first[:, :, None] + 1
-    allowed = (tokens >= 1) & (tokens <= max_answer)
-    scores = np.where(allowed, start[:, :, None] + end[:, None, :], -np.inf)
-    best, scores = _top(scores.reshape(len(scores), -1), n_best)
-    row, rank = np.nonzero(np.isfinite(scores))
-    a, b = np.divmod(best[row, rank], last.shape[1])
-    shift = (windows.begin - windows.place)[row]
-    return (
-        windows.question[row],
-        first[row, a] + shift,
-        last[row, b] + shift,
-        scores[row, rank],
-    )
+@dataclasses.dataclass(frozen=True)
+class Cutter:
+    """Makes windows of questions; attributes as the arguments of `tasks.squad.make`."""
 
+    tokenizer: Tokenizer
+    length: int
+    stride: int
+    max_question: int
+    buckets: tuple[int, ...]
 
-def _top(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and values of the highest of each row, in no order."""
-    count = min(count, values.shape[1])
-    index = np.argpartition(values, -count, axis=1)[:, -count:]
-    return index, np.take_along_axis(values, index, 1)
-
-
-def _rank(found: Found, n_best: int) -> Found:
-    """Each answer of a question once, sorted by score, `n_best` of a question at most."""
-    # Of the same characters the better comes first and stays; a tie goes to what begins, then ends first.
-    order = np.lexsort((-found.score, found.end, found.begin, found.question))
-    found = Found(*(column[order] for column in found))
-    same = [column[1:] == column[:-1] for column in found[:3]]
-    keep = np.r_[True, ~np.logical_and.reduce(same)][: len(order)]
-    found = Found(*(column[keep] for column in found))
-    order = np.lexsort((found.end, found.begin, -found.score, found.question))
-    found = Found(*(column[order] for column in found))
-    first = np.searchsorted(found.question, found.question)
-    keep = np.arange(len(first)) - first < n_best
-    return Found(*(column[keep] for column in found))
-
-
-def nothing(
-    windows: Windows, start: np.ndarray, end: np.ndarray, questions: int
-) -> np.ndarray:
-    """Score of "no answer" of every question, float [questions]: the lowest of its windows' at their first token."""
-    scores = np.full(questions, np.inf)
-    np.minimum.at(scores, windows.question, start[:, 0] + end[:, 0])
-    return scores
+    def split(
+        self, content: Questions, labels: Sequence[tuple[int, int] | None]
+    ) -> Split:
+        """Windows of the questions, with labels from characters [begin, end) of each one's answer, or None."""
+        documents = tokenize(self.tokenizer, content.documents)
+        asked = self.tokenizer.encode_many([q.text for q in content.questions])
+        asked = [ids[: self.max_question] for ids in asked]
+        which = [question.document for question in content.questions]
+        shape = self.tokenizer, self.length, self.stride
+        made = windows(asked, documents, which, *shape)
+        places = [
+            label and documents[number].locate(*label)
+            for number, label in zip(which, labels, strict=True)
+        ]
+        start, end = marks(made, places)
+        pairs = (
+            (asked[q], documents[which[q]].ids[begin:end])
+            for q, begin, end in zip(*made[:3], strict=True)
+        )
+        sequences = (self.tokenizer.pair(*pair, self.length) for pair in pairs)
+        packed = text.pack(sequences, start=start, end=end)
+        reader = text.Reader(packed, self.length, self.buckets, self.tokenizer.pad)
+        return Split(content.questions, content.documents, documents, made, reader)

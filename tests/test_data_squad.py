@@ -1,0 +1,536 @@
+"""Extractive question answering: windows against `transformers`, answers read off, files, predictions, errors."""
+
+import gzip
+import itertools
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from squeeze_jax.data import answers, questions, spans, tokens
+from squeeze_jax.data.tasks import squad
+from squeeze_jax.errors import UserError
+from squeeze_jax.train.metrics import squad as metric
+
+RIVER = "The Rhine rises in the Alps. It flows north, past Basel and Cologne, and ends in the sea."
+
+
+def question(id, text, *given, document=RIVER, **more):
+    """A row of a file; `given` are answers, or (answer, where it is said to begin)."""
+    pairs = [(a, document.find(a)) if isinstance(a, str) else a for a in given]
+    rows = [{"text": text, "answer_start": begin} for text, begin in pairs]
+    return {"id": id, "question": text, "answers": rows} | more
+
+
+SOURCE = question("source", "Where does the Rhine rise?", "the Alps", "Alps")
+CITY = question("city", "Which city is past Basel?", "Cologne")
+NONE = question("none", "Who swam in the Rhine?", is_impossible=True)
+
+
+def write(path, *rows, document=RIVER, **more):
+    """A file in the format of SQuAD, of one document."""
+    paragraph = {"context": document, "qas": list(rows)}
+    content = {"data": [{"title": "x", "paragraphs": [paragraph]}]} | more
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def vocabulary(shared) -> str:
+    return str(shared / "data/text/bert_uncased_vocab.txt")
+
+
+@pytest.fixture(scope="session")
+def dev(shared) -> str:
+    return str(shared / "data/text/squad/dev-v1.1.json.gz")
+
+
+@pytest.fixture(scope="session")
+def whole(dev, vocabulary) -> squad.Squad:
+    return squad.make(dev, vocabulary)
+
+
+@pytest.fixture
+def river(tmp_path, vocabulary):
+    """Makes data of a few questions about a short text, in windows of 24 tokens."""
+
+    def make(*rows, **more):
+        path = write(tmp_path / "river.json", *rows)
+        return squad.make(path, vocabulary, **dict(length=24, stride=4) | more)
+
+    return make
+
+
+def pointing(data, at=None, high=9.0):
+    """Rows of logits that point at the labels of the evaluation's windows, or at spans `at`: {window: (start, end)}."""
+    fields, count = data.eval_split.reader.sequences.fields, data.num_eval
+    rows = {side: np.zeros((count, data.length), np.float32) for side in answers.SIDES}
+    for window in range(count):
+        span = at.get(window) if at else [fields[side][window] for side in rows]
+        for side, place in zip(rows, span or (), strict=bool(span)):
+            rows[side][window, place] = high
+    return rows | {"index": np.arange(count)}
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def byte_level(folder, texts):
+    """A small byte-level BPE with RoBERTa's special tokens."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    made.train_from_iterator(
+        texts, 1000, special_tokens=special, min_frequency=2, show_progress=False
+    )
+    made.save_model(str(folder))
+    return tokens.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "stride"),
+    [("bert", 384, 128), ("bert", 100, 30), ("roberta", 160, 64)],
+)
+def test_windows_are_those_of_transformers(
+    kind, length, stride, transformers, dev, vocabulary, tmp_path
+):
+    content = questions.read(dev)
+    rows = content.questions[::20]
+    assert len(rows) == 529
+    roberta = kind == "roberta"
+    ours = (
+        byte_level(tmp_path, content.documents[::40])
+        if roberta
+        else tokens.load(vocabulary)
+    )
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=ours.backend, return_token_type_ids=True
+    )
+    expected = theirs(
+        [row.text for row in rows],
+        [content.documents[row.document] for row in rows],
+        truncation="only_second",
+        max_length=length,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_token_type_ids=True,
+    )
+    content = content._replace(questions=rows)
+    cutter = spans.Cutter(ours, length, stride, 99, ())
+    split = cutter.split(content, questions.places(content))
+    windows, packed = split.windows, split.reader.sequences
+    assert windows.question.tolist() == expected["overflow_to_sample_mapping"]
+    assert len(windows) > 529
+    inside = 0
+    for w, (number, begin, end, place) in enumerate(zip(*windows, strict=True)):
+        row = slice(*packed.begins[w : w + 2])
+        assert packed.tokens[row].tolist() == expected["input_ids"][w]
+        assert packed.segments[row].tolist() == expected["token_type_ids"][w]
+        offsets = split.documents[rows[number].document].offsets[begin:end].tolist()
+        shown = expected["offset_mapping"][w]
+        assert offsets == list(map(list, shown[place : place + end - begin]))
+        text, first = rows[number].answers[0]
+        ends = first, first + len(text) - 1
+        where = [expected.char_to_token(w, c, sequence_index=1) for c in ends]
+        label = [packed.fields[side][w].item() for side in answers.SIDES]
+        if None not in where and shown[where[1]] == shown[label[1]]:
+            # Of the tokens of one character's bytes theirs is the first, ours the last.
+            assert label[1] == where[1] or roberta
+            label[1] = where[1]
+        assert label == (where if None not in where else [0, 0])
+        inside += label != [0, 0]
+    assert inside >= len(rows) - 5  # an answer may be longer than what windows share
+
+
+def test_all_windows_of_the_set_have_the_published_number(whole):
+    # As in Hugging Face's course: 10,784 windows of 384 tokens, 128 shared, of bert-base-uncased's vocabulary.
+    assert (len(whole.eval_split.questions), whole.num_eval) == (10570, 10784)
+    assert (
+        whole.describe
+        == "10,570 test questions in 10,784 windows of up to 384 tokens, SQuAD 1.1"
+    )
+
+
+def test_windows_overlap_by_the_stride():
+    assert list(spans.cut(10, room=4, stride=1)) == [(0, 4), (3, 7), (6, 10)]
+    assert list(spans.cut(9, room=4, stride=0)) == [(0, 4), (4, 8), (8, 9)]
+    assert list(spans.cut(4, room=4, stride=3)) == [(0, 4)]
+
+
+def test_a_question_is_cut_and_an_answer_that_is_not_in_a_window_is_at_the_first_token(
+    river,
+):
+    data = river(CITY, length=16, stride=2, max_question=3)
+    # [CLS] which city is [SEP] and [SEP] leave 10 of 22 tokens, and the words begin at 5.
+    # the rhine rises in the alps . it flows north , past basel and cologne , and ends in the sea .
+    windows = data.eval_split.windows
+    assert list(zip(windows.begin, windows.end, strict=True)) == [(0, 10), (8, 18), (16, 22)]  # fmt: skip
+    fields = data.eval_split.reader.sequences.fields
+    # "cologne" is the word of number 14.
+    assert fields["start"].tolist() == fields["end"].tolist() == [0, 5 + 14 - 8, 0]
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_what_the_specs_say(river, tmp_path):
+    train = write(tmp_path / "train.json", SOURCE, CITY, NONE)
+    data = river(SOURCE, CITY, train=train, length=24, buckets=(20,))
+    batch = next(data.train(2, seed=0))
+    for spec in data.specs(2):
+        assert spec.keys() == batch.keys() - {"index"}
+    spec = data.specs(2)[-1]
+    assert {k: v.dtype for k, v in spec.items()} == {k: batch[k].dtype for k in spec}
+    assert spec["tokens"].shape == (2, 24)
+    inputs = data.inputs(batch)
+    np.testing.assert_array_equal(inputs["mask"], batch["attended"])
+    example = data.example()
+    assert example["mask"].dtype == bool
+    assert {k: v.shape for k, v in example.items()} == dict.fromkeys(inputs, (1, 24))
+    assert (data.num_train, data.vocabulary) == (6, 30522)
+
+
+def test_evaluation_does_not_depend_on_widths_and_order(dev, vocabulary, tmp_path):
+    with gzip.open(dev) as file:
+        content = json.load(file)
+    content["data"] = content["data"][:1]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(content))
+    found = []
+    for buckets, rows in ((), 64), ((96, 128), 50):
+        data = squad.make(str(path), vocabulary, length=160, stride=64, buckets=buckets)
+        measured = metric.make(data)
+        measure = jax.jit(measured.measure)
+        sums, kept = {"loss": 0.0, "examples": 0.0}, []
+        for batch in data.eval(rows):
+            # Scores that are a function of the token and its neighbour alone.
+            code = np.sin(batch["tokens"] + 2.0 * np.roll(batch["tokens"], 1, 1))
+            each, parts = measure({"start": 9 * code, "end": 9 * np.cos(code)}, batch)
+            sums = {k: sums[k] + float(each[k]) for k in ("examples", "loss")}
+            parts = {k: np.asarray(v)[batch["mask"]] for k, v in parts.items()}
+            kept.append(parts | {"index": batch["index"][batch["mask"]]})
+        rows = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}
+        scores = measured.score(sums, rows)
+        found.append((scores["eval_exact"], scores["eval_f1"], data.predictions(rows)))
+        assert sums["examples"] == data.num_eval > len(data.golds)
+    assert found[0] == found[1]
+    assert 0 < found[0][1] < 50
+
+
+# --- answers read off ------------------------------------------------------------------------------------------------
+
+
+def test_scores_at_the_labels_give_the_answers_that_tokens_can_give(whole):
+    rows, split = pointing(whole), whole.eval_split
+    scores = metric.make(whole).score({"loss": 0.0, "examples": 1}, rows)
+    assert scores["eval_exact"] > 99.69
+    assert scores["eval_f1"] > 99.75
+    said, possible = whole.predictions(rows), 0
+    places = questions.places(
+        questions.Questions(split.sources, split.questions, False)
+    )
+    for row, (begin, end) in zip(split.questions, places, strict=True):
+        first, last = split.documents[row.document].locate(begin, end)
+        offsets = split.documents[row.document].offsets
+        if (offsets[first, 0], offsets[last, 1]) != (begin, end) or last - first >= 30:
+            continue
+        possible += 1
+        assert said[row.id] == row.answers[0].text
+    # The others are parts of words, or longer than 30 tokens.
+    assert possible == 10529
+
+
+def brute(split, start, end, n_best, max_answer):
+    """{question: [(score, begin, end)]} by trying everything."""
+    found = {}
+    for w, (number, begin, stop, place) in enumerate(zip(*split.windows, strict=True)):
+        offsets = split.documents[split.which[number]].offsets
+        there = range(place, place + stop - begin)
+        firsts = sorted(there, key=lambda i, w=w: -start[w, i])[:n_best]
+        lasts = sorted(there, key=lambda i, w=w: -end[w, i])[:n_best]
+        scores = found.setdefault(number, {})
+        for a, b in itertools.product(firsts, lasts):
+            if a <= b < a + max_answer:
+                span = (
+                    offsets[a - place + begin][0],
+                    offsets[b - place + begin][1],
+                )
+                score = start[w, a] + end[w, b]
+                scores[span] = max(score, scores.get(span, -np.inf))
+    return {
+        number: sorted(((v, *k) for k, v in scores.items()), reverse=True)[:n_best]
+        for number, scores in found.items()
+    }
+
+
+@pytest.mark.parametrize(("n_best", "max_answer"), [(4, 3), (20, 30), (1, 2)])
+def test_the_best_answers_are_those_of_a_search_through_everything(
+    river, n_best, max_answer
+):
+    data = river(SOURCE, CITY, length=20, stride=4)
+    rng = np.random.default_rng(0)
+    split, shape = data.eval_split, (data.num_eval, 20)
+    logits = {s: rng.normal(size=shape).astype(np.float32) for s in answers.SIDES}
+    limits = dict(n_best=n_best, max_answer=max_answer)
+    found = answers.search(
+        split.windows, split.documents, split.which, *logits.values(), **limits
+    )
+    expected = brute(split, *logits.values(), **limits)
+    for number, rows in expected.items():
+        which = found.question == number
+        columns = (found.score[which], found.begin[which], found.end[which])
+        assert list(zip(*columns, strict=True)) == rows
+
+
+def test_version_2_says_nothing_where_the_odds_are_above_the_threshold(river):
+    made = {t: river(SOURCE, CITY, NONE, length=64, null_threshold=t) for t in (0, 5)}
+    data = made[0]
+    assert data.version2
+    # One window a question: answers at 9 + 9 against 10, 12 and 20 (twice 5, 6, 10) for nothing.
+    rows = pointing(data)
+    # [CLS] who swam in the rhine ? [SEP] the rhine rises in the alps
+    rows["start"][2, 13] = rows["end"][2, 13] = 9
+    for side in answers.SIDES:
+        rows[side][:, 0] = [5, 6, 10]
+    assert data.null_odds(rows) == pytest.approx({"source": -8, "city": -6, "none": 2})
+    assert data.predictions(rows) == {
+        "source": "the Alps",
+        "city": "Cologne",
+        "none": "",
+    }
+    assert made[5].predictions(rows)["none"] == "Alps"
+    scores = metric.make(made[5]).score({"loss": 3.0, "examples": 2}, rows)
+    assert scores == pytest.approx(
+        {
+            "eval_loss": 1.5,
+            "eval_exact": 200 / 3,
+            "eval_f1": 200 / 3,
+            "eval_has_answer_exact": 100,
+            "eval_has_answer_f1": 100,
+            "eval_no_answer_exact": 0,
+            "eval_no_answer_f1": 0,
+            "eval_best_exact": 100,
+            "eval_best_exact_threshold": -6,
+            "eval_best_f1": 100,
+            "eval_best_f1_threshold": -6,
+        }
+    )
+
+
+def test_nothing_is_the_least_of_all_windows(river):
+    data = river(NONE, length=20, stride=4)
+    rows = pointing(data, {0: (0, 0), 1: (0, 0)}, high=3.0)
+    assert data.num_eval == 3
+    found = data.answers(rows)
+    assert found.nothing == {"none": 0}
+    rows["start"][2, 0] = 1
+    assert data.answers(rows).nothing == {"none": 1}
+
+
+def test_scores_that_are_not_finite_give_no_answer(river):
+    data = river(SOURCE, length=64)
+    rows = pointing(data)
+    rows["start"][:] = np.nan
+    assert data.predictions(rows) == {"source": ""}
+    with pytest.raises(ValueError, match="not each of 1 windows"):
+        data.predictions({key: value[:0] for key, value in rows.items()})
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_that_are_not_where_the_file_says_train_nothing_but_count(
+    river, tmp_path, caplog
+):
+    wrong = question("wrong", "Which sea?", ("the sea", 3))
+    spaced = question("spaced", "Which mountains?", " Alps")
+    train = write(tmp_path / "train.json", wrong, spaced, CITY)
+    with caplog.at_level(logging.WARNING):
+        data = river(wrong, CITY, train=train, length=64)
+    assert [q.id for q in data.train_split.questions] == ["spaced", "city"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("1 of 3 training questions left out")
+    # "alps" alone, without its space: the sixth word.
+    assert data.train_split.reader.sequences.fields["start"][0] == 1 + 3 + 1 + 5
+    assert data.golds == {"wrong": ["the sea"], "city": ["Cologne"]}
+    assert data.eval_split.reader.sequences.fields["start"][0] == 0
+
+
+def test_version_is_that_of_the_evaluation_file(river, tmp_path):
+    train = write(tmp_path / "train.json", SOURCE, NONE)
+    assert not river(SOURCE, train=train, length=64).version2
+    assert river(SOURCE, NONE, length=64).version2
+    path = write(tmp_path / "v2.json", SOURCE, version="v2.0")
+    assert questions.read(path).version2
+
+
+FILES = {
+    "empty": ("", r"bad.json is empty"),
+    "text": ("Where?", r"bad.json is not JSON: "),
+    "list": ("[]", r'bad.json has no "data"'),
+    "key": ('{"version": "1.1"}', r'bad.json has no "data"'),
+    "articles": ('{"data": [{}]}', r"bad.json: .data\[0\].paragraphs should be a list"),
+    "nothing": ('{"data": []}', r"bad.json holds no question"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_are_none_of_squad(kind, tmp_path, vocabulary):
+    content, message = FILES[kind]
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        squad.make(str(path), vocabulary)
+    assert "\n" not in str(caught.value)
+
+
+ROWS = {
+    "text": (
+        question("q", "?") | {"answers": [{"text": 3, "answer_start": 0}]},
+        r"\.qas\[1\].answers\[0\].text should be a text",
+    ),
+    "place": (
+        question("q", "?") | {"answers": [{"text": "a"}]},
+        r"\.answers\[0\].answer_start should be a whole number",
+    ),
+    "question": (question("q", "  ", "Alps"), "'q' has no text"),
+    "none": (question("q", "Who?"), "'q' has no answers; .* \"is_impossible\": true"),
+    "twice": (SOURCE, "two questions with the id 'source'"),
+    "no id": ({"question": "Who?"}, r"\.qas\[1\].id should be a text"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_questions_that_are_none(kind, river):
+    row, message = ROWS[kind]
+    with pytest.raises(UserError, match=message):
+        river(SOURCE, row)
+
+
+def test_a_compressed_file_that_is_none(tmp_path, vocabulary):
+    for name, content in ("plain.json.gz", b"{}"), ("cut.json.gz", gzip.compress(b"{}" * 99)[:-9]):  # fmt: skip
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"cannot read .*{name}"):
+            squad.make(str(path), vocabulary)
+    with pytest.raises(UserError, match=r"cannot read .*absent.json: No such file"):
+        squad.make(str(tmp_path / "absent.json"), vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(length=128, stride=128), "length = 128 should be more than .*stride"),
+        (
+            dict(length=16, stride=9),
+            r"leaves 7 tokens .*question of 6.*stride = 9; raise length",
+        ),
+        (dict(stride=-1), "stride = -1 should be 0 or more"),
+        (dict(max_answer=0), "max_answer = 0 should be 1 or more"),
+        (dict(buckets=(64,)), "config.data.buckets"),
+        (dict(length=3, stride=0), "length = 3"),
+    ],
+)
+def test_options_that_cannot_be(river, options, message):
+    with pytest.raises(UserError, match=message):
+        river(SOURCE, **options)
+
+
+def test_a_tokenizer_without_a_first_token(tmp_path):
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(
+        [RIVER], 400, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    made.save_model(str(tmp_path))
+    path = write(tmp_path / "river.json", SOURCE)
+    with pytest.raises(UserError, match=r"config.data.tokenizer should be that of"):
+        squad.make(path, str(tmp_path))
+
+
+def test_training_needs_a_file(river):
+    data = river(SOURCE)
+    assert data.num_train == 0
+    with pytest.raises(UserError, match=r"config.data.train names no file"):
+        data.train(1, 0)
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def finder(data, words):
+    """A network that knows the answers: high scores at the first of `words` and at the last."""
+    first, last = data.cutter.tokenizer.encode(words)[0][[0, -1]]
+
+    def run(batch):
+        assert batch.keys() == data.exported.keys()
+        for key, spec in data.exported.items():
+            assert batch[key].shape[1:] == spec.shape
+            assert batch[key].dtype == spec.dtype
+        # Also at the question's words and in padding, which are no answers.
+        at = {"start": batch["tokens"] == first, "end": batch["tokens"] == last}
+        return {
+            k: 6.0 * v + 9.0 * (batch["segments"] == 0) * (batch["attended"] == 0)
+            for k, v in at.items()
+        }
+
+    return run
+
+
+def test_predict_finds_answers_in_a_document_of_any_length(river, tmp_path):
+    data = river(SOURCE, length=32, stride=8)
+    text = "Nothing is said here.\n" * 60 + RIVER + " And so on, and so on." * 50
+    path = tmp_path / "river.txt"
+    path.write_text(text)
+    asked = ["Where does it rise?", "Which mountains?"]
+    for document in (str(path), text):
+        lines = list(
+            data.predict([document, *asked], finder(data, "Basel and Cologne"))
+        )
+        assert [line for line in lines if not line.startswith(" ")] == asked
+        begin = text.index("Basel")
+        assert f"Basel and Cologne  (characters {begin} to {begin + 17}," in lines[1]
+        assert lines[1].endswith("score 12.00)")
+        assert len(lines) == 2 * (1 + 3)
+
+
+def test_predict_gives_probabilities_of_answers_and_of_none(river):
+    data = river(SOURCE, NONE, length=64, n_best=1)
+
+    def run(batch):
+        scores = {s: np.zeros(batch["tokens"].shape) for s in answers.SIDES}
+        words = [data.cutter.tokenizer.token(t) for t in batch["tokens"][0]]
+        for values in scores.values():
+            values[:, words.index("alps")] = 1.0
+            values[:, 0] = 0.5
+        return scores
+
+    lines = list(data.predict([RIVER, "Where?"], run))
+    # Scores 2 and 1: the probability is 1 / (1 + exp(1 - 2)) = 0.7311.
+    begin = RIVER.index("Alps")
+    assert lines == [
+        "Where?",
+        f"   73.1%  Alps  (characters {begin} to {begin + 4}, score 2.00)",
+        "   26.9%  no answer  (score 1.00)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "needs a document.* and questions"),
+        ([RIVER], "needs a document.* and questions"),
+        (["absent.txt", "Who?"], "no such file: absent.txt"),
+        ([" ", "Who?"], "the document is empty"),
+        ([RIVER, " "], "has 0 tokens"),
+        ([RIVER, "Who " * 80], "has 80 tokens.*max_question = 64"),
+        ([str(squad.Path(squad.__file__).parent), "Who?"], "cannot read"),
+    ],
+)
+def test_what_predict_cannot_use(river, given, message):
+    data = river(SOURCE, length=128)
+    with pytest.raises(UserError, match=message) as caught:
+        list(data.predict(given, run=None))
+    assert "\n" not in str(caught.value)
