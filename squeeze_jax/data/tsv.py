@@ -1,0 +1,90 @@
+"""Files of tab-separated columns, one example a line, no quoting; mistakes are named by file and line."""
+
+import gzip
+import logging
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from squeeze_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Table(NamedTuple):
+    """A file's content: rows of as many cells as the header has; `lines` says where each stands."""
+
+    path: Path
+    header: tuple[str, ...]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def column(self, name: str) -> list[str]:
+        """The cells under a name, or a UserError that says which names there are."""
+        if name not in self.header:
+            raise UserError(
+                f"{self.path} lacks the column {name!r}: it has {', '.join(self.header)}"
+            )
+        place = self.header.index(name)
+        return [row[place] for row in self.rows]
+
+
+def find(path: Path) -> Path | None:
+    """The file, or the same compressed, whichever is there."""
+    both = (path, path.with_name(f"{path.name}.gz"))
+    return next((p for p in both if p.is_file()), None)
+
+
+def read(
+    path: Path, header: Sequence[str] | None = None, *, broken: bool = False
+) -> Table:
+    """Reads a .tsv, or .tsv.gz; UTF-8, a byte order mark is passed over.
+
+    Args:
+      path: the file.
+      header: names of the columns where the file has none in its first line.
+      broken: whether lines with another number of columns are left out, with a warning; otherwise they are an error.
+
+    Raises:
+      UserError: a file that cannot be read or is empty, or a line with another number of columns.
+    """
+    content = text(path)
+    lines = [line.removesuffix("\r") for line in content.split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    first = 1
+    if header is None:
+        if not lines:
+            raise UserError(f"{path} is empty: its first line should name its columns")
+        header, first = lines.pop(0).split("\t"), 2
+    rows, numbers, left_out = [], [], 0
+    for number, line in enumerate(lines, first):
+        cells = line.split("\t")
+        if len(cells) == len(header):
+            rows.append(cells)
+            numbers.append(number)
+        elif broken:
+            left_out += 1
+        else:
+            raise UserError(
+                f"{path}:{number} has {len(cells)} columns, not {len(header)}: {', '.join(header)}"
+            )
+    if left_out:
+        log.warning("%s: %d lines without all columns left out", path, left_out)
+    return Table(path, tuple(header), rows, numbers)
+
+
+def text(path: Path) -> str:
+    """What is in a text file, compressed or not, or a UserError."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None

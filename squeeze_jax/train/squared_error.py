@@ -1,0 +1,25 @@
+"""The objective of a regression: the mean squared error of one number an example."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax.train.cross_entropy import mean
+
+
+def make() -> Callable:
+    """Returns `loss(logits, endpoints, batch) → (mean squared error, {"absolute_error"})` of `batch["label"]` float [b]."""
+
+    def loss(logits, endpoints, batch):
+        del endpoints
+        error = number(logits) - batch["label"].astype(jnp.float32)
+        absolute = mean(jnp.abs(error), batch["mask"])
+        return mean(jnp.square(error), batch["mask"]), {"absolute_error": absolute}
+
+    return loss
+
+
+def number(logits: jax.Array) -> jax.Array:
+    """[b, 1] or [b] → float32 [b]."""
+    return logits.reshape(logits.shape[0]).astype(jnp.float32)
