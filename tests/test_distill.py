@@ -1,0 +1,789 @@
+"""Losses of distillation: values by hand, PyTorch's functions, gradients, real encoders and networks of images, errors."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from squeeze_jax import models, registry, tree
+from squeeze_jax.distill import (
+    attention,
+    attention_transfer,
+    cosine,
+    feature_map,
+    hidden,
+    in_place,
+    soft_logits,
+)
+from squeeze_jax.errors import UserError
+
+LOWEST = np.finfo(np.float32).min
+
+
+def shapes(outputs):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), outputs)
+
+
+def value(made, ours, theirs, batch=None, params=None, **more):
+    """The loss of outputs as they are; `theirs` may be a tuple of several teachers'."""
+    theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+    ours, *theirs = (
+        jax.tree.map(
+            partial(np.asarray, dtype=np.float32),
+            each,
+            is_leaf=lambda x: isinstance(x, list),
+        )
+        for each in (ours, *theirs)
+    )
+    bound = made.bind(shapes(ours), [shapes(each) for each in theirs])
+    rows = len(jax.tree.leaves(ours)[0])
+    batch = {"mask": np.ones(rows, bool), **(batch or {}), **more}
+    batch["teacher"] = tuple(theirs)
+    params = bound.init(jax.random.key(0)) if params is None else params
+    total, metrics = bound.loss(ours.get("logits"), ours, batch, params)
+    (only,) = metrics.values()
+    assert total.shape == ()
+    assert only == total
+    return float(total)
+
+
+def logits(*rows):
+    return {"logits": np.array(rows, np.float32)}
+
+
+# Soft logits. The student's probabilities are q = (1/4, 3/4), the teacher's p = (1/2, 1/2):
+# KL(p || q) = 1/2 ln(1/2 : 1/4) + 1/2 ln(1/2 : 3/4) = 1/2 ln 2 + 1/2 ln 2/3 = 1/2 ln 4/3.
+LN3 = math.log(3)
+KL = 0.5 * math.log(4 / 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "ours", "theirs", "wanted"),
+    [
+        ({}, logits([0, LN3]), logits([5, 5]), KL),
+        # Of logits twice as large the probabilities at T = 2 are the same; T^2 = 4.
+        ({"temperature": 2.0}, logits([0, 2 * LN3]), logits([5, 5]), 4 * KL),
+        # The entropy of p is ln 2.
+        ({"kind": "cross_entropy"}, logits([0, LN3]), logits([5, 5]), KL + math.log(2)),
+        # The mean of p = (1/2, 1/2) and (1/4, 3/4) is (3/8, 5/8).
+        (
+            {},
+            logits([0, LN3]),
+            (logits([5, 5]), logits([1, 1 + LN3])),
+            3 / 8 * math.log(3 / 2) + 5 / 8 * math.log(5 / 6),
+        ),
+        # Logits themselves: the mean of (1 - 3)^2 and (2 - 3)^2; of two teachers the mean, (2, 4): (1 + 4) / 2.
+        ({"kind": "mse"}, logits([1, 2]), logits([3, 3]), 2.5),
+        ({"kind": "mse"}, logits([1, 2]), (logits([3, 3]), logits([1, 5])), 2.5),
+        # One class is a regression: (1 - 4)^2 and (2 - 3)^2, and T has no say.
+        ({"temperature": 3.0}, logits([1], [2]), logits([4], [3]), 5.0),
+        ({}, logits([1]), (logits([4]), logits([0])), 1.0),
+    ],
+)
+def test_soft_logits_by_hand(options, ours, theirs, wanted):
+    assert value(soft_logits.make(**options), ours, theirs) == pytest.approx(
+        wanted, rel=1e-5
+    )
+
+
+def test_examples_that_do_not_count_weigh_nothing():
+    ours, theirs = logits([0, LN3], [9, 1]), logits([5, 5], [-7, 1])
+    found = value(soft_logits.make(), ours, theirs, mask=np.array([True, False]))
+    assert found == pytest.approx(KL, rel=1e-5)
+    nothing = value(soft_logits.make(), ours, theirs, mask=np.zeros(2, bool))
+    assert nothing == 0
+
+
+def test_of_a_span_only_real_positions_compete():
+    # The first two positions are real and as in the first row above; starts agree, so half of it is left.
+    ours = {"logits": {"start": [[1, 2, 50.0]], "end": [[0, LN3, -9]]}}
+    theirs = {"logits": {"start": [[0, 1, -80.0]], "end": [[5, 5, 99]]}}
+    attended = np.array([[True, True, False]])
+    found = value(soft_logits.make(), ours, theirs, attended=attended)
+    assert found == pytest.approx(KL / 2, rel=1e-5)
+    # Mean squared errors of the real ones: 1 and 1 for starts, 25 and (ln 3 - 5)^2 for ends.
+    found = value(soft_logits.make(kind="mse"), ours, theirs, attended=attended)
+    wanted = (1 + (25 + (LN3 - 5) ** 2) / 2) / 2
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_logits_of_tokens_count_where_tokens_are_real_or_chosen():
+    ours = logits([[0, LN3], [3, 1], [8, 8]])
+    theirs = logits([[5, 5], [4, 2], [0, 9]])
+    attended = np.array([[True, True, False]])
+    # Differences of logits agree in the second token.
+    found = value(soft_logits.make(), ours, theirs, attended=attended)
+    assert found == pytest.approx(KL / 2, rel=1e-5)
+    chosen = {"attended": attended, "label": np.array([[7, -1, -1]])}
+    made = soft_logits.make(positions="chosen")
+    assert value(made, ours, theirs, chosen) == pytest.approx(KL, rel=1e-5)
+    both = {"masked_lm": ours["logits"], "next_sentence": [[2.0, 2 - LN3]]}
+    given = {"masked_lm": theirs["logits"], "next_sentence": [[1.0, 1]]}
+    # The second head is the first row of the table with its classes swapped; heads are averaged.
+    found = value(made, {"logits": both}, {"logits": given}, chosen)
+    assert found == pytest.approx(KL, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_soft_logits_are_as_in_pytorch(temperature):
+    rng = np.random.default_rng(0)
+    ours, one, two = (rng.normal(0, 3, (5, 7)).astype(np.float32) for _ in range(3))
+    made = soft_logits.make(temperature)
+
+    def probabilities(x):
+        return F.softmax(torch.tensor(x) / temperature, -1)
+
+    for theirs in (one,), (one, two):
+        target = sum(map(probabilities, theirs)) / len(theirs)
+        log_q = F.log_softmax(torch.tensor(ours) / temperature, -1)
+        wanted = F.kl_div(log_q, target, reduction="batchmean") * temperature**2
+        found = value(made, {"logits": ours}, tuple({"logits": x} for x in theirs))
+        assert found == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_gradient_of_soft_logits():
+    # T^2 dKL/dz = T (q - p): 2 (1/4 - 1/2) and 2 (3/4 - 1/2). The teacher's is zero.
+    made = soft_logits.make(temperature=2.0)
+    ours, theirs = logits([0, 2 * LN3]), logits([5, 5])
+    bound = made.bind(shapes(ours), shapes(theirs))
+
+    def loss(z, t):
+        batch = {"mask": np.ones(1, bool), "teacher": ({"logits": t},)}
+        return bound.loss(z, {}, batch, {})[0]
+
+    to_student, to_teacher = jax.grad(loss, (0, 1))(ours["logits"], theirs["logits"])
+    np.testing.assert_allclose(to_student, [[-0.5, 0.5]], rtol=1e-5)
+    np.testing.assert_array_equal(to_teacher, 0)
+
+
+# Hidden states: one sequence of two tokens and padding, two channels.
+STATES = {"layer1": [[[1, 2], [0, 3], [9, 9]]]}
+TAUGHT = {"layer1": [[[1, 4], [1, 1], [-50, 7]]]}
+REAL = {"attended": np.array([[True, True, False]])}
+
+
+def test_hidden_states_by_hand():
+    # Tokens: (0 + 4) / 2 = 2 and (1 + 4) / 2 = 2.5.
+    assert value(hidden.make(), STATES, TAUGHT, REAL) == pytest.approx(2.25)
+    first = hidden.make(tokens="first")
+    assert value(first, STATES, TAUGHT, REAL) == pytest.approx(2)
+    # W takes (1, 2) to (1, 2, 3) and (0, 3) to (0, 3, 3): (1 + 0 + 4) / 3 and (0 + 9 + 9) / 3.
+    weight = {"layer1_layer1": np.array([[1, 0, 1], [0, 1, 1]], np.float32)}
+    wide = {"layer1": [[[0, 2, 1], [0, 0, 0], [7, 7, 7]]]}
+    assert value(hidden.make(), STATES, wide, REAL, weight) == pytest.approx(23 / 6)
+    # Of length 1: (3, 4) / 5 and (4, 3) / 5 differ by 1/5 in each.
+    ours, theirs = {"layer1": [[[3, 4]]]}, {"layer1": [[[8, 6]]]}
+    found = value(hidden.make(normalise=True), ours, theirs)
+    assert found == pytest.approx(0.04, rel=1e-5)
+
+
+def test_cosine_by_hand_and_as_in_pytorch():
+    # cos((3, 4), (8, 6)) = (24 + 24) / 50.
+    ours, theirs = {"layer1": [[[3, 4]]]}, {"layer1": [[[8, 6]]]}
+    assert value(cosine.make(), ours, theirs) == pytest.approx(0.04, rel=1e-5)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 3, 5, 8)).astype(np.float32)
+    attended = np.arange(5) < np.array([[5], [2], [3]])
+    mask = np.array([True, True, False])
+    real = torch.tensor(attended & mask[:, None])
+    a_real, b_real = torch.tensor(a)[real], torch.tensor(b)[real]
+    wanted = F.cosine_embedding_loss(a_real, b_real, torch.ones(len(a_real)))
+    both = {"attended": attended, "mask": mask}
+    found = value(cosine.make(), {"layer1": a}, {"layer1": b}, both)
+    assert found == pytest.approx(wanted.item(), rel=1e-5)
+    wanted = F.mse_loss(a_real, b_real)
+    found = value(hidden.make(), {"layer1": a}, {"layer1": b}, both)
+    assert found == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_projected_hidden_states_are_as_in_pytorch():
+    rng = np.random.default_rng(1)
+    ours = {name: rng.standard_normal((2, 4, 3)) for name in ("embeddings", "layer1")}
+    theirs = {
+        name: rng.standard_normal((2, 4, 6))
+        for name in ("embeddings", "layer1", "layer2")
+    }
+    weights = {
+        name: rng.standard_normal((3, 6)).astype(np.float32)
+        for name in ("layers", "embeddings_embeddings")
+    }
+    made = hidden.make(embeddings=True, shared=True)
+    wanted = 0.0
+    for s, t, w in (
+        ("layer1", "layer2", "layers"),
+        ("embeddings", "embeddings", "embeddings_embeddings"),
+    ):
+        state = torch.tensor(ours[s]).float() @ torch.tensor(weights[w])
+        wanted += F.mse_loss(state, torch.tensor(theirs[t]).float()).item()
+    assert value(made, ours, theirs, params=weights) == pytest.approx(wanted, rel=1e-5)
+    init = made.bind(shapes(ours), shapes(theirs)).init(jax.random.key(0))
+    assert {name: w.shape for name, w in init.items()} == dict.fromkeys(weights, (3, 6))
+    many = {"layer1": np.zeros((1, 1, 300)), "layer2": np.zeros((1, 1, 300))}
+    made = hidden.make(project=True)
+    drawn = made.bind(shapes(many), shapes(many)).init(jax.random.key(0))
+    assert set(drawn) == {"layer1_layer1", "layer2_layer2"}
+    one, two = drawn.values()
+    # A normal distribution cut off at two deviations has 0.8796 of its deviation.
+    assert np.std(one) == pytest.approx(0.02 * 0.8796, rel=0.02)
+    assert np.abs(one - two).max() > 0.01
+
+
+# Attention: one head, two real tokens and padding, whose key no query sees.
+SCORES = {"scores1": [[[[1, 2, LOWEST], [0, LN3, LOWEST], [5, 5, LOWEST]]]]}
+TEACHER_SCORES = {"scores1": [[[[2, 4, LOWEST], [0, 0, LOWEST], [1, 2, LOWEST]]]]}
+
+
+def test_attention_by_hand():
+    # Squared errors of what is seen: 1, 4, 0 and (ln 3)^2.
+    found = value(attention.make(), SCORES, TEACHER_SCORES, REAL)
+    assert found == pytest.approx((5 + LN3**2) / 4, rel=1e-5)
+    # Kept in float16 the teacher's lowest is -inf.
+    stored = {"scores1": np.array(TEACHER_SCORES["scores1"], np.float32)}
+    stored["scores1"][..., 2] = -np.inf
+    found = value(attention.make(), SCORES, stored, REAL)
+    assert found == pytest.approx((5 + LN3**2) / 4, rel=1e-5)
+    # Of two heads (1, 2) and (3, 0) the mean is (2, 1), against one head (2, 4).
+    ours = {"scores1": [[[[1, 2], [1, 2]], [[3, 0], [3, 0]]]]}
+    theirs = {"scores1": [[[[2, 4], [2, 4]]]]}
+    found = value(attention.make(heads="mean"), ours, theirs)
+    assert found == pytest.approx(4.5)
+
+
+def test_attention_probabilities_by_hand():
+    made = attention.make("probabilities", layers=((-1, -1),))
+    # The first query agrees, q = (1/2, 1/2); the second is the first row of soft logits.
+    ours = {"scores1": [[[[2, 2, LOWEST], [0, LN3, LOWEST], [9, 0, LOWEST]]]]}
+    theirs = {"attention1": [[[[0.5, 0.5, 0], [0.5, 0.5, 0], [1, 0, 0]]]]}
+    assert value(made, ours, theirs, REAL) == pytest.approx(KL / 2, rel=1e-5)
+    # Heads (1/2, 1/2) and (0, 1) of the student: mean (1/4, 3/4).
+    ours = {"scores1": [[[[2, 2]] * 2, [[-80, 80]] * 2]]}
+    theirs = {"attention1": [[[[0.5, 0.5]] * 2]]}
+    made = attention.make("probabilities", heads="mean")
+    assert value(made, ours, theirs) == pytest.approx(KL, rel=1e-5)
+
+
+def test_causal_attention_counts_what_a_query_sees():
+    # Scores above the diagonal are the lowest; below and on it the differences are 1, 2 and 3.
+    ours = {"scores1": [[[[1, LOWEST], [2, 3]]]]}
+    theirs = {"scores1": [[[[0, LOWEST], [0, 0]]]]}
+    assert value(attention.make(), ours, theirs) == pytest.approx(14 / 3)
+
+
+def test_attention_is_as_in_pytorch():
+    rng = np.random.default_rng(2)
+    ours, theirs = rng.normal(0, 2, (2, 3, 4, 5, 5)).astype(np.float32)
+    attended = np.arange(5) < np.array([[5], [2], [3]])
+    pad = np.where(attended, 0, LOWEST).astype(np.float32)[:, None, None, :]
+    ours, theirs = ours + pad, theirs + pad
+    square, divergence, queries = 0.0, 0.0, 0
+    for row, length in enumerate((5, 2, 3)):
+        s, t = (torch.tensor(x[row, :, :length, :length]) for x in (ours, theirs))
+        square += F.mse_loss(s, t, reduction="sum").item()
+        log_q, p = F.log_softmax(s, -1), F.softmax(t, -1)
+        divergence += F.kl_div(log_q, p, reduction="sum").item()
+        queries += 4 * length
+    pairs = 4 * (25 + 4 + 9)
+    teacher = {"scores1": theirs, "attention1": np.array(jax.nn.softmax(theirs, -1))}
+    batch = {"attended": attended}
+    found = value(attention.make(), {"scores1": ours}, teacher, batch)
+    assert found == pytest.approx(square / pairs, rel=1e-5)
+    made = attention.make("probabilities")
+    found = value(made, {"scores1": ours}, teacher, batch)
+    assert found == pytest.approx(divergence / queries, rel=1e-4)
+
+
+def test_feature_maps_of_text():
+    # (1, 3) is normalised to (-1, 1), (6, 2) to (1, -1); means 2 and 4, variances 1 and 4.
+    ours, theirs = {"layer1": [[[1, 3]]]}, {"layer1": [[[6, 2]]]}
+    make = feature_map.make
+    assert value(make(), ours, theirs) == pytest.approx(4, rel=1e-5)
+    assert value(make(mean=10), ours, theirs) == pytest.approx(44, rel=1e-5)
+    assert value(make(variance=10), ours, theirs) == pytest.approx(34, rel=1e-5)
+    # (25 + 1) / 2
+    assert value(make(normalise=False), ours, theirs) == pytest.approx(13)
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((2, 2, 3, 8)).astype(np.float32)
+    norm = partial(F.layer_norm, normalized_shape=(8,), eps=1e-12)
+    wanted = F.mse_loss(norm(torch.tensor(a)), norm(torch.tensor(b)))
+    found = value(make(), {"layer1": a}, {"layer1": b})
+    assert found == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_feature_maps_of_images_are_as_in_pytorch():
+    rng = np.random.default_rng(4)
+    a = rng.standard_normal((2, 8, 4, 3)).astype(np.float32)
+    b = rng.standard_normal((2, 4, 4, 5)).astype(np.float32)
+    weight = rng.standard_normal((3, 5)).astype(np.float32)
+
+    def channels_first(x):
+        return torch.tensor(x).permute(0, 3, 1, 2)
+
+    kernel = torch.tensor(weight.T)[:, :, None, None]
+    regressed = F.avg_pool2d(F.conv2d(channels_first(a), kernel), (2, 1))
+    wanted = F.mse_loss(regressed, channels_first(b)).item()
+    made = feature_map.make(layers=(("fire2", "conv3"),))
+    params = {"fire2_conv3": weight}
+    found = value(made, {"fire2": a}, {"conv3": b}, params=params)
+    assert found == pytest.approx(wanted, rel=1e-4)
+    # The second image does not count.
+    one = value(
+        made, {"fire2": a}, {"conv3": b}, {"mask": np.array([True, False])}, params
+    )
+    wanted = F.mse_loss(regressed[:1], channels_first(b)[:1]).item()
+    assert one == pytest.approx(wanted, rel=1e-4)
+    # A regressor keeps the size: the variance of its weights is 1 / 200.
+    many = {"a": np.zeros((1, 2, 2, 200))}
+    made = feature_map.make(layers=(("a", "a"),), project=True)
+    drawn = made.bind(shapes(many), shapes(many)).init(jax.random.key(0))
+    assert np.std(drawn["a_a"]) == pytest.approx(200**-0.5, rel=0.02)
+
+
+def test_attention_transfer_by_hand_and_as_in_pytorch():
+    # Sums of squares (3, 4) and (8, 6) become (0.6, 0.8) and (0.8, 0.6): the mean of 0.04 and 0.04.
+    ours = {"a": [[[[1, 1, 1], [2, 0, 0]]]]}
+    theirs = {"b": [[[[2, 2], [1, math.sqrt(5)]]]]}
+    made = attention_transfer.make(layers=(("a", "b"),))
+    assert value(made, ours, theirs) == pytest.approx(0.04, rel=1e-5)
+    rng = np.random.default_rng(5)
+    a = rng.standard_normal((2, 4, 4, 3)).astype(np.float32)
+    b = rng.standard_normal((2, 8, 8, 6)).astype(np.float32)
+
+    def energy(x):
+        return torch.tensor(x).pow(2).sum(-1)
+
+    pooled = F.avg_pool2d(energy(b)[:, None], 2)[:, 0]
+    one, two = (F.normalize(x.flatten(1)) for x in (energy(a), pooled))
+    wanted = (one - two).pow(2).mean().item()
+    assert value(made, {"a": a}, {"b": b}) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_in_place():
+    # The labels are (1/2, 1/2) and q = (1/4, 3/4): the cross-entropy is that of the table above.
+    big, small = jnp.array([[5.0, 5], [1, 2]]), jnp.array([[0, LN3], [4, 0]])
+    mask = jnp.array([True, False])
+    soft = in_place.targets(big)
+    np.testing.assert_allclose(soft[0], [0.5, 0.5])
+    found = in_place.loss(small, soft, mask)
+    assert float(found) == pytest.approx(KL + math.log(2), rel=1e-5)
+    found = in_place.loss(2 * small, in_place.targets(2 * big, 2.0), mask, 2.0)
+    assert float(found) == pytest.approx(4 * (KL + math.log(2)), rel=1e-5)
+
+    def both(big, small):
+        return in_place.loss(small, in_place.targets(big), mask)
+
+    to_big, to_small = jax.grad(both, (0, 1))(big, small)
+    np.testing.assert_array_equal(to_big, 0)
+    np.testing.assert_allclose(to_small, [[-0.25, 0.25], [0, 0]], atol=1e-6)
+    wanted = F.cross_entropy(
+        torch.tensor(np.array(small)), torch.tensor(np.array(soft))
+    )
+    found = in_place.loss(small, soft, jnp.ones(2, bool))
+    assert float(found) == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "students", "teachers", "wanted"),
+    [
+        # TinyBERT, 1909.10351 section 4.1: n to 3 n.
+        ("uniform", 4, 12, [(1, 3), (2, 6), (3, 9), (4, 12)]),
+        ("uniform", 2, 2, [(1, 1), (2, 2)]),
+        # 1908.09355, section 3.2: {2, 4, 6, 8, 10} and {7, 8, 9, 10, 11} of 12 for 6.
+        ("skip", 6, 12, [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10)]),
+        ("last", 6, 12, [(1, 7), (2, 8), (3, 9), (4, 10), (5, 11)]),
+        (((1, 5), (-1, -2)), 2, 7, [(1, 5), (2, 6)]),
+        ([["layer1", -1]], 2, 7, [(1, 7)]),
+    ],
+)
+def test_layers_are_mapped(layers, students, teachers, wanted):
+    def states(count):
+        state = jax.ShapeDtypeStruct((1, 1, 1), np.float32)
+        return {f"layer{n}": state for n in range(1, count + 1)}
+
+    made = hidden.make(layers=layers, project=True)
+    bound = made.bind(states(students), states(teachers))
+    assert list(bound.wants) == [f"layer{t}" for _, t in wanted]
+    names = {f"layer{s}_layer{t}" for s, t in wanted}
+    assert set(bound.init(jax.random.key(0))) == names
+
+
+# Real networks: encoders with two layers of 32 and four of 48 channels, four heads each.
+TEXT = {
+    "soft_logits": soft_logits.make(temperature=2.0),
+    "hidden": hidden.make(embeddings=True),
+    "attention": attention.make(),
+    "probabilities": attention.make("probabilities", heads="mean"),
+    "feature_map": feature_map.make(mean=1.0, variance=1.0),
+    "cosine": cosine.make(),
+}
+ATTENDED = np.arange(6) < np.array([[6], [2], [4]])
+BATCH = {"attended": ATTENDED, "mask": np.array([True, True, False])}
+TOKENS = np.random.default_rng(0).integers(0, 99, (3, 6)).astype(np.int32)
+X = {"tokens": TOKENS, "segments": np.zeros_like(TOKENS), "mask": ATTENDED}
+
+
+def encoder(name, task, **options):
+    options |= {"task": task, "dropout": 0.0, "attention_dropout": 0.0}
+    return models.make(name, variant="toy", **options)
+
+
+def outputs(net, variables, x):
+    logits, endpoints = net.apply(variables, x)
+    return {"logits": logits, **endpoints}
+
+
+def specs(net, x):
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    return jax.eval_shape(partial(outputs, net), variables, x)
+
+
+def invented(given, attended, seed=0):
+    """Outputs of those shapes: noise, but for keys that may not be seen and probabilities, which follow from scores."""
+    rng = np.random.default_rng(seed)
+    noise = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32), given)
+    for name in [name for name in noise if name.startswith("scores")]:
+        pad = np.where(attended, 0, LOWEST).astype(np.float32)
+        scores = noise[name] = noise[name] + pad[:, None, None, :]
+        noise[name.replace("scores", "attention")] = np.array(jax.nn.softmax(scores))
+    return noise
+
+
+def disturbed(given, real):
+    """Outputs with other numbers where tokens are not `real`, bool [b, l]: positions, queries and keys."""
+
+    def change(path, a):
+        where = real[:, :1]  # of logits [b, classes]
+        if a.ndim == 4:
+            where = real[:, None, :, None] & real[:, None, None, :]
+        elif a.ndim == 3:
+            where = real[..., None]
+        elif tree.name(path) in ("logits/start", "logits/end"):
+            where = real
+        return np.where(where, a, np.float32(3.5))
+
+    return jax.tree_util.tree_map_with_path(change, given)
+
+
+@pytest.mark.parametrize("task", ["classification", "span", "masked_lm", "pretraining"])
+def test_padded_tokens_of_the_teacher_change_nothing(task):
+    student = specs(encoder("squeezebert", task), X)
+    teacher = specs(encoder("bert", task, layers=4, features=48), X)
+    ours, theirs = invented(student, ATTENDED, 1), invented(teacher, ATTENDED, 2)
+    for name in [name for name in TEXT if name != "cosine"]:
+        bound = TEXT[name].bind(student, teacher)
+        params = bound.init(jax.random.key(0))
+
+        @jax.jit
+        def loss(theirs, bound=bound, params=params):
+            given = {key: theirs[key] for key in bound.wants}
+            batch = BATCH | {"teacher": (given,)}
+            return bound.loss(ours["logits"], ours, batch, params)[0]
+
+        found = float(loss(theirs))
+        assert found > 1e-3, name
+        other = disturbed(theirs, ATTENDED & BATCH["mask"][:, None])
+        assert float(loss(other)) == pytest.approx(found, rel=1e-5), name
+        real = disturbed(theirs, np.zeros_like(ATTENDED))
+        assert float(loss(real)) != pytest.approx(found, rel=1e-3), name
+
+
+def test_all_losses_train_a_real_encoder_at_once():
+    net = encoder("squeezebert", "classification", layers=1)
+    student = specs(net, X)
+    teacher = specs(encoder("bert", "classification", layers=2, features=48), X)
+    bounds = {n: m.bind(student, teacher) for n, m in TEXT.items() if n != "cosine"}
+    taught = invented(teacher, ATTENDED)
+    wants = dict.fromkeys(name for b in bounds.values() for name in b.wants)
+    batch = BATCH | {"teacher": ({name: taught[name] for name in wants},)}
+    trained = {name: bound.init(jax.random.key(0)) for name, bound in bounds.items()}
+    trained["net"] = invented(jax.eval_shape(net.init, jax.random.key(0), X), None)
+
+    def total(trained):
+        ours = outputs(net, trained["net"], X)
+        return sum(
+            bound.loss(ours["logits"], ours, batch, trained[name])[0]
+            for name, bound in bounds.items()
+        )
+
+    found, grads = jax.jit(jax.value_and_grad(total))(trained)
+    assert np.isfinite(found)
+    for name, g in tree.flatten(grads).items():
+        assert np.isfinite(g).all(), name
+        assert np.abs(g).max() > 0, name
+    grads.pop("net")
+    assert {name: g.shape for name, g in tree.flatten(grads).items()} == {
+        "feature_map/layer1_layer2": (32, 48),
+        "hidden/embeddings_embeddings": (32, 48),
+        "hidden/layer1_layer2": (32, 48),
+    }
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_zero_at_the_teacher_and_no_gradient_to_it(name):
+    same = invented(specs(encoder("bert", "classification"), X), ATTENDED)
+    bound = TEXT[name].bind(shapes(same), shapes(same))
+    given = {key: same[key] for key in bound.wants}
+    read = [key.replace("attention", "scores") for key in bound.wants]
+    assert bound.init(jax.random.key(0)) == {}
+
+    def loss(ours, theirs):
+        batch = BATCH | {"teacher": (theirs,)}
+        return bound.loss(ours.get("logits"), ours, batch, {})[0]
+
+    ours = {key: same[key] for key in read}
+    noisy = {
+        key: a + np.sin(np.arange(a.size)).reshape(a.shape).astype(np.float32)
+        for key, a in ours.items()
+    }
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    assert float(gradients(ours, given)[0]) == pytest.approx(0, abs=2e-6)
+    found, (to_student, to_teacher) = gradients(noisy, given)
+    assert found > 1e-3
+    for key in bound.wants:
+        np.testing.assert_array_equal(to_teacher[key], 0)
+    for key in read:
+        assert np.isfinite(to_student[key]).all()
+        assert np.abs(to_student[key]).max() > 0
+
+
+def test_multiple_choice():
+    tokens = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(np.int32)
+    attended = np.arange(5) < np.array([[5, 2, 4], [1, 5, 3]])[..., None]
+    x = {"tokens": tokens, "segments": np.zeros_like(tokens), "mask": attended}
+    rows = attended.reshape(6, 5)
+    same = invented(specs(encoder("bert", "choice"), x), rows)
+    # States differ by 1 in the tokens of the first example's three sequences and by 9 in all that does not count.
+    counts = rows & np.repeat([True, False], 3)[:, None]
+    moved = np.where(counts, np.float32(1), np.float32(9))[..., None]
+    moved = same | {"layer2": same["layer2"] + moved}
+    batch = {"attended": attended, "mask": np.array([True, False])}
+    assert value(hidden.make(), same, moved, batch) == pytest.approx(1, rel=1e-5)
+    assert value(soft_logits.make(), same, moved, batch) == pytest.approx(0, abs=1e-6)
+
+
+def test_losses_of_networks_of_images():
+    image = jax.ShapeDtypeStruct((2, 64, 64, 3), np.float32)
+    make = partial(models.make, num_classes=5)
+    student = specs(make("mobilenet_v2"), image)
+    teacher = specs(make("resnet", variant="18"), image)
+    ours, theirs = invented(student, None, 1), invented(teacher, None, 2)
+    # 32 x 32 positions against 16 x 16, and 2 x 2 against 2 x 2.
+    pairs = (("conv1", "conv2"), ("head", "conv5"))
+    for made, channels in (
+        (soft_logits.make(), []),
+        (feature_map.make(layers=pairs), [(32, 64), (1280, 512)]),
+        (attention_transfer.make(layers=pairs), []),
+    ):
+        bound = made.bind(student, teacher)
+        params = bound.init(jax.random.key(1))
+        assert [w.shape for w in params.values()] == channels
+        batch = {"mask": np.ones(2, bool), "teacher": (theirs,)}
+
+        def loss(ours, params, bound=bound, batch=batch):
+            return bound.loss(ours["logits"], ours, batch, params)[0]
+
+        found, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(ours, params)
+        assert found > 0
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+        assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads[1]))
+
+
+def test_one_teacher_of_several_and_bfloat16():
+    one, two = {"layer1": [[[1, 4]]]}, {"layer1": [[[1, 2]]]}
+    ours = {"layer1": [[[1, 2]]]}
+    assert value(hidden.make(teacher=0), ours, (one, two)) == pytest.approx(2)
+    assert value(hidden.make(teacher=1), ours, (one, two)) == 0
+    # Losses are float32 whatever the networks compute in: in bfloat16 300 - 299 would be 0 or 2 of states read as float32.
+    half = {"layer1": jnp.full((1, 1, 2), 256, jnp.bfloat16)}
+    taught = {"layer1": jnp.full((1, 1, 2), 256.5, jnp.float16)}
+    bound = hidden.make().bind(shapes(half), shapes(taught))
+    batch = {"mask": np.ones(1, bool), "teacher": (taught,)}
+    total, _ = bound.loss(None, half, batch, {})
+    assert total.dtype == jnp.float32
+    assert float(total) == 0.25
+
+
+STATE = jax.ShapeDtypeStruct((2, 4, 8), np.float32)
+WIDE = jax.ShapeDtypeStruct((2, 4, 12), np.float32)
+HEADS = jax.ShapeDtypeStruct((2, 2, 4, 4), np.float32)
+FOUR = jax.ShapeDtypeStruct((2, 4, 4, 4), np.float32)
+CLASSES = jax.ShapeDtypeStruct((2, 3), np.float32)
+
+
+def layers(count, state=STATE, name="layer"):
+    return {f"{name}{n}": state for n in range(1, count + 1)}
+
+
+@pytest.mark.parametrize(
+    ("made", "student", "teacher", "message"),
+    [
+        (
+            soft_logits.make(),
+            layers(1),
+            {"logits": CLASSES},
+            "student has no logits, only layer1",
+        ),
+        (
+            soft_logits.make(),
+            {"logits": CLASSES},
+            {},
+            "teacher has no logits, only nothing",
+        ),
+        (
+            soft_logits.make(),
+            {"logits": CLASSES},
+            {"logits": jax.ShapeDtypeStruct((2, 2), np.float32)},
+            r"student's logits are \(2, 3\), the teacher's \(2, 2\)",
+        ),
+        (
+            soft_logits.make(),
+            {"logits": {"start": CLASSES, "end": CLASSES}},
+            {"logits": {"start": CLASSES, "ends": CLASSES}},
+            "no head 'end'; did you mean 'ends'",
+        ),
+        (
+            soft_logits.make(positions="chosen"),
+            {"logits": CLASSES},
+            {"logits": CLASSES},
+            "not of each token",
+        ),
+        (
+            hidden.make(),
+            layers(5),
+            layers(12),
+            "12 layers do not divide into the student's 5",
+        ),
+        (
+            hidden.make(layers="last"),
+            layers(3),
+            layers(2),
+            "3 layers, the teacher only 2",
+        ),
+        (
+            hidden.make(layers="skip"),
+            layers(1),
+            layers(2),
+            "the student has one; choose 'uniform'",
+        ),
+        (
+            hidden.make(),
+            layers(2),
+            {"logits": CLASSES},
+            "the teacher has no numbered layers",
+        ),
+        (
+            hidden.make(layers=((1, 9),)),
+            layers(2),
+            layers(4),
+            "teacher has no endpoint 'layer9'",
+        ),
+        (
+            hidden.make(layers=((3, 1),)),
+            layers(2),
+            layers(4),
+            "student has no endpoint 'layer3'",
+        ),
+        (
+            hidden.make(layers=((-3, 1),)),
+            layers(2),
+            layers(4),
+            "student has no endpoint 'layer0'",
+        ),
+        (
+            hidden.make(embeddings=True),
+            layers(2),
+            layers(2),
+            "no endpoint 'embeddings'",
+        ),
+        (
+            hidden.make(project=False),
+            layers(1),
+            layers(1, WIDE),
+            "leave out project=False",
+        ),
+        (
+            hidden.make(shared=True),
+            layers(1),
+            layers(1),
+            "shared = True: no layer is projected",
+        ),
+        (
+            hidden.make(teacher=1),
+            layers(1),
+            layers(1),
+            "teacher = 1: choose from 0 to 0",
+        ),
+        (hidden.make(), layers(1), layers(1, HEADS), "compares .b, l, features."),
+        (cosine.make(), layers(1), layers(1, WIDE), "distill.hidden projects"),
+        (
+            attention.make(),
+            layers(1, HEADS, "scores"),
+            layers(1, FOUR, "scores"),
+            "scores1 has 2 heads, the teacher's scores1 4: give heads='mean'",
+        ),
+        (
+            attention.make("probabilities"),
+            layers(1, HEADS, "scores"),
+            layers(1),
+            "no numbered layers",
+        ),
+        (
+            feature_map.make(),
+            {"conv2": HEADS},
+            {"conv2": HEADS},
+            "give pairs of endpoints' names",
+        ),
+        (
+            feature_map.make(layers=(("a", "b"),)),
+            {"a": jax.ShapeDtypeStruct((2, 6, 6, 4), np.float32)},
+            {"b": FOUR},
+            "has 6 x 6 positions, the teacher's b 4 x 4",
+        ),
+        (
+            attention_transfer.make(layers=(("a", "b"),)),
+            {"a": STATE},
+            {"b": FOUR},
+            "attention_transfer compares .b, h, w, channels.",
+        ),
+    ],
+)
+def test_networks_that_do_not_fit_are_named(made, student, teacher, message):
+    with pytest.raises(UserError, match=message) as error:
+        made.bind(student, teacher)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            soft_logits.make,
+            {"temperature": 0.0},
+            "temperature = 0.0: should be above 0",
+        ),
+        (soft_logits.make, {"temperature": -1.0}, "should be above 0"),
+        (soft_logits.make, {"kind": "mse", "temperature": 2.0}, "has no effect"),
+        (hidden.make, {"layers": "unifrom"}, "did you mean 'uniform'"),
+        (hidden.make, {"layers": (1, 2)}, "1 should be a pair"),
+        (cosine.make, {"layers": ((1, 2, 3),)}, "should be a pair"),
+        (feature_map.make, {"layers": ()}, "at least one pair"),
+        (feature_map.make, {"variance": -1.0}, "variance = -1.0: a weight"),
+        (attention.make, {"layers": (("scores1", 2),)}, "two numbers of layers"),
+    ],
+)
+def test_options_that_make_no_sense(make, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        make(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_options_are_checked_as_a_config_is():
+    registry.check(hidden.make, {"layers": [[1, 2]], "project": True}, "config")
+    with pytest.raises(UserError, match=r"kind = 'kld'"):
+        registry.check(soft_logits.make, {"kind": "kld"}, "config.objective")
+    found = registry.names("squeeze_jax.distill")
+    assert {"soft_logits", "hidden", "attention", "cosine", "feature_map"} < set(found)
