@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
         wanted = [*kind.features, "idx", *(["label"] if labels else [])]
         if lacking := [name for name in wanted if name not in features]:
             raise UserError(
-                f"{newest} is not GLUE's {task}: it lacks {', '.join(lacking)} and has {', '.join(features)}"
+                f"{newest} is not GLUE's {task}: it lacks {', '.join(lacking)} and has {', '.join(sorted(features))}"
             )
         records = builder.as_data_source(
             split=name,

@@ -68,8 +68,8 @@ def scores(task: str, rows, matched: int = 0) -> dict[str, float]:
         }
     elif task == "cola":
         made = {"matthews": pearson(found, label)}
-    elif task == "mnli" and 0 < matched < len(label):
-        hit, first = found == label, np.asarray(rows["index"]) < matched
+    elif task == "mnli" and _both(first := rows["index"] < matched):
+        hit = found == label
         made = {
             "accuracy": float(hit[first].mean()),
             "accuracy_mismatched": float(hit[~first].mean()),
@@ -79,6 +79,10 @@ def scores(task: str, rows, matched: int = 0) -> dict[str, float]:
         if task in ("mrpc", "qqp"):
             made["f1"] = f1(found, label)
     return made | {"score": float(np.mean(list(made.values())))}
+
+
+def _both(which: np.ndarray) -> bool:
+    return which.any() and not which.all()
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
