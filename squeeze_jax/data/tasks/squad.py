@@ -5,6 +5,7 @@ question together.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def make(
     max_answer: int = 30,
     null_threshold: float = 0.0,
 ) -> "Squad":
-    """Reads the files and cuts windows; the parameters are the keys of `config.data`.
+    """Reads the files; the parameters are the keys of `config.data`.
 
     Training questions without an answer where the file says it begins are left out, with a warning that counts them; in
     evaluation every question counts. The label is the first answer of a question that is where the file says, and the first
@@ -59,7 +60,8 @@ def make(
       null_threshold: with version 2, how far the score of "no answer" has to be above the best answer's to be the answer.
 
     Raises:
-      UserError: a file that cannot be used, a value out of range, or windows that leave no room for the document.
+      UserError: a file that cannot be used, or a value out of range; when windows are first asked for, ones that leave no
+        room for the document.
     """
     least = dict(stride=0, max_question=1, n_best=1, max_answer=1)
     given = dict(
@@ -82,22 +84,20 @@ def make(
             f"{tokenizer} has no token for padding, such as [PAD]: name it in tokenizer_config.json"
         )
     cutter = Cutter(loaded, length, stride, max_question, tuple(buckets))
-    content = questions.read(eval)
     return Squad(
         cutter=cutter,
-        train_split=None if train is None else _training(questions.read(train), cutter),
-        eval_split=cutter.split(content, questions.places(content)),
-        version2=content.version2,
+        train_content=None if train is None else _usable(questions.read(train)),
+        eval_content=questions.read(eval),
         n_best=n_best,
         max_answer=max_answer,
         null_threshold=null_threshold,
     )
 
 
-def _training(content: Questions, cutter: Cutter) -> Split:
-    """Of the questions that have a label, and those that are said to have no answer."""
+def _usable(content: Questions) -> Questions:
+    """Those that have a label, and those that are said to have no answer."""
     pairs = zip(content.questions, questions.places(content), strict=True)
-    kept = [(q, label) for q, label in pairs if label or not q.answers]
+    kept = [q for q, place in pairs if place or not q.answers]
     total = len(content.questions)
     if len(kept) < total:
         log.warning(
@@ -109,8 +109,7 @@ def _training(content: Questions, cutter: Cutter) -> Split:
         raise UserError(
             "config.data.train has no question whose answer is at its answer_start, counted in characters from 0"
         )
-    some, labels = zip(*kept, strict=True)
-    return cutter.split(content._replace(questions=list(some)), labels)
+    return content._replace(questions=kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +127,8 @@ class Squad:
     metrics = "squad"
 
     cutter: Cutter
-    train_split: Split | None
-    eval_split: Split
-    version2: bool
+    train_content: Questions | None
+    eval_content: Questions
     n_best: int
     max_answer: int
     null_threshold: float
@@ -149,14 +147,34 @@ class Squad:
 
     @property
     def describe(self) -> str:
-        splits = {"train": self.train_split, "test": self.eval_split}
+        contents = {"train": self.train_content, "test": self.eval_content}
         parts = [
-            f"{len(split.questions):,} {name} questions in {len(split.windows):,} windows"
-            for name, split in splits.items()
-            if split
+            f"{len(content.questions):,} {name}"
+            for name, content in contents.items()
+            if content
         ]
         version = "2.0" if self.version2 else "1.1"
-        return f"{' + '.join(parts)} of up to {self.length} tokens, SQuAD {version}"
+        return (
+            f"{' + '.join(parts)} questions of SQuAD {version}, in windows of"
+            f" {self.length} tokens"
+        )
+
+    @property
+    def version2(self) -> bool:
+        """Whether there may be no answer."""
+        return self.eval_content.version2
+
+    # Tokenized when first asked for: not every job reads every split.
+    @functools.cached_property
+    def train_split(self) -> Split | None:
+        return None if self.train_content is None else self._split(self.train_content)
+
+    @functools.cached_property
+    def eval_split(self) -> Split:
+        return self._split(self.eval_content)
+
+    def _split(self, content: Questions) -> Split:
+        return self.cutter.split(content, questions.places(content))
 
     @property
     def num_train(self) -> int:
@@ -220,7 +238,7 @@ class Squad:
     @property
     def golds(self) -> dict[str, list[str]]:
         """The texts of the answers to each evaluation question's id."""
-        return {q.id: [a.text for a in q.answers] for q in self.eval_split.questions}
+        return {q.id: [a.text for a in q.answers] for q in self.eval_content.questions}
 
     def answers(self, rows: Mapping[str, np.ndarray]) -> Answers:
         """The best answers to every evaluation question.
