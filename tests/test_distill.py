@@ -119,9 +119,15 @@ def test_logits_of_tokens_count_where_tokens_are_real_or_chosen():
     # Differences of logits agree in the second token.
     found = value(soft_logits.make(), ours, theirs, attended=attended)
     assert found == pytest.approx(KL / 2, rel=1e-5)
-    chosen = {"attended": attended, "label": np.array([[7, -1, -1]])}
+    chosen = {"attended": attended, "chosen": np.array([[True, False, False]])}
     made = soft_logits.make(positions="chosen")
     assert value(made, ours, theirs, chosen) == pytest.approx(KL, rel=1e-5)
+    with pytest.raises(UserError, match="the data chooses no tokens"):
+        value(made, ours, theirs, attended=attended)
+    # Logits of two places, the second of which is the padded one.
+    some = [{"logits": each["logits"][:, [0, 2]]} for each in (ours, theirs)]
+    places = {"attended": attended, "positions": np.array([[0, 2]])}
+    assert value(soft_logits.make(), *some, places) == pytest.approx(KL, rel=1e-5)
     both = {"masked_lm": ours["logits"], "next_sentence": [[2.0, 2 - LN3]]}
     given = {"masked_lm": theirs["logits"], "next_sentence": [[1.0, 1]]}
     # The second head is the first row of the table with its classes swapped; heads are averaged.

@@ -35,16 +35,15 @@ def make(
 ) -> Unbound:
     """Returns the loss "soft_logits".
 
-    Logits are [b, classes], [b, l, classes] for each token, or a dict of heads, whose losses are averaged; in heads called
-    start and end the classes are the positions [b, l], of which padded ones are none. One class is a regression: its
-    loss is the mean squared error of the predictions, whatever the kind. Logits that are one number for each token
-    (replaced tokens) are not for this loss.
+    Logits are [b, classes], [b, l, classes] for each token or [b, p, classes] for those at batch["positions"], or a dict of
+    heads, whose losses are averaged; in heads called start and end the classes are the positions [b, l], of which padded
+    ones are none. One class is a regression: its loss is the mean squared error of the predictions, whatever the kind.
+    Logits that are one number for each token (replaced tokens) are not for this loss.
 
     Args:
       temperature: T, above 0; only 1 with kind "mse".
       kind: "kl"; "cross_entropy" is larger by the teachers' entropy and has the same gradient; "mse" of the logits.
-      positions: of logits for each token, "all" real ones count or the "chosen", where batch["label"] [b, l] is not
-        negative.
+      positions: of logits for each token "all" real ones count, or those that batch["chosen"] says: masked tokens.
 
     Raises:
       UserError: a temperature that is not positive or has no effect; when bound, logits that are not there or have other
@@ -81,9 +80,7 @@ def make(
         ours, *theirs = (each.astype(jnp.float32) for each in (ours, *theirs))
         rows, allowed = ours.shape[0], None
         if ours.ndim == 3:
-            weights = token_weights(batch, *ours.shape[:2])
-            if positions == "chosen":
-                weights = weights * (batch["label"] >= 0)
+            weights = _places(batch, *ours.shape[:2], chosen=positions == "chosen")
         else:
             weights = example_weights(batch, rows)
         if _spans(name) and "attended" in batch:
@@ -142,6 +139,21 @@ def squared_error(
         return square.mean(-1)
     counted = jnp.where(allowed, square, 0.0).sum(-1)
     return counted / jnp.maximum(allowed.sum(-1), 1)
+
+
+def _places(batch, rows, places, *, chosen):
+    """Weights, float32 [rows, places], of logits for each token or for some."""
+    if chosen:
+        if "chosen" not in batch:
+            raise UserError(
+                "positions = 'chosen': the data chooses no tokens; leave it out"
+            )
+        weights = batch["chosen"].reshape(rows, places).astype(jnp.float32)
+        return weights * example_weights(batch, rows)[:, None]
+    if "positions" not in batch:
+        return token_weights(batch, rows, places)
+    weights = token_weights(batch, *batch["attended"].shape)
+    return jnp.take_along_axis(weights, batch["positions"], 1, mode="clip")
 
 
 def _spans(name: str) -> bool:
