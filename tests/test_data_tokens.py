@@ -220,6 +220,29 @@ def test_special_tokens_by_other_names(tmp_path):
     assert (tokenizer.pad, tokenizer.mask) == (0, None)
 
 
+def test_a_tokenizer_of_another_kind(transformers, tmp_path):
+    # As ALBERT's: pieces with probabilities, a special sign before words, its own way to join texts.
+    pieces = [("<pad>", 0.0), ("<unk>", 0.0), ("[CLS]", 0.0), ("[SEP]", 0.0), ("▁a", -1.0), ("▁b", -2.0), ("b", -3.0)]  # fmt: skip
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 1, False))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["<pad>", "<unk>", "[CLS]", "[SEP]"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer = tokens.load(folder(tmp_path / "t", tokenizer__json=backend.to_str()))
+    assert (tokenizer.pad, tokenizer.unknown, tokenizer.mask) == (0, 1, None)
+    ids, segments = tokenizer.pair(*(tokenizer.encode(t)[0] for t in ("a", "bb")), 9)
+    assert ids.tolist() == [2, 4, 3, 5, 6, 3]
+    assert segments.tolist() == [0, 0, 0, 1, 1, 1]
+    tokens.save(tokenizer, tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs("a", "bb")["input_ids"] == ids.tolist()
+    again = tokens.load(tmp_path / "saved")
+    assert (again.one, again.two, again.size) == (tokenizer.one, tokenizer.two, 7)
+
+
 def test_pickling(uncased):
     tokenizer = tokens.load(uncased)
     again = pickle.loads(pickle.dumps(tokenizer))

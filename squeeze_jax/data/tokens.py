@@ -1,11 +1,6 @@
-"""Tokenizers: text to numbers and back, from and to the files that `transformers` uses, by the `tokenizers` library.
-
-WordPiece (BERT and what follows it; Wu et al., arXiv 1609.08144) and byte-level byte-pair encoding (GPT-2; Radford et al.,
-2019), and anything else that a tokenizer.json describes.
-"""
+"""Tokenizers from and to the files that `transformers` uses, and new ones from text."""
 
 import collections
-import dataclasses
 import gzip
 import itertools
 import json
@@ -13,127 +8,16 @@ import string
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import models
 
+from squeeze_jax.data import tokenizer
+from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
 
 JSON, WORDPIECE, BPE = "tokenizer.json", "vocab.txt", ("vocab.json", "merges.txt")
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
-# {role: (its name in `transformers`, what it is usually called)}
-ROLES = {
-    "pad": ("pad_token", ("[PAD]", "<pad>")),
-    "unknown": ("unk_token", ("[UNK]", "<unk>", "<|endoftext|>")),
-    "cls": ("cls_token", ("[CLS]", "<s>")),
-    "sep": ("sep_token", ("[SEP]", "</s>")),
-    "mask": ("mask_token", ("[MASK]", "<mask>")),
-}
-BERT = {"pad": "[PAD]", "unknown": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"}
-BERT["mask"] = "[MASK]"
-ROBERTA = {"pad": "<pad>", "unknown": "<unk>", "cls": "<s>", "sep": "</s>"}
-ROBERTA["mask"] = "<mask>"
-END = "<|endoftext|>"
-
-
-class Piece(NamedTuple):
-    """One part of a sequence: a text ("A" or "B"), or the id of a special token; and its segment."""
-
-    content: str | int
-    segment: int
-
-
-A, B = Piece("A", 0), Piece("B", 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenizer:
-    """A tokenizer; `load` and `train` build it. Survives pickling.
-
-    Attributes:
-      backend: the library's, without truncation and padding.
-      size: of its vocabulary: the largest id and one.
-      pad, unknown, cls, sep, mask: ids of the special tokens; None where it has none.
-      one, two: how a sequence of one text and one of two are made.
-    """
-
-    backend: tokenizers.Tokenizer
-    size: int
-    pad: int | None
-    unknown: int | None
-    cls: int | None
-    sep: int | None
-    mask: int | None
-    one: tuple[Piece, ...] = (A,)
-    two: tuple[Piece, ...] = (A, B)
-
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the ids of a text, int32 [n], and where each begins and ends in it, in characters, int32 [n, 2].
-
-        Without special tokens around it; one that stands in the text, such as "[MASK]", is itself.
-        """
-        found = self.backend.encode(text, add_special_tokens=False)
-        offsets = np.array(found.offsets, np.int32).reshape(-1, 2)
-        return np.array(found.ids, np.int32), offsets
-
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns only the ids of each text, int32 [n]; many times as fast, on all cores."""
-        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, np.int32) for each in found]
-
-    def token(self, id: int) -> str:
-        """The token that an id stands for, such as "##ing"."""
-        found = self.backend.id_to_token(int(id))
-        return "" if found is None else found
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
-
-    def single(self, ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a text's ids with special tokens, and segments, int32 [n] each, n ≤ length; cut off at its end.
-
-        Raises:
-          UserError: no room for one token of the text.
-        """
-        return _join(self.one, {"A": ids[: self._room(self.one, length)]})
-
-    def pair(
-        self, a: np.ndarray, b: np.ndarray, length: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `single`, of two texts; tokens are taken from the end of the longer until they fit."""
-        room = self._room(self.two, length)
-        short, long = sorted((len(a), len(b)))
-        if short + long > room:
-            short = min(short, room // 2)
-            long = room - short
-        keep = (long, short) if len(a) > len(b) else (short, long)
-        return _join(self.two, {"A": a[: keep[0]], "B": b[: keep[1]]})
-
-    def room(self, length: int, pair: bool = False) -> int:
-        """How many tokens of text a sequence of `length` has room for."""
-        return self._room(self.two if pair else self.one, length)
-
-    def _room(self, form: tuple[Piece, ...], length: int) -> int:
-        texts = sum(piece.content in ("A", "B") for piece in form)
-        room = length - (len(form) - texts)
-        if room < texts:
-            raise UserError(
-                f"length = {length} leaves no room for text beside {len(form) - texts} special tokens"
-            )
-        return room
-
-
-def _join(form: tuple[Piece, ...], texts: dict[str, np.ndarray]):
-    # Much faster than concatenating arrays, as the parts are small.
-    ids, segments = [], []
-    for content, segment in form:
-        part = texts[content].tolist() if isinstance(content, str) else (content,)
-        ids += part
-        segments += [segment] * len(part)
-    return np.array(ids, np.int32), np.array(segments, np.int32)
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -171,37 +55,20 @@ def load(path: str | Path) -> Tokenizer:
     )
 
 
-def save(tokenizer: Tokenizer, folder: str | Path) -> None:
+def save(made: Tokenizer, folder: str | Path) -> None:
     """Writes what `transformers.AutoTokenizer` and `load` read; the folder is made where it is not there."""
     folder = Path(folder).expanduser()
-    content = json.loads(tokenizer.backend.to_str())
+    content = json.loads(made.backend.to_str())
     kind, vocabulary = content["model"].get("type"), content["model"]["vocab"]
     special = {
-        name: tokenizer.token(getattr(tokenizer, role))
+        name: made.token(getattr(made, role))
         for role, (name, _) in ROLES.items()
-        if getattr(tokenizer, role) is not None
+        if getattr(made, role) is not None
     }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if kind == "WordPiece":
-        normalizer = content["normalizer"] or {}
-        config = {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": normalizer.get("lowercase", False),
-            "strip_accents": normalizer.get("strip_accents"),
-            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
-        }
-    elif kind == "BPE":
-        pre = content["pre_tokenizer"] or {}
-        name = "GPT2Tokenizer" if tokenizer.cls is None else "RobertaTokenizer"
-        start, end = (END, END) if tokenizer.cls is None else ("<s>", "</s>")
-        special |= {"bos_token": start, "eos_token": end}
-        config = {
-            "tokenizer_class": name,
-            "add_prefix_space": pre.get("add_prefix_space", False),
-        }
+    config, special = _described(made, content, special)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.backend.save(str(folder / JSON))
+        made.backend.save(str(folder / JSON))
         _write(folder / CONFIG, config | special)
         _write(folder / SPECIAL, special)
         if kind == "WordPiece":
@@ -209,9 +76,33 @@ def save(tokenizer: Tokenizer, folder: str | Path) -> None:
             text = "".join(f"{word}\n" for word in words)
             (folder / WORDPIECE).write_text(text, encoding="utf-8")
         elif kind == "BPE":
-            tokenizer.backend.model.save(str(folder))
+            made.backend.model.save(str(folder))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _described(made: Tokenizer, content: dict, special: dict[str, str]):
+    """What to write beside a tokenizer.json: its class in `transformers` with options, and its special tokens."""
+    kinds = [content["model"].get("type")]
+    kinds += [
+        (content[key] or {}).get("type") for key in ("normalizer", "pre_tokenizer")
+    ]
+    if kinds[:2] == ["WordPiece", "BertNormalizer"]:
+        normalizer = content["normalizer"]
+        return {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": normalizer["lowercase"],
+            "strip_accents": normalizer["strip_accents"],
+            "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        }, special
+    if kinds == ["BPE", None, "ByteLevel"]:
+        gpt2 = made.cls is None
+        ends = (END, END) if gpt2 else (ROBERTA["cls"], ROBERTA["sep"])
+        return {
+            "tokenizer_class": "GPT2Tokenizer" if gpt2 else "RobertaTokenizer",
+            "add_prefix_space": content["pre_tokenizer"]["add_prefix_space"],
+        }, special | dict(zip(("bos_token", "eos_token"), ends, strict=True))
+    return {"tokenizer_class": "PreTrainedTokenizerFast"}, special
 
 
 def train(
@@ -231,7 +122,7 @@ def train(
     if not files:
         raise UserError("cannot train a tokenizer without text files")
     paths = [Path(file).expanduser() for file in files]
-    backend = _backend(models.WordPiece({}, unk_token=BERT["unknown"]), lower)
+    backend = tokenizer.words(models.WordPiece({}, unk_token=BERT["unknown"]), lower)
     letters, inner = _letters(map(backend.normalizer.normalize_str, _lines(paths)))
     if not letters:
         raise UserError(f"cannot train a tokenizer: {files[0]} holds no text")
@@ -250,7 +141,7 @@ def train(
         show_progress=False,
     )
     backend.train_from_iterator(_lines(paths), trainer)
-    return _bert(backend.get_vocab(), lower=lower, special=BERT)
+    return tokenizer.bert(backend.get_vocab(), BERT, lower=lower)
 
 
 def _letters(lines: Iterator[str]) -> tuple[list[str], list[str]]:
@@ -292,7 +183,7 @@ def _wordpiece(path: Path, config: dict) -> Tokenizer:
     while lines and not lines[-1]:
         lines.pop()
     for number, token in enumerate(lines, 1):
-        if not token.strip():
+        if not token:
             raise UserError(
                 f"{path}:{number} is empty: a vocabulary has one token a line"
             )
@@ -306,43 +197,14 @@ def _wordpiece(path: Path, config: dict) -> Tokenizer:
     if lower is None:
         words = vocabulary.keys() - set(special.values())
         lower = all(w == w.lower() for w in words if not w.startswith("["))
-    return _bert(
+    _demand(vocabulary, [special[k] for k in BERT if k != "mask"], path)
+    return tokenizer.bert(
         vocabulary,
+        special,
         lower=lower,
         accents=config.get("strip_accents"),
         chinese=config.get("tokenize_chinese_chars", True),
-        special=special,
-        path=path,
     )
-
-
-def _bert(
-    vocabulary, *, lower, special, accents=None, chinese=True, path=None
-) -> Tokenizer:
-    _demand(vocabulary, [v for k, v in special.items() if k != "mask"], path)
-    model = models.WordPiece(vocabulary, unk_token=special["unknown"])
-    backend = _backend(model, lower, accents, chinese)
-    _add(backend, [t for t in special.values() if t in vocabulary])
-    cls, sep = special["cls"], special["sep"]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(t, vocabulary[t]) for t in (cls, sep)],
-    )
-    return _wrap(backend, special)
-
-
-def _backend(model, lower, accents=None, chinese=True) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=chinese,
-        strip_accents=accents,
-        lowercase=lower,
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    return backend
 
 
 def _byte_level(folder: Path, config: dict) -> Tokenizer:
@@ -354,26 +216,17 @@ def _byte_level(folder: Path, config: dict) -> Tokenizer:
         raise UserError(
             f"{folder} holds no byte-level BPE in {' and '.join(BPE)}: {_line(error)}"
         ) from None
-    roberta = "<s>" in vocabulary
+    roberta = ROBERTA["cls"] in vocabulary
     if not roberta and END not in vocabulary:
         raise UserError(
             f"{folder / BPE[0]} lacks special tokens: neither <s> and </s> as RoBERTa's, nor {END} as GPT-2's"
         )
-    special = (ROBERTA if roberta else {"unknown": END}) | _names(config)
-    _demand(vocabulary, (ROBERTA if roberta else special).values(), folder / BPE[0])
-    backend = tokenizers.Tokenizer(model)
+    special = ROBERTA if roberta else {"unknown": END}
+    needed, special = special.keys(), special | _names(config)
+    _demand(vocabulary, [special[role] for role in needed], folder / BPE[0])
     space = bool(config.get("add_prefix_space", False))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
-    backend.decoder = decoders.ByteLevel()
-    present = [t for t in special.values() if t in vocabulary]
-    _add(backend, dict.fromkeys([*present, *([END] if END in vocabulary else [])]))
-    if roberta:
-        sep, cls = ((special[k], vocabulary[special[k]]) for k in ("sep", "cls"))
-        trim = config.get("trim_offsets", True)
-        backend.post_processor = processors.RobertaProcessing(sep, cls, trim, space)
-    else:
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    return _wrap(backend, special)
+    trim = config.get("trim_offsets", True)
+    return tokenizer.byte_level(model, vocabulary, special, space=space, trim=trim)
 
 
 def _from_json(path: Path, config: dict) -> Tokenizer:
@@ -392,49 +245,7 @@ def _from_json(path: Path, config: dict) -> Tokenizer:
         found = [t for t in candidates if backend.token_to_id(t) is not None]
         if found:
             special[role] = found[0]
-    return _wrap(backend, special)
-
-
-def _wrap(backend: tokenizers.Tokenizer, special: dict[str, str]) -> Tokenizer:
-    ids = {role: backend.token_to_id(special.get(role, "")) for role in ROLES}
-    one, two = _forms(json.loads(backend.to_str())["post_processor"])
-    if one == (A,) and ids["cls"] is not None and ids["sep"] is not None:
-        around = {"cls": ["", ids["cls"]], "sep": ["", ids["sep"]]}
-        double = special["cls"] == ROBERTA["cls"]
-        kind = "RobertaProcessing" if double else "BertProcessing"
-        one, two = _forms(around | {"type": kind})
-    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    return Tokenizer(backend, size, **ids, one=one, two=two)
-
-
-def _forms(processor: dict | None):
-    """How sequences of one text and of two are made, from what a tokenizer.json says of it."""
-    kind = processor and processor["type"]
-    if kind == "Sequence":
-        found = [_forms(each) for each in processor["processors"]]
-        return next((f for f in found if f != ((A,), (A, B))), ((A,), (A, B)))
-    if kind == "TemplateProcessing":
-        special = processor["special_tokens"]
-        return tuple(
-            tuple(_pieces(processor[name], special)) for name in ("single", "pair")
-        )
-    if kind in ("BertProcessing", "RobertaProcessing"):
-        double = kind == "RobertaProcessing"
-        cls, sep = (Piece(processor[name][1], 0) for name in ("cls", "sep"))
-        middle = (sep, sep, B._replace(segment=0)) if double else (sep, B)
-        last = sep if double else sep._replace(segment=1)
-        return (cls, A, sep), (cls, A, *middle, last)
-    return (A,), (A, B)
-
-
-def _pieces(template: list, special: dict) -> Iterator[Piece]:
-    for each in template:
-        ((kind, value),) = each.items()
-        if kind == "Sequence":
-            yield Piece(value["id"], value["type_id"])
-        else:
-            for id in special[value["id"]]["ids"]:
-                yield Piece(id, value["type_id"])
+    return tokenizer.wrap(backend, special)
 
 
 def _config(folder: Path) -> dict:
@@ -463,13 +274,6 @@ def _demand(vocabulary, wanted, path) -> None:
         raise UserError(
             f"{path} lacks the special tokens {', '.join(lacking)}: if they have other names, {CONFIG} beside it says so"
         )
-
-
-def _add(backend: tokenizers.Tokenizer, special) -> None:
-    # The space before a masked word is a part of the word.
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(t, lstrip=t == ROBERTA["mask"]) for t in special]
-    )
 
 
 def _read_json(path: Path) -> dict:
