@@ -147,14 +147,7 @@ class Reader:
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Shapes of a batch of so many rows, one dict a width; without "index", which stays on the host."""
-        found = []
-        for width in self.widths:
-            batch = self._batch(np.full(rows, -1), width)
-            del batch["index"]
-            found.append(
-                {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-            )
-        return found
+        return specs(rows, self.widths, self.sequences.fields)
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
@@ -220,6 +213,20 @@ class Reader:
             batch[key] = np.zeros((len(indices), *values.shape[1:]), values.dtype)
             batch[key][mask] = values[indices[mask]]
         return batch
+
+
+def specs(
+    rows: int, widths: Sequence[int], fields: Mapping[str, np.ndarray]
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """See `Reader.specs`; of fields only dtype and shape [n, ...] count."""
+    spec = jax.ShapeDtypeStruct
+    same = {k: spec((rows, *v.shape[1:]), v.dtype) for k, v in fields.items()}
+    same["mask"] = spec((rows,), np.bool_)
+    kinds = {"tokens": np.int32, "segments": np.int32, "attended": np.bool_}
+    return [
+        {key: spec((rows, width), kind) for key, kind in kinds.items()} | same
+        for width in widths
+    ]
 
 
 class _Order:

@@ -218,7 +218,8 @@ class Glue:
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """One dict a length."""
-        return self._eval_reader.specs(rows)
+        labels = {"label": self.eval_split.labels}
+        return text.specs(rows, (*self.buckets, self.length), labels)
 
     def augment(self, key: jax.Array, batch: dict) -> dict:
         """Nothing."""
