@@ -56,6 +56,11 @@ def make(
         widths = {}
         for pair in pairs:
             wide = _loss.token_widths("hidden", pair, student, theirs)
+            if widths.get(name(pair), wide) != wide:
+                raise UserError(
+                    f"shared = True: the widths of {' and '.join(pair)} are {wide}, of other layers {widths[name(pair)]};"
+                    " leave it out"
+                )
             if _loss.needs_projection(project, *wide, pair):
                 widths[name(pair)] = wide
         if shared and "layers" not in widths:
