@@ -514,6 +514,17 @@ def test_predict_gives_probabilities_of_answers_and_of_none(river):
     ]
 
 
+def test_predict_says_so_where_scores_are_not_finite(river):
+    data = river(SOURCE, NONE, length=64)
+
+    def run(batch):
+        return dict.fromkeys(answers.SIDES, np.full(batch["tokens"].shape, np.nan))
+
+    lines = list(data.predict([RIVER, "Where?"], run))
+    assert lines[0] == "Where?"
+    assert "not finite" in lines[1]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

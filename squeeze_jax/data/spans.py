@@ -14,7 +14,7 @@ import numpy as np
 
 from squeeze_jax.data import text
 from squeeze_jax.data.questions import Question, Questions
-from squeeze_jax.data.tokens import Tokenizer
+from squeeze_jax.data.tokenizer import Tokenizer
 from squeeze_jax.errors import UserError
 
 CHUNK = 1000  # documents that are tokenized at a time

@@ -307,6 +307,7 @@ class Squad:
         best = list(found.best[id])
         if self.version2:
             best.append(Best("", 0, 0, found.nothing[id]))
+        best = [each for each in best if np.isfinite(each.score)]
         if not best:
             yield "  no answer could be read off: the network's scores are not finite"
             return
