@@ -117,7 +117,7 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _experiment, _workdir
+    from squeeze_jax.jobs import _experiment, _settings, _workdir
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     name = pathlib.Path(args.config or "digits").stem
@@ -129,7 +129,7 @@ def main(argv=None):
         config = load_config(args.config or default)
     for each in overrides:
         override(config, each)
-    config = _workdir.tuples(config)
+    config = _settings.tuples(config)
     experiment = _experiment.check(config)
     join(args)
     if getattr(job, "NEEDS_RUN", not getattr(job, "BEGINS", False)):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import run as run_py
-from squeeze_jax.jobs import _experiment, _workdir, fit
+from squeeze_jax.jobs import _experiment, _settings, fit
 from squeeze_jax.train import log
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -38,7 +38,7 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_trains_two_steps(path, images, tmp_path):
-    config = _workdir.tuples(run_py.load_config(path))
+    config = _settings.tuples(run_py.load_config(path))
     if config["data"]["source"]["name"] != "digits":
         config["data"]["source"] = {"name": "folder", "root": str(images)}
     config |= dict(steps=2, batch=8, log_every=1, eval_every=0)

@@ -111,7 +111,7 @@ def test_says_what_it_will_do_and_logs_each_step(whole):
     plan = (whole / "printed").read_text()
     for line in (
         r"data +1,437 train \+ 360 test images at 8x8x1, 10 classes",
-        r"model +squeezenet tiny: 1,\d{3} parameters, [\d,]+ MACs an image",
+        r"model +squeezenet tiny: 1,\d{3} parameters, [\d,]+ MACs per image",
         r"mesh +1 x cpu: data 1 x fsdp 1 x tensor 1",
         r"batch +16 = 16 a device",
         rf"training +{STEPS} steps \(0.3 epochs\), sgd, lr 0.1 cosine, float32",
@@ -121,7 +121,7 @@ def test_says_what_it_will_do_and_logs_each_step(whole):
     records = log.read(whole / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, STEPS + 1))
     assert all(
-        0 <= r["input_wait"] <= 1 and r["images_per_s"] > 0
+        0 <= r["input_wait"] <= 1 and r["examples_per_s"] > 0
         for r in records
         if "loss" in r
     )

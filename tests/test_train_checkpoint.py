@@ -7,6 +7,7 @@ import sys
 import chex
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,7 +16,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.train import sharding, state
 from squeeze_jax.train.checkpoint import Checkpoints, checksums
 
-SHAPE = (4, 4, 1)
+EXAMPLE = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
 
 
 class Net(nn.Module):
@@ -31,7 +32,7 @@ def make(width=64, seed=0, mesh=None, ema=True):
     mesh = mesh or sharding.make_mesh(data=4)
 
     def create(key):
-        fresh = state.create(Net(width), optax.adam(1e-3), SHAPE, key, ema=ema)
+        fresh = state.create(Net(width), optax.adam(1e-3), EXAMPLE, key, ema=ema)
         leaves, tree = jax.tree.flatten(fresh)
         noise = [
             jax.random.normal(jax.random.fold_in(key, i), x.shape)

@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_save():
 
 
 def test_records_after_the_checkpoint_are_dropped(tmp_path, capsys):
-    record = {"loss": 1.0, "images_per_s": 1.0, "input_wait": 0.0, "skipped": 0}
+    record = {"loss": 1.0, "examples_per_s": 1.0, "input_wait": 0.0, "skipped": 0}
     with contextlib.closing(log.Log(tmp_path, 10)) as first:
         for step in range(1, 6):
             first.train(step, record)
@@ -173,7 +173,7 @@ def test_records_after_the_checkpoint_are_dropped(tmp_path, capsys):
         (4, 2.0),
     ]
     assert (
-        "step 4/10 · loss 2.0000 · 1 images/s · input wait 0.0%"
+        "step 4/10 · loss 2.0000 · 1 examples/s · input wait 0.0%"
         in capsys.readouterr().out
     )
 
@@ -181,7 +181,7 @@ def test_records_after_the_checkpoint_are_dropped(tmp_path, capsys):
 def test_tensorboard_gets_the_numbers(tmp_path):
     from tensorboardX.proto import event_pb2
 
-    record = {"loss": 1.5, "images_per_s": 1.0, "input_wait": 0.25, "skipped": 0}
+    record = {"loss": 1.5, "examples_per_s": 1.0, "input_wait": 0.25, "skipped": 0}
     with contextlib.closing(log.Log(tmp_path, 10)) as writer:
         writer.train(7, record)
     (path,) = (tmp_path / "tensorboard").iterdir()
@@ -193,7 +193,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
         content = content[16 + size :]
     assert found == {
         (7, "loss"): 1.5,
-        (7, "images_per_s"): 1.0,
+        (7, "examples_per_s"): 1.0,
         (7, "input_wait"): 0.25,
     }
 
@@ -210,7 +210,7 @@ def test_a_terminal_shows_how_far_it_is_between_records(tmp_path, monkeypatch, c
     clock = iter([0.0, 10.0, 10.5, 12.0, 12.0, 14.0])
     fake = types.SimpleNamespace(monotonic=lambda: next(clock))
     monkeypatch.setattr(log, "time", fake)
-    record = {"loss": 1.5, "images_per_s": 7.0, "input_wait": 0.0, "skipped": 0}
+    record = {"loss": 1.5, "examples_per_s": 7.0, "input_wait": 0.0, "skipped": 0}
     with contextlib.closing(log.Log(tmp_path, 10)) as writer:  # at 0.0
         for step in (1, 2):  # at 10.0, and too soon after it
             writer.tick(step)
@@ -218,5 +218,5 @@ def test_a_terminal_shows_how_far_it_is_between_records(tmp_path, monkeypatch, c
         writer.tick(3)  # at 12.0
         writer.train(4, record)  # at 12.0
         writer.tick(5)  # at 14.0
-    assert "step 5/10 · loss 1.5000 · 7 images/s" in capsys.readouterr().out
+    assert "step 5/10 · loss 1.5000 · 7 examples/s" in capsys.readouterr().out
     assert [r["step"] for r in log.read(tmp_path / "metrics.jsonl")] == [4]

@@ -14,8 +14,10 @@ from squeeze_jax.comm import mean
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.train import cross_entropy, optim, sharding, state, step
+from squeeze_jax.train.metrics import classification
 
 SHAPE, CLASSES, BATCH = (6, 6, 2), 4, 16
+EXAMPLE = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
 
 
 class Net(nn.Module):
@@ -52,7 +54,7 @@ def train(model=None, mesh=None, rules=(), steps=10, tx=None, ema=0.0, **plugs):
     model = model or Net()
     mesh = mesh or jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
     tx = tx or optim.make("sgd", steps=100, lr=0.1, decay=1e-3)
-    create = functools.partial(state.create, model, tx, SHAPE, ema=ema > 0)
+    create = functools.partial(state.create, model, tx, EXAMPLE, ema=ema > 0)
     shapes = jax.eval_shape(create, jax.random.key(0))
     placed = sharding.shard_state(shapes, mesh, rules)
     now = jax.jit(create, out_shardings=placed)(jax.random.key(0))
@@ -115,7 +117,7 @@ def test_exchange_sees_each_devices_own_gradient():
     tx = optax.sgd(1.0)
     alone, _ = train(Plain(), four(data=4), tx=tx, steps=1, exchange=first_only)
     model, quarter = Plain(), {k: v[: BATCH // 4] for k, v in batch().items()}
-    begin = state.create(model, tx, SHAPE, jax.random.key(0))
+    begin = state.create(model, tx, EXAMPLE, jax.random.key(0))
 
     def loss(params):
         logits, _ = model.apply({"params": params}, quarter["image"])
@@ -144,7 +146,7 @@ def test_parts_weigh_what_they_count(axes):
         "mask": np.arange(BATCH) % 4 != 0 if axes is None else np.arange(BATCH) >= 4
     }
     model, tx = Plain(), optax.sgd(1.0)
-    begin = state.create(model, tx, SHAPE, jax.random.key(0))
+    begin = state.create(model, tx, EXAMPLE, jax.random.key(0))
     whole = step.make(model, tx, cross_entropy.make())
     expected, metrics = whole(begin, few, jax.random.key(1))
     if axes is None:
@@ -172,7 +174,7 @@ def test_transform_plug_freezes_what_it_masks():
 
     freeze = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
     tx = optax.chain(optim.make("sgd", steps=100, lr=0.1), freeze)
-    begin = jax.device_get(state.create(Net(), tx, SHAPE, jax.random.key(0)).params)
+    begin = jax.device_get(state.create(Net(), tx, EXAMPLE, jax.random.key(0)).params)
     end, _ = train(tx=tx)
     chex.assert_trees_all_equal(jax.device_get(end.params["conv"]), begin["conv"])
     assert (
@@ -230,7 +232,7 @@ def test_label_smoothing_by_hand():
 def test_average_follows_the_warmed_up_decay():
     """After one step from weights w0 to w1 with decay min(0.9, 1/10): 0.1 w0 + 0.9 w1."""
     begin = jax.device_get(
-        state.create(Net(), optax.sgd(0.1), SHAPE, jax.random.key(0)).params
+        state.create(Net(), optax.sgd(0.1), EXAMPLE, jax.random.key(0)).params
     )
     end, _ = train(tx=optax.sgd(0.1), ema=0.9, steps=1)
     expected = jax.tree.map(
@@ -239,7 +241,8 @@ def test_average_follows_the_warmed_up_decay():
     chex.assert_trees_all_close(
         jax.device_get(end.variables()["params"]), expected, atol=1e-6
     )
-    assert end.variables(averaged=False)["params"] is end.params
+    plain = end.variables(averaged=False)["params"]
+    assert plain["head"]["kernel"] is end.params["head"]["kernel"]
 
 
 def test_bfloat16_computes_short_and_keeps_long():
@@ -286,7 +289,8 @@ def test_evaluation_counts_by_hand():
         "label": np.array([0, 1, 5, 0]),
         "mask": np.array([True, True, True, False]),
     }
-    sums = step.make_evaluation(Identity(), prepare=lambda x: x)({"params": {}}, rows)
+    measure = classification.measure
+    sums, _ = step.make_evaluation(Identity(), measure)({"params": {}}, rows)
     assert (sums["top1"], sums["top5"], sums["examples"]) == (1, 2, 3)
     total = np.exp(images[0]).sum()
     assert sums["loss"] == pytest.approx(
@@ -307,7 +311,8 @@ def test_equal_logits_are_not_all_right():
         "label": np.arange(10),
         "mask": np.ones(10, bool),
     }
-    sums = step.make_evaluation(Constant(), prepare=lambda x: x)({"params": {}}, rows)
+    measure = classification.measure
+    sums, _ = step.make_evaluation(Constant(), measure)({"params": {}}, rows)
     assert (sums["top1"], sums["top5"]) == (1, 5)
 
 

@@ -49,12 +49,13 @@ class Data(Protocol):
 
     Attributes:
       reads: what its networks read, as the INPUTS of a model's file: "images" or "tokens".
-      noun: of one example, as in "MACs an image".
+      noun: of one example, as in "MACs per image".
       describe: what there is, in a phrase.
       num_train, num_eval: examples.
       label_names: of the classes; empty where there are none.
       model: options of `models.make` that the data decide, where a config leaves them open.
       objective: the loss that fits, as a section of a config: {"name": "train.cross_entropy"}.
+      fixed: whether a training example is the same each time it comes.
       metrics: the evaluation that fits, a file of `train/metrics`.
       exported: {name: shape without the batch axis} of what an exported file takes, names as in a batch.
     """
@@ -67,6 +68,7 @@ class Data(Protocol):
     label_names: tuple[str, ...]
     model: Mapping[str, Any]
     objective: Mapping[str, Any]
+    fixed: bool
     metrics: str
     exported: Mapping[str, jax.ShapeDtypeStruct]
 

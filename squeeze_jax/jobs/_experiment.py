@@ -5,11 +5,13 @@ Each section of the config is splatted into exactly one function, whose signatur
     data → data.make            model → models.make         optim → train.optim.make
     objective, transforms, weights, exchange → `make` of the method file they name, such as "comm.mean"
     sharding → train.sharding.make_mesh      checkpoint → train.checkpoint.Checkpoints
-    export → ExportSettings     benchmark → BenchmarkSettings     cost → CostSettings, below
+    init → _pretrained.settings
+    export, benchmark, cost, distill → the classes of `_settings`
 """
 
 import dataclasses
 import functools
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -23,9 +25,19 @@ import squeeze_jax
 from squeeze_jax import data, models, registry, tree
 from squeeze_jax.cost import program
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.jobs import _objective, _pretrained
+from squeeze_jax.jobs._settings import (
+    BenchmarkSettings,
+    CostSettings,
+    DistillSettings,
+    ExportSettings,
+    counts,
+    made,
+)
 from squeeze_jax.train import optim, sharding
 from squeeze_jax.train import state as states
 from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.train.metrics._metric import Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +45,18 @@ class Experiment:
     """The keys of a config.
 
     Attributes:
-      data, model, optim: which data, network, optimizer and schedule.
+      data, optim: which data, optimizer and schedule.
       steps: updates of the whole run.
       batch: examples of one update, over all devices and accumulated parts.
+      model: which network; may be left out where `init` names one.
+      init: the trained network to begin with, a folder of transformers or the work directory of an earlier run.
       seed: of weights, order of examples, augmentation and dropout.
+      seeds: of the job seeds, which trains with each of them.
       dtype: of the computation; master weights stay float32.
       accumulate: parts that a batch is split into, one after the other.
       ema: decay of averaged weights, 0 for none; they are what is evaluated and exported.
-      objective: the loss, by method file.
+      objective: the loss, by method file; several, each with a weight, are added up. None is the one for the data.
+      distill: networks that losses compare with.
       transforms: gradient transforms after the optimizer, by method file.
       weights: reparametrizations of the forward weights, by method file.
       exchange: gradient exchange between devices, by method file; None leaves it to the compiler.
@@ -53,17 +69,18 @@ class Experiment:
     """
 
     data: dict
-    model: dict
     optim: dict
     steps: int
     batch: int
+    model: dict = dataclasses.field(default_factory=dict)
+    init: dict = dataclasses.field(default_factory=dict)
     seed: int = 0
+    seeds: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     accumulate: int = 1
     ema: float = 0.0
-    objective: dict = dataclasses.field(
-        default_factory=lambda: {"name": "train.cross_entropy"}
-    )
+    objective: dict | tuple | None = None
+    distill: dict = dataclasses.field(default_factory=dict)
     transforms: tuple = ()
     weights: tuple = ()
     exchange: dict | None = None
@@ -78,97 +95,70 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportSettings:
-    """The keys of `config.export`.
-
-    Attributes:
-      formats: names of files in `export/formats`.
-      calibration: training images that the ranges of integer formats are measured on.
-      check: test images on which each file must agree with the live model.
-      tolerance: largest difference of a float file's logits, relative to the largest logit where that is above 1.
-      int8_agreement: share of check images whose top class an integer file must share, 0..1.
-    """
-
-    formats: tuple = ("stablehlo", "tflite", "tflite_int8")
-    calibration: int = 256
-    check: int = 128
-    tolerance: float = 1e-4
-    int8_agreement: float = 0.95
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchmarkSettings:
-    """The keys of `config.benchmark`.
-
-    Attributes:
-      runs: timed runs of each file at batch 1.
-      warmup: runs before them.
-    """
-
-    runs: int = 200
-    warmup: int = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class CostSettings:
-    """The keys of `config.cost`.
-
-    Attributes:
-      weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, 32 where none matches.
-      activation_bits: of activations.
-      latency: whether to run the network and measure where its time goes.
-      runs: timed runs.
-      warmup: runs before them.
-      batch: images at a time in these runs; all other costs are of one image.
-      cores: confines them to so many cores of the CPU, in a process of their own; None runs them on JAX's default
-        device, and on a CPU on all cores.
-    """
-
-    weight_bits: int | tuple = 8
-    activation_bits: int = 8
-    latency: bool = False
-    runs: int = 100
-    warmup: int = 10
-    batch: int = 1
-    cores: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Built:
-    """An experiment's parts, before any state exists."""
+    """An experiment's parts, before any state exists.
+
+    Attributes:
+      options: what `models.make` made the model of.
+      metric: how networks are evaluated.
+      begin: the trained network that the run begins with, or None.
+      teachers: networks to learn from, each with a function that reads its variables, and where it is.
+      Others: see `Experiment`.
+    """
 
     experiment: Experiment
     data: data.Data
+    options: dict[str, Any]
     model: nn.Module
     tx: optax.GradientTransformation
-    objective: Callable
+    objective: _objective.Objective
+    metric: Metric
     weights: tuple[Callable, ...]
     exchange: Callable | None
     mesh: Mesh
+    begin: _pretrained.Network | None
+    teachers: tuple[tuple[nn.Module, Callable, str], ...]
+    distill: DistillSettings
     export: ExportSettings
     benchmark: BenchmarkSettings
     cost: CostSettings
 
-    def create(self) -> states.State:
-        """The initial state, initialised on the devices where its shardings put it."""
+    def given(self) -> dict[str, Any]:
+        """The variables to begin with, numpy; empty where the run begins with random ones.
+
+        Raises:
+          UserError: those of `config.init` are not there, or do not fit.
+        """
+        if self.begin is None:
+            return {}
+        init = {
+            k: v for k, v in self.experiment.init.items() if k in ("only", "layers")
+        }
+        key = jax.random.key(self.experiment.seed)
+        shapes = self.abstract().variables(averaged=False)
+        return _pretrained.begin(self.begin, self.options, shapes, key, **init)
+
+    def create(self, given: Mapping[str, Any] | None = None) -> states.State:
+        """The initial state, initialised on the devices where its shardings put it, or as `given` by that method."""
         key = jax.random.key(self.experiment.seed)
         placed = jax.tree.map(lambda x: x.sharding, self.abstract())
-        create = jax.jit(self._create, out_shardings=placed).lower(key)
+        create = jax.jit(self._create, out_shardings=placed).lower(key, given or {})
         # It runs once: on the CPU, optimizing it would take longer than all it computes.
         quick = {"xla_backend_optimization_level": 0}
-        return create.compile(quick if jax.default_backend() == "cpu" else {})(key)
+        compiled = create.compile(quick if jax.default_backend() == "cpu" else {})
+        return compiled(key, given or {})
 
     def abstract(self) -> states.State:
         """The state's shapes with their shardings.
 
         Raises:
-          UserError: images too small for the network, or sharding rules that do not fit it.
+          UserError: examples that do not fit the network, or sharding rules that do not.
         """
         return self._abstract
 
     @functools.cached_property
     def _abstract(self) -> states.State:
-        shapes = jax.eval_shape(self._create, jax.random.key(0))
+        shapes = jax.eval_shape(self._create, jax.random.key(0), {})
         rules = self.experiment.sharding.get("rules", ())
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -176,9 +166,16 @@ class Built:
             sharding.shard_state(shapes, self.mesh, rules),
         )
 
-    def _create(self, key):
-        e = self.experiment
-        return states.create(self.model, self.tx, self.data.shape, key, ema=e.ema > 0)
+    def _create(self, key, given):
+        return states.create(
+            self.model,
+            self.tx,
+            self.data.example(),
+            key,
+            given=given,
+            objective=self.objective.init,
+            ema=self.experiment.ema > 0,
+        )
 
 
 def check(config: Mapping[str, Any]) -> Experiment:
@@ -189,15 +186,16 @@ def check(config: Mapping[str, Any]) -> Experiment:
     """
     registry.check(Experiment, config, "config")
     experiment = Experiment(**config)
-    counts = ("steps", "batch", "accumulate", "log_every")
-    _counts({k: getattr(experiment, k) for k in counts}, "config")
-    for key in ("eval_every", "save_every", "seed"):
+    numbers = ("steps", "batch", "accumulate", "log_every")
+    counts({k: getattr(experiment, k) for k in numbers}, "config")
+    for key in ("eval_every", "save_every"):
         if getattr(experiment, key) < 0:
             raise UserError(
                 f"config.{key} = {getattr(experiment, key)} should not be negative"
             )
-    if experiment.seed >= 2**31:
-        raise UserError(f"config.seed = {experiment.seed} should be below 2**31")
+    for seed in (experiment.seed, *experiment.seeds):
+        if not 0 <= seed < 2**31:
+            raise UserError(f"config.seed = {seed} should lie in [0, 2**31)")
     if not 0 <= experiment.ema < 1:
         raise UserError(f"config.ema = {experiment.ema} should lie in [0, 1)")
     return experiment
@@ -217,55 +215,132 @@ def build(experiment: Experiment) -> Built:
     registry.check(
         Checkpoints, e.checkpoint, "config.checkpoint", given=("directory", "read_only")
     )
-    _counts(e.checkpoint, "config.checkpoint")
+    counts(e.checkpoint, "config.checkpoint")
     tx = optim.make(steps=e.steps, **e.optim)
-    objective = method(e.objective, "config.objective")
+    losses = None if e.objective is None else _objective.parts(e.objective, method)
     transforms = [method(t, "config.transforms") for t in e.transforms]
-    for section, made in zip(e.transforms, transforms, strict=True):
-        if not isinstance(made, optax.GradientTransformation):
+    for section, transform in zip(e.transforms, transforms, strict=True):
+        if not isinstance(transform, optax.GradientTransformation):
             raise UserError(
                 f"config.transforms: {section['name']!r} makes no gradient transform; it belongs to another key"
             )
     weights = tuple(method(w, "config.weights") for w in e.weights)
     exchange = method(e.exchange, "config.exchange") if e.exchange else None
-    registry.check(data.make, e.data, "config.data")
-    source = data.make(**e.data)
-    registry.check(models.make, e.model, "config.model")
-    network = registry.load("squeeze_jax.models", e.model["name"], "model")
-    reads = getattr(network, "INPUTS", "images")
-    if reads != "images":
-        raise UserError(
-            f"config.model.name = {e.model['name']!r} reads {reads}, but config.data gives images: choose a network for images"
-        )
-    model = models.make(**{"num_classes": source.num_classes} | dict(e.model))
-    classes = e.model.get("num_classes", source.num_classes)
-    if classes < source.num_classes:
-        raise UserError(
-            f"config.model.num_classes = {classes}, but the data's labels go up to {source.num_classes - 1}; leave the"
-            f" key out or set it to {source.num_classes}"
-        )
-    export = _settings(ExportSettings, e.export, "config.export")
+    export = made(ExportSettings, e.export, "config.export")
     for key in export.formats:
         registry.load("squeeze_jax.export.formats", key, "export format")
+    registry.check(_pretrained.settings, e.init, "config.init")
+    begin = _pretrained.settings(**e.init) if e.init else None
+    registry.check(data.make, e.data, "config.data")
+    source = data.make(**e.data)
+    options = _options(e, source, begin)
+    model = models.make(**options)
+    _fit(options, model, source)
+    distill = made(DistillSettings, e.distill, "config.distill")
+    teachers = tuple(
+        _pretrained.teacher(section, source.model, f"config.distill.teachers[{n}]")
+        for n, section in enumerate(distill.teachers)
+    )
+    losses = losses or _objective.parts(source.objective, method)
+    network = registry.load("squeeze_jax.train.metrics", source.metrics, "metrics")
     built = Built(
         experiment=e,
         data=source,
+        options=options,
         model=model,
         tx=optax.chain(tx, *transforms),
-        objective=objective,
+        objective=_bound(losses, model, teachers, source),
+        metric=network.make(source),
         weights=weights,
         exchange=exchange,
         mesh=mesh,
+        begin=begin,
+        teachers=teachers,
+        distill=distill,
         export=export,
-        benchmark=_settings(BenchmarkSettings, e.benchmark, "config.benchmark"),
-        cost=_settings(CostSettings, e.cost, "config.cost"),
+        benchmark=made(BenchmarkSettings, e.benchmark, "config.benchmark"),
+        cost=made(CostSettings, e.cost, "config.cost"),
     )
+    _best(built)
     state = (
         built.abstract()
-    )  # finds what does not fit the network: its images, sharding rules, decay rules
+    )  # finds what does not fit the network: its examples, sharding rules, decay rules
     jax.eval_shape(lambda s: tx.update(s.params, tx.init(s.params), s.params), state)
     _bits(built.cost, state.params)
     return built
+
+
+def _options(e: Experiment, source: data.Data, begin) -> dict[str, Any]:
+    """What the model is made of: what the data decide, what a trained network has, what the config says."""
+    whole = begin is not None and not {"only", "layers"} & e.init.keys()
+    there = begin.options if whole else {}
+    name = e.model.get("name", there.get("name"))
+    if name is None:
+        raise UserError("missing key config.model.name: add it to the config")
+    if whole and name != there["name"]:
+        raise UserError(
+            f"config.model.name = {name!r}, but {begin.where} holds {there['name']!r}: leave the key out, or take only"
+            " what fits by config.init.only"
+        )
+    if whole and "variant" in e.model and "variant" not in there:
+        raise UserError(
+            f"config.model.variant = {e.model['variant']!r}: the sizes are those of {begin.where}; leave the key out"
+        )
+    network = registry.load("squeeze_jax.models", name, "model")
+    reads = getattr(network, "INPUTS", "images")
+    if reads != source.reads:
+        raise UserError(
+            f"config.model.name = {name!r} reads {reads}, but config.data gives {source.reads}: choose a network for"
+            f" {source.reads}"
+        )
+    known = inspect.signature(network.make).parameters
+    decided = {k: v for k, v in source.model.items() if k in known}
+    options = {"name": name} | dict(there) | decided | dict(e.model)
+    registry.check(models.make, options, "config.model")
+    registry.check(
+        network.make, {k: v for k, v in options.items() if k != "name"}, "config.model"
+    )
+    return options
+
+
+def _fit(options: Mapping[str, Any], model: nn.Module, source: data.Data) -> None:
+    """Raises a UserError where a network has too few classes or tokens for the data, or another task."""
+    classes, needed = options.get("num_classes"), source.model.get("num_classes")
+    if classes is not None and needed is not None and classes < needed:
+        raise UserError(
+            f"config.model.num_classes = {classes}, but the data's labels go up to {needed - 1}; leave the key out or set"
+            f" it to {needed}"
+        )
+    task = source.model.get("task")
+    if task is not None and options.get("task", task) != task:
+        raise UserError(
+            f"config.model.task = {options['task']!r}, but config.data is for {task!r}: leave the key out"
+        )
+    words = getattr(source, "vocabulary", None)
+    row = getattr(model, "row", None)
+    # Published checkpoints pad their table to a multiple of 8 or 64 rows.
+    if words is not None and row is not None and not 0 <= row.vocabulary - words < 128:
+        raise UserError(
+            f"the tokenizer has {words:,} tokens, the model's embedding {row.vocabulary:,}: give the tokenizer that the"
+            f" network was trained with, or set config.model.vocabulary={words}"
+        )
+
+
+def _bound(losses, model, teachers, source) -> _objective.Objective:
+    """The losses, for the shapes of the student's and the teachers' outputs."""
+    if not _objective.needs_teacher(losses) and not teachers:
+        return _objective.bind(losses, {}, ())
+    x = source.example()
+    student = _objective.outputs(model, x)
+    shown = [_objective.outputs(net, x) for net, _, _ in teachers]
+    return _objective.bind(losses, student, shown)
+
+
+def _best(built: Built) -> None:
+    """Raises a UserError for a best checkpoint by a score that evaluations do not give."""
+    best, names = built.experiment.checkpoint.get("best"), built.metric.names
+    if best is not None and names and best not in names:
+        raise UserError(f"config.checkpoint.best = {best!r}{nearest(best, names)}")
 
 
 def _bits(cost: CostSettings, params) -> None:
@@ -278,21 +353,6 @@ def _bits(cost: CostSettings, params) -> None:
     tree.apply_rules(cost.weight_bits, params, where=where)
     for pattern, bits in cost.weight_bits:
         program.check_bits(bits, f"{where} of {pattern!r}")
-
-
-def _settings(kind: type, section: Mapping[str, Any], where: str):
-    """Builds a dataclass of settings from its section; counts start at 1."""
-    registry.check(kind, section, where)
-    made = kind(**section)
-    _counts(dataclasses.asdict(made), where)
-    return made
-
-
-def _counts(section: Mapping[str, Any], where: str) -> None:
-    """Raises a UserError where an integer is below 1."""
-    for key, value in section.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise UserError(f"{where}.{key} = {value} should be at least 1")
 
 
 def method(section: Mapping[str, Any], where: str):

@@ -1,6 +1,6 @@
 """Measures a config's network: in this process on JAX's device, or on a few cores in a process of its own.
 
-python -m squeeze_jax.jobs._profile 2 '{"model": {"name": "squeezenet"}, "shape": [1, 224, 224, 3], "runs": 100, ...}'
+python -m squeeze_jax.jobs._profile 2 '{"model": {"name": "squeezenet"}, "example": [[1, 224, 224, 3], "float32"], "runs": 100, ...}'
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 
 def run(built) -> Measured:
-    """Measures the network of an experiment as `built.cost` says, on random pixels with random weights.
+    """Measures the network of an experiment as `built.cost` says, on random numbers with random weights.
 
     Raises:
       UserError: more cores than there are, or the device's operations cannot be recorded.
@@ -42,15 +42,27 @@ def run(built) -> Measured:
     """
     settings = built.cost
     check_cores(settings.cores)
-    section = {"num_classes": built.data.num_classes} | dict(built.experiment.model)
-    shape = (settings.batch, *built.data.shape)
-    task = dict(model=section, shape=shape, runs=settings.runs, warmup=settings.warmup)
+    example = built.data.example()
+
+    def shaped(s):
+        return (settings.batch, *s.shape[1:]), s.dtype.name
+
+    if isinstance(example, dict):
+        example = {name: shaped(s) for name, s in example.items()}
+    else:
+        example = shaped(example)
+    task = dict(
+        model=built.options,
+        example=example,
+        runs=settings.runs,
+        warmup=settings.warmup,
+    )
     if settings.cores is None:
         return _measured(**task)
     printed = process.python(
         __name__,
         *(settings.cores, json.dumps(task)),
-        what=f"{section['name']} on {settings.cores} of the CPU's cores",
+        what=f"{built.options['name']} on {settings.cores} of the CPU's cores",
         timeout=SECONDS,
     )
     return Measured(**json.loads(printed.splitlines()[-1]))
@@ -71,16 +83,26 @@ def check_cores(cores: int | None) -> None:
         )
 
 
-def _measured(model, shape, runs, warmup) -> Measured:
+def _measured(model, example, runs, warmup) -> Measured:
     import jax
 
     from squeeze_jax import models
     from squeeze_jax.cost import profile
 
-    pixels = np.random.default_rng(0).random(shape, np.float32)
+    if isinstance(example, dict):
+        given = {name: _numbers(*each) for name, each in example.items()}
+    else:
+        given = _numbers(*example)
     network = models.make(**model)
-    found = profile.measure(network, pixels, runs=runs, warmup=warmup)
+    found = profile.measure(network, given, runs=runs, warmup=warmup)
     return Measured(*found, _device(jax.devices()[0]))
+
+
+def _numbers(shape, dtype) -> np.ndarray:
+    """Random numbers in [0, 1), the integer 0 or True."""
+    if np.issubdtype(dtype, np.floating):
+        return np.random.default_rng(0).random(shape, dtype)
+    return np.full(shape, dtype == "bool", dtype)
 
 
 def _device(device) -> str:

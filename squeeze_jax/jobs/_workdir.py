@@ -15,11 +15,12 @@ from jax.experimental import multihost_utils
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import files
 from squeeze_jax.jobs._experiment import Experiment
+from squeeze_jax.jobs._settings import tuples
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
-FREE = ("export", "benchmark", "cost", "checkpoint", "sharding", "log_every")
+FREE = ("seeds", "export", "benchmark", "cost", "checkpoint", "sharding", "log_every")
 FREE += ("eval_every", "save_every", "data.workers", "data.threads", "data.cache_mb")
-FREE += ("data.source.data_dir",)
+FREE += ("data.source.data_dir", "distill.cache")
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 
@@ -102,13 +103,6 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is no config; restore it or remove the work directory")
     return tuples(config)
-
-
-def tuples(value):
-    """Lists become tuples all the way down, so that a config is the same from Python, JSON and the command line."""
-    if isinstance(value, Mapping):
-        return {k: tuples(v) for k, v in value.items()}
-    return tuple(tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax import tree
@@ -36,7 +35,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     rows = [
         table.row(
             "live model (JAX)",
-            {"accuracy": result["eval_accuracy"], "bytes": weights},
+            {"accuracy": result[built.metric.headline], "bytes": weights},
             **counts,
         )
     ]
@@ -54,7 +53,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         rows.append(table.row(path.name, measured, **counts))
     print(f"\n{table.text(rows)}\n")
     config = json.loads((workdir / "config.json").read_text())
-    title = f"{config['model']['name']} on {config['data']['source']['name']}"
+    data = config["data"].get("source", config["data"])["name"]
+    title = f"{built.options['name']} on {data}"
     written = record.write(workdir / "report.json", rows, config=config, title=title)
     metrics = (
         curves.read(workdir / "metrics.jsonl")
@@ -94,9 +94,12 @@ def test_set(built: Built) -> tuple[np.ndarray, np.ndarray]:
 
 
 def network(built: Built, state: State) -> dict[str, int]:
-    """Parameters, and MACs of one image, of the network as exported."""
-    pixels = jax.ShapeDtypeStruct((1, *built.data.shape), jnp.float32)
+    """Parameters, and MACs of one example, of the network as exported."""
+    example = {
+        k: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
+        for k, s in built.data.exported.items()
+    }
     return {
-        "parameters": tree.size(state.params),
-        "macs": count.macs(export.live(built, state), pixels).total,
+        "parameters": tree.size(state.variables()["params"]),
+        "macs": count.macs(export.live(built, state), example).total,
     }

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from squeeze_jax.cost import count, layers, memory, program
 from squeeze_jax.errors import UserError
@@ -42,7 +41,7 @@ MEASURED = (  # where the config asks for it
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Prints a row a layer, totals, and the peak memory of activations, of one image.
+    """Prints a row a layer, totals, and the peak memory of activations, of one example.
 
     With `config.cost.latency` also what time each layer takes, measured. Writes the rows to `cost.csv` and `cost.png` in
     the work directory, and nothing else: whether it holds a run, and which, stays as it is.
@@ -54,29 +53,29 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     if inputs:
         raise UserError(f"the job cost takes no files: {inputs[0]}")
     export.alone("cost")
-    settings, name = built.cost, built.experiment.model["name"]
+    settings, name = built.cost, built.options["name"]
     _profile.check_cores(settings.cores)
     model = built.model
-    image = jax.ShapeDtypeStruct((1, *built.data.shape), jnp.float32)
+    example = built.data.example()
     found = layers.layers(
         model,
-        image,
+        example,
         weight_bits=settings.weight_bits,
         activation_bits=settings.activation_bits,
     )
-    peak = memory.peak(model, image, bits=settings.activation_bits)
+    peak = memory.peak(model, example, bits=settings.activation_bits)
     measured = None
     if settings.latency:
         print(f"measuring  {settings.runs} runs of {name}, compiled first", flush=True)
         measured = _profile.run(built)
-    listed = rows(found, peak, unknown(model, image), measured)
-    title = f"{name}, one image of {'x'.join(map(str, built.data.shape))}"
+    listed = rows(found, peak, unknown(model, example), measured)
+    title = f"{name}, one {built.data.noun} of {sizes(example)}"
     live = "live: the most bytes of activations"
     print(f"{title}, {bits(settings)}; {live}\n\n{text(listed)}\n")
-    lines = [*where(peak), *elsewhere(model, image)]
+    lines = [*where(peak), *elsewhere(model, example)]
     caption = f"{bits(settings)} · peak at {place(peak)}"
     if measured:
-        whole, parts = timing(measured, settings)
+        whole, parts = timing(measured, settings, built.data.noun)
         lines += [f"latency         {whole}", f"by layer        {parts}"]
         caption += f" · latency {whole} · by layer {parts}"
     print("\n".join(lines))
@@ -97,13 +96,22 @@ def bits(settings: CostSettings) -> str:
     return f"weights of {weights} bits, activations of {activations}"
 
 
-def timing(measured: _profile.Measured, settings: CostSettings) -> tuple[str, str]:
+def sizes(example) -> str:
+    """The size of an example, such as "16x16x3", or "128 tokens"."""
+    if isinstance(example, Mapping):
+        return f"{example['tokens'].shape[-1]} tokens"
+    return "x".join(map(str, example.shape[1:]))
+
+
+def timing(
+    measured: _profile.Measured, settings: CostSettings, noun: str = "image"
+) -> tuple[str, str]:
     """The latency of the whole and how it was measured, and what the parts by layer are."""
     ms = units.milliseconds
     p50, p90, p99 = (ms(measured.latency[k]) for k in ("p50", "p90", "p99"))
     spread = measured.latency["spread"]
     busy = ", so the machine was busy" if spread > BUSY else ""
-    images = f"{settings.batch} image{'s' if settings.batch > 1 else ''}"
+    images = f"{settings.batch} {noun}{'s' if settings.batch > 1 else ''}"
     whole = f"p50 {p50}, p90 {p90}, p99 {p99}, spread {spread:.2f}{busy}: {settings.runs} runs of {images} in float32"
     layered = sum(measured.by_layer.values())
     parts = (
@@ -113,10 +121,10 @@ def timing(measured: _profile.Measured, settings: CostSettings) -> tuple[str, st
     return f"{whole} on {measured.device}", parts
 
 
-def unknown(model, image) -> dict[str, list[str]]:
+def unknown(model, example) -> dict[str, list[str]]:
     """{layer: what of it is not counted}."""
     found, root = {}, program.root(model)
-    for each in count.macs(model, image).unknown:
+    for each in count.macs(model, example).unknown:
         what, _, layer = each.rpartition(" in ")
         what = re.sub("^while loop, .*", "while beyond one iteration", what)
         found.setdefault(layer.removeprefix(f"{root}/"), []).append(what)
@@ -213,10 +221,12 @@ def where(peak: memory.Memory) -> list[str]:
     ]
 
 
-def elsewhere(model, image) -> list[str]:
+def elsewhere(model, example) -> list[str]:
     """The same in float32, and what XLA plans for this machine."""
-    lines = [f"in float32      {units.size(memory.peak(model, image, bits=32).bytes)}"]
-    plan = memory.compiled(model, image)
+    lines = [
+        f"in float32      {units.size(memory.peak(model, example, bits=32).bytes)}"
+    ]
+    plan = memory.compiled(model, example)
     if plan is not None:
         whole = plan.inputs + plan.outputs + plan.temporary
         lines.append(

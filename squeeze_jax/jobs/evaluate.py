@@ -9,26 +9,26 @@ import jax
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import fit
 from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.train import log
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.state import State
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Prints loss, top-1 and top-5 accuracy of the newest checkpoint.
+    """Prints the scores of the trained network, such as its accuracy.
 
     Raises:
       UserError: there is no checkpoint, or it does not fit.
     """
     if inputs:
         raise UserError(
-            f"the job evaluate takes no files: {inputs[0]}; to classify images use --job=predict"
+            f"the job evaluate takes no files: {inputs[0]}; to classify them use --job=predict"
         )
     state = trained(built, workdir)
     result = fit.evaluator(built)(state)
     if jax.process_index() == 0:
         print(
-            f"step {int(state.step)} · test accuracy {result['eval_accuracy']:.4f} · top-5 {result['eval_top5']:.4f} ·"
-            f" loss {result['eval_loss']:.4f} · {built.data.num_eval:,} images"
+            f"step {int(state.step)} · {log.scores(result)} · {built.data.num_eval:,} {built.data.noun}s"
         )
 
 
@@ -38,7 +38,8 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
     Raises:
       UserError: there is none, or it does not fit the model.
     """
-    directory, settings = workdir / "checkpoints", built.experiment.checkpoint
+    directory = workdir / "checkpoints"
+    settings = {"best": built.metric.headline} | built.experiment.checkpoint
     if directory.is_dir():
         with contextlib.closing(
             Checkpoints(directory, **settings, read_only=True)

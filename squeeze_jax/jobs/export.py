@@ -29,20 +29,18 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         raise UserError(f"the job export takes no files: {inputs[0]}")
     alone("export")
     state = evaluate.trained(built, workdir)
-    check = images(built.data.eval(built.export.check), built.export.check)
-    batch = built.experiment.batch
-    calibration = images(
-        built.data.train(batch, built.experiment.seed), built.export.calibration
-    )
+    check = examples(built, built.data.eval(built.export.check), built.export.check)
+    training = built.data.train(built.experiment.batch, built.experiment.seed)
+    calibration = examples(built, training, built.export.calibration)
     for key in built.export.formats:
         (file,) = export.make(
-            live(built, state),
-            built.data.shape,
+            pixels(live(built, state)),
+            built.data.exported["image"].shape,
             workdir / "export",
             formats=(key,),
-            calibration=calibration,
-            check_images=check,
-            endpoints_fn=live(built, state, endpoints=True),
+            calibration=calibration["image"],
+            check_images=check["image"],
+            endpoints_fn=pixels(live(built, state, endpoints=True)),
             tolerance=built.export.tolerance,
             int8_agreement=built.export.int8_agreement,
         )
@@ -55,7 +53,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
 
 
 def live(built: Built, state: State, *, endpoints: bool = False):
-    """The trained network as it is exported: pixels 0..255 [b, h, w, c] → logits, or its named stages.
+    """The trained network as it is exported: {name of `data.exported`: [b, ...]} → logits, or its named stages.
 
     Its convolutions are the native operations whatever the training used, and its weights are on the host.
     """
@@ -63,10 +61,10 @@ def live(built: Built, state: State, *, endpoints: bool = False):
     for reparametrize in built.weights:
         variables["params"] = jax.device_get(reparametrize(variables["params"]))
 
-    def fn(pixels):
+    def fn(batch):
         with lowering("native"):
             logits, stages = built.model.apply(
-                variables, built.data.normalise(pixels), train=False
+                variables, built.data.inputs(batch), train=False
             )
         return stages | {"logits": logits} if endpoints else logits
 
@@ -108,15 +106,20 @@ def find(
     return [path.parent / known[key]["path"] for key in formats]
 
 
-def images(batches, count: int) -> np.ndarray:
-    """The first `count` images of a stream of batches that are no padding: uint8 [n, h, w, c]."""
+def pixels(fn):
+    """A function of {"image": pixels} as one of the pixels."""
+    return lambda x: fn({"image": x})
+
+
+def examples(built: Built, batches, count: int) -> dict[str, np.ndarray]:
+    """What an exported file takes of the first `count` examples of a stream that are no padding."""
     taken, have = [], 0
     for batch in batches:
-        taken.append(batch["image"][batch["mask"]])
-        have += len(taken[-1])
+        taken.append({k: batch[k][batch["mask"]] for k in built.data.exported})
+        have += int(batch["mask"].sum())
         if have >= count:
             break
-    return np.concatenate(taken)[:count]
+    return {k: np.concatenate([t[k] for t in taken])[:count] for k in taken[0]}
 
 
 def alone(job: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ import numpy as np
 from squeeze_jax import tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _pretrained, _teachers
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import loop, optim, sharding
 from squeeze_jax.train import step as steps
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
 from squeeze_jax.train.log import Log
-from squeeze_jax.train.state import State
+from squeeze_jax.train.state import State, network
 
 BEGINS = True  # a run, where the work directory holds none yet
 
@@ -27,7 +28,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     """Trains to the end; the final state is in the newest checkpoint.
 
     Raises:
-      UserError: the loss is not finite, or the checkpoints do not fit.
+      UserError: the loss is not finite, or the checkpoints or the network to begin with do not fit.
       loop.Interrupted: stopped by a signal, and saved.
     """
     if inputs:
@@ -36,7 +37,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     say = print if main else lambda *_: None
     say(plan(built, workdir))
     directory = workdir / "checkpoints"
-    settings = built.experiment.checkpoint
+    settings = {"best": built.metric.headline} | built.experiment.checkpoint
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
         abstract = built.abstract()
         restored = checkpoints.restore(abstract)
@@ -44,19 +45,23 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         if start == built.experiment.steps:
             say("trained    already, to the last step")
             return
-        step = compile_step(built, abstract)
-        say(f"memory     {memory(step)}\n")
-        if restored:
-            say(f"continuing from the checkpoint of step {start}")
-        begin = restored or Restored(built.create(), 0)
-        with contextlib.closing(
-            Log(workdir, built.experiment.steps, start=start, quiet=not main)
-        ) as log:
+        given = {} if restored else built.given()
+        if main:
+            _pretrained.note(workdir, built.options)
+        with contextlib.ExitStack() as stack:
+            lessons = stack.enter_context(_teachers.open(built, say))
+            step = Steps(built, abstract, lessons)
+            say(f"memory     {memory(step.largest)}\n")
+            if restored:
+                say(f"continuing from the checkpoint of step {start}")
+            begin = restored or Restored(built.create(given), 0)
+            log = Log(workdir, built.experiment.steps, start=start, quiet=not main)
+            stack.enter_context(contextlib.closing(log))
             train(built, step, begin, log, checkpoints)
 
 
 def train(
-    built: Built, step, begin: Restored, log: Log, checkpoints: Checkpoints
+    built: Built, step: "Steps", begin: Restored, log: Log, checkpoints: Checkpoints
 ) -> State:
     """Runs the loop from a state and its position in the data to the last step."""
     e = built.experiment
@@ -74,7 +79,7 @@ def train(
             key,
             steps=e.steps,
             batch=e.batch,
-            put=lambda batch: put(batch, built.mesh),
+            put=step.put,
             evaluate=evaluator(built),
             log=log,
             checkpoints=checkpoints,
@@ -86,47 +91,118 @@ def train(
         )
 
 
-def put(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """What of a batch goes to the devices."""
-    return sharding.put_batch({k: batch[k] for k in ("image", "label", "mask")}, mesh)
+def put(batch: Mapping[str, np.ndarray], built: Built) -> dict[str, jax.Array]:
+    """Places what of a batch goes to the devices."""
+    names = built.data.specs(1)[-1]
+    arrays = {k: batch[k] for k in names if k in batch}  # a test set has no labels
+    arrays["index"] = batch["index"].astype(np.int32)
+    return sharding.put_batch(arrays, built.mesh)
 
 
-def evaluator(built: Built):
-    """Returns `state → {"eval_loss", "eval_accuracy", "eval_top5"}` over the whole test set."""
+def evaluator(built: Built) -> Callable[[State], dict[str, float]]:
+    """Returns `state → scores` over the whole evaluation set, such as {"eval_loss", "eval_accuracy"}."""
+    metric = built.metric
+    step = evaluation_step(built, metric.measure)
+    return lambda state: evaluation(
+        built, state, built.data.eval, metric.measure, metric.score, step
+    )
+
+
+def evaluation_step(built: Built, measure: Callable) -> Callable:
+    """The jitted step of an evaluation, see `steps.make_evaluation`."""
+    step = steps.make_evaluation(
+        built.model,
+        measure,
+        inputs=built.data.inputs,
+        weights=built.weights,
+        dtype=built.experiment.dtype,
+    )
+    return jax.jit(step, out_shardings=sharding.replicated(built.mesh))
+
+
+def evaluation(
+    built: Built,
+    state: State,
+    batches: Callable,
+    measure: Callable,
+    score: Callable,
+    step: Callable | None = None,
+):
+    """What `score` makes of all that `measure` finds.
+
+    Args:
+      built, state: the experiment and the trained network.
+      batches: (batch, process) → the examples, as `data.eval`.
+      measure, score: see `metrics._metric.Metric`.
+      step: of `evaluation_step`; None for a new one.
+    """
     e, mesh = built.experiment, built.mesh
     shards = math.prod(mesh.shape[a] for a in sharding.BATCH)
     batch = math.ceil(min(e.batch, built.data.num_eval) / shards) * shards
-    step = jax.jit(
-        steps.make_evaluation(
-            built.model,
-            prepare=built.data.normalise,
-            weights=built.weights,
-            dtype=e.dtype,
-        ),
-        out_shardings=sharding.replicated(mesh),
+    return loop.evaluate(
+        step or evaluation_step(built, measure),
+        state.variables(),
+        batches(batch, (jax.process_index(), jax.process_count())),
+        lambda rows: put(rows, built),
+        score,
     )
-    process = (jax.process_index(), jax.process_count())
-
-    def evaluate(state: State) -> dict[str, float]:
-        batches = built.data.eval(batch, process)
-        return loop.evaluate(step, state.variables(), batches, lambda b: put(b, mesh))
-
-    return evaluate
 
 
-def compile_step(built: Built, abstract: State):
-    """Compiles the training step for the shapes and shardings it will get."""
+class Steps:
+    """The training step, compiled for each of the shapes that batches come in; the largest at once, others when they come.
+
+    Attributes:
+      largest: the compiled step of the largest.
+    """
+
+    def __init__(self, built: Built, abstract: State, lessons: _teachers.Lessons):
+        self._built, self._abstract, self._lessons = built, abstract, lessons
+        self._specs = {_shapes(s): s for s in built.data.specs(built.experiment.batch)}
+        self._compiled = {}
+        self.largest = self._of(list(self._specs)[-1])
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Places a batch, with what the teachers' outputs on disk say of it."""
+        placed = put(batch, self._built)
+        given = self._lessons.rows(batch)
+        if given:
+            placed["teacher"] = sharding.put_batch(given, self._built.mesh)
+        return placed
+
+    def __call__(self, state: State, batch: dict, key: jax.Array):
+        names = self._built.data.specs(1)[-1]
+        compiled = self._of(_shapes({k: batch[k] for k in names}))
+        return compiled(state, batch, key, *self._lessons.frozen)
+
+    def _of(self, shapes):
+        if shapes not in self._compiled:
+            spec = self._specs[shapes]
+            self._compiled[shapes] = compile_step(
+                self._built, self._abstract, spec, self._lessons
+            )
+        return self._compiled[shapes]
+
+
+def _shapes(arrays) -> tuple:
+    return tuple((name, tuple(arrays[name].shape)) for name in sorted(arrays))
+
+
+def compile_step(built: Built, abstract: State, spec, lessons: _teachers.Lessons):
+    """Compiles the training step for the shapes and shardings it will get.
+
+    Args:
+      built, abstract: the experiment, and its state's shapes.
+      spec: shapes of a batch.
+      lessons: of teachers.
+    """
     e, mesh = built.experiment, built.mesh
-
-    def prepare(key, batch):
-        batch = built.data.augment(key, batch)
-        return batch | {"image": built.data.normalise(batch["image"])}
-
     step = steps.make(
         built.model,
         built.tx,
-        built.objective,
-        prepare=prepare,
+        built.objective.loss,
+        prepare=built.data.augment,
+        inputs=built.data.inputs,
+        teach=lessons.teach,
         weights=built.weights,
         exchange=built.exchange,
         mesh=mesh,
@@ -135,19 +211,22 @@ def compile_step(built: Built, abstract: State):
         ema=e.ema,
     )
     rows, one = sharding.over_batch(mesh), sharding.replicated(mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct(
-            (e.batch, *built.data.shape), jnp.uint8, sharding=rows
+    spec = dict(spec) | {"index": jax.ShapeDtypeStruct((e.batch,), jnp.int32)}
+    if more := lessons.spec(spec):
+        spec["teacher"] = more
+    batch, key, frozen = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        (spec, jax.eval_shape(lambda: jax.random.key(0)), lessons.frozen),
+        (
+            jax.tree.map(lambda _: rows, spec),
+            one,
+            jax.tree.map(lambda _: one, lessons.frozen),
         ),
-        "label": jax.ShapeDtypeStruct((e.batch,), jnp.int32, sharding=rows),
-        "mask": jax.ShapeDtypeStruct((e.batch,), jnp.bool_, sharding=rows),
-    }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=one)
+    )
     placed = jax.tree.map(lambda x: x.sharding, abstract)
     return (
         jax.jit(step, donate_argnums=0, out_shardings=(placed, one))
-        .lower(abstract, batch, key)
+        .lower(abstract, batch, key, *frozen)
         .compile()
     )
 
@@ -156,27 +235,30 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     """What is about to be done, a line for each part."""
     e, data, mesh = built.experiment, built.data, built.mesh
     shapes = built.abstract()
-    h, w, c = data.shape
-    image = jax.ShapeDtypeStruct((1, h, w, c), jnp.float32)
-    variables = {"params": shapes.params, "batch_stats": shapes.stats}
+    params = network(shapes.params)
+    variables = {"params": params, "batch_stats": shapes.stats}
     macs = count.macs(
-        lambda v, x: built.model.apply(v, x, train=False)[0], variables, image
+        lambda v, x: built.model.apply(v, x, train=False)[0], variables, data.example()
     ).total
-    variant = f" {e.model['variant']}" if "variant" in e.model else ""
+    variant = f" {built.options['variant']}" if "variant" in built.options else ""
     devices = jax.devices()
     local = e.batch // math.prod(mesh.shape[a] for a in sharding.BATCH)
     epochs = e.steps * e.batch / data.num_train
     optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
     rows = {
         "work dir": str(workdir),
-        "data": f"{data.num_train:,} train + {data.num_eval:,} test images at {h}x{w}x{c}, {data.num_classes} classes",
-        "model": f"{e.model['name']}{variant}: {tree.size(shapes.params):,} parameters, {macs:,} MACs an image",
+        "data": data.describe,
+        "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
         "mesh": f"{len(devices)} x {devices[0].device_kind}: "
         + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
         "batch": f"{e.batch} = {local} a device"
         + (f", in {e.accumulate} parts" if e.accumulate > 1 else ""),
         "training": f"{e.steps:,} steps ({epochs:.1f} epochs), {optimizer}, {e.dtype}",
     }
+    if built.begin is not None:
+        rows["begins with"] = built.begin.where
+    if built.teachers:
+        rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
     return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
 
 

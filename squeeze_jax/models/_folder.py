@@ -68,6 +68,18 @@ def load(
         raise UserError(f"{where}{error}") from None
 
 
+def options(folder: str | Path) -> dict[str, Any]:
+    """What `models.make` is called with for the encoder of a folder, but for its task and classes.
+
+    Raises:
+      UserError: no config.json, or an unknown architecture.
+    """
+    folder = Path(folder)
+    config = huggingface.read_config(folder)
+    module = _module(config, folder)
+    return {"name": module.HUGGINGFACE.model_type, **module.from_huggingface(config)}
+
+
 def save(
     folder: str | Path,
     net: nn.Module,

@@ -42,7 +42,7 @@ class Checkpoints:
         directory: str | pathlib.Path,
         *,
         keep: int = 2,
-        best: Literal["eval_accuracy", "eval_top5"] = "eval_accuracy",
+        best: str = "eval_accuracy",
         use: Literal["newest", "best"] = "newest",
         read_only: bool = False,
     ):
@@ -51,7 +51,7 @@ class Checkpoints:
         Args:
           directory: where they live, one sub-directory a step.
           keep: how many of the newest to keep, at least 1.
-          best: the metric whose highest value is kept besides.
+          best: the score of evaluations whose highest value is kept besides.
           use: which of them a trained network is: the newest, or the best by `best`. Training always goes on from the
             newest.
           read_only: for a look while another process may be saving there.
@@ -127,6 +127,26 @@ class Checkpoints:
                 " config.checkpoint.use='newest'"
             )
         return self.restore(like, [max(scores, key=scores.get)])
+
+    def weights(self) -> dict[str, Any] | None:
+        """The trained network's {"params", "batch_stats"}, numpy arrays, whatever it is; None without a checkpoint.
+
+        Of the steps the one that `use` names; averaged weights where the run has them.
+
+        Raises:
+          UserError: the checkpoint cannot be read, or was not evaluated.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
+            dict(self._manager.item_metadata(steps[-1])["state"]),
+        )
+        like["ema"] = like["ema"] or None
+        found = self.trained(State(**like))
+        return None if found is None else jax.device_get(found.state.variables())
 
     def restore(
         self, like: State, steps: Sequence[int] | None = None

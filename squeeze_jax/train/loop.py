@@ -54,7 +54,7 @@ def run(
       batches: this process's part of the global batches, beginning at the state's position.
       key: the run's key; the step folds its number in.
       steps: when to stop.
-      batch: global batch size, for images/s and the position in the data.
+      batch: global batch size, for examples/s and the position in the data.
       put: places a numpy batch on the devices.
       evaluate: state → {"eval_loss", "eval_accuracy", ...}.
       log: where metrics go.
@@ -81,7 +81,7 @@ def run(
         spent = time.perf_counter() - since
         missing = len(pending) * (batch - means.pop("examples"))
         record = means | {
-            "images_per_s": len(pending) * batch / spent,
+            "examples_per_s": len(pending) * batch / spent,
             "input_wait": waited / spent,
             "skipped": round(missing),
         }
@@ -116,7 +116,7 @@ def run(
                 fresh = evaluated if due(at, eval_every) else None
                 checkpoints.save(state, at * batch, config, fresh)
             if due(at, eval_every) or due(at, save_every):
-                since = time.perf_counter()  # the next images/s is of training alone
+                since = time.perf_counter()  # the next rate is of training alone
             if stop:
                 checkpoints.wait()
                 raise Interrupted(stop, at)
@@ -127,20 +127,29 @@ def run(
 
 
 def evaluate(
-    step: Callable, variables, batches: Iterator[dict], put: Callable
+    step: Callable,
+    variables,
+    batches: Iterator[dict],
+    put: Callable,
+    score: Callable[[dict, dict], dict[str, float]],
 ) -> dict[str, float]:
-    """Adds up an evaluation step over finite batches; returns {"eval_loss", "eval_accuracy", "eval_top5"}."""
-    sums = [step(variables, put(batch)) for batch in batches]
-    total = {
-        k: float(np.sum([s[k] for s in jax.device_get(sums)]))
-        for k in ("loss", "top1", "top5", "examples")
+    """Runs an evaluation step over finite batches and returns what `score` makes of its sums and rows.
+
+    Args:
+      step: (variables, batch) → (sums, rows), see `step.make_evaluation`.
+      variables: of the network.
+      batches: numpy.
+      put: places a batch on the devices.
+      score: see `metrics._metric.Metric`.
+    """
+    found = jax.device_get([step(variables, put(batch)) for batch in batches])
+    sums = {k: float(np.sum([s[k] for s, _ in found])) for k in found[0][0]}
+    rows = {
+        k: np.concatenate([r[k][r["mask"]] for _, r in found])
+        for k in found[0][1]
+        if k != "mask"
     }
-    count = max(total["examples"], 1)
-    return {
-        "eval_loss": total["loss"] / count,
-        "eval_accuracy": total["top1"] / count,
-        "eval_top5": total["top5"] / count,
-    }
+    return score(sums, rows)
 
 
 def _means(

@@ -1,8 +1,9 @@
-"""One training step, pure: `(state, batch, key) → (state, metrics)`, and its four plug points.
+"""One training step, pure: `(state, batch, key, *frozen) → (state, metrics)`, and its four plug points.
 
     1 gradient transforms   `tx`, an optax chain
     2 forward weights       `weights`, functions params → params applied inside the loss
-    3 objective             `objective(logits, endpoints, batch) → (scalar, metrics)`
+    3 objective             `objective(logits, endpoints, batch) → (scalar, metrics)`; one that learns parameters of its
+                            own takes them as the fourth argument
     4 gradient exchange     `exchange(key, grads, axis_name) → grads`, inside `jax.shard_map`
 
 Sharding stays outside: the arrays that come in carry it. Only an explicit gradient exchange needs the mesh.
@@ -19,9 +20,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from squeeze_jax.nn import varying
-from squeeze_jax.train.cross_entropy import one_hot
 from squeeze_jax.train.sharding import BATCH
-from squeeze_jax.train.state import State
+from squeeze_jax.train.state import OBJECTIVE, State, network
 
 
 def make(
@@ -30,20 +30,25 @@ def make(
     objective: Callable,
     *,
     prepare: Callable = lambda key, batch: batch,
+    inputs: Callable = lambda batch: batch["image"],
+    teach: Callable | None = None,
     weights: Sequence[Callable] = (),
     exchange: Callable | None = None,
     mesh: Mesh | None = None,
     dtype: str = "float32",
     accumulate: int = 1,
     ema: float = 0.0,
-) -> Callable[[State, dict, jax.Array], tuple[State, dict]]:
+) -> Callable[..., tuple[State, dict]]:
     """Builds the step.
 
     Args:
-      model: images → (logits, endpoints).
+      model: what `inputs` gives → (logits, endpoints).
       tx: gradient transforms; they get the gradients as the extra argument `grads` too.
       objective: (logits, endpoints, batch) → (scalar, metrics).
-      prepare: (key, batch) → batch on the accelerator: augmentation, normalisation.
+      prepare: (key, batch) → batch on the accelerator: augmentation.
+      inputs: batch → what the network reads: normalised images, say; floating-point arrays are cast to `dtype`.
+      teach: (frozen, batch) → what the objective finds as `batch["teacher"]`: outputs of other networks, whose weights
+        `frozen` the step takes as its fourth argument. It is outside of what is differentiated.
       weights: reparametrizations, applied in order inside the loss.
       exchange: reduces gradients over the devices; None leaves the mean to the compiler.
       mesh: needed by `exchange`, whose parameters must be replicated.
@@ -58,17 +63,19 @@ def make(
     """
 
     def loss_of(params, stats, batch, key):
+        own = (params[OBJECTIVE],) if OBJECTIVE in params else ()
+        params = network(params)
         for reparametrize in weights:
             params = reparametrize(params)
-        images = batch["image"].astype(dtype)
         (logits, endpoints), changed = model.apply(
             {"params": cast(params, dtype), "batch_stats": stats},
-            images,
+            floats(inputs(batch), dtype),
             train=True,
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
-        loss, metrics = objective(logits.astype(jnp.float32), endpoints, batch)
+        logits = floats(logits, jnp.float32)
+        loss, metrics = objective(logits, endpoints, batch, *own)
         return loss, (changed.get("batch_stats", stats), {"loss": loss, **metrics})
 
     def gradients(params, stats, batch, key):
@@ -97,11 +104,13 @@ def make(
     if exchange is not None:
         gradients = _exchanged(gradients, exchange, mesh)
 
-    def step(state: State, batch: dict, key: jax.Array) -> tuple[State, dict]:
+    def step(state: State, batch: dict, key: jax.Array, *frozen) -> tuple[State, dict]:
         key = jax.random.fold_in(key, state.step)
         prepare_key, forward_key = jax.random.split(key)
         examples = jnp.sum(batch["mask"].astype(jnp.float32))
         batch = prepare(prepare_key, batch)
+        if teach is not None:
+            batch = batch | {"teacher": teach(*frozen, batch)}
         grads, stats, metrics = gradients(state.params, state.stats, batch, forward_key)
         updates, opt = optax.with_extra_args_support(tx).update(
             grads, state.opt, state.params, grads=grads
@@ -123,36 +132,40 @@ def make(
 
 def make_evaluation(
     model: nn.Module,
+    measure: Callable,
     *,
-    prepare: Callable,
+    inputs: Callable = lambda batch: batch["image"],
     weights: Sequence[Callable] = (),
     dtype: str = "float32",
 ):
-    """Builds `(variables, batch) → sums`: float32 scalars "loss", "top1", "top5" and "examples", to be added up."""
+    """Builds `(variables, batch) → (sums, rows)`, see `metrics._metric.Metric`; rows get "mask" and "index" too.
 
-    def evaluate(variables: dict[str, Any], batch: dict) -> dict[str, jax.Array]:
+    Args:
+      model, inputs, weights, dtype: as in `make`.
+      measure: (logits, batch) → (sums, rows).
+    """
+
+    def evaluate(variables: dict[str, Any], batch: dict):
         params = variables["params"]
         for reparametrize in weights:
             params = reparametrize(params)
-        images = prepare(batch["image"]).astype(dtype)
         logits, _ = model.apply(
-            {**variables, "params": cast(params, dtype)}, images, train=False
+            {**variables, "params": cast(params, dtype)},
+            floats(inputs(batch), dtype),
+            train=False,
         )
-        logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-        losses = optax.softmax_cross_entropy(
-            logits, one_hot(batch["label"], logits.shape[-1])
-        )
-        # Of equal logits the first counts as the higher, so that a constant network is right by chance alone.
-        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-        hits = best == batch["label"][:, None]
-        return {
-            "loss": jnp.sum(losses * mask),
-            "top1": jnp.sum(hits[:, 0] * mask),
-            "top5": jnp.sum(hits.any(-1) * mask),
-            "examples": jnp.sum(mask),
-        }
+        sums, rows = measure(floats(logits, jnp.float32), batch)
+        return sums, rows | {k: batch[k] for k in ("mask", "index") if rows}
 
     return evaluate
+
+
+def floats(values, dtype: str):
+    """The floating-point arrays of a pytree in a dtype; others as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        values,
+    )
 
 
 def cast(params, dtype: str):

@@ -108,7 +108,9 @@ class Glue:
     """
 
     reads = "tokens"
+    noun = "sequence"
     metrics = "glue"
+    fixed = True
 
     task: str
     tokenizer: Tokenizer
@@ -121,10 +123,6 @@ class Glue:
     @property
     def kind(self) -> glue.Task:
         return glue.TASKS[self.task]
-
-    @property
-    def noun(self) -> str:
-        return f"sequence of {self.length} tokens"
 
     @property
     def describe(self) -> str:

@@ -174,6 +174,12 @@ class Images:
         )
 
     @property
+    def fixed(self) -> bool:
+        view = self.view
+        still = view.crop == "none" and not view.flip and not view.randaugment
+        return still and not self.mixup and not self.cutmix
+
+    @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
 

@@ -1,0 +1,164 @@
+"""Lessons: what teachers say of a batch, computed in the step, or read from a folder where it was computed once."""
+
+import contextlib
+import functools
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from squeeze_jax.distill.cache import Cached
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _objective
+from squeeze_jax.train import sharding
+
+SECONDS = 10.0  # between lines that tell how far the cache is
+
+
+class Lessons:
+    """Teachers' outputs for a step, none by default.
+
+    Attributes:
+      teach: (frozen, batch) → a tuple of dicts; None where there is nothing to teach.
+      frozen: () or (the teachers' variables on the devices,): what the step takes besides.
+    """
+
+    teach: Callable | None = None
+    frozen: tuple = ()
+
+    def rows(self, batch: Mapping[str, np.ndarray]) -> tuple:
+        """What goes to the devices with a batch: a dict of arrays a teacher, or nothing."""
+        return ()
+
+    def spec(self, batch: Mapping[str, Any]) -> tuple:
+        """Shapes of `rows` for shapes of a batch."""
+        return ()
+
+
+class Live(Lessons):
+    """Teachers that are computed in each step."""
+
+    def __init__(self, built, teach: Callable):
+        one = sharding.replicated(built.mesh)
+        variables = tuple(read() for _, read, _ in built.teachers)
+        self.frozen, self.teach = (jax.device_put(variables, one),), teach
+
+
+class Read(Lessons):
+    """Teachers' outputs from a folder, a cache for each teacher."""
+
+    def __init__(self, cached: list[Cached], shapes: Callable):
+        self._cached, self.spec = cached, shapes
+
+    def rows(self, batch):
+        return tuple(
+            jax.tree.map(
+                lambda rows: rows.astype(np.float32), each.rows(batch["index"], lengths)
+            )
+            for each, lengths in zip(self._cached, self.spec(batch), strict=True)
+        )
+
+    @staticmethod
+    def teach(batch):
+        return batch["teacher"]
+
+
+@contextlib.contextmanager
+def open(built, say: Callable[[str], None]) -> Iterator[Lessons]:
+    """The lessons of an experiment; outputs that are to be cached and are not there yet are computed first.
+
+    Args:
+      built: the experiment.
+      say: prints a line.
+
+    Raises:
+      UserError: a teacher's weights are not there or do not fit, or what it says of an example changes.
+    """
+    if not built.teachers:
+        yield Lessons()
+        return
+    cache = built.distill.cache
+    if cache and not built.data.fixed:
+        raise UserError(
+            "config.distill.cache: training examples change from epoch to epoch, and with them what teachers say: leave the"
+            " key out, or config.data's random changes"
+        )
+    if cache and jax.process_count() > 1:
+        raise UserError("config.distill.cache is written and read by one process")
+    nets = [net for net, _, _ in built.teachers]
+    wants, dtype = built.objective.wants, built.experiment.dtype
+    live = Live(built, _objective.teacher(nets, wants, built.data.inputs, dtype))
+    if not cache:
+        yield live
+        return
+    shapes = _shapes(built, nets, wants)
+    with contextlib.ExitStack() as stack:
+        cached = _caches(built, shapes(built.data.specs(1)[-1]), live.frozen[0])
+        for each in cached:
+            stack.enter_context(each)
+        _fill(built, cached, live, say)
+        del live  # and the teachers' memory
+        yield Read(cached, shapes)
+
+
+def _shapes(built, nets, wants) -> Callable:
+    """Returns `batch of arrays or shapes → shapes of the teachers' outputs`."""
+    names = tuple(built.data.exported)
+
+    @functools.cache
+    def found(spec):
+        x = jax.eval_shape(built.data.inputs, dict(zip(names, spec, strict=True)))
+        given = [_objective.outputs(net, x) for net in nets]
+        return tuple({k: g[k] for k in wants if k in g} for g in given)
+
+    def shapes(batch):
+        specs = (jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype) for k in names)
+        return found(tuple(specs))
+
+    return shapes
+
+
+def _caches(built, outputs, variables) -> list[Cached]:
+    """A cache for each teacher, open for writing; `outputs` are shapes for a batch of one example."""
+    made = []
+    for number, (shapes, own) in enumerate(zip(outputs, variables, strict=True)):
+        leaves = jax.tree.leaves(jax.device_get(own))
+        weights = zlib.crc32(b"".join(map(bytes, map(np.ascontiguousarray, leaves))))
+        data = zlib.crc32(repr(sorted(built.experiment.data.items())).encode())
+        one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes)
+        fingerprint = (
+            f"{built.teachers[number][2]}, weights {weights:08x}, data {data:08x}"
+        )
+        folder = f"{built.distill.cache}/{number}"
+        made.append(Cached.write(folder, one, built.data.num_train, fingerprint))
+    return made
+
+
+def _fill(built, cached, live: Live, say: Callable[[str], None]) -> None:
+    """Computes what is missing, in the order of training, whose first epoch has each example once."""
+    if all(each.complete for each in cached):
+        return
+    e, data = built.experiment, built.data
+    names = tuple(data.exported)
+    teach = jax.jit(live.teach)
+    begin = last = time.monotonic()
+    with contextlib.closing(data.train(e.batch, e.seed)) as batches:
+        for number, batch in enumerate(batches):
+            if all(each.complete for each in cached):
+                break
+            arrays = sharding.put_batch({k: batch[k] for k in names}, built.mesh)
+            found = jax.device_get(teach(live.frozen[0], arrays))
+            for each, outputs in zip(cached, found, strict=True):
+                each.put(batch["index"], outputs)
+            now = time.monotonic()
+            if now - last > SECONDS:
+                last, done = now, min((number + 1) * e.batch, data.num_train)
+                say(f"teachers   {done:,} of {data.num_train:,} examples")
+    for each in cached:
+        each.flush()
+    say(
+        f"teachers   {data.num_train:,} examples in {built.distill.cache}, {time.monotonic() - begin:.0f} s"
+    )

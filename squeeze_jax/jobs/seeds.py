@@ -1,0 +1,86 @@
+"""Trains the experiment with several seeds and reports the scores of all, their median and the best.
+
+Small tasks' scores vary with the seed by more than most methods gain; published results of GLUE are the best or the median of
+five to ten (Devlin et al., arXiv 1810.04805, section 4.1).
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import files
+from squeeze_jax.jobs import _workdir, evaluate, fit
+from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.report import table
+
+NEEDS_RUN = False  # it begins runs of its own
+
+
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+    """Trains in `workdir/seed-N` for each N of `config.seeds`, goes on where it stopped, and writes `seeds.json`.
+
+    Raises:
+      UserError: no seeds; all else as the job fit.
+      loop.Interrupted: stopped by a signal, and saved.
+    """
+    if inputs:
+        raise UserError(f"the job seeds takes no files: {inputs[0]}")
+    seeds = built.experiment.seeds
+    if len(seeds) < 2:
+        raise UserError(
+            f"config.seeds = {seeds} names no seeds to compare: give some, such as (0, 1, 2, 3, 4)"
+        )
+    found = {}
+    for seed in seeds:
+        experiment = dataclasses.replace(built.experiment, seed=seed)
+        one, folder = (
+            dataclasses.replace(built, experiment=experiment),
+            _of(workdir, seed),
+        )
+        _workdir.begin(folder, _workdir.tuples(dataclasses.asdict(experiment)))
+        fit.run(one, folder)
+        state = evaluate.trained(one, folder)
+        found[seed] = fit.evaluator(one)(state)
+    if jax.process_index() == 0:
+        print(f"\n{report(found, built.metric.headline)}\n")
+        written = summary(found, built.metric.headline)
+        path = files.write(workdir / "seeds.json", json.dumps(written, indent=2) + "\n")
+        print(f"written    {path}; the best is {_of(workdir, written['best'])}")
+
+
+def _of(workdir: pathlib.Path, seed: int) -> pathlib.Path:
+    return workdir / f"seed-{seed}"
+
+
+def summary(found: Mapping[int, Mapping[str, float]], headline: str) -> dict:
+    """Scores by seed, their medians, means and deviations, and the seed whose headline is the highest."""
+    names = next(iter(found.values()))
+    columns = {name: [scores[name] for scores in found.values()] for name in names}
+    return {
+        "seeds": {str(seed): scores for seed, scores in found.items()},
+        "median": {name: statistics.median(c) for name, c in columns.items()},
+        "mean": {name: statistics.fmean(c) for name, c in columns.items()},
+        "deviation": {name: statistics.stdev(c) for name, c in columns.items()},
+        "best": max(found, key=lambda seed: found[seed][headline]),
+    }
+
+
+def report(found: Mapping[int, Mapping[str, float]], headline: str) -> str:
+    """A table: a row a seed, then the medians and the best."""
+    whole = summary(found, headline)
+    names = list(next(iter(found.values())))
+    rows = {f"seed {seed}": scores for seed, scores in found.items()}
+    rows |= {"median": whole["median"], "mean": whole["mean"]}
+    rows |= {"standard deviation": whole["deviation"]}
+    rows |= {f"best, seed {whole['best']}": found[whole["best"]]}
+    lines = [["", *(name.removeprefix("eval_").replace("_", " ") for name in names)]]
+    lines += [
+        [name, *(f"{scores[key]:.4f}" for key in names)]
+        for name, scores in rows.items()
+    ]
+    return table.aligned(lines)

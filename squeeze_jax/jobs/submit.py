@@ -1,0 +1,44 @@
+"""Writes what the trained network says of the test set in the official format: files for GLUE's server, SQuAD's predictions."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.export import files
+from squeeze_jax.jobs import evaluate, export, fit
+from squeeze_jax.jobs._experiment import Built
+
+
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+    """Writes the files to `workdir/submission`.
+
+    Raises:
+      UserError: there is no format for the data, their test set or a checkpoint is missing.
+    """
+    if inputs:
+        raise UserError(f"the job submit takes no files: {inputs[0]}")
+    export.alone("submit")
+    data = built.data
+    if not hasattr(data, "submission"):
+        raise UserError(
+            f"config.data has nothing to submit: there is no official format for a {data.noun}"
+        )
+    state = evaluate.trained(built, workdir)
+    if hasattr(data, "test"):  # it has no labels, so there is nothing to measure
+        rows = fit.evaluation(built, state, data.test, _logits, _rows)
+    else:
+        rows = fit.evaluation(built, state, data.eval, built.metric.measure, _rows)
+    for name, text in data.submission(rows).items():
+        path = files.write(workdir / "submission" / name, text)
+        print(f"written    {path}")
+
+
+def _logits(logits, batch):
+    return {"examples": jnp.sum(batch["mask"])}, {"logits": logits}
+
+
+def _rows(sums, rows):
+    del sums
+    return rows
