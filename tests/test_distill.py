@@ -45,7 +45,7 @@ def value(made, ours, theirs, batch=None, params=None, **more):
     batch = {"mask": np.ones(rows, bool), **(batch or {}), **more}
     batch["teacher"] = tuple(theirs)
     params = bound.init(jax.random.key(0)) if params is None else params
-    total, metrics = bound.loss(ours.get("logits"), ours, batch, params)
+    total, metrics = jax.jit(bound.loss)(ours.get("logits"), ours, batch, params)
     (only,) = metrics.values()
     assert total.shape == ()
     assert only == total

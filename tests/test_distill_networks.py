@@ -176,7 +176,7 @@ def test_multiple_choice():
     batch = {"attended": attended, "mask": np.array([True, False]), "teacher": (moved,)}
     for made, wanted in (hidden.make(), 1.0), (soft_logits.make(), 0.0):
         loss = made.bind(shapes(same), shapes(moved)).loss
-        found, _ = loss(same["logits"], same, batch, {})
+        found, _ = jax.jit(loss)(same["logits"], same, batch, {})
         assert float(found) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
