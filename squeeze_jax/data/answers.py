@@ -176,5 +176,6 @@ def nothing(
 ) -> np.ndarray:
     """Score of "no answer" of every question, float [questions]: the lowest of its windows' at their first token."""
     scores = np.full(questions, np.inf)
-    np.minimum.at(scores, windows.question, start[:, 0] + end[:, 0])
+    # Windows whose scores are not numbers have no say.
+    np.fmin.at(scores, windows.question, start[:, 0] + end[:, 0])
     return scores
