@@ -278,6 +278,9 @@ def test_causal_attention_counts_what_a_query_sees():
     ours = {"scores1": [[[[1, LOWEST], [2, 3]]]]}
     theirs = {"scores1": [[[[0, LOWEST], [0, 0]]]]}
     assert value(attention.make(), ours, theirs) == pytest.approx(14 / 3)
+    # A student that sees more than its teacher learns of what both see.
+    more = {"scores1": [[[[1, 7], [2, 3]]]]}
+    assert value(attention.make(), more, theirs) == pytest.approx(14 / 3)
 
 
 def test_attention_is_as_in_pytorch():

@@ -93,9 +93,10 @@ def _probabilities(ours, theirs, batch, average):
 
 
 def _counted(scores, batch):
-    """Of scores [b, heads, l, l] the weights of queries [b, l], and which keys they see, bool [b, 1, l, l]."""
+    """Of the student's scores [b, heads, l, l] the weights of queries [b, l], and the keys they see, bool [b, 1, l, l]."""
     real = _loss.token_weights(batch, scores.shape[0], scores.shape[-1])
-    return real, (real[:, None, None, :] > 0) & (scores[:, :1] > _UNSEEN)
+    # Padded keys are among the unseen.
+    return real, scores[:, :1] > _UNSEEN
 
 
 def _over_heads(x, average):
