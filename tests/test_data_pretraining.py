@@ -140,7 +140,7 @@ class TestBlocks:
         (batch,) = some(made.eval(4), 1)
         a, b, c, d, e, f = range(FIRST, FIRST + 6)
         expected = [[CLS, a, b, c, SEP, SEP], [CLS, d, e, f, SEP, PAD]]
-        assert batch["tokens"][:2].tolist() == expected
+        assert batch["original"][:2].tolist() == expected
         assert batch["attended"].sum(1).tolist() == [6, 5, 0, 0]
         assert batch["mask"].tolist() == [True, True, False, False]
         assert batch["index"].tolist() == [0, 1, -1, -1]
@@ -235,7 +235,7 @@ class TestPairs:
             str(path), vocabulary, eval=str(path), length=8, order="sentence_order"
         )
         (batch,) = some(made.eval(3), 1)
-        found = {tuple(sorted(ids[ids >= FIRST] - FIRST)) for ids in batch["tokens"]}
+        found = {tuple(sorted(ids[ids >= FIRST] - FIRST)) for ids in batch["original"]}
         assert found == {(0, 1, 2, 3, 4), (6, 7, 8), ()}
 
 
@@ -386,7 +386,11 @@ class TestData:
         inputs = jit(made.inputs)
 
         def run(rows):
-            parts = [(b["mask"], inputs(device(made, b))) for b in made.eval(rows)]
+            batches = list(made.eval(rows))
+            parts = [(b["mask"], inputs(device(made, b))) for b in batches]
+            for (_, x), batch in zip(parts, batches, strict=True):
+                # A file that is run outside of here sees the same.
+                np.testing.assert_array_equal(x["tokens"], batch["tokens"])
             keys = parts[0][1].keys()
             return {k: np.concatenate([p[k][m] for m, p in parts]) for k in keys}
 

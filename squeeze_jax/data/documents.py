@@ -3,7 +3,7 @@
 import bisect
 import gzip
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -136,18 +136,26 @@ class Examples:
     """Batches of what is cut from text, see `pipeline.Reader`.
 
     They have "tokens", "segments" int32 [b, l], "attended" bool [b, l], "draw" int32 [b] (a number for what is random on the
-    accelerator), "mask" bool [b] and, where the cut labels examples, "label" int32 [b].
+    accelerator), "mask" bool [b] and, where the cut labels examples, "label" int32 [b]. Where tokens shall be masked they
+    have "original" int32 [b, l] as well, the text's tokens.
 
     Args:
       cut: `Blocks` or `Pairs`: a function of an example's index and its uniform numbers [draws - 1].
       length: of a sequence.
       pad: the token after its end.
+      masked: what evaluation's tokens become, ("draw", "tokens", "attended") → [b, l]; None where none are masked.
     """
 
     draws = 8
 
-    def __init__(self, cut: "Blocks | Pairs", length: int, pad: int):
-        self._cut, self._length, self._pad = cut, length, pad
+    def __init__(
+        self,
+        cut: "Blocks | Pairs",
+        length: int,
+        pad: int,
+        masked: Callable | None = None,
+    ):
+        self._cut, self._length, self._pad, self._masked = cut, length, pad, masked
 
     def __len__(self) -> int:
         return len(self._cut)
@@ -155,8 +163,10 @@ class Examples:
     def empty(self, rows: int) -> Batch:
         """So many rows of padding."""
         shape = (rows, self._length)
-        label = {"label": np.zeros(rows, np.int32)} if self._cut.labelled else {}
-        return label | {
+        more = {"label": np.zeros(rows, np.int32)} if self._cut.labelled else {}
+        if self._masked:
+            more["original"] = np.full(shape, self._pad, np.int32)
+        return more | {
             "tokens": np.full(shape, self._pad, np.int32),
             "segments": np.zeros(shape, np.int32),
             "attended": np.zeros(shape, bool),
@@ -165,9 +175,13 @@ class Examples:
         }
 
     def still(self, indices: np.ndarray) -> Batch:
-        """As `random`, with numbers that the indices decide."""
+        """As `random`, with numbers that the indices decide, and masked."""
         each = [pipeline.draws(0, int(i), 1, self.draws) for i in indices]
-        return self.random(indices, np.concatenate(each))
+        batch = self.random(indices, np.concatenate(each))
+        if self._masked:
+            given = (batch[k] for k in ("draw", "tokens", "attended"))
+            batch["tokens"] = self._masked(*given)
+        return batch
 
     def random(self, indices: np.ndarray, draws: np.ndarray) -> Batch:
         """Examples int [b]; what is random of them is decided by uniform numbers [b, draws]."""
@@ -181,7 +195,7 @@ class Examples:
             batch["attended"][row, : len(ids)] = True
             if self._cut.labelled:
                 batch["label"][row] = label
-        return batch
+        return batch | ({"original": batch["tokens"]} if self._masked else {})
 
 
 class Blocks:

@@ -5,6 +5,7 @@ token, and 10% stay. They are chosen anew whenever a sequence is seen (Liu et al
 function of one number of each row, so that the same number chooses the same tokens on any machine and in any batch.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -112,6 +113,21 @@ def apply(
       [b, p], and which count, bool [b, p]: where there are fewer to choose the others point to anything.
     """
     return jax.vmap(lambda *row: _apply(*row, how))(draws, tokens, attended)
+
+
+def on_host(how: Masking) -> Callable[..., np.ndarray]:
+    """Returns `(draws, tokens, attended) → tokens` as `apply` masks them, numpy, on the CPU and for any thread."""
+    run = jax.jit(lambda *rows: apply(*rows, how)[0])
+
+    def masked(*arrays):
+        rows = len(arrays[0])
+        # As few shapes as there are powers of two.
+        more = (1 << (rows - 1).bit_length()) - rows
+        padded = [np.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return np.array(run(*padded)[:rows])
+
+    return masked
 
 
 def _apply(draw, tokens, attended, how):

@@ -3,7 +3,7 @@
 The mean is over the chosen tokens of all examples that count, not over examples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +26,48 @@ def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
     """What each place contributes.
 
     Args:
-      logits: [b, p, vocabulary], or [b, l, vocabulary].
+      logits: [b, p, vocabulary], or [b, l, vocabulary], of which those at "positions" are taken.
       batch: "targets" int [b, p], the tokens that were there; "chosen" [b, p], which of them count; "mask" [b], which
-        examples count.
+        examples count; where not all positions are scored "positions" int [b, p].
 
     Returns:
       Losses in nats, whether the target is the likeliest token, and weights, float32 [b, p] each.
 
     Raises:
-      UserError: a batch without masked tokens, or logits of other places than its targets.
+      UserError: a batch without masked tokens, or logits of something else.
     """
     if "targets" not in batch:
         raise UserError(
             "the loss needs masked tokens: config.data should be dict(name='pretraining', ...)"
         )
     targets = batch["targets"]
-    if logits.shape[:-1] != targets.shape:
+    shape = tuple(getattr(logits, "shape", logits))
+    if "positions" in batch and shape[:2] == batch["tokens"].shape:
+        at = batch["positions"][..., None]
+        logits = jnp.take_along_axis(logits, at, axis=1, mode="clip")
+        shape = logits.shape
+    if len(shape) != 3 or shape[:2] != targets.shape:
         raise UserError(
-            f"the network scores places {logits.shape[:-1]}, the data chose {targets.shape}: it needs a task that reads"
-            " positions, or config.data.predictions = 0"
+            f"the loss reads scores of tokens at {targets.shape} places, the network gives {shape}: its task, the"
+            " objective and config.data.kind should be of one kind"
         )
     weights = batch["chosen"] * batch["mask"][:, None].astype(jnp.float32)
     return *token_losses(logits, targets), weights
+
+
+def part(logits, name: str) -> jax.Array:
+    """One output of a network that has several.
+
+    Raises:
+      UserError: it has not.
+    """
+    if not isinstance(logits, Mapping) or name not in logits:
+        has = ", ".join(logits) if isinstance(logits, Mapping) else "one array"
+        raise UserError(
+            f"the loss reads the network's {name}, and it gives {has}: its task, the objective and config.data.kind should"
+            " be of one kind"
+        )
+    return logits[name]
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ Devlin et al., arXiv 1810.04805, section A.2: the sum of both mean losses. Lan e
 from collections.abc import Callable
 
 from squeeze_jax.train import cross_entropy, masked_lm
+from squeeze_jax.train.masked_lm import part
 
 
 def make() -> Callable:
@@ -16,8 +17,8 @@ def make() -> Callable:
 
     def loss(logits, endpoints, batch):
         del endpoints
-        losses, hits, weights = masked_lm.scored(logits["masked_lm"], batch)
-        order, right = ordered(logits["next_sentence"], batch)
+        losses, hits, weights = masked_lm.scored(part(logits, "masked_lm"), batch)
+        order, right = ordered(part(logits, "next_sentence"), batch)
         total = masked_lm.mean(losses, weights)
         total += cross_entropy.mean(order, batch["mask"])
         return total, {

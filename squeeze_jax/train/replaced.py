@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import masked_lm
+from squeeze_jax.train.masked_lm import part
 
 WEIGHT = 50.0
 
@@ -33,8 +34,10 @@ def make(discriminator: float = WEIGHT) -> Callable:
         )
 
     def loss(logits, endpoints, batch):
-        losses, hits, weights = masked_lm.scored(logits["masked_lm"], batch)
-        wrong, right, real = judged(logits["replaced"], endpoints["is_replaced"], batch)
+        losses, hits, weights = masked_lm.scored(part(logits, "masked_lm"), batch)
+        wrong, right, real = judged(
+            part(logits, "replaced"), endpoints["is_replaced"], batch
+        )
         first, second = masked_lm.mean(losses, weights), masked_lm.mean(wrong, real)
         return first + discriminator * second, {
             "accuracy": masked_lm.mean(hits, weights),

@@ -50,8 +50,9 @@ def make(
         whether the second is from elsewhere.
       sentences: what ends a sentence, where segments are cut: "lines", or also the "marks" . ! ? within them.
       share: of the tokens that are chosen.
-      predictions: scores are computed for so many tokens of a sequence, chosen or not; None for `share` of `length`, 0 for
-        all tokens, which is several times slower in a small network.
+      predictions: at most so many tokens of a sequence are chosen, and scores are computed for so many alone; None for `share`
+        of `length`. 0 chooses as None does and computes the scores of all tokens, which is several times slower in a
+        small network.
       masked, random: shares of the chosen tokens that become [MASK], and a random token; the others stay. None for 0.8 and
         0.1, of "replaced" for 0.85 and 0.
       whole_words: whether all tokens of a word are chosen, or none.
@@ -90,13 +91,13 @@ def make(
             return Blocks(text, loaded, length, bare=kind == "causal")
         return Pairs(text, loaded, length, order)
 
+    host = masking.on_host(how) if how else None
     train, held = (
-        Examples(cut(text), length, loaded.pad or 0)
+        Examples(cut(text), length, loaded.pad or 0, host)
         for text in _read(files, eval, loaded, sentences, kind == "causal")
     )
-    return Pretraining(
-        loaded, length, kind, order, how, predictions != 0, train, held, threads
-    )
+    gathers = how is not None and predictions != 0 and how.positions < length
+    return Pretraining(loaded, length, kind, order, how, gathers, train, held, threads)
 
 
 def _read(files, eval, tokenizer, sentences, newlines):
@@ -156,12 +157,9 @@ class Pretraining:
 
     @property
     def model(self) -> dict[str, Any]:
-        task = "masked_lm" if self.order == "none" else "pretraining"
-        return {
-            "masked": {"task": task},
-            "replaced": {},
-            "causal": {"task": "causal_lm"},
-        }[self.kind]
+        masked = "masked_lm" if self.order == "none" else "pretraining"
+        tasks = {"masked": masked, "replaced": "pretraining", "causal": "causal_lm"}
+        return {"task": tasks[self.kind]}
 
     @property
     def objective(self) -> dict[str, str]:
@@ -195,7 +193,7 @@ class Pretraining:
         )
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> pipeline.Batches:
-        """Every evaluation example once and in order, see `pipeline.evaluation`; tokens are not masked yet."""
+        """Every evaluation example once and in order, see `pipeline.evaluation`; tokens are masked."""
         return pipeline.evaluation(
             self.eval_reader, batch, process, threads=self.threads
         )
@@ -211,11 +209,11 @@ class Pretraining:
         ]
 
     def masked(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """A batch with masked tokens and what they were, as "draw" decides; as it is where that is done, or for "causal"."""
+        """A batch with masked tokens and what they were, as "draw" decides; as it is where these are there, or for "causal"."""
         batch = dict(batch)
         if self.how is None or "targets" in batch:
             return batch
-        original = batch["tokens"]
+        original = batch["original"]
         batch["tokens"], at, targets, chosen = masking.apply(
             batch["draw"], original, batch["attended"], self.how
         )
@@ -234,8 +232,8 @@ class Pretraining:
         return self.masked(batch)
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What an encoder is called with; tokens are masked if the batch comes from here and they are not yet."""
-        if "draw" in batch:
+        """What an encoder is called with; tokens of "original" text are masked if they are not yet."""
+        if "original" in batch:
             batch = self.masked(batch)
         x = {
             "tokens": batch["tokens"],

@@ -1,6 +1,7 @@
 """Pretraining on text: how well masked or next tokens are told, and what is told of segments or of replaced tokens."""
 
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -24,9 +25,9 @@ def make(data) -> Metric:
     def measure(logits, batch):
         batch = data.masked(batch)
         examples = batch["mask"].astype(jnp.float32)
-        parts = logits if isinstance(logits, dict) else {"masked_lm": logits}
+        parts = logits if isinstance(logits, Mapping) else {"masked_lm": logits}
         scored = masked_lm.scored if "targets" in batch else causal_lm.scored
-        found = {"tokens": scored(parts["masked_lm"], batch)}
+        found = {"tokens": scored(masked_lm.part(parts, "masked_lm"), batch)}
         if "next_sentence" in parts:
             losses, right = pretraining_loss.ordered(parts["next_sentence"], batch)
             found["order"] = (losses, right, examples)
