@@ -122,19 +122,30 @@ class SelfAttention(nn.Module):
         """x: [b, l, d], mask: bool [b, l] → [b, l, d] and what `attend` gave."""
         project = partial(Conv, x.shape[-1], 1)
         groups, init = self.groups, self.kernel_init
+        alike = len(set(groups[:3])) == 1 and self.heads % groups.query == 0
         query, key, value = (
-            project(groups=getattr(groups, name), kernel_init=init, name=name)(x)
+            project(groups=getattr(groups, name), kernel_init=init, name=name)(
+                x, whole=not alike
+            )
             for name in ("query", "key", "value")
         )
-        attended = attend(
-            query,
-            key,
-            value,
-            heads=self.heads,
+        heads = partial(
+            attend,
             mask=mask,
             causal=self.causal,
             drop=nn.Dropout(self.dropout, deterministic=not train),
         )
         init = self.output_init or init
         output = project(groups=groups.output, kernel_init=init, name="output")
+        if isinstance(query, tuple):  # heads do not mix, so groups stay apart
+            each = [
+                heads(*qkv, heads=self.heads // len(query))
+                for qkv in zip(query, key, value, strict=True)
+            ]
+            context, *maps = zip(*each, strict=True)
+            if groups.output != len(query):
+                context = jnp.concatenate(context, -1)
+            maps = (jnp.concatenate(m, 1) for m in maps)
+            return output(context), Attended(context, *maps)
+        attended = heads(query, key, value, heads=self.heads)
         return output(attended.context), attended

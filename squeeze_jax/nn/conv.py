@@ -26,12 +26,15 @@ Lowering = Literal[
     "auto", "native", "taps", "matmul", "patches", "direct", "split", "flat"
 ]
 Pair = int | tuple[int, ...]
+Groups = tuple[jax.Array, ...]  # of one sequence's channels, in order
 Padding = str | int | tuple[int, ...] | Sequence[tuple[int, int]]
 
 LOWERINGS = typing.get_args(Lowering)
 
 # A user context is part of jit's cache key, so that a function traced outside a `lowering` block is traced again in it.
 _forced = jax.make_user_context(None)
+_apart = jax.make_user_context(False)
+MOST_APART = 16  # groups that are still a convolution each
 
 
 @contextmanager
@@ -54,10 +57,11 @@ def conv(
     groups: int = 1,
     dilation: Pair = 1,
     lowering: Lowering = "auto",
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Cross-correlation of images or sequences with kernels, without bias.
+    """Cross-correlation of images or sequences with kernels.
 
-    y[b, i, j, o] = sum over u, v, c of x[b, i*s + u*d - p, j*s + v*d - p, c] * kernel[u, v, c, o]
+    y[b, i, j, o] = bias[o] + sum over u, v, c of x[b, i*s + u*d - p, j*s + v*d - p, c] * kernel[u, v, c, o]
 
     Args:
       x: [b, h, w, c], or [b, l, c].
@@ -68,6 +72,7 @@ def conv(
       groups: input and output channels fall into this many separate convolutions, in order.
       dilation: positions from one tap of the kernel to the next.
       lowering: how to compute it; "auto" is the fast way for the default backend.
+      bias: [features], or None for none.
 
     Returns:
       [b, h', w', features] or [b, l', features] in the dtype of x.
@@ -83,10 +88,45 @@ def conv(
         groups=groups,
         dilation=dilation,
     )
-    if x.ndim == 4:
-        return _lowered(x, varying.like(kernel, x), g, _forced.value or lowering)
-    x, kernel = x[:, None], kernel[None]
-    return _lowered(x, varying.like(kernel, x), g, _forced.value or lowering)[:, 0]
+    images = x.ndim == 4
+    if not images:
+        x, kernel = x[:, None], kernel[None]
+    y = _lowered(x, varying.like(kernel, x), g, _forced.value or lowering)
+    if bias is not None:  # before the axis goes: runtimes fuse what follows at once
+        y = y + bias.astype(y.dtype)
+    return y if images else y[:, 0]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Makes one convolution for each group of the fully connected layers of sequences that `Conv`s are inside.
+
+    A runtime has its quickest product for one group; the groups' channels stay apart from one layer to the next where
+    both have the same. Float files for LiteRT are made in it; integer ones have its grouped convolution.
+    """
+    with _apart(True):
+        yield
+
+
+def each_group(
+    x: jax.Array | Groups, kernel: jax.Array, bias: jax.Array | None, groups: int
+) -> Groups:
+    """A grouped, fully connected layer, group by group.
+
+    Args:
+      x: [b, l, c], or its groups, [b, l, c / groups] each.
+      kernel: [1, c / groups, features].
+      bias: [features] or None.
+      groups: how many.
+
+    Returns:
+      The groups of the result, [b, l, features / groups] each.
+    """
+    parts = x if isinstance(x, tuple) else jnp.split(x, groups, -1)
+    kernels = jnp.split(kernel, groups, -1)
+    biases = [None] * groups if bias is None else jnp.split(bias, groups)
+    each = zip(parts, kernels, biases, strict=True)
+    return tuple(conv(part, k, bias=b) for part, k, b in each)
 
 
 def geometry(
@@ -163,28 +203,37 @@ class Conv(nn.Module):
     lowering: Lowering = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [b, h, w, c] → [b, h', w', features], or [b, l, c] → [b, l', features]."""
-        if x.shape[-1] % self.groups:
+    def __call__(self, x: jax.Array | Groups, *, whole: bool = True):
+        """x: [b, h, w, c] → [b, h', w', features], or [b, l, c] → [b, l', features].
+
+        Inside `apart` a layer with whole=False returns a tuple of its groups, and takes one of another layer's.
+        """
+        channels = sum(p.shape[-1] for p in x) if isinstance(x, tuple) else x.shape[-1]
+        some = x[0] if isinstance(x, tuple) else x
+        if channels % self.groups:
             raise UserError(
-                f"{self.name or 'Conv'}: {x.shape[-1]} channels do not divide into groups={self.groups}"
+                f"{self.name or 'Conv'}: {channels} channels do not divide into groups={self.groups}"
             )
-        extent = per_axis(self.kernel, x.ndim - 2)
-        shape = (*extent, x.shape[-1] // self.groups, self.features)
+        extent = per_axis(self.kernel, some.ndim - 2)
+        shape = (*extent, channels // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        y = conv(
+        kernel, bias = kernel.astype(some.dtype), None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        connected = extent == (1,) and per_axis(self.strides, 1) == (1,)
+        if _apart.value and connected and 1 < self.groups <= MOST_APART:
+            parts = each_group(x, kernel, bias, self.groups)
+            return jnp.concatenate(parts, -1) if whole else parts
+        return conv(
             x,
-            kernel.astype(x.dtype),
+            kernel,
             strides=self.strides,
             padding=self.padding,
             groups=self.groups,
             dilation=self.dilation,
             lowering=self.lowering,
+            bias=bias,
         )
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-            y = y + bias.astype(y.dtype)
-        return y
 
 
 def explicit_padding(

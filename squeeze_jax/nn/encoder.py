@@ -113,13 +113,13 @@ def feed_forward(
       [b, l, d].
     """
     conv = partial(Conv, kernel=1)
-    y = conv(
+    first = conv(
         features, groups=groups.ffn_in, kernel_init=kernel_init, name=f"{name}_in"
-    )(x)
-    y = activations.named(activation)(y)
+    )
     init = output_init or kernel_init
     out = conv(x.shape[-1], groups=groups.ffn_out, kernel_init=init, name=f"{name}_out")
-    return out(y)
+    y = first(x, whole=groups.ffn_in != groups.ffn_out)  # or one array for each group
+    return out(jax.tree.map(activations.named(activation), y))
 
 
 def stack(
