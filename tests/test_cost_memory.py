@@ -15,6 +15,7 @@ from squeeze_jax import models
 from squeeze_jax.cost import memory
 from squeeze_jax.cost.count import macs
 from squeeze_jax.errors import UserError
+from squeeze_jax.export import runnable
 from squeeze_jax.export.formats import tflite_int8
 from squeeze_jax.nn.conv import Conv, conv, lowering
 from squeeze_jax.nn.norm import BatchNorm
@@ -336,9 +337,10 @@ def test_an_int8_file_allocates_as_much(net, shape, request):
 
     def live(x):
         with lowering("native"):
-            return net.apply(variables, x / 127.5 - 1)[0]
+            return net.apply(variables, x["image"] / 127.5 - 1)[0]
 
-    (flatbuffer,) = tflite_int8.convert(live, shape, pixels).values()
+    inputs = {"image": runnable.Spec(shape, np.dtype(np.float32))}
+    (flatbuffer,) = tflite_int8.convert(live, inputs, pixels).values()
     alive = buffers(flatbuffer)
     found = memory.peak(net, ones(1, *shape))
     assert found.bytes == max(alive)

@@ -13,9 +13,10 @@ from squeeze_jax import models, registry, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.formats import tflite
+from squeeze_jax.export.runnable import specs
 from squeeze_jax.nn.attention import Groups, attend
 from squeeze_jax.nn.composite import whole
-from squeeze_jax.nn.conv import lowering
+from squeeze_jax.nn.conv import apart, lowering
 from squeeze_jax.nn.embed import Embed, Embeddings
 
 MODELS = "squeeze_jax.models"
@@ -261,35 +262,69 @@ def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
     variables, x = filled(net), batch(1)["tokens"]
 
     def fn(x):
-        tokens = x.astype(jnp.int32)
+        tokens = x["tokens"]
         with lowering("native"):
             return net.apply(variables, {"tokens": tokens, "mask": tokens > 3})[0]
 
     from ai_edge_litert.interpreter import Interpreter
 
     with whole():
-        content = tflite.convert(fn, (LENGTH,))[tflite.SUFFIX]
+        content = tflite.convert(fn, specs({"tokens": x[0]}))[tflite.SUFFIX]
     interpreter = Interpreter(model_content=content)
     interpreter.allocate_tensors()
     found = collections.Counter(o["op_name"] for o in interpreter._get_ops_details())
-    assert found["SOFTMAX"] == 1
+    groups = 4 if name == "squeezebert" else 1  # each by itself
+    assert found["SOFTMAX"] == groups
     # Those of ELECTRA's classifier and of MobileBERT's second feed-forward network.
-    assert found["GELU"] == 1 + (name in ("electra", "mobilebert"))
+    assert found["GELU"] == groups + (name in ("electra", "mobilebert"))
     assert found["EMBEDDING_LOOKUP"] == 1 + (name == "roberta")  # its positions
     more = {"albert": 1, "electra": 1, "mobilebert": 6}  # between other channels
-    assert found["CONV_2D"] == 6 + more.get(name, 0)
+    assert found["CONV_2D"] == 1 + 5 * groups + more.get(name, 0)
     # What GELU and the lookup would be made of.
     assert not found.keys() & {"EXP", "SIGN", "DIV", "SELECT", "GATHER", "GATHER_ND"}
     (entry,), (exit_,) = (
         interpreter.get_input_details(),
         interpreter.get_output_details(),
     )
-    interpreter.set_tensor(entry["index"], x.astype(np.float32))
+    interpreter.set_tensor(entry["index"], x.astype(np.int32))
     interpreter.invoke()
     expected = net.apply(variables, {"tokens": x, "mask": x > 3})[0]
     scale = np.abs(expected).max()
     np.testing.assert_allclose(
         interpreter.get_tensor(exit_["index"]), expected, atol=1e-4 * scale
+    )
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        4,
+        {},  # the paper's: a dense layer after attention
+        {"query": 2},  # heads are no longer apart
+        {"ffn_in": 2, "output": 8},
+        {"query": 1, "key": 1, "value": 1},
+    ],
+)
+def test_groups_apart_compute_the_same(groups):
+    """To the rounding of sums in another order, also what attention gives."""
+    net = toy("squeezebert", layers=2, groups=groups, dropout=0.0)
+    variables, x = filled(net), batch(2) | {"mask": batch(2)["tokens"] > 9}
+
+    def traced(x):
+        with lowering("native"):
+            return net.apply(variables, x)
+
+    def convolutions(x):
+        return str(jax.make_jaxpr(traced)(x)).count("conv_general_dilated[")
+
+    expected, plain = jax.jit(traced)(x), convolutions(x)
+    with apart():
+        found, split = jax.jit(traced)(x), convolutions(x)
+    assert split > plain
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        found,
+        expected,
     )
 
 

@@ -17,6 +17,7 @@ from squeeze_jax.export import files, parity, process, runnable, runtime
 from squeeze_jax.export.formats import tflite
 
 SHAPE = (24, 24, 3)
+INPUTS = {"image": jax.ShapeDtypeStruct(SHAPE, np.float32)}
 FORMATS = ("stablehlo", "tflite", "tflite_int8")
 NAMES = {
     "stablehlo": "model.stablehlo",
@@ -53,14 +54,14 @@ class Subject:
     def __init__(self, variables):
         self.variables = variables
 
-    def _apply(self, pixels):
-        return Net().apply(self.variables, (pixels - 127.5) / 64)
+    def _apply(self, x):
+        return Net().apply(self.variables, (x["image"] - 127.5) / 64)
 
-    def fn(self, pixels):
-        return self._apply(pixels)[0]
+    def fn(self, x):
+        return self._apply(x)[0]
 
-    def stages(self, pixels):
-        return self._apply(pixels)[1]
+    def stages(self, x):
+        return self._apply(x)[1]
 
     def broken(self, stage):
         """A copy with other weights in one convolution."""
@@ -95,7 +96,7 @@ def subject(pixels):
         return (gain * rng.normal(0, fan_in**-0.5, leaf.shape)).astype(np.float32)
 
     subject = Subject(jax.tree_util.tree_map_with_path(drawn, variables))
-    features = jax.jit(subject.stages)(pixels.astype(np.float32))["mean"]
+    features = jax.jit(subject.stages)({"image": pixels.astype(np.float32)})["mean"]
     head = subject.variables["params"][
         "head"
     ]  # centred, so that every class is some image's top
@@ -108,11 +109,11 @@ def exported(subject, pixels, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     made = export.make(
         subject.fn,
-        SHAPE,
+        INPUTS,
         folder,
         formats=FORMATS,
         calibration=pixels,
-        check_images=pixels,
+        check=pixels,
         int8_agreement=0.9,
     )
     return folder, {e.format: e for e in made}
@@ -139,7 +140,7 @@ def test_stablehlo_is_for_all_platforms_and_batches(exported, subject, pixels):
     assert file.platforms == ("cpu", "cuda", "tpu")
     for batch in (1, 5):
         x = pixels[:batch].astype(np.float32)
-        expected = jax.jit(subject.fn)(x)
+        expected = jax.jit(subject.fn)({"image": x})
         np.testing.assert_allclose(file.call(x), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -175,10 +176,10 @@ def test_broken_file_is_rejected_and_its_stage_named(
     module = __import__(f"squeeze_jax.export.formats.{key}", fromlist=["convert"])
     converts = module.convert
 
-    def convert(fn, shape, calibration=None):
+    def convert(fn, inputs, calibration=None):
         sound, subject.variables = subject.variables, subject.broken(stage).variables
         try:
-            return converts(fn, shape, calibration)
+            return converts(fn, inputs, calibration)
         finally:
             subject.variables = sound
 
@@ -188,11 +189,11 @@ def test_broken_file_is_rejected_and_its_stage_named(
     with pytest.raises(export.Disagreement) as caught:
         export.make(
             subject.fn,
-            SHAPE,
+            INPUTS,
             tmp_path,
             formats=(key,),
             calibration=images,
-            check_images=images,
+            check=images,
             endpoints_fn=subject.stages,
         )
     error, message = caught.value, str(caught.value)
@@ -200,7 +201,7 @@ def test_broken_file_is_rejected_and_its_stage_named(
     assert NAMES[key] in message
     assert f"first diverging output: {stage}" in message
     assert ("config.export.int8_agreement" in message) == (key == "tflite_int8")
-    x = images.astype(np.float32)
+    x = {"image": images.astype(np.float32)}
     wrong = np.abs(jax.jit(subject.broken(stage).fn)(x) - jax.jit(subject.fn)(x))
     if (
         key != "tflite_int8"
@@ -215,10 +216,10 @@ def test_disagreement_without_stages_names_the_logits(subject, pixels, tmp_path)
     with pytest.raises(export.Disagreement, match="first diverging output: logits;"):
         export.make(
             subject.fn,
-            SHAPE,
+            INPUTS,
             tmp_path,
             formats=("tflite",),
-            check_images=pixels[:2],
+            check=pixels[:2],
             tolerance=1e-12,
         )
     assert [p.name for p in tmp_path.iterdir()] == ["model.tflite.rejected"]
@@ -229,17 +230,17 @@ def test_a_dead_channel_quantizes(tmp_path):
     head = np.linspace(-0.2, 0.2, 12, dtype=np.float32).reshape(3, 4)
 
     def fn(x):
-        dead = jax.nn.relu(x.mean((1, 2)) @ head - 1000)
-        return x.mean((1, 2)) @ head + dead
+        mean = x["image"].mean((1, 2))
+        return mean @ head + jax.nn.relu(mean @ head - 1000)
 
     images = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 3), np.uint8)
     (made,) = export.make(
         fn,
-        (4, 4, 3),
+        {"image": jax.ShapeDtypeStruct((4, 4, 3), np.float32)},
         tmp_path,
         formats=("tflite_int8",),
         calibration=images,
-        check_images=images,
+        check=images,
     )
     expected = images.mean((1, 2), np.float64) @ head
     found = runtime.load(made.path)(images)
@@ -254,17 +255,17 @@ def test_padding_of_a_maximum_is_no_activation(tmp_path):
         pads = [(0, 0), (1, 1), (1, 1), (0, 0)]
         window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
         best = jax.lax.reduce_window(
-            x / 2 - 200, -jnp.inf, jax.lax.max, window, strides, pads
+            x["image"] / 2 - 200, -jnp.inf, jax.lax.max, window, strides, pads
         )
         return best.reshape(-1, 12)  # [b, 2, 2, 3], every value below -72
 
     (made,) = export.make(
         fn,
-        (4, 4, 3),
+        {"image": jax.ShapeDtypeStruct((4, 4, 3), np.float32)},
         tmp_path,
         formats=("tflite_int8",),
         calibration=images,
-        check_images=images,
+        check=images,
         int8_agreement=0.0,
     )
     padded = np.pad(
@@ -281,10 +282,10 @@ def options(**changed):
     images = np.zeros((2, *SHAPE), np.uint8)
     return (
         dict(
-            fn=lambda x: x.mean((1, 2)),
-            shape=SHAPE,
+            fn=lambda x: x["image"].mean((1, 2)),
+            inputs=INPUTS,
             calibration=images,
-            check_images=images,
+            check=images,
             formats=("stablehlo",),
         )
         | changed
@@ -298,16 +299,19 @@ def options(**changed):
             dict(formats=("tflite_int4",)),
             "unknown export format 'tflite_int4'; did you",
         ),
-        (dict(formats=("tflite_int8",), calibration=None), "needs calibration images"),
+        (
+            dict(formats=("tflite_int8",), calibration=None),
+            "needs calibration examples",
+        ),
         (
             dict(formats=("tflite_int8",), calibration=np.zeros((2, 5, 5, 3))),
-            r"calibration images are \[5, 5, 3\], the model takes \[24, 24, 3\]",
+            r"image is \[2, 5, 5, 3\], to calibrate, the model takes \[n, 24, 24, 3\]",
         ),
-        (dict(check_images=np.zeros((0, *SHAPE))), r"the file takes \[n, 24, 24, 3\]"),
-        (dict(check_images=np.zeros((2, 8, 8, 3))), r"images are \[2, 8, 8, 3\]"),
+        (dict(check=np.zeros((0, *SHAPE))), r"the model takes \[n, 24, 24, 3\]"),
+        (dict(check=np.zeros((2, 8, 8, 3))), r"image is \[2, 8, 8, 3\]"),
         (
-            dict(fn=lambda x: jnp.log(x.mean((1, 2)) - 1)),
-            "check image 0 are not finite",
+            dict(fn=lambda x: jnp.log(x["image"].mean((1, 2)) - 1)),
+            "logits for check example 0 are not finite",
         ),
     ],
 )
@@ -325,7 +329,9 @@ def test_directory_that_cannot_be_written(tmp_path):
 
 def test_operation_that_the_runtime_lacks(tmp_path):
     """litert-converter writes a sort that LiteRT cannot run."""
-    changed = options(fn=lambda x: jnp.sort(x.mean((1, 2))), formats=("tflite",))
+    changed = options(
+        fn=lambda x: jnp.sort(x["image"].mean((1, 2))), formats=("tflite",)
+    )
     with pytest.raises(
         process.Crash, match=r"does not run: model\.tflite cannot .*SORT"
     ):
@@ -335,7 +341,7 @@ def test_operation_that_the_runtime_lacks(tmp_path):
 
 def test_operation_that_the_converter_lacks(tmp_path):
     def fn(x):
-        half = x.mean((1, 2)).astype(jnp.bfloat16)
+        half = x["image"].mean((1, 2)).astype(jnp.bfloat16)
         return (half @ jnp.ones((3, 4), jnp.bfloat16)).astype(jnp.float32)
 
     with pytest.raises(
@@ -345,22 +351,68 @@ def test_operation_that_the_converter_lacks(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def compare(live, found, integer=False, **limits):
+    """Of networks with one output."""
+    limits = dict(tolerance=1e-4, int8_agreement=0.5) | limits
+    return parity.compare(
+        {"logits": live}, {"logits": found}, integer=integer, **limits
+    )
+
+
 def test_compare_by_hand():
     live = np.array([[1.0, 2.0, -8.0], [0.5, 0.25, 0.0]], np.float32)
     found = live + np.array([[0, 0, 0.0007], [0, 0.3, 0]], np.float32)
-    limits = dict(tolerance=1e-4, int8_agreement=0.5)
-    verdict = parity.compare(live, found, integer=False, **limits)
+    verdict = compare(live, found)
     assert not verdict.agrees
-    assert verdict.index == (1, 1)
+    assert (verdict.output, verdict.index) == ("logits", (1, 1))
     np.testing.assert_allclose(verdict.difference, 0.3, rtol=1e-6)
     assert verdict.agreement == 0.5  # the second image's top class moved
-    assert parity.compare(live, found, integer=True, **limits).agrees
-    limits["int8_agreement"] = 0.51
-    assert not parity.compare(live, found, integer=True, **limits).agrees
+    assert compare(live, found, integer=True).agrees
+    assert not compare(live, found, integer=True, int8_agreement=0.51).agrees
     near = live + np.array([[0, 0, 0.0007], [0, 0, 0]], np.float32)  # 8e-4 is the limit
-    assert parity.compare(live, near, integer=False, **limits).agrees
+    assert compare(live, near).agrees
     near[0, 2] -= 0.0002 + 0.0014
-    assert not parity.compare(live, near, integer=False, **limits).agrees
+    assert not compare(live, near).agrees
+
+
+def test_both_ends_of_a_span_count():
+    """Of four examples one has another start, one another end, one both: a quarter agrees."""
+    live = {"start": np.eye(4, dtype=np.float32), "end": np.eye(4, dtype=np.float32)}
+    found = {name: values.copy() for name, values in live.items()}
+    found["start"][[0, 2], 3] = found["end"][[1, 2], 3] = 5
+    limits = dict(integer=True, tolerance=1e-4)
+    verdict = parity.compare(live, found, int8_agreement=0.25, **limits)
+    assert verdict.agreement == 0.25
+    assert verdict.agrees
+    assert "25.0% agreement" in str(verdict)
+    assert not parity.compare(live, found, int8_agreement=0.26, **limits).agrees
+
+
+def test_each_output_has_its_own_scale():
+    """A difference of 0.05 is nothing to a thousand and much to one, in whichever output it is."""
+    live = {"large": np.full((2, 3), 1000.0), "small": np.ones((2, 5, 2))}
+    limits = dict(integer=False, tolerance=1e-4, int8_agreement=0)
+    found = live | {"large": live["large"] + 0.05}
+    assert parity.compare(live, found, **limits).agrees
+    found["small"] = live["small"].copy()
+    found["small"][1, 4, 0] += 0.04
+    verdict = parity.compare(live, found, **limits)
+    assert not verdict.agrees
+    assert (verdict.output, verdict.index) == ("small", (1, 4, 0))
+    assert "at small[1, 4, 0]" in str(verdict)
+
+
+def test_agreement_of_a_regression():
+    """RMS errors of 1 in numbers of RMS 5: four fifths; and positions count as shares of an example."""
+    live = np.array([[3.0], [-4.0], [5.0], [-np.sqrt(50)]], np.float32)
+    found = live + np.array([[1], [-1], [1], [1]], np.float32)
+    assert compare(live, found, integer=True).agreement == pytest.approx(0.8)
+    assert compare(live, live, integer=True).agreement == 1
+    assert compare(live, -9 * live, integer=True).agreement == 0
+    scores = np.eye(4, dtype=np.float32)[None].repeat(2, 0)  # [2, 4 tokens, 4 classes]
+    moved = scores.copy()
+    moved[1, 0] = [0, 0, 0, 1]
+    assert compare(scores, moved, integer=True).agreement == (1 + 0.75) / 2
 
 
 @pytest.mark.parametrize("integer", [False, True])
@@ -368,9 +420,7 @@ def test_a_file_that_gives_no_number_disagrees(integer):
     live = np.ones((2, 3), np.float32)
     found = live.copy()
     found[1, 2] = np.nan
-    verdict = parity.compare(
-        live, found, integer=integer, tolerance=1e9, int8_agreement=0.0
-    )
+    verdict = compare(live, found, integer, tolerance=1e9, int8_agreement=0.0)
     assert not verdict.agrees
     assert verdict.difference == np.inf
     assert verdict.index == (1, 2)
@@ -378,12 +428,15 @@ def test_a_file_that_gives_no_number_disagrees(integer):
 
 def test_first_diverging_by_hand():
     live = {"a": np.full((1, 4), 100.0), "b": np.ones((1, 4)), "c": np.ones((1, 4))}
-    found = (live["a"] + 0.009, live["b"] + 0.2, live["c"] + 0.3)
+    found = {"a": live["a"] + 0.009, "b": live["b"] + 0.2, "c": live["c"] + 0.3}
     at = dict(integer=False, tolerance=1e-4)
     assert parity.first_diverging(live, found, **at) == ("b", pytest.approx(0.2))
     at = dict(integer=True, tolerance=1e-4)  # relative RMS errors 0.00009, 0.2, 0.3
     assert parity.first_diverging(live, found, **at) == ("c", pytest.approx(0.3))
-    assert parity.first_diverging(live, tuple(live.values()), **at) is None
+    assert parity.first_diverging(live, live, **at) is None
+    lowest = np.finfo(np.float32).min  # of what may not be seen
+    live["a"][0, 1], found["a"][0, 1] = lowest, -1000.0
+    assert parity.first_diverging(live, found, **at) == ("c", pytest.approx(0.3))
 
 
 def test_write_is_atomic(tmp_path, monkeypatch):

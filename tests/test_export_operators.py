@@ -12,6 +12,7 @@ from squeeze_jax import export
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import operators, process, runtime
 from squeeze_jax.export.formats import tflite
+from squeeze_jax.export.runnable import Spec
 from squeeze_jax.nn import activations
 
 SHAPE = (48, 48, 3)
@@ -36,12 +37,12 @@ def folder(tmp_path_factory):
     variables = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, *SHAPE)))
     images = np.random.default_rng(0).integers(0, 256, (16, *SHAPE), np.uint8)
     export.make(
-        lambda x: module.apply(variables, x / 255),
-        SHAPE,
+        lambda x: module.apply(variables, x["image"] / 255),
+        {"image": jax.ShapeDtypeStruct(SHAPE, np.float32)},
         folder,
         formats=("tflite", "tflite_int8"),
         calibration=images,
-        check_images=images[:4],
+        check=images[:4],
         int8_agreement=0,
     )
     return folder
@@ -63,7 +64,9 @@ def test_measure(folder, name):
     assert 0 < times["p50"] <= times["p90"] <= times["p99"]
     # It is the network: the interpreter, which has no profiler, returns the same.
     expected = runtime.run(folder / name, image)["outputs"]
-    np.testing.assert_allclose(found.outputs[0], expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found.outputs["logits"], expected["logits"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_operators_of_a_file(folder):
@@ -130,7 +133,9 @@ def test_errors(folder, tmp_path, monkeypatch):
         operators.measure(tmp_path / "none.tflite", image)
     with pytest.raises(UserError, match="operators are timed of"):
         operators.measure(tmp_path / "model.stablehlo", image)
-    with pytest.raises(UserError, match=r"image \[1, 2, 2, 3\]: the file takes \[1, "):
+    with pytest.raises(
+        UserError, match=r"image is \[1, 2, 2, 3\], the file takes \[n, "
+    ):
         operators.measure(folder / "model.tflite", image[:, :2, :2])
     with pytest.raises(UserError, match="runs = 0: at least one"):
         operators.measure(folder / "model.tflite", image, runs=0)
@@ -147,7 +152,8 @@ def test_errors(folder, tmp_path, monkeypatch):
 
 def test_gelu_is_one_operator_of_a_file(tmp_path):
     path = tmp_path / "gelu.tflite"
-    (content,) = tflite.convert(activations.gelu, (2, 2, 3)).values()
+    inputs = {"image": Spec((2, 2, 3), np.dtype(np.float32))}
+    (content,) = tflite.convert(lambda x: activations.gelu(x["image"]), inputs).values()
     path.write_bytes(content)
     assert [kind for kind, _ in operators.in_file(path)] == ["GELU"]
 

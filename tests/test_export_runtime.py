@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export import process, runtime
 
 SHAPE = (4, 4, 3)
+INPUTS = {"image": jax.ShapeDtypeStruct(SHAPE, np.float32)}
 HEAD = np.random.default_rng(0).normal(0, 0.1, (3, 5)).astype(np.float32)
 FILES = ("model.stablehlo", "model.tflite", "model_int8.tflite")
 
@@ -36,11 +38,11 @@ def expected(images):
 def folder(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     export.make(
-        lambda x: x.mean((1, 2)) @ HEAD,
-        SHAPE,
+        lambda x: x["image"].mean((1, 2)) @ HEAD,
+        INPUTS,
         folder,
         calibration=images,
-        check_images=images[:8],
+        check=images[:8],
         int8_agreement=0.8,
     )
     return folder
@@ -74,12 +76,12 @@ def test_ranges_come_from_all_calibration_images(tmp_path):
     images = rng.integers(0, 12, (40, *SHAPE), np.uint8)
     images[35:] = rng.integers(180, 256, (5, *SHAPE), np.uint8)
     (made,) = export.make(
-        lambda x: x.mean((1, 2)) @ HEAD,
-        SHAPE,
+        lambda x: x["image"].mean((1, 2)) @ HEAD,
+        INPUTS,
         tmp_path,
         formats=("tflite_int8",),
         calibration=images,
-        check_images=images,
+        check=images,
         int8_agreement=0.0,
     )
     expected = images.astype(np.float64).mean((1, 2)) @ HEAD
@@ -106,17 +108,17 @@ def test_memory_counts_the_file_and_not_the_images(tmp_path, images):
     weights = np.random.default_rng(0).normal(size=(1000, 10_000)).astype(np.float32)
 
     def fn(x, wide):  # [b, 3] → [b, 1000] → [b, wide] → [b, 5]
-        tall = jnp.tile(x.mean((1, 2)) / 255, (1, 334))[:, :1000]
+        tall = jnp.tile(x["image"].mean((1, 2)) / 255, (1, 334))[:, :1000]
         return (tall @ wide).reshape(-1, 5, wide.shape[1] // 5).mean(-1)
 
     peak = {}
     for kind, wide in (("small", weights[:, :10]), ("large", weights)):
         export.make(
             functools.partial(fn, wide=wide),
-            SHAPE,
+            INPUTS,
             tmp_path / kind,
             formats=("tflite",),
-            check_images=images[:1],
+            check=images[:1],
         )
         many = np.zeros((300_000, *SHAPE), np.float32) if kind == "small" else images
         given = tmp_path / "many.npy"

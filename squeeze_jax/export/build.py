@@ -14,7 +14,14 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import files, process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
-from squeeze_jax.export.runnable import Runnable, format_of, outputs
+from squeeze_jax.export.runnable import (
+    Runnable,
+    fitted,
+    format_of,
+    named,
+    outputs,
+    specs,
+)
 
 __all__ = ["Disagreement", "Exported", "make"]
 
@@ -30,8 +37,8 @@ class Exported:
       format: its registry key.
       path: the file.
       bytes: its size.
-      max_difference: largest |file - live| over the check images' logits.
-      agreement: share of check images with the same top class, 0..1.
+      max_difference: largest |file - live| over the outputs for the check examples.
+      agreement: share of check examples with the same top class, 0..1; see `parity.compare`.
     """
 
     format: str
@@ -42,67 +49,71 @@ class Exported:
 
 
 def make(
-    fn: Callable[[Any], Any],
-    shape: tuple[int, int, int],
+    fn: Callable[[dict[str, Any]], Any],
+    inputs: Mapping[str, Any],
     directory: str | Path,
     *,
     formats: tuple[str, ...] = ("stablehlo", "tflite", "tflite_int8"),
     calibration: Any = None,
-    check_images: Any,
-    endpoints_fn: Callable[[Any], Mapping[str, Any]] | None = None,
+    check: Any,
+    endpoints_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
     tolerance: float = 1e-4,
     int8_agreement: float = 0.95,
     timeout: float = 600.0,
 ) -> list[Exported]:
     """Exports a function to each format; a file gets its name only after it ran and agreed with the live function.
 
-    A float file agrees if max |file - live| ≤ tolerance · max(1, max |live|), an integer file if the share of equal top
-    classes is at least `int8_agreement`. The files are `model.stablehlo` (and `model.mlir`, to read), `model.tflite`,
-    `model_int8.tflite`.
+    A float file agrees if max |file - live| ≤ tolerance · max(1, max |live|) for each output, an integer file if the
+    share of equal top classes is at least `int8_agreement`, see `parity.compare`. The files are `model.stablehlo` (and
+    `model.mlir`, to read), `model.tflite`, `model_int8.tflite`, `model_dynamic.tflite`. Inputs have the names given
+    here, an output that is an array is called logits.
 
     Args:
-      fn: float32 pixels 0..255 [b, h, w, c] → logits [b, classes]; closes over parameters that are host arrays.
-      shape: (h, w, c).
+      fn: {name: [b, ...]} → logits [b, ...], or a mapping of several outputs; closes over parameters that are host
+        arrays. An input called image is float32 pixels 0..255 [b, h, w, c].
+      inputs: {name: jax.ShapeDtypeStruct of one example}, such as {"image": float32 (h, w, c)}, or {"tokens": int32
+        (l,), "segments": int32 (l,), "attended": int32 (l,)}.
       directory: where the files go.
       formats: registry keys: the names of the files in `export/formats`.
-      calibration: pixels [n, h, w, c] of real images, for integer formats.
-      check_images: pixels [n, h, w, c] of real images to compare on.
-      endpoints_fn: same input → the model's named stages, first to last; tells where a rejected file goes wrong.
-      tolerance: of float formats, relative to the largest logit where that is above 1.
+      calibration: real examples {name: [n, ...]}, for integer formats that measure ranges.
+      check: real examples {name: [n, ...]} to compare on.
+      endpoints_fn: same inputs → the model's named stages, first to last; tells where a rejected file goes wrong.
+      tolerance: of float formats, relative to an output's largest number where that is above 1.
       int8_agreement: of integer formats, 0..1.
-      timeout: seconds for one file to run on the check images.
+      timeout: seconds for one file to run on the check examples.
 
     Returns:
       One `Exported` a format, in order.
 
     Raises:
-      UserError: unknown format, no check or calibration images, a directory that cannot be written to, or logits of the
-        live function that are not finite.
+      UserError: unknown format, no check or calibration examples or of other names, shapes or dtypes than the inputs,
+        a directory that cannot be written to, or outputs of the live function that are not finite.
       Disagreement: a file does not agree; it is left as `<name>.rejected`, an earlier one of its name untouched.
       process.Crash: a converter or a runtime failed.
     """
     modules = [format_of(key) for key in formats]
-    shape, directory = tuple(shape), Path(directory)
-    images = np.asarray(check_images)
-    (live,) = _live(lambda x: (fn(x),), shape, images)
-    if not np.isfinite(live).all():
-        bad = int(np.argwhere(~np.isfinite(live))[0][0])
-        raise UserError(
-            f"the model's logits for check image {bad} are not finite: export a checkpoint from before it diverged"
-        )
+    inputs, directory = specs(inputs), Path(directory)
+    check = fitted(check, inputs, "the model")
+    live = _live(fn, inputs, check)
+    for name, values in live.items():
+        if not np.isfinite(values).all():
+            bad = int(np.argwhere(~np.isfinite(values))[0][0])
+            raise UserError(
+                f"the model's {name} for check example {bad} are not finite: export a checkpoint from before it diverged"
+            )
     limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
     done = []
     with _scratch(directory) as folder:
         run = functools.partial(
             _converted,
             folder=Path(folder),
-            shape=shape,
+            inputs=inputs,
             calibration=calibration,
-            images=images,
+            check=check,
             timeout=timeout,
         )
         for key, module in zip(formats, modules, strict=True):
-            paths, (found,) = run(module, fn, STEM)
+            paths, found = run(module, fn, STEM)
             verdict = compare(live, found, integer=module.INTEGER, **limits)
             if not verdict.agrees:
                 for path in paths:
@@ -119,55 +130,51 @@ def make(
     return done
 
 
-def _converted(module, fn, name, *, folder, shape, calibration, images, timeout):
+def _converted(module, fn, name, *, folder, inputs, calibration, check, timeout):
     """Converts to files in a folder and runs the first; returns (paths, outputs)."""
-    contents = module.convert(fn, shape, calibration)
+    contents = module.convert(fn, inputs, calibration)
     paths = [files.write(folder / (name + end), data) for end, data in contents.items()]
     try:
-        found = runtime.run(paths[0], images, batch=CHECK_BATCH, timeout=timeout)
+        found = runtime.run(paths[0], check, batch=CHECK_BATCH, timeout=timeout)
     except (
         UserError,
         process.Crash,
-    ) as error:  # the images fit: it is the file's fault
+    ) as error:  # the examples fit: it is the file's fault
         said = str(error).replace(f"{folder}{os.sep}", "")  # that folder goes
         raise process.Crash(f"the converted file does not run: {said}") from None
     return paths, found["outputs"]
 
 
-def _live(fn, shape, images) -> tuple[np.ndarray, ...]:
-    """Runs a function that returns a tuple; in full float32, also where an accelerator would round products."""
-    call = jax.jit(lambda x: fn(x))  # not a trace from before the parameters changed
+def _live(fn, inputs, check) -> dict[str, np.ndarray]:
+    """Runs a function, outputs in its order; in full float32, also where an accelerator would round products."""
+    names: list[str] = []
+
+    def traced(x):  # jit sorts a mapping's keys; the order of the stages is the model's
+        found = named(fn(x))
+        names[:] = list(found)
+        return found
+
+    call = jax.jit(traced)  # not a trace from before the parameters changed
     with jax.default_matmul_precision("highest"):
-        live = Runnable(
-            shape, None, lambda x: tuple(map(np.asarray, call(x))), None, ""
-        )
-        return outputs(live, images, CHECK_BATCH)
+
+        def run(x):
+            return {name: np.asarray(value) for name, value in call(x).items()}
+
+        live = Runnable(inputs, None, run, None, "")
+        found = outputs(live, check, CHECK_BATCH)
+    return {name: found[name] for name in names}
 
 
 def _blame(endpoints_fn, module, run, tolerance) -> tuple[str | None, str]:
     """Exports the stages in the same way and returns (the first that diverges, what to say of it)."""
-    names: list[str] = []
-
-    def stages(
-        x,
-    ):  # jit would sort a dict's keys; the order of the stages is the model's
-        found = endpoints_fn(x)
-        names[:] = list(found)
-        return tuple(found.values())
-
-    shape, images = run.keywords["shape"], run.keywords["images"]
-    live = _live(stages, shape, images)
+    live = _live(endpoints_fn, run.keywords["inputs"], run.keywords["check"])
     try:
-        _, found = run(module, stages, "stages")
+        _, found = run(module, endpoints_fn, "stages")
     except process.Crash as error:
         return None, f" (the stages alone could not be run: {error})"
-    first = first_diverging(
-        dict(zip(names, live, strict=True)),
-        found,
-        integer=module.INTEGER,
-        tolerance=tolerance,
-    )
+    first = first_diverging(live, found, integer=module.INTEGER, tolerance=tolerance)
     if first is None:
+        names = list(live)
         return None, f" (the stages {names[0]} to {names[-1]} agree)"
     return first[0], f" (largest difference {first[1]:.3g})"
 

@@ -37,18 +37,20 @@ class _Event(ctypes.Structure):
 
 
 class Network:
-    """A `.tflite` file with one signature and one input, opened in LiteRT with its profiler; it lives as its process.
+    """A `.tflite` file with one signature, opened in LiteRT with its profiler; it lives as its process.
 
     Args:
       path: the file.
-      outputs: how many it has.
+
+    Attributes:
+      inputs, outputs: their names, in the file's order.
 
     Raises:
       UserError: ai-edge-litert of another version, or without its library.
       RuntimeError: a call is refused.
     """
 
-    def __init__(self, path: Path, outputs: int):
+    def __init__(self, path: Path):
         self._loaded = ctypes.CDLL(str(library()))
         self._kept: list[Any] = []  # what the library still points to
         environment, model = self._new(), self._new()
@@ -70,12 +72,17 @@ class Network:
             "GetModelSignature", model, ctypes.c_size_t(0), ctypes.byref(signature)
         )
 
-        def buffer(side, i):
-            return self._buffer(environment, signature, side, i)
-
-        self._inputs = (ctypes.c_void_p * 1)(buffer("Input", 0))
-        results = [buffer("Output", i) for i in range(outputs)]
-        self._outputs = (ctypes.c_void_p * outputs)(*results)
+        self.inputs = self._names(signature, "Input")
+        self.outputs = self._names(signature, "Output")
+        self._inputs, self._outputs = (
+            (ctypes.c_void_p * len(names))(
+                *(
+                    self._buffer(environment, signature, side, i)
+                    for i in range(len(names))
+                )
+            )
+            for side, names in (("Input", self.inputs), ("Output", self.outputs))
+        )
 
     def run(self) -> None:
         """Runs it once."""
@@ -86,15 +93,17 @@ class Network:
             *(ctypes.c_size_t(len(self._outputs)), self._outputs),
         )
 
-    def write(self, values: np.ndarray) -> None:
-        """Copies the input in, of the dtype and size that it has in the file."""
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Copies an input in, of the dtype and size that it has in the file."""
         values = np.ascontiguousarray(values)
-        self._locked(self._inputs[0], WRITE, values.nbytes, values.ctypes.data)
+        buffer = self._inputs[self.inputs.index(name)]
+        self._locked(buffer, WRITE, values.nbytes, values.ctypes.data)
 
-    def read(self, output: int, shape, dtype) -> np.ndarray:
+    def read(self, name: str, shape, dtype) -> np.ndarray:
         """Returns a copy of an output."""
         values = np.empty(shape, dtype)
-        self._locked(self._outputs[output], READ, values.nbytes, values.ctypes.data)
+        buffer = self._outputs[self.outputs.index(name)]
+        self._locked(buffer, READ, values.nbytes, values.ctypes.data)
         return values
 
     def start(self) -> None:
@@ -134,6 +143,17 @@ class Network:
         self._call("CreateOpaqueOptions", kind, text, forget, ctypes.byref(more))
         self._call("AddOpaqueOptions", options, more)
         return options
+
+    def _names(self, signature, side: str) -> list[str]:
+        """The names of a signature's inputs or outputs, in its order."""
+        count = ctypes.c_size_t()
+        self._call(f"GetNumSignature{side}s", signature, ctypes.byref(count))
+        found = []
+        for i in range(count.value):
+            name, at = ctypes.c_char_p(), ctypes.c_size_t(i)
+            self._call(f"GetSignature{side}Name", signature, at, ctypes.byref(name))
+            found.append((name.value or b"").decode())
+        return found
 
     def _buffer(self, environment, signature, side: str, index: int):
         """Memory for an input or an output."""

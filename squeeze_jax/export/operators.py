@@ -21,16 +21,16 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import litert_c, process, runtime
-from squeeze_jax.export.formats.tflite import dequantize, quantize
-from squeeze_jax.export.runnable import opened
+from squeeze_jax.export.formats.tflite import dequantize, quantize, signature
+from squeeze_jax.export.runnable import Spec, fitted, opened
 
 # kinds of operators: their names in the file, and how XNNPACK's names of them begin
 KINDS = {
@@ -63,7 +63,7 @@ class Operators(NamedTuple):
         microseconds an operator outside of what it says.
       profiled_ms: a run with the profiler.
       latency_ms: dict(p50, p90, p99, spread) without it.
-      outputs: of the first image, [1, ...] each, to compare.
+      outputs: of the example, {name: [1, ...]}, to compare.
       core: the CPU's that it ran on, or None.
     """
 
@@ -71,7 +71,7 @@ class Operators(NamedTuple):
     elsewhere_ms: float
     profiled_ms: float
     latency_ms: dict[str, float]
-    outputs: tuple[np.ndarray, ...]
+    outputs: dict[str, np.ndarray]
     core: int | None
 
     def by_layer(self) -> dict[str | None, float]:
@@ -84,7 +84,7 @@ class Operators(NamedTuple):
 
 def measure(
     path: str | Path,
-    image: np.ndarray,
+    example: Any,
     *,
     runs: int = 100,
     warmup: int = 10,
@@ -94,27 +94,25 @@ def measure(
 
     Args:
       path: the file.
-      image: pixels 0..255 [1, h, w, c].
+      example: {name: [1, ...]}, or the array of a file with one input, such as pixels 0..255 [1, h, w, c].
       runs: with the profiler, and as many without.
       warmup: runs before both.
       timeout: seconds until the process is killed.
 
     Raises:
-      UserError: no such file, another version of LiteRT, an image of another size.
+      UserError: no such file, another version of LiteRT, an example of another shape.
       process.Crash: the runtime died.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        given, found = Path(scratch, "image.npy"), Path(scratch, "found.npz")
-        np.save(given, np.asarray(image, np.float32))
+        given, found = runtime.written(example, scratch), Path(scratch, "found.npz")
         printed = process.python(
             "squeeze_jax.export.operators",
-            *(path, f"--image={given}", f"--outputs={found}"),
+            *(path, f"--example={given}", f"--outputs={found}"),
             *(f"--runs={runs}", f"--warmup={warmup}"),
             what=f"{path} in LiteRT's profiler",
             timeout=timeout,
         )
-        with np.load(found) as arrays:
-            outputs = tuple(arrays[k] for k in arrays.files)
+        outputs = runtime.read(found)
     from squeeze_jax.cost import latency  # loads jax, which the child does without
 
     said = json.loads(printed.splitlines()[-1])
@@ -130,7 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", help="a .tflite file")
-    parser.add_argument("--image", help=".npy, pixels [1, h, w, c]; noise by default")
+    parser.add_argument(
+        *("--example", "--image"),
+        help=".npz of an array [1, ...] for each input, or .npy; noise by default, and zeros for integers",
+    )
     parser.add_argument(
         "--outputs", help="where the outputs go, .npz; prints JSON then"
     )
@@ -139,12 +140,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cores = runtime.pin()
-        found, results = _measured(args.file, args.image, args.runs, args.warmup)
+        found, results = _measured(args.file, args.example, args.runs, args.warmup)
     except UserError as error:
         print(error, file=sys.stderr)
         return process.USER_ERROR
     if args.outputs:
-        np.savez(args.outputs, *results)
+        np.savez(args.outputs, **results)
         print(json.dumps(found | {"core": cores[0] if cores else None}))
     else:
         print(text(found))
@@ -163,24 +164,22 @@ def text(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _measured(path, image, runs, warmup) -> tuple[dict, list[np.ndarray]]:
+def _measured(path, example, runs, warmup) -> tuple[dict, dict]:
     """What `Operators` is made of but the core, and the outputs."""
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one is needed")
     if Path(path).suffix != ".tflite":
         raise UserError(f"{path}: operators are timed of .tflite files")
-    opened(path)  # says what is wrong with a file that cannot be run
+    inputs = opened(path).inputs  # says what is wrong with a file that cannot be run
+    given = fitted(runtime.read(example) if example else noise(inputs), inputs)
+    if any(len(array) > 1 for array in given.values()):
+        raise UserError("operators are timed on one example: give arrays [1, ...]")
     from ai_edge_litert.interpreter import Interpreter
 
-    described = Interpreter(str(path))
-    (entry,), exits = described.get_input_details(), described.get_output_details()
-    shape = tuple(map(int, entry["shape"]))
-    noise = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
-    pixels = np.load(image) if image else noise
-    if pixels.shape != shape:
-        raise UserError(f"image {list(pixels.shape)}: the file takes {list(shape)}")
-    network = litert_c.Network(Path(path), len(exits))
-    network.write(quantize(pixels, entry))
+    entries, exits = signature(Interpreter(str(path)))
+    network = litert_c.Network(Path(path))
+    for name, entry in entries.items():
+        network.write(name, quantize(given[name], entry))
     _times(network.run, warmup)
     plain = _times(network.run, runs)
     network.start()
@@ -190,10 +189,10 @@ def _measured(path, image, runs, warmup) -> tuple[dict, list[np.ndarray]]:
     for _ in range(runs):
         times += _times(network.run, 1)
         events.append(network.events())
-    results = [
-        dequantize(network.read(i, e["shape"], e["dtype"]), e)
-        for i, e in enumerate(exits)
-    ]
+    results = {
+        name: dequantize(network.read(name, e["shape"], e["dtype"]), e)
+        for name, e in exits.items()
+    }
     names = [(name, index) for name, index, _ in events[0]]
     taken = np.mean([[us for *_, us in each] for each in events], axis=0) / 1e3
     layers = matched(names, in_file(path))
@@ -209,6 +208,15 @@ def _measured(path, image, runs, warmup) -> tuple[dict, list[np.ndarray]]:
         "times_ms": plain,
     }
     return found, results
+
+
+def noise(inputs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
+    """An example of values 0..255; of integers zeros, which every table has a row for."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.uniform(0, 255 * (dtype.kind == "f"), (1, *shape)).astype(dtype)
+        for name, (shape, dtype) in inputs.items()
+    }
 
 
 def in_file(path: str | Path) -> list[tuple[str, str | None]]:

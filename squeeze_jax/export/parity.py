@@ -7,6 +7,7 @@ import numpy as np
 
 from squeeze_jax.errors import Reported
 
+UNSEEN = 1e30  # beyond this a number stands for what may not be seen
 INTEGER_STAGE_ERROR = 0.25  # relative RMS error of a stage beyond what 8 bits explain
 
 
@@ -14,16 +15,18 @@ class Disagreement(Reported, RuntimeError):
     """An exported file does not compute what the live model computes.
 
     Attributes:
-      difference: largest |file - live| of the logits.
-      index: (image, class) of it.
-      agreement: share of images with the same top class.
+      difference: largest |file - live| of the outputs.
+      output: which has it.
+      index: (example, class) of it, or as many numbers as the output has axes.
+      agreement: share of examples with the same top class.
       stage: the first diverging output, or None where no stages were given.
     """
 
     def __init__(self, file: str, verdict: "Verdict", stage: str | None, why: str = ""):
         self.difference, self.index = verdict.difference, verdict.index
-        self.agreement, self.stage = verdict.agreement, stage
-        first = f"; first diverging output: {stage or 'logits'}{why}"
+        self.output, self.agreement = verdict.output, verdict.agreement
+        self.stage = stage
+        first = f"; first diverging output: {stage or verdict.output}{why}"
         remedy = (
             "; train longer, or lower config.export.int8_agreement"
             if verdict.integer
@@ -39,17 +42,19 @@ class Verdict(NamedTuple):
 
     Attributes:
       agrees: within the limit.
-      difference: largest |file - live|; infinite where the file gives no number.
+      difference: |file - live| that is the largest part of what is allowed; infinite where the file gives no number.
+      output: name of the output that has it.
       index: position of it.
       live: the live value there.
       found: the file's value there.
-      agreement: share of images with the same top class.
+      agreement: see `compare`.
       limit: the largest difference allowed, or for integer files the least agreement.
       integer: which of the two.
     """
 
     agrees: bool
     difference: float
+    output: str
     index: tuple[int, ...]
     live: float
     found: float
@@ -60,45 +65,66 @@ class Verdict(NamedTuple):
     def __str__(self):
         place = ", ".join(map(str, self.index))
         largest = (
-            f"largest difference {self.difference:.3g} at [image, class] = [{place}]"
+            f"largest difference {self.difference:.3g} at {self.output}[{place}]"
             f" (live {self.live:.4g}, file {self.found:.4g})"
         )
         if self.integer:
-            same = f"same top class on {self.agreement:.1%} of the check images"
+            same = f"{self.agreement:.1%} agreement on the check examples"
             return f"{same}, at least {self.limit:.1%} wanted; {largest}"
         return f"{largest}, at most {self.limit:.3g} allowed"
 
 
 def compare(
-    live: np.ndarray,
-    found: np.ndarray,
+    live: Mapping[str, np.ndarray],
+    found: Mapping[str, np.ndarray],
     *,
     integer: bool,
     tolerance: float,
     int8_agreement: float,
 ) -> Verdict:
-    """Compares a file's logits with the live model's.
+    """Compares a file's outputs with the live model's.
+
+    The agreement of an example is whether the top class, the argmax of the last axis, is the same; of several
+    positions the share where it is; of several outputs the product, so that a span agrees where both of its ends do.
+    Of a regression, an output [n, 1], it is 1 - RMS(found - live) / RMS(live), at least 0.
 
     Args:
-      live: float32 [n, classes], finite.
+      live: {name: float32 [n, ...]}, finite.
       found: the same from the file.
-      integer: judge by the top class instead of the largest difference.
-      tolerance: max |found - live| ≤ tolerance · max(1, max |live|).
-      int8_agreement: least share of equal top classes, 0..1.
+      integer: judge by the agreement instead of the largest difference.
+      tolerance: max |found - live| ≤ tolerance · max(1, max |live|) of each output.
+      int8_agreement: least mean agreement of the examples, 0..1.
     """
-    if live.shape != found.shape:
-        raise ValueError(f"live logits are {live.shape}, the file's {found.shape}")
-    difference, index = largest_difference(live, found)
-    agreement = float(np.mean(live.argmax(-1) == found.argmax(-1)))
-    finite = bool(np.isfinite(found).all())
-    if integer:
-        limit = int8_agreement
-        agrees = finite and agreement >= limit
-    else:
-        limit = _limit(live, tolerance)
-        agrees = finite and difference <= limit
-    at = (float(live[index]), float(found[index]))
-    return Verdict(agrees, difference, index, *at, agreement, limit, integer)
+    shapes = [{k: v.shape for k, v in each.items()} for each in (live, found)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the live outputs are {shapes[0]}, the file's {shapes[1]}")
+    finite = all(np.isfinite(v).all() for v in found.values())
+    same = np.prod([_same(live[k], found[k]) for k in live], axis=0)
+    agreement = float(np.mean(same))
+    worst = []
+    for name, values in live.items():
+        difference, index = largest_difference(values, found[name])
+        worst.append((difference / _limit(values, tolerance), difference, name, index))
+    _, difference, name, index = max(worst)
+    limit = int8_agreement if integer else _limit(live[name], tolerance)
+    agrees = agreement >= limit if integer else difference <= limit
+    return Verdict(
+        finite and agrees,
+        *(difference, name, index),
+        *(float(live[name][index]), float(found[name][index])),
+        *(agreement, limit, integer),
+    )
+
+
+def _same(live: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """The agreement of each example [n], of one output."""
+    if live.shape[1:] in ((), (1,)):
+        errors = np.square(found.astype(np.float64) - live), np.square(live)
+        wrong, size = (np.sqrt(np.mean(e, dtype=np.float64)) for e in errors)
+        right = 1 - wrong / size if wrong else 1.0
+        return np.full(len(live), np.nan_to_num(max(right, 0.0)))
+    equal = live.argmax(-1) == found.argmax(-1)
+    return equal.reshape(len(live), -1).mean(1)
 
 
 def largest_difference(live: np.ndarray, found: np.ndarray):
@@ -111,7 +137,7 @@ def largest_difference(live: np.ndarray, found: np.ndarray):
 
 def first_diverging(
     live: Mapping[str, np.ndarray],
-    found: tuple[np.ndarray, ...],
+    found: Mapping[str, np.ndarray],
     *,
     integer: bool,
     tolerance: float,
@@ -119,20 +145,24 @@ def first_diverging(
     """Finds the first stage that a file computes differently.
 
     A float stage diverges beyond the tolerance of `compare`; an integer one when its relative RMS error is above a
-    quarter, several times what rounding to 8 bits gives.
+    quarter, several times what rounding to 8 bits gives. Where a stage is the lowest float, which stands for what may
+    not be seen, any number as low is right.
 
     Args:
       live: stage outputs by name, first to last.
-      found: the file's, in the same order.
+      found: the file's.
       integer: which of the two limits.
       tolerance: as in `compare`.
 
     Returns:
       (name, largest difference) of the stage, or None where all agree.
     """
-    for (name, expected), got in zip(live.items(), found, strict=True):
+    for name, expected in live.items():
+        got = found[name]
         if expected.shape != got.shape:
             return name, float("inf")
+        seen = np.abs(expected) < UNSEEN
+        expected, got = np.where(seen, expected, 0), np.where(seen, got, 0)
         difference, _ = largest_difference(expected, got)
         if integer:
             error = np.sqrt(np.mean((got.astype(np.float64) - expected) ** 2))

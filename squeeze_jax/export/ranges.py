@@ -6,7 +6,9 @@ https://arxiv.org/abs/2106.08295, section 3.1): Δ² / 12 inside, with the step 
 the range outside.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,33 +18,55 @@ SHRINK = np.linspace(
     0.3, 1.0, 36
 )  # candidate ends of a range, as shares of the seen ones
 PADDING = 1e30  # a maximum is padded with the least float, which is no activation
-SAMPLED = 65536  # values of one tensor and image that enter its histogram, about
+# Where a softmax reads masked scores, a range reaches this far below the lowest and the highest one seen.
+BELOW_LOW, BELOW_HIGH = 4.0, 10.0
+MASK = 1000.0  # what is added to a masked score, instead of the lowest float
+SAMPLED = 65536  # values of one tensor and example that enter its histogram, about
 
 
 def collect(
-    run: Callable[[np.ndarray], Mapping[str, np.ndarray]], images: Iterable[np.ndarray]
+    run: Callable[[Any], Mapping[str, np.ndarray]],
+    examples: Iterable[Any],
+    attending: Mapping[str, Collection[str]] = types.MappingProxyType({}),
 ) -> dict[str, tuple[float, float]]:
-    """Finds the range of every tensor that a network computes on images.
+    """Finds the range of every tensor that a network computes on examples.
+
+    Attention adds the lowest float to the scores of what may not be seen. Such numbers enter no range, but the softmax
+    that follows must still make nearly nothing of them: the ranges of what it reads go on below the lowest score.
 
     Args:
-      run: an image → `{name: values}`; called twice for each image.
-      images: may be iterated over twice.
+      run: an example → `{name: values}`; called twice for each example.
+      examples: may be iterated over twice.
+      attending: {tensor that a softmax reads: those that it is the sum of}.
 
     Returns:
       `{name: (a, b)}` with a ≤ 0 ≤ b, because zero has to be exact (it pads).
     """
     seen: dict[str, tuple[float, float]] = {}
-    for image in images:
-        for name, values in run(image).items():
+    masked = set()
+    for example in examples:
+        for name, values in run(example).items():
+            if values.min(initial=0) < -PADDING:
+                masked.add(name)
             values = values[np.abs(values) < PADDING]
             low, high = seen.get(name, (0.0, 0.0))
             ends = float(values.min(initial=0)), float(values.max(initial=0))
             seen[name] = min(low, ends[0]), max(high, ends[1])
     counts = {name: np.zeros(BINS, np.int64) for name in seen}
-    for image in images:
-        for name, values in run(image).items():
+    for example in examples:
+        for name, values in run(example).items():
             counts[name] += histogram(values, *seen[name])
-    return {name: least_error(counts[name], *seen[name]) for name in seen}
+    found = {name: least_error(counts[name], *seen[name]) for name in seen}
+    for name, terms in attending.items():
+        hiding = {t for t in terms if seen.get(t) == (0.0, 0.0)}
+        masked |= hiding | ({name} if hiding else set())  # also where all was seen
+    for name in masked & found.keys():
+        low, high = found[name]
+        if name in attending:
+            found[name] = min(low - BELOW_LOW, high - BELOW_HIGH), high
+        elif seen[name] == (0.0, 0.0):  # what is added
+            found[name] = -MASK, 0.0
+    return found
 
 
 def histogram(values: np.ndarray, low: float, high: float) -> np.ndarray:

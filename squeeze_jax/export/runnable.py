@@ -1,35 +1,41 @@
 """An exported file, opened: the one shape that every runtime is brought into."""
 
 import importlib.metadata
-import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from squeeze_jax import registry
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, nearest
 
 FORMATS = "squeeze_jax.export.formats"
+
+
+class Spec(NamedTuple):
+    """An input or an output of a file, without the axis of examples, such as ((224, 224, 3), float32)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class Runnable(NamedTuple):
     """A file in its runtime.
 
     Attributes:
-      shape: (h, w, c) of the pixels it takes.
+      inputs: what it takes, {name: Spec}.
       batch: the only batch size it takes; None means any.
-      run: float32 pixels [batch, h, w, c] → a tuple of float32 arrays [batch, ...].
-      timed: pixels [batch, h, w, c] → a function that runs the file once on them; copying them in is not timed.
+      run: {name: [batch, ...]}, of the inputs' dtypes → {name: float32 [batch, ...]} of its outputs.
+      timed: such inputs → a function that runs the file once on them; copying them in is not timed.
       runtime: name and version of what runs it.
     """
 
-    shape: tuple[int, int, int]
+    inputs: dict[str, Spec]
     batch: int | None
-    run: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    timed: Callable[[np.ndarray], Callable[[], Any]]
+    run: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    timed: Callable[[Mapping[str, np.ndarray]], Callable[[], Any]]
     runtime: str
 
 
@@ -76,33 +82,95 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
         raise UserError(f"{path} cannot be run as {extension}: {reason[0]}") from error
 
 
-def outputs(
-    runnable: Runnable, images: np.ndarray, batch: int
-) -> tuple[np.ndarray, ...]:
-    """Runs all images, in batches of one size so that a compiled program is compiled once.
+def specs(inputs: Mapping[str, Any]) -> dict[str, Spec]:
+    """Inputs as `Spec`s, from whatever has a shape and a dtype, such as `jax.ShapeDtypeStruct`."""
+    return {
+        name: Spec(tuple(map(int, each.shape)), np.dtype(each.dtype))
+        for name, each in inputs.items()
+    }
+
+
+def named(found: Any) -> dict[str, Any]:
+    """What a function returns as {name: output}; an array is called logits."""
+    return dict(found) if isinstance(found, Mapping) else {"logits": found}
+
+
+def fitted(
+    examples: Any, inputs: Mapping[str, Any], taker: str = "the file"
+) -> dict[str, np.ndarray]:
+    """Checks that examples are what a file takes.
+
+    Args:
+      examples: {name: [n, ...]}; for a file of one input also the array alone.
+      inputs: what it takes, {name: Spec}.
+      taker: what takes them, for errors.
+
+    Returns:
+      {name: [n, ...]} in the order of the inputs, of the same dtypes as they came.
+
+    Raises:
+      UserError: a missing or an unknown input, another shape, real numbers for integers, no examples, or not as many
+        of one input as of another.
+    """
+    names = ", ".join(inputs)
+    if not isinstance(examples, Mapping):
+        if len(inputs) > 1:
+            raise UserError(
+                f"{taker} takes {names}: give an array for each, not one for all"
+            )
+        examples = dict.fromkeys(inputs, examples)
+    for name in examples:
+        if name not in inputs:
+            raise UserError(f"{taker} has no input {name!r}{nearest(name, inputs)}")
+    for name in inputs:
+        if name not in examples:
+            raise UserError(f"{taker} takes {names}: {name} is missing")
+    arrays = {name: np.asarray(examples[name]) for name in inputs}
+    for name, array in arrays.items():
+        shape, dtype = inputs[name]
+        if array.shape[1:] != shape or not array.size:
+            expected = ", ".join(map(str, ("n", *shape)))
+            raise UserError(
+                f"{name} is {list(array.shape)}, {taker} takes [{expected}] with n ≥ 1"
+            )
+        if array.dtype.kind not in ("biuf" if dtype.kind == "f" else "biu"):
+            raise UserError(f"{name} is {array.dtype}, {taker} takes {dtype}")
+        if len(array) != len(arrays[next(iter(arrays))]):
+            first = next(iter(arrays))
+            raise UserError(
+                f"{name} has {len(array)} examples, {first} has {len(arrays[first])}"
+            )
+    return arrays
+
+
+def outputs(runnable: Runnable, examples: Any, batch: int) -> dict[str, np.ndarray]:
+    """Runs all examples, in batches of one size so that a compiled program is compiled once.
 
     Args:
       runnable: an opened file.
-      images: pixels 0..255 [n, h, w, c], any dtype.
-      batch: images at a time where the file takes any number.
+      examples: see `fitted`, any dtype that fits; pixels are 0..255.
+      batch: examples at a time where the file takes any number.
 
     Returns:
-      One array [n, ...] an output.
+      {name: [n, ...]} of its outputs.
 
     Raises:
-      UserError: no images, or of another shape than the file takes.
+      UserError: see `fitted`.
     """
-    if images.ndim != 4 or tuple(images.shape[1:]) != runnable.shape or not len(images):
-        expected = ", ".join(map(str, runnable.shape))
-        raise UserError(
-            f"images are {list(images.shape)}, the file takes [n, {expected}] with n ≥ 1"
-        )
-    size = runnable.batch or min(batch, len(images))
-    total = math.ceil(len(images) / size) * size
+    arrays = fitted(examples, runnable.inputs)
+    n = len(next(iter(arrays.values())))
+    size = runnable.batch or min(batch, n)
     parts = []
-    for start in range(0, total, size):
-        rows = np.arange(start, start + size).clip(max=len(images) - 1)
-        parts.append(runnable.run(images[rows].astype(np.float32)))
-    return tuple(
-        np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True)
-    )
+    for start in range(0, n, size):
+        rows = np.arange(start, start + size).clip(max=n - 1)
+        parts.append(runnable.run(cast(arrays, runnable.inputs, rows)))
+    return {
+        name: np.concatenate([part[name] for part in parts])[:n] for name in parts[0]
+    }
+
+
+def cast(
+    arrays: Mapping[str, np.ndarray], inputs: Mapping[str, Spec], rows: Any
+) -> dict[str, np.ndarray]:
+    """Some examples in the dtypes that a file takes."""
+    return {name: a[rows].astype(inputs[name].dtype) for name, a in arrays.items()}

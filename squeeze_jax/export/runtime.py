@@ -1,12 +1,13 @@
 """Runs an exported file in its own runtime: in this process, or alone in a fresh one on one core to measure it.
 
     python -m squeeze_jax.export.runtime model.tflite --images=x.npy --runs=100
+    python -m squeeze_jax.export.runtime model.tflite --examples=named_arrays.npz
 
 **Latency**: batch 1, one core, one thread; warm-up runs, then N timed ones with Python's garbage collector off. Copying the
-pixels in and quantizing them is not timed.
+inputs in and quantizing them is not timed.
 
 **Peak memory**: growth of the resident set, from just before the file is opened to its maximum after the timed runs at batch
-1. The runtime's library and the images are loaded before, and a first program is compiled where the runtime compiles, so
+1. The runtime's library and the examples are loaded before, and a first program is compiled where the runtime compiles, so
 that growth belongs to the file: its weights, its program, its activations, and for StableHLO XLA's memory while compiling.
 On Linux the kernel's high-water mark is reset before opening (`/proc/self/clear_refs`); elsewhere, and where that is
 forbidden, the mark since the process began is used, and growth below an earlier maximum is not seen.
@@ -21,102 +22,137 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import process
-from squeeze_jax.export.runnable import opened, outputs
+from squeeze_jax.export.runnable import cast, fitted, opened, outputs
 
 MEGABYTE = 1e6
 
 
 def load(
     path: str | Path, *, batch: int = 64, threads: int | None = None
-) -> Callable[[np.ndarray], np.ndarray]:
+) -> Callable[[Any], Any]:
     """Opens an exported file in this process.
 
     Args:
       path: a `.stablehlo` or `.tflite` file.
-      batch: images at a time where the file takes any number.
+      batch: examples at a time where the file takes any number.
       threads: CPU threads of LiteRT, all cores by default.
 
     Returns:
-      A function: pixels 0..255 [n, h, w, c] → logits float32 [n, classes].
+      A function: examples {name: [n, ...]}, or the array alone where the file has one input, such as pixels 0..255 [n,
+      h, w, c] → its output float32 [n, ...], or {name: output} of several.
 
     Raises:
-      UserError: the file is missing, damaged or of no known format; when called, images of another shape.
+      UserError: the file is missing, damaged or of no known format; when called, other examples than it takes.
     """
     runnable = opened(path, threads)
-    return lambda images: outputs(runnable, np.asarray(images), batch)[0]
+    return lambda examples: _alone(outputs(runnable, examples, batch))
 
 
-def run(path: str | Path, images, *, runs=0, warmup=10, batch=1, timeout=600.0) -> dict:
-    """Runs a file on images in a fresh process pinned to one core.
+def _alone(found: dict[str, np.ndarray]):
+    """The array of one output, or all by name."""
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+def run(
+    path: str | Path, examples, *, runs=0, warmup=10, batch=1, timeout=600.0
+) -> dict:
+    """Runs a file on examples in a fresh process pinned to one core.
 
     Args:
       path: the file.
-      images: pixels 0..255 [n, h, w, c].
+      examples: as the function that `load` returns takes them.
       runs: timed runs at batch 1; with 0 nothing is measured.
       warmup: runs before them.
-      batch: images at a time for the outputs.
+      batch: examples at a time for the outputs.
       timeout: seconds until the process is killed.
 
     Returns:
-      dict(outputs: tuple of arrays [n, ...], runtime, bytes), and with runs > 0 also
+      dict(outputs: {name: array [n, ...]}, runtime, bytes), and with runs > 0 also
       times_ms: [runs], peak_memory_mb, open_ms, core.
 
     Raises:
-      UserError: the file is missing, damaged, of no known format, or takes other images.
+      UserError: the file is missing, damaged, of no known format, or takes other examples.
       process.Crash: the runtime died or hung.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        given, found = Path(scratch, "images.npy"), Path(scratch, "found.npz")
-        np.save(given, np.asarray(images))
+        given, found = written(examples, scratch), Path(scratch, "found.npz")
         printed = process.python(
             "squeeze_jax.export.runtime",
-            *(path, f"--images={given}", f"--outputs={found}"),
+            *(path, f"--examples={given}", f"--outputs={found}"),
             *(f"--runs={runs}", f"--warmup={warmup}", f"--batch={batch}"),
             what=f"{path} in its own runtime",
             timeout=timeout,
         )
-        with np.load(found) as arrays:
-            results = tuple(arrays[k] for k in arrays.files)
+        results = read(found)
     return json.loads(printed.splitlines()[-1]) | {"outputs": results}
+
+
+def written(examples: Any, folder: str | Path) -> Path:
+    """Writes examples for a child to `read`, and returns the file."""
+    if isinstance(examples, Mapping):
+        path = Path(folder, "examples.npz")
+        np.savez(path, **{name: np.asarray(a) for name, a in examples.items()})
+    else:
+        path = Path(folder, "examples.npy")
+        np.save(path, np.asarray(examples))
+    return path
+
+
+def read(path: str | Path) -> Any:
+    """The array of a `.npy` file, or {name: array} of an `.npz` file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        found = np.load(path)
+        if isinstance(found, np.ndarray):
+            return found
+        with found:
+            return dict(found)
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        said = str(error).splitlines()[0] if str(error) else "it is no .npy or .npz"
+        raise UserError(f"cannot read examples from {path}: {said}") from None
 
 
 def measure(
     path: str | Path,
-    images,
+    examples,
     labels=None,
     *,
     runs: int = 100,
     warmup: int = 10,
     timeout: float = 1800.0,
 ) -> dict:
-    """Measures a file on one core of a fresh process, and its accuracy on the images.
+    """Measures a file on one core of a fresh process, and its accuracy where there are labels.
 
     Args:
       path: the file.
-      images: pixels 0..255 [n, h, w, c].
-      labels: [n] classes, or None.
+      examples: as the function that `load` returns takes them.
+      labels: [n] classes, or None; for a file of one output, whose last axis is the classes.
       runs: timed runs at batch 1.
       warmup: runs before them.
       timeout: seconds until the process is killed.
 
     Returns:
       dict(accuracy: float or None, latency_ms={p50, p90, p99}, peak_memory_mb, open_ms, bytes, runtime, core,
-      outputs: logits [n, classes]); MB are 10^6 bytes.
+      outputs: [n, ...], or {name: output} of several); MB are 10^6 bytes.
 
     Raises:
       As `run`.
     """
     from squeeze_jax.cost import latency  # loads jax, which the child does without
 
-    found = run(path, images, runs=max(runs, 1), warmup=warmup, timeout=timeout)
-    logits = found.pop("outputs")[0]
+    found = run(path, examples, runs=max(runs, 1), warmup=warmup, timeout=timeout)
+    logits = _alone(found.pop("outputs"))
     spread = latency.percentiles(found.pop("times_ms"))
     right = None if labels is None else logits.argmax(-1) == np.asarray(labels)
     return found | {
@@ -131,27 +167,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("squeeze_jax.export.runtime", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", help="a .stablehlo or .tflite file")
-    parser.add_argument("--images", required=True, help=".npy, pixels [n, h, w, c]")
     parser.add_argument(
-        "--outputs", help="runs all images, their outputs go here, .npz"
+        *("--examples", "--images"),
+        required=True,
+        help=".npz of an array [n, ...] for each input, or .npy, such as pixels [n, h, w, c]",
+    )
+    parser.add_argument(
+        "--outputs", help="runs all examples, their outputs go here, .npz"
     )
     parser.add_argument("--runs", type=int, default=100, help="timed runs at batch 1")
     parser.add_argument("--warmup", type=int, default=10, help="runs before them")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time")
+    parser.add_argument("--batch", type=int, default=1, help="examples at a time")
     args = parser.parse_args(argv)
     try:
         cores = pin()
-        images = np.load(args.images)
+        examples = read(args.examples)
         _wake(Path(args.file))
         found = {"bytes": _size(args.file)}
         if args.runs:
-            runnable, measured = _measured(args.file, images, args.runs, args.warmup)
+            runnable, measured = _measured(args.file, examples, args.runs, args.warmup)
             found |= measured | {"core": cores[0] if cores else None}
         else:
             runnable = opened(args.file, threads=1)
         found["runtime"] = runnable.runtime
         if args.outputs:
-            np.savez(args.outputs, *outputs(runnable, images, args.batch))
+            np.savez(args.outputs, **outputs(runnable, examples, args.batch))
     except UserError as error:
         print(error, file=sys.stderr)
         return process.USER_ERROR
@@ -159,15 +199,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _measured(path, images, runs, warmup):
+def _measured(path, examples, runs, warmup):
     """The opened file and dict(times_ms, open_ms, peak_memory_mb)."""
     before = _reset_peak()
     start = time.perf_counter()
     runnable = opened(path, threads=1)
-    first = images[:1]
+    arrays = fitted(examples, runnable.inputs)
+    first = cast(arrays, runnable.inputs, slice(1))
     outputs(runnable, first, 1)
     open_ms = 1e3 * (time.perf_counter() - start)
-    once = runnable.timed(first.astype(np.float32))
+    once = runnable.timed(first)
     for _ in range(warmup):
         once()
     times = np.empty(runs, np.int64)

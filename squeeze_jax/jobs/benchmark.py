@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax import tree
@@ -14,7 +15,10 @@ from squeeze_jax.export import runtime
 from squeeze_jax.jobs import evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import curves, picture, record, table
+from squeeze_jax.train import loop
 from squeeze_jax.train.state import State
+
+BATCH = 256
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
@@ -28,7 +32,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     export.alone("benchmark")
     state = evaluate.trained(built, workdir)
     paths = export.find(workdir, built.export.formats, int(state.step))
-    images, labels = test_set(built)
+    batches = list(built.data.eval(BATCH))
+    given = export.examples(built, batches, built.data.num_eval)
     counts = network(built, state)
     result = fit.evaluator(built)(state)
     weights = tree.nbytes(state.variables())
@@ -41,15 +46,16 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     ]
     for path in paths:
         print(
-            f"measuring  {path} on {len(images):,} test images, one thread", flush=True
+            f"measuring  {path} on {built.data.num_eval:,} test examples, one thread",
+            flush=True,
         )
         measured = runtime.measure(
             path,
-            images,
-            labels,
+            given,
             runs=built.benchmark.runs,
             warmup=built.benchmark.warmup,
         )
+        measured["accuracy"] = score(built, batches, measured["outputs"])
         rows.append(table.row(path.name, measured, **counts))
     print(f"\n{table.text(rows)}\n")
     config = json.loads((workdir / "config.json").read_text())
@@ -85,12 +91,27 @@ def caption(origin: dict) -> str:
     return " · ".join(parts)
 
 
-def test_set(built: Built) -> tuple[np.ndarray, np.ndarray]:
-    """All test images, uint8 [n, h, w, c], and labels [n]."""
-    batches = [
-        (b["image"][b["mask"]], b["label"][b["mask"]]) for b in built.data.eval(256)
-    ]
-    return tuple(np.concatenate(part) for part in zip(*batches, strict=True))
+def score(built: Built, batches: Sequence[dict], outputs) -> float | None:
+    """The headline of the evaluation of a file's outputs for all examples; None where it is of tokens masked on the way."""
+    if hasattr(built.data, "masked"):
+        return None
+
+    def step(outputs, some):
+        rows, batch = some
+        logits = jax.tree.map(lambda x: jnp.asarray(x[rows]), outputs)
+        sums, kept = built.metric.measure(logits, batch)
+        return sums, kept | {k: batch[k] for k in ("mask", "index") if kept}
+
+    ends = np.cumsum([batch["mask"].sum() for batch in batches])
+    some = (
+        (
+            slice(end - batch["mask"].sum(), end),
+            {k: v[batch["mask"]] for k, v in batch.items()},
+        )
+        for end, batch in zip(ends, batches, strict=True)
+    )
+    scores = loop.evaluate(step, outputs, some, lambda x: x, built.metric.score)
+    return scores[built.metric.headline]
 
 
 def network(built: Built, state: State) -> dict[str, int]:

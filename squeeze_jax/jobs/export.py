@@ -11,6 +11,7 @@ import numpy as np
 from squeeze_jax import export
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import files
+from squeeze_jax.export.runnable import named
 from squeeze_jax.jobs import evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nn.conv import lowering
@@ -34,20 +35,20 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     calibration = examples(built, training, built.export.calibration)
     for key in built.export.formats:
         (file,) = export.make(
-            pixels(live(built, state)),
-            built.data.exported["image"].shape,
+            live(built, state),
+            built.data.exported,
             workdir / "export",
             formats=(key,),
-            calibration=calibration["image"],
-            check_images=check["image"],
-            endpoints_fn=pixels(live(built, state, endpoints=True)),
+            calibration=calibration,
+            check=check,
+            endpoints_fn=live(built, state, endpoints=True),
             tolerance=built.export.tolerance,
             int8_agreement=built.export.int8_agreement,
         )
         note(workdir, file, int(state.step))
         print(
             f"exported   {file.path} · {units.size(file.bytes)} · largest difference {file.max_difference:.2g} ·"
-            f" same class {file.agreement:.1%}",
+            f" agreement {file.agreement:.1%}",
             flush=True,
         )
 
@@ -66,7 +67,7 @@ def live(built: Built, state: State, *, endpoints: bool = False):
             logits, stages = built.model.apply(
                 variables, built.data.inputs(batch), train=False
             )
-        return stages | {"logits": logits} if endpoints else logits
+        return stages | named(logits) if endpoints else logits
 
     return fn
 
@@ -106,20 +107,25 @@ def find(
     return [path.parent / known[key]["path"] for key in formats]
 
 
-def pixels(fn):
-    """A function of {"image": pixels} as one of the pixels."""
-    return lambda x: fn({"image": x})
-
-
 def examples(built: Built, batches, count: int) -> dict[str, np.ndarray]:
     """What an exported file takes of the first `count` examples of a stream that are no padding."""
     taken, have = [], 0
     for batch in batches:
-        taken.append({k: batch[k][batch["mask"]] for k in built.data.exported})
+        taken.append(taken_by_file(built, batch))
         have += int(batch["mask"].sum())
         if have >= count:
             break
     return {k: np.concatenate([t[k] for t in taken])[:count] for k in taken[0]}
+
+
+def taken_by_file(built: Built, batch) -> dict[str, np.ndarray]:
+    """What an exported file takes of a batch's examples: shorter sequences are padded, with what nobody attends to."""
+    found = {}
+    for name, spec in built.data.exported.items():
+        rows = batch[name][batch["mask"]]
+        pads = [(0, n - m) for n, m in zip(spec.shape, rows.shape[1:], strict=True)]
+        found[name] = np.pad(rows, [(0, 0), *pads])
+    return found
 
 
 def alone(job: str) -> None:

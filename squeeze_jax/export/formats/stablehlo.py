@@ -9,20 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from squeeze_jax.export.runnable import Runnable
+from squeeze_jax.export.runnable import Runnable, Spec, named
 
 SUFFIX = ".stablehlo"
 INTEGER = False
 NEEDS = ()
 PLATFORMS = ("cpu", "cuda", "tpu")
+ALONE = "image"  # an input that needs no mapping
 
 
-def convert(fn, shape, calibration=None) -> dict[str, bytes]:
+def convert(fn, inputs, calibration=None) -> dict[str, bytes]:
     """Traces `fn` with a symbolic batch for all platforms at once.
 
+    The program takes a mapping {name: array} and returns what `fn` returns; of an image alone it takes the array.
+
     Args:
-      fn: float32 pixels [b, h, w, c] → an array or a tuple of arrays.
-      shape: (h, w, c).
+      fn: {name: [b, ...]} → an array or a mapping of arrays.
+      inputs: {name: Spec}.
       calibration: not needed by this format.
 
     Returns:
@@ -31,10 +34,17 @@ def convert(fn, shape, calibration=None) -> dict[str, bytes]:
     import jax
     from jax import export
 
-    pixels = jax.ShapeDtypeStruct(
-        export.symbolic_shape(f"b, {', '.join(map(str, shape))}"), np.float32
-    )
-    exported = export.export(jax.jit(lambda x: fn(x)), platforms=PLATFORMS)(pixels)
+    scope = export.SymbolicScope()
+    given = {}
+    for name, (shape, dtype) in inputs.items():
+        axes = ", ".join(map(str, ("b", *shape)))
+        symbolic = export.symbolic_shape(axes, scope=scope)
+        given[name] = jax.ShapeDtypeStruct(symbolic, dtype)
+    if list(given) == [ALONE]:
+        called, given = (lambda x: fn({ALONE: x})), given[ALONE]
+    else:
+        called = lambda x: fn(x)  # noqa: E731  # not a trace from before
+    exported = export.export(jax.jit(called), platforms=PLATFORMS)(given)
     return {
         SUFFIX: bytes(exported.serialize()),
         ".mlir": _readable(exported.mlir_module()).encode(),
@@ -54,14 +64,24 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
     from jax import export
 
     exported = export.deserialize(bytearray(Path(path).read_bytes()))
+    (given,), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    alone = not isinstance(given, dict)
     call = jax.jit(exported.call)
 
-    def run(images):
-        return tuple(map(np.asarray, jax.tree.leaves(call(images))))
+    def entry(x):
+        return x[ALONE] if alone else dict(x)
 
-    def timed(images):
-        on_device = jax.device_put(images)
+    def run(x):
+        found = named(call(entry(x)))
+        return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+    def timed(x):
+        on_device = jax.device_put(entry(x))
         return lambda: jax.block_until_ready(call(on_device))
 
-    shape = tuple(map(int, exported.in_avals[0].shape[1:]))
-    return Runnable(shape, None, run, timed, f"jax {jax.__version__}")
+    inputs = {ALONE: given} if alone else given
+    inputs = {
+        name: Spec(tuple(map(int, aval.shape[1:])), np.dtype(aval.dtype))
+        for name, aval in inputs.items()
+    }
+    return Runnable(inputs, None, run, timed, f"jax {jax.__version__}")

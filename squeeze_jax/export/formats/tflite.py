@@ -1,19 +1,22 @@
 """TFLite in float32 for LiteRT, converted from StableHLO by litert-converter, without TensorFlow.
 
 The batch is fixed to 1, which is what a device runs; with a symbolic batch the converter leaves shape arithmetic in the
-graph. litert-converter's Python binding is no documented API: `flatbuffer` is the only place that touches it.
+graph. litert-converter's Python binding is no documented API: `flatbuffer` is the only place that touches it. Inputs and outputs
+bear their names in the file's one signature.
 """
 
 import importlib.metadata
+import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from squeeze_jax.export import process
-from squeeze_jax.export.runnable import Runnable
+from squeeze_jax.export.runnable import Runnable, Spec, named
 
 SUFFIX = ".tflite"
 INTEGER = False
@@ -22,54 +25,65 @@ SIGNATURE = "serving_default"
 CONVERTER_SECONDS = 1800.0
 
 
-def convert(fn, shape, calibration=None) -> dict[str, bytes]:
+def convert(fn, inputs, calibration=None) -> dict[str, bytes]:
     """Converts `fn` at batch 1; see `stablehlo.convert` for the arguments.
 
     Raises:
       process.Crash: the converter fails; names the operation that it cannot convert.
     """
-    return {SUFFIX: converted("tflite", fn, shape)}
+    from squeeze_jax.nn import conv
+
+    with conv.apart():
+        return {SUFFIX: converted("tflite", fn, inputs)}
 
 
-def converted(key: str, fn, shape, *arrays: np.ndarray) -> bytes:
-    """Runs a format's own `__main__` on the StableHLO of `fn`, and on arrays, in a process of its own."""
+def converted(key: str, fn, inputs, calibration=None) -> bytes:
+    """Runs a format's own `__main__` on the StableHLO of `fn`, and on examples, in a process of its own."""
     import jax
     from jax import export
 
     from squeeze_jax.nn import composite
 
-    pixels = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    given = {
+        name: jax.ShapeDtypeStruct((1, *shape), dtype)
+        for name, (shape, dtype) in inputs.items()
+    }
+    program = jax.jit(lambda x: named(fn(x)), keep_unused=True)
     with composite.whole():
-        exported = export.export(jax.jit(lambda x: fn(x)), platforms=("cpu",))(pixels)
+        exported = export.export(program, platforms=("cpu",))(given)
+    found = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    # As jax has them in the program: in the order of their names.
+    names = {"inputs": sorted(given), "outputs": sorted(found)}
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch, "in.mlirbc"), Path(scratch, "out.tflite")
         source.write_bytes(exported.mlir_module_serialized)
-        given = []
-        for i, array in enumerate(arrays):
-            given.append(Path(scratch, f"{i}.npy"))
-            np.save(given[-1], array)
+        more = []
+        if calibration is not None:
+            more.append(Path(scratch, "calibration.npz"))
+            np.savez(more[0], **calibration)
         process.python(
             f"squeeze_jax.export.formats.{key}",
-            *(source, target, len(exported.out_avals), *given),
+            *(source, target, json.dumps(names), *more),
             what=f"the conversion to {key}",
             timeout=CONVERTER_SECONDS,
         )
         return target.read_bytes()
 
 
-def flatbuffer(stablehlo: bytes, outputs: int) -> bytes:
-    """Converts portable StableHLO bytecode with one input and a number of outputs to a TFLite file's bytes."""
+def flatbuffer(
+    stablehlo: bytes, *, inputs: Sequence[str], outputs: Sequence[str]
+) -> bytes:
+    """Converts portable StableHLO bytecode to a TFLite file's bytes; the names are of its arguments and results."""
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as api
 
-    names = ["logits"] if outputs == 1 else [f"output_{i}" for i in range(outputs)]
     context = ir.Context()
     api.prepare_mlir_context(context)
     with context:
         module = ir.Module.parse(stablehlo)
         passes = "vhlo-legalize-stablehlo,reconcile-unrealized-casts,inline,symbol-dce"
         passmanager.PassManager.parse(f"builtin.module({passes})").run(module.operation)
-        api.set_signature(module.operation, SIGNATURE, ["image"], names)
+        api.set_signature(module.operation, SIGNATURE, list(inputs), list(outputs))
         config = api.ConvertToTFLConfig()
         config.model_origin_framework = "JAX"
         api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
@@ -87,24 +101,52 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
 
     interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
     interpreter.allocate_tensors()
-    (entry,) = interpreter.get_input_details()
-    exits = interpreter.get_output_details()
+    entries, exits = signature(interpreter)
 
-    def feed(images):
-        interpreter.set_tensor(entry["index"], quantize(images, entry))
+    def feed(x):
+        for name, entry in entries.items():
+            interpreter.set_tensor(entry["index"], quantize(x[name], entry))
 
-    def run(images):
-        feed(images)
+    def run(x):
+        feed(x)
         interpreter.invoke()
-        return tuple(dequantize(interpreter.get_tensor(e["index"]), e) for e in exits)
+        return {
+            name: dequantize(interpreter.get_tensor(e["index"]), e)
+            for name, e in exits.items()
+        }
 
-    def timed(images):
-        feed(images)
+    def timed(x):
+        feed(x)
         return interpreter.invoke
 
     version = importlib.metadata.version("ai-edge-litert")
-    batch, *shape = map(int, entry["shape"])
-    return Runnable(tuple(shape), batch, run, timed, f"ai-edge-litert {version}")
+    shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+    inputs = {
+        name: Spec(shape[1:], real(entries[name])) for name, shape in shapes.items()
+    }
+    batch = next(iter(shapes.values()))[0]
+    return Runnable(inputs, batch, run, timed, f"ai-edge-litert {version}")
+
+
+def signature(interpreter) -> tuple[dict[str, dict], dict[str, dict]]:
+    """({name: details of an input}, {name: of an output}); a file without names has the inputs image and outputs logits."""
+    if interpreter.get_signature_list():
+        runner = interpreter.get_signature_runner()
+        return runner.get_input_details(), runner.get_output_details()
+    entries, exits = interpreter.get_input_details(), interpreter.get_output_details()
+    if len(entries) == len(exits) == 1:
+        return {"image": entries[0]}, {"logits": exits[0]}
+    sides = (("input", entries), ("output", exits))
+    return tuple(
+        {f"{side}_{i}": detail for i, detail in enumerate(details)}
+        for side, details in sides
+    )
+
+
+def real(detail) -> np.dtype:
+    """The dtype of a tensor's values: of quantized integers float32."""
+    scale, _ = detail["quantization"]
+    return np.dtype(np.float32 if scale else detail["dtype"])
 
 
 def quantize(values, detail):
@@ -126,5 +168,6 @@ def dequantize(integers, detail):
 
 
 if __name__ == "__main__":
-    _source, _target, _outputs = sys.argv[1:]
-    Path(_target).write_bytes(flatbuffer(Path(_source).read_bytes(), int(_outputs)))
+    _source, _target, _names = sys.argv[1:]
+    _found = flatbuffer(Path(_source).read_bytes(), **json.loads(_names))
+    Path(_target).write_bytes(_found)

@@ -5,7 +5,9 @@ the ranges of activations come from running the float file on calibration images
 exactly (S = 1, Z = -128), so a camera's bytes go in without arithmetic. Microcontrollers and NPUs run such files.
 """
 
+import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import ranges
 from squeeze_jax.export.formats import tflite
+from squeeze_jax.export.runnable import fitted
 
 SUFFIX = "_int8.tflite"
 INTEGER = True
@@ -20,64 +23,98 @@ NEEDS = (*tflite.NEEDS, "litert-quantizer")
 PIXELS = (0.0, 255.0)
 
 
-def convert(fn, shape, calibration) -> dict[str, bytes]:
+def convert(fn, inputs, calibration) -> dict[str, bytes]:
     """Converts and quantizes `fn` at batch 1.
 
     Args:
-      fn: float32 pixels [1, h, w, c] → an array or a tuple of arrays.
-      shape: (h, w, c).
-      calibration: pixels 0..255 [n, h, w, c] of real images; 100 or more of all classes are advised.
+      fn: {name: [1, ...]} → an array or a mapping of arrays.
+      inputs: {name: Spec}; one called image is pixels 0..255, and integers stay what they are.
+      calibration: real examples {name: [n, ...]}; 100 or more of all classes are advised.
 
     Raises:
-      UserError: no calibration images, or of another shape.
+      UserError: no calibration examples, or of another shape.
       process.Crash: the converter or the quantizer fails.
     """
-    if calibration is None or not len(calibration):
-        raise UserError("tflite_int8 needs calibration images: give at least one")
-    if tuple(calibration.shape[1:]) != tuple(shape):
-        raise UserError(
-            f"calibration images are {list(calibration.shape[1:])}, the model takes {list(shape)}"
-        )
-    return {SUFFIX: tflite.converted("tflite_int8", fn, shape, calibration)}
+    if calibration is None:
+        raise UserError("tflite_int8 needs calibration examples: give at least one")
+    examples = fitted(calibration, inputs, "to calibrate, the model")
+    return {SUFFIX: tflite.converted("tflite_int8", fn, inputs, examples)}
 
 
-def quantized(flatbuffer: bytes, calibration: np.ndarray) -> bytes:
-    """Quantizes a float TFLite file's bytes with the ranges found on calibration images [n, h, w, c]."""
+def quantized(flatbuffer: bytes, calibration: Mapping[str, np.ndarray]) -> bytes:
+    """Quantizes a float TFLite file's bytes with the ranges found on calibration examples {name: [n, ...]}."""
     from litert_quantizer import quantizer, recipe
 
     tool = quantizer.Quantizer(flatbuffer)
     tool.load_quantization_recipe(recipe.static_wi8_ai8())
-    # the tool's own calibration tells which tensors it wants; its ranges, averages over images, cut large values off
-    first = {"image": calibration[:1].astype(np.float32)}
-    wanted = tool.calibrate({tflite.SIGNATURE: [first]}, num_threads=1)
-    found = ranges.collect(_tensors(flatbuffer, list(wanted)), calibration)
-    found[f"{tflite.SIGNATURE}_image"] = PIXELS
+    network = _Network(flatbuffer)
+    rows = [
+        network.fitting({k: v[i : i + 1] for k, v in calibration.items()})
+        for i in range(len(next(iter(calibration.values()))))
+    ]
+    # the tool's own calibration tells which tensors it wants; its ranges, averages over examples, cut large values off
+    wanted = tool.calibrate({tflite.SIGNATURE: rows[:1]}, num_threads=1)
+    found = ranges.collect(
+        lambda row: network.tensors(row, wanted), rows, attending(flatbuffer)
+    )
+    if "image" in network.entries:
+        found[network.entries["image"]["name"]] = PIXELS
     for name, ends in found.items():
         for key, end in zip(("min", "max"), ends, strict=True):
             wanted[name][key] = np.full_like(wanted[name][key], end)
     return bytes(tool.quantize(wanted).quantized_model)
 
 
-def _tensors(flatbuffer: bytes, names: list[str]):
-    """Returns a function: an image [h, w, c] → the values of the named tensors."""
-    from ai_edge_litert.interpreter import Interpreter
+def attending(flatbuffer: bytes) -> dict[str, list[str]]:
+    """{tensor that a softmax reads: those that an ADD makes it of}, by their names."""
+    from ai_edge_litert import schema_py_generated as schema
 
-    interpreter = Interpreter(
-        model_content=flatbuffer, experimental_preserve_all_tensors=True
-    )
-    interpreter.allocate_tensors()
-    entry = interpreter.get_input_details()[0]["index"]
-    index = {d["name"]: d["index"] for d in interpreter.get_tensor_details()}
+    model = schema.Model.GetRootAs(flatbuffer)
+    graph = model.Subgraphs(0)
+    kinds = schema.BuiltinOperator
+    read, added = [], {}
+    for i in range(graph.OperatorsLength()):
+        op = graph.Operators(i)
+        code = model.OperatorCodes(op.OpcodeIndex()).BuiltinCode()
+        if code == kinds.SOFTMAX:
+            read.append(op.Inputs(0))
+        elif code == kinds.ADD:
+            added[op.Outputs(0)] = op.InputsAsNumpy()
 
-    def run(image):
-        interpreter.set_tensor(entry, image[None].astype(np.float32))
-        interpreter.invoke()
-        return {name: interpreter.get_tensor(index[name]) for name in names}
+    def name(tensor):
+        return graph.Tensors(tensor).Name().decode()
 
-    return run
+    return {name(t): [name(term) for term in added.get(t, ())] for t in read}
+
+
+class _Network:
+    """A float file in the interpreter, which keeps what it computes on the way."""
+
+    def __init__(self, flatbuffer: bytes):
+        from ai_edge_litert.interpreter import Interpreter
+
+        self._interpreter = Interpreter(
+            model_content=flatbuffer, experimental_preserve_all_tensors=True
+        )
+        self._interpreter.allocate_tensors()
+        self.entries, _ = tflite.signature(self._interpreter)
+        details = self._interpreter.get_tensor_details()
+        self._index = {d["name"]: d["index"] for d in details}
+
+    def fitting(self, example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """An example in the dtypes of the file's inputs."""
+        return {k: v.astype(self.entries[k]["dtype"]) for k, v in example.items()}
+
+    def tensors(self, example: Mapping[str, np.ndarray], names: Iterable[str]):
+        """{name: values} of the tensors that it computes of an example."""
+        for name, entry in self.entries.items():
+            self._interpreter.set_tensor(entry["index"], example[name])
+        self._interpreter.invoke()
+        return {n: self._interpreter.get_tensor(self._index[n]) for n in names}
 
 
 if __name__ == "__main__":
-    _source, _target, _outputs, _calibration = sys.argv[1:]
-    _float = tflite.flatbuffer(Path(_source).read_bytes(), int(_outputs))
-    Path(_target).write_bytes(quantized(_float, np.load(_calibration)))
+    _source, _target, _names, _calibration = sys.argv[1:]
+    _float = tflite.flatbuffer(Path(_source).read_bytes(), **json.loads(_names))
+    with np.load(_calibration) as _examples:
+        Path(_target).write_bytes(quantized(_float, dict(_examples)))
