@@ -13,6 +13,8 @@ from squeeze_jax import export, models, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import operators, process, runnable, runtime
 from squeeze_jax.export.formats import tflite, tflite_dynamic
+from squeeze_jax.jobs import _experiment, _workdir, benchmark, fit
+from squeeze_jax.jobs import export as export_job
 from squeeze_jax.nn.conv import lowering
 
 LENGTH = 12
@@ -27,6 +29,7 @@ FILES = {
     "tflite_int8": "model_int8.tflite",
 }
 OUTPUTS = {"classification": ["logits"], "span": ["start", "end"]}
+FORMATS = ("stablehlo", "tflite_dynamic", "tflite_int8")  # of the jobs
 INTEGER = ("tflite_dynamic", "tflite_int8")
 
 
@@ -283,3 +286,56 @@ def test_noise_fits_every_table():
     assert 200 < made["image"].max() <= 255
     assert made["tokens"].dtype == np.int32
     assert not made["tokens"].any()
+
+
+def test_jobs_of_text(tmp_path, capsys):
+    """Trained on short and long sentences, exported, and measured: files are as accurate as the network."""
+    good, bad, words = ("fine", "great"), ("dull", "grim"), ("a", "film", "the", "plot")
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    (tmp_path / "vocab.txt").write_text("\n".join((*special, *good, *bad, *words)))
+    rng = np.random.default_rng(0)
+    for split, count in ("train", 96), ("dev", 25):
+        lines = ["sentence\tlabel"]
+        for i in range(count):
+            text = [
+                *rng.choice(words, rng.integers(1, 9)),
+                rng.choice((bad, good)[i % 2]),
+            ]
+            lines.append(f"{' '.join(text)}\t{i % 2}")
+        (tmp_path / "SST-2").mkdir(exist_ok=True)
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    config = {
+        "data": {
+            "name": "glue",
+            "task": "sst2",
+            "folder": str(tmp_path),
+            "tokenizer": str(tmp_path / "vocab.txt"),
+            "length": 12,
+            "buckets": (8,),
+        },
+        "model": {
+            "name": "squeezebert",
+            "variant": "toy",
+            "layers": 1,
+            "vocabulary": 13,
+        },
+        "optim": {"name": "adamw", "lr": 5e-3, "warmup": 0.1},
+        "batch": 16,
+        "steps": 60,
+        "export": {"formats": FORMATS, "check": 20, "calibration": 40},
+        "benchmark": {"runs": 2, "warmup": 1},
+    }
+    built = _experiment.build(_experiment.check(config))
+    _workdir.begin(tmp_path / "run", config)
+    fit.run(built, tmp_path / "run")
+    export_job.run(built, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert all(f"{FILES[key]} · " in said for key in FORMATS)
+    benchmark.run(built, tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    assert [row["model"] for row in rows[1:]] == [FILES[key] for key in FORMATS]
+    live = rows[0]["accuracy"]
+    assert live > 0.9
+    for row in rows[1:]:
+        assert row["accuracy"] == pytest.approx(live, abs=0.081)  # two of 25
+        assert row["accuracy"] == live or "int8" in row["model"]

@@ -33,7 +33,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     state = evaluate.trained(built, workdir)
     paths = export.find(workdir, built.export.formats, int(state.step))
     batches = list(built.data.eval(BATCH))
-    given = export.examples(built, batches, built.data.num_eval)
+    count = sum(int(batch["mask"].sum()) for batch in batches)
+    given = export.examples(built, batches, count)
     counts = network(built, state)
     result = fit.evaluator(built)(state)
     weights = tree.nbytes(state.variables())
@@ -46,7 +47,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     ]
     for path in paths:
         print(
-            f"measuring  {path} on {built.data.num_eval:,} test examples, one thread",
+            f"measuring  {path} on {count:,} test examples, one thread",
             flush=True,
         )
         measured = runtime.measure(
@@ -91,10 +92,8 @@ def caption(origin: dict) -> str:
     return " · ".join(parts)
 
 
-def score(built: Built, batches: Sequence[dict], outputs) -> float | None:
-    """The headline of the evaluation of a file's outputs for all examples; None where it is of tokens masked on the way."""
-    if hasattr(built.data, "masked"):
-        return None
+def score(built: Built, batches: Sequence[dict], outputs) -> float:
+    """The headline of the evaluation of a file's outputs for all examples of these batches."""
 
     def step(outputs, some):
         rows, batch = some
