@@ -30,7 +30,7 @@ class Lessons:
     frozen: tuple = ()
 
     def rows(self, batch: Mapping[str, np.ndarray]) -> tuple:
-        """What goes to the devices with a batch: a dict of arrays a teacher, or nothing."""
+        """What of the outputs on disk belongs to a batch, on the devices: a dict a teacher, or nothing."""
         return ()
 
     def spec(self, batch: Mapping[str, Any]) -> tuple:
@@ -50,15 +50,17 @@ class Live(Lessons):
 class Read(Lessons):
     """Teachers' outputs from a folder, a cache for each teacher."""
 
-    def __init__(self, cached: list[Cached], shapes: Callable):
-        self._cached, self.spec = cached, shapes
+    def __init__(self, cached: list[Cached], shapes: Callable, mesh):
+        self._cached, self.spec, self._mesh = cached, shapes, mesh
 
     def rows(self, batch):
-        return tuple(
-            jax.tree.map(
-                lambda rows: rows.astype(np.float32), each.rows(batch["index"], lengths)
-            )
+        found = tuple(
+            each.rows(batch["index"], lengths)
             for each, lengths in zip(self._cached, self.spec(batch), strict=True)
+        )
+        over = sharding.over_batch(self._mesh)
+        return jax.tree.map(
+            lambda rows: jax.device_put(rows.astype(np.float32), over), found
         )
 
     @staticmethod
@@ -101,7 +103,7 @@ def open(built, say: Callable[[str], None]) -> Iterator[Lessons]:
             stack.enter_context(each)
         _fill(built, cached, live, say)
         del live  # and the teachers' memory
-        yield Read(cached, shapes)
+        yield Read(cached, shapes, built.mesh)
 
 
 def _shapes(built, nets, wants) -> Callable:

@@ -33,6 +33,12 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     """
     if inputs:
         raise UserError(f"the job fit takes no files: {inputs[0]}")
+    with Steps(built) as step:
+        to_the_end(built, workdir, step)
+
+
+def to_the_end(built: Built, workdir: pathlib.Path, step: "Steps") -> None:
+    """Trains, see `run`; what `step` has compiled may have served runs that differ in nothing but their seeds."""
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
     say(plan(built, workdir))
@@ -48,15 +54,14 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         given = {} if restored else built.given()
         if main:
             _pretrained.note(workdir, built.options)
-        with contextlib.ExitStack() as stack:
-            lessons = stack.enter_context(_teachers.open(built, say))
-            step = Steps(built, abstract, lessons)
-            say(f"memory     {memory(step.largest)}\n")
-            if restored:
-                say(f"continuing from the checkpoint of step {start}")
-            begin = restored or Restored(built.create(given), 0)
-            log = Log(workdir, built.experiment.steps, start=start, quiet=not main)
-            stack.enter_context(contextlib.closing(log))
+        step.prepare(say)
+        say(f"memory     {memory(step.largest)}\n")
+        if restored:
+            say(f"continuing from the checkpoint of step {start}")
+        begin = restored or Restored(built.create(given), 0)
+        with contextlib.closing(
+            Log(workdir, built.experiment.steps, start=start, quiet=not main)
+        ) as log:
             train(built, step, begin, log, checkpoints)
 
 
@@ -80,7 +85,7 @@ def train(
             steps=e.steps,
             batch=e.batch,
             put=step.put,
-            evaluate=evaluator(built),
+            evaluate=step.evaluate,
             log=log,
             checkpoints=checkpoints,
             config=dataclasses.asdict(e),
@@ -149,24 +154,44 @@ def evaluation(
 
 
 class Steps:
-    """The training step, compiled for each of the shapes that batches come in; the largest at once, others when they come.
+    """The training step, compiled for each of the shapes that batches come in, and the evaluation; in a `with` statement.
 
     Attributes:
-      largest: the compiled step of the largest.
+      evaluate: state → scores, see `evaluator`.
     """
 
-    def __init__(self, built: Built, abstract: State, lessons: _teachers.Lessons):
-        self._built, self._abstract, self._lessons = built, abstract, lessons
+    def __init__(self, built: Built):
+        self._built, self._lessons = built, None
         self._specs = {_shapes(s): s for s in built.data.specs(built.experiment.batch)}
-        self._compiled = {}
-        self.largest = self._of(list(self._specs)[-1])
+        self._compiled, self._open = {}, contextlib.ExitStack()
+        self.evaluate = evaluator(built)
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._open.close()
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Lets the teachers speak, where there are any, and compiles for the largest shape; others follow when they come.
+
+        Args:
+          say: prints a line.
+        """
+        if self._lessons is None:
+            lessons = _teachers.open(self._built, say)
+            self._lessons = self._open.enter_context(lessons)
+
+    @property
+    def largest(self):
+        """The compiled step of the largest shape."""
+        return self._of(list(self._specs)[-1])
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Places a batch, with what the teachers' outputs on disk say of it."""
         placed = put(batch, self._built)
-        given = self._lessons.rows(batch)
-        if given:
-            placed["teacher"] = sharding.put_batch(given, self._built.mesh)
+        if given := self._lessons.rows(batch):
+            placed["teacher"] = given
         return placed
 
     def __call__(self, state: State, batch: dict, key: jax.Array):
@@ -177,9 +202,7 @@ class Steps:
     def _of(self, shapes):
         if shapes not in self._compiled:
             spec = self._specs[shapes]
-            self._compiled[shapes] = compile_step(
-                self._built, self._abstract, spec, self._lessons
-            )
+            self._compiled[shapes] = compile_step(self._built, spec, self._lessons)
         return self._compiled[shapes]
 
 
@@ -187,15 +210,15 @@ def _shapes(arrays) -> tuple:
     return tuple((name, tuple(arrays[name].shape)) for name in sorted(arrays))
 
 
-def compile_step(built: Built, abstract: State, spec, lessons: _teachers.Lessons):
+def compile_step(built: Built, spec, lessons: _teachers.Lessons):
     """Compiles the training step for the shapes and shardings it will get.
 
     Args:
-      built, abstract: the experiment, and its state's shapes.
+      built: the experiment.
       spec: shapes of a batch.
       lessons: of teachers.
     """
-    e, mesh = built.experiment, built.mesh
+    e, mesh, abstract = built.experiment, built.mesh, built.abstract()
     step = steps.make(
         built.model,
         built.tx,

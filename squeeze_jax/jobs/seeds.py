@@ -36,16 +36,14 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             f"config.seeds = {seeds} names no seeds to compare: give some, such as (0, 1, 2, 3, 4)"
         )
     found = {}
-    for seed in seeds:
-        experiment = dataclasses.replace(built.experiment, seed=seed)
-        one, folder = (
-            dataclasses.replace(built, experiment=experiment),
-            _of(workdir, seed),
-        )
-        _workdir.begin(folder, _workdir.tuples(dataclasses.asdict(experiment)))
-        fit.run(one, folder)
-        state = evaluate.trained(one, folder)
-        found[seed] = fit.evaluator(one)(state)
+    with fit.Steps(built) as step:
+        for seed in seeds:
+            experiment = dataclasses.replace(built.experiment, seed=seed)
+            one = dataclasses.replace(built, experiment=experiment)
+            folder = _of(workdir, seed)
+            _workdir.begin(folder, _workdir.tuples(dataclasses.asdict(experiment)))
+            fit.to_the_end(one, folder, step)
+            found[seed] = step.evaluate(evaluate.trained(one, folder))
     if jax.process_index() == 0:
         print(f"\n{report(found, built.metric.headline)}\n")
         written = summary(found, built.metric.headline)

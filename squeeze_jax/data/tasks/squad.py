@@ -6,6 +6,7 @@ question together.
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -124,7 +125,9 @@ class Squad:
     label_names = ()
     model: ClassVar = {"task": "span"}
     objective: ClassVar = {"name": "train.span"}
+    noun = "window"
     metrics = "squad"
+    fixed = True
 
     cutter: Cutter
     train_content: Questions | None
@@ -140,10 +143,6 @@ class Squad:
     @property
     def vocabulary(self) -> int:
         return self.cutter.tokenizer.size
-
-    @property
-    def noun(self) -> str:
-        return f"sequence of {self.length} tokens"
 
     @property
     def describe(self) -> str:
@@ -264,6 +263,14 @@ class Squad:
     def null_odds(self, rows: Mapping[str, np.ndarray]) -> dict[str, float]:
         """{id of a question: how far the score of "no answer" is above the best answer's}; see `answers`."""
         return self.answers(rows).odds
+
+    def submission(self, rows: Mapping[str, np.ndarray]) -> dict[str, str]:
+        """Files that the official evaluation reads, {"predictions.json": text}, for version 2 also "null_odds.json"."""
+        found = self.answers(rows)
+        written = {"predictions.json": found.texts(self.threshold)}
+        if self.version2:
+            written["null_odds.json"] = found.odds
+        return {name: json.dumps(each) + "\n" for name, each in written.items()}
 
     def _read_off(self, split: Split, logits: Mapping[str, np.ndarray]) -> Answers:
         limits = dict(n_best=self.n_best, max_answer=self.max_answer)
