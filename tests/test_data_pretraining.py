@@ -154,6 +154,7 @@ class TestBlocks:
         a, b, c, d, e, f = range(FIRST, FIRST + 6)
         assert batch["tokens"].tolist() == [[a, b, c, SEP], [d, e, f, PAD]]
         assert made.model == {"task": "causal_lm"}
+        assert made.fixed
         assert made.augment(None, batch).keys() == batch.keys()
 
 
@@ -181,6 +182,7 @@ class TestPairs:
     def test_the_order_of_sentences_is_told(self, text, vocabulary):
         made = make(text, vocabulary, eval=text, length=16, order="sentence_order")
         assert made.model == {"task": "pretraining"}
+        assert not made.fixed
         follow, ends = self.of(text)
         told = []
         for batch in some(made.train(10, 0), 40):

@@ -151,11 +151,9 @@ class TestMaskedLM:
         for key, g in tree.flatten(ga).items():
             np.testing.assert_allclose(g, tree.flatten(gb)[key], atol=1e-5)
 
-    @pytest.mark.parametrize(
-        "name",
-        ["albert", "distilbert", "electra", "mobilebert", "roberta", "squeezebert"],
-    )
-    def test_every_encoder_scores_chosen_positions(self, made, name):
+    # One with a matrix of its own beside the embeddings, one with narrow embeddings, which widen.
+    @pytest.mark.parametrize("name", ["mobilebert", "albert"])
+    def test_an_encoder_scores_chosen_positions(self, made, name):
         batch, x = first(made())
         net = models.make(name, variant="toy", task="masked_lm", layers=1)
         variables = filled(net, x)

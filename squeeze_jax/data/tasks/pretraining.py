@@ -142,6 +142,10 @@ class Pretraining:
     threads: int
 
     @property
+    def fixed(self) -> bool:
+        return self.kind == "causal"
+
+    @property
     def noun(self) -> str:
         return f"sequence of {self.length} tokens"
 
