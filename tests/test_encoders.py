@@ -14,7 +14,8 @@ from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.formats import tflite
 from squeeze_jax.export.runnable import specs
-from squeeze_jax.nn.attention import Groups, attend
+from squeeze_jax.models import squeezebert
+from squeeze_jax.nn.attention import Groups, SelfAttention, attend, shuffled
 from squeeze_jax.nn.composite import whole
 from squeeze_jax.nn.conv import apart, lowering
 from squeeze_jax.nn.embed import Embed, Embeddings
@@ -296,18 +297,19 @@ def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
 
 
 @pytest.mark.parametrize(
-    "groups",
+    ("groups", "shuffle"),
     [
-        4,
-        {},  # the paper's: a dense layer after attention
-        {"query": 2},  # heads are no longer apart
-        {"ffn_in": 2, "output": 8},
-        {"query": 1, "key": 1, "value": 1},
+        (4, False),
+        (4, True),
+        ({}, False),  # the paper's: a dense layer after attention
+        ({"query": 2}, False),  # heads are no longer apart
+        ({"ffn_in": 2, "output": 8}, True),
+        ({"query": 1, "key": 1, "value": 1}, False),
     ],
 )
-def test_groups_apart_compute_the_same(groups):
+def test_groups_apart_compute_the_same(groups, shuffle):
     """To the rounding of sums in another order, also what attention gives."""
-    net = toy("squeezebert", layers=2, groups=groups, dropout=0.0)
+    net = toy("squeezebert", groups=groups, shuffle=shuffle, dropout=0.0)
     variables, x = filled(net), batch(2) | {"mask": batch(2)["tokens"] > 9}
 
     def traced(x):
@@ -463,6 +465,49 @@ class TestSqueezeBert:
         ):
             with pytest.raises(UserError, match=message):
                 toy("squeezebert", layers=2, groups=groups)
+
+    def test_a_shuffle_is_nothing_to_a_dense_layer(self):
+        for groups in (None, 1, {"query": 2}):
+            options = dict(groups=groups, dropout=0.0)
+            one, two = (toy("squeezebert", shuffle=s, **options) for s in (False, True))
+            variables, x = filled(one), batch(2)
+            found, expected = (jit(net.apply)(variables, x) for net in (two, one))
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+    def test_a_shuffle_by_hand(self):
+        x = jnp.arange(12).reshape(1, 1, 12)  # of two groups, for three
+        expected = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+        assert shuffled(x, 2, 3)[0, 0].tolist() == expected
+
+    def test_a_shuffle_lets_groups_see_each_other(self):
+        """In one layer without other mixing: a change of the first group's values reaches the others' outputs, or not."""
+        x = np.random.default_rng(0).normal(size=(1, 3, 32)).astype("f")
+        other = x.copy()
+        other[..., :8] += 1
+        reached = {}
+        for shuffle in (False, True):
+            net = SelfAttention(4, Groups(4, 4, 4, 4), shuffle=shuffle)
+            variables = net.init(jax.random.key(0), x)
+            one, two = (net.apply(variables, y)[0] for y in (x, other))
+            moved = np.abs(one - two).max((0, 1)).reshape(4, 8).max(1)
+            reached[shuffle] = (moved > 1e-6).tolist()
+        assert reached == {False: [True, False, False, False], True: [True] * 4}
+
+    def test_counts_of_a_shuffled_layer_after_attention(self):
+        """Of 12 layers 768² (1 - 1/4) weights and as many MACs a token are saved."""
+        saved = 12 * 768 * 768 * 3 // 4
+        paper = models.make("squeezebert", task="features")
+        net = models.make("squeezebert", groups=4, shuffle=True, task="features")
+        x = shapes(128)
+        assert count.parameters(paper, x) - count.parameters(net, x) == saved
+        macs = count.macs(paper, x).total - count.macs(net, x).total
+        assert macs == 128 * saved
+
+    def test_a_shuffle_that_does_not_fit_is_named(self):
+        with pytest.raises(UserError, match="32 features of 8 groups do not shuffle"):
+            toy("squeezebert", groups=8, shuffle=True)
+        with pytest.raises(UserError, match="does not shuffle channels"):
+            squeezebert.to_huggingface(toy("squeezebert", groups=4, shuffle=True))
 
 
 class TestMobileBert:

@@ -20,7 +20,7 @@ from squeeze_jax.models import bert
 from squeeze_jax.models._encoder import Row, layer_names, sized
 from squeeze_jax.models.bert import Bert
 from squeeze_jax.nn import encoder
-from squeeze_jax.nn.attention import Groups
+from squeeze_jax.nn.attention import Groups, check_shuffle
 from squeeze_jax.nn.heads import Task, pooled
 from squeeze_jax.weights import huggingface
 
@@ -62,7 +62,16 @@ _LAYER_EPSILON = 1e-12  # of the class in transformers
 
 
 class SqueezeBert(Bert):
-    """The net: BERT's, with groups; its endpoints are those of `Encoder`."""
+    """The net: BERT's, with groups; its endpoints are those of `Encoder`.
+
+    Attributes:
+      shuffle: see `make`.
+    """
+
+    shuffle: bool = False
+
+    def make_layer(self, name, groups, **options):
+        return super().make_layer(name, groups, shuffle=self.shuffle, **options)
 
 
 def make(
@@ -86,6 +95,7 @@ def make(
     head_dropout: float | None = None,
     pooler: bool | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    shuffle: bool = False,
 ) -> SqueezeBert:
     """Builds a SqueezeBERT.
 
@@ -94,6 +104,8 @@ def make(
       groups: of the convolutions: one number for all; {"query": 4, "ffn_out": 8} for some positions (query, key, value,
         output, ffn_in, ffn_out), where the others keep the paper's; or a list of either, one for each layer.
       layer_epsilon: of the layers' normalisations; None for `epsilon`.
+      shuffle: where the layer after attention has groups, each of them sees channels of every group of the values, as in
+        ShuffleNet; not in the paper.
       Others: see `bert.make`.
 
     Raises:
@@ -114,6 +126,8 @@ def make(
     )
     each = encoder.layer_groups({} if groups is None else groups, GROUPS, row.layers)
     encoder.check(row.features, row.ffn_features, row.heads, each)
+    for g in each if shuffle else ():
+        check_shuffle(row.features, g.value, g.output)
     return SqueezeBert(
         row,
         task,
@@ -127,6 +141,7 @@ def make(
         dtype,
         groups=each,
         layer_epsilon=epsilon if layer_epsilon is None else layer_epsilon,
+        shuffle=shuffle,
     )
 
 
@@ -155,6 +170,10 @@ def to_huggingface(net: SqueezeBert) -> dict[str, Any]:
     if len(set(net.groups)) > 1:
         raise UserError(
             "transformers' SqueezeBERT has the same groups in every layer: these differ, so it could not load them"
+        )
+    if net.shuffle:
+        raise UserError(
+            "transformers' SqueezeBERT does not shuffle channels: it could not load this network"
         )
     if net.layer_epsilon != _LAYER_EPSILON:
         raise UserError(

@@ -106,6 +106,7 @@ class SelfAttention(nn.Module):
       causal: a position sees none that come after it.
       kernel_init: initializer of the kernels.
       output_init: of that of output; None for `kernel_init`.
+      shuffle: where output has groups, each of them sees a part of every group of the values, see `shuffled`.
     """
 
     heads: int
@@ -114,6 +115,7 @@ class SelfAttention(nn.Module):
     causal: bool = False
     kernel_init: Callable = nn.initializers.truncated_normal(0.02)
     output_init: Callable | None = None
+    shuffle: bool = False
 
     @nn.compact
     def __call__(
@@ -143,9 +145,42 @@ class SelfAttention(nn.Module):
                 for qkv in zip(query, key, value, strict=True)
             ]
             context, *maps = zip(*each, strict=True)
-            if groups.output != len(query):
+            if self.shuffle or groups.output != len(query):
                 context = jnp.concatenate(context, -1)
-            maps = (jnp.concatenate(m, 1) for m in maps)
-            return output(context), Attended(context, *maps)
-        attended = heads(query, key, value, heads=self.heads)
-        return output(attended.context), attended
+            attended = Attended(context, *(jnp.concatenate(m, 1) for m in maps))
+        else:
+            attended = heads(query, key, value, heads=self.heads)
+        mixed = attended.context
+        if self.shuffle and groups.output > 1:
+            mixed = shuffled(mixed, groups.value, groups.output)
+        return output(mixed), attended
+
+
+def shuffled(x: jax.Array, before: int, after: int) -> jax.Array:
+    """Gives every group of the next convolution as many neighbouring channels of each group of the one before.
+
+    The channel shuffle of ShuffleNet (arXiv 1707.01083, section 3.1) but for the order inside the next groups, which
+    their weights make up for; whole pieces of channels are quicker to move.
+
+    Args:
+      x: [b, l, c].
+      before, after: groups of the convolutions; their product divides c.
+
+    Raises:
+      UserError: channels that do not divide.
+    """
+    check_shuffle(x.shape[-1], before, after)
+    pieces = x.reshape(*x.shape[:-1], before, after, -1)
+    return pieces.swapaxes(-2, -3).reshape(x.shape)
+
+
+def check_shuffle(features: int, before: int, after: int) -> None:
+    """Checks that channels of some groups divide among the next ones; see `shuffled`.
+
+    Raises:
+      UserError: they do not.
+    """
+    if after > 1 and features % (before * after):
+        raise UserError(
+            f"{features} features of {before} groups do not shuffle into {after} groups: the product should divide them"
+        )

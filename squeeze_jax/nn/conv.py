@@ -16,6 +16,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from squeeze_jax.errors import UserError, nearest
@@ -123,8 +124,10 @@ def each_group(
       The groups of the result, [b, l, features / groups] each.
     """
     parts = x if isinstance(x, tuple) else jnp.split(x, groups, -1)
-    kernels = jnp.split(kernel, groups, -1)
-    biases = [None] * groups if bias is None else jnp.split(bias, groups)
+    # Weights on the host are cut there: converters take minutes to do it.
+    cut = np.split if isinstance(kernel, np.ndarray) else jnp.split
+    kernels = cut(kernel, groups, -1)
+    biases = [None] * groups if bias is None else cut(bias, groups)
     each = zip(parts, kernels, biases, strict=True)
     return tuple(conv(part, k, bias=b) for part, k, b in each)
 

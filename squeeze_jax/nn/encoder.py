@@ -36,6 +36,7 @@ class Layer(nn.Module):
       causal: a position sees none that come after it.
       kernel_init: initializer of all kernels.
       output_init: of those of attention's output and the feed-forward network's second layer; None for `kernel_init`.
+      shuffle: see `SelfAttention`.
     """
 
     heads: int
@@ -49,6 +50,7 @@ class Layer(nn.Module):
     causal: bool = False
     kernel_init: Callable = KERNEL_INIT
     output_init: Callable | None = None
+    shuffle: bool = False
 
     @nn.compact
     def __call__(
@@ -63,6 +65,7 @@ class Layer(nn.Module):
             self.causal,
             self.kernel_init,
             self.output_init,
+            self.shuffle,
             name="attention",
         )
         norms = [
