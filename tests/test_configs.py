@@ -1,17 +1,26 @@
-"""Every config is whole and trains: two steps of its own network on a few of its own kind of images."""
+"""Every config is whole and trains: two steps of its own network, made small where it is large, on a few of its own kind of examples."""
 
 import importlib.util
+import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import run as run_py
+from squeeze_jax import models
+from squeeze_jax.data import glue
 from squeeze_jax.jobs import _experiment, _settings, fit
 from squeeze_jax.train import log
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+WORDS = ("the", "film", "is", "fine", "and", "plot", "was", "not")
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
+SMALL = dict(layers=2, features=32, heads=2, ffn_features=32, positions=64)
+SMALL |= dict(vocabulary=len(VOCABULARY))
 
 
 def load(path):
@@ -36,12 +45,94 @@ def images(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """GLUE's files, questions, a text, a vocabulary, and encoders as transformers saves them."""
+    root = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+
+    def sentence():
+        return " ".join(rng.choice(WORDS, 6))
+
+    (root / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    for name, columns, labels, splits in (
+        ("SST-2", ("sentence",), ("0", "1"), ("train", "dev")),
+        (
+            "RTE",
+            ("sentence1", "sentence2"),
+            ("entailment", "not_entailment"),
+            ("train", "dev"),
+        ),
+        (
+            "MNLI",
+            ("sentence1", "sentence2"),
+            glue.TASKS["mnli"].names,
+            ("train", "dev_matched"),
+        ),
+    ):
+        (root / "glue" / name).mkdir(parents=True)
+        for split in splits:
+            label = "gold_label" if name == "MNLI" else "label"
+            lines = ["\t".join(("index", *columns, label))]
+            for number in range(16):
+                row = (str(number), *(sentence() for _ in columns))
+                lines.append("\t".join((*row, labels[number % len(labels)])))
+            (root / "glue" / name / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    document = [sentence() + " ." for _ in range(40)]
+    (root / "text.txt").write_text(
+        "\n".join(document) + "\n\n" + "\n".join(document) + "\n"
+    )
+    answers = [{"text": WORDS[1], "answer_start": 4}]
+    paragraph = {
+        "context": f"the film {sentence()}",
+        "qas": [
+            {"id": str(n), "question": sentence(), "answers": answers} for n in range(9)
+        ],
+    }
+    squad = {"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+    (root / "squad.json").write_text(json.dumps(squad))
+    for name, classes in ("squeezebert", 2), ("bert", 2), ("bert", 3):
+        net = models.make(name=name, variant="toy", num_classes=classes, **SMALL)
+        one = {"tokens": jnp.zeros((1, 4), jnp.int32)}
+        variables = jax.jit(net.init)(jax.random.key(0), one)
+        models.save(root / f"{name}{classes}", net, jax.device_get(variables))
+    return root
+
+
+def of_text(config, root):
+    """A config of text with the small files, and a network that is small where it is no folder's."""
+    config["data"]["tokenizer"] = str(root / "vocab.txt")
+    config["data"]["length"] = 32
+    config["data"].pop("buckets", None)
+    match config["data"]["name"]:
+        case "glue":
+            config["data"]["folder"] = str(root / "glue")
+        case "squad":
+            for split in "train", "eval":
+                config["data"][split] = str(root / "squad.json")
+            config["data"] |= dict(stride=8, max_question=8)
+        case "pretraining":
+            config["data"]["files"] = str(root / "text.txt")
+            config["data"]["eval"] = str(root / "text.txt")
+    if config.get("init"):
+        begins = "bert2" if "bert-base" in str(config["init"]) else "squeezebert2"
+        config["init"] = dict(folder=str(root / begins))
+    else:
+        config["model"] |= SMALL
+    if config.get("distill"):
+        classes = 3 if config["data"]["task"] == "mnli" else 2
+        config["distill"] = dict(teachers=(dict(folder=str(root / f"bert{classes}")),))
+    return config
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_trains_two_steps(path, images, tmp_path):
+def test_trains_two_steps(path, images, texts, tmp_path):
     config = _settings.tuples(run_py.load_config(path))
-    if config["data"]["source"]["name"] != "digits":
+    if config["data"].get("name", "images") != "images":
+        config = of_text(config, texts)
+    elif config["data"]["source"]["name"] != "digits":
         config["data"]["source"] = {"name": "folder", "root": str(images)}
-    config |= dict(steps=2, batch=8, log_every=1, eval_every=0)
+    config |= dict(steps=2, batch=8, accumulate=1, log_every=1, eval_every=0)
     config["optim"] |= dict(warmup=0, lr=1e-3)
     built = _experiment.build(_experiment.check(config))
     fit.run(built, tmp_path)

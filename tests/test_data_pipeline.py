@@ -73,6 +73,17 @@ def test_labels_belong_to_their_examples(photos):
     np.testing.assert_array_equal(batch["label"], np.repeat([0, 1, 2], [3, 2, 2]))
 
 
+def test_each_of_several_processes_may_have_one_row(photos):
+    opened = folder(photos, size=8)
+    whole = take(opened.train(2, seed=4), 3)
+    parts = [take(opened.train(2, 4, 0, (i, 2)), 3) for i in range(2)]
+    joined = [
+        np.concatenate([a["index"], b["index"]]) for a, b in zip(*parts, strict=True)
+    ]
+    for batch, index in zip(whole, joined, strict=True):
+        np.testing.assert_array_equal(batch["index"], index)
+
+
 @pytest.mark.parametrize("keys", [EVERYTHING, PADDED], ids=["resized", "padded"])
 def test_a_seed_decides_everything(photos, keys):
     runs = [take(folder(photos, **keys).train(4, seed=s), 6) for s in (5, 5, 6)]

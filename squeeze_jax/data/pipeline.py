@@ -157,7 +157,8 @@ def training(
     rows = share(batch, count)
     check_start(batch, seed, start)
     order = grain.MapDataset.range(len(reader)).seed(seed).shuffle().repeat()
-    chunks = order.batch(rows, batch_fn=np.array)
+    # It is endless; asked for a remainder, Grain counts beyond its largest integer.
+    chunks = order.batch(rows, drop_remainder=True, batch_fn=np.array)
     chunks = chunks.map_with_index(_Train(reader, seed, rows))
     return iterate(chunks[start // rows + index :: count], workers, threads)
 

@@ -128,6 +128,7 @@ class Pretraining:
     """
 
     reads = "tokens"
+    noun = "sequence"
     metrics = "pretraining"
     label_names = ()
 
@@ -144,10 +145,6 @@ class Pretraining:
     @property
     def fixed(self) -> bool:
         return self.kind == "causal"
-
-    @property
-    def noun(self) -> str:
-        return f"sequence of {self.length} tokens"
 
     @property
     def describe(self) -> str:
