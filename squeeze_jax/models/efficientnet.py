@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.nn.blocks import SqueezeExcite, conv_norm, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 
@@ -102,8 +103,7 @@ class MBConv(nn.Module):
         y = unit(y, stage.features, 1, activation=None, name="project")
         if x.shape != y.shape or self.strides != 1:
             return y
-        axes = (1, 2, 3)
-        y = nn.Dropout(self.skip, broadcast_dims=axes, deterministic=not train)(y)
+        y = Dropout(self.skip, whole=(1, 2, 3))(y, train=train)
         return x + y
 
 
@@ -132,7 +132,7 @@ class EfficientNet(nn.Module):
                 number += 1
             endpoints[f"stage{index}"] = y
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
-        y = nn.Dropout(row.dropout, deterministic=not train)(global_mean(y))
+        y = Dropout(row.dropout)(global_mean(y), train=train)
         # Uniform with a bound of 1 / sqrt(outputs).
         init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
         classifier = nn.Dense(

@@ -15,6 +15,7 @@ What to know of the class in `transformers` whose folders are read and written h
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from squeeze_jax.models._encoder import Encoder, layer_names
 from squeeze_jax.nn import activations, encoder
 from squeeze_jax.nn.attention import Attended, Groups, attend
 from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.embed import Embeddings
 from squeeze_jax.nn.heads import Task, pooled
 from squeeze_jax.nn.layer_norm import Normalization, norm
@@ -154,7 +156,7 @@ class Layer(nn.Module):
             self._dense("value")(value),
             heads=self.heads,
             mask=mask,
-            drop=nn.Dropout(self.attention_dropout, deterministic=not train),
+            drop=partial(Dropout(self.attention_dropout), train=train),
         )
         y = self._dense("output")(attended.context) + narrow
         y = self._norm("attention")(y)
@@ -164,7 +166,7 @@ class Layer(nn.Module):
             )
             epsilon = self.ffn_epsilon if n == self.stacks else self.epsilon
             y = self._norm(f"ffn{n}", epsilon)(y + z)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = partial(Dropout(self.dropout), train=train)
         y = x + drop(self._dense("wide", x.shape[-1])(y))
         return self._norm("wide")(y), attended
 

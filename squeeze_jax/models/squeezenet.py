@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.conv import Conv, Pair, per_axis
+from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
@@ -105,7 +106,7 @@ class SqueezeNet(nn.Module):
             name = f"fire{number}"
             fire = Fire(squeeze, expand, self.bypass, self.norm, name=name)
             y = stage(name, fire(y, train=train))
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        y = Dropout(self.dropout)(y, train=train)
         y = Conv(
             self.num_classes,
             1,

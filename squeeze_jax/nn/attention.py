@@ -11,6 +11,7 @@ import numpy as np
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.dropout import Dropout
 
 
 class Attended(NamedTuple):
@@ -135,7 +136,7 @@ class SelfAttention(nn.Module):
             attend,
             mask=mask,
             causal=self.causal,
-            drop=nn.Dropout(self.dropout, deterministic=not train),
+            drop=partial(Dropout(self.dropout), train=train),
         )
         init = self.output_init or init
         output = project(groups=groups.output, kernel_init=init, name="output")

@@ -1,6 +1,7 @@
 """From tokens to vectors, and back to scores of tokens."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.composite import exported_as
 from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import Normalization, norm
 
 
@@ -178,7 +180,7 @@ class Embeddings(nn.Module):
             y = y + (table.first(1) if segments is None else table(segments))
         if self.epsilon is not None:
             y = norm(self.normalization, self.epsilon, name="norm")(y)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = partial(Dropout(self.dropout), train=train)
         return drop(y.astype(self.dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn import activations
 from squeeze_jax.nn.attention import Attended, Groups, SelfAttention
 from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import LayerNorm
 
 DENSE = Groups()
@@ -57,7 +58,7 @@ class Layer(nn.Module):
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Attended]:
         """x: [b, l, d], mask: bool [b, l], True for real tokens → [b, l, d] and what attention gave."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = partial(Dropout(self.dropout), train=train)
         attention = SelfAttention(
             self.heads,
             self.groups,

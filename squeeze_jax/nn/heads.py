@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import activations
+from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import LayerNorm
 
 # BERT's; others have some of these, and ELECTRA "replaced".
@@ -178,7 +179,7 @@ class Head(nn.Module):
           positions: int [b, p]: where masked_lm scores tokens; None for everywhere. The scores of all positions take more
             time than the layers of a small encoder, and a loss reads every seventh.
         """
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = partial(Dropout(self.dropout), train=train)
 
         def sequence():
             return drop(self._sequence(x, pooled, train))
@@ -212,7 +213,7 @@ class Head(nn.Module):
         """What stands for the whole sequence, [b, d]."""
         if self.summary is None:
             return pooled
-        drop = nn.Dropout(self.summary_dropout, deterministic=not train)
+        drop = partial(Dropout(self.summary_dropout), train=train)
         return activations.named(self.summary)(_transform(drop(x[:, 0])))
 
     def _masked_lm(self, x, scores, positions):
