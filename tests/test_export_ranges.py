@@ -77,3 +77,22 @@ def test_large_arrays_are_sampled():
     counts = ranges.histogram(values, 0.0, 1.0)
     assert counts.sum() == ranges.SAMPLED
     assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_that_may_not_be_seen_keep_a_place(masked):
+    """Scores 0 to 2 go on to 10 below the highest, e^-10 of its share, also where every example was seen whole."""
+    lowest = np.finfo(np.float32).min
+    hide = np.array([0.0, lowest if masked else 0.0, 0.0], np.float32)
+    scores = np.array([2.0, 1.0, 0.5], np.float32)
+
+    def run(_):
+        pool = np.array([lowest, 2.0, 1.0], np.float32)
+        return {"mask": hide, "sum": scores + hide, "plain": scores, "pool": pool}
+
+    found = ranges.collect(run, [0], {"sum": ["plain", "mask"], "plain": []})
+    assert found["mask"] == (-1000, 0)
+    low, high = found["sum"]
+    assert 1.5 <= high <= 2
+    assert low == pytest.approx(high - 10)
+    assert found["plain"] == found["pool"] == (0, pytest.approx(high, abs=0.1))
