@@ -13,7 +13,8 @@ Runs an experiment from a config to a trained network to files that run on devic
   python run.py                                        the main job on the digits: train, evaluate, export, measure
   python run.py --config=configs/squeezenet_cifar10.py --workdir=DIR --config.steps=500
   python run.py --job=evaluate --workdir=DIR           one part again, from the work directory
-  python run.py --job=predict --workdir=DIR PHOTO.jpg FOLDER
+  python run.py --job=predict --workdir=DIR PHOTO.jpg FOLDER       labels of images; of a text, "A SENTENCE."
+  python run.py --job=seeds --config=configs/glue_minilm.py --config.seeds='(0, 1, 2)'      the best of several
 
 Stop it with Ctrl-C at any time; the same command continues where it was."""
 
@@ -28,7 +29,7 @@ def parse(argv):
         allow_abbrev=False,
     )
     parser.add_argument(
-        "inputs", nargs="*", help="image files or folders, for --job=predict"
+        "inputs", nargs="*", help="files, folders or texts, for --job=predict"
     )
     parser.add_argument(
         "--config",
@@ -117,7 +118,7 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _experiment, _settings, _workdir
+    from squeeze_jax.jobs import _experiment, _pretrained, _settings, _workdir
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     name = pathlib.Path(args.config or "digits").stem
@@ -134,6 +135,7 @@ def main(argv=None):
     join(args)
     if getattr(job, "NEEDS_RUN", not getattr(job, "BEGINS", False)):
         _workdir.same(workdir, config)
+        experiment = _experiment.check(_pretrained.alone(workdir, config))
     built = _experiment.build(experiment)
     if getattr(job, "BEGINS", False):
         _workdir.begin(workdir, config)

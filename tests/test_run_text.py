@@ -270,6 +270,17 @@ def test_a_student_learns_from_a_teacher(taught):
     assert "objective" not in state.variables()["params"]
 
 
+def test_a_student_is_evaluated_without_its_teacher(taught, place):
+    """Neither the losses nor the teachers nor the optimizer of the training are needed."""
+    workdir, built = taught
+    given = config(place, **student((workdir,)), optim=dict(name="sgd", lr=1.0))
+    begun = {"init": {"folder": "gone"}, "distill": {"teachers": ({"folder": "gone"},)}}
+    alone = _pretrained.alone(workdir, given | begun)
+    bare = _experiment.build(_experiment.check(_workdir.tuples(alone)))
+    assert bare.options == built.options
+    assert_equal(leaves(bare, workdir), leaves(built, workdir))
+
+
 def test_a_teacher_from_disk_says_the_same(trained, taught, place, tmp_path):
     distill = dict(cache=str(tmp_path / "cache"))
     built = train(tmp_path / "disk", place, **student(trained, distill=distill))

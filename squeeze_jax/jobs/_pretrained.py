@@ -110,6 +110,21 @@ def note(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
     files.write(workdir / MODEL, json.dumps(options, indent=2) + "\n")
 
 
+def alone(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run that has begun, without what only its training needs: networks to begin with or to learn from.
+
+    Args:
+      workdir: of the run.
+      config: as it was begun.
+    """
+    path, rest = workdir / MODEL, dict(config)
+    if path.exists():
+        rest["model"] = tuples(json.loads(path.read_text()))
+        for key in "init", "distill", "objective":
+            rest.pop(key, None)
+    return rest
+
+
 def begin(
     network: Network,
     options: Mapping[str, Any],

@@ -44,7 +44,7 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
         with contextlib.closing(
             Checkpoints(directory, **settings, read_only=True)
         ) as checkpoints:
-            restored = checkpoints.trained(built.abstract())
+            restored = checkpoints.network(built.abstract())
             if restored is not None:
                 return restored.state
     raise UserError(

@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.train.state import State
+from squeeze_jax.train.state import OBJECTIVE, State, network
 
 for noisy in ("absl", "orbax"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -140,13 +140,31 @@ class Checkpoints:
         if not steps:
             return None
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(
-            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
-            dict(self._manager.item_metadata(steps[-1])["state"]),
-        )
-        like["ema"] = like["ema"] or None
-        found = self.trained(State(**like))
+        found = self.trained(self._described(steps[-1], device))
         return None if found is None else jax.device_get(found.state.variables())
+
+    def network(self, like: State) -> Restored | None:
+        """As `trained`, but only the network has to be that of `like`: not the optimizer, nor what an objective learnt."""
+        steps = self.steps()
+        if not steps:
+            return None
+        saved = self._described(steps[-1], like.step.sharding)
+        extra = (
+            {OBJECTIVE: saved.params[OBJECTIVE]} if OBJECTIVE in saved.params else {}
+        )
+        params = network(like.params)
+        ema = saved.ema and {"params": params | extra, "stats": like.stats}
+        return self.trained(
+            saved._replace(params=params | extra, stats=like.stats, ema=ema)
+        )
+
+    def _described(self, step: int, sharding: jax.sharding.Sharding) -> State:
+        """The shapes of what was saved; the optimizer's arrays by their names."""
+        saved = dict(self._manager.item_metadata(step)["state"])
+        found = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), saved
+        )
+        return State(**found | {"ema": found["ema"] or None})
 
     def restore(
         self, like: State, steps: Sequence[int] | None = None
