@@ -193,3 +193,32 @@ def test_values_out_of_range_are_named(section, words):
 def test_the_signature_is_the_schema(section, words):
     with pytest.raises(UserError, match=words):
         registry.check(optim.make, section, "config.optim", given=("steps",))
+
+
+def test_what_is_frozen_stays_and_the_rest_is_trained_as_alone():
+    found = ours(name="adamw", lr=0.1, freeze=("bias$",))
+    np.testing.assert_array_equal(found["bias"], WEIGHTS["dense"]["bias"])
+    alone = ours(name="adamw", lr=0.1)["kernel"]
+    np.testing.assert_allclose(found["kernel"], alone, rtol=1e-5)
+
+
+def test_what_is_frozen_takes_no_memory():
+    params = jax.tree.map(jnp.asarray, WEIGHTS)
+    whole = optim.make("adamw", steps=9, lr=0.1).init(params)
+    half = optim.make("adamw", steps=9, lr=0.1, freeze=("kernel",)).init(params)
+    sizes = [sum(x.size for x in jax.tree.leaves(s) if x.ndim) for s in (whole, half)]
+    assert sizes == [2 * (5 * 3 + 3), 2 * 3]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "line"),
+    [
+        (("nothing",), "config.optim.freeze: the rule 'nothing' matches no parameter"),
+        (("(",), "config.optim.freeze: '(' is not a regular expression"),
+        (("dense/",), "config.optim.freeze = ('dense/',) finds every parameter"),
+    ],
+)
+def test_bad_names_to_freeze(freeze, line):
+    with pytest.raises(UserError) as error:
+        ours(name="sgd", lr=0.1, freeze=freeze)
+    assert str(error.value).startswith(line)

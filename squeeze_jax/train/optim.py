@@ -1,6 +1,7 @@
 """Optimizers and schedules from one config section, all of optax; weight decay by rules."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -41,6 +42,7 @@ def make(
     decay: float = 0.0,
     decay_rules: tuple = DECAY,
     clip: float = 0.0,
+    freeze: tuple = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the chain: clip → rule and decay of the optimizer → learning rate.
 
@@ -60,9 +62,11 @@ def make(
       decay: weight decay.
       decay_rules: `(regex, factor)` over parameter names, first match wins, no match means none.
       clip: largest global norm of the gradients; 0 for no clipping.
+      freeze: regular expressions over parameter names; what one of them finds keeps its values, and takes no memory in
+        the optimizer.
 
     Raises:
-      UserError: values out of range.
+      UserError: values out of range; when it is given parameters, a regular expression that finds none.
     """
     _no_dead_keys(locals())
     rate = make_schedule(
@@ -87,7 +91,8 @@ def make(
         ),
     }[name]
     clipping = [optax.clip_by_global_norm(clip)] if clip else []
-    return optax.chain(*clipping, *parts, optax.scale_by_learning_rate(rate))
+    chain = optax.chain(*clipping, *parts, optax.scale_by_learning_rate(rate))
+    return frozen(chain, freeze) if freeze else chain
 
 
 def _no_dead_keys(given: dict) -> None:
@@ -149,6 +154,23 @@ def make_schedule(
     return optax.join_schedules(
         [optax.linear_schedule(0.0, lr, warmup), after], [warmup]
     )
+
+
+def frozen(tx: optax.GradientTransformation, names: Sequence[str]):
+    """`tx` for the parameters that none of the regular expressions `names` finds; the others do not change."""
+
+    def labels(params):
+        rules = [(name, "frozen") for name in names]
+        found = tree.apply_rules(
+            rules, params, default="free", where="config.optim.freeze"
+        )
+        if "free" not in jax.tree.leaves(found):
+            raise UserError(
+                f"config.optim.freeze = {tuple(names)} finds every parameter: nothing is left to train"
+            )
+        return found
+
+    return optax.partition({"free": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 def decayed_weights(decay: float, rules) -> optax.GradientTransformation:
