@@ -12,7 +12,10 @@ from pathlib import Path
 
 # Meshes are tested on four simulated devices; this has to stand before jax is imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Most programs are compiled here to run once. Those that are timed are compiled as for users: the fixture `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,6 +39,16 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"{SHARED} is absent: CI must run the tests needing it")
     config.hook.pytest_deselected(items=needing)
     items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+    """Compiles as for users, in this process and in those it starts."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

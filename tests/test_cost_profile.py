@@ -12,6 +12,7 @@ from squeeze_jax.cost.profile import Interval
 from squeeze_jax.errors import UserError
 
 MS = 1_000_000  # ns
+pytestmark = pytest.mark.usefixtures("optimized")  # times are compared
 
 
 class Uneven(nn.Module):
