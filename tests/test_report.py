@@ -75,6 +75,14 @@ def test_units(write, value, text):
     assert write(value) == text
 
 
+def test_another_score_than_accuracy_is_named():
+    rows = [table.row("a", {"accuracy": 0.5}, score="f1"), table.row("b", score="f1")]
+    assert table.text(rows).split("\n")[0] == "model  test f1"
+    titles = [ax.get_title(loc="left") for ax in picture.draw(rows, title="t").axes]
+    assert "Test f1" in titles
+    assert not [t for t in titles if "accuracy" in t.lower()]
+
+
 def test_table_text():
     assert (
         table.text(ROWS)

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,13 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     count = sum(int(batch["mask"].sum()) for batch in batches)
     given = export.examples(built, batches, count)
     counts = network(built, state)
+    counts["score"] = built.metric.headline.removeprefix("eval_").replace("_", " ")
     result = fit.evaluator(built)(state)
     weights = tree.nbytes(state.variables())
     rows = [
         table.row(
             "live model (JAX)",
-            {"accuracy": result[built.metric.headline], "bytes": weights},
+            {"accuracy": headline(built, result), "bytes": weights},
             **counts,
         )
     ]
@@ -109,8 +110,13 @@ def score(built: Built, batches: Sequence[dict], outputs) -> float:
         )
         for end, batch in zip(ends, batches, strict=True)
     )
-    scores = loop.evaluate(step, outputs, some, lambda x: x, built.metric.score)
-    return scores[built.metric.headline]
+    found = loop.evaluate(step, outputs, some, lambda x: x, built.metric.score)
+    return headline(built, found)
+
+
+def headline(built: Built, scores: Mapping[str, float]) -> float:
+    """The score that networks are compared by, as a part of 1."""
+    return scores[built.metric.headline] / built.metric.scale
 
 
 def network(built: Built, state: State) -> dict[str, int]:

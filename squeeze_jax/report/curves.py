@@ -9,8 +9,6 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import log
 
-# panel, its training key, its evaluation key
-PANELS = (("loss", "loss", "eval_loss"), ("accuracy", "accuracy", "eval_accuracy"))
 TRAIN, TEST = "#0072B2", "#D55E00"  # Okabe and Ito 2008: distinct to colour-blind eyes
 
 
@@ -43,12 +41,17 @@ def series(
     return np.array(steps, int), np.array([found[s] for s in steps], float)
 
 
-def plot(axes, records: list[Mapping[str, Any]]) -> None:
-    """Draws loss on the first of two matplotlib axes and accuracy on the second."""
-    for ax, (title, train, test) in zip(axes, PANELS, strict=True):
+def plot(axes, records: list[Mapping[str, Any]], score: str = "accuracy") -> None:
+    """Draws loss on the first of two matplotlib axes and a score on the second."""
+    for ax, title in zip(axes, ("loss", score), strict=True):
         for key, label, color, style in (
-            (train, "train", TRAIN, dict(linewidth=1.5)),
-            (test, "test", TEST, dict(linewidth=1.5, marker="o", markersize=4)),
+            (title, "train", TRAIN, dict(linewidth=1.5)),
+            (
+                f"eval_{title}",
+                "test",
+                TEST,
+                dict(linewidth=1.5, marker="o", markersize=4),
+            ),
         ):
             steps, values = series(records, key)
             if len(steps):

@@ -83,14 +83,16 @@ def draw(
     for i, panel in enumerate(panels):
         place = left + names + i * each + 0.1 / width
         area = (place, inches(1) / height, each - 0.3 / width, heights[1] / height)
-        _bars(figure.add_axes(area), rows, *panel, named=i == 0)
+        title, *rest = panel
+        title = title.replace("accuracy", table.score(rows))
+        _bars(figure.add_axes(area), rows, title, *rest, named=i == 0)
     if metrics:
         axes = []
         for i in range(2):
             place = left + 0.35 / width + i * inner / 2
             area = (place, inches(2) / height, inner / 2 - 0.6 / width, 2.4 / height)
             axes.append(figure.add_axes(area))
-        curves.plot(axes, metrics)
+        curves.plot(axes, metrics, table.score(rows))
     for i, line in enumerate(reversed(lines)):
         figure.text(left, (0.12 + 0.2 * i) / height, line, fontsize=8, color="#555555")
     return figure

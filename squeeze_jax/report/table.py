@@ -31,7 +31,7 @@ def row(
 
     Args:
       model: name of the model or file.
-      measured: accuracy (0..1), bytes, latency_ms (a dict with p50 and p90), peak_memory_mb, runtime; any may be missing.
+      measured: accuracy (0..1, or another score, see `score`), bytes, latency_ms (a dict with p50 and p90), peak_memory_mb, runtime; any may be missing.
       parameters: number of parameters.
       macs: multiply-accumulates of one image.
       **more: other keys, for the JSON file only, or to stand in for measured ones.
@@ -45,11 +45,17 @@ def latency(row: Mapping[str, Any], percentile: str) -> float | None:
     return (row.get("latency_ms") or {}).get(percentile)
 
 
+def score(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What networks are compared by: rows may name it under "score", such as "f1"; accuracy otherwise."""
+    return rows[0].get("score", "accuracy") if rows else "accuracy"
+
+
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The headings and, for each row, its cells as text; a column that no row fills is left out."""
     lines = [[write(r) for _, write in COLUMNS] for r in rows]
     used = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
     headings = [heading for heading, _ in COLUMNS]
+    headings[1] = f"test {score(rows)}"
     return [[line[i] for i in used] for line in [headings, *lines]]
 
 

@@ -10,7 +10,7 @@ from squeeze_jax.train.metrics._metric import Metric
 
 def make(data=None) -> Metric:
     """Scores "eval_loss", "eval_accuracy" and "eval_top5"; everything is summed on the devices."""
-    return Metric(measure, score, "eval_accuracy", ("eval_accuracy", "eval_top5"))
+    return Metric(measure, score, "eval_accuracy", names=("eval_accuracy", "eval_top5"))
 
 
 def measure(logits, batch):
