@@ -129,7 +129,12 @@ def test_padding_as_xla_says_it(padding, name):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 8, 7, 3)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 1, 3)).astype(np.float32)
-    y = conv(x, kernel, strides=2, groups=3, padding=padding, lowering=name)
+
+    @jax.jit
+    def run(x, kernel):
+        return conv(x, kernel, strides=2, groups=3, padding=padding, lowering=name)
+
+    y = run(x, kernel)
     expected = jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -156,11 +161,14 @@ def test_bfloat16_stays_and_is_as_exact_as_its_eight_bits(name, seed):
     x, kernel, arguments, _ = random_case(seed)
     x, kernel = jnp.bfloat16(x), jnp.bfloat16(kernel)
 
-    def loss(x, k):
-        return conv(x, k, lowering=name, **arguments).sum()
+    @jax.jit
+    def run(x, kernel):
+        y, pull = jax.vjp(
+            lambda x, k: conv(x, k, lowering=name, **arguments), x, kernel
+        )
+        return y, pull(jnp.ones_like(y))
 
-    y = conv(x, kernel, lowering=name, **arguments)
-    gradients = jax.grad(loss, (0, 1))(x, kernel)
+    y, gradients = run(x, kernel)
     wide = np.asarray(x, np.float32), np.asarray(kernel, np.float32)
     expected, *_ = torch_conv(*wide, **arguments)
     assert {a.dtype for a in (y, *gradients)} == {jnp.dtype(jnp.bfloat16)}
@@ -223,11 +231,12 @@ def test_the_layer_is_flax_with_other_arithmetic():
     theirs = linen.Conv(
         12, (3, 5), strides=2, feature_group_count=6, kernel_dilation=(1, 2)
     )
-    variables = theirs.init(jax.random.key(1), x)
+    variables = jax.jit(theirs.init)(jax.random.key(1), x)
     variables["params"]["bias"] += 1
     shapes = jax.eval_shape(ours.init, jax.random.key(1), x)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
-    close(ours.apply(variables, x), theirs.apply(variables, x))
+    both = jax.jit(lambda v, x: [net.apply(v, x) for net in (ours, theirs)])
+    close(*both(variables, x))
 
 
 @pytest.mark.parametrize(
