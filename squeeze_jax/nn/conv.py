@@ -34,7 +34,7 @@ LOWERINGS = typing.get_args(Lowering)
 
 # A user context is part of jit's cache key, so that a function traced outside a `lowering` block is traced again in it.
 _forced = jax.make_user_context(None)
-_apart = jax.make_user_context(False)
+_apart = jax.make_user_context(None)
 MOST_APART = 16  # groups that are still a convolution each
 
 
@@ -103,7 +103,8 @@ def apart() -> Iterator[None]:
     """Makes one convolution for each group of the fully connected layers of sequences that `Conv`s are inside.
 
     A runtime has its quickest product for one group; the groups' channels stay apart from one layer to the next where
-    both have the same. Float files for LiteRT are made in it; integer ones have its grouped convolution.
+    both have the same. On a CPU it is so outside too, unless a lowering is forced. Float files for LiteRT are made in
+    it; integer ones have its grouped convolution.
     """
     with _apart(True):
         yield
@@ -224,7 +225,7 @@ class Conv(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         connected = extent == (1,) and per_axis(self.strides, 1) == (1,)
-        if _apart.value and connected and 1 < self.groups <= MOST_APART:
+        if connected and 1 < self.groups <= MOST_APART and self._apart():
             parts = each_group(x, kernel, bias, self.groups)
             return jnp.concatenate(parts, -1) if whole else parts
         return conv(
@@ -237,6 +238,12 @@ class Conv(nn.Module):
             lowering=self.lowering,
             bias=bias,
         )
+
+    def _apart(self) -> bool:
+        if _apart.value is not None:
+            return _apart.value
+        forced = _forced.value is not None or self.lowering != "auto"
+        return not forced and not native_is_best()
 
 
 def explicit_padding(
