@@ -34,6 +34,18 @@ SMALL = {
         "ROWS": 64,
         "LAYERS": 4,
     },
+    "04_squeezebert": {
+        "STEPS": 2,
+        "BATCH": 8,
+        "LENGTH": 32,
+        "VOCABULARY": 400,
+        "FEATURES": 16,
+        "DEPTH": 1,
+        "WORKDIR": "{tmp}/run",
+        "WIDTH": 128,
+        "TIMED": 1,
+        "ROUNDS": 2,
+    },
 }
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
