@@ -1,4 +1,4 @@
-"""Contracts of every encoder of text, and what their options promise; test_models.py has the networks of images."""
+"""Contracts of every encoder of text; test_encoders_options.py has what options promise, test_models.py the networks of images."""
 
 import collections
 from functools import partial
