@@ -42,6 +42,7 @@ SMALL = {
         "FEATURES": 16,
         "DEPTH": 1,
         "WORKDIR": "{tmp}/run",
+        "LAYERS": 1,
         "WIDTH": 128,
         "TIMED": 1,
         "ROUNDS": 2,
