@@ -8,6 +8,10 @@ lays them out. Any task, and any other folder of transformers:
     python run.py --config=configs/glue_minilm.py --job=fit --config.data.task=mrpc --config.steps=460 --workdir=runs/mrpc
     python run.py --job=predict --workdir=runs/glue_minilm "a charming and often affecting journey"
 
+Result on SST-2: 89.2% of the development set, after 40 minutes on 2 busy cores of an AMD EPYC server; the same with batches
+of 128, lr 6e-5, three epochs and averaged weights (`--config.batch=128 --config.steps=1578 --config.optim.lr=6e-5
+--config.ema=0.99 --config.checkpoint.use=best`), in 24 minutes. 22.7 M parameters, 698 M MACs at 64 tokens.
+
 Best of several seeds: `--job=seeds --config.seeds='(0, 1, 2)'`. Files for GLUE's server: `--job=submit`.
 """
 

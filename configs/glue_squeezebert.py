@@ -7,6 +7,14 @@ layers.
     python run.py --config=configs/glue_minilm.py --job=fit
     python run.py --config=configs/glue_squeezebert.py
 
+Results on SST-2 of the best of four evaluations in two epochs, `--config.batch=64 --config.steps=2104
+--config.checkpoint.use=best`, the teacher having 89.2% of the development set (872 sentences, so 1.3% is a standard deviation):
+
+    losses                                              accuracy
+    cross-entropy alone                                    81.5%
+    and soft logits                                        80.4%
+    and soft logits, hidden states, embeddings, attention  82.6%
+
 Without a loss: `--config.objective='({"name": "train.cross_entropy"},)' --config.distill.teachers='()'`, for example.
 """
 

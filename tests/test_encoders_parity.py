@@ -13,6 +13,8 @@ from squeeze_jax import models, registry, tree
 from squeeze_jax.nn import encoder
 from squeeze_jax.weights import foreign
 
+pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
+
 MODELS = "squeeze_jax.models"
 # Of the smallest kind; the epsilon is so large that ignoring it shows.
 CONFIG = dict(

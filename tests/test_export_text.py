@@ -327,6 +327,7 @@ def test_jobs_of_text(tmp_path, capsys):
     }
     built = _experiment.build(_experiment.check(config))
     _workdir.begin(tmp_path / "run", config)
+    _workdir._locks.popitem()[1].close()
     fit.run(built, tmp_path / "run")
     export_job.run(built, tmp_path / "run")
     said = capsys.readouterr().out

@@ -18,6 +18,8 @@ from torch.nn import functional
 from squeeze_jax import models, registry, tree
 from squeeze_jax.weights import files, foreign
 
+pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
+
 NETS = {
     "efficientnet_b0": ("efficientnet", {"variant": "b0"}, 64),
     "efficientnet_b5": ("efficientnet", {"variant": "b5"}, 65),

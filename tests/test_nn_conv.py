@@ -11,6 +11,8 @@ from jax import export
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, conv, lowering
 
+pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
+
 LOWERINGS = ("native", "taps", "matmul", "patches", "direct", "split", "flat")
 KINDS = ("dense", "depthwise", "pointwise", "grouped", "grouped pointwise")
 

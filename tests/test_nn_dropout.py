@@ -9,6 +9,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.dropout import Dropout, _mixed
 from squeeze_jax.train import sharding
 
+pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
+
 
 def drop(x, rate=0.1, seed=0, **options):
     key = jax.random.key(seed)

@@ -19,6 +19,8 @@ from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.width import scaled
 
+pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
+
 
 def batch(seed=0, shape=(3, 5, 4, 6)):
     """Images whose channels have means far from zero."""

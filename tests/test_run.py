@@ -49,11 +49,12 @@ def compiled_once(tmp_path_factory):
         yield
 
 
-def start(*arguments, devices=1, **options):
-    """Starts run.py on so many simulated devices."""
+def start(*arguments, devices=1, more=(), **options):
+    """Starts run.py on so many simulated devices; `more` is for its environment."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **dict(more),
     }
     command = [sys.executable, "-u", ROOT / "run.py", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -190,7 +191,11 @@ def start_two(workdir):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     joined = [f"--coordinator=localhost:{port}", "--processes=2"]
-    return [start(*fit(workdir, *joined, f"--process={i}")) for i in range(2)]
+    # Without optimization XLA begins several reductions at once, in another order in each process.
+    as_users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "JAX_COMPILATION_CACHE_DIR": ""}
+    return [
+        start(*fit(workdir, *joined, f"--process={i}"), more=as_users) for i in range(2)
+    ]
 
 
 def test_two_processes_stop_together_and_train_what_one_trains(whole, tmp_path):

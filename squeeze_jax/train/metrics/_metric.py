@@ -14,12 +14,12 @@ class Metric(NamedTuple):
       score: (sums, rows) → {"eval_loss": …, "eval_accuracy": …}, numpy on the host; rows are those of all examples that
         count, and "index" says which each is.
       headline: the score that says which of two networks is better: the one where it is higher.
-      scale: what the headline is of: 1, or 100 for percent.
       names: of the scores by which a best checkpoint may be chosen; () for all that `score` gives.
+      scale: what the headline is of: 1, or 100 for percent.
     """
 
     measure: Callable
     score: Callable
     headline: str
-    scale: float = 1.0
     names: tuple[str, ...] = ()
+    scale: float = 1.0

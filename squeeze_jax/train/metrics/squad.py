@@ -23,7 +23,7 @@ def make(data) -> Metric:
         functools.partial(measure, length=data.length),
         functools.partial(score, data=data),
         "eval_f1",
-        100.0,
+        scale=100.0,
     )
 
 
