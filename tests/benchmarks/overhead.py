@@ -69,9 +69,9 @@ def bare(turn, case: str, folder: str, args: argparse.Namespace) -> None:
     from squeeze_jax.jobs import fit
 
     built = build(case, folder, args.batch)
-    step, state = fit.compile_step(built, built.abstract()), built.create()
+    step, state = workload.step(built), built.create()
     key, batches = workload.key(built), built.data.train(built.experiment.batch, seed=0)
-    resident = fit.put(next(batches), built.mesh)
+    resident = fit.put(next(batches), built)
     batches.close()
     turn(True)
     while True:
@@ -120,7 +120,7 @@ def whole(
         lambda self, state, *_: jax.block_until_ready(state),
     )
     built = build(case, folder, args.batch)
-    compiled = fit.compile_step(built, built.abstract())
+    compiled = workload.step(built)
     count, begin = 0, clocks()
 
     class Step:

@@ -44,7 +44,7 @@ def ours(turn, network: str, folder: str, args: argparse.Namespace) -> None:
             cache_mb=0,  # as PyTorch does, ours decodes each image again for each crop
         ),
     )
-    step, state = fit.compile_step(built, built.abstract()), built.create()
+    step, state = workload.step(built), built.create()
     key, batches = workload.key(built), built.data.train(args.batch, seed=0)
     parameters = tree.size(state.params)
     turn({"parameters": parameters, "setting": f"{built.data.threads} threads"})
@@ -52,7 +52,7 @@ def ours(turn, network: str, folder: str, args: argparse.Namespace) -> None:
     def run(count):
         nonlocal state
         for _ in range(count):
-            state, _ = step(state, fit.put(next(batches), built.mesh), key)
+            state, _ = step(state, fit.put(next(batches), built), key)
         jax.block_until_ready(state)
 
     _blocks(turn, run, args)

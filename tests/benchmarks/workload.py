@@ -73,6 +73,14 @@ def build(network: str, batch: int, data: dict, **keys):
     return _experiment.build(_experiment.check(config | keys))
 
 
+def step(built):
+    """The compiled training step."""
+    from squeeze_jax.jobs import _teachers, fit
+
+    spec = built.data.specs(built.experiment.batch)[-1]
+    return fit.compile_step(built, spec, _teachers.Lessons())
+
+
 def key(built):
     """The run's random key, placed on the devices."""
     import jax
