@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 
 FAULTS = """
+{prepare}
 import resource
 
-{prepare}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+"""
+STEPS = """
 import jax, jax.numpy as jnp
 
 @jax.jit
@@ -25,16 +30,22 @@ w, x = jnp.eye(64), jnp.ones((2**14, 64))
 counts = []
 for _ in range(15):
     f(w, x).block_until_ready()
-    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    counts.append(faults())
 print(sorted(b - a for a, b in zip(counts[4:], counts[5:]))[5])
+"""
+AT_ONCE = """
+before = faults()
+for _ in range(4):
+    bytes([1]) * (5 << 28)  # 1.25 GB, or 327680 pages of 4 kB
+print(faults() - before)
 """
 KEEP = "from squeeze_jax.jobs._allocator import keep_memory; keep_memory()"
 
 
-def faults(prepare):
-    """Page faults of a call, the median of ten."""
+def faults(prepare, program):
+    """Page faults of a step, the median of ten, or of taking gigabytes four times."""
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(prepare=prepare)],
+        [sys.executable, "-c", FAULTS.format(prepare=prepare) + program],
         capture_output=True,
         text=True,
         check=True,
@@ -46,5 +57,11 @@ def faults(prepare):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc alone")
 def test_freed_memory_is_not_faulted_in_again():
-    assert faults("") > 16384 / 2
-    assert faults(KEEP) < 16384 / 50
+    assert faults("", STEPS) > 16384 / 2
+    assert faults(KEEP, STEPS) < 16384 / 50
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc alone")
+def test_gigabytes_are_not_faulted_in_again():
+    assert faults("", AT_ONCE) > 3 * 327680
+    assert faults(KEEP, AT_ONCE) < 1.1 * 327680

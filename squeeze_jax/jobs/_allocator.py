@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 
 # Parameters of mallopt(3), numbered as in glibc's malloc.h.
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def keep_memory() -> None:
@@ -18,5 +18,5 @@ def keep_memory() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(ARENA_MAX, 1)
-        mallopt(MMAP_THRESHOLD, 1 << 30)
-        mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(MMAP_MAX, 0)  # a threshold would not reach networks that take gigabytes
+        mallopt(TRIM_THRESHOLD, -1)  # never
