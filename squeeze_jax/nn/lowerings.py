@@ -86,8 +86,6 @@ def fastest(which: Map, g: Geometry) -> str:
         place = {"forward": g.size, "image": g.out, "kernel": g.extent}[which]
         if any(n < k for n, k in zip(place, g.kernel, strict=True)):
             return "patches"
-        if which == "kernel" and g.channels >= WIDE and g.dilation == (1, 1):
-            return "patches"
         few = math.prod(g.kernel) * g.channels <= 32  # the first layer, of an image
         if which == "forward" and few and g.features < 64:
             return "direct"
