@@ -1,5 +1,7 @@
 """Every lowering of a convolution is PyTorch's convolution, and has the derivatives of XLA's."""
 
+import re
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -311,3 +313,17 @@ def test_numbers_for_another_count_of_axes_are_named():
 def test_an_unknown_forced_lowering_is_named():
     with pytest.raises(UserError, match="did you mean 'native'"), lowering("nativ"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [("3, 128, 512", 1), ("4, 128, 512", 4), ("b, 128, 512", 4)]
+)
+def test_groups_of_sequences_are_apart_where_there_are_many_positions(shape, count):
+    layer = Conv(512, 1, groups=4)
+    variables = layer.init(jax.random.key(0), jnp.zeros((1, 1, 512)))
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
+    exported = export.export(jax.jit(layer.apply))(variables, x)
+    products = re.findall(
+        r"stablehlo\.(?:dot_general|convolution)", exported.mlir_module()
+    )
+    assert len(products) == count

@@ -36,6 +36,7 @@ LOWERINGS = typing.get_args(Lowering)
 _forced = jax.make_user_context(None)
 _apart = jax.make_user_context(None)
 MOST_APART = 16  # groups that are still a convolution each
+FEWEST_APART = 512  # positions, of all sequences: few are quicker in one operation
 
 
 @contextmanager
@@ -103,8 +104,8 @@ def apart() -> Iterator[None]:
     """Makes one convolution for each group of the fully connected layers of sequences that `Conv`s are inside.
 
     A runtime has its quickest product for one group; the groups' channels stay apart from one layer to the next where
-    both have the same. On a CPU it is so outside too, unless a lowering is forced. Float files for LiteRT are made in
-    it; integer ones have its grouped convolution.
+    both have the same. On a CPU it is so outside too for FEWEST_APART positions or more, unless a lowering is forced.
+    Float files for LiteRT are made in it; integer ones have its grouped convolution.
     """
     with _apart(True):
         yield
@@ -225,7 +226,7 @@ class Conv(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         connected = extent == (1,) and per_axis(self.strides, 1) == (1,)
-        if connected and 1 < self.groups <= MOST_APART and self._apart():
+        if connected and 1 < self.groups <= MOST_APART and self._apart(some):
             parts = each_group(x, kernel, bias, self.groups)
             return jnp.concatenate(parts, -1) if whole else parts
         return conv(
@@ -239,11 +240,15 @@ class Conv(nn.Module):
             bias=bias,
         )
 
-    def _apart(self) -> bool:
+    def _apart(self, x) -> bool:
         if _apart.value is not None:
             return _apart.value
         forced = _forced.value is not None or self.lowering != "auto"
-        return not forced and not native_is_best()
+        if forced or native_is_best():
+            return False
+        positions = x.shape[0] * x.shape[1]
+        unknown = not isinstance(positions, int)  # a symbolic batch
+        return unknown or positions >= FEWEST_APART
 
 
 def explicit_padding(
