@@ -64,4 +64,6 @@ def test_freed_memory_is_not_faulted_in_again():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc alone")
 def test_gigabytes_are_not_faulted_in_again():
     assert faults("", AT_ONCE) > 3 * 327680
-    assert faults(KEEP, AT_ONCE) < 1.1 * 327680
+    large = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    granted = large.exists() and "[never]" not in large.read_text()
+    assert faults(KEEP, AT_ONCE) < 327680 * (0.1 if granted else 1.1)
