@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import inspect
 import pathlib
 import signal
 import sys
@@ -33,7 +34,8 @@ def parse(argv):
     )
     parser.add_argument(
         "--config",
-        help="a Python file with get_config(); default: that of the work directory, or digits",
+        metavar="FILE[:ARGUMENT]",
+        help="a Python file with get_config(), or get_config(ARGUMENT); default: that of the work directory, or digits",
     )
     parser.add_argument(
         "--config.KEY",
@@ -64,11 +66,19 @@ def parse(argv):
     return parser.parse_args([a for a in argv if a not in overrides]), overrides
 
 
-def load_config(path):
-    """The dict that a config file's `get_config()` returns."""
+def file_and_argument(config):
+    """A config file, and what its `get_config` is called with: of "x.py:mrpc" x.py and ("mrpc",), of "x.py" ()."""
+    path, colon, argument = str(config).rpartition(":")
+    if not colon or pathlib.Path(config).is_file():
+        return pathlib.Path(config), ()
+    return pathlib.Path(path), (argument,)
+
+
+def load_config(config):
+    """The dict that the `get_config` of a file returns; after a colon may come what it is called with."""
     from squeeze_jax.errors import UserError, nearest
 
-    path = pathlib.Path(path)
+    path, arguments = file_and_argument(config)
     if not path.is_file():
         found = [
             str(p) for p in sorted(pathlib.Path(__file__).parent.glob("configs/*.py"))
@@ -83,7 +93,12 @@ def load_config(path):
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no function get_config()")
-    config = module.get_config()
+    if arguments and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"{path} takes no argument: leave out :{arguments[0]}")
+    try:
+        config = module.get_config(*arguments)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
@@ -121,7 +136,8 @@ def main(argv=None):
     from squeeze_jax.jobs import _experiment, _pretrained, _settings, _workdir
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
-    name = pathlib.Path(args.config or "digits").stem
+    path, arguments = file_and_argument(args.config or "digits")
+    name = "_".join((path.stem, *arguments))
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
     if args.config is None and (workdir / "config.json").exists():
         config = _workdir.read(workdir)
