@@ -8,7 +8,9 @@ lays them out. After a colon comes the task, without one it is SST-2:
     python run.py --config=configs/glue_minilm.py:mrpc --job=fit
     python run.py --job=predict --workdir=runs/glue_minilm "a charming and often affecting journey"
 
-RESULTS
+SST-2: 90.1% of the development set, after 27 minutes on 2 busy cores of an AMD EPYC server. The token embeddings stay as
+they are, and what is evaluated is a running mean of the weights; without both, with batches of 32 and lr 5e-5, it was 89.2%.
+STS-B: STSB. MRPC: MRPC. 22.7 M parameters, 698 M MACs at 64 tokens.
 
 Another network: `--config.init.folder=FOLDER --config.data.tokenizer=FOLDER`. Best of several seeds: `--job=seeds
 --config.seeds='(0, 1, 2)'`. Files for GLUE's server: `--job=submit`.
@@ -59,7 +61,7 @@ def get_config(task="sst2"):
     if task == "sst2":
         config.batch, config.optim.lr, config.ema = 64, 1e-4, 0.999
         config.optim.freeze = ("^embeddings/",)
-    config.steps = epochs * examples // config.batch
+    config.steps = epochs * (examples // config.batch)
     times = 2 * epochs if task == "sst2" else epochs
     config.eval_every = config.save_every = config.steps // times
     config.checkpoint = dict(use="best")

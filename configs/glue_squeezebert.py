@@ -72,7 +72,7 @@ def get_config(task="sst2"):
         dict(name="distill.attention", weight=0.1),
     )
     config.batch = 64 if task == "sst2" else 32
-    config.steps = epochs * examples // config.batch
+    config.steps = epochs * (examples // config.batch)
     config.optim = dict(
         name="adamw", lr=3e-4, schedule="linear", warmup=0.1, decay=0.01, clip=1.0
     )
