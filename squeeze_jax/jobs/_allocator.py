@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import pathlib
 
 # Parameters of mallopt(3), numbered as in glibc's malloc.h, and of madvise(2).
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -29,6 +30,8 @@ def keep_memory() -> None:
 
 def _ask_for_large_pages(libc, pages: int) -> None:
     """Has the heap grow by so many pages, none of which is there until it is used, and marks them."""
+    if pathlib.Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        return  # there what may be used counts as used
     libc.malloc.restype = ctypes.c_void_p
     page = os.sysconf("SC_PAGESIZE")
     begin = libc.malloc(ctypes.c_size_t(pages * page))
