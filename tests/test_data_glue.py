@@ -374,7 +374,7 @@ def test_a_test_set_that_is_not_there(make, official):
 
 def test_what_is_no_table(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"a.tsv is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"a.tsv:1 is not UTF-8 text"):
         tsv.read(tmp_path / "a.tsv")
     (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b"a\tb\n" * 99)[:-9])
     with pytest.raises(UserError, match=r"cannot read .*a.tsv.gz"):

@@ -313,9 +313,9 @@ def test_files_that_are_none(tmp_path, uncased):
     with pytest.raises(UserError, match=r"model.bin is no tokenizer: give a folder"):
         tokens.load(tmp_path / "model.bin")
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"vocab.txt is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"vocab.txt:1 is not UTF-8 text"):
         tokens.load(tmp_path)
-    with pytest.raises(UserError, match=r"vocab.txt is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"vocab.txt:1 is not UTF-8 text"):
         tokens.train([tmp_path / "vocab.txt"], 100)
     with pytest.raises(UserError, match=r"cannot read .*nothing: No such file"):
         tokens.train([tmp_path / "nothing"], 100)

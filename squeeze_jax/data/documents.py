@@ -1,7 +1,6 @@
 """Raw text as tokens in sentences and documents, and examples for pretraining cut from them."""
 
 import bisect
-import gzip
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from squeeze_jax.data import pipeline
+from squeeze_jax.data import files, pipeline
 from squeeze_jax.data.pipeline import Batch
 from squeeze_jax.data.tokens import END, Tokenizer
 from squeeze_jax.errors import UserError
@@ -57,49 +56,63 @@ def read(
       UserError: a file that is not there or is no text, or files without text.
     """
     dtype = np.uint16 if tokenizer.size <= 2**16 else np.int32
-    marks = [ids[0] for ids in tokenizer.encode_many(MARKS) if len(ids) == 1]
-    parts, lengths, documents, fresh = [], [], [0], False
+    marks = _marks(tokenizer) if sentences == "marks" else None
+    # Arrays of many lines each: one for every line would take several times the memory of the tokens.
+    tokens, ends, documents = [], [], []
+    count = places = 0
     for path in paths:
         fresh = True
         for lines in _chunks(path):
             texts = [f"{line}\n" if newlines and line else line for line in lines]
-            for ids in tokenizer.encode_many(texts):
-                if not len(ids):
-                    fresh = True
-                    continue
-                if fresh and lengths:
-                    documents.append(len(lengths))
-                fresh = False
-                parts.append(ids.astype(dtype))
-                ends = [len(ids)]
-                if sentences == "marks":
-                    ends = np.union1d(np.flatnonzero(np.isin(ids, marks)) + 1, ends)
-                lengths += np.diff(ends, prepend=0).tolist()
-    if not lengths:
+            found = tokenizer.encode_many(texts)
+            some, closing, opening = _sentences(found, fresh, marks)
+            fresh = not len(found[-1])
+            documents.append(opening + count)
+            ends.append(closing + places)
+            tokens.append(some.astype(dtype))
+            count, places = count + len(closing), places + len(some)
+    if not count:
         raise UserError(f"no text in {', '.join(map(str, paths)) or 'no files'}")
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Documents(
-        np.concatenate(parts), starts, np.array([*documents, len(lengths)], np.int64)
+        np.concatenate(tokens),
+        np.concatenate([[0], *ends]),
+        np.concatenate([*documents, [count]]),
     )
+
+
+def _sentences(lines: list[np.ndarray], fresh: bool, marks: np.ndarray | None):
+    """Tokens of lines after each other, where sentences end in them, and which sentences begin documents, int64.
+
+    Args:
+      lines: ids of each; none ends a document.
+      fresh: whether the first begins a document.
+      marks: ids that end sentences within a line, or None.
+    """
+    tokens = np.concatenate(lines)
+    sizes = np.array([len(ids) for ids in lines])
+    there = sizes > 0
+    after = np.cumsum(sizes)
+    begins = np.append(fresh, ~there[:-1]) & there
+    ends = after[there]
+    if marks is not None:
+        ends = np.union1d(np.flatnonzero(np.isin(tokens, marks)) + 1, ends)
+    return tokens, ends, np.searchsorted(ends, (after - sizes)[begins], side="right")
+
+
+def _marks(tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the marks that end sentences.
+
+    They are looked up, as a text of a mark alone may be another token: after the space that some put before a text.
+    """
+    found = (tokenizer.backend.token_to_id(mark) for mark in MARKS)
+    return np.array([id for id in found if id is not None], np.int64)
 
 
 def _chunks(path: str | Path) -> Iterator[list[str]]:
     """Lines of a file without white space around them, so many at once."""
-    path, lines = Path(path).expanduser(), []
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8"
-        ) as file:
-            for line in file:
-                lines.append(line.strip())
-                if len(lines) == LINES:
-                    yield lines
-                    lines = []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, EOFError) as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    yield lines
+    lines = (line.strip() for line in files.lines(Path(path).expanduser()))
+    while some := list(itertools.islice(lines, LINES)):
+        yield some
 
 
 def hold_out(text: Documents, share: float) -> tuple[Documents, Documents]:

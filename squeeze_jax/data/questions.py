@@ -1,12 +1,11 @@
 """Questions about documents, with answers that stand in them, from the files of SQuAD 1.1 and 2.0 (also XQuAD, MLQA)."""
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from squeeze_jax.data import files
 from squeeze_jax.errors import UserError
 
 
@@ -81,18 +80,12 @@ def read(path: str | Path) -> Questions:
 
 
 def _json(path: Path):
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from None
-    if not raw.strip():
+    content = files.text(path)
+    if not content.strip():
         raise UserError(f"{path} is empty")
     try:
-        return json.loads(raw)
-    except ValueError as error:  # of JSON, and of UTF-8
+        return json.loads(content)
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 

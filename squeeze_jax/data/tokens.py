@@ -1,7 +1,6 @@
 """Tokenizers from and to the files that `transformers` uses, and new ones from text."""
 
 import collections
-import gzip
 import itertools
 import json
 import string
@@ -12,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from squeeze_jax.data import tokenizer
+from squeeze_jax.data import files, tokenizer
 from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
 
@@ -165,21 +164,12 @@ def _letters(lines: Iterator[str]) -> tuple[list[str], list[str]]:
 
 
 def _lines(paths: list[Path]) -> Iterator[str]:
-    for path in paths:
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(
-                path, "rt", encoding="utf-8"
-            ) as file:
-                yield from file
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        except (UnicodeDecodeError, EOFError) as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    return itertools.chain.from_iterable(map(files.lines, paths))
 
 
 def _wordpiece(path: Path, config: dict) -> Tokenizer:
     vocabulary = {}
-    lines = [line.rstrip("\r\n") for line in _text(path).split("\n")]
+    lines = [line.rstrip("\r\n") for line in files.text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     for number, token in enumerate(lines, 1):
@@ -212,7 +202,7 @@ def _byte_level(folder: Path, config: dict) -> Tokenizer:
     try:
         model = models.BPE.from_file(*(str(folder / name) for name in BPE))
     except Exception as error:  # the library's own
-        _text(folder / BPE[1])
+        files.text(folder / BPE[1])
         raise UserError(
             f"{folder} holds no byte-level BPE in {' and '.join(BPE)}: {_line(error)}"
         ) from None
@@ -231,7 +221,7 @@ def _byte_level(folder: Path, config: dict) -> Tokenizer:
 
 def _from_json(path: Path, config: dict) -> Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(_text(path))
+        backend = tokenizers.Tokenizer.from_str(files.text(path))
     except Exception as error:  # the library's own, and UserErrors
         if isinstance(error, UserError):
             raise
@@ -278,22 +268,12 @@ def _demand(vocabulary, wanted, path) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(files.text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content
-
-
-def _text(path: Path) -> str:
-    try:
-        # Not in text mode: that takes a carriage return within a line for a line's end.
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _write(path: Path, content: dict) -> None:

@@ -1,12 +1,11 @@
 """Files of tab-separated columns, one example a line, no quoting; mistakes are named by file and line."""
 
-import gzip
 import logging
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from squeeze_jax.data import files
 from squeeze_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,8 +48,7 @@ def read(
     Raises:
       UserError: a file that cannot be read or is empty, or a line with another number of columns.
     """
-    content = text(path)
-    lines = [line.removesuffix("\r") for line in content.split("\n")]
+    lines = [line.removesuffix("\r") for line in files.text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     first = 1
@@ -73,18 +71,3 @@ def read(
     if left_out:
         log.warning("%s: %d lines without all columns left out", path, left_out)
     return Table(path, tuple(header), rows, numbers)
-
-
-def text(path: Path) -> str:
-    """What is in a text file, compressed or not, or a UserError."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None

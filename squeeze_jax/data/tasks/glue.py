@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax import registry
-from squeeze_jax.data import glue, text, tokens, tsv
+from squeeze_jax.data import files, glue, text, tokens
 from squeeze_jax.data.text import Reader, Stream
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
@@ -303,11 +303,12 @@ class Glue:
         except OSError:  # a long sentence is no name of a file
             is_file = False
         if is_file:
-            lines = tsv.text(Path(given)).splitlines()
-            lines = [line for line in lines if line.strip()]
-            if not lines:
+            lines = files.text(Path(given)).split("\n")
+            if not any(line.strip() for line in lines):
                 raise UserError(f"{given} holds no text")
         for number, line in enumerate(lines, 1):
+            if is_file and not line.strip():
+                continue
             where = f"{given}:{number}" if is_file else repr(given)
             between = BETWEEN if BETWEEN in line else "\t"
             words = tuple(part.strip() for part in line.split(between))

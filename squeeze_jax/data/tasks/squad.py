@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.data import answers, questions, spans, text, tokens
+from squeeze_jax.data import answers, files, questions, spans, text, tokens
 from squeeze_jax.data.answers import SIDES, Answers, Best
 from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.spans import Cutter, Split
@@ -347,10 +347,7 @@ def _document(given: str) -> str:
     except (OSError, ValueError, RuntimeError):  # a text, too long for a name
         there = False
     if there:
-        try:
-            given = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {given}: {error}") from None
+        given = files.text(path)
     elif given == "".join(given.split()) and Path(given).suffix:
         raise UserError(f"no such file: {given}")
     if not given.strip():
