@@ -58,6 +58,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def vocabulary(shared) -> str:
+    """The file of BERT's uncased vocabulary."""
+    return str(shared / "data" / "text" / "bert_uncased_vocab.txt")
+
+
+@pytest.fixture(scope="session")
 def torchvision(shared):
     """torchvision, importable beside a CPU build of PyTorch."""
     if "torchvision_cpu" not in sys.modules:
