@@ -1,4 +1,4 @@
-"""Text to pretrain on: how it is cut, masked, and that all that is random is decided by seed and position."""
+"""Text to pretrain on: how it is cut, and that all that is random is decided by seed and position."""
 
 import gzip
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from squeeze_jax import data
-from squeeze_jax.data import documents, masking, tokens
+from squeeze_jax.data import documents, tokens
 from squeeze_jax.errors import UserError
 
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
@@ -239,121 +239,6 @@ class TestPairs:
         (batch,) = some(made.eval(3), 1)
         found = {tuple(sorted(ids[ids >= FIRST] - FIRST)) for ids in batch["original"]}
         assert found == {(0, 1, 2, 3, 4), (6, 7, 8), ()}
-
-
-class TestMasking:
-    size, rows, length = 1000, 3000, 40
-
-    def how(self, **options):
-        return masking.Masking(
-            MASK, self.size, (PAD, CLS, SEP, MASK), 0.15, 6
-        )._replace(**options)
-
-    def batch(self, low=5):
-        """Rows of 3 to 40 tokens between [CLS] and [SEP]."""
-        rng = np.random.default_rng(0)
-        ids = rng.integers(low, self.size, (self.rows, self.length), np.int32)
-        sizes = rng.integers(3, self.length + 1, self.rows)
-        places = np.arange(self.length)
-        ids[:, 0] = CLS
-        ids[places == sizes[:, None] - 1] = SEP
-        attended = places < sizes[:, None]
-        return np.where(attended, ids, PAD), attended, sizes - 2
-
-    def apply(self, ids, attended, how, draws=None):
-        draws = np.arange(len(ids), dtype=np.int32) if draws is None else draws
-        found = jit(lambda *a: masking.apply(*a, how))(draws, ids, attended)
-        return [np.asarray(a) for a in found]
-
-    def test_how_many_and_which(self):
-        ids, attended, counts = self.batch()
-        masked, at, targets, chosen = self.apply(ids, attended, self.how())
-        assert at.shape == targets.shape == chosen.shape == (self.rows, 6)
-        expected = np.maximum(np.round(0.15 * counts), 1)
-        np.testing.assert_array_equal(chosen.sum(1), expected)
-        # What was there, nowhere twice, and nothing else is changed.
-        row = np.arange(self.rows)[:, None]
-        np.testing.assert_array_equal(targets, ids[row, at])
-        assert (targets[chosen] >= 5).all()
-        marks = np.zeros_like(ids)
-        np.add.at(marks, (np.broadcast_to(row, at.shape)[chosen], at[chosen]), 1)
-        assert marks.max() == 1
-        assert not (marks.astype(bool) & ~attended).any()
-        np.testing.assert_array_equal(masked[marks == 0], ids[marks == 0])
-
-    def test_eight_tenths_are_masked_and_a_tenth_is_random(self):
-        ids, attended, _ = self.batch()
-        masked, at, targets, chosen = self.apply(ids, attended, self.how())
-        new = np.take_along_axis(masked, at, 1)[chosen]
-        old = targets[chosen]
-        n = len(new)
-        is_mask, same = new == MASK, new == old
-        other = new[~is_mask & ~same]
-        # Five standard deviations of a binomial distribution; a random token is the old one or [MASK] once in a thousand.
-        for count, p in (
-            (is_mask.sum(), 0.8 + 0.1 / self.size),
-            (same.sum(), 0.1 + 0.1 / self.size),
-            (len(other), 0.1 - 0.2 / self.size),
-        ):
-            assert abs(count - n * p) < 5 * np.sqrt(n * p * (1 - p))
-        # Uniform: the mean of m numbers below 1000 lies by 1000 / sqrt(12 m) around the middle.
-        assert abs(other.mean() - 499.5) < 5 * 1000 / np.sqrt(12 * len(other))
-
-    def test_every_place_is_chosen_alike(self):
-        ids = np.full((self.rows, 22), 7, np.int32)
-        ids[:, 0], ids[:, -1] = CLS, SEP
-        _, at, _, chosen = self.apply(ids, np.ones_like(ids, bool), self.how())
-        counts = np.bincount(at[chosen], minlength=22)
-        assert counts[[0, -1]].tolist() == [0, 0]
-        # Three of twenty.
-        expected, sigma = 0.15 * self.rows, np.sqrt(self.rows * 0.15 * 0.85)
-        assert np.abs(counts[1:-1] - expected).max() < 5 * sigma
-
-    def test_no_more_than_there_is_room_for_and_none_of_nothing(self):
-        ids = np.array([[CLS] + [7] * 38 + [SEP], [CLS, SEP] + [PAD] * 38], np.int32)
-        how = self.how(positions=4)
-        masked, at, _, chosen = self.apply(ids, ids != PAD, how)
-        assert at.shape == (2, 4)
-        assert chosen.sum(1).tolist() == [4, 0]
-        np.testing.assert_array_equal(masked[1], ids[1])
-
-    def test_a_row_depends_on_its_number_alone(self):
-        ids, attended, _ = self.batch()
-        draws = np.random.default_rng(1).integers(0, 2**31, self.rows).astype(np.int32)
-        whole = self.apply(ids, attended, self.how(), draws)
-        part = self.apply(ids[7:9], attended[7:9], self.how(), draws[7:9])
-        for a, b in zip(whole, part, strict=True):
-            np.testing.assert_array_equal(a[7:9], b)
-        other = self.apply(ids, attended, self.how(), draws + 1)
-        assert (other[0] != whole[0]).any(1).mean() > 0.9
-
-    def test_words_are_chosen_whole_or_not_at_all(self):
-        # From 500 on tokens go on with the word before.
-        ids, attended, counts = self.batch()
-        how = self.how(continues=np.arange(self.size) >= 500)
-        _, at, targets, chosen = self.apply(ids, attended, how)
-        special = ids < 5
-        begins = (ids < 500) | np.roll(special, 1, 1)
-        word = np.cumsum(begins, 1)
-        marks = np.zeros(ids.shape, bool)
-        marks[
-            np.broadcast_to(np.arange(self.rows)[:, None], at.shape)[chosen], at[chosen]
-        ] = True
-        assert not (marks & (special | ~attended)).any()
-        for row in range(self.rows):
-            mine = set(word[row][marks[row]])
-            assert set(word[row][~marks[row]]).isdisjoint(mine)
-        most = np.maximum(np.round(0.15 * counts), 1)
-        assert (marks.sum(1) <= most).all()
-        # A cut word leaves out less than itself; words have two tokens on average.
-        assert marks.sum() > 0.7 * most.sum()
-        np.testing.assert_array_equal(
-            targets[chosen], np.take_along_axis(ids, at, 1)[chosen]
-        )
-
-    def test_words_are_told_by_marks(self, tokenizer):
-        found = masking.continuations(tokenizer)
-        assert np.flatnonzero(found).tolist() == list(range(MORE, MORE + 10))
 
 
 class TestData:

@@ -1,4 +1,4 @@
-"""Extractive question answering: windows against `transformers`, answers read off, files, predictions, errors."""
+"""Extractive question answering: batches, answers read off, files, predictions, errors."""
 
 import gzip
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from squeeze_jax.data import answers, questions, spans, tokens
+from squeeze_jax.data import answers, questions
 from squeeze_jax.data.tasks import squad
 from squeeze_jax.errors import UserError
 from squeeze_jax.train.metrics import _answers
@@ -37,11 +37,6 @@ def write(path, *rows, document=RIVER, **more):
     content = {"data": [{"title": "x", "paragraphs": [paragraph]}]} | more
     path.write_text(json.dumps(content))
     return str(path)
-
-
-@pytest.fixture(scope="session")
-def vocabulary(shared) -> str:
-    return str(shared / "data/text/bert_uncased_vocab.txt")
 
 
 @pytest.fixture(scope="session")
@@ -76,100 +71,11 @@ def pointing(data, at=None, high=9.0):
     return rows | {"index": np.arange(count)}
 
 
-# --- windows ---------------------------------------------------------------------------------------------------------
-
-
-def byte_level(folder, texts):
-    """A small byte-level BPE with RoBERTa's special tokens."""
-    made = tokenizers.ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    made.train_from_iterator(
-        texts, 1000, special_tokens=special, min_frequency=2, show_progress=False
-    )
-    made.save_model(str(folder))
-    return tokens.load(folder)
-
-
-@pytest.mark.parametrize(
-    ("kind", "length", "stride"),
-    [("bert", 384, 128), ("bert", 100, 30), ("roberta", 160, 64)],
-)
-def test_windows_are_those_of_transformers(
-    kind, length, stride, transformers, dev, vocabulary, tmp_path
-):
-    content = questions.read(dev)
-    rows = content.questions[::30]
-    assert len(rows) == 353
-    roberta = kind == "roberta"
-    ours = (
-        byte_level(tmp_path, content.documents[::40])
-        if roberta
-        else tokens.load(vocabulary)
-    )
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=ours.backend, return_token_type_ids=True
-    )
-    expected = theirs(
-        [row.text for row in rows],
-        [content.documents[row.document] for row in rows],
-        truncation="only_second",
-        max_length=length,
-        stride=stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        return_token_type_ids=True,
-    )
-    content = content._replace(questions=rows)
-    cutter = spans.Cutter(ours, length, stride, 99, ())
-    split = cutter.split(content, questions.places(content))
-    windows, packed = split.windows, split.reader.sequences
-    assert windows.question.tolist() == expected["overflow_to_sample_mapping"]
-    assert len(windows) > 353
-    inside = 0
-    for w, (number, begin, end, place) in enumerate(zip(*windows, strict=True)):
-        row = slice(*packed.begins[w : w + 2])
-        assert packed.tokens[row].tolist() == expected["input_ids"][w]
-        assert packed.segments[row].tolist() == expected["token_type_ids"][w]
-        offsets = split.documents[rows[number].document].offsets[begin:end].tolist()
-        shown = expected["offset_mapping"][w]
-        assert offsets == list(map(list, shown[place : place + end - begin]))
-        text, first = rows[number].answers[0]
-        ends = first, first + len(text) - 1
-        where = [expected.char_to_token(w, c, sequence_index=1) for c in ends]
-        label = [packed.fields[side][w].item() for side in answers.SIDES]
-        if None not in where and shown[where[1]] == shown[label[1]]:
-            # Of the tokens of one character's bytes theirs is the first, ours the last.
-            assert label[1] == where[1] or roberta
-            label[1] = where[1]
-        assert label == (where if None not in where else [0, 0])
-        inside += label != [0, 0]
-    assert inside >= len(rows) - 5  # an answer may be longer than what windows share
-
-
 def test_all_windows_of_the_set_have_the_published_number(whole):
     # As in Hugging Face's course: 10,784 windows of 384 tokens, 128 shared, of bert-base-uncased's vocabulary.
     assert (len(whole.eval_split.questions), whole.num_eval) == (10570, 10784)
     said = "10,570 test questions of SQuAD 1.1, in windows of 384 tokens"
     assert whole.describe == said
-
-
-def test_windows_overlap_by_the_stride():
-    assert list(spans.cut(10, room=4, stride=1)) == [(0, 4), (3, 7), (6, 10)]
-    assert list(spans.cut(9, room=4, stride=0)) == [(0, 4), (4, 8), (8, 9)]
-    assert list(spans.cut(4, room=4, stride=3)) == [(0, 4)]
-
-
-def test_a_question_is_cut_and_an_answer_that_is_not_in_a_window_is_at_the_first_token(
-    river,
-):
-    data = river(CITY, length=16, stride=2, max_question=3)
-    # [CLS] which city is [SEP] and [SEP] leave 10 of 22 tokens, and the words begin at 5.
-    # the rhine rises in the alps . it flows north , past basel and cologne , and ends in the sea .
-    windows = data.eval_split.windows
-    assert list(zip(windows.begin, windows.end, strict=True)) == [(0, 10), (8, 18), (16, 22)]  # fmt: skip
-    fields = data.eval_split.reader.sequences.fields
-    # "cologne" is the word of number 14.
-    assert fields["start"].tolist() == fields["end"].tolist() == [0, 5 + 14 - 8, 0]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
