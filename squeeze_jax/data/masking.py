@@ -100,8 +100,8 @@ def apply(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Chooses max(1, round(share n)) of the n tokens that may be, at most `positions`, without repetition; under jit.
 
-    Where words are kept whole it takes words in random order until so many tokens are chosen, and leaves out the last
-    word if only a part of it would be.
+    Where words are kept whole it takes words in random order until so many tokens are chosen, and passes over those of
+    more tokens than are still wanted; fewer are chosen where all that are left have more.
 
     Args:
       draws: int [b], the number of each row.
@@ -157,14 +157,31 @@ def _apply(draw, tokens, attended, how):
 
 
 def _words(noise, tokens, may, count, how):
-    """Positions in the random order of their words, and which of them are chosen, both [l]."""
+    """Positions, those that are chosen before the others, and which these are, both [l]."""
     length = len(tokens)
     first = ~jnp.roll(may, 1).at[0].set(False)
     word = jnp.cumsum(first | ~jnp.asarray(how.continues)[tokens]) - 1
     # The sort keeps the tokens of a word together.
     rank = jnp.where(may, noise[word], 2.0)
     at = jnp.argsort(rank, stable=True)
-    # The word that the limit would cut is also that of the token after it.
-    last = jnp.where(count < length, word[at[jnp.minimum(count, length - 1)]], -1)
-    chosen = (jnp.arange(length) < count) & (word[at] != last)
-    return at, chosen
+    word, may = word[at], may[at]
+
+    def of_words(reduce, values):
+        """What is reduced over the tokens of a word, for each of its tokens."""
+        return getattr(jnp.zeros(length, jnp.int32).at[word], reduce)(values)[word]
+
+    sizes = of_words("add", may.astype(jnp.int32))
+
+    def fitting(chosen):
+        return may & ~chosen & (sizes <= count - chosen.sum())
+
+    def take(chosen):
+        # One after the other up to the first that does not fit: it will not come again.
+        words = fitting(chosen)
+        ends = of_words("max", jnp.cumsum(words))
+        return chosen | (words & (ends <= count - chosen.sum()))
+
+    start = jnp.zeros(length, bool)
+    chosen = jax.lax.while_loop(lambda chosen: fitting(chosen).any(), take, start)
+    order = jnp.argsort(~chosen, stable=True)
+    return at[order], chosen[order]
