@@ -258,6 +258,12 @@ def layers(count, state=STATE, name="layer"):
             "not of each token",
         ),
         (
+            soft_logits.make(),
+            {"logits": {"replaced": CLASSES}},
+            {"logits": {"replaced": CLASSES}},
+            "'replaced' are one number for each token, not classes",
+        ),
+        (
             hidden.make(),
             layers(5),
             layers(12),

@@ -153,7 +153,9 @@ def _places(batch, rows, places, *, chosen):
     if "positions" not in batch:
         return token_weights(batch, rows, places)
     weights = token_weights(batch, *batch["attended"].shape)
-    return jnp.take_along_axis(weights, batch["positions"], 1, mode="clip")
+    weights = jnp.take_along_axis(weights, batch["positions"], 1, mode="clip")
+    # Where fewer are chosen the other places point to anything.
+    return weights * batch["chosen"] if "chosen" in batch else weights
 
 
 def _spans(name: str) -> bool:
@@ -167,6 +169,11 @@ def _check(student: Shapes, teachers: Sequence[Shapes], positions: str) -> None:
                 f"soft_logits: the {whose} has no logits, only {', '.join(each) or 'nothing'}"
             )
     heads = tree.flatten(student["logits"])
+    if "replaced" in heads:
+        raise UserError(
+            "soft_logits: the student's logits 'replaced' are one number for each token, not classes: choose another loss,"
+            " such as distill.hidden"
+        )
     if positions == "chosen" and all(head.ndim < 3 for head in heads.values()):
         raise UserError(
             "positions = 'chosen': the logits are not of each token; leave it out"
