@@ -1,4 +1,4 @@
-"""`run.py` as a user meets it: real processes, killed, stopped, joined, and given bad input."""
+"""`run.py` as a user meets it: real processes, killed, stopped, and joined; test_run_errors.py has bad input."""
 
 import dataclasses
 import functools
@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 
 import run as run_py
-from squeeze_jax.errors import Reported, UserError
-from squeeze_jax.export import Exported
-from squeeze_jax.jobs import _experiment, _workdir, evaluate, export, predict
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _experiment, _workdir, evaluate, predict
 from squeeze_jax.train import log
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -282,96 +281,6 @@ def test_main_job_measures_every_file_it_exports(tmp_path):
         assert min(picture.size) > 500
 
 
-def refusal(*arguments):
-    """The one line that a call ends with, from a process of its own only where asked for."""
-    with pytest.raises(Reported) as caught:
-        run_py.main(list(map(str, arguments)))
-    line = str(caught.value)
-    assert "\n" not in line
-    assert caught.value.status == 1
-    return line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--config.stpes=5"], "unknown key config.stpes; did you mean 'steps'"),
-        (["--config.steps=many"], "config.steps = 'many' (str) should be int"),
-        (
-            ["--config.model.name=squeznet"],
-            "unknown model 'squeznet'; did you mean 'squeezenet'",
-        ),
-        (
-            ['--config.model={"name": "bert", "variant": "tiny"}'],
-            "config.model.name = 'bert' reads tokens, but config.data gives images",
-        ),
-        (
-            ["--config.model.variant=1.2"],
-            "unknown variant of squeezenet '1.2'; did you mean '1.1'",
-        ),
-        (
-            ["--config.model.num_classes=9"],
-            "config.model.num_classes = 9, but the data's labels go up to 9",
-        ),
-        (["--config.data.source.name=digit"], "unknown"),
-        (
-            ["--config.data.flop=True"],
-            "unknown key config.data.flop; did you mean 'flip'",
-        ),
-        (
-            [
-                '--config.data.source={"name": "tfds", "dataset": "cifar10", "data_dir": "/nowhere"}'
-            ],
-            "/nowhere",
-        ),
-        (["--job=fitt"], "unknown job 'fitt'; did you mean 'fit'"),
-        (
-            ["--config=configs/digit.py"],
-            "no config file configs/digit.py; did you mean 'configs/digits.py'",
-        ),
-        (
-            ["--workdir=/proc/nothing"],
-            "cannot write to the work directory /proc/nothing",
-        ),
-        (["--config.batch=0"], "config.batch = 0 should be at least 1"),
-        (["--config.sharding.data=3"], "does not make the 4 devices there are"),
-        (["--config.accumulate=7"], "config.batch = 64 is not divisible by 28"),
-        (
-            ["--config.checkpoint.keep=0"],
-            "config.checkpoint.keep = 0 should be at least 1",
-        ),
-        (["--config.data.size=1"], "is smaller than a window"),
-        (
-            ["--config.sharding.rules=(('fire99', 'fsdp'),)"],
-            "config.sharding.rules: the rule 'fire99' matches no",
-        ),
-        (["--config.optim.name=sdg"], "should be one of 'sgd'"),
-        (
-            ["--config.export.formats=('tflight',)"],
-            "unknown export format 'tflight'; did you mean 'tflite'",
-        ),
-        (
-            ['--config.exchange={"name": "comm.meen"}'],
-            "unknown method of comm 'meen'; did you mean 'mean'",
-        ),
-        (["--config.steps"], "--config.steps needs a value"),
-        (
-            ["--job=evaluate", "--workdir=/tmp/no-such-run"],
-            "/tmp/no-such-run holds no experiment",
-        ),
-    ],
-    ids=lambda v: v[0] if isinstance(v, list) else "",
-)
-def test_bad_input_is_one_line_that_names_the_culprit(
-    arguments, words, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
-    if not any(a.startswith("--workdir") for a in arguments):
-        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
-    assert words in refusal(*arguments)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_refusal_is_all_that_is_printed(tmp_path):
     status, printed = run("--config.stpes=5", f"--workdir={tmp_path / 'run'}")
     assert status == 1
@@ -395,15 +304,16 @@ def test_predict_names_what_is_no_image(whole, tmp_path, files, words):
     (tmp_path / "note.png").write_text("not a picture")
     places = {"empty": tmp_path / "empty", "text": tmp_path / "note.png"}
     inputs = [f.format(**places) for f in files]
-    line = refusal(
-        "--job=predict", f"--workdir={whole}", *inputs, "--config.sharding.data=4"
-    )
-    assert words in line
+    arguments = ["--job=predict", f"--workdir={whole}", "--config.sharding.data=4"]
+    with pytest.raises(UserError, match=words) as caught:
+        run_py.main([*arguments, *inputs])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_work_directory_belongs_to_one_experiment(whole):
-    line = refusal(*fit(whole, "--config.optim.lr=0.3"))
-    assert f"{whole} holds another experiment: optim.lr = 0.1 there, 0.3 here" in line
+    words = f"{whole} holds another experiment: optim.lr = 0.1 there, 0.3 here"
+    with pytest.raises(UserError, match=words):
+        run_py.main(fit(whole, "--config.optim.lr=0.3"))
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
@@ -429,33 +339,6 @@ def test_help_explains_itself():
         assert words in text
 
 
-def test_without_a_checkpoint_another_config_does_no_harm(tmp_path):
-    """A run that failed before its first checkpoint can be tried again with its mistake mended."""
-    first, mended = {"optim": {"lr": 1e30}}, {"optim": {"lr": 0.1}}
-    _workdir.begin(tmp_path / "run", first)
-    _workdir._locks.popitem()[1].close()
-    _workdir.begin(tmp_path / "run", mended)
-    _workdir._locks.popitem()[1].close()
-    assert _workdir.read(tmp_path / "run") == mended
-
-
-def test_a_work_directory_has_one_writer(tmp_path):
-    _workdir.begin(tmp_path / "run", {})
-    _, held = _workdir._locks.popitem()
-    with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
-        _workdir.begin(tmp_path / "run", {})
-    held.close()
-
-
-def test_a_notebook_may_begin_its_work_directory_again(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for steps, name in enumerate(("run", "run", tmp_path / "run")):
-        _workdir.begin(pathlib.Path(name), {"steps": steps})
-        assert _workdir.read(tmp_path / "run") == {"steps": steps}
-    _workdir._locks.popitem()[1].close()
-    assert not _workdir._locks
-
-
 def test_predict_answers_from_the_reparametrized_weights(whole, capsys, tmp_path):
     """With every weight zero (plug point 2) all classes are equally likely."""
     config = _workdir.read(whole) | {"sharding": {"data": 4}}
@@ -466,17 +349,3 @@ def test_predict_answers_from_the_reparametrized_weights(whole, capsys, tmp_path
         dataclasses.replace(built, weights=(zero,)), whole, [tmp_path / "a.png"]
     )
     assert capsys.readouterr().out.count(" 10.0%") == 5
-
-
-def test_files_of_an_earlier_step_are_not_measured(tmp_path):
-    (tmp_path / "export").mkdir()
-    made = Exported("tflite", tmp_path / "export" / "model.tflite", 1, 0.0, 1.0)
-    made.path.touch()
-    export.note(tmp_path, made, step=3)
-    assert export.find(tmp_path, ["tflite"], 3) == [made.path]
-    with pytest.raises(
-        UserError, match=r"model.tflite is of step 3, the trained network of step 4"
-    ):
-        export.find(tmp_path, ["tflite"], 4)
-    with pytest.raises(UserError, match=r"no exported file of format stablehlo"):
-        export.find(tmp_path, ["stablehlo"], 3)
