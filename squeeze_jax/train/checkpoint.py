@@ -4,6 +4,7 @@ A checkpoint holds the state, the position in the data (examples consumed), the 
 computed on the devices, so that it is the same for every sharding and catches what a file system does not.
 """
 
+import contextlib
 import logging
 import operator
 import pathlib
@@ -117,10 +118,12 @@ class Checkpoints:
 
     def trained(self, like: State) -> Restored | None:
         """Restores the checkpoint that the trained network is, as `use` says; else as `restore`."""
-        scores = {step: self._manager.metrics(step) for step in self.steps()}
-        scores = {step: m[self._best] for step, m in scores.items() if m}
         if self._use == "newest":
             return self.restore(like)
+        scores = {step: self._manager.metrics(step) for step in self.steps()}
+        scores = {
+            step: m[self._best] for step, m in scores.items() if self._best in (m or {})
+        }
         if not scores:
             raise UserError(
                 f"no checkpoint in {self.directory} was evaluated: set config.eval_every, or"
@@ -136,19 +139,16 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint cannot be read, or was not evaluated.
         """
-        steps = self.steps()
-        if not steps:
-            return None
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        found = self.trained(self._described(steps[-1], device))
+        described = self._described(device)
+        found = None if described is None else self.trained(described)
         return None if found is None else jax.device_get(found.state.variables())
 
     def network(self, like: State) -> Restored | None:
         """As `trained`, but only the network has to be that of `like`: not the optimizer, nor what an objective learnt."""
-        steps = self.steps()
-        if not steps:
-            return None
-        saved = self._described(steps[-1], like.step.sharding)
+        saved = self._described(like.step.sharding)
+        if saved is None:
+            return self.trained(like) if self.steps() else None
         extra = (
             {OBJECTIVE: saved.params[OBJECTIVE]} if OBJECTIVE in saved.params else {}
         )
@@ -158,9 +158,15 @@ class Checkpoints:
             saved._replace(params=params | extra, stats=like.stats, ema=ema)
         )
 
-    def _described(self, step: int, sharding: jax.sharding.Sharding) -> State:
-        """The shapes of what was saved; the optimizer's arrays by their names."""
-        saved = dict(self._manager.item_metadata(step)["state"])
+    def _described(self, sharding: jax.sharding.Sharding) -> State | None:
+        """The shapes of what was saved last, the optimizer's arrays by their names; None where nothing tells them."""
+        for step in self.steps()[::-1]:
+            # A damaged one is noticed and told of when it is read.
+            with contextlib.suppress(Exception):
+                saved = dict(self._manager.item_metadata(step)["state"])
+                break
+        else:
+            return None
         found = jax.tree.map(
             lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), saved
         )
