@@ -2,6 +2,11 @@
 
     python run.py --config=configs/electra_pretraining.py --job=fit --config.data.files='("text.txt.gz",)' \\
         --config.data.tokenizer=vocab.txt
+
+What is fine-tuned of it is the discriminator, by any config of text that begins with the run:
+
+    python run.py --config=configs/glue_minilm.py:mrpc --job=fit --workdir=runs/electra_mrpc \\
+        --config.init='{"workdir": "runs/electra_pretraining"}' --config.data.tokenizer=vocab.txt --config.optim.lr=3e-4
 """
 
 import ml_collections

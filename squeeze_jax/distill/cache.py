@@ -128,6 +128,10 @@ class Cached:
         """Whether every example is there."""
         return bool(self._there.all())
 
+    def lacks(self, index: np.ndarray) -> bool:
+        """Whether any of these examples, int [n], is not there; negative ones are padding."""
+        return not self._there[self._real(index)[0]].all()
+
     def put(self, index: np.ndarray, outputs: Mapping[str, Any]) -> None:
         """Writes rows.
 
@@ -349,6 +353,10 @@ def _converted(rows: np.ndarray, dtype: str, what: str) -> np.ndarray:
         worst = rows.flat[np.flatnonzero(bad | np.isnan(kept))[0]]
         raise UserError(
             f"{what} has the value {worst:.3g}, which {dtype} cannot hold"
-            + ("; keep it as dtype='float32'" if np.isfinite(worst) else "")
+            + (
+                "; keep it as float32, config.distill.cache_dtype"
+                if np.isfinite(worst)
+                else ""
+            )
         )
     return kept

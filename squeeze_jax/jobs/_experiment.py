@@ -25,7 +25,7 @@ import squeeze_jax
 from squeeze_jax import data, models, registry, tree
 from squeeze_jax.cost import program
 from squeeze_jax.errors import UserError, nearest
-from squeeze_jax.jobs import _objective, _pretrained
+from squeeze_jax.jobs import _objective, _pretrained, _teachers
 from squeeze_jax.jobs._settings import (
     BenchmarkSettings,
     CostSettings,
@@ -193,6 +193,11 @@ def check(config: Mapping[str, Any]) -> Experiment:
             raise UserError(
                 f"config.{key} = {getattr(experiment, key)} should not be negative"
             )
+    twice = [s for s in experiment.seeds if experiment.seeds.count(s) > 1]
+    if twice:
+        raise UserError(
+            f"config.seeds = {experiment.seeds} names {twice[0]} twice: each once"
+        )
     for seed in (experiment.seed, *experiment.seeds):
         if not 0 <= seed < 2**31:
             raise UserError(f"config.seed = {seed} should lie in [0, 2**31)")
@@ -233,12 +238,16 @@ def build(experiment: Experiment) -> Built:
     begin = _pretrained.settings(**e.init) if e.init else None
     registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
+    if begin is not None:
+        wanted = e.model.get("name")
+        begin = _pretrained.suited(begin, source.model.get("task"), wanted)
     options = _options(e, source, begin)
     model = models.make(**options)
     _fit(options, model, source)
     distill = made(DistillSettings, e.distill, "config.distill")
+    _teachers.check(distill, source)
     teachers = tuple(
-        _pretrained.teacher(section, source.model, f"config.distill.teachers[{n}]")
+        _pretrained.teacher(section, source, f"config.distill.teachers[{n}]")
         for n, section in enumerate(distill.teachers)
     )
     losses = losses or _objective.parts(source.objective, method)
@@ -272,7 +281,7 @@ def build(experiment: Experiment) -> Built:
 
 def _options(e: Experiment, source: data.Data, begin) -> dict[str, Any]:
     """What the model is made of: what the data decide, what a trained network has, what the config says."""
-    whole = begin is not None and not {"only", "layers"} & e.init.keys()
+    whole = begin is not None and not (e.init.get("only") or e.init.get("layers"))
     there = begin.options if whole else {}
     name = e.model.get("name", there.get("name"))
     if name is None:
@@ -312,17 +321,21 @@ def _fit(options: Mapping[str, Any], model: nn.Module, source: data.Data) -> Non
             f" it to {needed}"
         )
     task = source.model.get("task")
-    if task is not None and options.get("task", task) != task:
+    own = getattr(model, "task", task)
+    if task is not None and own != task:
+        if "task" not in options:
+            raise UserError(
+                f"config.model.name = {options['name']!r} is for {own!r}, but config.data is for {task!r}: choose another"
+                " network"
+            )
         raise UserError(
-            f"config.model.task = {options['task']!r}, but config.data is for {task!r}: leave the key out"
+            f"config.model.task = {own!r}, but config.data is for {task!r}: leave the key out"
         )
     words = getattr(source, "vocabulary", None)
-    row = getattr(model, "row", None)
-    # Published checkpoints pad their table to a multiple of 8 or 64 rows.
-    if words is not None and row is not None and not 0 <= row.vocabulary - words < 128:
+    if words is not None and not _pretrained.reads(model, words):
         raise UserError(
-            f"the tokenizer has {words:,} tokens, the model's embedding {row.vocabulary:,}: give the tokenizer that the"
-            f" network was trained with, or set config.model.vocabulary={words}"
+            f"the tokenizer has {words:,} tokens, the model's embedding {model.row.vocabulary:,}: give the tokenizer that"
+            f" the network was trained with, or set config.model.vocabulary={words}"
         )
 
 
@@ -339,8 +352,22 @@ def _bound(losses, model, teachers, source) -> _objective.Objective:
 def _best(built: Built) -> None:
     """Raises a UserError for a best checkpoint by a score that evaluations do not give."""
     best, names = built.experiment.checkpoint.get("best"), built.metric.names
-    if best is not None and names and best not in names:
+    if best is not None and best not in (names or (names := _scores(built))):
         raise UserError(f"config.checkpoint.best = {best!r}{nearest(best, names)}")
+
+
+def _scores(built: Built) -> tuple[str, ...]:
+    """The names of what an evaluation gives that only adds up."""
+
+    def measured(batch):
+        key = jax.random.key(0)
+        x = built.data.inputs(batch)
+        (logits, _), _ = built.model.init_with_output(key, x, train=False)
+        return built.metric.measure(logits, batch)
+
+    sums, _ = jax.eval_shape(measured, built.data.specs(1)[-1])
+    found = built.metric.score(dict.fromkeys(sums, 0.0), {})
+    return tuple(name for name in found if name != "eval_loss")
 
 
 def _bits(cost: CostSettings, params) -> None:

@@ -1,6 +1,11 @@
-"""Trained networks to begin with or to learn from: folders of `transformers`, and work directories of earlier runs."""
+"""Trained networks to begin with or to learn from: folders of `transformers`, and work directories of earlier runs.
+
+Of a network that was made for pretraining alone a part goes on: where the model's file has `fine_tuned(options)`, that
+gives the part's options of `models.make` and a function from the whole network's variables to the part's.
+"""
 
 import contextlib
+import inspect
 import json
 import pathlib
 import re
@@ -13,12 +18,15 @@ import numpy as np
 from flax import traverse_util
 
 from squeeze_jax import models, registry, tree
+from squeeze_jax.data import Data
+from squeeze_jax.data.tasks import images
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import files
 from squeeze_jax.jobs._settings import tuples
 from squeeze_jax.train.checkpoint import Checkpoints
 
-MODEL = "model.json"  # in a work directory: what its network was made with
+# In a work directory: what its network was made with, and which of its checkpoints is the trained one.
+MODEL = "model.json"
 HEAD = re.compile(r"^(head|pooler|classifier)/")
 LAYER = re.compile(r"^layer(\d+)/")
 
@@ -54,16 +62,15 @@ def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
         )
     if folder:
         return Network(models.options(folder), _folder_reader(folder), folder)
-    path = pathlib.Path(workdir) / MODEL
-    try:
-        options = tuples(json.loads(path.read_text()))
-    except FileNotFoundError:
+    noted = _noted(pathlib.Path(workdir))
+    if noted is None:
         raise UserError(
             f"{where}.workdir = {workdir!r} holds no trained network (no {MODEL}): train one there first"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    return Network(options, lambda options, key: checkpoint(workdir), workdir)
+        )
+    options, settings = noted["model"], noted["checkpoint"]
+    return Network(
+        options, lambda options, key: checkpoint(workdir, **settings), workdir
+    )
 
 
 def settings(
@@ -82,6 +89,26 @@ def settings(
     return find(folder, workdir, where="config.init")
 
 
+def suited(network: Network, task: str | None, name: str | None = None) -> Network:
+    """What of a network goes on: a part of it where its file of `models` says so, and neither task nor name is its own.
+
+    Args:
+      network: the trained one.
+      task: what the data are for.
+      name: of the model that the config asks for; None for the trained one's.
+    """
+    own, rest = network.options["name"], dict(network.options)
+    module = registry.load("squeeze_jax.models", rest.pop("name"), "model")
+    if not hasattr(module, "fine_tuned") or name == own:
+        return network
+    if name is None and task == models.make(**network.options).task:
+        return network
+    options, part = module.fine_tuned(rest)
+    return network._replace(
+        options=options, read=lambda _, key: part(network.read(network.options, key))
+    )
+
+
 def _folder_reader(folder):
     def read(options, key):
         rest = {k: v for k, v in options.items() if k != "name"}
@@ -90,24 +117,54 @@ def _folder_reader(folder):
     return read
 
 
-def checkpoint(workdir: str) -> dict[str, Any]:
-    """The variables of a run's newest checkpoint, numpy.
+def checkpoint(workdir: str, **settings) -> dict[str, Any]:
+    """The variables of a run's trained network, numpy.
+
+    Args:
+      workdir: of the run.
+      **settings: of `Checkpoints`, that say which it is.
 
     Raises:
       UserError: there is none, or it cannot be read.
     """
     directory = pathlib.Path(workdir) / "checkpoints"
     if directory.is_dir():
-        with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+        opened = Checkpoints(directory, **settings, read_only=True)
+        with contextlib.closing(opened) as checkpoints:
             found = checkpoints.weights()
         if found is not None:
             return found
     raise UserError(f"no checkpoint in {workdir}: train there first")
 
 
-def note(workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
-    """Writes what a run's network is made of, so that others can begin with it or learn from it."""
-    files.write(workdir / MODEL, json.dumps(options, indent=2) + "\n")
+def note(
+    workdir: pathlib.Path, options: Mapping[str, Any], checkpoint: Mapping[str, Any]
+) -> None:
+    """Writes what others need to begin with a run's network or to learn from it.
+
+    Args:
+      workdir: of the run.
+      options: what `models.make` made the network of.
+      checkpoint: settings of `Checkpoints`.
+    """
+    noted = {"model": dict(options), "checkpoint": dict(checkpoint)}
+    files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
+
+
+def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What `note` wrote; None where it did not."""
+    path = workdir / MODEL
+    try:
+        found = tuples(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}): run the job fit there again"
+        ) from None
+    if not isinstance(found, dict) or not {"model", "checkpoint"} <= found.keys():
+        raise UserError(f"{path} is of another version: run the job fit there again")
+    return found
 
 
 def alone(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,9 +174,9 @@ def alone(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
       workdir: of the run.
       config: as it was begun.
     """
-    path, rest = workdir / MODEL, dict(config)
-    if path.exists():
-        rest["model"] = tuples(json.loads(path.read_text()))
+    noted, rest = _noted(workdir), dict(config)
+    if noted is not None:
+        rest["model"] = noted["model"]
         for key in "init", "distill", "objective":
             rest.pop(key, None)
     return rest
@@ -134,7 +191,7 @@ def begin(
     only: str = "",
     layers: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """The variables that a run begins with: of a trained network, where they fit.
+    """The variables that a run begins with: of a trained network, where they fit; of another task's without its head.
 
     Args:
       network: the trained one.
@@ -151,6 +208,9 @@ def begin(
     given = network.read(
         {**network.options, **options} if whole else network.options, key
     )
+    if network.options.get("task", options.get("task")) != options.get("task"):
+        # The layers of two tasks' heads may have the same names.
+        given = given | {"params": _headless(given["params"])}
     if layers:
         given = given | {"params": _chosen(given["params"], layers, network.where)}
     fitted = {}
@@ -177,6 +237,10 @@ def begin(
     return fitted
 
 
+def _headless(params):
+    return {name: value for name, value in params.items() if name != "head"}
+
+
 def _chosen(params, layers, where):
     """Parameters with the chosen layers in place of all."""
     there = {int(m[1]) for m in map(LAYER.match, tree.flatten(params)) if m}
@@ -190,20 +254,66 @@ def _chosen(params, layers, where):
 
 
 def teacher(
-    section: Mapping[str, Any], defaults: Mapping[str, Any], where: str
+    section: Mapping[str, Any], source: Data, where: str
 ) -> tuple[nn.Module, Callable[[], dict[str, Any]], str]:
     """A network to learn from, a function that reads its variables, and where it is.
 
     Args:
       section: {"folder": …} or {"workdir": …}.
-      defaults: options that the data decide, such as the task.
+      source: the data; they decide the task of a folder's network.
       where: the section's name in the config.
+
+    Raises:
+      UserError: no network, or one that does not read the data.
     """
     if not isinstance(section, Mapping):
         raise UserError(
             f'{where} = {section!r} should be {{"workdir": DIR}} or {{"folder": DIR}}'
         )
     registry.check(find, section, where, given=("where",))
-    network = find(**section, where=where)
-    options = {**network.options, **defaults}
-    return models.make(**options), lambda: network.read(options, None), network.where
+    network = suited(find(**section, where=where), source.model.get("task"))
+    name = network.options["name"]
+    module = registry.load("squeeze_jax.models", name, "model")
+    if (inputs := getattr(module, "INPUTS", "images")) != source.reads:
+        raise UserError(
+            f"{where} = {network.where} holds {name!r}, which reads {inputs}, but config.data gives {source.reads}: choose"
+            f" a teacher of {source.reads}"
+        )
+    if hasattr(module, "fine_tuned"):
+        raise UserError(
+            f"{where} = {network.where}: {name!r} draws tokens of its own and cannot say anything of a student's: choose"
+            " another teacher"
+        )
+    _same_pixels(section, source, where)
+    options = {**source.model, **network.options}
+    net = models.make(**options)
+    words = getattr(source, "vocabulary", None)
+    if words is not None and not reads(net, words):
+        raise UserError(
+            f"the tokenizer has {words:,} tokens, {where} = {network.where} {net.row.vocabulary:,}: student and teacher"
+            " need the same"
+        )
+    return net, lambda: network.read(options, None), network.where
+
+
+def _same_pixels(section: Mapping[str, Any], source: Data, where: str) -> None:
+    """Raises a UserError where a run was trained on images that were normalised otherwise."""
+    path = pathlib.Path(section.get("workdir", "")) / "config.json"
+    if source.reads != "images" or not path.is_file():
+        return
+    begun = json.loads(path.read_text())["data"]
+    known = inspect.signature(images.make).parameters
+    for key in "mean", "std":
+        theirs, ours = begun.get(key, known[key].default), getattr(source, key)
+        if not np.array_equal(*np.broadcast_arrays(theirs, ours)):
+            raise UserError(
+                f"{where}.workdir = {section['workdir']!r} was trained with config.data.{key} = {tuple(theirs)}, and a teacher"
+                f" sees what the student sees: set the key to that, not {ours}"
+            )
+
+
+def reads(net: nn.Module, words: int) -> bool:
+    """Whether a network's embedding is for so many tokens."""
+    row = getattr(net, "row", None)
+    # Published checkpoints pad their table to a multiple of 8 or 64 rows.
+    return row is None or 0 <= row.vocabulary - words < 128

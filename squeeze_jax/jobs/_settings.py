@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
@@ -72,10 +72,12 @@ class DistillSettings:
       teachers: networks to learn from, each {"workdir": DIR} of an earlier run or {"folder": DIR} of transformers.
       cache: a folder for their outputs on the training examples, computed once for all runs; "" computes them anew in
         each step.
+      cache_dtype: of what is kept there; numbers above 65504, which MobileBERT's layers give, need float32.
     """
 
     teachers: tuple = ()
     cache: str = ""
+    cache_dtype: Literal["float16", "float32"] = "float16"
 
 
 def made(kind: type, section: Mapping[str, Any], where: str):

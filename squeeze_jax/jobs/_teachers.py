@@ -4,18 +4,21 @@ import contextlib
 import functools
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from squeeze_jax.data import Data
 from squeeze_jax.distill.cache import Cached
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _objective
+from squeeze_jax.jobs._settings import DistillSettings
 from squeeze_jax.train import sharding
 
 SECONDS = 10.0  # between lines that tell how far the cache is
+SAMPLE = 256  # training examples that tell whether a cache is of these data
 
 
 class Lessons:
@@ -68,6 +71,25 @@ class Read(Lessons):
         return batch["teacher"]
 
 
+def check(distill: DistillSettings, data: Data) -> None:
+    """Raises a UserError where the outputs of teachers cannot be kept on disk as the settings say."""
+    if not distill.cache:
+        return
+    if not distill.teachers:
+        raise UserError(
+            "config.distill.cache has no effect without config.distill.teachers: leave the key out"
+        )
+    if not data.fixed:
+        raise UserError(
+            "config.distill.cache: training examples change from epoch to epoch, and with them what teachers say: leave the"
+            " key out, or config.data's random changes"
+        )
+    if jax.process_count() > 1:
+        raise UserError(
+            "config.distill.cache is written and read by one process: leave the key out, or --coordinator and --processes"
+        )
+
+
 @contextlib.contextmanager
 def open(built, say: Callable[[str], None]) -> Iterator[Lessons]:
     """The lessons of an experiment; outputs that are to be cached and are not there yet are computed first.
@@ -83,13 +105,6 @@ def open(built, say: Callable[[str], None]) -> Iterator[Lessons]:
         yield Lessons()
         return
     cache = built.distill.cache
-    if cache and not built.data.fixed:
-        raise UserError(
-            "config.distill.cache: training examples change from epoch to epoch, and with them what teachers say: leave the"
-            " key out, or config.data's random changes"
-        )
-    if cache and jax.process_count() > 1:
-        raise UserError("config.distill.cache is written and read by one process")
     nets = [net for net, _, _ in built.teachers]
     wants, dtype = built.objective.wants, built.experiment.dtype
     live = Live(built, _objective.teacher(nets, wants, built.data.inputs, dtype))
@@ -114,7 +129,9 @@ def _shapes(built, nets, wants) -> Callable:
     def found(spec):
         x = jax.eval_shape(built.data.inputs, dict(zip(names, spec, strict=True)))
         given = [_objective.outputs(net, x) for net in nets]
-        return tuple({k: g[k] for k in wants if k in g} for g in given)
+        kept = tuple({k: g[k] for k in wants if k in g} for g in given)
+        # What is read is float32, whatever the teachers compute in.
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), kept)
 
     def shapes(batch):
         specs = (jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype) for k in names)
@@ -126,17 +143,39 @@ def _shapes(built, nets, wants) -> Callable:
 def _caches(built, outputs, variables) -> list[Cached]:
     """A cache for each teacher, open for writing; `outputs` are shapes for a batch of one example."""
     made = []
+    data = f"data {_checksum([repr(_ordered(built.experiment.data)).encode()])}"
+    data += f" {_sample(built.data)}"
     for number, (shapes, own) in enumerate(zip(outputs, variables, strict=True)):
-        leaves = jax.tree.leaves(jax.device_get(own))
-        weights = zlib.crc32(b"".join(map(bytes, map(np.ascontiguousarray, leaves))))
-        data = zlib.crc32(repr(sorted(built.experiment.data.items())).encode())
+        net, _, where = built.teachers[number]
+        leaves = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(own)))
+        how = repr(net) + built.experiment.dtype
         one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes)
-        fingerprint = (
-            f"{built.teachers[number][2]}, weights {weights:08x}, data {data:08x}"
-        )
-        folder = f"{built.distill.cache}/{number}"
-        made.append(Cached.write(folder, one, built.data.num_train, fingerprint))
+        fingerprint = f"{where}, weights {_checksum(leaves)}, network {_checksum([how.encode()])}, {data}"
+        folder, dtype = f"{built.distill.cache}/{number}", built.distill.cache_dtype
+        made.append(Cached.write(folder, one, built.data.num_train, fingerprint, dtype))
     return made
+
+
+def _sample(data: Data) -> str:
+    """A checksum of some training examples: files may change under the same settings."""
+    rows = min(SAMPLE, data.num_train)
+    with contextlib.closing(data.train(rows, 0)) as batches:
+        batch = next(batches)
+    return _checksum(np.ascontiguousarray(batch[k]) for k in sorted(batch))
+
+
+def _checksum(arrays: Iterable) -> str:
+    found = 0
+    for each in arrays:
+        found = zlib.crc32(each, found)
+    return f"{found:08x}"
+
+
+def _ordered(section):
+    """A section of a config, as it is whatever the order of its keys."""
+    if isinstance(section, Mapping):
+        return [(key, _ordered(section[key])) for key in sorted(section)]
+    return section
 
 
 def _fill(built, cached, live: Live, say: Callable[[str], None]) -> None:
@@ -151,6 +190,8 @@ def _fill(built, cached, live: Live, say: Callable[[str], None]) -> None:
         for number, batch in enumerate(batches):
             if all(each.complete for each in cached):
                 break
+            if not any(each.lacks(batch["index"]) for each in cached):
+                continue  # of a run that was stopped
             arrays = sharding.put_batch({k: batch[k] for k in names}, built.mesh)
             found = jax.device_get(teach(live.frozen[0], arrays))
             for each, outputs in zip(cached, found, strict=True):

@@ -20,7 +20,7 @@ from squeeze_jax.jobs._settings import tuples
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
 FREE = ("seeds", "export", "benchmark", "cost", "checkpoint", "sharding", "log_every")
 FREE += ("eval_every", "save_every", "data.workers", "data.threads", "data.cache_mb")
-FREE += ("data.source.data_dir", "distill.cache")
+FREE += ("data.source.data_dir", "distill.cache", "distill.cache_dtype")
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 

@@ -48,12 +48,12 @@ def to_the_end(built: Built, workdir: pathlib.Path, step: "Steps") -> None:
         abstract = built.abstract()
         restored = checkpoints.restore(abstract)
         start = int(restored.state.step) if restored else 0
+        given = {} if restored else built.given()
+        if main:
+            _pretrained.note(workdir, built.options, settings)
         if start == built.experiment.steps:
             say("trained    already, to the last step")
             return
-        given = {} if restored else built.given()
-        if main:
-            _pretrained.note(workdir, built.options)
         step.prepare(say)
         say(f"memory     {memory(step.largest)}\n")
         if restored:

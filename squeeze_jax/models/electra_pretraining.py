@@ -3,10 +3,10 @@
 Clark, Luong, Le, Manning 2020, arXiv 2003.10555, section 2. Both are ELECTRAs and share their embeddings (section 3.2). The
 generator's tokens are drawn from its distribution: no gradient goes through them, so that each learns by its own loss
 (`train/replaced.py`). Variants are the discriminators of `electra`; generators have a part of their channels (Table 6).
-`apart` gives both as networks of `electra`, to fine-tune or to save.
+`apart` gives both as networks of `electra`, to save; `fine_tuned` says what other tasks begin with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -153,8 +153,12 @@ def _put(x: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
     return jax.vmap(row)(x["tokens"], at, tokens)
 
 
+# What `make` makes unless told otherwise: the paper's smallest.
+_VARIANT = "small"
+
+
 def make(
-    variant: str = "small",
+    variant: str = _VARIANT,
     *,
     generator: float | None = None,
     layers: int | None = None,
@@ -228,3 +232,20 @@ def apart(net: ElectraPretraining, variables: Mapping[str, Any]) -> Networks:
         own = {**params[name], "embeddings": params["embeddings"]}
         found[name] = (getattr(plain, name), {"params": own})
     return Networks(**found)
+
+
+def fine_tuned(
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
+    """What is fine-tuned of a run, section 2: the discriminator; the generator is thrown away.
+
+    Args:
+      options: of `make`, that the run's network was made with.
+
+    Returns:
+      The discriminator's options of `models.make`, and a function from the run's variables to the discriminator's.
+    """
+    net = make(**options)
+    sizes = {key: value for key, value in options.items() if key != "generator"}
+    own = {"name": "electra", "variant": _VARIANT, "task": "replaced", **sizes}
+    return own, lambda variables: apart(net, variables).discriminator[1]

@@ -1,0 +1,359 @@
+"""Networks that runs begin with or learn from: what of a run goes on, and which of its checkpoints."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from squeeze_jax import data, models, tree
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import (
+    _experiment,
+    _pretrained,
+    _settings,
+    _teachers,
+    evaluate,
+    fit,
+)
+from squeeze_jax.models import electra_pretraining
+from squeeze_jax.train import log
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dull", "fine", "film")
+SIZES = dict(layers=2, features=16, heads=2, ffn_features=24, positions=12)
+SIZES |= dict(vocabulary=len(WORDS), embedding_features=8)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A vocabulary, a text, and two of GLUE's tasks."""
+    root = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+
+    def sentence():
+        return " ".join(rng.choice(WORDS[5:], 6))
+
+    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    document = "\n".join(sentence() for _ in range(40))
+    (root / "text.txt").write_text(f"{document}\n\n{document}\n")
+    (root / "glue" / "SST-2").mkdir(parents=True)
+    (root / "glue" / "CoLA").mkdir()
+    for split in "train", "dev":
+        rows = [(sentence(), n % 2) for n in range(16)]
+        sst2 = "".join(f"{text}\t{label}\n" for text, label in rows)
+        (root / "glue" / "SST-2" / f"{split}.tsv").write_text(
+            f"sentence\tlabel\n{sst2}"
+        )
+        cola = "".join(f"x\t{label}\t\t{text}\n" for text, label in rows)
+        (root / "glue" / "CoLA" / f"{split}.tsv").write_text(cola)
+    return root
+
+
+def build(section, **changes):
+    made = dict(
+        data=section,
+        optim=dict(name="adamw", lr=1e-2),
+        batch=8,
+        steps=3,
+        log_every=1,
+    )
+    return _experiment.build(_experiment.check(_settings.tuples(made | changes)))
+
+
+def pretraining(place, **changes):
+    data = dict(name="pretraining", files=str(place / "text.txt"), kind="replaced")
+    data |= dict(eval=0.5, length=12, tokenizer=str(place / "vocab.txt"))
+    net = dict(name="electra_pretraining", variant="toy", dropout=0.0) | SIZES
+    return build(data, **dict(model=net) | changes)
+
+
+def glue(place, task="sst2", **changes):
+    data = dict(name="glue", task=task, folder=str(place / "glue"), length=12)
+    return build(data | dict(tokenizer=str(place / "vocab.txt")), **changes)
+
+
+@pytest.fixture(scope="module")
+def electra(place, tmp_path_factory):
+    """(work directory, parameters by name): a run of a generator and a discriminator."""
+    workdir = tmp_path_factory.mktemp("electra")
+    built = pretraining(place)
+    fit.run(built, workdir)
+    state = jax.device_get(evaluate.trained(built, workdir))
+    return workdir, tree.flatten(state.params)
+
+
+def of_the_discriminator(params):
+    """Its encoder's parameters, as those of a network alone are called."""
+    encoder = {k: v for k, v in params.items() if k.startswith("embeddings/")}
+    for name, value in params.items():
+        whose, _, rest = name.partition("/")
+        if whose == "discriminator" and not rest.startswith("head/"):
+            encoder[rest] = value
+    return encoder
+
+
+def test_a_classifier_begins_with_the_discriminator(electra, place, tmp_path):
+    workdir, params = electra
+    built = glue(place, init=dict(workdir=str(workdir)), seed=7)
+    # Table 1 of arXiv 2003.10555: the discriminator's sizes, of which the generator has a half here.
+    net = models.make("electra", variant="toy", dropout=0.0, **SIZES)
+    assert built.model == net
+    begun = tree.flatten(jax.device_get(built.create(built.given()).params))
+    expected = of_the_discriminator(params)
+    assert {k.partition("/")[0] for k in expected} == {
+        *("embeddings", "project", "layer1", "layer2")
+    }
+    for name, value in expected.items():
+        np.testing.assert_array_equal(begun.pop(name), value, err_msg=name)
+    # The head is new: its first layer is called as the discriminator's.
+    fresh = glue(place, model=dict(name="electra", variant="toy") | SIZES, seed=7)
+    fresh = tree.flatten(jax.device_get(fresh.create().params))
+    assert set(begun) == {
+        f"head/{layer}/{leaf}"
+        for layer in ("transform", "classifier")
+        for leaf in ("kernel", "bias")
+    }
+    for name, value in begun.items():
+        np.testing.assert_array_equal(value, fresh[name])
+    fit.run(built, tmp_path)
+    assert evaluate.trained(built, tmp_path).step == 3
+    assert np.isfinite(log.read(tmp_path / "metrics.jsonl")[-1]["eval_loss"])
+
+
+def test_pretraining_goes_on_with_both(electra, place):
+    workdir, params = electra
+    built = pretraining(place, init=dict(workdir=str(workdir)), model={}, seed=7)
+    begun = tree.flatten(jax.device_get(built.create(built.given()).params))
+    assert begun.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(begun[name], value, err_msg=name)
+
+
+def test_some_layers_of_the_discriminator(electra, place):
+    workdir, params = electra
+    net = dict(name="electra", variant="toy") | SIZES | dict(layers=1)
+    built = glue(place, model=net, init=dict(workdir=str(workdir), layers=(2,)))
+    begun = tree.flatten(built.given()["params"])
+    source = of_the_discriminator(params)
+    assert "layer1/ffn_in/kernel" in begun
+    for name, value in begun.items():
+        np.testing.assert_array_equal(value, source[name.replace("layer1", "layer2")])
+
+
+def test_what_is_fine_tuned_is_what_is_saved(electra):
+    net = electra_pretraining.make("toy", generator=0.25, **SIZES)
+    options, part = electra_pretraining.fine_tuned(
+        dict(variant="toy", generator=0.25) | SIZES
+    )
+    params = {"embeddings": 1, "generator": {"a": 2}, "discriminator": {"a": 3}}
+    alone, variables = electra_pretraining.apart(net, {"params": params})[0]
+    assert models.make(**options) == alone
+    assert part({"params": params}) == variables
+    assert variables == {"params": {"embeddings": 1, "a": 3}}
+    # What is not said is as `make` has it.
+    usual, _ = electra_pretraining.fine_tuned({})
+    assert models.make(**usual) == electra_pretraining.make().networks().discriminator
+
+
+STUDENT = dict(name="bert", variant="toy") | SIZES | dict(features=8)
+STUDENT.pop("embedding_features")
+HIDDEN = (dict(name="train.cross_entropy"), dict(name="distill.hidden"))
+
+
+def taught(place, workdir, **changes):
+    teachers = dict(teachers=(dict(workdir=str(workdir)),))
+    made = dict(model=STUDENT, objective=HIDDEN, distill=teachers)
+    return glue(place, **made | changes)
+
+
+def test_the_discriminator_teaches(electra, place, tmp_path):
+    workdir, params = electra
+    built = taught(place, workdir)
+    ((net, read, _),) = built.teachers
+    assert net.row == models.make("electra", variant="toy", **SIZES).row
+    found = tree.flatten(read()["params"])
+    for name, value in of_the_discriminator(params).items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    fit.run(built, tmp_path)
+    assert all("hidden" in r for r in log.read(tmp_path / "metrics.jsonl")[:3])
+    # It classifies nothing.
+    with pytest.raises(UserError, match=r"the student's logits are \(1, 2\), the"):
+        taught(place, workdir, objective=dict(name="distill.soft_logits"))
+    # In pretraining each network fills in tokens of its own.
+    with pytest.raises(UserError, match=r"teachers\[0\] = .* draws tokens of its own"):
+        pretraining(
+            place,
+            distill=dict(teachers=(dict(workdir=str(workdir)),)),
+            objective=(dict(name="train.replaced"), dict(name="distill.hidden")),
+        )
+
+
+def test_a_network_for_pretraining_is_none_for_a_task(place):
+    net = dict(name="electra_pretraining", variant="toy") | SIZES
+    with pytest.raises(
+        UserError,
+        match=r"config\.model\.name = 'electra_pretraining' is for 'pretraining', but",
+    ):
+        glue(place, model=net)
+
+
+@pytest.mark.parametrize(
+    ("noted", "message"),
+    [
+        (
+            dict(STUDENT, vocabulary=300),
+            r"the tokenizer has 9 tokens, config\.distill\.teachers\[0\] = .* 300: student",
+        ),
+        (
+            dict(name="squeezenet"),
+            r"teachers\[0\] = .* holds 'squeezenet', which reads images, but",
+        ),
+        (
+            dict(STUDENT, num_classes=3),
+            r"the student's logits are \(1, 2\), the teacher's \(1, 3\)",
+        ),
+    ],
+)
+def test_teachers_that_cannot_teach_are_named_at_once(place, tmp_path, noted, message):
+    _pretrained.note(tmp_path, noted, {})
+    with pytest.raises(UserError, match=message) as error:
+        taught(place, tmp_path, objective=dict(name="distill.soft_logits"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_of_other_classes_teaches_what_lies_below(place, tmp_path):
+    """The head is its own, whatever the data of the student."""
+    _pretrained.note(tmp_path, dict(STUDENT, num_classes=3), {})
+    ((net, _, _),) = taught(place, tmp_path).teachers
+    assert net.num_classes == 3
+
+
+def test_a_teacher_sees_pixels_as_in_its_training(tmp_path):
+    data = dict(source=dict(name="digits"), size=8, mean=(0.1,))
+    net = dict(name="squeezenet", variant="tiny", stem_strides=1)
+    losses = dict(name="distill.soft_logits")
+    teachers = dict(teachers=(dict(workdir=str(tmp_path)),))
+    _pretrained.note(tmp_path, dict(net, num_classes=10), {})
+    (tmp_path / "config.json").write_text(json.dumps(dict(data=data)))
+    build(data | dict(mean=(0.1,)), model=net, objective=losses, distill=teachers)
+    data.pop("mean")
+    with pytest.raises(
+        UserError, match=r"trained with config\.data\.mean = \(0\.1,\), and a teacher"
+    ):
+        build(data, model=net, objective=losses, distill=teachers)
+
+
+@pytest.mark.parametrize("use", ["newest", "best"])
+def test_a_run_is_the_checkpoint_that_it_says(place, tmp_path, use):
+    """CoLA is not scored by accuracy; of equal scores the first is the best."""
+    net = STUDENT | dict(dropout=0.0)
+    best = dict(use=use, keep=3)
+    optim = dict(name="sgd", lr=1e-6, schedule="constant")
+    built = glue(
+        place, "cola", model=net, optim=optim, checkpoint=best, eval_every=1, steps=2
+    )
+    fit.run(built, tmp_path)
+    scores = [
+        r["eval_matthews"]
+        for r in log.read(tmp_path / "metrics.jsonl")
+        if "eval_matthews" in r
+    ]
+    assert scores[0] == scores[1]
+    state = evaluate.trained(built, tmp_path)
+    assert state.step == {"newest": 2, "best": 1}[use]
+    begun = glue(place, "cola", init=dict(workdir=str(tmp_path)))
+    found = tree.flatten(begun.given()["params"])
+    for name, value in tree.flatten(state.params).items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    # Another choice later is noted when the run is asked for again.
+    other = {"newest": "best", "best": "newest"}[use]
+    again = glue(
+        place,
+        "cola",
+        model=net,
+        optim=optim,
+        checkpoint=best | dict(use=other),
+        eval_every=1,
+        steps=2,
+    )
+    fit.run(again, tmp_path)
+    noted = json.loads((tmp_path / _pretrained.MODEL).read_text())["checkpoint"]
+    assert noted == {"best": "eval_matthews", "use": other, "keep": 3}
+    # The newest is damaged: nothing tells of what it is.
+    (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").unlink()
+    skipped = pytest.warns(UserWarning, match="2 is damaged and skipped")
+    with skipped if use == "newest" else contextlib.nullcontext():
+        assert evaluate.trained(built, tmp_path).step == 1
+    with skipped if other == "newest" else contextlib.nullcontext():
+        begun = glue(place, "cola", init=dict(workdir=str(tmp_path)))
+        assert begun.given()["params"].keys() == state.variables()["params"].keys()
+
+
+@pytest.mark.parametrize("content", ["{", '{"name": "bert"}'])
+def test_a_damaged_note_is_named(place, tmp_path, content):
+    (tmp_path / _pretrained.MODEL).write_text(content)
+    with pytest.raises(UserError, match=r"model\.json is .*: run the job fit there"):
+        glue(place, init=dict(workdir=str(tmp_path)))
+
+
+def test_what_is_on_disk_is_of_the_same_data_and_teacher(place, tmp_path):
+    """Its teacher computes in bfloat16. Later a file of the data changes, the teacher's activation, what it computes in."""
+    root, teacher, cache = (tmp_path / name for name in ("place", "teacher", "cache"))
+    shutil.copytree(place, root)
+    net = STUDENT | dict(dtype="bfloat16")
+    fit.run(glue(root, model=net, steps=1), teacher)
+    noted = json.loads((teacher / _pretrained.MODEL).read_text())
+
+    def opened(dtype="float32", **settings):
+        distill = dict(teachers=(dict(workdir=str(teacher)),), cache=str(cache))
+        built = taught(root, teacher, distill=distill | settings, dtype=dtype)
+        said = []
+        with _teachers.open(built, said.append) as lessons:
+            assert lessons.frozen == ()
+        return said
+
+    distill = dict(teachers=(dict(workdir=str(teacher)),), cache=str(cache))
+    fit.run(taught(root, teacher, distill=distill), tmp_path / "student")
+    assert opened() == []
+    other = r"cache/0 holds .*, not .*: give another folder"
+    for activation in "relu", "gelu":
+        noted["model"]["activation"] = activation
+        (teacher / _pretrained.MODEL).write_text(json.dumps(noted))
+        if activation == "relu":
+            with pytest.raises(UserError, match=other):
+                opened()
+    assert opened() == []
+    for changes in dict(dtype="bfloat16"), dict(cache_dtype="float32"):
+        with pytest.raises(UserError, match=other):
+            opened(**changes)
+    file = root / "glue" / "SST-2" / "train.tsv"
+    file.write_text(file.read_text().replace("dull", "fine"))
+    with pytest.raises(UserError, match=other):
+        opened()
+    # As float32 in another place; a row that is missing is the only one that is computed.
+    cache = tmp_path / "exact"
+    assert len(opened(cache_dtype="float32")) == 1
+    rows = np.load(cache / "0" / "layer1.npy", mmap_mode="r+")
+    assert rows.dtype == np.float32
+    before = rows.copy()
+    rows[:] = 0
+    rows.flush()
+    written = np.load(cache / "0" / "written.npy", mmap_mode="r+")
+    written[3] = 0
+    written.flush()
+    assert len(opened(cache_dtype="float32")) == 1
+    after = np.load(cache / "0" / "layer1.npy")
+    there = after.any((1, 2))
+    np.testing.assert_array_equal(after[there], before[there])
+    assert there[3]
+    assert there.sum() == 8  # its batch
+
+
+def test_what_changes_is_not_kept_on_disk():
+    images = data.make(source={"name": "digits"}, size=8, flip=True)
+    settings = _settings.DistillSettings(teachers=({"workdir": "x"},), cache="c")
+    with pytest.raises(UserError, match="training examples change from epoch to epoch"):
+        _teachers.check(settings, images)
+    _teachers.check(settings, data.make(source={"name": "digits"}, size=8))
