@@ -216,6 +216,25 @@ def test_lines_of_qqp_that_are_broken(make, caplog):
     assert "QQP/train.tsv: 2 lines without all columns left out" in caplog.messages[0]
 
 
+def test_examples_that_people_did_not_agree_about(tmp_path, caplog):
+    # As in multinli_1.0_dev_matched.txt, where the label is the first column.
+    rows = "gold_label\tsentence1\tsentence2\n-\ta\tb\nneutral\tc\td\n-\te\tf\n"
+    root = folder(tmp_path, MNLI__dev_matched=rows)
+    files = glue.source(str(root), None)
+    split = glue.read(files, "mnli", "dev", "")
+    assert split.texts == (["c", "e"], ["d", "f"])
+    assert split.labels.tolist() == [1, 1]
+    assert split.parts == {"dev_matched": 1, "dev_mismatched": 1}
+    assert caplog.messages == [f"{root}/MNLI/dev_matched.tsv: 2 examples of the label '-' left out"]  # fmt: skip
+
+
+def test_no_line_of_a_test_set_is_left_out(tmp_path):
+    broken = "id\tquestion1\tquestion2\n0\tp\tq\n1\tr\n2\ts\tt\n"
+    files = glue.source(str(folder(tmp_path, QQP__test=broken)), None)
+    with pytest.raises(UserError, match=r"QQP/test.tsv:3 has 2 columns, not 3: id, q"):
+        glue.read_test(files, "qqp")
+
+
 def test_a_mark_before_the_header_and_compressed_files(official, make, tmp_path):
     root = shutil.copytree(official, tmp_path / "g")
     for path in list(root.glob("*/*.tsv")):
@@ -278,12 +297,16 @@ def test_texts_of_the_command_line(make, tmp_path):
         return np.where((batch["tokens"] == 2204).any(1)[:, None], [0.0, 2.0], [1.0, 0])
 
     file = tmp_path / "some.txt"
-    file.write_text("so good\n\nno good at all\n" + "bad\n" * 40, encoding="utf-8")
+    # A separator of lines that does not end one, and an end of Windows.
+    file.write_text("so good\r\n\nno good\u2028at all\n" + "bad\n" * 40, newline="")
     lines = list(make("sst2").predict(["a good film", "a film" * 300, str(file)], run))
     # The softmax of a difference d: 1 / (1 + exp(-d)); d = 2: 0.8808, d = 1: 0.7311.
     assert lines[0] == "positive 88.1%  a good film"
     assert lines[1].startswith("negative 73.1%  a film")
-    assert lines[2:4] == ["positive 88.1%  so good", "positive 88.1%  no good at all"]
+    assert lines[2:4] == [
+        "positive 88.1%  so good",
+        "positive 88.1%  no good\u2028at all",
+    ]
     assert lines[4:] == ["negative 73.1%  bad"] * 40
 
     def similar(batch):
@@ -303,12 +326,12 @@ def test_texts_of_the_command_line(make, tmp_path):
         ("sst2", ["a ||| b"], r"'a \|\|\| b': 2 texts where sst2 takes one"),
         ("rte", ["a"], r"'a': 1 texts where rte takes two, as 'a \|\|\| b'"),
         ("rte", ["a ||| "], r"1 texts where rte takes two"),
-        ("rte", ["FILE"], r"file.txt:2: 1 texts where rte takes two"),
+        ("rte", ["FILE"], r"file.txt:3: 1 texts where rte takes two"),
         ("rte", ["EMPTY"], r"empty.txt holds no text"),
     ],
 )  # fmt: skip
 def test_texts_that_do_not_fit(make, tmp_path, task, given, message):
-    (tmp_path / "file.txt").write_text("a ||| b\nc\n")
+    (tmp_path / "file.txt").write_text("a ||| b\n\nc\n")
     (tmp_path / "empty.txt").write_text("\n")
     names = {"FILE": "file.txt", "EMPTY": "empty.txt"}
     given = [str(tmp_path / names[each]) if each in names else each for each in given]

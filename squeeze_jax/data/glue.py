@@ -5,6 +5,7 @@ Wang et al., arXiv 1804.07461. The files are the folders that GLUE gives out, or
 
 import dataclasses
 import itertools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 
 from squeeze_jax.data import tsv
 from squeeze_jax.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
@@ -27,7 +30,7 @@ class Task(NamedTuple):
       features: what TFDS calls the texts.
       words: whether files have the classes' names, not their numbers.
       header: of files for training and evaluation where these have none.
-      broken: whether the published files have lines that lack columns.
+      broken: whether the published files for training and evaluation have lines that lack columns.
     """
 
     folder: str
@@ -96,6 +99,7 @@ TASKS = {
 GENRES = ("matched", "mismatched")
 DIAGNOSTIC = "diagnostic"
 SUBMITTED = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", DIAGNOSTIC: "AX"}
+UNDECIDED = "-"
 SLICE = re.compile(r"(?P<name>[^\[\]]+)\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\]")
 
 
@@ -136,7 +140,10 @@ class Folder(NamedTuple):
             return None
         kind = TASKS[task]
         header = kind.header if labels else None
-        table = tsv.read(path, header, broken=kind.broken)
+        # Predictions are known by the number of the line: of a test set none can be left out.
+        table = tsv.read(path, header, broken=kind.broken and labels)
+        if labels and kind.words:
+            table = _decided(kind, table)
         texts = tuple(table.column(name) for name in kind.columns)
         found = _labels(kind, table) if labels else None
         return Split(texts, found, {part: len(texts[0])})
@@ -144,6 +151,21 @@ class Folder(NamedTuple):
     def path(self, task: str, part: str) -> Path:
         folder = DIAGNOSTIC if part == DIAGNOSTIC else TASKS[task].folder
         return self.root / folder / f"{part}.tsv"
+
+
+def _decided(kind: Task, table: tsv.Table) -> tsv.Table:
+    """Without the examples that people did not agree about: MultiNLI's own files and SNLI's have some, GLUE's none."""
+    kept = [cell != UNDECIDED for cell in table.column(kind.label)]
+    if all(kept):
+        return table
+    log.warning(
+        "%s: %d examples of the label %r left out",
+        table.path,
+        kept.count(False),
+        UNDECIDED,
+    )
+    rows, lines = (list(itertools.compress(c, kept)) for c in (table.rows, table.lines))
+    return table._replace(rows=rows, lines=lines)
 
 
 def _labels(kind: Task, table: tsv.Table) -> np.ndarray:
