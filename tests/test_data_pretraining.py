@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from squeeze_jax import data
 from squeeze_jax.data import documents, tokens
@@ -91,6 +92,35 @@ class TestDocuments:
     def test_marks_end_sentences_too(self, tmp_path, tokenizer):
         found = self.read(tmp_path, "w0 . w1 !\nw2 ! w3", tokenizer, sentences="marks")
         assert found[1:] == ([0, 2, 4, 6, 7], [0, 4])
+
+    @pytest.mark.parametrize("space", [False, True])
+    def test_marks_of_byte_pairs_end_sentences(self, tmp_path, space):
+        # Alone, "." is another token where a text gets a space before it.
+        made = tokenizers.ByteLevelBPETokenizer()
+        text = "He came . She saw! They left."
+        made.train_from_iterator(
+            [text] * 9, 400, special_tokens=["<|endoftext|>"], show_progress=False
+        )
+        made.save_model(str(tmp_path))
+        config = tmp_path / "tokenizer_config.json"
+        config.write_text(f'{{"add_prefix_space": {str(space).lower()}}}')
+        loaded, path = tokens.load(tmp_path), tmp_path / "text"
+        path.write_text("She saw! They left. Who")
+        found = documents.read([path], loaded, sentences="marks")
+        parts = np.split(found.tokens, found.sentences[1:-1])
+        sentences = [loaded.decode(part).strip() for part in parts]
+        assert sentences == ["She saw!", "They left.", "Who"]
+
+    def test_documents_do_not_depend_on_how_many_lines_are_read_at_once(
+        self, tmp_path, tokenizer, monkeypatch
+    ):
+        content = "\nw0 . w1\n\n\nw2 w3\nw4 !\n\nw5\n\n"
+        found = []
+        for lines in 1, 2, 3, 99:
+            monkeypatch.setattr(documents, "LINES", lines)
+            found.append(self.read(tmp_path, content, tokenizer, sentences="marks"))
+        assert found[0][1:] == ([0, 2, 3, 5, 7, 8], [0, 2, 4, 5])
+        assert all(each == found[0] for each in found)
 
     def test_a_file_ends_a_document(self, tmp_path, tokenizer):
         paths = [tmp_path / "a", tmp_path / "b"]
@@ -347,6 +377,12 @@ class TestData:
         lines = list(made.predict(["w9 w8 w7"], run))
         assert asked[-1]["attended"].tolist() == [[1, 1, 1, 0, 0, 0]]
         assert lines[1].startswith("  w2 75.0%")
+        # What follows the end of a longer text is told of its end.
+        lines = list(made.predict([words(*range(9))], run))
+        assert asked[-1]["tokens"].tolist() == [[FIRST + n for n in range(3, 9)]]
+        assert lines[1].startswith("  w5 75.0%")
+        with pytest.raises(UserError, match="'' is an empty text"):
+            list(made.predict([""], run))
         made = make(text, vocabulary, length=6, kind="replaced")
         lines = list(made.predict(["w9"], lambda b: {"replaced": np.zeros((1, 6))}))
         assert lines[1:] == ["   50.0%  [CLS]", "   50.0%  w9", "   50.0%  [SEP]"]

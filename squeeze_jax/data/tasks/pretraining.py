@@ -251,14 +251,18 @@ class Pretraining:
     def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
         """Of each text the five likeliest tokens for each [MASK], or after its end; or how likely each token was replaced.
 
+        Of a text that is too long the end is left out, or the beginning where the question is what comes after it.
+
         Raises:
-          UserError: no text, or one without a masked token.
+          UserError: no text, an empty one, or one without a masked token.
         """
         if not given:
             raise UserError("the job predict needs texts: run.py --job=predict TEXT")
         for text in given:
             ids, _ = self.tokenizer.encode(text)
-            row, segments = ids[: self.length], np.zeros(self.length, np.int32)
+            if not len(ids):
+                raise UserError(f"{text!r} is an empty text: there is nothing to tell")
+            row, segments = ids[-self.length :], np.zeros(self.length, np.int32)
             if self.kind != "causal":
                 row, _ = self.tokenizer.single(ids, self.length)
             if self.kind == "masked" and self.tokenizer.mask not in row:
