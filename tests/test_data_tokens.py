@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import re
 import shutil
@@ -335,3 +336,13 @@ def test_no_room_for_text(uncased, pair, length, special):
     with pytest.raises(UserError, match=f"length = {length} leaves .* {special} special"):  # fmt: skip
         tokenizer.room(length, pair)
     assert tokenizer.room(length + 1, pair) == length + 1 - special
+
+
+@pytest.mark.parametrize(
+    "text", [os.fsdecode(b"caf\xe9"), json.loads('"half a face: \\ud83d"')]
+)
+def test_what_is_no_text(uncased, text):
+    tokenizer = tokens.load(uncased)
+    for encode in tokenizer.encode_many, tokenizer.locate_many:
+        with pytest.raises(UserError, match="is no text: it has bytes that are not"):
+            encode(["a text", text])

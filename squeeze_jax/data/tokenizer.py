@@ -6,7 +6,7 @@ WordPiece (BERT and what follows it; Wu et al., arXiv 1609.08144) and byte-level
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,14 +66,33 @@ class Tokenizer:
 
         Without special tokens around it; one that stands in the text, such as "[MASK]", is itself.
         """
-        found = self.backend.encode(text, add_special_tokens=False)
-        offsets = np.array(found.offsets, np.int32).reshape(-1, 2)
-        return np.array(found.ids, np.int32), offsets
+        (found,) = self.locate_many([text])
+        return found
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns only the ids of each text, int32 [n]; many times as fast, on all cores."""
-        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = self._encode(self.backend.encode_batch_fast, texts)
         return [np.array(each.ids, np.int32) for each in found]
+
+    def locate_many(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns of each text what `encode` does, on all cores."""
+        return [
+            (np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2))
+            for e in self._encode(self.backend.encode_batch, texts)
+        ]
+
+    def _encode(self, encode: Callable, texts: Sequence[str]) -> list:
+        try:
+            return encode(list(texts), add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise UserError(
+                        f"{text[:200]!r} is no text: it has bytes that are not UTF-8, or half of a surrogate pair"
+                    ) from None
+            raise
 
     def token(self, id: int) -> str:
         """The token that an id stands for, such as "##ing"."""
@@ -119,13 +138,15 @@ class Tokenizer:
 
 
 def _join(form: tuple[Piece, ...], texts: dict[str, np.ndarray]):
-    # Much faster than concatenating arrays, as the parts are small.
-    ids, segments = [], []
-    for content, segment in form:
-        part = texts[content].tolist() if isinstance(content, str) else (content,)
-        ids += part
-        segments += [segment] * len(part)
-    return np.array(ids, np.int32), np.array(segments, np.int32)
+    parts = [texts.get(content, (content,)) for content, _ in form]
+    # Several times as fast as concatenating arrays, as the parts are small.
+    ids, segments = np.empty((2, sum(map(len, parts))), np.int32)
+    begin = 0
+    for part, (_, segment) in zip(parts, form, strict=True):
+        end = begin + len(part)
+        ids[begin:end], segments[begin:end] = part, segment
+        begin = end
+    return ids, segments
 
 
 def bert(
