@@ -149,8 +149,8 @@ def test_taking_some():
     assert some.fields["label"].tolist() == [3.5, 1.5, 1.5]
 
 
-def test_tokenizing(shared, capfd, monkeypatch):
-    tokenizer = tokens.load(shared / "data/text/bert_uncased_vocab.txt")
+def test_tokenizing(vocabulary, capfd, monkeypatch):
+    tokenizer = tokens.load(vocabulary)
     monkeypatch.setattr(text, "CHUNK", 2)
     monkeypatch.setattr(text, "PATIENCE", 0.0)
     found = text.tokenize(
@@ -166,7 +166,10 @@ def test_tokenizing(shared, capfd, monkeypatch):
     ]
     assert found.segments.tolist() == [0, 0, 0, 0, 1] + [0, 0, 0, 1, 1] + [0] * 4 + [1] * 3  # fmt: skip
     assert found.fields["label"].tolist() == [0, 1, 2]
-    assert "tokenized 3 of 3 texts" in capfd.readouterr().err
+    assert capfd.readouterr().err == "tokenized 2 of 3 texts\ntokenized 3 of 3 texts\n"
+    tell = text.Told("lines")
+    tell(5)
+    assert capfd.readouterr().err == "tokenized 5 lines\n"
     one = text.tokenize(tokenizer, ["a dog"], None, 7)
     assert one.tokens.tolist() == [101, 1037, 3899, 102]
     with pytest.raises(UserError, match="length = 3 leaves no room"):

@@ -1,9 +1,16 @@
-"""Windows over documents against `transformers`, and the labels in them."""
+"""Windows over documents against `transformers`, the labels in them, and that scores do not depend on their batches."""
 
+import gzip
+import json
+
+import jax
+import numpy as np
 import pytest
 import tokenizers
 
 from squeeze_jax.data import answers, questions, spans, tokens
+from squeeze_jax.data.tasks import squad
+from squeeze_jax.train.metrics import squad as metric
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +106,30 @@ def test_a_question_is_cut_and_an_answer_that_is_not_in_a_window_is_at_the_first
     assert list(zip(windows.begin, windows.end, strict=True)) == [(0, 10), (8, 18), (16, 22)]  # fmt: skip
     # "cologne" is the word of number 14.
     assert fields["start"].tolist() == fields["end"].tolist() == [0, 5 + 14 - 8, 0]
+
+
+def test_evaluation_does_not_depend_on_widths_and_order(dev, vocabulary, tmp_path):
+    with gzip.open(dev) as file:
+        content = json.load(file)
+    content["data"] = content["data"][:1]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(content))
+    found = []
+    for buckets, rows in ((), 64), ((96, 128), 50):
+        data = squad.make(str(path), vocabulary, length=160, stride=64, buckets=buckets)
+        measured = metric.make(data)
+        measure = jax.jit(measured.measure)
+        sums, kept = {"loss": 0.0, "examples": 0.0}, []
+        for batch in data.eval(rows):
+            # Scores that are a function of the token and its neighbour alone.
+            code = np.sin(batch["tokens"] + 2.0 * np.roll(batch["tokens"], 1, 1))
+            each, parts = measure({"start": 9 * code, "end": 9 * np.cos(code)}, batch)
+            sums = {k: sums[k] + float(each[k]) for k in ("examples", "loss")}
+            parts = {k: np.asarray(v)[batch["mask"]] for k, v in parts.items()}
+            kept.append(parts | {"index": batch["index"][batch["mask"]]})
+        rows = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]}
+        scores = measured.score(sums, rows)
+        found.append((scores["eval_exact"], scores["eval_f1"], data.predictions(rows)))
+        assert sums["examples"] == data.num_eval > len(data.golds)
+    assert found[0] == found[1]
+    assert 0 < found[0][1] < 50

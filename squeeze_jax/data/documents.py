@@ -10,6 +10,7 @@ import numpy as np
 
 from squeeze_jax.data import files, pipeline
 from squeeze_jax.data.pipeline import Batch
+from squeeze_jax.data.text import Told
 from squeeze_jax.data.tokens import END, Tokenizer
 from squeeze_jax.errors import UserError
 
@@ -59,7 +60,8 @@ def read(
     marks = _marks(tokenizer) if sentences == "marks" else None
     # Arrays of many lines each: one for every line would take several times the memory of the tokens.
     tokens, ends, documents = [], [], []
-    count = places = 0
+    count = places = read = 0
+    tell = Told("lines")
     for path in paths:
         fresh = True
         for lines in _chunks(path):
@@ -71,6 +73,7 @@ def read(
             ends.append(closing + places)
             tokens.append(some.astype(dtype))
             count, places = count + len(closing), places + len(some)
+            tell(read := read + len(lines))
     if not count:
         raise UserError(f"no text in {', '.join(map(str, paths)) or 'no files'}")
     return Documents(

@@ -5,8 +5,6 @@ that of BERT, arXiv 1810.04805, section 4.2, and window for window that of `tran
 """
 
 import dataclasses
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -55,20 +53,12 @@ class Windows(NamedTuple):
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Text]:
-    """Tokenizes texts with offsets, in parallel; tells of the progress on stderr if it takes more than a few seconds.
-
-    Args:
-      tokenizer: a tokenizer.
-      texts: documents.
-    """
-    done, told = [], time.monotonic()
+    """Tokenizes documents with offsets; tells on stderr how far it is."""
+    done, tell = [], text.Told("documents", len(texts))
     for begin in range(0, len(texts), CHUNK):
-        some = list(texts[begin : begin + CHUNK])
+        some = texts[begin : begin + CHUNK]
         done += [Text(*found) for found in tokenizer.locate_many(some)]
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            line = f"tokenized {len(done):,} of {len(texts):,} documents"
-            print(line, file=sys.stderr, flush=True)
+        tell(len(done))
     return done
 
 

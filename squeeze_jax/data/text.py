@@ -23,6 +23,7 @@ from squeeze_jax.errors import UserError
 WINDOW = 50  # batches
 CHUNK = 4096  # texts tokenized at a time
 PATIENCE = 3.0  # seconds without a word
+READ = ("tokens", "segments", "attended")  # what of a batch a network reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def tokenize(
 ) -> Sequences:
     """Sequences of texts, or of pairs of them, with special tokens, cut to `length`; tells on stderr how far it is."""
     tokenizer.room(length, seconds is not None)
-    done, tell = [], _Told(len(firsts))
+    done, tell = [], Told("texts", len(firsts))
     for begin in range(0, len(firsts), CHUNK):
         some = slice(begin, begin + CHUNK)
         ids = tokenizer.encode_many(firsts[some])
@@ -97,19 +98,26 @@ def tokenize(
     return pack(done, **fields)
 
 
-class _Told:
-    """Says how far a long work is, once it has taken a while."""
+class Told:
+    """Says on stderr how much has been tokenized, once that has taken a while.
 
-    def __init__(self, total: int):
-        self.total, self.next = total, time.monotonic() + PATIENCE
-        self.live = sys.stderr.isatty()
+    Args:
+      what: is counted: "texts".
+      total: of them; None where it is not known.
+    """
+
+    def __init__(self, what: str, total: int | None = None):
+        self.what, self.total = what, total
+        self.next = time.monotonic() + PATIENCE
+        self.live = total is not None and sys.stderr.isatty()
         self.any = False
 
     def __call__(self, done: int) -> None:
-        last = done >= self.total
+        last = self.total is not None and done >= self.total
         if time.monotonic() >= self.next or (last and self.any):
             end = "" if self.live and not last else "\n"
-            line = f"tokenized {done:,} of {self.total:,} texts"
+            of = "" if self.total is None else f" of {self.total:,}"
+            line = f"tokenized {done:,}{of} {self.what}"
             print(("\r" if self.live else "") + line, end=end, file=sys.stderr)
             sys.stderr.flush()
             self.any = True
@@ -227,6 +235,26 @@ def specs(
         {key: spec((rows, width), kind) for key, kind in kinds.items()} | same
         for width in widths
     ]
+
+
+def exported(length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What an exported file takes, see `pipeline.Data`."""
+    return dict.fromkeys(READ, jax.ShapeDtypeStruct((length,), np.int32))
+
+
+def inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What encoders are called with, {"tokens", "segments": int32 [b, l], "mask": bool [b, l]}."""
+    return {
+        "tokens": batch["tokens"],
+        "segments": batch["segments"],
+        "mask": batch["attended"] != 0,
+    }
+
+
+def example(length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `inputs` makes of one sequence."""
+    one = dict.fromkeys(READ, jax.ShapeDtypeStruct((1, length), np.int32))
+    return jax.eval_shape(inputs, one)
 
 
 class _Order:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax import registry
@@ -225,24 +224,15 @@ class Glue:
         return batch
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What encoders read."""
-        return {
-            "tokens": batch["tokens"],
-            "segments": batch["segments"],
-            "mask": batch["attended"] != 0,
-        }
+        """See `text.inputs`."""
+        return text.inputs(batch)
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        names = ("tokens", "segments", "attended")
-        return {n: jax.ShapeDtypeStruct((self.length,), jnp.int32) for n in names}
+        return text.exported(self.length)
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        one = {
-            name: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype)
-            for name, spec in self.exported.items()
-        }
-        return jax.eval_shape(self.inputs, one)
+        return text.example(self.length)
 
     @functools.cached_property
     def _test(self) -> glue.Split:
@@ -282,7 +272,7 @@ class Glue:
             reader = self._reader(glue.Split(columns, None, {}))
             reader = dataclasses.replace(reader, buckets=())
             batch = next(reader.eval(len(some)))
-            batch = {name: batch[name].astype(np.int32) for name in self.exported}
+            batch = {name: batch[name].astype(np.int32) for name in text.READ}
             logits = np.asarray(run(batch), np.float32)
             for row, words in zip(logits, some, strict=True):
                 yield f"{self._said(row)}  {f' {BETWEEN} '.join(words)}"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.data import documents, masking, pipeline, tokens
+from squeeze_jax.data import documents, masking, pipeline, text, tokens
 from squeeze_jax.data.documents import Blocks, Examples, Pairs
 from squeeze_jax.errors import UserError
 
@@ -86,15 +86,15 @@ def make(
     elif length < 2:
         raise UserError("config.data.length = 1 has no next token: at least 2")
 
-    def cut(text):
+    def cut(split):
         if order == "none":
-            return Blocks(text, loaded, length, bare=kind == "causal")
-        return Pairs(text, loaded, length, order)
+            return Blocks(split, loaded, length, bare=kind == "causal")
+        return Pairs(split, loaded, length, order)
 
     host = masking.on_host(how) if how else None
     train, held = (
-        Examples(cut(text), length, loaded.pad or 0, host)
-        for text in _read(files, eval, loaded, sentences, kind == "causal")
+        Examples(cut(split), length, loaded.pad or 0, host)
+        for split in _read(files, eval, loaded, sentences, kind == "causal")
     )
     gathers = how is not None and predictions != 0 and how.positions < length
     return Pretraining(loaded, length, kind, order, how, gathers, train, held, threads)
@@ -182,8 +182,7 @@ class Pretraining:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        names = ("tokens", "segments", "attended")
-        return {n: jax.ShapeDtypeStruct((self.length,), jnp.int32) for n in names}
+        return text.exported(self.length)
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
@@ -236,11 +235,7 @@ class Pretraining:
         """What an encoder is called with; tokens of "original" text are masked if they are not yet."""
         if "original" in batch:
             batch = self.masked(batch)
-        x = {
-            "tokens": batch["tokens"],
-            "segments": batch["segments"],
-            "mask": batch["attended"] != 0,
-        }
+        x = text.inputs(batch)
         names = ("positions", "targets", "chosen")
         wanted = names if self.kind == "replaced" else names[:1]
         return x | {name: batch[name] for name in wanted if name in batch}
@@ -258,24 +253,24 @@ class Pretraining:
         """
         if not given:
             raise UserError("the job predict needs texts: run.py --job=predict TEXT")
-        for text in given:
-            ids, _ = self.tokenizer.encode(text)
+        for each in given:
+            ids, _ = self.tokenizer.encode(each)
             if not len(ids):
-                raise UserError(f"{text!r} is an empty text: there is nothing to tell")
+                raise UserError(f"{each!r} is an empty text: there is nothing to tell")
             row, segments = ids[-self.length :], np.zeros(self.length, np.int32)
             if self.kind != "causal":
                 row, _ = self.tokenizer.single(ids, self.length)
             if self.kind == "masked" and self.tokenizer.mask not in row:
                 mask = self.tokenizer.token(self.tokenizer.mask)
                 raise UserError(
-                    f"{text!r} has no {mask} within {self.length} tokens: write it where a token shall be found"
+                    f"{each!r} has no {mask} within {self.length} tokens: write it where a token shall be found"
                 )
             filled = np.full(self.length, self.tokenizer.pad or 0, np.int32)
             filled[: len(row)] = row
             attended = (np.arange(self.length) < len(row)).astype(np.int32)
             batch = {"tokens": filled, "segments": segments, "attended": attended}
             logits = run({key: array[None] for key, array in batch.items()})
-            yield text
+            yield each
             yield from self._told(row, logits)
 
     def _told(self, row, logits) -> Iterator[str]:

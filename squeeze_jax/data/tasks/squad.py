@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.data import answers, files, questions, spans, text, tokens
@@ -26,7 +25,6 @@ log = logging.getLogger(__name__)
 
 PREDICTED = 8  # windows at a time
 SHOWN = 3  # answers to a question of the command line
-READ = ("tokens", "segments", "attended")
 
 
 def make(
@@ -210,24 +208,15 @@ class Squad:
         return batch
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """{"tokens", "segments": int32 [b, l], "mask": bool [b, l]}, what encoders are called with."""
-        return {
-            "tokens": batch["tokens"],
-            "segments": batch["segments"],
-            "mask": batch["attended"] != 0,
-        }
+        """See `text.inputs`."""
+        return text.inputs(batch)
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = jax.ShapeDtypeStruct((self.length,), jnp.int32)
-        return dict.fromkeys(READ, shape)
+        return text.exported(self.length)
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        row = {
-            key: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype)
-            for key, spec in self.exported.items()
-        }
-        return jax.eval_shape(self.inputs, row)
+        return text.example(self.length)
 
     @property
     def threshold(self) -> float | None:
@@ -324,16 +313,17 @@ class Squad:
         # "No answer" is put first where the threshold says so.
         needs = [0.0 if each.text else self.null_threshold for each in best]
         for i in np.argsort(needs - scores, kind="stable")[:SHOWN]:
-            text, begin, end, score = best[i]
-            where = f"characters {begin} to {end}, " if text else ""
-            yield f"  {chances[i]:6.1%}  {text or 'no answer'}  ({where}score {score:.2f})"
+            found, begin, end, score = best[i]
+            where = f"characters {begin} to {end}, " if found else ""
+            said = " ".join(found.split()) or "no answer"  # in one line
+            yield f"  {chances[i]:6.1%}  {said}  ({where}score {score:.2f})"
 
 
 def _run(reader: text.Reader, run: Callable) -> dict[str, np.ndarray]:
     """Logits {"start", "end"}: [w, l] of all windows."""
     parts = []
     for batch in dataclasses.replace(reader, buckets=()).eval(PREDICTED):
-        rows = {key: batch[key].astype(np.int32) for key in READ}
+        rows = {key: batch[key].astype(np.int32) for key in text.READ}
         logits = run(rows)
         parts.append({side: np.asarray(logits[side])[batch["mask"]] for side in SIDES})
     return {side: np.concatenate([part[side] for part in parts]) for side in SIDES}

@@ -49,6 +49,6 @@ def score(sums, rows, *, data):
     scores = _answers.evaluate(golds, found.texts(data.threshold), data.version2)
     if data.version2:
         scores |= _answers.thresholds(golds, found.texts(), found.odds)
-    return {"eval_loss": sums["loss"] / max(sums["examples"], 1)} | {
+    return {"eval_loss": float(sums["loss"] / max(sums["examples"], 1))} | {
         f"eval_{name}": value for name, value in scores.items()
     }
