@@ -404,7 +404,7 @@ class TestData:
             ({"length": 2}, "length = 2 leaves no room"),
             ({"threads": -1}, "threads = -1 should not be negative"),
             ({"kind": "casual"}, r"config\.data\.kind = 'casual' .*one of 'masked'"),
-            ({"order": "next_sentence"}, "blank lines end documents: there is one"),
+            ({"order": "next_sentence"}, "documents: there is one to evaluate on;"),
         ],
     )
     def test_mistakes_are_named(self, text, vocabulary, options, message):
@@ -415,5 +415,7 @@ class TestData:
     def test_sentences_are_needed_for_their_order(self, tmp_path, vocabulary):
         path = tmp_path / "text"
         path.write_text("w1\n\nw2\n")
-        with pytest.raises(UserError, match="needs documents of two sentences"):
+        with pytest.raises(
+            UserError, match="needs documents of two sentences.* none to train"
+        ):
             make(str(path), vocabulary, eval=str(path), order="sentence_order")

@@ -261,6 +261,7 @@ class Pairs:
       text, tokenizer: what to cut, and whose special tokens to use.
       length: of a sequence.
       order: what the label tells.
+      use: what for, to be named by errors: "to train on".
 
     Raises:
       UserError: no document of two sentences; for next sentences, not two of them.
@@ -269,7 +270,12 @@ class Pairs:
     labelled = True
 
     def __init__(
-        self, text: Documents, tokenizer: Tokenizer, length: int, order: Order
+        self,
+        text: Documents,
+        tokenizer: Tokenizer,
+        length: int,
+        order: Order,
+        use: str,
     ):
         self._tokenizer, self._length, self._order = tokenizer, length, order
         self._tokens, self._room = text.tokens, tokenizer.room(length, pair=True)
@@ -279,12 +285,12 @@ class Pairs:
         if not chunks:
             raise UserError(
                 f"config.data.order = {order!r} needs documents of two sentences, where blank lines end documents and"
-                " config.data.sentences tells what ends sentences: there are none"
+                f" config.data.sentences tells what ends sentences: there are none {use}"
             )
         if order == "next_sentence" and chunks[0][2] == chunks[-1][2]:
             raise UserError(
                 "config.data.order = 'next_sentence' takes every other sentence from another document, and blank lines end"
-                " documents: there is one; choose 'sentence_order'"
+                f" documents: there is one {use}; choose 'sentence_order'"
             )
 
     def __len__(self) -> int:

@@ -86,15 +86,16 @@ def make(
     elif length < 2:
         raise UserError("config.data.length = 1 has no next token: at least 2")
 
-    def cut(split):
+    def cut(split, use):
         if order == "none":
             return Blocks(split, loaded, length, bare=kind == "causal")
-        return Pairs(split, loaded, length, order)
+        return Pairs(split, loaded, length, order, use)
 
     host = masking.on_host(how) if how else None
+    splits = _read(files, eval, loaded, sentences, kind == "causal")
     train, held = (
-        Examples(cut(split), length, loaded.pad or 0, host)
-        for split in _read(files, eval, loaded, sentences, kind == "causal")
+        Examples(cut(split, use), length, loaded.pad or 0, host)
+        for split, use in zip(splits, ("to train on", "to evaluate on"), strict=True)
     )
     gathers = how is not None and predictions != 0 and how.positions < length
     return Pretraining(loaded, length, kind, order, how, gathers, train, held, threads)
