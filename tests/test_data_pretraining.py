@@ -416,6 +416,6 @@ class TestData:
         path = tmp_path / "text"
         path.write_text("w1\n\nw2\n")
         with pytest.raises(
-            UserError, match="needs documents of two sentences.* none to train"
+            UserError, match=r"needs documents of two sentences.* none to train"
         ):
             make(str(path), vocabulary, eval=str(path), order="sentence_order")
