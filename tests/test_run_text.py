@@ -272,7 +272,8 @@ def test_a_student_learns_from_a_teacher(taught):
 def test_a_student_is_evaluated_without_its_teacher(taught, place):
     """Neither the losses nor the teachers nor the optimizer of the training are needed."""
     workdir, built = taught
-    given = config(place, **student((workdir,)), optim=dict(name="sgd", lr=1.0))
+    optim = dict(name="sgd", lr=1.0, freeze=("^objective/hidden/",))
+    given = config(place, **student((workdir,)), optim=optim)
     begun = {"init": {"folder": "gone"}, "distill": {"teachers": ({"folder": "gone"},)}}
     alone = _pretrained.alone(workdir, given | begun)
     bare = _experiment.build(_experiment.check(_workdir.tuples(alone)))

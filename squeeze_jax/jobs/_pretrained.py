@@ -179,6 +179,9 @@ def alone(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
         rest["model"] = noted["model"]
         for key in "init", "distill", "objective":
             rest.pop(key, None)
+        # Rules may be of what the objective alone has learnt.
+        rules = ("freeze", "decay_rules")
+        rest["optim"] = {k: v for k, v in rest["optim"].items() if k not in rules}
     return rest
 
 
