@@ -10,7 +10,30 @@ small; on the others, named after a colon, the student goes on from there, as Sq
     python run.py --config=configs/glue_minilm.py:stsb --job=fit
     python run.py --config=configs/glue_squeezebert.py:stsb --job=fit
 
-RESULTS
+Results on development sets of 872, 1,500 and 408 examples, with standard deviations of about 1.3, 2.5 and 2: the best of four
+evaluations in two epochs of SST-2, of three in three epochs of the others, which begin with the student that learnt SST-2 by
+all losses. The teachers have 89.2 (an earlier recipe of `glue_minilm.py`), 85.6 and 84.4.
+
+    losses                                              SST-2      STS-B                MRPC
+                                                        accuracy   Pearson, Spearman    accuracy, F1
+                                                                   (mean)               (mean)
+    the task's alone                                    81.5       18.4                 74.8
+    and soft logits                                     80.4       20.9                 74.8
+    and hidden states, embeddings                       -          21.7                 74.8
+    all: soft logits, hidden states, attention          82.6       19.4                 75.7
+    all, 12 groups a layer, 4 shuffled after attention  81.5       16.7                 75.6
+
+Without pretraining STS-B and MRPC are hardly learnt: 74.8 is MRPC's larger class. Of SST-2's 1,821 test sentences, whose labels
+nobody has, 85.3% of the student's answers are its teacher's, 85.9% with twelve groups, which so lose nothing to four, and
+83.2% without a teacher.
+
+The student has 13.6 M parameters, 1.8 M of them beyond the embeddings, and 116 M MACs at 64 tokens; with 12 groups 12.5 M, 0.7 M
+and 42.6 M. On one thread in LiteRT a sentence takes the teacher 8.2 ms, 2.5 ms with weights of 8 bits (`tflite_dynamic`), the
+students 1.6 and 0.74 ms, with 12 groups 0.89 and 0.54 ms.
+
+Twelve groups: `--config.model.shuffle=True --config.model.groups='{"query": 12, "key": 12, "value": 12, "output": 4, "ffn_in":
+12, "ffn_out": 12}'`. Fewer losses: `--config.objective='({"name": "train.cross_entropy"},)' --config.distill.teachers='()'`,
+for example.
 """
 
 import importlib.util
