@@ -9,7 +9,8 @@ lays them out. After a colon comes the task, without one it is SST-2:
     python run.py --job=predict --workdir=runs/glue_minilm "a charming and often affecting journey"
 
 SST-2: 90.1% of the development set, after 27 minutes on 2 busy cores of an AMD EPYC server. The token embeddings stay as
-they are, and what is evaluated is a running mean of the weights; without both, with batches of 32 and lr 5e-5, it was 89.2%.
+they are, and what is evaluated is a running mean of the weights; without both it was 89.2% (`--config.batch=32
+--config.steps=4200 --config.optim.lr=5e-5 --config.optim.freeze='()' --config.ema=0 --config.checkpoint.use=newest`).
 STS-B: Pearson 85.6, Spearman 85.7, in 8 minutes. MRPC: 81.6%, F1 87.1, in 7. 22.7 M parameters, 698 M MACs at 64 tokens.
 
 Another network: `--config.init.folder=FOLDER --config.data.tokenizer=FOLDER`. Best of several seeds: `--job=seeds
