@@ -173,7 +173,7 @@ def test_the_discriminator_teaches(electra, place, tmp_path):
     built = taught(place, workdir)
     ((net, read, _),) = built.teachers
     assert net.row == models.make("electra", variant="toy", **SIZES).row
-    found = tree.flatten(read()["params"])
+    found = tree.flatten(read(None)["params"])
     for name, value in of_the_discriminator(params).items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     fit.run(built, tmp_path)
@@ -228,6 +228,39 @@ def test_a_teacher_of_other_classes_teaches_what_lies_below(place, tmp_path):
     _pretrained.note(tmp_path, dict(STUDENT, num_classes=3), {})
     ((net, _, _),) = taught(place, tmp_path).teachers
     assert net.num_classes == 3
+
+
+def test_layers_without_a_head_teach_what_they_say(place, tmp_path):
+    """A folder of an encoder alone, as those for sentence embeddings are: its hidden states, but no logits."""
+    net = models.make(**STUDENT | dict(task="features"))
+    tokens = np.zeros((1, 12), np.int32)
+    variables = net.init(jax.random.key(1), dict(tokens=tokens), train=False)
+    folder = tmp_path / "encoder"
+    models.save(folder, net, variables)
+    data = dict(name="pretraining", files=str(place / "text.txt"), eval=0.5, length=12)
+    data |= dict(tokenizer=str(place / "vocab.txt"), masked=0.0, random=0.0)
+    made = dict(distill=dict(teachers=(dict(folder=str(folder)),)), model=STUDENT)
+    hidden = dict(name="distill.hidden")
+    built = build(data, objective=hidden, **made)
+    # The tokens are as they were written: nothing is masked.
+    batch = next(built.data.eval(4))
+    x = built.data.inputs(batch)
+    np.testing.assert_array_equal(x["tokens"], batch["original"])
+    expected = net.apply(variables, x, train=False)[1]
+    with _teachers.open(built, print) as lessons:
+        (found,) = lessons.teach(lessons.frozen[0], batch)
+    assert set(found) == {"layer1", "layer2"}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+    # A student that is this network differs in nothing.
+    begun = dict(init=dict(folder=str(folder)), optim=dict(name="sgd", lr=1e-9))
+    same = made | dict(model=dict(dropout=0.0, attention_dropout=0.0))
+    fit.run(build(data, objective=hidden, **same, **begun), tmp_path / "run")
+    for record in log.read(tmp_path / "run" / "metrics.jsonl"):
+        assert record.get("hidden", 0.0) < 1e-6
+    with pytest.raises(UserError, match="no weights for head/.* train them first"):
+        built = build(data, objective=dict(name="distill.soft_logits"), **made)
+        fit.run(built, tmp_path / "logits")
 
 
 def test_a_teacher_sees_pixels_as_in_its_training(tmp_path):

@@ -258,8 +258,8 @@ def _chosen(params, layers, where):
 
 def teacher(
     section: Mapping[str, Any], source: Data, where: str
-) -> tuple[nn.Module, Callable[[], dict[str, Any]], str]:
-    """A network to learn from, a function that reads its variables, and where it is.
+) -> tuple[nn.Module, Callable[[jax.Array | None], dict[str, Any]], str]:
+    """A network to learn from, a function that reads its variables (see `Network.read`), and where it is.
 
     Args:
       section: {"folder": …} or {"workdir": …}.
@@ -296,7 +296,7 @@ def teacher(
             f"the tokenizer has {words:,} tokens, {where} = {network.where} {net.row.vocabulary:,}: student and teacher"
             " need the same"
         )
-    return net, lambda: network.read(options, None), network.where
+    return net, lambda key: network.read(options, key), network.where
 
 
 def _same_pixels(section: Mapping[str, Any], source: Data, where: str) -> None:

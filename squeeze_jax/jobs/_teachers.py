@@ -18,6 +18,7 @@ from squeeze_jax.jobs._settings import DistillSettings
 from squeeze_jax.train import sharding
 
 SECONDS = 10.0  # between lines that tell how far the cache is
+HEADS = {"logits", "pooled"}  # outputs that a head has a part in
 SAMPLE = 256  # training examples that tell whether a cache is of these data
 
 
@@ -46,7 +47,10 @@ class Live(Lessons):
 
     def __init__(self, built, teach: Callable):
         one = sharding.replicated(built.mesh)
-        variables = tuple(read() for _, read, _ in built.teachers)
+        # A folder of layers alone teaches what the layers say.
+        said = HEADS & set(built.objective.wants)
+        key = None if said else jax.random.key(0)
+        variables = tuple(read(key) for _, read, _ in built.teachers)
         self.frozen, self.teach = (jax.device_put(variables, one),), teach
 
 

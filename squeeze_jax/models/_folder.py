@@ -172,8 +172,8 @@ def _fitted(net, arrays, module, fresh):
     if lacking and fresh is None:
         layers = ", ".join(sorted({k.rpartition("/")[0] for k in lacking}))
         raise UserError(
-            f"no weights for {layers} of task {net.task!r} with these classes: give fresh=jax.random.key(0) to"
-            " initialise them"
+            f"no weights for {layers} of task {net.task!r} with these classes: train them first, or give"
+            " fresh=jax.random.key(0) to initialise them"
         )
     ignore = [*NO_WEIGHTS]
     for leaf in lacking:
