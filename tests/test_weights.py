@@ -54,6 +54,67 @@ def test_a_damaged_file_is_named(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "12",
+        "[1]",
+        '{"a": [1]}',
+        '{"a": null}',
+        '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}}',
+        '{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_header_of_something_else_is_damaged(tmp_path, header):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    with pytest.raises(UserError, match=r"w\.safetensors is damaged"):
+        files.read(path)
+
+
+def test_numbers_that_are_not_read_are_named(tmp_path):
+    header = b'{"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}'
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"1")
+    with pytest.raises(UserError, match=r"a in .* is F8_E4M3, which is not read"):
+        files.read(path)
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.bin"])
+def test_what_git_left_instead_of_weights_is_named(tmp_path, name):
+    # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+        "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+    )
+    with pytest.raises(
+        UserError, match=f"{name} is a pointer of Git LFS.*git lfs pull"
+    ):
+        files.read(tmp_path / name)
+
+
+def test_parameters_are_tensors(tmp_path):
+    torch.save({"a": torch.nn.Parameter(torch.ones(2))}, tmp_path / "w.bin")
+    assert files.read(tmp_path / "w.bin")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds a list: it should be what a network's state_dict"),
+        (torch.ones(2), "holds a Tensor: "),
+        ({"state_dict": 1}, "holds a int: "),
+        ({"model": {"a": torch.ones(2)}, "epoch": 3}, "holds 'model', which is no ten"),
+        ({"a": torch.ones(2).to_sparse()}, "holds 'a', which is no tensor"),
+    ],
+)
+def test_checkpoints_of_something_else_are_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=message):
+        files.read(tmp_path / "w.pt")
+
+
 def test_a_truncated_safetensors_file_is_damaged(tmp_path, arrays):
     path = tmp_path / "w.safetensors"
     safetensors.numpy.save_file(arrays, path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from squeeze_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
+# How a file begins that Git's extension for large ones left in a clone instead of the content.
+_POINTER = b"version https://git-lfs"
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -22,6 +25,9 @@ _SAFETENSORS_DTYPES = {
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
@@ -31,7 +37,8 @@ def read(path: str | Path) -> Arrays:
     """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin) says of which kind it is.
 
     Raises:
-      UserError: no such file, an unknown ending, or a damaged file; names the file.
+      UserError: no such file, an unknown ending, a file that is damaged or was not fetched, or a checkpoint of something
+        else than tensors by name; names the file.
     """
     path = Path(path)
     if path.suffix not in _READERS:
@@ -41,8 +48,22 @@ def read(path: str | Path) -> Arrays:
     if not path.is_file():
         raise UserError(f"no weights file {path}: check the path")
     try:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise UserError(
+                    f"weights file {path} is a pointer of Git LFS, not the weights: run git lfs pull where it was cloned"
+                )
         return _READERS[path.suffix](path)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,  # a header of other types than it should have
+        EOFError,
+        OSError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"weights file {path} is damaged ({reason}): fetch it again"
@@ -59,15 +80,20 @@ def _safetensors(path: Path) -> Arrays:
     content = memoryview(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8:start]))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
     arrays = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         first, last = entry["data_offsets"]
-        flat = np.frombuffer(
-            content[start + first : start + last],
-            _SAFETENSORS_DTYPES[entry["dtype"]],
-        )
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UserError(
+                f"{name} in {path} is {entry['dtype']}, which is not read: save it in one of"
+                f" {', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        flat = np.frombuffer(content[start + first : start + last], dtype)
         arrays[name] = flat.reshape(entry["shape"])
     return arrays
 
@@ -93,6 +119,9 @@ def write_safetensors(path: str | Path, arrays: Arrays) -> None:
     new.replace(path)
 
 
+_WANTED = "it should be what a network's state_dict() gives; save that alone"
+
+
 def _torch(path: Path) -> Arrays:
     try:
         import torch
@@ -102,11 +131,21 @@ def _torch(path: Path) -> Arrays:
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # Its own message tells how to run the code in a file.
+        reason = "it is no checkpoint of tensors alone, and code in one is not run"
+        raise ValueError(reason) from None
     except Exception as error:  # its own errors are of many kinds
         raise ValueError(error) from error
-    state = state.get("state_dict", state)
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}: {_WANTED}")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise UserError(f"{path} holds {name!r}, which is no tensor: {_WANTED}")
     return {
-        name: value.float().numpy() if value.is_floating_point() else value.numpy()
+        name: (value.float() if value.is_floating_point() else value).detach().numpy()
         for name, value in state.items()
     }
 
