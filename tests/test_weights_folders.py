@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from squeeze_jax import models, tree
+from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.weights import files, huggingface
+
+MODELS = "squeeze_jax.models"
+FAMILIES = [
+    name
+    for name in registry.names(MODELS)
+    if hasattr(registry.load(MODELS, name), "HUGGINGFACE")
+]
 
 pytestmark = pytest.mark.usefixtures("transformers")
 
@@ -304,6 +311,14 @@ def test_what_an_architecture_has_not_is_named(tmp_path, name, config, message):
         models.load(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_config_does_not_say_is_as_in_transformers(transformers, name):
+    module = registry.load(MODELS, name)
+    said = transformers.AutoConfig.for_model(name).to_dict()
+    nets = [module.make(**module.from_huggingface(config)) for config in ({}, said)]
+    assert nets[0] == nets[1]
 
 
 def test_what_is_wrong_with_a_folder_is_named(folder):

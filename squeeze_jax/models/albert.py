@@ -55,6 +55,12 @@ _KEYS |= {
     "embedding_size": "embedding_features",
     "num_hidden_groups": "distinct",
 }
+# What its class has where config.json says nothing: the sizes of `xxlarge`.
+_UNSAID = {
+    "hidden_size": 4096,
+    "num_attention_heads": 64,
+    "intermediate_size": 16384,
+}
 _MASKED_LM = {
     "head/masked_lm": "predictions",  # its bias
     "head/masked_lm/transform": "predictions.dense",
@@ -161,7 +167,8 @@ def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: several layers in a group.
     """
-    return huggingface.options(config, _KEYS, huggingface.ONLY | {"inner_group_num": 1})
+    only = huggingface.ONLY | {"inner_group_num": 1}
+    return huggingface.options({**_UNSAID, **config}, _KEYS, only)
 
 
 def to_huggingface(net: Albert) -> dict[str, Any]:

@@ -59,6 +59,13 @@ Task = Literal[
 ]
 # {key of config.json: option}
 _KEYS = {**huggingface.BERT_KEYS, "embedding_size": "embedding_features"}
+# What its class has where config.json says nothing: the sizes of `small`.
+_UNSAID = {
+    "hidden_size": 256,
+    "embedding_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
 # How its class for multiple choice reads a sequence.
 _SUMMARY = {
     "summary_type": "first",
@@ -165,7 +172,9 @@ def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: a sequence that is read in another way.
     """
-    return huggingface.options(config, _KEYS, huggingface.ONLY | _SUMMARY)
+    return huggingface.options(
+        {**_UNSAID, **config}, _KEYS, huggingface.ONLY | _SUMMARY
+    )
 
 
 def to_huggingface(net: Electra) -> dict[str, Any]:

@@ -68,6 +68,12 @@ _HEAD_NAMES = {
 Task = Literal["features", "masked_lm", "classification", "tokens", "span", "choice"]
 # Of padding, in the vocabulary and in the table of positions.
 _PADDING = 1
+# What its class has where config.json says nothing: BERT's, not those of the paper.
+_UNSAID = {
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+}
 
 
 class Roberta(Encoder):
@@ -155,7 +161,7 @@ def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{huggingface.CONFIG}: pad_token_id = {padding} is not supported, only {_PADDING}, after which positions count"
         )
-    found = huggingface.options(config)
+    found = huggingface.options({**_UNSAID, **config})
     if "positions" in found:
         found["positions"] -= Roberta.before_positions
     return found
