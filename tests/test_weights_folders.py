@@ -272,6 +272,10 @@ def test_a_head_has_no_tensors_that_ours_has_not(folder):
     ("config", "message"),
     [
         ({"model_type": "brt"}, "unknown model_type 'brt'; did you mean 'bert'"),
+        ({"model_type": None}, "no model_type; choose from albert, bert, "),
+        ({"architectures": {"a": 1}}, r"names {'a': 1}: give a task"),
+        ({"id2label": 3}, "id2label = 3 should map numbers of classes to names"),
+        ({"hidden_act": ["gelu"]}, r"unknown hidden_act \['gelu'\]"),
         (
             {"architectures": ["BertLMHeadModel"]},
             r"names \['BertLMHeadModel'\]: give a",
@@ -302,6 +306,13 @@ def test_what_is_wrong_with_a_config_is_named(folder, config, message):
         ("albert", {"num_hidden_groups": 3}, "distinct = 3: should be from 1 to .* 1"),
         ("electra", {"summary_type": "mean"}, "'mean' is not supported, only 'first'"),
         ("roberta", {"pad_token_id": 0}, "pad_token_id = 0 is not supported, only 1"),
+        (
+            "roberta",
+            {"max_position_embeddings": "514"},
+            r"options\.positions = '514' \(str\) should be int",
+        ),
+        ("gpt2", {"n_embd": [32], "n_inner": None}, r"options\.features = \[32\]"),
+        ("squeezebert", {"q_groups": "4"}, "groups of query = '4': should be a posi"),
     ],
 )
 def test_what_an_architecture_has_not_is_named(tmp_path, name, config, message):

@@ -158,8 +158,9 @@ def _module(config: Mapping[str, Any], folder: Path):
             return module
     every = [registry.load(package, name) for name in registry.names(package)]
     known = [m.HUGGINGFACE.model_type for m in every if hasattr(m, "HUGGINGFACE")]
+    what = "no model_type" if kind is None else f"unknown model_type {kind!r}"
     raise UserError(
-        f"{folder / huggingface.CONFIG}: unknown model_type {kind!r}{nearest(kind, known)}"
+        f"{folder / huggingface.CONFIG}: {what}{nearest(kind or '', known)}"
     )
 
 

@@ -223,8 +223,10 @@ def make(
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `make` from a folder's config.json."""
     found = huggingface.options(config, _KEYS, _ONLY)
-    wide = 4 * config.get("n_embd", VARIANTS["small"].features)
-    return {"ffn_features": wide} | found
+    features = found.get("features", VARIANTS["small"].features)
+    # A value of another type is for `load` to name.
+    wide = {"ffn_features": 4 * features} if isinstance(features, int) else {}
+    return wide | found
 
 
 def to_huggingface(net: Gpt2) -> dict[str, Any]:

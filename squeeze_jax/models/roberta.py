@@ -162,7 +162,7 @@ def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{huggingface.CONFIG}: pad_token_id = {padding} is not supported, only {_PADDING}, after which positions count"
         )
     found = huggingface.options({**_UNSAID, **config})
-    if "positions" in found:
+    if isinstance(found.get("positions"), int):  # else it is for `load` to name
         found["positions"] -= Roberta.before_positions
     return found
 

@@ -157,7 +157,8 @@ def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{huggingface.CONFIG}: embedding_size = {config['embedding_size']} should be hidden_size = {inside}"
         )
-    groups = {ours: config[key] for key, ours in _GROUP_KEYS.items() if key in config}
+    groups = {ours: config.get(key) for key, ours in _GROUP_KEYS.items()}
+    groups = {ours: number for ours, number in groups.items() if number is not None}
     return found | {"groups": groups, "layer_epsilon": _LAYER_EPSILON}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 
 import flax.linen as nn
 import jax
@@ -189,9 +190,9 @@ def _groups(given: GroupsLike, own: Groups) -> Groups:
         given = dict.fromkeys(Groups._fields, given)
     for position, number in given.items():
         registry.row(own._asdict(), position, "position in groups")
-        if number < 1:
+        if not isinstance(number, Integral) or number < 1:
             raise UserError(
-                f"groups of {position} = {number}: should be a positive number"
+                f"groups of {position} = {number!r}: should be a positive number"
             )
     return own._replace(**given)
 

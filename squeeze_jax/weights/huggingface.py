@@ -184,7 +184,7 @@ def options(
         if value is None:
             continue
         if option == "activation":
-            if value not in ACTIVATIONS:
+            if not isinstance(value, str) or value not in ACTIVATIONS:
                 raise UserError(
                     f"{CONFIG}: unknown {key} {value!r}{nearest(value, ACTIVATIONS)}"
                 )
@@ -208,13 +208,23 @@ def config(net, keys: Mapping[str, str] = BERT_KEYS) -> Config:
 
 def task(config: Mapping[str, Any], family: Family) -> str | None:
     """The task of the class that config.json names, or None where it names none of the family's."""
-    found = config.get("architectures") or [None]
-    return next((t for t, name in family.classes.items() if name == found[0]), None)
+    found = config.get("architectures")
+    first = found[0] if found and isinstance(found, list) else None
+    return next((t for t, name in family.classes.items() if name == first), None)
 
 
 def labels(config: Mapping[str, Any]) -> int:
-    """How many classes a folder's classifier has; two where config.json does not say."""
-    return len(config.get("id2label") or ()) or config.get("num_labels", 2)
+    """How many classes a folder's classifier has; two where config.json does not say.
+
+    Raises:
+      UserError: labels that are no mapping.
+    """
+    names, count = config.get("id2label"), config.get("num_labels")
+    if names and not isinstance(names, dict):
+        raise UserError(
+            f"{CONFIG}: id2label = {names!r} should map numbers of classes to names"
+        )
+    return len(names or ()) or (2 if count is None else count)
 
 
 def without_prefix(arrays: files.Arrays, family: Family) -> files.Arrays:
