@@ -65,6 +65,10 @@ VARIANTS = {
 }
 
 
+# The head's matrix for channels beside those of the embeddings; there it is even where there are none.
+_UNTIED = "cls.predictions.dense.weight"
+
+
 def _unpacked(arrays: files.Arrays, net: "MobileBert") -> files.Arrays:
     """The embeddings' layer over three tokens as a convolution; the head's untied matrix as PyTorch's layers have it."""
     found = dict(arrays)
@@ -74,6 +78,8 @@ def _unpacked(arrays: files.Arrays, net: "MobileBert") -> files.Arrays:
         # Its channels are those of the next, this and the previous token.
         taps = found[name].reshape(len(found[name]), 3, -1)
         found[name] = taps[:, ::-1].swapaxes(1, 2)
+    if np.size(found.get(_UNTIED, 1)) == 0:  # embeddings as wide as the layers
+        del found[_UNTIED]
     return _transposed(found)
 
 
@@ -82,12 +88,14 @@ def _packed(arrays: files.Arrays, net: "MobileBert") -> files.Arrays:
     for name, array in arrays.items():
         if name.endswith("embedding_transformation.weight") and array.ndim == 3:
             found[name] = array.swapaxes(1, 2)[:, ::-1].reshape(len(array), -1)
+    row, scored = net.row, net.task in ("masked_lm", "pretraining")
+    if scored and row.features == row.embedding_features:
+        found[_UNTIED] = np.zeros((row.vocabulary, 0), np.float32)
     return _transposed(found)
 
 
 def _transposed(arrays):
-    name = "cls.predictions.dense.weight"
-    return arrays | ({name: arrays[name].T} if name in arrays else {})
+    return arrays | ({_UNTIED: arrays[_UNTIED].T} if _UNTIED in arrays else {})
 
 
 HUGGINGFACE = bert.HUGGINGFACE._replace(
