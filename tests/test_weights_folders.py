@@ -147,6 +147,17 @@ def test_a_head_that_is_not_there_is_made_where_asked_for(folder):
     same(models.load(path, fresh=jax.random.key(1))[1], found)
 
 
+def test_a_pooler_that_is_not_there_may_be_left_out(tmp_path):
+    net, variables = made("bert", task="masked_lm")
+    models.save(tmp_path, net, variables)
+    message = "no weights for pooler/dense of task 'features'.* by pooler=False, "
+    with pytest.raises(UserError, match=message):
+        models.load(tmp_path, task="features")
+    _, found = models.load(tmp_path, task="features", pooler=False)
+    expected = {k: v for k, v in variables["params"].items() if k != "head"}
+    same(found, {"params": expected})
+
+
 def test_other_heads_are_passed_over(folder):
     path, variables = folder
     _, found = models.load(path, task="masked_lm")

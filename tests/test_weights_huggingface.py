@@ -122,6 +122,31 @@ def test_mobileberts_that_transformers_has_not_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # theirs
+def test_a_mobilebert_with_embeddings_as_wide_as_its_layers(tmp_path, transformers):
+    net, variables = made("mobilebert", task="masked_lm", embedding_features=32)
+    models.save(tmp_path, net, variables)
+    their = opened(transformers, tmp_path, "MobileBertForMaskedLM")
+    tokens = np.random.default_rng(1).integers(1, 99, (2, 9))
+    with torch.no_grad():
+        (expected,) = outputs(their(torch.tensor(tokens)))
+    found, _ = jax.jit(net.apply)(variables, {"tokens": tokens})
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    their.save_pretrained(tmp_path / "theirs")
+    same(models.load(tmp_path / "theirs")[1], variables)
+
+
+@pytest.mark.parametrize(
+    "name", ["albert", "bert", "electra", "mobilebert", "roberta", "squeezebert"]
+)
+def test_an_encoder_without_segments_is_not_written(tmp_path, name):
+    options = {"layer_epsilon": 1e-12} if name == "squeezebert" else {}
+    net, variables = made(name, segments=0, task="features", **options)
+    with pytest.raises(UserError, match="embeds segments: it could not run one of se"):
+        models.save(tmp_path, net, variables)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_transformers_could_not_load_is_not_written(tmp_path):
     for name, options, message in (
         (
@@ -166,8 +191,8 @@ def test_what_transformers_could_not_load_is_not_written(tmp_path):
 
 def test_labels_are_kept(tmp_path, transformers):
     net, variables = made("bert")
-    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
-    models.save(tmp_path, net, variables, config=labels)
+    models.save(tmp_path, net, variables, config={"id2label": {0: "no", 1: "yes"}})
     theirs = opened(transformers, tmp_path, "BertForSequenceClassification")
-    assert theirs.config.id2label == labels["id2label"]
+    assert theirs.config.id2label == {0: "no", 1: "yes"}
+    assert theirs.config.label2id == {"no": 0, "yes": 1}
     assert models.load(tmp_path)[0] == net

@@ -136,14 +136,16 @@ def save(
         **module.to_huggingface(net),
     }
     if net.task in ("classification", "tokens"):
-        classes = {n: f"LABEL_{n}" for n in range(net.num_classes)}
-        written["id2label"] = classes
-        written["label2id"] = {name: n for n, name in classes.items()}
+        written["id2label"] = {n: f"LABEL_{n}" for n in range(net.num_classes)}
     written |= config or {}
-    if "id2label" in written and len(written["id2label"]) != net.num_classes:
-        raise UserError(
-            f"config has {len(written['id2label'])} labels in id2label: the net has num_classes = {net.num_classes}"
-        )
+    if "id2label" in written:
+        classes = written["id2label"]
+        if len(classes) != net.num_classes:
+            raise UserError(
+                f"config has {len(classes)} labels in id2label: the net has num_classes = {net.num_classes}"
+            )
+        numbers = {name: int(n) for n, name in classes.items()}
+        written.setdefault("label2id", numbers)
     arrays = foreign.state(params, names, sequences=family.conv1d)
     huggingface.write(folder, written, family.packed(arrays, net))
 
@@ -172,8 +174,9 @@ def _fitted(net, arrays, module, fresh):
     lacking = _lacking(shapes, names, arrays)
     if lacking and fresh is None:
         layers = ", ".join(sorted({k.rpartition("/")[0] for k in lacking}))
+        without = "leave it out by pooler=False, " if net.task == "features" else ""
         raise UserError(
-            f"no weights for {layers} of task {net.task!r} with these classes: train them first, or give"
+            f"no weights for {layers} of task {net.task!r} with these classes: {without}train them first, or give"
             " fresh=jax.random.key(0) to initialise them"
         )
     ignore = [*NO_WEIGHTS]

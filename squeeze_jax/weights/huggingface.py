@@ -194,10 +194,18 @@ def options(
 
 
 def config(net, keys: Mapping[str, str] = BERT_KEYS) -> Config:
-    """The keys of config.json from a net with these options as its attributes or its row's."""
+    """The keys of config.json from a net with these options as its attributes or its row's.
+
+    Raises:
+      UserError: no segments, where the class has some.
+    """
     found = {}
     for key, option in keys.items():
         value = getattr(net.row if hasattr(net.row, option) else net, option)
+        if option == "segments" and not value:
+            raise UserError(
+                f"transformers' {type(net).__name__} embeds segments: it could not run one of segments = 0"
+            )
         if option == "activation":
             value = next(
                 theirs for theirs, ours in ACTIVATIONS.items() if ours == value
