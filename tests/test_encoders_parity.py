@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from squeeze_jax import models, registry, tree
-from squeeze_jax.nn import encoder
-from squeeze_jax.weights import foreign
+from squeeze_jax.nn import activations, encoder
+from squeeze_jax.weights import foreign, huggingface
 
-pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
+# Compiled as users run it, but for XLA's own backend: see `jit`.
+pytestmark = pytest.mark.usefixtures("optimized", "transformers")
 
 MODELS = "squeeze_jax.models"
 # Of the smallest kind; the epsilon is so large that ignoring it shows.
@@ -70,9 +71,6 @@ CASES = [
 TOLERANCE = 1e-4
 # Quick to compile: the numbers are the same to rounding, and here compiling takes all the time.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-pytestmark = pytest.mark.usefixtures("transformers")
 
 
 def theirs(name, task, **options):
@@ -266,6 +264,16 @@ def test_every_layer_equals_transformers(tmp_path, name):
             close(probabilities, attention.softmax(-1))
         else:
             close(probabilities, attention)
+
+
+@pytest.mark.parametrize("name", huggingface.ACTIVATIONS)
+def test_activations_are_those_that_transformers_calls_so(name):
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-6, 6, 97, dtype=np.float32)
+    found = jit(activations.named(huggingface.ACTIVATIONS[name]))(x)
+    # The two kinds of GELU are up to 5e-4 apart.
+    np.testing.assert_allclose(found, ACT2FN[name](torch.tensor(x)), atol=1e-5)
 
 
 def test_positions_of_roberta_count_real_tokens_alone(tmp_path):
