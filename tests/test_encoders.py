@@ -133,8 +133,19 @@ def test_inputs_that_do_not_fit_are_named(name):
         run(longer)
     with pytest.raises(UserError, match=r"tokens should be \[b, choices, l\], .*1, 41"):
         run({"tokens": longer}, task="choice")
+    with pytest.raises(UserError, match=r"tokens should be \[b, l\], .*\(1, 0\)"):
+        run({"tokens": longer[:, :0]})
+    with pytest.raises(UserError, match=r"array of integers \[b, l\], not float32"):
+        run({"tokens": longer[:, :40].astype(np.float32)})
+    with pytest.raises(UserError, match=r"num_classes = 0: should be a positive num"):
+        run({"tokens": longer[:, :40]}, num_classes=0)
     with pytest.raises(UserError, match=r"mask has the shape \(1, 40\), tokens have"):
         run({"tokens": longer, "mask": longer[:, 1:]})
+
+
+def test_tokens_in_a_list_are_named():
+    with pytest.raises(UserError, match=r"array of integers \[b, l\], not list"):
+        toy("bert").init(jax.random.key(0), {"tokens": [[1, 2]]})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,15 +32,19 @@ def text(x: Mapping[str, Any], *, choices: bool = False) -> Text:
       choices: arrays are [b, choices, l]; the result has b * choices sequences.
 
     Raises:
-      UserError: no tokens, or arrays of other shapes.
+      UserError: no tokens, no integers, or arrays of other shapes.
     """
     if not isinstance(x, Mapping) or "tokens" not in x:
         raise UserError(
             'an encoder is called with a mapping {"tokens": int [b, l], "segments": int [b, l], "mask": bool [b, l]}'
         )
-    shape = tuple(x["tokens"].shape)
     axes = "[b, choices, l]" if choices else "[b, l]"
-    if len(shape) != (3 if choices else 2):
+    dtype = getattr(x["tokens"], "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        kind = type(x["tokens"]).__name__ if dtype is None else dtype
+        raise UserError(f"tokens should be an array of integers {axes}, not {kind}")
+    shape = tuple(x["tokens"].shape)
+    if len(shape) != (3 if choices else 2) or 0 in shape:
         raise UserError(f"tokens should be {axes}, their shape is {shape}")
     arrays = {key: x.get(key) for key in Text._fields}
     for key, array in arrays.items():

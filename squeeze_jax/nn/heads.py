@@ -178,6 +178,9 @@ class Head(nn.Module):
           choices: how many sequences are one example.
           positions: int [b, p]: where masked_lm scores tokens; None for everywhere. The scores of all positions take more
             time than the layers of a small encoder, and a loss reads every seventh.
+
+        Raises:
+          UserError: no classes.
         """
         drop = partial(Dropout(self.dropout), train=train)
 
@@ -206,6 +209,10 @@ class Head(nn.Module):
                 return {"start": start, "end": end}
             case "choice":
                 return _dense(1, "classifier")(sequence()).reshape(-1, choices)
+        if self.num_classes < 1:
+            raise UserError(
+                f"num_classes = {self.num_classes}: should be a positive number, 1 for a regression"
+            )
         y = drop(x) if self.task == "tokens" else sequence()
         return _dense(self.num_classes, "classifier", self.bias)(y)
 
