@@ -301,6 +301,29 @@ def test_layers_of_albert_may_share_weights_in_groups(tmp_path):
     close(logits, expected.last_hidden_state)
 
 
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+def test_dropout_is_where_it_is_in_transformers(tmp_path, name):
+    bert = ("attention_probs_dropout_prob", "hidden_dropout_prob")
+    own = {
+        "distilbert": ("attention_dropout", "dropout"),
+        "gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    }
+    rates = dict.fromkeys(own.get(name, bert), 0.0)
+    # Those two have one place more than theirs, as their files say.
+    tested = list(rates)[: 1 if name in ("albert", "distilbert") else None]
+    x, given = batch(name, "features")
+    for rate in tested:
+        # At a rate of one nothing is left to chance.
+        net = theirs(name, "features", **rates | {rate: 1.0})
+        with torch.no_grad():
+            whole, expected = (n(**given)[0] for n in map(net.train, (False, True)))
+        assert (whole - expected).abs().max() > 0.1
+        ours, variables = loaded(net, tmp_path)
+        rngs = {"dropout": jax.random.key(0)}
+        found, _ = jit(partial(ours.apply, train=True, rngs=rngs))(variables, x)
+        close(found, expected)
+
+
 def test_gradients_equal_transformers(tmp_path):
     net = theirs("bert", "pretraining")
     x, given = batch("bert", "pretraining")

@@ -3,7 +3,8 @@
 Lan, Chen, Goodman, Gimpel, Sharma, Soricut 2019, arXiv 1909.11942, Table 1. Sharing saves weights and no computation. A
 fully connected layer widens the embeddings of 128 channels. Instead of next sentences it learns the order of two: the
 task "next_sentence". Sizes, activation and rates are those of the second release, which is without dropout except before
-classifiers, and whose `xlarge` has 16 heads.
+classifiers, and whose `xlarge` has 16 heads. Where there is some, it acts as in the paper's code; the class in
+`transformers` drops nothing before the residual sum after the feed-forward network.
 """
 
 from collections.abc import Mapping

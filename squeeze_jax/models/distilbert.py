@@ -2,7 +2,8 @@
 
 Sanh, Debut, Chaumond, Wolf 2019, arXiv 1910.01108, section 3: the layers are BERT's, every second one is left out; there
 are no segments and there is no pooler. A classifier has its own layer on the first token, with a ReLU. All normalisations
-have an epsilon of 1e-12, which config.json cannot change. Segments of the input are passed over.
+have an epsilon of 1e-12, which config.json cannot change. Segments of the input are passed over. In training numbers are
+dropped where BERT drops them; the class in `transformers` drops none before the residual sum after attention.
 """
 
 from collections.abc import Mapping
