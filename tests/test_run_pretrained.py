@@ -258,8 +258,8 @@ def test_layers_without_a_head_teach_what_they_say(place, tmp_path):
     fit.run(build(data, objective=hidden, **same, **begun), tmp_path / "run")
     for record in log.read(tmp_path / "run" / "metrics.jsonl"):
         assert record.get("hidden", 0.0) < 1e-6
-    with pytest.raises(UserError, match="no weights for head/.* train them first"):
-        built = build(data, objective=dict(name="distill.soft_logits"), **made)
+    built = build(data, objective=dict(name="distill.soft_logits"), **made)
+    with pytest.raises(UserError, match=r"no weights for head/.* train them first"):
         fit.run(built, tmp_path / "logits")
 
 

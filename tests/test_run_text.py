@@ -2,13 +2,16 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import torch
 
 from squeeze_jax import models, tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.export import Disagreement
 from squeeze_jax.jobs import (
     _experiment,
     _pretrained,
@@ -17,6 +20,7 @@ from squeeze_jax.jobs import (
     cost,
     evaluate,
     fit,
+    huggingface,
     predict,
     seeds,
     submit,
@@ -237,6 +241,58 @@ def student(trained, **changes):
         data=dict(buckets=()),
     )
     return made | changes
+
+
+def test_a_run_becomes_a_folder_of_transformers(trained, place, transformers, capsys):
+    """transformers tokenizes the development set, and tells good from bad by the names of its classes."""
+    workdir, built = trained
+    huggingface.run(built, workdir)
+    folder = workdir / "huggingface"
+    assert f"written    {folder} · " in capsys.readouterr().out
+    assert not list(workdir.glob(".huggingface*"))
+    read = transformers.AutoTokenizer.from_pretrained(folder)
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    lines = (place / "glue" / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
+    texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
+    logits = net.eval()(**read(list(texts), padding=True, return_tensors="pt")).logits
+    told = [net.config.id2label[int(n)] for n in logits.argmax(-1)]
+    assert told == [("negative", "positive")[int(label)] for label in labels]
+    # The same numbers.
+    state = evaluate.trained(built, workdir)
+    batch = next(built.data.eval(16))
+    ours, _ = built.model.apply(state.variables(), built.data.inputs(batch))
+    names = dict(input_ids="tokens", attention_mask="attended")
+    names |= dict(token_type_ids="segments")
+    given = {k: torch.tensor(batch[v]).long() for k, v in names.items()}
+    theirs = net(**given).logits.detach().numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_what_transformers_cannot_compute_is_no_folder(place, tmp_path):
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface" / "config.json").write_text("an earlier one")
+    groups = dict(groups=2, shuffle=True)
+    built = train(tmp_path, place, model=groups, steps=1)
+    with pytest.raises(UserError, match="shuffle"):
+        huggingface.run(built, tmp_path)
+    assert (tmp_path / "huggingface" / "config.json").read_text() == "an earlier one"
+    assert not list(tmp_path.glob(".huggingface*"))
+
+
+def test_a_folder_that_disagrees_does_not_count(trained, place, tmp_path, monkeypatch):
+    workdir, built = trained
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    load = models.load
+
+    def other(folder, **options):
+        net, variables = load(folder, **options)
+        return net, jax.tree.map(lambda x: 1.1 * x, variables)
+
+    monkeypatch.setattr(models, "load", other)
+    with pytest.raises(Disagreement, match="huggingface disagrees with the live mod"):
+        huggingface.run(built, tmp_path)
+    assert not (tmp_path / "huggingface").exists()
+    assert (tmp_path / "huggingface.rejected" / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")

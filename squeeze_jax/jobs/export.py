@@ -58,9 +58,7 @@ def live(built: Built, state: State, *, endpoints: bool = False):
 
     Its convolutions are the native operations whatever the training used, and its weights are on the host.
     """
-    variables = jax.device_get(state.variables())
-    for reparametrize in built.weights:
-        variables["params"] = jax.device_get(reparametrize(variables["params"]))
+    variables = host_variables(built, state)
 
     def fn(batch):
         with lowering("native"):
@@ -70,6 +68,14 @@ def live(built: Built, state: State, *, endpoints: bool = False):
         return stages | named(logits) if endpoints else logits
 
     return fn
+
+
+def host_variables(built: Built, state: State) -> dict:
+    """The trained network's variables as they are computed with, numpy."""
+    variables = jax.device_get(state.variables())
+    for reparametrize in built.weights:
+        variables["params"] = jax.device_get(reparametrize(variables["params"]))
+    return variables
 
 
 def note(workdir: pathlib.Path, file: export.Exported, step: int) -> None:

@@ -1,0 +1,90 @@
+"""Writes the trained encoder as a folder that transformers reads: config.json, model.safetensors, the tokenizer's files."""
+
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from squeeze_jax import models
+from squeeze_jax.data import tokens
+from squeeze_jax.errors import UserError
+from squeeze_jax.export.parity import Disagreement, Verdict, compare
+from squeeze_jax.export.runnable import named
+from squeeze_jax.jobs import evaluate, export
+from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.report import units
+
+FOLDER = "huggingface"
+
+
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+    """Writes `workdir/huggingface`, once the files, read again, compute what the live model computes.
+
+    Raises:
+      UserError: there is no checkpoint, the model reads images, transformers has no class for it, or the folder cannot be
+        written to.
+      export.Disagreement: the files do not compute what the live model computes; the folder stays as it was.
+    """
+    if inputs:
+        raise UserError(f"the job huggingface takes no files: {inputs[0]}")
+    export.alone("huggingface")
+    if built.data.reads != "tokens":
+        raise UserError(
+            f"{built.options['name']} reads {built.data.reads}, and folders of transformers are for encoders of text: --job=export"
+            " writes other files"
+        )
+    state = evaluate.trained(built, workdir)
+    variables = export.host_variables(built, state)
+    folder = workdir / FOLDER
+    try:
+        fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=workdir))
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
+    try:
+        models.save(fresh, built.model, variables, config=_labels(built))
+        tokens.save(built.data.tokenizer, fresh)
+        verdict = _compared(built, variables, fresh)
+        if not verdict.agrees:
+            rejected = folder.with_suffix(".rejected")
+            shutil.rmtree(rejected, ignore_errors=True)
+            fresh.rename(rejected)
+            raise Disagreement(FOLDER, verdict, None)
+        folder.mkdir(exist_ok=True)
+        written = [path.replace(folder / path.name) for path in fresh.iterdir()]
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    size = units.size(sum(path.stat().st_size for path in written))
+    print(f"written    {folder} · {size} · largest difference {verdict.difference:.2g}")
+
+
+def _labels(built):
+    """The classes' names, where the model classifies."""
+    names = built.data.label_names
+    if not names or built.model.task not in ("classification", "tokens"):
+        return None
+    return {"id2label": dict(enumerate(names))}
+
+
+def _compared(built, variables, folder) -> Verdict:
+    """How the folder's outputs compare with the live model's, for the examples that exports are checked on."""
+    count = built.export.check
+    check = export.examples(built, built.data.eval(count), count)
+    net, read = models.load(folder, task=built.model.task)
+
+    def outputs(net, variables):
+        def call(x):
+            return named(net.apply(variables, built.data.inputs(x), train=False)[0])
+
+        with jax.default_matmul_precision("highest"):
+            return {k: np.asarray(v) for k, v in jax.jit(call)(check).items()}
+
+    return compare(
+        outputs(built.model, variables),
+        outputs(net, read),
+        integer=False,
+        tolerance=built.export.tolerance,
+        int8_agreement=built.export.int8_agreement,
+    )
