@@ -114,13 +114,16 @@ def of_text(config, root):
         case "pretraining":
             config["data"]["files"] = str(root / "text.txt")
             config["data"]["eval"] = str(root / "text.txt")
-    if config.get("init"):
-        begins = "bert2" if "bert-base" in str(config["init"]) else "squeezebert2"
-        config["init"] = dict(folder=str(root / begins))
-    else:
+    init = config.get("init", {})
+    if init:
+        of_bert = "only" in init or "bert-base" in str(init)
+        begins = "bert2" if of_bert else "squeezebert2"
+        config["init"] = init | dict(folder=str(root / begins))
+        config["init"].pop("workdir", None)
+    if not init or "only" in init:
         config["model"] |= SMALL
     if config.get("distill"):
-        classes = 3 if config["data"]["task"] == "mnli" else 2
+        classes = 3 if config["data"].get("task") == "mnli" else 2
         config["distill"] = dict(teachers=(dict(folder=str(root / f"bert{classes}")),))
     return config
 

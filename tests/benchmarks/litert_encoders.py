@@ -19,17 +19,21 @@ import numpy as np
 import workload
 
 
-def grouped(groups: int, output: int = 1) -> tuple[str, dict]:
-    """SqueezeBERT with so many groups, and in the layer after attention."""
-    names = ("query", "key", "value", "ffn_in", "ffn_out")
-    each = dict.fromkeys(names, groups) | {"output": output}
-    return "squeezebert", {"groups": each, "shuffle": output > 1}
+def grouped(groups: int, output: int = 1, ffn: int = 0, wide: int = 4):
+    """SqueezeBERT with so many groups, in the layer after attention and in the feed-forward layers, `wide` times as wide."""
+    each = dict.fromkeys(("query", "key", "value"), groups) | {"output": output}
+    each |= dict.fromkeys(("ffn_in", "ffn_out"), ffn or groups)
+    options = {"groups": each, "shuffle": output > 1, "ffn_features": wide * 768}
+    return "squeezebert", options
 
 
 VARIANTS = {  # model and options of models.make
     "bert": ("bert", {}),
     "squeezebert": ("squeezebert", {}),  # the paper's: 4 groups, dense after attention
     "g4-shuffle4": grouped(4, 4),
+    "g4-shuffle4-ffn6": grouped(4, 4, 6),
+    "g4-shuffle4-ffn12": grouped(4, 4, 12),
+    "g4-shuffle4-half": grouped(4, 4, wide=2),
     "g6": grouped(6),
     "g6-shuffle4": grouped(6, 4),
     "g12": grouped(12),  # one a head
