@@ -19,9 +19,10 @@ import numpy as np
 import workload
 
 
-def grouped(groups: int, output: int = 1, ffn: int = 0, wide: int = 4):
-    """SqueezeBERT with so many groups, in the layer after attention and in the feed-forward layers, `wide` times as wide."""
-    each = dict.fromkeys(("query", "key", "value"), groups) | {"output": output}
+def grouped(groups: int, output: int = 1, ffn: int = 0, wide: int = 4, scores: int = 0):
+    """SqueezeBERT with so many groups, after attention, in the feed-forward layers (`wide` times as wide), in query and key."""
+    each = dict.fromkeys(("query", "key"), scores or groups)
+    each |= {"value": groups, "output": output}
     each |= dict.fromkeys(("ffn_in", "ffn_out"), ffn or groups)
     options = {"groups": each, "shuffle": output > 1, "ffn_features": wide * 768}
     return "squeezebert", options
@@ -34,6 +35,7 @@ VARIANTS = {  # model and options of models.make
     "g4-shuffle4-ffn6": grouped(4, 4, 6),
     "g4-shuffle4-ffn12": grouped(4, 4, 12),
     "g4-shuffle4-half": grouped(4, 4, wide=2),
+    "g4-shuffle4-half-qk3": grouped(4, 4, wide=2, scores=3),
     "g6": grouped(6),
     "g6-shuffle4": grouped(6, 4),
     "g12": grouped(12),  # one a head
