@@ -333,7 +333,7 @@ def test_help_explains_itself():
     for words in (
         "--config.KEY",
         "--workdir",
-        "benchmark, cost, evaluate, export, fit, main, predict",
+        "benchmark, cost, evaluate, export, fit, huggingface, main, predict",
         "Ctrl-C",
     ):
         assert words in text
