@@ -21,7 +21,7 @@ all losses. The teachers have 85.6 and 84.4, and that of SST-2, which was `glue_
     the task's alone                                    81.5       18.4                 74.8
     and soft logits                                     80.4       20.9                 74.8
     and hidden states, embeddings                       82.6       21.7                 74.8
-    and attention                                       82.1       19.5                    75.4
+    and attention                                       82.1       19.5                 75.4
     all: soft logits, hidden states, attention          82.6       19.4                 75.7
     all, 12 groups a layer, 4 shuffled after attention  81.5       16.7                 75.6
 
