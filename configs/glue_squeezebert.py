@@ -35,7 +35,7 @@ and 42.6 M. On one thread in LiteRT a sentence takes the teacher 8.2 ms, 2.5 ms 
 students 1.6 and 0.74 ms, with 12 groups 0.89 and 0.54 ms.
 
 Twelve groups: `--config.model.shuffle=True --config.model.groups='{"query": 12, "key": 12, "value": 12, "output": 4, "ffn_in":
-12, "ffn_out": 12}'`. Fewer losses: `--config.objective='({"name": "train.cross_entropy"},)' --config.distill.teachers='()'`,
+12, "ffn_out": 12}'`. Fewer losses: `--config.objective='({"name": "losses.cross_entropy"},)' --config.distill.teachers='()'`,
 for example.
 """
 
@@ -92,7 +92,7 @@ def get_config(task="sst2"):
     hard = "squared_error" if task == "stsb" else "cross_entropy"
     temperature = 1.0 if task == "stsb" else 2.0
     config.objective = (
-        dict(name=f"train.{hard}", weight=0.5),
+        dict(name=f"losses.{hard}", weight=0.5),
         dict(name="distill.soft_logits", temperature=temperature, weight=0.5),
         dict(name="distill.hidden", embeddings=True, project=True),
         dict(name="distill.attention", weight=0.1),

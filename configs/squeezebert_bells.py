@@ -23,7 +23,7 @@ def get_config():
     )
     config.distill = dict(teachers=(dict(folder="bert-base-rte"),))
     config.objective = (
-        dict(name="train.cross_entropy", weight=0.5),
+        dict(name="losses.cross_entropy", weight=0.5),
         dict(name="distill.soft_logits", temperature=2.0, weight=0.5),
         dict(name="distill.hidden"),
     )

@@ -28,7 +28,7 @@ def test_every_task_of_glue_has_its_config(name, task):
     assert config["data"]["length"] == (128 if two else 64)
     losses = [each["name"] for each in config.get("objective", ())]
     regression = not glue.TASKS[task].names
-    assert ("train.squared_error" in losses) == (regression and bool(losses))
+    assert ("losses.squared_error" in losses) == (regression and bool(losses))
 
 
 def test_a_student_learns_from_the_teacher_of_its_task():

@@ -74,7 +74,7 @@ def test_a_task_as_data(real, transformers, vocabulary):
     assert (made.num_train, made.num_eval, made.matched) == (2490, 277, 277)
     assert made.label_names == ("entailment", "not_entailment")
     assert made.model == {"task": "classification", "num_classes": 2}
-    assert made.objective == {"name": "train.cross_entropy"}
+    assert made.objective == {"name": "losses.cross_entropy"}
     assert (made.reads, made.metrics, made.vocabulary) == ("tokens", "glue", 30522)
     assert made.describe == "2,490 train + 277 test pairs of sentences of GLUE's rte, up to 64 tokens"  # fmt: skip
     theirs = transformers.BertTokenizer(vocabulary)
@@ -97,7 +97,7 @@ def test_a_task_as_data(real, transformers, vocabulary):
 def test_what_a_network_is_called_with(real):
     made = real("stsb", buckets=(32,), train="dev[:200]", eval="dev[200:]")
     assert made.model == {"task": "classification", "num_classes": 1}
-    assert made.objective == {"name": "train.squared_error"}
+    assert made.objective == {"name": "losses.squared_error"}
     assert made.label_names == ()
     batch = next(made.train(4, 0))
     assert batch["label"].dtype == np.float32

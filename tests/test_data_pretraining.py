@@ -338,7 +338,7 @@ class TestData:
         (batch,) = some(made.train(4, 0), 1)
         x = jit(made.inputs)(device(made, batch))
         assert {"targets", "chosen", "positions"} < x.keys()
-        assert made.objective == {"name": "train.replaced"}
+        assert made.objective == {"name": "losses.replaced"}
         assert made.how.masked == 0.85
         assert made.how.random == 0
         assert jax.tree.map(jnp.shape, made.example())["targets"] == (1, 2)

@@ -12,7 +12,7 @@ import torch
 from squeeze_jax import models, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.models import electra, electra_pretraining
-from squeeze_jax.train import replaced
+from squeeze_jax.train.losses import replaced
 
 # Quick to compile: the numbers are the same to rounding, and here compiling takes all the time.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files, process, runnable
+from squeeze_jax.export import process, runnable
 from squeeze_jax.export.formats import tflite
 
 

@@ -10,7 +10,7 @@ import pytest
 import sklearn.metrics
 
 from squeeze_jax.data import glue as tasks
-from squeeze_jax.train import squared_error
+from squeeze_jax.train.losses import squared_error
 from squeeze_jax.train.metrics import glue
 
 

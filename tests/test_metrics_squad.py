@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeeze_jax.train import span
+from squeeze_jax.train.losses import span
 from squeeze_jax.train.metrics import _answers, squad
 
 

@@ -159,7 +159,7 @@ def test_what_is_fine_tuned_is_what_is_saved(electra):
 
 STUDENT = dict(name="bert", variant="toy") | SIZES | dict(features=8)
 STUDENT.pop("embedding_features")
-HIDDEN = (dict(name="train.cross_entropy"), dict(name="distill.hidden"))
+HIDDEN = (dict(name="losses.cross_entropy"), dict(name="distill.hidden"))
 
 
 def taught(place, workdir, **changes):
@@ -186,7 +186,7 @@ def test_the_discriminator_teaches(electra, place, tmp_path):
         pretraining(
             place,
             distill=dict(teachers=(dict(workdir=str(workdir)),)),
-            objective=(dict(name="train.replaced"), dict(name="distill.hidden")),
+            objective=(dict(name="losses.replaced"), dict(name="distill.hidden")),
         )
 
 

@@ -219,7 +219,7 @@ def test_a_run_begins_with_a_folder_of_transformers(trained, place, tmp_path):
 
 
 LOSSES = (
-    dict(name="train.cross_entropy", weight=0.5),
+    dict(name="losses.cross_entropy", weight=0.5),
     dict(name="distill.soft_logits", temperature=2.0, weight=0.5),
     dict(name="distill.hidden", layers=((1, 1), (2, 2)), embeddings=True),
     dict(name="distill.attention"),
@@ -388,7 +388,7 @@ def test_a_teacher_from_disk_says_the_same(trained, taught, place, tmp_path):
             "config.objective: hidden compares with a teacher: name one in config.distill",
         ),
         (
-            dict(objective=(dict(name="train.cross_entropy", weight=0),)),
+            dict(objective=(dict(name="losses.cross_entropy", weight=0),)),
             "config.objective.weight = 0 should be positive",
         ),
         (dict(objective=()), "config.objective lists no loss: "),

@@ -13,7 +13,8 @@ import pytest
 from squeeze_jax.comm import mean
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.norm import BatchNorm
-from squeeze_jax.train import cross_entropy, optim, sharding, state, step
+from squeeze_jax.train import optim, sharding, state, step
+from squeeze_jax.train.losses import cross_entropy
 from squeeze_jax.train.metrics import classification
 
 SHAPE, CLASSES, BATCH = (6, 6, 2), 4, 16

@@ -54,7 +54,7 @@ class Data(Protocol):
       num_train, num_eval: examples.
       label_names: of the classes; empty where there are none.
       model: options of `models.make` that the data decide, where a config leaves them open.
-      objective: the loss that fits, as a section of a config: {"name": "train.cross_entropy"}.
+      objective: the loss that fits, as a section of a config: {"name": "losses.cross_entropy"}.
       fixed: whether a training example is the same each time it comes.
       metrics: the evaluation that fits, a file of `train/metrics`.
       exported: {name: shape without the batch axis} of what an exported file takes, names as in a batch.

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files, process, runtime
+from squeeze_jax.export import process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
 from squeeze_jax.export.runnable import (
     Runnable,

@@ -17,11 +17,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from squeeze_jax import models, registry, tree
+from squeeze_jax import files, models, registry, tree
 from squeeze_jax.data import Data
 from squeeze_jax.data.tasks import images
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files
 from squeeze_jax.jobs._settings import tuples
 from squeeze_jax.train.checkpoint import Checkpoints
 

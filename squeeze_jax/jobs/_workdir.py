@@ -12,8 +12,8 @@ from typing import Any, TextIO
 import jax
 from jax.experimental import multihost_utils
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files
 from squeeze_jax.jobs._experiment import Experiment
 from squeeze_jax.jobs._settings import tuples
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from squeeze_jax import files
 from squeeze_jax.cost import count, layers, memory, program
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files
 from squeeze_jax.jobs import _profile, _workdir, export
 from squeeze_jax.jobs._experiment import Built, CostSettings
 from squeeze_jax.report import costs, table, units

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from squeeze_jax import export
+from squeeze_jax import export, files
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files
 from squeeze_jax.export.runnable import named
 from squeeze_jax.jobs import evaluate
 from squeeze_jax.jobs._experiment import Built

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files
 from squeeze_jax.jobs import _workdir, evaluate, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import table

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files
 from squeeze_jax.jobs import evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 

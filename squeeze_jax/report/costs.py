@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from squeeze_jax.export import files
+from squeeze_jax import files
 from squeeze_jax.report import picture, units
 
 ROW = 0.21  # inches of a layer's line

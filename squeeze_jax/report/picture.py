@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from squeeze_jax.export import files
+from squeeze_jax import files
 from squeeze_jax.report import curves, table, units
 
 # Okabe and Ito 2008: distinct to colour-blind eyes

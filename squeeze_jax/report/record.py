@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import files
 from squeeze_jax.report import provenance
 
 

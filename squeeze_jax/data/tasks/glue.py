@@ -161,7 +161,7 @@ class Glue:
     @property
     def objective(self) -> dict[str, str]:
         name = "cross_entropy" if self.label_names else "squared_error"
-        return {"name": f"train.{name}"}
+        return {"name": f"losses.{name}"}
 
     @property
     def _pair(self) -> bool:

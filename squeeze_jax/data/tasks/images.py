@@ -138,7 +138,7 @@ class Images:
 
     reads = "images"
     noun = "image"
-    objective: ClassVar = {"name": "train.cross_entropy"}
+    objective: ClassVar = {"name": "losses.cross_entropy"}
     metrics = "classification"
 
     label_names: tuple[str, ...]

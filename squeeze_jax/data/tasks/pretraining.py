@@ -167,7 +167,7 @@ class Pretraining:
     def objective(self) -> dict[str, str]:
         loss = "masked_lm" if self.order == "none" else "pretraining_loss"
         names = {"masked": loss, "replaced": "replaced", "causal": "causal_lm"}
-        return {"name": f"train.{names[self.kind]}"}
+        return {"name": f"losses.{names[self.kind]}"}
 
     @property
     def vocabulary(self) -> int:

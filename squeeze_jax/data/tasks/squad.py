@@ -122,7 +122,7 @@ class Squad:
     reads = "tokens"
     label_names = ()
     model: ClassVar = {"task": "span"}
-    objective: ClassVar = {"name": "train.span"}
+    objective: ClassVar = {"name": "losses.span"}
     noun = "window"
     metrics = "squad"
     fixed = True

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from squeeze_jax.train.cross_entropy import one_hot
+from squeeze_jax.train.losses.cross_entropy import one_hot
 from squeeze_jax.train.metrics._metric import Metric
 
 

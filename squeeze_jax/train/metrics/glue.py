@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from squeeze_jax.train.cross_entropy import one_hot
+from squeeze_jax.train.losses.cross_entropy import one_hot
+from squeeze_jax.train.losses.squared_error import number
 from squeeze_jax.train.metrics._metric import Metric
-from squeeze_jax.train.squared_error import number
 
 NAMES = {
     "cola": ("matthews",),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from squeeze_jax.train import causal_lm, masked_lm, pretraining_loss, replaced
+from squeeze_jax.train.losses import causal_lm, masked_lm, pretraining_loss, replaced
 from squeeze_jax.train.metrics._metric import Metric
 
 # Beyond it there is no float.
@@ -16,7 +16,7 @@ def make(data) -> Metric:
     """Scores "eval_loss", "eval_accuracy" and "eval_perplexity", the last two of tokens; all are sums on the devices.
 
     With two segments "eval_order_accuracy" is of them. With replaced tokens the first three are the generator's, except
-    that "eval_loss" has the weight of `train.replaced` for both, and "eval_replaced_accuracy" is the discriminator's.
+    that "eval_loss" has the weight of `losses.replaced` for both, and "eval_replaced_accuracy" is the discriminator's.
 
     Args:
       data: of `data/tasks/pretraining.py`: what masks a batch.

@@ -8,7 +8,7 @@ import functools
 
 import jax.numpy as jnp
 
-from squeeze_jax.train import span
+from squeeze_jax.train.losses import span
 from squeeze_jax.train.metrics import _answers
 from squeeze_jax.train.metrics._metric import Metric
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.train import masked_lm
-from squeeze_jax.train.masked_lm import part
+from squeeze_jax.train.losses import masked_lm
+from squeeze_jax.train.losses.masked_lm import part
 
 WEIGHT = 50.0
 

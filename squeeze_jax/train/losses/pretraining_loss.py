@@ -5,8 +5,8 @@ Devlin et al., arXiv 1810.04805, section A.2: the sum of both mean losses. Lan e
 
 from collections.abc import Callable
 
-from squeeze_jax.train import cross_entropy, masked_lm
-from squeeze_jax.train.masked_lm import part
+from squeeze_jax.train.losses import cross_entropy, masked_lm
+from squeeze_jax.train.losses.masked_lm import part
 
 
 def make() -> Callable:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax.train.masked_lm import mean, token_losses
+from squeeze_jax.train.losses.masked_lm import mean, token_losses
 
 
 def make() -> Callable:

@@ -1,0 +1,155 @@
+"""The five plug points of a training step: the values that methods are.
+
+A method file has one function `make(**hyperparameters)`, which returns one of these values. `run.py` finds the file by
+the name in the config (`{"name": "prune.magnitude", ...}`) or by a path (`{"name": "./my_method.py", ...}`).
+
+    plug point   value                                  a plain function does too
+    update       Update                                 an `optax.GradientTransformation`
+    forward      Forward                                params → params
+    objective    Objective                              (logits, endpoints, batch, params) → (scalar, metrics)
+    gradients    Gradients
+    exchange     Exchange                               (key, grads, axis_names) → grads
+
+A method may own parameters, which are trained with the network and stand in `params["methods"][name]`, and state, which
+stands in `State.extra[name]` (an update's state is that of its optax transform, in `State.opt`). The step hands both to
+the method as an `Own`, together with a random key and the number of the step.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+METHODS = "methods"  # the key in `params` of the parameters that methods own
+
+
+class Own(NamedTuple):
+    """What a method has to itself when the step calls it.
+
+    Attributes:
+      params: its own parameters; {} if it has none.
+      state: its own state; None if it has none.
+      key: a random key, different at every step and for every method; None outside of training.
+      step: int32 [], the updates done so far in this phase.
+      train: whether the call belongs to a training step.
+    """
+
+    params: Any
+    state: Any
+    key: jax.Array | None
+    step: jax.Array
+    train: bool
+
+
+class Tap(NamedTuple):
+    """A place in a network where an array can be replaced; see `nn/intercept.py`.
+
+    Attributes:
+      name: layer and role, such as "fire2/expand3x3/inputs".
+      shape: of the array, batch axis included.
+      dtype: of the array.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Update(NamedTuple):
+    """A gradient transform of the ordered list `config.update`, which contains the optimizer.
+
+    Transforms before the optimizer see gradients, those after it see updates. `tx.update` gets the extra arguments
+    `grads` (the raw gradients), `key` and `step`.
+
+    Attributes:
+      tx: the optax transform; its own state stands in `State.opt`.
+      project: (params, state of tx) → params; applied to the weights after each update and to the averaged weights, so
+        that both are weights of the network as it is run (masked weights are zero in both). None if all weights are.
+    """
+
+    tx: optax.GradientTransformation
+    project: Callable[[Any, Any], Any] | None = None
+
+
+class Forward(NamedTuple):
+    """A change of the network as it is run: in training, evaluation, export and wherever else it serves.
+
+    Attributes:
+      reparametrize: (params, own) → params of the same structure: the weights that the network runs with.
+      intercept: (tap, array, own) → (array, changes of own.state); called at each tap whose name `taps` accepts.
+      taps: name of a tap → whether `intercept` wants its array.
+      init: (key, params, taps) → own parameters; `params` are the network's and `taps` the accepted ones.
+      state: (params, taps) → own state, a dict; None for no state.
+    """
+
+    reparametrize: Callable[[Any, Own], Any] | None = None
+    intercept: Callable[[Tap, jax.Array, Own], tuple[jax.Array, Mapping]] | None = None
+    taps: Callable[[str], bool] = lambda name: True
+    init: Callable[[jax.Array, Any, tuple[Tap, ...]], Any] | None = None
+    state: Callable[[Any, tuple[Tap, ...]], Any] | None = None
+
+
+class Objective(NamedTuple):
+    """A term of the loss.
+
+    Attributes:
+      loss: (logits, endpoints, batch, params, own) → (scalar, metrics), or (scalar, metrics, state) for a method with
+        state. `params` are the network's master weights, without those that methods own.
+      init: (key, params) → own parameters.
+      state: params → own state; None for no state.
+      wants: outputs of teachers that the loss reads from batch["teacher"], by name.
+    """
+
+    loss: Callable[..., tuple]
+    init: Callable[[jax.Array, Any], Any] | None = None
+    state: Callable[[Any], Any] | None = None
+    wants: tuple[str, ...] = ()
+
+
+class Passes(NamedTuple):
+    """What a `Gradients` method computes with. All functions are pure.
+
+    Attributes:
+      outputs: (params, stats, batch, key, **options) → (logits, endpoints, stats): one forward pass in training mode;
+        options are keyword arguments of the network's call, such as width=0.5.
+      objective: (logits, endpoints, batch, params, key) → (scalar, metrics) of the config's objective.
+      loss: (params, stats, batch, key, **options) → (scalar, (stats, metrics)): both in one.
+    """
+
+    outputs: Callable[..., tuple]
+    objective: Callable[..., tuple]
+    loss: Callable[..., tuple]
+
+
+class Gradients(NamedTuple):
+    """How gradients are computed; without one they are `jax.value_and_grad` of one forward pass.
+
+    Attributes:
+      compute: (passes, params, stats, batch, own) → (grads, stats, metrics), metrics with "loss"; `params` have the
+        methods' own parameters in `params["methods"]`, and so have the gradients. A method with state returns the new
+        state as a fourth value.
+      init: (key, params) → own parameters.
+      state: params → own state; None for no state.
+      fused: whether `compute` may be traced as a part of one compiled step. If not, it runs as it is between the
+        compiled parts of the step, and compiles what it likes itself.
+    """
+
+    compute: Callable[..., tuple]
+    init: Callable[[jax.Array, Any], Any] | None = None
+    state: Callable[[Any], Any] | None = None
+    fused: bool = True
+
+
+class Exchange(NamedTuple):
+    """How devices exchange gradients, inside `jax.shard_map`.
+
+    Attributes:
+      exchange: (grads, axis_names, own) → (grads, state): from a device's own gradients to those that all devices
+        share. `own.key` differs from device to device.
+      state: params → state of one device, such as the error that was not sent; None for no state. It is kept for each
+        device: `State.extra[name]` has one more leading axis, over the devices.
+    """
+
+    exchange: Callable[[Any, Any, Own], tuple[Any, Any]]
+    state: Callable[[Any], Any] | None = None

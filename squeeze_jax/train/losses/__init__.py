@@ -1,0 +1,1 @@
+"""Losses of tasks, one a file; the file's name is the key."""
