@@ -12,7 +12,6 @@ Each section of the config is splatted into exactly one function, whose signatur
 import dataclasses
 import functools
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -21,7 +20,6 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-import squeeze_jax
 from squeeze_jax import data, models, registry, tree
 from squeeze_jax.cost import program
 from squeeze_jax.errors import UserError, nearest
@@ -38,6 +36,12 @@ from squeeze_jax.train import optim, sharding
 from squeeze_jax.train import state as states
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.metrics._metric import Metric
+
+# Where methods are found by the first part of their names.
+METHODS = {
+    name: f"squeeze_jax.{name}"
+    for name in ("comm", "distill", "nas", "prune", "quantize")
+} | {"losses": "squeeze_jax.train.losses"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,13 +393,11 @@ def method(section: Mapping[str, Any], where: str):
             f"{where} should be a dict with a name such as 'comm.mean', not {section!r}"
         )
     package, _, file = section["name"].partition(".")
-    there = {info.name for info in pkgutil.iter_modules(squeeze_jax.__path__)}
-    packages = there & {"comm", "distill", "nas", "prune", "quantize", "train"}
-    if package not in packages or not file:
+    if package not in METHODS or not file:
         raise UserError(
-            f"{where}.name = {section['name']!r} should be package.file{nearest(package, packages)}"
+            f"{where}.name = {section['name']!r} should be package.file{nearest(package, METHODS)}"
         )
-    module = registry.load(f"squeeze_jax.{package}", file, f"method of {package}")
+    module = registry.load(METHODS[package], file, f"method of {package}")
     if not hasattr(module, "make"):
         raise UserError(
             f"{where}.name = {section['name']!r} is no method: that file has no function make"

@@ -1,0 +1,1 @@
+"""Supernets and search, one method a file."""

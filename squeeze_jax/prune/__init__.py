@@ -1,0 +1,1 @@
+"""Pruning and shrinking, one method a file."""

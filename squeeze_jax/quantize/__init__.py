@@ -1,0 +1,1 @@
+"""Quantization, one method a file."""
