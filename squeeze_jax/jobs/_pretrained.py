@@ -106,7 +106,7 @@ def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
     settings = noted["checkpoint"]
     saved = _saved(pathlib.Path(workdir), settings)
     return Network(
-        saved.get("options", noted["model"]),
+        _options(saved, noted),
         lambda options, key: checkpoint(workdir, **settings),
         workdir,
         saved.get("forward", ()),
@@ -216,6 +216,11 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
     return found
 
 
+def _options(saved: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
+    """What the network of a checkpoint was made with: in a run of several phases each has options of its own."""
+    return saved["options"] if saved.get("phase") else noted["model"]
+
+
 def _saved(workdir: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The note of the checkpoint that a run's trained network is; {} if there is none that can be read."""
     directory, saved = workdir / "checkpoints", None
@@ -244,7 +249,7 @@ def alone(
         return rest, 0, None
     settings = noted["checkpoint"] | config.get("checkpoint", {})
     saved = _saved(workdir, settings)
-    options, phase = saved.get("options", noted["model"]), saved.get("phase", 0)
+    options, phase = _options(saved, noted), saved.get("phase", 0)
     for key in "init", "distill":
         rest.pop(key, None)
     rest = _without_training(rest) | {"model": options}
