@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData, ProfileOptions, TraceAnnotation
 
-from squeeze_jax.cost import hlo, latency, program
+from squeeze_jax.cost import hlo, program, timing
 from squeeze_jax.errors import UserError
 
 RUN = "squeeze_jax.cost.profile run"  # how a run is marked in the trace
@@ -46,7 +46,7 @@ class Profile(NamedTuple):
       unnamed_ms: of operations that belong to no layer.
       idle_ms: while no operation ran.
       traced_ms: a run while it was recorded.
-      latency: dict(p50, p90, p99, spread) of runs that were not recorded, as in `latency.percentiles`.
+      latency: dict(p50, p90, p99, spread) of runs that were not recorded, as in `timing.percentiles`.
     """
 
     by_layer: dict[str, float]
@@ -110,7 +110,7 @@ def measure(
 
     for _ in range(warmup):
         once()
-    whole = latency.percentiles(latency._times(once, runs))
+    whole = timing.percentiles(timing.times(once, runs))
     windows, intervals = _recorded(once, traced, warmup, module)
     parts = [
         _divided(window, _settled(inside, operations), operations)
@@ -175,7 +175,7 @@ def _recorded(
         try:
             for _ in range(warmup):  # not marked: the recorder's own first time
                 once()
-            latency._times(run, runs)
+            timing.times(run, runs)
         finally:
             jax.profiler.stop_trace()
         (path,) = Path(folder).rglob("*.xplane.pb")
