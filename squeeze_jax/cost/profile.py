@@ -23,6 +23,7 @@ XLA replays a recorded graph (on NVIDIA GPUs) its kernels may come without names
 import bisect
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData, ProfileOptions, TraceAnnotation
 
+from squeeze_jax import tree
 from squeeze_jax.cost import hlo, program, timing
 from squeeze_jax.errors import UserError
 
@@ -101,7 +103,7 @@ def measure(
         )
     args = jax.device_put(args)
     paths = _paths(program.trace(fn, *args, first=True, **kwargs))
-    compiled, given = _compiled(fn, args, kwargs, variables)
+    compiled, given = _compiled(fn, args, kwargs, variables, paths)
     root = program.root(fn) if isinstance(fn, nn.Module) else ""
     module, operations = hlo.operations(compiled.as_text(), paths, root)
 
@@ -123,7 +125,7 @@ def measure(
     return Profile(by_layer, unnamed, idle, total, whole)
 
 
-def _compiled(fn, args, kwargs, variables):
+def _compiled(fn, args, kwargs, variables, paths):
     """The compiled program of (variables, args), and these two: of a function that is no module the first is empty."""
     shapes, run = program.split(fn, args, kwargs, first=True)
     if shapes and variables is None:
@@ -140,6 +142,10 @@ def _compiled(fn, args, kwargs, variables):
     def profiled(variables, inputs):
         return run(variables, inputs)
 
+    # A program from the cache on disk has the names of layers of the one that was compiled first. The key of the cache
+    # leaves names out but for the function's own.
+    names = repr((list(paths), list(tree.flatten(shapes))))
+    profiled.__name__ = f"profiled_{zlib.crc32(names.encode()):08x}"
     given = jax.device_put((variables or {}, args))
     return jax.jit(profiled).lower(*given).compile(), given
 
