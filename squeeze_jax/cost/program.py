@@ -147,8 +147,8 @@ def runs(
 
     Args:
       body: the program.
-      cost: operation → its cost without that of its bodies; in place of a conditional its costliest branch runs.
-      times: how often the program runs. A loop multiplies this by its length, a loop of unknown length by 1.
+      cost: operation → its cost without its bodies. Of a conditional only the costliest branch runs.
+      times: how often the program runs. A loop multiplies this by its length, or by 1 if its length is unknown.
     """
     for op in body.operations:
         if op.name == "cond":

@@ -12,10 +12,11 @@ the collective works on. The bytes sent are those of ring algorithms, which send
     permute           the array of one device                 payload
     broadcast         the array                               (n - 1) / n · payload, the mean over the devices
 
-`wire` reads the collectives that a function names itself, inside `jax.shard_map`. `compiled_wire` reads those of a compiled
-program, where the compiler inserts them for `NamedSharding`s. It may also merge, widen or drop collectives: XLA's CPU
-compiler reduces bfloat16 in float32. Loops count each iteration, a conditional its costliest branch. What cannot be
-counted is named in `Wire.unknown`.
+`wire` reads the collectives that a function calls inside `jax.shard_map`. `compiled_wire` reads the collectives of a
+compiled program, which include those that the compiler inserts for `NamedSharding`s. The compiler may also merge, widen
+or drop collectives: XLA's CPU compiler reduces bfloat16 in float32.
+
+Loops count each iteration, a conditional its costliest branch. What cannot be counted is named in `Wire.unknown`.
 """
 
 import math
@@ -110,8 +111,8 @@ def wire(fn: Callable, *args, **kwargs) -> Wire:
     """Counts the bytes that each device sends in `fn(*args, **kwargs)`, without running it.
 
     Args:
-      fn: any function that JAX can trace. Only the collectives inside `jax.shard_map` count, on a mesh of real, simulated
-        or abstract devices; those that the compiler inserts for shardings are in no function: see `compiled_wire`.
+      fn: any function that JAX can trace. Collectives inside `jax.shard_map` count, on a mesh of real, simulated or
+        abstract devices. The compiler inserts others later, see `compiled_wire`.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s.
     """
     traced = program.trace(lambda a, k: fn(*a, **k), args, kwargs)
@@ -253,7 +254,7 @@ def _compiled_parts(
 
 
 def _called(each) -> str | None:
-    """The computation that runs in the place of an instruction, as of a call; what a reduction applies is none."""
+    """The computation that an instruction calls; the function that a reduction applies does not count."""
     if each.opcode == "call":
         return re.search(r"to_apply=%?([\w.-]+)", each.attributes)[1]
     return each.calls

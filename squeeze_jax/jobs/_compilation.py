@@ -1,8 +1,8 @@
 """Compiled programs on disk: a second run, a resumed one and each job of a work directory start without compiling anew.
 
 JAX's persistent compilation cache does the work. Its key holds the program, the compiler's options and flags, and the
-versions of jaxlib and the device's runtime, but neither the CPU nor its cores, for which XLA's CPU compiler optimizes:
-each kind of machine has a folder of its own here.
+versions of jaxlib and the device's runtime. XLA's CPU compiler also optimizes for the CPU's features and the number of
+cores, so each kind of machine has its own folder here.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ def enable(
     a run. The environment variable JAX_COMPILATION_CACHE_DIR takes the place of `directory` and leaves all settings to
     JAX; JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
 
-    Several CPU devices get no cache: of a program that was loaded, XLA's CPU runtime (jaxlib 0.10.2) starts independent
-    collectives in another order on each device, and they wait for each other until XLA ends the process.
+    Several CPU devices get no cache: XLA's CPU runtime (jaxlib 0.10.2) starts the independent collectives of a loaded
+    program in a different order on each device. The devices then wait for each other until XLA ends the process.
 
     Args:
       directory: its folder; by default `squeeze_jax/xla` in XDG_CACHE_HOME or ~/.cache. Whoever can write to it can run
@@ -90,7 +90,7 @@ def enable(
 
 
 def machine() -> str:
-    """Returns a name of what XLA's CPU compiler optimizes for: the CPU's architecture, features and usable cores."""
+    """Returns a name for the CPU: its architecture, usable cores and a digest of its features."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
@@ -107,7 +107,7 @@ def machine() -> str:
 
 @contextlib.contextmanager
 def compiling(say: Callable[[str], None], what: str) -> Iterator[None]:
-    """Says that a program is being compiled, and at the end how long that took and whether an earlier run had done it.
+    """Says that a program is being compiled, then how long it took and whether the cache had it.
 
     Args:
       say: prints a line. The first comes at once on a terminal, elsewhere after two seconds, from another thread.
@@ -159,7 +159,7 @@ def _off(reason: str) -> str:
 
 
 def _use(folder: str | None, size: int) -> None:
-    """Sets JAX's cache, also where an earlier run of this process had set another one."""
+    """Sets JAX's cache; replaces the one that an earlier run in this process has set."""
     now = (
         jax.config.jax_compilation_cache_dir,
         jax.config.jax_compilation_cache_max_size,
@@ -171,7 +171,7 @@ def _use(folder: str | None, size: int) -> None:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes what processes left that were killed while they wrote: JAX writes a program first, then its time of use."""
+    """Removes programs that killed processes wrote in part: JAX writes a program first, then the time of its use."""
     with (
         contextlib.suppress(filelock.Timeout),  # then another process sweeps or writes
         filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS),
