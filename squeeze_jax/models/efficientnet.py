@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.nn.blocks import SqueezeExcite, conv_norm, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -135,7 +136,7 @@ class EfficientNet(nn.Module):
         y = Dropout(row.dropout)(global_mean(y), train=train)
         # Uniform with a bound of 1 / sqrt(outputs).
         init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-        classifier = nn.Dense(
+        classifier = Dense(
             self.num_classes, dtype=jnp.float32, kernel_init=init, name="classifier"
         )
         return classifier(y), endpoints

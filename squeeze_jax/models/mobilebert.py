@@ -32,6 +32,7 @@ from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.embed import Embeddings
 from squeeze_jax.nn.heads import Task, pooled
+from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.layer_norm import Normalization, norm
 from squeeze_jax.weights import files, huggingface
 
@@ -165,6 +166,7 @@ class Layer(nn.Module):
             heads=self.heads,
             mask=mask,
             drop=partial(Dropout(self.attention_dropout), train=train),
+            replace=partial(tap, self),
         )
         y = self._dense("output")(attended.context) + narrow
         y = self._norm("attention")(y)

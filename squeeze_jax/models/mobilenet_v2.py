@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.nn.blocks import conv_norm, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -103,7 +104,7 @@ class MobileNetV2(nn.Module):
             endpoints[f"stage{index}"] = y
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
         y = Dropout(self.dropout)(global_mean(y), train=train)
-        classifier = nn.Dense(
+        classifier = Dense(
             self.num_classes,
             dtype=jnp.float32,
             kernel_init=nn.initializers.normal(0.01),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.nn.blocks import SqueezeExcite, conv_norm, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -153,7 +154,7 @@ class MobileNetV3(nn.Module):
                 endpoints[name], strides = y, 1
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
         dense = partial(
-            nn.Dense, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.01)
+            Dense, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.01)
         )
         y = row.activation(dense(row.hidden, name="hidden")(global_mean(y)))
         y = Dropout(self.dropout)(y, train=train)

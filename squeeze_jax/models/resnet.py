@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from squeeze_jax import registry
 from squeeze_jax.nn.blocks import conv_norm
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 
@@ -84,7 +85,7 @@ class ResNet(nn.Module):
                 name = f"conv{stage + 2}_{block + 1}"
                 y = Block(convs, strides, name=name)(y, train=train)
             endpoints[f"conv{stage + 2}"] = y
-        classifier = nn.Dense(
+        classifier = Dense(
             self.num_classes,
             dtype=jnp.float32,
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),

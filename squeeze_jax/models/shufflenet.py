@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.nn.blocks import conv_norm, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.width import scaled
@@ -140,7 +141,7 @@ class ShuffleNet(nn.Module):
                 )(y, train=train)
             endpoints[f"stage{stage + 2}"] = y
         y = Dropout(self.dropout)(global_mean(y), train=train)
-        classifier = nn.Dense(
+        classifier = Dense(
             self.num_classes,
             use_bias=False,
             dtype=jnp.float32,

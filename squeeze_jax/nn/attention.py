@@ -12,6 +12,7 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.intercept import tap
 
 
 class Attended(NamedTuple):
@@ -37,6 +38,7 @@ def attend(
     mask: jax.Array | None = None,
     causal: bool = False,
     drop: Callable[[jax.Array], jax.Array] = lambda p: p,
+    replace: Callable[[str, jax.Array], jax.Array] = lambda role, x: x,
 ) -> Attended:
     """softmax(Q K^T / sqrt(d / heads)) V in each head; Vaswani et al. 2017, arXiv 1706.03762, equation 1.
 
@@ -47,13 +49,16 @@ def attend(
       mask: bool [b, l], True where a key may be seen; None for everywhere. A position that may see none sees all alike.
       causal: a position sees none that come after it.
       drop: applied to the probabilities before they weigh the values.
+      replace: (role, array) → an array; applied to the split query, key and value, the query divided by its scale, and
+        to the probabilities before `drop`; `SelfAttention` passes its taps.
 
     Raises:
       UserError: channels that do not divide into heads.
     """
     split = partial(_split, heads=heads)
     scale = np.sqrt(query.shape[-1] // heads).astype(query.dtype)
-    q, k, v = split(query / scale), split(key), split(value)
+    q = replace("query", split(query / scale))
+    k, v = replace("key", split(key)), replace("value", split(value))
     scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     allowed = _allowed(mask, causal, query.shape[1])
     if allowed is not None:
@@ -61,6 +66,7 @@ def attend(
         lowest = jnp.finfo(jnp.float32).min
         scores = scores + jnp.where(allowed, 0, lowest).astype(jnp.float32)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    probabilities = replace("probabilities", probabilities)
     context = drop(probabilities) @ v  # [b, heads, l, d' / heads]
     return Attended(context.swapaxes(1, 2).reshape(value.shape), probabilities, scores)
 
@@ -137,6 +143,7 @@ class SelfAttention(nn.Module):
             mask=mask,
             causal=self.causal,
             drop=partial(Dropout(self.dropout), train=train),
+            replace=partial(tap, self),
         )
         init = self.output_init or init
         output = project(groups=groups.output, kernel_init=init, name="output")

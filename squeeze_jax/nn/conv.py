@@ -21,6 +21,7 @@ from jax import lax
 
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import bilinear, lowerings, varying
+from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.windows import Geometry
 
 Lowering = Literal[
@@ -187,7 +188,8 @@ def _lowered(x, kernel, geometry: Geometry, wanted: str) -> jax.Array:
 class Conv(nn.Module):
     """A convolution with parameters as `flax.linen.Conv`: kernel [kh, kw, c / groups, features], bias [features].
 
-    Computes in the dtype of its input; parameters are float32. See `conv` for the arguments.
+    Computes in the dtype of its input; parameters are float32. See `conv` for the arguments. Its inputs, its kernel and
+    its outputs pass through taps; see `nn/intercept.py`.
 
     Attributes:
       features: output channels.
@@ -222,14 +224,15 @@ class Conv(nn.Module):
         extent = per_axis(self.kernel, some.ndim - 2)
         shape = (*extent, channels // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        kernel, bias = kernel.astype(some.dtype), None
+        kernel, bias = tap(self, "kernel", kernel.astype(some.dtype)), None
+        x = tap(self, "inputs", x)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         connected = extent == (1,) and per_axis(self.strides, 1) == (1,)
         if connected and 1 < self.groups <= MOST_APART and self._apart(some):
             parts = each_group(x, kernel, bias, self.groups)
-            return jnp.concatenate(parts, -1) if whole else parts
-        return conv(
+            return tap(self, "outputs", jnp.concatenate(parts, -1) if whole else parts)
+        y = conv(
             x,
             kernel,
             strides=self.strides,
@@ -239,6 +242,7 @@ class Conv(nn.Module):
             lowering=self.lowering,
             bias=bias,
         )
+        return tap(self, "outputs", y)
 
     def _apart(self, x) -> bool:
         if _apart.value is not None:
