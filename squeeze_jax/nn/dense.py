@@ -10,6 +10,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from squeeze_jax.nn.intercept import tap
+from squeeze_jax.nn.reshaped import features
 
 
 class Dense(nn.Module):
@@ -24,6 +25,7 @@ class Dense(nn.Module):
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
       output_dtype: of the product, such as float32 for a bfloat16 computation; None for `dtype`.
+      fixed: whether it is an error to give it another width; see `nn/reshaped.py`.
     """
 
     features: int
@@ -32,15 +34,17 @@ class Dense(nn.Module):
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros_init()
     output_dtype: Any = None
+    fixed: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., c] → [..., features]."""
-        shape = (x.shape[-1], self.features)
+        outputs = features(self, self.features, fixed=self.fixed)
+        shape = (x.shape[-1], outputs)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+            bias = self.param("bias", self.bias_init, (outputs,), jnp.float32)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x, kernel = tap(self, "inputs", x), tap(self, "kernel", kernel)
         contracted = (((x.ndim - 1,), (0,)), ((), ()))

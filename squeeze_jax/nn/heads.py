@@ -106,7 +106,7 @@ class MaskedLM(nn.Module):
         """x: [b, l, d], scores: `Embeddings.scores` → [b, l, vocabulary], float32."""
         rows = x.reshape(-1, x.shape[-1])
         width = self.features + self.untied
-        dense = partial(Dense, dtype=x.dtype, kernel_init=_INIT)
+        dense = partial(Dense, dtype=x.dtype, kernel_init=_INIT, fixed=True)
         y = activations.named(self.activation)(dense(width, name="transform")(rows))
         rows = LayerNorm(self.epsilon, name="norm")(y)
         y = scores(rows[:, : self.features])
@@ -246,5 +246,10 @@ def _transform(x):
 
 def _dense(features: int, name: str, bias: bool = True) -> Dense:
     return Dense(
-        features, use_bias=bias, dtype=jnp.float32, kernel_init=_INIT, name=name
+        features,
+        use_bias=bias,
+        dtype=jnp.float32,
+        kernel_init=_INIT,
+        fixed=True,
+        name=name,
     )
