@@ -144,6 +144,7 @@ class Encoder(nn.Module):
             self.dropout,
             self.attention_dropout,
             self.epsilon if self.layer_epsilon is None else self.layer_epsilon,
+            features=self.row.features,
             **options,
             name=name,
         )

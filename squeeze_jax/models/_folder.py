@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from squeeze_jax import registry, tree
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.nn.reshaped import Reshaped
 from squeeze_jax.weights import foreign, huggingface
 
 # What may be initialised instead of read.
@@ -102,6 +103,10 @@ def save(
       UserError: `transformers` has no class for the net, or could not compute what it computes; or the variables are
         another net's.
     """
+    if isinstance(net, Reshaped):
+        raise UserError(
+            "transformers has no encoder with widths or absent layers of its own: it could not load this network"
+        )
     module = sys.modules[type(net).__module__]
     if not hasattr(module, "HUGGINGFACE"):
         raise UserError(f"{type(net).__name__} is no encoder that transformers has")

@@ -19,8 +19,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.blocks import SqueezeExcite, conv_norm, stage_strides
+from squeeze_jax.nn.blocks import (
+    SqueezeExcite,
+    conv_norm,
+    residual_sum,
+    stage_strides,
+)
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -82,29 +88,35 @@ VARIANTS = {
 
 
 class MBConv(nn.Module):
-    """Expand, depthwise, squeeze and excite, project; `skip` is the rate at which samples take the residual alone."""
+    """Expand, depthwise, squeeze and excite, project.
+
+    `inputs` are the channels of the input by the network's options; `residual`: whether the input is added; `skip` is the
+    rate at which samples take the residual alone.
+    """
 
     row: Row
     stage: Stage
+    inputs: int
     strides: int
     skip: float
+    residual: bool
 
     @nn.compact
     def __call__(self, x, *, train: bool):
         unit = _unit(self.row, train)
-        stage, inputs, y = self.stage, x.shape[-1], x
-        wide = inputs * stage.expand
+        stage, y = self.stage, x
         if stage.expand != 1:
-            y = unit(y, wide, 1, name="expand")
+            y = unit(y, self.inputs * stage.expand, 1, name="expand")
+        wide = y.shape[-1]
         y = unit(y, wide, stage.kernel, self.strides, groups=wide, name="depthwise")
         if not self.row.lite:
             # A quarter of the block's input, not of the width inside.
-            y = SqueezeExcite(inputs // 4, nn.swish, name="squeeze_excite")(y)
+            y = SqueezeExcite(self.inputs // 4, nn.swish, name="squeeze_excite")(y)
         y = unit(y, stage.features, 1, activation=None, name="project")
-        if x.shape != y.shape or self.strides != 1:
+        if not self.residual:
             return y
         y = Dropout(self.skip, whole=(1, 2, 3))(y, train=train)
-        return x + y
+        return residual_sum(x, y, self, "project")
 
 
 class EfficientNet(nn.Module):
@@ -121,22 +133,29 @@ class EfficientNet(nn.Module):
         row, number = self.row, 0
         unit = _unit(row, train)
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
-        endpoints = {"conv1": y}
+        endpoints, channels = {"conv1": y}, row.stem
         blocks = sum(stage.blocks for stage in row.stages)
         for index, stage in enumerate(row.stages, 2):
             for block in range(stage.blocks):
                 strides = 1 if block else stage.strides
                 skip = self.stochastic_depth * number / blocks
                 name = f"stage{index}_{block + 1}"
-                y = MBConv(row, stage, strides, skip, name=name)(y, train=train)
-                number += 1
+                residual = strides == 1 and channels == stage.features
+                y = MBConv(row, stage, channels, strides, skip, residual, name=name)(
+                    y, train=train
+                )
+                number, channels = number + 1, stage.features
             endpoints[f"stage{index}"] = y
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
         y = Dropout(row.dropout)(global_mean(y), train=train)
         # Uniform with a bound of 1 / sqrt(outputs).
         init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
-        classifier = nn.Dense(
-            self.num_classes, dtype=jnp.float32, kernel_init=init, name="classifier"
+        classifier = Dense(
+            self.num_classes,
+            dtype=jnp.float32,
+            kernel_init=init,
+            fixed=True,
+            name="classifier",
         )
         return classifier(y), endpoints
 

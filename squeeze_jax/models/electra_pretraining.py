@@ -245,7 +245,19 @@ def fine_tuned(
     Returns:
       The discriminator's options of `models.make`, and a function from the run's variables to the discriminator's.
     """
-    net = make(**options)
-    sizes = {key: value for key, value in options.items() if key != "generator"}
+    others = ("generator", "widths", "absent")
+    sizes = {key: value for key, value in options.items() if key not in others}
+    net = make(**sizes)
     own = {"name": "electra", "variant": _VARIANT, "task": "replaced", **sizes}
+    start = "discriminator/"
+    widths = {
+        name.removeprefix(start): width
+        for name, width in (options.get("widths") or {}).items()
+        if name.startswith(start)
+    }
+    absent = [n for n in options.get("absent", ()) if n.startswith(start)]
+    if widths:
+        own["widths"] = widths
+    if absent:
+        own["absent"] = tuple(name.removeprefix(start) for name in absent)
     return own, lambda variables: apart(net, variables).discriminator[1]

@@ -28,10 +28,12 @@ from squeeze_jax.models import bert
 from squeeze_jax.models._encoder import Encoder, layer_names
 from squeeze_jax.nn import activations, encoder
 from squeeze_jax.nn.attention import Attended, Groups, attend
+from squeeze_jax.nn.blocks import residual_sum
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.embed import Embeddings
 from squeeze_jax.nn.heads import Task, pooled
+from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.layer_norm import Normalization, norm
 from squeeze_jax.weights import files, huggingface
 
@@ -145,6 +147,8 @@ class Layer(nn.Module):
     epsilon: float
     ffn_epsilon: float
 
+    residual = True
+
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
@@ -163,20 +167,23 @@ class Layer(nn.Module):
             self._dense("key")(query),
             self._dense("value")(value),
             heads=self.heads,
+            head_features=self.features // self.heads,
             mask=mask,
             drop=partial(Dropout(self.attention_dropout), train=train),
+            replace=partial(tap, self),
         )
-        y = self._dense("output")(attended.context) + narrow
-        y = self._norm("attention")(y)
+        y = self._dense("output")(attended.context)
+        y = self._norm("attention")(residual_sum(narrow, y, self, "output"))
         for n in range(1, self.stacks + 1):
             z = encoder.feed_forward(
                 y, self.ffn_features, activation=self.activation, name=f"ffn{n}"
             )
             epsilon = self.ffn_epsilon if n == self.stacks else self.epsilon
-            y = self._norm(f"ffn{n}", epsilon)(y + z)
+            y = residual_sum(y, z, self, f"ffn{n}_out")
+            y = self._norm(f"ffn{n}", epsilon)(y)
         drop = partial(Dropout(self.dropout), train=train)
-        y = x + drop(self._dense("wide", x.shape[-1])(y))
-        return self._norm("wide")(y), attended
+        y = drop(self._dense("wide", x.shape[-1])(y))
+        return self._norm("wide")(residual_sum(x, y, self, "wide")), attended
 
     def _dense(self, name, features=None):
         init = encoder.KERNEL_INIT

@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.blocks import conv_norm, stage_strides
+from squeeze_jax.nn.blocks import conv_norm, residual_sum, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -60,21 +61,26 @@ VARIANTS = {  # section 6.1 and Table 4: width multipliers 0.35 to 1.4
 
 
 class Bottleneck(nn.Module):
-    """Expand, depthwise, project; Table 1 and Figure 4(d)."""
+    """Expand, depthwise, project; Table 1 and Figure 4(d).
 
-    expand: int
+    `expand` is the width inside, None for that of the input; `residual`: whether the input is added.
+    """
+
+    expand: int | None
     features: int
     strides: Pair
+    residual: bool
 
     @nn.compact
     def __call__(self, x, *, train: bool):
         unit = partial(conv_norm, activation=nn.relu6, train=train)
-        wide, y = x.shape[-1] * self.expand, x
-        if self.expand != 1:
-            y = unit(y, wide, 1, name="expand")
+        y = x
+        if self.expand is not None:
+            y = unit(y, self.expand, 1, name="expand")
+        wide = y.shape[-1]
         y = unit(y, wide, 3, self.strides, groups=wide, name="depthwise")
         y = unit(y, self.features, 1, name="project", activation=None)
-        return x + y if x.shape == y.shape and self.strides == 1 else y
+        return residual_sum(x, y, self, "project") if self.residual else y
 
 
 class MobileNetV2(nn.Module):
@@ -92,21 +98,27 @@ class MobileNetV2(nn.Module):
         endpoints = {}
         unit = partial(conv_norm, activation=nn.relu6, train=train)
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
-        endpoints["conv1"] = y
+        endpoints["conv1"], channels = y, row.stem
         for index, stage in enumerate(row.stages, 1):
             for block in range(stage.blocks):
                 number += 1
                 strides = stage.strides if block == 0 else 1
                 y = Bottleneck(
-                    stage.expand, stage.features, strides, name=f"bottleneck{number}"
+                    None if stage.expand == 1 else stage.expand * channels,
+                    stage.features,
+                    strides,
+                    residual=strides == 1 and channels == stage.features,
+                    name=f"bottleneck{number}",
                 )(y, train=train)
+                channels = stage.features
             endpoints[f"stage{index}"] = y
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
         y = Dropout(self.dropout)(global_mean(y), train=train)
-        classifier = nn.Dense(
+        classifier = Dense(
             self.num_classes,
             dtype=jnp.float32,
             kernel_init=nn.initializers.normal(0.01),
+            fixed=True,
             name="classifier",
         )
         return classifier(y), endpoints

@@ -15,8 +15,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.blocks import SqueezeExcite, conv_norm, stage_strides
+from squeeze_jax.nn.blocks import (
+    SqueezeExcite,
+    conv_norm,
+    residual_sum,
+    stage_strides,
+)
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -86,14 +92,19 @@ VARIANTS = {  # Tables 1 to 3, the last with the multiplier; minimalistic: the a
 
 
 class Bottleneck(nn.Module):
-    """Expand, depthwise, squeeze and excite, project; Figure 4."""
+    """Expand, depthwise, squeeze and excite, project; Figure 4.
 
+    `inputs` are the channels of the input by the network's options; `residual`: whether the input is added.
+    """
+
+    inputs: int
     expand: int
     features: int
     kernel: int
     strides: int
     excite: bool
     activation: Callable
+    residual: bool
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -104,16 +115,17 @@ class Bottleneck(nn.Module):
             activation=self.activation,
             train=train,
         )
-        wide, y = self.expand, x
-        if wide != x.shape[-1]:
-            y = unit(y, wide, 1, name="expand")
+        y = x
+        if self.expand != self.inputs:
+            y = unit(y, self.expand, 1, name="expand")
+        wide = y.shape[-1]
         y = unit(y, wide, self.kernel, self.strides, groups=wide, name="depthwise")
         if self.excite:
             # A quarter of the width inside, section 5.3.
-            squeezed = scaled(wide, 0.25)
+            squeezed = scaled(self.expand, 0.25)
             y = SqueezeExcite(squeezed, gate=nn.hard_sigmoid, name="squeeze_excite")(y)
         y = unit(y, self.features, 1, activation=None, name="project")
-        return x + y if x.shape == y.shape and self.strides == 1 else y
+        return residual_sum(x, y, self, "project") if self.residual else y
 
 
 class MobileNetV3(nn.Module):
@@ -136,28 +148,30 @@ class MobileNetV3(nn.Module):
             train=train,
         )
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
-        endpoints["conv1"] = y
+        endpoints["conv1"], channels = y, row.stem
         for stage in row.stages:
             strides = stage.strides
             for expand in stage.expand:
                 name = f"bottleneck{len(endpoints)}"
                 y = Bottleneck(
+                    channels,
                     expand,
                     stage.features,
                     stage.kernel,
                     strides,
                     stage.excite,
                     stage.activation,
+                    residual=strides == 1 and channels == stage.features,
                     name=name,
                 )(y, train=train)
-                endpoints[name], strides = y, 1
+                endpoints[name], strides, channels = y, 1, stage.features
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
         dense = partial(
-            nn.Dense, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.01)
+            Dense, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.01)
         )
         y = row.activation(dense(row.hidden, name="hidden")(global_mean(y)))
         y = Dropout(self.dropout)(y, train=train)
-        return dense(self.num_classes, name="classifier")(y), endpoints
+        return dense(self.num_classes, fixed=True, name="classifier")(y), endpoints
 
 
 def make(

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.blocks import conv_norm
+from squeeze_jax.nn.blocks import conv_norm, residual_sum
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 
@@ -39,10 +40,14 @@ VARIANTS = {  # Table 1
 
 
 class Block(nn.Module):
-    """The convolutions (features, kernel) in turn, the first of the widest kernel with the strides; Figure 5."""
+    """The convolutions (features, kernel) in turn, the first of the widest kernel with the strides; Figure 5.
+
+    `residual`: whether the input is added as it is, else through a 1x1 convolution.
+    """
 
     convs: tuple[tuple[int, int], ...]
     strides: int
+    residual: bool
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -53,9 +58,9 @@ class Block(nn.Module):
             strides = self.strides if i == strided else 1
             y = unit(y, features, kernel, strides, name=f"conv{i + 1}")
             y = nn.relu(y) if i < last else y
-        if x.shape != y.shape:
+        if not self.residual:
             x = unit(x, y.shape[-1], 1, self.strides, name="shortcut")
-        return nn.relu(x + y)
+        return nn.relu(residual_sum(x, y, self, f"conv{len(self.convs)}"))
 
 
 class ResNet(nn.Module):
@@ -72,6 +77,7 @@ class ResNet(nn.Module):
         kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
         y = conv_norm(x, row.features, kernel, strides, train=train, name="conv1")
         y = endpoints["conv1"] = nn.relu(y)
+        channels = row.features
         if self.stem == "imagenet":
             y = max_pool(y, 3, 2, padding=1)
         for stage, blocks in enumerate(row.blocks):
@@ -82,12 +88,15 @@ class ResNet(nn.Module):
             for block in range(blocks):
                 strides = 2 if stage and not block else 1
                 name = f"conv{stage + 2}_{block + 1}"
-                y = Block(convs, strides, name=name)(y, train=train)
+                residual = strides == 1 and channels == convs[-1][0]
+                y = Block(convs, strides, residual, name=name)(y, train=train)
+                channels = convs[-1][0]
             endpoints[f"conv{stage + 2}"] = y
-        classifier = nn.Dense(
+        classifier = Dense(
             self.num_classes,
             dtype=jnp.float32,
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            fixed=True,
             name="classifier",
         )
         return classifier(global_mean(y)), endpoints

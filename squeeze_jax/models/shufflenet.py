@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.blocks import conv_norm, stage_strides
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.blocks import conv_norm, residual_sum, stage_strides
 from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.width import scaled
@@ -69,13 +71,15 @@ VARIANTS = {  # Table 1, and as section 3.3 scales it for Tables 2 and 5
 class Unit(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, joined with the input; Figure 2(b) and (c).
 
-    The first of a stage concatenates, the others add. `groups` is (of the first 1x1, of the second).
+    The first of a stage concatenates, the others add: `residual`. `groups` is (of the first 1x1, of the second); `inputs`
+    are the channels of the input by the network's options.
     """
 
+    inputs: int
     features: int
     strides: int
     groups: tuple[int, int]
-    first: bool
+    residual: bool
     shuffle: Shuffle
 
     @nn.compact
@@ -84,12 +88,18 @@ class Unit(nn.Module):
         before, groups = self.groups
         narrow = scaled(self.features, 0.25, groups)
         y = nn.relu(unit(x, narrow, 1, groups=before, name="reduce"))
+        narrow = y.shape[-1]
+        if narrow % groups:
+            name = "/".join((*self.path, "reduce"))
+            raise UserError(
+                f"{name}: {narrow} features do not shuffle into groups = {groups}: choose a multiple"
+            )
         y = channel_shuffle(y, groups if self.shuffle == "paper" else narrow // groups)
         y = unit(y, narrow, 3, self.strides, groups=narrow, name="depthwise")
-        features = self.features - x.shape[-1] if self.first else self.features
+        features = self.features if self.residual else self.features - self.inputs
         y = unit(y, features, 1, groups=groups, name="expand")
-        if not self.first:
-            return nn.relu(x + y)
+        if self.residual:
+            return nn.relu(residual_sum(x, y, self, "expand"))
         if self.strides != 1:
             x = mean_pool(x, 3, self.strides, padding=1)
         return nn.relu(jnp.concatenate([x, y], axis=-1))
@@ -121,7 +131,7 @@ class ShuffleNet(nn.Module):
         row = self.row
         y = conv_norm(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
         y = nn.relu(y)
-        endpoints = {"conv1": y}
+        endpoints, channels = {"conv1": y}, row.stem
         if self.stem_pool:
             y = max_pool(y, 3, 2, padding=1)
         for stage, (units, strides) in enumerate(
@@ -130,21 +140,24 @@ class ShuffleNet(nn.Module):
             for number in range(units):
                 first = number == 0
                 y = Unit(
+                    channels,
                     row.features * 2**stage,
                     strides if first else 1,
                     # The stem has few channels: the first 1x1 convolution after it is not grouped.
                     (1 if first and stage == 0 else row.groups, row.groups),
-                    first,
+                    not first,
                     self.shuffle,
                     name=f"stage{stage + 2}_{number + 1}",
                 )(y, train=train)
+                channels = row.features * 2**stage
             endpoints[f"stage{stage + 2}"] = y
         y = Dropout(self.dropout)(global_mean(y), train=train)
-        classifier = nn.Dense(
+        classifier = Dense(
             self.num_classes,
             use_bias=False,
             dtype=jnp.float32,
             kernel_init=nn.initializers.normal(0.01),
+            fixed=True,
             name="classifier",
         )
         return classifier(y), endpoints

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.nn.blocks import residual_sum
 from squeeze_jax.nn.conv import Conv, Pair, per_axis
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.norm import BatchNorm
@@ -57,12 +58,13 @@ VARIANTS = {
 
 
 class Fire(nn.Module):
-    """Squeeze by 1x1, expand by 1x1 and 3x3 side by side; Figure 1."""
+    """Squeeze by 1x1, expand by 1x1 and 3x3 side by side; Figure 1. `residual`: whether the input is added."""
 
     squeeze: int
     expand: int
     bypass: Bypass
     norm: bool
+    residual: bool
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -71,10 +73,11 @@ class Fire(nn.Module):
         left = unit(s, self.expand, 1, name="expand1x1")
         right = unit(s, self.expand, 3, padding=1, name="expand3x3")
         y = jnp.concatenate([left, right], axis=-1)
-        if self.bypass != "none" and x.shape == y.shape:
-            return x + y
+        if self.residual:
+            return residual_sum(x, y, self, "expand1x1 and expand3x3")
         if self.bypass == "complex":
-            return Conv(y.shape[-1], 1, name="bypass1x1")(x) + y
+            x = Conv(y.shape[-1], 1, fixed=True, name="bypass1x1")(x)
+            return x + y
         return y
 
 
@@ -101,17 +104,20 @@ class SqueezeNet(nn.Module):
 
         unit = partial(_unit, norm=self.norm, train=train)
         y = unit(x, row.stem, row.kernel, self.stem_strides, name="conv1")
-        y = stage("conv1", y)
+        y, channels = stage("conv1", y), row.stem
         for number, (squeeze, expand) in enumerate(row.fires, 2):
             name = f"fire{number}"
-            fire = Fire(squeeze, expand, self.bypass, self.norm, name=name)
+            residual = self.bypass != "none" and channels == 2 * expand
+            fire = Fire(squeeze, expand, self.bypass, self.norm, residual, name=name)
             y = stage(name, fire(y, train=train))
+            channels = 2 * expand
         y = Dropout(self.dropout)(y, train=train)
         y = Conv(
             self.num_classes,
             1,
             padding=self.conv10_padding,
             kernel_init=nn.initializers.normal(0.01),
+            fixed=True,
             name="conv10",
         )(y)
         endpoints["conv10"] = nn.relu(y) if self.conv10_relu else y

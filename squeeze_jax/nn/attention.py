@@ -12,6 +12,7 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.intercept import tap
 
 
 class Attended(NamedTuple):
@@ -34,9 +35,11 @@ def attend(
     value: jax.Array,
     *,
     heads: int,
+    head_features: int | None = None,
     mask: jax.Array | None = None,
     causal: bool = False,
     drop: Callable[[jax.Array], jax.Array] = lambda p: p,
+    replace: Callable[[str, jax.Array], jax.Array] = lambda role, x: x,
 ) -> Attended:
     """softmax(Q K^T / sqrt(d / heads)) V in each head; Vaswani et al. 2017, arXiv 1706.03762, equation 1.
 
@@ -44,16 +47,25 @@ def attend(
       query, key: [b, l, d]; a head has d / heads neighbouring channels.
       value: [b, l, d'].
       heads: divides d and d'.
+      head_features: whose square root divides the products; None for d / heads.
       mask: bool [b, l], True where a key may be seen; None for everywhere. A position that may see none sees all alike.
       causal: a position sees none that come after it.
       drop: applied to the probabilities before they weigh the values.
+      replace: (role, array) → an array; applied to the split query, key and value, the query divided by its scale, and
+        to the probabilities before `drop`; `SelfAttention` passes its taps.
 
     Raises:
-      UserError: channels that do not divide into heads.
+      UserError: channels that do not divide into heads, or queries of another width than keys.
     """
+    if query.shape[-1] != key.shape[-1]:
+        raise UserError(
+            f"queries have {query.shape[-1]} features and keys {key.shape[-1]}: give both the same width"
+        )
     split = partial(_split, heads=heads)
-    scale = np.sqrt(query.shape[-1] // heads).astype(query.dtype)
-    q, k, v = split(query / scale), split(key), split(value)
+    head_features = head_features or query.shape[-1] // heads
+    scale = np.sqrt(head_features).astype(query.dtype)
+    q = replace("query", split(query / scale))
+    k, v = replace("key", split(key)), replace("value", split(value))
     scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     allowed = _allowed(mask, causal, query.shape[1])
     if allowed is not None:
@@ -61,8 +73,10 @@ def attend(
         lowest = jnp.finfo(jnp.float32).min
         scores = scores + jnp.where(allowed, 0, lowest).astype(jnp.float32)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    probabilities = replace("probabilities", probabilities)
     context = drop(probabilities) @ v  # [b, heads, l, d' / heads]
-    return Attended(context.swapaxes(1, 2).reshape(value.shape), probabilities, scores)
+    context = context.swapaxes(1, 2).reshape(value.shape)
+    return Attended(context, probabilities, scores)
 
 
 def _split(x, heads):
@@ -108,6 +122,8 @@ class SelfAttention(nn.Module):
       kernel_init: initializer of the kernels.
       output_init: of that of output; None for `kernel_init`.
       shuffle: where output has groups, each of them sees a part of every group of the values, see `shuffled`.
+      features: of query, key and value; None for those of the input. The scale of the products is that of these features
+        also where queries and keys have another width, so that channels of zeros can be cut off.
     """
 
     heads: int
@@ -117,13 +133,15 @@ class SelfAttention(nn.Module):
     kernel_init: Callable = nn.initializers.truncated_normal(0.02)
     output_init: Callable | None = None
     shuffle: bool = False
+    features: int | None = None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Attended]:
         """x: [b, l, d], mask: bool [b, l] → [b, l, d] and what `attend` gave."""
-        project = partial(Conv, x.shape[-1], 1)
+        features = self.features or x.shape[-1]
+        project = partial(Conv, features, 1)
         groups, init = self.groups, self.kernel_init
         alike = len(set(groups[:3])) == 1 and self.heads % groups.query == 0
         query, key, value = (
@@ -134,12 +152,16 @@ class SelfAttention(nn.Module):
         )
         heads = partial(
             attend,
+            head_features=features // self.heads,
             mask=mask,
             causal=self.causal,
             drop=partial(Dropout(self.dropout), train=train),
+            replace=partial(tap, self),
         )
         init = self.output_init or init
-        output = project(groups=groups.output, kernel_init=init, name="output")
+        output = Conv(
+            x.shape[-1], 1, groups=groups.output, kernel_init=init, name="output"
+        )
         if isinstance(query, tuple):  # heads do not mix, so groups stay apart
             each = [
                 heads(*qkv, heads=self.heads // len(query))

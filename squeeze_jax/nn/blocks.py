@@ -51,6 +51,27 @@ def conv_norm(
     return activation(x) if activation else x
 
 
+def residual_sum(x: jax.Array, y: jax.Array, block: nn.Module, layer: str) -> jax.Array:
+    """Returns x + y, which must have the same shape.
+
+    Args:
+      x: the block's input.
+      y: the outputs of the block's last layer.
+      block: the module, bound.
+      layer: the name of that layer in it.
+
+    Raises:
+      UserError: the shapes differ; names the layer.
+    """
+    if x.shape != y.shape:
+        name = "/".join((*block.path, layer))
+        raise UserError(
+            f"{name}: its {y.shape[-1]} features are added to {x.shape[-1]} of the block's input: give all layers whose"
+            " outputs are summed the same width"
+        )
+    return x + y
+
+
 def stage_strides(given: Sequence[int] | None, own: Sequence[int]) -> tuple[int, ...]:
     """The strides of each stage: those given to `make`, else the variant's own.
 
@@ -84,5 +105,6 @@ class SqueezeExcite(nn.Module):
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         y = global_mean(x)[:, None, None].astype(x.dtype)
         y = Conv(self.features, 1, kernel_init=init, name="reduce")(y)
-        y = Conv(x.shape[-1], 1, kernel_init=init, name="expand")(self.activation(y))
+        y = self.activation(y)
+        y = Conv(x.shape[-1], 1, kernel_init=init, fixed=True, name="expand")(y)
         return x * self.gate(y)

@@ -21,6 +21,8 @@ from jax import lax
 
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import bilinear, lowerings, varying
+from squeeze_jax.nn.intercept import tap
+from squeeze_jax.nn.reshaped import features
 from squeeze_jax.nn.windows import Geometry
 
 Lowering = Literal[
@@ -187,13 +189,15 @@ def _lowered(x, kernel, geometry: Geometry, wanted: str) -> jax.Array:
 class Conv(nn.Module):
     """A convolution with parameters as `flax.linen.Conv`: kernel [kh, kw, c / groups, features], bias [features].
 
-    Computes in the dtype of its input; parameters are float32. See `conv` for the arguments.
+    Computes in the dtype of its input; parameters are float32. See `conv` for the arguments. Its inputs, its kernel and
+    its outputs pass through taps; see `nn/intercept.py`.
 
     Attributes:
       features: output channels.
       kernel: positions of the kernel; one number or one for each axis.
       kernel_init: initializer of the kernel.
       lowering: how to compute it, see `conv`.
+      fixed: whether it is an error to give it another width; see `nn/reshaped.py`.
     """
 
     features: int
@@ -206,6 +210,7 @@ class Conv(nn.Module):
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros_init()
     lowering: Lowering = "auto"
+    fixed: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array | Groups, *, whole: bool = True):
@@ -215,21 +220,20 @@ class Conv(nn.Module):
         """
         channels = sum(p.shape[-1] for p in x) if isinstance(x, tuple) else x.shape[-1]
         some = x[0] if isinstance(x, tuple) else x
-        if channels % self.groups:
-            raise UserError(
-                f"{self.name or 'Conv'}: {channels} channels do not divide into groups={self.groups}"
-            )
+        outputs = features(self, self.features, fixed=self.fixed)
+        self._check_groups(channels, outputs)
         extent = per_axis(self.kernel, some.ndim - 2)
-        shape = (*extent, channels // self.groups, self.features)
+        shape = (*extent, channels // self.groups, outputs)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        kernel, bias = kernel.astype(some.dtype), None
+        kernel, bias = tap(self, "kernel", kernel.astype(some.dtype)), None
+        x = tap(self, "inputs", x)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+            bias = self.param("bias", self.bias_init, (outputs,), jnp.float32)
         connected = extent == (1,) and per_axis(self.strides, 1) == (1,)
         if connected and 1 < self.groups <= MOST_APART and self._apart(some):
             parts = each_group(x, kernel, bias, self.groups)
-            return jnp.concatenate(parts, -1) if whole else parts
-        return conv(
+            return tap(self, "outputs", jnp.concatenate(parts, -1) if whole else parts)
+        y = conv(
             x,
             kernel,
             strides=self.strides,
@@ -239,6 +243,21 @@ class Conv(nn.Module):
             lowering=self.lowering,
             bias=bias,
         )
+        return tap(self, "outputs", y)
+
+    def _check_groups(self, channels: int, outputs: int) -> None:
+        name = "/".join(self.path) or "Conv"
+        if channels % self.groups:
+            raise UserError(
+                f"{name}: {channels} channels do not divide into groups={self.groups}"
+            )
+        if outputs % self.groups:
+            advice = "choose a multiple"
+            if channels == self.groups:
+                advice = "a depthwise convolution is as wide as the layer before it: change that one"
+            raise UserError(
+                f"{name}: {outputs} features do not divide into groups={self.groups}: {advice}"
+            )
 
     def _apart(self, x) -> bool:
         if _apart.value is not None:

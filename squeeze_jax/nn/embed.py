@@ -177,7 +177,9 @@ class Embeddings(nn.Module):
         y = self.tokens(tokens)
         if self.token_features is not None:
             init = nn.initializers.truncated_normal(0.02)
-            y = Conv(self.features, self.window, kernel_init=init, name="widen")(y)
+            y = Conv(
+                self.features, self.window, kernel_init=init, fixed=True, name="widen"
+            )(y)
         y = y + where
         if self.segments:
             table = Embed(self.segments, self.features, name="segments")

@@ -11,6 +11,7 @@ from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import activations
 from squeeze_jax.nn.attention import Attended, Groups, SelfAttention
+from squeeze_jax.nn.blocks import residual_sum
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import LayerNorm
@@ -39,6 +40,7 @@ class Layer(nn.Module):
       kernel_init: initializer of all kernels.
       output_init: of those of attention's output and the feed-forward network's second layer; None for `kernel_init`.
       shuffle: see `SelfAttention`.
+      features: see `SelfAttention`.
     """
 
     heads: int
@@ -53,6 +55,9 @@ class Layer(nn.Module):
     kernel_init: Callable = KERNEL_INIT
     output_init: Callable | None = None
     shuffle: bool = False
+    features: int | None = None
+
+    residual = True
 
     @nn.compact
     def __call__(
@@ -68,6 +73,7 @@ class Layer(nn.Module):
             self.kernel_init,
             self.output_init,
             self.shuffle,
+            self.features,
             name="attention",
         )
         norms = [
@@ -76,11 +82,13 @@ class Layer(nn.Module):
         ]
         if self.norm_first:
             y, attended = attention(norms[0](x), mask, train=train)
-            y = x + drop(y)
-            return y + drop(self._ffn(norms[1](y))), attended
+            y = residual_sum(x, drop(y), self, "attention/output")
+            z = drop(self._ffn(norms[1](y)))
+            return residual_sum(y, z, self, "ffn_out"), attended
         y, attended = attention(x, mask, train=train)
-        y = norms[0](x + drop(y))
-        return norms[1](y + drop(self._ffn(y))), attended
+        y = norms[0](residual_sum(x, drop(y), self, "attention/output"))
+        z = drop(self._ffn(y))
+        return norms[1](residual_sum(y, z, self, "ffn_out")), attended
 
     def _ffn(self, x):
         return feed_forward(
@@ -138,11 +146,15 @@ def stack(
 
     Returns:
       The last layer's [b, l, d], and of the n-th layer layer<n> [b, l, d], attention<n> (probabilities) and scores<n>
-      (before the softmax) [b, heads, l, l].
+      (before the softmax) [b, heads, l, l]. Of a layer that is left out there is only layer<n>, its input.
     """
     endpoints = {}
     for number, layer in enumerate(layers, 1):
-        x, attended = layer(x, mask, train=train)
+        outputs = layer(x, mask, train=train)
+        if not isinstance(outputs, tuple):  # the input, as `Reshaped` gives it
+            endpoints[f"layer{number}"] = outputs
+            continue
+        x, attended = outputs
         endpoints[f"layer{number}"] = x
         endpoints[f"attention{number}"] = attended.probabilities
         endpoints[f"scores{number}"] = attended.scores

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import activations
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import LayerNorm
 
@@ -71,7 +72,7 @@ class Pooler(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [b, l, d] → [b, d]."""
-        dense = nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="dense")
+        dense = Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="dense")
         return jnp.tanh(dense(x[:, 0]))
 
 
@@ -105,13 +106,14 @@ class MaskedLM(nn.Module):
         """x: [b, l, d], scores: `Embeddings.scores` → [b, l, vocabulary], float32."""
         rows = x.reshape(-1, x.shape[-1])
         width = self.features + self.untied
-        dense = partial(nn.Dense, dtype=x.dtype, kernel_init=_INIT)
+        dense = partial(Dense, dtype=x.dtype, kernel_init=_INIT, fixed=True)
         y = activations.named(self.activation)(dense(width, name="transform")(rows))
         rows = LayerNorm(self.epsilon, name="norm")(y)
         y = scores(rows[:, : self.features])
         if self.untied:
-            product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-            own = dense(y.shape[-1], use_bias=False, dot_general=product, name="untied")
+            own = dense(
+                y.shape[-1], use_bias=False, output_dtype=jnp.float32, name="untied"
+            )
             y = y + own(rows[:, self.features :])
         bias = self.param("bias", nn.initializers.zeros_init(), y.shape[-1:])
         return (y + bias).reshape(*x.shape[:-1], -1)
@@ -238,11 +240,16 @@ class Head(nn.Module):
 
 def _transform(x):
     """A fully connected layer that keeps the channels, [..., d]."""
-    dense = nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="transform")
+    dense = Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="transform")
     return dense(x)
 
 
-def _dense(features: int, name: str, bias: bool = True) -> nn.Dense:
-    return nn.Dense(
-        features, use_bias=bias, dtype=jnp.float32, kernel_init=_INIT, name=name
+def _dense(features: int, name: str, bias: bool = True) -> Dense:
+    return Dense(
+        features,
+        use_bias=bias,
+        dtype=jnp.float32,
+        kernel_init=_INIT,
+        fixed=True,
+        name=name,
     )

@@ -1,0 +1,54 @@
+"""The fully connected layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from squeeze_jax.nn.intercept import tap
+from squeeze_jax.nn.reshaped import features
+
+
+class Dense(nn.Module):
+    """y = x W + b over the last axis, with parameters as `flax.linen.Dense`: kernel [c, features], bias [features].
+
+    Its inputs, its kernel and its outputs pass through taps; see `nn/intercept.py`.
+
+    Attributes:
+      features: output channels.
+      use_bias: whether there is a bias.
+      dtype: of the computation; None for the type to which input and parameters promote.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+      output_dtype: of the product, such as float32 for a bfloat16 computation; None for `dtype`.
+      fixed: whether it is an error to give it another width; see `nn/reshaped.py`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros_init()
+    output_dtype: Any = None
+    fixed: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., c] → [..., features]."""
+        outputs = features(self, self.features, fixed=self.fixed)
+        shape = (x.shape[-1], outputs)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (outputs,), jnp.float32)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel = tap(self, "inputs", x), tap(self, "kernel", kernel)
+        contracted = (((x.ndim - 1,), (0,)), ((), ()))
+        y = lax.dot_general(
+            x, kernel, contracted, preferred_element_type=self.output_dtype
+        )
+        return tap(self, "outputs", y if bias is None else y + bias)

@@ -1,0 +1,160 @@
+"""Networks with single layers of other widths and with residual blocks left out.
+
+`Conv` and `Dense` ask `features` how many output channels they have, by the path that their parameters have. `Reshaped`
+answers while the network inside it runs, and passes over absent blocks. It adds nothing to the names of parameters.
+"""
+
+import contextvars
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from squeeze_jax.errors import UserError, nearest
+
+
+class _Shape(NamedTuple):
+    """The widths and absent blocks in force, by full paths, and the names that the running network has."""
+
+    widths: Mapping[str, int]
+    absent: frozenset[str]
+    layers: set[str]
+    blocks: set[str]
+
+
+_shape = contextvars.ContextVar("shape", default=None)
+
+
+def features(module: nn.Module, planned: int, *, fixed: bool = False) -> int:
+    """Returns the number of output channels of a layer: its width in the enclosing `Reshaped`, else the planned one.
+
+    Args:
+      module: the layer, bound.
+      planned: its output channels by the network's options.
+      fixed: whether a width is an error, because something else decides on the number.
+
+    Raises:
+      UserError: another width for a layer whose number is fixed.
+    """
+    shape = _shape.get()
+    if shape is None:
+        return planned
+    name = "/".join(module.path)
+    shape.layers.add(name)
+    width = shape.widths.get(name, planned)
+    if fixed and width != planned:
+        raise UserError(
+            f"widths: {name} must have {planned} features, not {width}: its outputs are logits, or meet others as wide"
+        )
+    return width
+
+
+def reshaped(
+    net: nn.Module, widths: Mapping[str, int], absent: Sequence[str]
+) -> nn.Module:
+    """Returns the network with these widths and without these blocks; `net` itself if there are neither.
+
+    Raises:
+      UserError: a width that is not a positive integer, or a block that is named twice.
+    """
+    for name, width in widths.items():
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise UserError(f"widths: {name} = {width!r} should be a positive integer")
+    for name in absent:
+        if list(absent).count(name) > 1:
+            raise UserError(f"absent: {name} is there twice: name it once")
+    if not widths and not absent:
+        return net
+    return Reshaped(net, tuple(sorted(widths.items())), tuple(absent))
+
+
+class Reshaped(nn.Module):
+    """A network with other widths and without some blocks; its parameters have the names of the network's own.
+
+    A block can be left out if its attribute `residual` is true: its output is its input plus a branch. Attributes that
+    this module does not have are those of the network.
+
+    Attributes:
+      net: the network by its options.
+      widths: (path, output channels) of `Conv`s and `Dense`s.
+      absent: paths of the blocks that are left out.
+    """
+
+    net: nn.Module
+    widths: tuple[tuple[str, int], ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def setup(self):
+        nn.share_scope(self, self.net)
+
+    def __call__(self, *args, **options):
+        """Returns what the network returns.
+
+        Raises:
+          UserError: while parameters are initialized: a layer or a block that the network does not have.
+        """
+        shape = self._shape()
+        token = _shape.set(shape)
+        try:
+            # The names of operations, which costs are listed by, shall not contain this module and `net`.
+            with nn.override_named_call(False), nn.intercept_methods(self._run):
+                outputs = self.net(*args, **options)
+        finally:
+            _shape.reset(token)
+        if self.is_initializing():
+            self._check(shape)
+        return outputs
+
+    @nn.nowrap
+    def _name(self, name: str) -> str:
+        return "/".join((*self.path, name))
+
+    @nn.nowrap
+    def _shape(self) -> _Shape:
+        outer = _shape.get()
+        widths = {self._name(name): width for name, width in self.widths}
+        absent = frozenset(map(self._name, self.absent))
+        if outer is None:
+            return _Shape(widths, absent, set(), set())
+        return outer._replace(
+            widths={**widths, **outer.widths}, absent=absent | outer.absent
+        )
+
+    @nn.nowrap
+    def _run(self, method, args, kwargs, context) -> Any:
+        """Runs a method of a module inside of the network, but returns the input of an absent block."""
+        if context.module is self.net:
+            with nn.override_named_call(True):
+                return method(*args, **kwargs)
+        if context.method_name == "__call__" and hasattr(context.module, "residual"):
+            name = "/".join(context.module.path)
+            shape = _shape.get()
+            shape.blocks.add(name)
+            if name in shape.absent:
+                if context.module.residual:
+                    return args[0]
+                raise UserError(
+                    f"absent: {name} cannot be left out: by its options its output is not its input plus a branch"
+                )
+        return method(*args, **kwargs)
+
+    @nn.nowrap
+    def _check(self, shape: _Shape) -> None:
+        for what, names, known in (
+            ("block", map(self._name, self.absent), shape.blocks),
+            ("layer", [self._name(name) for name, _ in self.widths], shape.layers),
+        ):
+            for name in names:
+                if name not in known:
+                    where = "absent" if what == "block" else "widths"
+                    raise UserError(
+                        f"{where}: unknown {what} {name!r}{nearest(name, known)}"
+                    )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "net" not in self.__dict__:
+                raise
+        return getattr(self.net, name)
