@@ -5,6 +5,7 @@ Each section of the config is splatted into exactly one function, whose signatur
     data → data.make            model → models.make         optim → train.optim.make
     update, forward, objective, gradients, exchange → `make` of the method files they name, such as "comm.mean"
     sharding → train.sharding.make_mesh      checkpoint → train.checkpoint.Checkpoints
+    compilation → _compilation.enable
     init → _pretrained.settings              distill → _teachers.Settings
     a job's name → the class `Settings` of its file
 """
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from squeeze_jax import data, models, registry
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import (
+    _compilation,
     _objective,
     _phases,
     _plugs,
@@ -64,6 +66,7 @@ class Experiment:
       phases: parts of the run with settings of their own, see `_phases`; () for one.
       sharding: sizes of the mesh's axes and the parameters' rules.
       checkpoint: how many to keep.
+      compilation: where compiled programs are kept, see `_compilation.enable`.
       log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
       jobs: settings of jobs, by name; in a config they are sections of these names.
     """
@@ -88,6 +91,7 @@ class Experiment:
     phases: tuple = ()
     sharding: dict = dataclasses.field(default_factory=dict)
     checkpoint: dict = dataclasses.field(default_factory=dict)
+    compilation: dict = dataclasses.field(default_factory=dict)
     log_every: int = 50
     eval_every: int = 0
     save_every: int = 500
@@ -332,6 +336,7 @@ def _check_sections(e: Experiment) -> None:
     registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=given)
     counts(e.checkpoint, "config.checkpoint")
     registry.check(_pretrained.settings, e.init, "config.init")
+    registry.check(_compilation.enable, e.compilation, "config.compilation")
 
 
 def _check_built(built: Built) -> None:

@@ -18,7 +18,15 @@ from squeeze_jax.jobs._experiment import Experiment
 from squeeze_jax.jobs._settings import current, jobs, tuples
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
-FREE = ("seeds", "checkpoint", "sharding", "log_every", "eval_every", "save_every")
+FREE = (
+    "seeds",
+    "checkpoint",
+    "compilation",
+    "sharding",
+    "log_every",
+    "eval_every",
+    "save_every",
+)
 FREE += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
 FREE += ("distill.cache", "distill.cache_dtype")
 

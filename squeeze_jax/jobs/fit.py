@@ -14,6 +14,7 @@ from squeeze_jax import methods, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
+    _compilation,
     _experiment,
     _phases,
     _plugs,
@@ -313,7 +314,7 @@ class Steps:
     """
 
     def __init__(self, built: Built):
-        self._built, self._lessons = built, None
+        self._built, self._lessons, self._say = built, None, print
         self._specs = {_shapes(s): s for s in built.data.specs(built.experiment.batch)}
         self._compiled, self._open = {}, contextlib.ExitStack()
         self.evaluate = evaluator(built)
@@ -333,6 +334,7 @@ class Steps:
         if self._lessons is None:
             lessons = _teachers.open(self._built, say)
             self._lessons = self._open.enter_context(lessons)
+        self._say = say
 
     @property
     def largest(self):
@@ -354,7 +356,9 @@ class Steps:
     def _of(self, shapes):
         if shapes not in self._compiled:
             spec = self._specs[shapes]
-            self._compiled[shapes] = compile_step(self._built, spec, self._lessons)
+            with _compilation.compiling(self._say, "the training step"):
+                step = compile_step(self._built, spec, self._lessons)
+            self._compiled[shapes] = step
         return self._compiled[shapes]
 
 
