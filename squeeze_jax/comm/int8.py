@@ -50,7 +50,7 @@ def make(
 
     def exchange(grads, axis_names, own):
         leaves, structure = jax.tree.flatten(grads)
-        residual = jax.tree.leaves(own.state.get("residual", {}))
+        residual = jax.tree.leaves((own.state or {}).get("residual", {}))
         wanted = (
             [g + r for g, r in zip(leaves, residual, strict=True)]
             if feedback
