@@ -1,10 +1,10 @@
-"""What encoders of text share: their options, embeddings, a stack of layers and a task's head, put together by `encode`.
+"""Builds encoders of text from embeddings, a stack of layers and a task's head.
 
-A net is a Linen module with the attributes row, task, num_classes, pooler and settings. It calls these functions in its
-`__call__`, and gives them the arguments in which it differs from BERT.
+A net is a Linen module with the attributes row, task, num_classes, pooler and settings. Its `__call__` makes the parts by
+`embeddings`, `layers` and `head`, with the arguments in which it differs from BERT, and runs them by `encode`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -129,16 +129,22 @@ def chosen(
 
 
 def has_pooler(
-    task: str, pooler: bool | None, num_classes: int | None, **kinds: Any
+    task: str,
+    pooler: bool | None,
+    num_classes: int | None,
+    tasks: Any = heads.Task,
+    need: Sequence[str] = heads.NEED_POOLER,
 ) -> bool:
-    """Whether an encoder has a pooler; see `heads.pooled`. A network without classes has one only if it is asked for.
+    """Whether an encoder has a pooler; see `heads.pooled`. A network without classes has one only if `pooler` is
+    true.
 
     Raises:
       UserError: see `heads.pooled`.
     """
+    heads.check(task, tasks)
     if num_classes is None:
         return pooler is True
-    return heads.pooled(task, pooler, **kinds)
+    return heads.pooled(task, pooler, tasks=tasks, need=need)
 
 
 def embeddings(net, **changes: Any) -> Embeddings:

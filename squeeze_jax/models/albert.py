@@ -138,15 +138,15 @@ def make(
       UserError: unknown variant, task or activation, heads that do not divide the features, or more distinct layers than
         layers.
     """
-    given = OPTIONS._replace(**options)
+    shared = OPTIONS._replace(**options)
     sizes = {"segments": segments, "embedding_features": embedding_features}
-    row, settings = _encoder.chosen(VARIANTS, variant, "albert", given, **sizes)
+    row, settings = _encoder.chosen(VARIANTS, variant, "albert", shared, **sizes)
     if not 1 <= distinct <= row.layers:
         raise UserError(
             f"distinct = {distinct}: should be from 1 to the number of layers, {row.layers}"
         )
-    pooler = _encoder.has_pooler(task, pooler, given.num_classes)
-    return Albert(row, task, given.num_classes, pooler, settings, distinct)
+    pooler = _encoder.has_pooler(task, pooler, shared.num_classes)
+    return Albert(row, task, shared.num_classes, pooler, settings, distinct)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,10 +138,12 @@ def make(
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    given = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(VARIANTS, variant, "bert", given, segments=segments)
-    pooler = _encoder.has_pooler(task, pooler, given.num_classes)
-    return Bert(row, task, given.num_classes, pooler, settings)
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(
+        VARIANTS, variant, "bert", shared, segments=segments
+    )
+    pooler = _encoder.has_pooler(task, pooler, shared.num_classes)
+    return Bert(row, task, shared.num_classes, pooler, settings)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

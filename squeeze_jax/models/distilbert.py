@@ -122,10 +122,10 @@ def make(
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    given = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(VARIANTS, variant, "distilbert", given)
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(VARIANTS, variant, "distilbert", shared)
     check(task, Task)
-    return DistilBert(row, task, given.num_classes, False, settings, span_dropout)
+    return DistilBert(row, task, shared.num_classes, False, settings, span_dropout)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

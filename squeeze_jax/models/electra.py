@@ -155,11 +155,11 @@ def make(
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    given = OPTIONS._replace(**options)
+    shared = OPTIONS._replace(**options)
     sizes = {"segments": segments, "embedding_features": embedding_features}
-    row, settings = _encoder.chosen(VARIANTS, variant, "electra", given, **sizes)
+    row, settings = _encoder.chosen(VARIANTS, variant, "electra", shared, **sizes)
     check(task, Task)
-    return Electra(row, task, given.num_classes, False, settings)
+    return Electra(row, task, shared.num_classes, False, settings)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

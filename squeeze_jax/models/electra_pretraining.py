@@ -150,10 +150,10 @@ def make(
     Raises:
       UserError: unknown variant or activation, heads that do not divide the features, or a part out of range.
     """
-    given = electra.OPTIONS._replace(**options)
+    shared = electra.OPTIONS._replace(**options)
     sizes = {"segments": segments, "embedding_features": embedding_features}
     row, settings = _encoder.chosen(
-        VARIANTS, variant, "electra_pretraining", given, **sizes
+        VARIANTS, variant, "electra_pretraining", shared, **sizes
     )
     part = GENERATORS[variant] if generator is None else generator
     if not 0 < part <= 1:

@@ -190,11 +190,11 @@ def make(
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    given = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(VARIANTS, variant, "gpt2", given)
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(VARIANTS, variant, "gpt2", shared)
     check(task, Task)
-    rate = given.dropout if embedding_dropout is None else embedding_dropout
-    return Gpt2(row, task, given.num_classes, False, settings, rate)
+    rate = shared.dropout if embedding_dropout is None else embedding_dropout
+    return Gpt2(row, task, shared.num_classes, False, settings, rate)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

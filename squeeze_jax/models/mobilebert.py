@@ -294,11 +294,11 @@ def make(
     Raises:
       UserError: unknown variant, task or activation, or features that do not fit.
     """
-    given = OPTIONS._replace(**options)
+    shared = OPTIONS._replace(**options)
     row = registry.row(VARIANTS, variant, "variant of mobilebert")
     row = _encoder.sized(
         row,
-        given,
+        shared,
         narrow=narrow,
         stacks=stacks,
         embedding_features=embedding_features,
@@ -318,16 +318,16 @@ def make(
         raise UserError(
             f"embedding_features = {row.embedding_features}: should be at most features = {row.features}"
         )
-    settings = _encoder.settings(given._replace(activation=row.activation))
+    settings = _encoder.settings(shared._replace(activation=row.activation))
     return MobileBert(
         row,
         task,
-        given.num_classes,
-        _encoder.has_pooler(task, pooler, given.num_classes),
+        shared.num_classes,
+        _encoder.has_pooler(task, pooler, shared.num_classes),
         settings,
         trigram=trigram,
         pooler_layer=pooler_layer,
-        ffn_epsilon=given.epsilon if ffn_epsilon is None else ffn_epsilon,
+        ffn_epsilon=shared.epsilon if ffn_epsilon is None else ffn_epsilon,
     )
 
 

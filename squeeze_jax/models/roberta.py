@@ -134,13 +134,13 @@ def make(
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    given = OPTIONS._replace(**options)
+    shared = OPTIONS._replace(**options)
     row, settings = _encoder.chosen(
-        VARIANTS, variant, "roberta", given, segments=segments
+        VARIANTS, variant, "roberta", shared, segments=segments
     )
-    kinds = {"tasks": Task, "need": ("choice",)}
-    pooler = _encoder.has_pooler(task, pooler, given.num_classes, **kinds)
-    return Roberta(row, task, given.num_classes, pooler, settings)
+    need = ("choice",)
+    pooler = _encoder.has_pooler(task, pooler, shared.num_classes, Task, need)
+    return Roberta(row, task, shared.num_classes, pooler, settings)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,9 +123,9 @@ def make(
     Raises:
       UserError: unknown variant, task, activation or position, or groups or heads that do not divide the features.
     """
-    given = OPTIONS._replace(**options)
+    shared = OPTIONS._replace(**options)
     row, settings = _encoder.chosen(
-        VARIANTS, variant, "squeezebert", given, segments=segments
+        VARIANTS, variant, "squeezebert", shared, segments=segments
     )
     each = encoder.layer_groups({} if groups is None else groups, GROUPS, row.layers)
     encoder.check(row.features, row.ffn_features, row.heads, each)
@@ -134,11 +134,11 @@ def make(
     return SqueezeBert(
         row,
         task,
-        given.num_classes,
-        _encoder.has_pooler(task, pooler, given.num_classes),
+        shared.num_classes,
+        _encoder.has_pooler(task, pooler, shared.num_classes),
         settings,
         groups=each,
-        layer_epsilon=given.epsilon if layer_epsilon is None else layer_epsilon,
+        layer_epsilon=shared.epsilon if layer_epsilon is None else layer_epsilon,
         shuffle=shuffle,
     )
 
