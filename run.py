@@ -133,7 +133,7 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _experiment, _pretrained, _settings, _workdir
+    from squeeze_jax.jobs import _compilation, _experiment, _settings, _workdir
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     path, arguments = file_and_argument(args.config or "digits")
@@ -149,12 +149,18 @@ def main(argv=None):
     config = _settings.tuples(config)
     experiment = _experiment.check(config)
     join(args)
-    if getattr(job, "NEEDS_RUN", not getattr(job, "BEGINS", False)):
+    # Whether a job begins a run, needs one that was begun, or ignores what the work directory holds.
+    use = getattr(job, "RUN", "needs")
+    if use == "needs":
         _workdir.same(workdir, config)
-        experiment = _experiment.check(_pretrained.alone(workdir, config))
-    built = _experiment.build(experiment)
-    if getattr(job, "BEGINS", False):
+        built = _experiment.opened(workdir, config)
+    else:
+        built = _experiment.build(experiment)
+    cache = _compilation.enable(**built.experiment.compilation)
+    if use == "begins":
         _workdir.begin(workdir, config)
+        if args.process == 0:
+            print(f"compiled   {cache}")
     job.run(built, workdir, args.inputs)
 
 

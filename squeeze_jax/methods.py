@@ -15,11 +15,14 @@ stands in `State.extra[name]` (an update's state is that of its optax transform,
 the method as an `Own`, together with a random key and the number of the step.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
+
+from squeeze_jax.errors import UserError
 
 METHODS = "methods"  # the key in `params` of the parameters that methods own
 
@@ -110,11 +113,14 @@ class Objective(NamedTuple):
 class Passes(NamedTuple):
     """What a `Gradients` method computes with. All functions are pure.
 
+    `stats` is an opaque dict of everything that a forward pass changes: running statistics, the methods' own state, a
+    recurrent network's carry. Each pass takes the stats that the one before it returned.
+
     Attributes:
       outputs: (params, stats, batch, key, **options) → (logits, endpoints, stats): one forward pass in training mode;
         options are keyword arguments of the network's call, such as width=0.5.
-      objective: (logits, endpoints, batch, params, key) → (scalar, metrics) of the config's objective.
-      loss: (params, stats, batch, key, **options) → (scalar, (stats, metrics)): both in one.
+      objective: (logits, endpoints, batch, params, key, stats) → (scalar, metrics, stats) of the config's objective.
+      loss: (params, stats, batch, key, **options) → (scalar, (stats, metrics)): both in one; metrics have "loss".
     """
 
     outputs: Callable[..., tuple]
@@ -153,3 +159,103 @@ class Exchange(NamedTuple):
 
     exchange: Callable[[Any, Any, Own], tuple[Any, Any]]
     state: Callable[[Any], Any] | None = None
+
+
+class Plain(NamedTuple):
+    """How a transition between two phases makes networks.
+
+    Attributes:
+      make: options of `models.make` → Linen module.
+      example: shapes of its inputs.
+    """
+
+    make: Callable[[Mapping[str, Any]], Any]
+    example: Any
+
+
+# (options, state, Plain) → (options, state): what stands between two phases; pure, on host arrays.
+Transition = Callable[[dict[str, Any], Any, Plain], tuple[dict[str, Any], Any]]
+
+
+def transition(value: Any, where: str = "begin") -> Transition:
+    """Returns a transition between phases; a UserError names anything else."""
+    if _takes(value, 3):
+        return value
+    raise UserError(
+        f"{where} makes no transition (options, state, plain) but {_kind(value)}; it belongs to another key"
+    )
+
+
+def update(value: Any, where: str = "update") -> Update:
+    """Returns a method of the plug point update, also from an optax transform; a UserError names anything else."""
+    if isinstance(value, Update):
+        return value
+    if isinstance(value, optax.GradientTransformation):
+        return Update(value)
+    raise UserError(
+        f"{where} makes no gradient transform but {_kind(value)}; it belongs to another key"
+    )
+
+
+def forward(value: Any, where: str = "forward") -> Forward:
+    """Returns a method of the plug point forward, also from a function params → params."""
+    if isinstance(value, Forward):
+        return value
+    if _takes(value, 1):
+        return Forward(reparametrize=lambda params, own: value(params))
+    raise UserError(
+        f"{where} makes no change of the forward pass but {_kind(value)}; it belongs to another key"
+    )
+
+
+def objective(value: Any, where: str = "objective") -> Objective:
+    """Returns a method of the plug point objective, also from a loss (logits, endpoints, batch[, params])."""
+    if isinstance(value, Objective):
+        return value
+    if _takes(value, 4):
+        return Objective(lambda *five: value(*five[:4]))
+    if _takes(value, 3):
+        return Objective(lambda *five: value(*five[:3]))
+    raise UserError(
+        f"{where} makes no loss but {_kind(value)}; it belongs to another key"
+    )
+
+
+def gradients(value: Any, where: str = "gradients") -> Gradients:
+    """Returns a method of the plug point gradients."""
+    if isinstance(value, Gradients):
+        return value
+    raise UserError(
+        f"{where} makes no methods.Gradients but {_kind(value)}; it belongs to another key"
+    )
+
+
+def exchange(value: Any, where: str = "exchange") -> Exchange:
+    """Returns a method of the plug point exchange, also from a function (key, grads, axis_names) → grads."""
+    if isinstance(value, Exchange):
+        return value
+    if _takes(value, 3):
+        return Exchange(
+            lambda grads, axis_names, own: (value(own.key, grads, axis_names), None)
+        )
+    raise UserError(
+        f"{where} makes no exchange of gradients but {_kind(value)}; it belongs to another key"
+    )
+
+
+def _takes(value: Any, count: int) -> bool:
+    """Whether a value is a function that can be called with so many positional arguments; a NamedTuple is none."""
+    if not callable(value) or isinstance(value, tuple):
+        return False
+    try:
+        inspect.signature(value).bind(*range(count))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    if not callable(value) or isinstance(value, tuple):
+        return f"a {name}"
+    return f"a function{inspect.signature(value)}"

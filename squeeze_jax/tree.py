@@ -6,7 +6,7 @@ use them.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,3 +98,32 @@ def differences(expected, found) -> list[str]:
                 f"{key}: expected {tuple(expected[key].shape)}, found {tuple(found[key].shape)}"
             )
     return lines
+
+
+def owner(name: str, shape: Sequence[int], parameters: Mapping[str, Any]) -> str | None:
+    """Returns the parameter that a leaf of a training state belongs to, such as a momentum; None if it is of none.
+
+    What an optimizer or an average keeps for a parameter ends in the parameter's own name and has its shape.
+
+    Args:
+      name: of the leaf, such as "opt/1/trace/conv1/kernel".
+      shape: of the leaf.
+      parameters: {name: array or shape} of all parameters.
+    """
+    parts = name.split("/")
+    for i in range(len(parts)):
+        ending = "/".join(parts[i:])
+        if ending in parameters and tuple(parameters[ending].shape) == tuple(shape):
+            return ending
+    return None
+
+
+def overlaid(whole, parts):
+    """Returns `whole` with the leaves of `parts` that have the same name and shape in their places."""
+    named = flatten(parts)
+
+    def leaf(name, value):
+        part = named.get(name)
+        return value if part is None or part.shape != value.shape else part
+
+    return map_named(leaf, whole)

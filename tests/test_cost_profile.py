@@ -54,6 +54,25 @@ def test_layers_are_those_of_the_network():
     assert found.unnamed_ms < 0.2 * sum(found.by_layer.values())
 
 
+def test_programs_of_other_layers_have_other_names():
+    """JAX's cache on disk takes programs for the same that differ in the names of layers alone, which are read here."""
+
+    class Net(nn.Module):
+        layer: str
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name=self.layer)(x)
+
+    def program_name(layer):
+        module, args = Net(layer, name="net"), (jnp.ones((2, 3)),)
+        found = profile._compiled(module, args, {}, None, {layer: None})[0].as_text()
+        return found.split(maxsplit=2)[1]
+
+    names = [program_name(layer) for layer in ("first", "other", "first")]
+    assert names[0] == names[2] != names[1]
+
+
 def test_functions():
     x, weights = jnp.ones((64, 64)), jnp.ones((64, 64))
     plain = profile.measure(lambda a, b: jnp.tanh(a @ b), x, weights, runs=2, traced=2)

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import run as run_py
+from squeeze_jax import methods
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, predict
 from squeeze_jax.train import log
@@ -345,7 +346,8 @@ def test_predict_answers_from_the_reparametrized_weights(whole, capsys, tmp_path
     built = _experiment.build(_experiment.check(config))
     zero = functools.partial(jax.tree.map, jax.numpy.zeros_like)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    network = built.network._replace(forwards={"zero": methods.forward(zero)})
     predict.run(
-        dataclasses.replace(built, weights=(zero,)), whole, [tmp_path / "a.png"]
+        dataclasses.replace(built, network=network), whole, [tmp_path / "a.png"]
     )
     assert capsys.readouterr().out.count(" 10.0%") == 5

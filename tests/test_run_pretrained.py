@@ -172,7 +172,7 @@ def test_the_discriminator_teaches(electra, place, tmp_path):
     workdir, params = electra
     built = taught(place, workdir)
     ((net, read, _),) = built.teachers
-    assert net.row == models.make("electra", variant="toy", **SIZES).row
+    assert net.model.row == models.make("electra", variant="toy", **SIZES).row
     found = tree.flatten(read(None)["params"])
     for name, value in of_the_discriminator(params).items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -227,7 +227,7 @@ def test_a_teacher_of_other_classes_teaches_what_lies_below(place, tmp_path):
     """The head is its own, whatever the data of the student."""
     _pretrained.note(tmp_path, dict(STUDENT, num_classes=3), {})
     ((net, _, _),) = taught(place, tmp_path).teachers
-    assert net.num_classes == 3
+    assert net.model.num_classes == 3
 
 
 def test_layers_without_a_head_teach_what_they_say(place, tmp_path):
@@ -386,7 +386,7 @@ def test_what_is_on_disk_is_of_the_same_data_and_teacher(place, tmp_path):
 
 def test_what_changes_is_not_kept_on_disk():
     images = data.make(source={"name": "digits"}, size=8, flip=True)
-    settings = _settings.DistillSettings(teachers=({"workdir": "x"},), cache="c")
+    settings = _teachers.Settings(teachers=({"workdir": "x"},), cache="c")
     with pytest.raises(UserError, match="training examples change from epoch to epoch"):
         _teachers.check(settings, images)
     _teachers.check(settings, data.make(source={"name": "digits"}, size=8))

@@ -317,7 +317,7 @@ def test_a_student_learns_from_a_teacher(taught):
     # Projections are learnt, and are no part of the network.
     state = evaluate.trained(built, workdir)
     assert set(state.params["objective"]) == {"hidden"}
-    begin = jax.device_get(built.create().params["objective"])
+    begin = jax.device_get(built.create().params["methods"])
     for name, leaf in tree.flatten(begin).items():
         moved = tree.flatten(state.params["objective"])[name]
         assert leaf.shape == (16, 32)

@@ -22,7 +22,7 @@ class Recorder:
     def __init__(self):
         self.saved, self.trained, self.evaluated = [], [], []
 
-    def save(self, state, position, config, metrics=None):
+    def save(self, state, position, config, metrics=None, note=None):
         self.saved.append((int(state.step), position, metrics))
 
     def steps(self):

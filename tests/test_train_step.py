@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from squeeze_jax import methods
 from squeeze_jax.comm import mean
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.norm import BatchNorm
-from squeeze_jax.train import optim, sharding, state, step
+from squeeze_jax.train import forward, optim, sharding, state, step
 from squeeze_jax.train.losses import cross_entropy
 from squeeze_jax.train.metrics import classification
 
@@ -60,7 +61,13 @@ def train(model=None, mesh=None, rules=(), steps=10, tx=None, ema=0.0, **plugs):
     placed = sharding.shard_state(shapes, mesh, rules)
     now = jax.jit(create, out_shardings=placed)(jax.random.key(0))
     objective = plugs.pop("objective", cross_entropy.make())
-    update = step.make(model, tx, objective, mesh=mesh, ema=ema, **plugs)
+    network = forward.make(
+        model,
+        EXAMPLE,
+        forwards=plugs.pop("forwards", None),
+        dtype=plugs.pop("dtype", "float32"),
+    )
+    update = step.make(network, tx, objective, mesh=mesh, ema=ema, **plugs)
     update = jax.jit(update, out_shardings=(placed, sharding.replicated(mesh)))
     for i in range(steps):
         now, metrics = update(
@@ -188,7 +195,9 @@ def test_transform_plug_freezes_what_it_masks():
 def test_weights_plug_changes_the_forward_but_not_the_master():
     """Plug point 2: with every weight replaced by zero the logits are zero, the loss is ln(classes)."""
     zero = functools.partial(jax.tree.map, jnp.zeros_like)
-    end, metrics = train(weights=(zero,), tx=optax.sgd(0.1), steps=1)
+    end, metrics = train(
+        forwards={"zero": methods.forward(zero)}, tx=optax.sgd(0.1), steps=1
+    )
     assert metrics["loss"] == pytest.approx(np.log(CLASSES), rel=1e-6)
     assert np.abs(np.asarray(end.params["conv"]["kernel"])).max() > 0
 
@@ -261,7 +270,11 @@ def test_bfloat16_computes_short_and_keeps_long():
     text = str(
         jax.make_jaxpr(
             lambda p, x: Net().apply(
-                {"params": step.cast(p, "bfloat16"), "batch_stats": end.stats}, x
+                {
+                    "params": forward.cast(p, "bfloat16", frozenset({"bn"})),
+                    "batch_stats": end.stats,
+                },
+                x,
             )
         )(end.params, jnp.zeros((1, *SHAPE), jnp.bfloat16))
     )

@@ -11,18 +11,17 @@ What cannot be counted (loops of unknown length, kernels and calls from outside 
 """
 
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
 from squeeze_jax import tree
-from squeeze_jax.nn.conv import lowering
+from squeeze_jax.cost import program
+from squeeze_jax.cost.program import Operation
 
 
 class Macs(NamedTuple):
@@ -46,54 +45,30 @@ def macs(fn: Callable | nn.Module, *args, **kwargs) -> Macs:
     """
     if isinstance(fn, nn.Module):
         return _module_macs(fn, *args, **kwargs)
-    with lowering("native"):
-        jaxpr = jax.make_jaxpr(lambda a, k: fn(*a, **k))(args, kwargs)
+    traced = program.trace(lambda a, k: fn(*a, **k), args, kwargs)
     by_layer, unknown = {}, {}
-    for layer, count, what in _walk(jaxpr.jaxpr, "", 1):
-        by_layer[layer] = by_layer.get(layer, 0) + count
-        if what:
-            unknown[f"{what} in {layer or 'the function itself'}"] = None
-    by_layer = {layer: count for layer, count in by_layer.items() if count}
+    for op, times, count in program.runs(
+        traced, lambda op: operation_macs(op) * op.devices
+    ):
+        if count:
+            by_layer[op.layer] = by_layer.get(op.layer, 0) + times * count
+        elif what := _uncounted(op):
+            unknown[f"{what} in {op.layer or 'the function itself'}"] = None
     return Macs(sum(by_layer.values()), by_layer, tuple(unknown))
 
 
 def parameters(module: nn.Module, *args, **kwargs) -> int:
     """Counts the trainable parameters of a Linen module called with these arguments, without making them."""
-    return tree.size(_variables(module, *args, **kwargs).get("params", {}))
-
-
-def _variables(module, *args, **kwargs):
-    def init(a):
-        return module.init(jax.random.key(0), *a, **kwargs)
-
-    return jax.eval_shape(init, args)
+    return tree.size(program.variables(module, *args, **kwargs).get("params", {}))
 
 
 def _module_macs(module, *args, **kwargs) -> Macs:
-    variables = _variables(module, *args, **kwargs)
+    variables = program.variables(module, *args, **kwargs)
     count = macs(lambda v, *a: module.apply(v, *a, **kwargs), variables, *args)
     root = f"{module.name or type(module).__name__}/"
     by_layer = {k.removeprefix(root): n for k, n in count.by_layer.items()}
     return count._replace(by_layer=by_layer)
 
-
-# Primitives that run the jaxprs in their parameters once, or, the last, once on each device.
-_CALLS = {
-    "call",
-    "checkpoint",
-    "closed_call",
-    "composite",
-    "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "jit",
-    "linear_call",
-    "pjit",
-    "remat",
-    "remat2",
-    "shard_map",
-}
 
 # Of the primitives that JAX itself defines these multiply, in ways that the rules do not cover.
 _OPAQUE = {
@@ -113,8 +88,6 @@ _OPAQUE = {
     "tridiagonal_solve",
 }
 
-_REMAT = {"checkpoint", "rematted_computation"}
-
 _FREE = {
     p.name
     for module in (lax, primitives)
@@ -133,35 +106,26 @@ _FREE |= {
     "random_wrap",
     "reduce_scatter",
     "reshard",
+    "shard",
 }
+_FREE -= program.CALLS  # of these only what is inside is known
+
+PRODUCTS = {"conv_general_dilated", "dot_general"}
+_KNOWN = PRODUCTS | _FREE | program.KERNELS
 
 
-def _walk(
-    jaxpr: core.Jaxpr, scope: str, times: int
-) -> Iterator[tuple[str, int, str | None]]:
-    """Yields (layer, MACs, what is not counted or None) of each equation that matters."""
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        layer = _layer(scope, str(eqn.source_info.name_stack))
-        if name == "conv_general_dilated":
-            yield layer, times * _conv(eqn), None
-        elif name == "dot_general":
-            yield layer, times * _dot(eqn), None
-        elif name == "scan":
-            yield from _walk(params["jaxpr"].jaxpr, layer, times * params["length"])
-        elif name == "cond":
-            branches = [list(_walk(b.jaxpr, layer, times)) for b in params["branches"]]
-            yield from max(branches, key=lambda found: sum(n for _, n, _ in found))
-        elif name == "while":
-            yield layer, 0, "while loop, counted as one iteration,"
-            for part in ("cond_jaxpr", "body_jaxpr"):
-                yield from _walk(params[part].jaxpr, layer, times)
-        elif name in _CALLS:
-            devices = _devices(params) if name == "shard_map" else 1
-            for inside in core.jaxprs_in_params(params):
-                yield from _walk(inside, layer, times * devices)
-        elif name not in _FREE:
-            yield layer, 0, _describe(eqn)
+def operation_macs(op: Operation) -> int:
+    """The MACs of an operation on one device."""
+    if op.name == "conv_general_dilated":
+        return _conv(op.eqn)
+    return _dot(op.eqn) if op.name == "dot_general" else 0
+
+
+def _uncounted(op: Operation) -> str | None:
+    """What of an operation the rules do not cover."""
+    if op.name == "while":
+        return "while loop, counted as one iteration,"
+    return None if op.name in _KNOWN else _describe(op.eqn)
 
 
 def _conv(eqn) -> int:
@@ -182,22 +146,6 @@ def _dot(eqn) -> int:
     return math.prod(eqn.outvars[0].aval.shape) * depth
 
 
-def _devices(params) -> int:
-    # Called manual_axes or, since axes can be made manual one after the other, newly_manual_axes.
-    axes = next(v for k, v in params.items() if k.endswith("manual_axes"))
-    return math.prod(params["mesh"].shape[axis] for axis in axes)
-
-
 def _describe(eqn) -> str:
     target = eqn.params.get("target_name") or eqn.params.get("call_target_name")
     return f"{eqn.primitive.name} {target}" if target else eqn.primitive.name
-
-
-def _layer(scope: str, stack: str) -> str:
-    """The module's name of an equation in a jaxpr whose own is `scope`: `transpose(jvp(Net))/fire2` is Net/fire2."""
-    # The backward pass of a rematerialization names the module twice.
-    stack = re.sub(r"transpose\(jvp\(([^()]*)\)\)/(?=jvp\(\1\))", "", stack)
-    while (plain := re.sub(r"\w+\(([^()]*)\)", r"\1", stack)) != stack:
-        stack = plain
-    parts = [p for p in stack.split("/") if p and p not in _REMAT]
-    return "/".join([scope, *parts] if scope else parts)

@@ -69,6 +69,8 @@ class _Instruction(NamedTuple):
     operands: list[str]
     op_name: str
     calls: str | None
+    type: str
+    attributes: str  # what follows the operands
 
 
 def operations(
@@ -113,6 +115,8 @@ def _read(text: str) -> dict[str, dict[str, _Instruction]]:
                 re.findall(r"%([\w.-]+)", match["operands"]),
                 op_name[1] if op_name else "",
                 calls[1] if calls else None,
+                match["type"],
+                f"{plain[match.end() :]} {metadata}",
             )
         elif match := _COMPUTATION.match(line):
             current = computations.setdefault(match[1], {})

@@ -4,14 +4,13 @@ Wall time varies with everything else the machine does, so percentiles are repor
 by alternating them within one run and taking the median of the ratios, which a slow spell hits alike.
 """
 
-import gc
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from squeeze_jax.cost.timing import percentiles, times
 from squeeze_jax.errors import UserError
 
 
@@ -27,20 +26,6 @@ class Candidate(NamedTuple):
     median_ms: float
     ratio: float
     times_ms: tuple[float, ...]
-
-
-def percentiles(times_ms: Sequence[float]) -> dict[str, float]:
-    """Returns dict(p50, p90, p99, spread) of times in ms.
-
-    The spread is (p90 - p10) / p50: about 0.02 on a quiet machine; above 0.5 the machine was busy and p50 says little.
-
-    Raises:
-      ValueError: no times.
-    """
-    if not len(times_ms):
-        raise ValueError("no times to take percentiles of")
-    p10, p50, p90, p99 = map(float, np.percentile(times_ms, [10, 50, 90, 99]))
-    return dict(p50=p50, p90=p90, p99=p99, spread=(p90 - p10) / p50)
 
 
 def measure(
@@ -86,32 +71,21 @@ def alternate(
     for thunk in thunks.values():
         for _ in range(warmup):
             jax.block_until_ready(thunk())
-    times = {name: [] for name in thunks}
+    times_ms = {name: [] for name in thunks}
     for i in range(rounds):
         for name in list(thunks)[:: -1 if i % 2 else 1]:
-            times[name] += _times(thunks[name], 1)
-    reference = np.array(times[next(iter(thunks))])
+            times_ms[name] += _times(thunks[name], 1)
+    reference = np.array(times_ms[next(iter(thunks))])
     return {
         name: Candidate(
             float(np.median(taken)),
             float(np.median(reference / np.array(taken))),
             tuple(taken),
         )
-        for name, taken in times.items()
+        for name, taken in times_ms.items()
     }
 
 
 def _times(thunk, runs) -> list[float]:
-    """Milliseconds of each run, with Python's garbage collector off."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter_ns()
-            jax.block_until_ready(thunk())
-            times.append((time.perf_counter_ns() - start) / 1e6)
-        return times
-    finally:
-        if enabled:
-            gc.enable()
+    """Milliseconds of each run until its results are there."""
+    return times(lambda: jax.block_until_ready(thunk()), runs)

@@ -13,14 +13,14 @@ what bounds a layer: below the device's MACs a second / bytes a second it is its
 roofline).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 from squeeze_jax import tree
 from squeeze_jax.cost import count, program
-from squeeze_jax.cost.program import Operation, Program, Value
+from squeeze_jax.cost.program import Value
 from squeeze_jax.errors import UserError
 
 FLOAT = 32  # bits of a parameter that no rule matches
@@ -76,7 +76,7 @@ def layers(
     program.check_bits(activation_bits, "activation_bits")
     params = {}
     if isinstance(fn, nn.Module):
-        params = tree.flatten(count._variables(fn, *args, **kwargs).get("params", {}))
+        params = tree.flatten(program.variables(fn, *args, **kwargs).get("params", {}))
     bits = _bits(weight_bits, params, isinstance(fn, nn.Module))
 
     def wide(v):
@@ -84,11 +84,18 @@ def layers(
 
     traced = program.trace(fn, *args, **kwargs)
     rows = {op.layer: Layer(op.layer) for op in traced.operations}
-    for layer, macs, bops, moved in _counted(traced, 1, wide):
-        row = rows.get(layer, Layer(layer))
-        rows[layer] = row._replace(
-            macs=row.macs + macs, bops=row.bops + bops, bytes=row.bytes + moved
-        )
+    for op, times, macs in program.runs(
+        traced, lambda op: count.operation_macs(op) * op.devices
+    ):
+        if op.name in count.PRODUCTS:
+            row = rows.get(op.layer, Layer(op.layer))
+            left, right = op.inputs
+            moved = sum(v.nbytes(wide(v)) for v in (left, right, *op.outputs))
+            rows[op.layer] = row._replace(
+                macs=row.macs + times * macs,
+                bops=row.bops + times * macs * wide(left) * wide(right),
+                bytes=row.bytes + times * op.devices * moved,
+            )
     for name, leaf in params.items():
         layer = name.rpartition("/")[0] or program.root(fn)
         row = rows.get(layer, Layer(layer))
@@ -124,28 +131,3 @@ def _width(v: Value, bits: dict[str, int], activation_bits: int) -> int:
         return activation_bits
     names = (name.removeprefix("params/") for name in v.weights)
     return max((bits[n] for n in names if n in bits), default=bits[""])
-
-
-def _counted(body: Program, times: int, wide) -> Iterator[tuple[str, int, int, int]]:
-    """Yields (layer, MACs, BOPS, bytes) of each operation that counts."""
-    for op in body.operations:
-        runs = times * op.times
-        macs = _macs(op)
-        if macs is not None:
-            left, right = op.inputs
-            moved = sum(v.nbytes(wide(v)) for v in (left, right, *op.outputs))
-            bops = macs * wide(left) * wide(right)
-            yield op.layer, runs * macs, runs * bops, runs * moved
-        elif op.name == "cond":
-            branches = [list(_counted(b, times, wide)) for b in op.bodies]
-            yield from max(branches, key=lambda found: sum(row[1] for row in found))
-        else:
-            turns = op.params["length"] if op.name == "scan" else 1
-            for inner in op.bodies:
-                yield from _counted(inner, times * turns, wide)
-
-
-def _macs(op: Operation) -> int | None:
-    if op.name == "conv_general_dilated":
-        return count._conv(op.eqn)
-    return count._dot(op.eqn) if op.name == "dot_general" else None

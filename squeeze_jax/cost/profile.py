@@ -23,6 +23,7 @@ XLA replays a recorded graph (on NVIDIA GPUs) its kernels may come without names
 import bisect
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData, ProfileOptions, TraceAnnotation
 
-from squeeze_jax.cost import hlo, latency, program
+from squeeze_jax import tree
+from squeeze_jax.cost import hlo, program, timing
 from squeeze_jax.errors import UserError
 
 RUN = "squeeze_jax.cost.profile run"  # how a run is marked in the trace
@@ -46,7 +48,7 @@ class Profile(NamedTuple):
       unnamed_ms: of operations that belong to no layer.
       idle_ms: while no operation ran.
       traced_ms: a run while it was recorded.
-      latency: dict(p50, p90, p99, spread) of runs that were not recorded, as in `latency.percentiles`.
+      latency: dict(p50, p90, p99, spread) of runs that were not recorded, as in `timing.percentiles`.
     """
 
     by_layer: dict[str, float]
@@ -101,7 +103,7 @@ def measure(
         )
     args = jax.device_put(args)
     paths = _paths(program.trace(fn, *args, first=True, **kwargs))
-    compiled, given = _compiled(fn, args, kwargs, variables)
+    compiled, given = _compiled(fn, args, kwargs, variables, paths)
     root = program.root(fn) if isinstance(fn, nn.Module) else ""
     module, operations = hlo.operations(compiled.as_text(), paths, root)
 
@@ -110,7 +112,7 @@ def measure(
 
     for _ in range(warmup):
         once()
-    whole = latency.percentiles(latency._times(once, runs))
+    whole = timing.percentiles(timing.times(once, runs))
     windows, intervals = _recorded(once, traced, warmup, module)
     parts = [
         _divided(window, _settled(inside, operations), operations)
@@ -123,7 +125,7 @@ def measure(
     return Profile(by_layer, unnamed, idle, total, whole)
 
 
-def _compiled(fn, args, kwargs, variables):
+def _compiled(fn, args, kwargs, variables, paths):
     """The compiled program of (variables, args), and these two: of a function that is no module the first is empty."""
     shapes, run = program.split(fn, args, kwargs, first=True)
     if shapes and variables is None:
@@ -140,6 +142,10 @@ def _compiled(fn, args, kwargs, variables):
     def profiled(variables, inputs):
         return run(variables, inputs)
 
+    # A program from the cache on disk has the names of layers of the one that was compiled first. The key of the cache
+    # leaves names out but for the function's own.
+    names = repr((list(paths), list(tree.flatten(shapes))))
+    profiled.__name__ = f"profiled_{zlib.crc32(names.encode()):08x}"
     given = jax.device_put((variables or {}, args))
     return jax.jit(profiled).lower(*given).compile(), given
 
@@ -175,7 +181,7 @@ def _recorded(
         try:
             for _ in range(warmup):  # not marked: the recorder's own first time
                 once()
-            latency._times(run, runs)
+            timing.times(run, runs)
         finally:
             jax.profiler.stop_trace()
         (path,) = Path(folder).rglob("*.xplane.pb")

@@ -7,8 +7,10 @@ alone, which a device has before it starts, or what goes in, which are activatio
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,12 +19,31 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from squeeze_jax import tree
-from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import lowering
 
 # Functions of jax.nn, as their calls are named, that TFLite computes by one operation, here HARD_SWISH.
 KERNELS = {"hard_silu", "hard_swish"}
+
+# Primitives that run the jaxpr in their parameters once, or, the last, once on each device.
+CALLS = {
+    "call",
+    "checkpoint",
+    "closed_call",
+    "composite",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "jit",
+    "linear_call",
+    "pjit",
+    "remat",
+    "remat2",
+    "shard_map",
+}
+
+_REMAT = {"checkpoint", "rematted_computation"}
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -56,7 +77,7 @@ class Operation:
       inputs, outputs: values.
       eqn: the jaxpr's equation.
       bodies: of a loop or a conditional.
-      times: devices that run it.
+      axes: {mesh axis: devices along it} of the `jax.shard_map`s that it runs inside.
     """
 
     name: str
@@ -65,11 +86,16 @@ class Operation:
     outputs: list[Value]
     eqn: core.JaxprEqn
     bodies: tuple["Program", ...] = ()
-    times: int = 1
+    axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def params(self) -> dict[str, Any]:
         return self.eqn.params
+
+    @property
+    def devices(self) -> int:
+        """How many devices run it."""
+        return math.prod(self.axes.values())
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -109,9 +135,39 @@ def trace(fn: Callable | nn.Module, *args, first: bool = False, **kwargs) -> Pro
         for v, name in zip(jaxpr.invars, names, strict=True)
     ]
     env = dict(zip(jaxpr.invars, values, strict=True))
-    program = _program(jaxpr, env, values, "", 1)
+    program = _program(jaxpr, env, values, "", {})
     _rename(program, prefix)
     return program
+
+
+def runs(
+    body: Program, cost: Callable[[Operation], float], times: int = 1
+) -> Iterator[tuple[Operation, int, float]]:
+    """Yields each operation that runs, how often it runs on a device, and the cost of one run, in order.
+
+    Args:
+      body: the program.
+      cost: operation → its cost without its bodies. Of a conditional only the costliest branch runs.
+      times: how often the program runs. A loop multiplies this by its length, or by 1 if its length is unknown.
+    """
+    for op in body.operations:
+        if op.name == "cond":
+            branches = [list(runs(branch, cost, times)) for branch in op.bodies]
+            yield from max(branches, key=lambda ops: sum(n * c for _, n, c in ops))
+            continue
+        yield op, times, cost(op)
+        turns = op.params["length"] if op.name == "scan" else 1
+        for inner in op.bodies:
+            yield from runs(inner, cost, times * turns)
+
+
+def variables(module: nn.Module, *args, **kwargs) -> dict[str, Any]:
+    """Returns the shapes of a module's variables, without making them."""
+
+    def init(a):
+        return module.init(jax.random.key(0), *a, **kwargs)
+
+    return jax.eval_shape(init, args)
 
 
 def split(
@@ -125,7 +181,7 @@ def split(
         found = fn.apply(weights, *a, **kwargs)
         return found[0] if first and isinstance(found, tuple) else found
 
-    return count._variables(fn, *args, **kwargs), run
+    return variables(fn, *args, **kwargs), run
 
 
 def root(module: nn.Module) -> str:
@@ -144,36 +200,35 @@ def check_bits(bits: Any, where: str) -> int:
     return bits
 
 
-def _program(jaxpr, env: dict, inputs: Iterable[Value], scope: str, times: int):
+def _program(jaxpr, env: dict, inputs: Iterable[Value], scope: str, axes: Mapping):
     operations = []
-    _flatten(jaxpr, env, scope, times, operations)
+    _flatten(jaxpr, env, scope, axes, operations)
     outputs = [_read(env, v) for v in jaxpr.outvars]
     return Program([v for v in inputs if v.weights is None], operations, outputs)
 
 
-def _flatten(jaxpr: core.Jaxpr, env: dict, scope: str, times: int, into: list):
+def _flatten(jaxpr: core.Jaxpr, env: dict, scope: str, axes: Mapping, into: list):
     """Appends the operations of a jaxpr, whose inputs are in `env`, and puts all it makes there too."""
     for v in jaxpr.constvars:
         env[v] = _value(v, ())
     for eqn in jaxpr.eqns:
-        layer = count._layer(scope, str(eqn.source_info.name_stack))
+        layer = _layer(scope, str(eqn.source_info.name_stack))
         inputs = [_read(env, v) for v in eqn.invars]
         inside = _called(eqn)
         if inside is not None:
-            devices = count._devices(eqn.params) if "mesh" in eqn.params else 1
-            given = _shards(eqn, inputs, inside.invars, layer, times, into)
+            given = _shards(eqn, inputs, inside.invars, layer, axes, into)
             inner = dict(zip(inside.invars, given, strict=True))
-            _flatten(inside, inner, layer, times * devices, into)
+            _flatten(inside, inner, layer, {**axes, **_axes(eqn.params)}, into)
             made = [_read(inner, v) for v in inside.outvars]
-            made = _shards(eqn, made, eqn.outvars, layer, times, into)
+            made = _shards(eqn, made, eqn.outvars, layer, axes, into)
         else:
             names = None
             if all(v.weights is not None for v in inputs):
                 names = frozenset().union(*(v.weights for v in inputs))
             made = [_value(v, names) for v in eqn.outvars]
             name = eqn.primitive.name
-            bodies = _bodies(eqn, inputs, layer, times)
-            into.append(Operation(name, layer, inputs, made, eqn, bodies, times))
+            bodies = _bodies(eqn, inputs, layer, axes)
+            into.append(Operation(name, layer, inputs, made, eqn, bodies, axes))
             if name in ("jit", "pjit"):
                 into[-1].name = eqn.params["name"]
         env.update(zip(eqn.outvars, made, strict=True))
@@ -181,45 +236,51 @@ def _flatten(jaxpr: core.Jaxpr, env: dict, scope: str, times: int, into: list):
 
 def _called(eqn) -> core.Jaxpr | None:
     """The jaxpr that runs in the place of a call; None where an equation is an operation."""
-    if (
-        eqn.primitive.name not in count._CALLS
-        or eqn.params.get("name", None) in KERNELS
-    ):
+    if eqn.primitive.name not in CALLS or eqn.params.get("name", None) in KERNELS:
         return None
     found = core.jaxprs_in_params(eqn.params)
     return next((j for j in found if len(j.invars) == len(eqn.invars)), None)
 
 
-def _shards(eqn, values, variables, layer, times, into) -> list[Value]:
+def _axes(params: Mapping) -> dict[str, int]:
+    """The mesh axes that a call makes manual, and how many devices are along each: none but of `jax.shard_map`."""
+    if "mesh" not in params:
+        return {}
+    # Called manual_axes or, since axes can be made manual one after the other, newly_manual_axes.
+    axes = next(v for k, v in params.items() if k.endswith("manual_axes"))
+    return {axis: params["mesh"].shape[axis] for axis in axes}
+
+
+def _shards(eqn, values, variables, layer, axes, into) -> list[Value]:
     """The values as they are on the other side of `jax.shard_map`, where a device has a part of each."""
     other = []
     for value, v in zip(values, variables, strict=True):
         if value.shape != tuple(v.aval.shape):
             part = _value(v, value.weights)
-            into.append(Operation("shard", layer, [value], [part], eqn, (), times))
+            into.append(Operation("shard", layer, [value], [part], eqn, (), axes))
             value = part
         other.append(value)
     return other
 
 
-def _bodies(eqn, inputs: list[Value], layer: str, times: int) -> tuple[Program, ...]:
+def _bodies(eqn, inputs: list[Value], layer: str, axes: Mapping) -> tuple[Program, ...]:
     """The programs inside a loop or a conditional: what is the same in each turn is the value outside."""
     params = eqn.params
     if eqn.primitive.name == "cond":
         return tuple(
-            _body(branch.jaxpr, inputs[1:], len(inputs) - 1, layer, times)
+            _body(branch.jaxpr, inputs[1:], len(inputs) - 1, layer, axes)
             for branch in params["branches"]
         )
     if eqn.primitive.name == "scan":
         same, carries = scanned(params)
         slices = same + carries
-        return (_body(params["jaxpr"].jaxpr, inputs, same, layer, times, slices),)
+        return (_body(params["jaxpr"].jaxpr, inputs, same, layer, axes, slices),)
     if eqn.primitive.name == "while":
         first, second = params["cond_nconsts"], params["body_nconsts"]
         carry = inputs[first + second :]
         given = (inputs[:first], inputs[first : first + second])
         return tuple(
-            _body(params[key].jaxpr, [*same, *carry], len(same), layer, times)
+            _body(params[key].jaxpr, [*same, *carry], len(same), layer, axes)
             for key, same in zip(("cond_jaxpr", "body_jaxpr"), given, strict=True)
         )
     return ()
@@ -233,7 +294,7 @@ def scanned(params: Mapping) -> tuple[int, int]:
     return len(list(same)), len(list(carries))
 
 
-def _body(jaxpr, outside: list[Value], same: int, layer, times, slices=None) -> Program:
+def _body(jaxpr, outside: list[Value], same: int, layer, axes, slices=None) -> Program:
     """A program whose first `same` inputs are values outside, the others new ones: carries, from `slices` on slices."""
     slices = len(outside) if slices is None else slices
     anew = [
@@ -241,7 +302,7 @@ def _body(jaxpr, outside: list[Value], same: int, layer, times, slices=None) -> 
         for i, v in enumerate(jaxpr.invars[same:], same)
     ]
     env = dict(zip(jaxpr.invars, [*outside[:same], *anew], strict=True))
-    return _program(jaxpr, env, anew, layer, times)
+    return _program(jaxpr, env, anew, layer, axes)
 
 
 def _rename(program: Program, prefix: str) -> None:
@@ -253,8 +314,20 @@ def _rename(program: Program, prefix: str) -> None:
 
 def _value(v, weights: Iterable[str] | None) -> Value:
     names = None if weights is None else frozenset(weights)
-    return Value(tuple(v.aval.shape), v.aval.dtype, names)
+    aval = v.aval  # that of a token has no shape
+    return Value(getattr(aval, "shape", ()), getattr(aval, "dtype", None), names)
 
 
 def _read(env: Mapping, v) -> Value:
     return _value(v, ()) if isinstance(v, core.Literal) else env[v]
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer(scope: str, stack: str) -> str:
+    """The module's name of an equation in a jaxpr whose own is `scope`: `transpose(jvp(Net))/fire2` is Net/fire2."""
+    # The backward pass of a rematerialization names the module twice.
+    stack = re.sub(r"transpose\(jvp\(([^()]*)\)\)/(?=jvp\(\1\))", "", stack)
+    while (plain := re.sub(r"\w+\(([^()]*)\)", r"\1", stack)) != stack:
+        stack = plain
+    parts = [p for p in stack.split("/") if p and p not in _REMAT]
+    return "/".join([scope, *parts] if scope else parts)

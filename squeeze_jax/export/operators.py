@@ -15,18 +15,17 @@ process of its own, where a fault is an error and not the end of this one.
 """
 
 import argparse
-import gc
 import json
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from squeeze_jax.cost import timing
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import litert_c, process, runtime
 from squeeze_jax.export.formats.tflite import dequantize, quantize, signature
@@ -113,11 +112,9 @@ def measure(
             timeout=timeout,
         )
         outputs = runtime.read(found)
-    from squeeze_jax.cost import latency  # loads jax, which the child does without
-
     said = json.loads(printed.splitlines()[-1])
     said["operators"] = tuple(map(tuple, said["operators"]))
-    times = latency.percentiles(said.pop("times_ms"))
+    times = timing.percentiles(said.pop("times_ms"))
     return Operators(**said, latency_ms=times, outputs=outputs)
 
 
@@ -180,14 +177,14 @@ def _measured(path, example, runs, warmup) -> tuple[dict, dict]:
     network = litert_c.Network(Path(path))
     for name, entry in entries.items():
         network.write(name, quantize(given[name], entry))
-    _times(network.run, warmup)
-    plain = _times(network.run, runs)
+    timing.times(network.run, warmup)
+    plain = timing.times(network.run, runs)
     network.start()
-    _times(network.run, warmup)
+    timing.times(network.run, warmup)
     network.events()
     times, events = [], []
     for _ in range(runs):
-        times += _times(network.run, 1)
+        times += timing.times(network.run, 1)
         events.append(network.events())
     results = {
         name: dequantize(network.read(name, e["shape"], e["dtype"]), e)
@@ -304,18 +301,6 @@ def _gaps(
 def _kind(name: str) -> str | None:
     """The kind of an operator of XNNPACK's."""
     return next((k for k, (_, begin) in KINDS.items() if name.startswith(begin)), None)
-
-
-def _times(run: Callable[[], None], runs: int) -> list[float]:
-    """Milliseconds of each run, with Python's garbage collector off."""
-    times = np.empty(runs, np.int64)
-    gc.disable()
-    for i in range(runs):
-        start = time.perf_counter_ns()
-        run()
-        times[i] = time.perf_counter_ns() - start
-    gc.enable()
-    return (times / 1e6).tolist()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from squeeze_jax.cost import timing
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import process
 from squeeze_jax.export.runnable import cast, fitted, opened, outputs
@@ -149,11 +150,9 @@ def measure(
     Raises:
       As `run`.
     """
-    from squeeze_jax.cost import latency  # loads jax, which the child does without
-
     found = run(path, examples, runs=max(runs, 1), warmup=warmup, timeout=timeout)
     logits = _alone(found.pop("outputs"))
-    spread = latency.percentiles(found.pop("times_ms"))
+    spread = timing.percentiles(found.pop("times_ms"))
     right = None if labels is None else logits.argmax(-1) == np.asarray(labels)
     return found | {
         "accuracy": None if right is None else float(right.mean()),
@@ -211,15 +210,8 @@ def _measured(path, examples, runs, warmup):
     once = runnable.timed(first)
     for _ in range(warmup):
         once()
-    times = np.empty(runs, np.int64)
-    gc.disable()
-    for i in range(runs):
-        start = time.perf_counter_ns()
-        once()
-        times[i] = time.perf_counter_ns() - start
-    gc.enable()
+    times_ms = timing.times(once, runs)
     peak = max(_peak() - before, 0) / MEGABYTE
-    times_ms = (times / 1e6).tolist()
     return runnable, dict(times_ms=times_ms, open_ms=open_ms, peak_memory_mb=peak)
 
 

@@ -3,45 +3,42 @@
 Each section of the config is splatted into exactly one function, whose signature is the section's schema:
 
     data → data.make            model → models.make         optim → train.optim.make
-    objective, transforms, weights, exchange → `make` of the method file they name, such as "comm.mean"
+    update, forward, objective, gradients, exchange → `make` of the method files they name, such as "comm.mean"
     sharding → train.sharding.make_mesh      checkpoint → train.checkpoint.Checkpoints
-    init → _pretrained.settings
-    export, benchmark, cost, distill → the classes of `_settings`
+    compilation → _compilation.enable
+    init → _pretrained.settings              distill → _teachers.Settings
+    a job's name → the class `Settings` of its file
 """
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import optax
 from jax.sharding import Mesh
 
-from squeeze_jax import data, models, registry, tree
-from squeeze_jax.cost import program
+from squeeze_jax import data, models, registry
 from squeeze_jax.errors import UserError, nearest
-from squeeze_jax.jobs import _objective, _pretrained, _teachers
-from squeeze_jax.jobs._settings import (
-    BenchmarkSettings,
-    CostSettings,
-    DistillSettings,
-    ExportSettings,
-    counts,
-    made,
+from squeeze_jax.jobs import (
+    _compilation,
+    _objective,
+    _phases,
+    _plugs,
+    _pretrained,
+    _settings,
+    _teachers,
 )
-from squeeze_jax.train import optim, sharding
+from squeeze_jax.jobs._phases import Phase
+from squeeze_jax.jobs._settings import counts, made
+from squeeze_jax.train import forward, sharding
 from squeeze_jax.train import state as states
+from squeeze_jax.train import step as steps
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.metrics._metric import Metric
-
-# Where methods are found by the first part of their names.
-METHODS = {
-    name: f"squeeze_jax.{name}"
-    for name in ("comm", "distill", "nas", "prune", "quantize")
-} | {"losses": "squeeze_jax.train.losses"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,32 +47,34 @@ class Experiment:
 
     Attributes:
       data, optim: which data, optimizer and schedule.
-      steps: updates of the whole run.
+      steps: updates of the whole run; with phases the sum of theirs.
       batch: examples of one update, over all devices and accumulated parts.
       model: which network; may be left out where `init` names one.
-      init: the trained network to begin with, a folder of transformers or the work directory of an earlier run.
+      init: the trained network to begin with: a folder of transformers, the work directory of an earlier run, or a file of
+        weights.
       seed: of weights, order of examples, augmentation and dropout.
       seeds: of the job seeds, which trains with each of them.
       dtype: of the computation; master weights stay float32.
       accumulate: parts that a batch is split into, one after the other.
       ema: decay of averaged weights, 0 for none; they are what is evaluated and exported.
+      update: gradient transforms in order, by method file; "optim" stands for the optimizer and is listed once.
+      forward: changes of the network as it is run, by method file, in order.
       objective: the loss, by method file; several, each with a weight, are added up. None is the one for the data.
-      distill: networks that losses compare with.
-      transforms: gradient transforms after the optimizer, by method file.
-      weights: reparametrizations of the forward weights, by method file.
+      gradients: how gradients are computed, by method file; None for one forward pass.
       exchange: gradient exchange between devices, by method file; None leaves it to the compiler.
+      distill: networks that losses compare with.
+      phases: parts of the run with settings of their own, see `_phases`; () for one.
       sharding: sizes of the mesh's axes and the parameters' rules.
       checkpoint: how many to keep.
+      compilation: where compiled programs are kept, see `_compilation.enable`.
       log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
-      export: formats and tolerances.
-      benchmark: how long to measure.
-      cost: bits to count for, and whether to measure.
+      jobs: settings of jobs, by name; in a config they are sections of these names.
     """
 
     data: dict
     optim: dict
-    steps: int
     batch: int
+    steps: int = 0
     model: dict = dataclasses.field(default_factory=dict)
     init: dict = dataclasses.field(default_factory=dict)
     seed: int = 0
@@ -83,27 +82,43 @@ class Experiment:
     dtype: Literal["float32", "bfloat16"] = "float32"
     accumulate: int = 1
     ema: float = 0.0
+    update: tuple = ("optim",)
+    forward: tuple = ()
     objective: dict | tuple | None = None
-    distill: dict = dataclasses.field(default_factory=dict)
-    transforms: tuple = ()
-    weights: tuple = ()
+    gradients: dict | None = None
     exchange: dict | None = None
+    distill: dict = dataclasses.field(default_factory=dict)
+    phases: tuple = ()
     sharding: dict = dataclasses.field(default_factory=dict)
     checkpoint: dict = dataclasses.field(default_factory=dict)
+    compilation: dict = dataclasses.field(default_factory=dict)
     log_every: int = 50
     eval_every: int = 0
     save_every: int = 500
-    export: dict = dataclasses.field(default_factory=dict)
-    benchmark: dict = dataclasses.field(default_factory=dict)
-    cost: dict = dataclasses.field(default_factory=dict)
+    jobs: dict = dataclasses.field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        """The config that `check` makes this experiment of, with all defaults."""
+        keys = dataclasses.asdict(self)
+        sections = keys.pop("jobs")
+        if self.phases:
+            keys.pop("steps")
+        return keys | sections
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """An experiment's parts, before any state exists.
+    """An experiment's parts in one of its phases, before any state exists.
 
     Attributes:
+      experiment: as it is in the phase.
+      whole: with its phases.
+      phase: which.
       options: what `models.make` made the model of.
+      network: the model as it is run.
+      plugs: the methods.
+      objective: the terms of the loss, for this network and its teachers.
+      owners: what methods own, by name.
       metric: how networks are evaluated.
       begin: the trained network that the run begins with, or None.
       teachers: networks to learn from, each with a function that reads its variables, and where it is.
@@ -111,21 +126,32 @@ class Built:
     """
 
     experiment: Experiment
+    whole: Experiment
+    phase: Phase
     data: data.Data
     options: dict[str, Any]
     model: nn.Module
-    tx: optax.GradientTransformation
+    network: forward.Network
+    plugs: _plugs.Plugs
     objective: _objective.Objective
+    owners: dict[str, states.Owner]
     metric: Metric
-    weights: tuple[Callable, ...]
-    exchange: Callable | None
     mesh: Mesh
     begin: _pretrained.Network | None
-    teachers: tuple[tuple[nn.Module, Callable, str], ...]
-    distill: DistillSettings
-    export: ExportSettings
-    benchmark: BenchmarkSettings
-    cost: CostSettings
+    teachers: tuple[tuple[forward.Network, Any, str], ...]
+    distill: _teachers.Settings
+
+    @property
+    def carries(self) -> bool:
+        """Whether the network carries a state from batch to batch."""
+        contiguous = getattr(self.data, "contiguous", False)
+        return contiguous and hasattr(self.model, "initial_carry")
+
+    def with_seed(self, seed: int) -> "Built":
+        """The same with another seed."""
+        changed = dataclasses.replace(self.experiment, seed=seed)
+        whole = dataclasses.replace(self.whole, seed=seed)
+        return dataclasses.replace(self, experiment=changed, whole=whole)
 
     def given(self) -> dict[str, Any]:
         """The variables to begin with, numpy; empty where the run begins with random ones.
@@ -139,7 +165,9 @@ class Built:
             k: v for k, v in self.experiment.init.items() if k in ("only", "layers")
         }
         key = jax.random.key(self.experiment.seed)
-        shapes = self.abstract().variables(averaged=False)
+        abstract = self.abstract()
+        params = forward.parameters(abstract.params)
+        shapes = {"params": params, "batch_stats": abstract.stats}
         return _pretrained.begin(self.begin, self.options, shapes, key, **init)
 
     def create(self, given: Mapping[str, Any] | None = None) -> states.State:
@@ -164,21 +192,23 @@ class Built:
     def _abstract(self) -> states.State:
         shapes = jax.eval_shape(self._create, jax.random.key(0), {})
         rules = self.experiment.sharding.get("rules", ())
+        per_device = [name for name, owner in self.owners.items() if owner.devices]
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
-            sharding.shard_state(shapes, self.mesh, rules),
+            sharding.shard_state(shapes, self.mesh, rules, per_device),
         )
 
     def _create(self, key, given):
         return states.create(
             self.model,
-            self.tx,
+            self.plugs.update.tx,
             self.data.example(),
             key,
             given=given,
-            objective=self.objective.init,
+            owners=self.owners,
             ema=self.experiment.ema > 0,
+            carry_rows=self.experiment.batch if self.carries else 0,
         )
 
 
@@ -188,8 +218,27 @@ def check(config: Mapping[str, Any]) -> Experiment:
     Raises:
       UserError: unknown or missing key, value of another type or out of range.
     """
-    registry.check(Experiment, config, "config")
-    experiment = Experiment(**config)
+    names = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
+    jobs = set(_settings.jobs()) - names
+    for key in config:
+        if key not in names | jobs:
+            choices = names | jobs
+            raise UserError(f"unknown key config.{key}{nearest(key, choices)}")
+    keys = {k: v for k, v in config.items() if k in names}
+    registry.check(Experiment, keys, "config")
+    _phases.check(keys)
+    if keys.get("phases"):
+        keys["steps"] = _phases.total(keys["phases"])
+    experiment = Experiment(**keys, jobs=_settings.sections(config))
+    for index in range(max(1, len(experiment.phases))):
+        _check_values(_phases.of(experiment, index)[0])
+    return experiment
+
+
+def _check_values(experiment: Experiment) -> None:
+    """Raises a UserError for values out of range, in one phase."""
+    keys = dataclasses.asdict(experiment)
+    registry.check(Experiment, keys, "config")
     numbers = ("steps", "batch", "accumulate", "log_every")
     counts({k: getattr(experiment, k) for k in numbers}, "config")
     for key in ("eval_every", "save_every"):
@@ -207,12 +256,19 @@ def check(config: Mapping[str, Any]) -> Experiment:
             raise UserError(f"config.seed = {seed} should lie in [0, 2**31)")
     if not 0 <= experiment.ema < 1:
         raise UserError(f"config.ema = {experiment.ema} should lie in [0, 1)")
-    return experiment
 
 
-def build(experiment: Experiment) -> Built:
-    """Builds everything that can be checked without computing: mesh, data, model, optimizer, methods."""
-    e = experiment
+def build(
+    experiment: Experiment, phase: int = 0, options: Mapping[str, Any] | None = None
+) -> Built:
+    """Builds everything that can be checked without computing: mesh, data, model, optimizer, methods.
+
+    Args:
+      experiment: the whole one.
+      phase: which of its phases, from 0.
+      options: of `models.make`, where a phase before has changed them.
+    """
+    e, where = _phases.of(experiment, phase)
     registry.check(sharding.make_mesh, e.sharding, "config.sharding")
     mesh = sharding.make_mesh(**e.sharding)
     sharding.check_batch(e.batch, mesh, e.accumulate)
@@ -220,67 +276,82 @@ def build(experiment: Experiment) -> Built:
         raise UserError(
             "config.exchange needs replicated parameters: set config.sharding.fsdp and .tensor to 1"
         )
-    registry.check(optim.make, e.optim, "config.optim", given=("steps",))
-    registry.check(
-        Checkpoints, e.checkpoint, "config.checkpoint", given=("directory", "read_only")
-    )
-    counts(e.checkpoint, "config.checkpoint")
-    tx = optim.make(steps=e.steps, **e.optim)
-    losses = None if e.objective is None else _objective.parts(e.objective, method)
-    transforms = [method(t, "config.transforms") for t in e.transforms]
-    for section, transform in zip(e.transforms, transforms, strict=True):
-        if not isinstance(transform, optax.GradientTransformation):
-            raise UserError(
-                f"config.transforms: {section['name']!r} makes no gradient transform; it belongs to another key"
-            )
-    weights = tuple(method(w, "config.weights") for w in e.weights)
-    exchange = method(e.exchange, "config.exchange") if e.exchange else None
-    export = made(ExportSettings, e.export, "config.export")
-    for key in export.formats:
-        registry.load("squeeze_jax.export.formats", key, "export format")
-    registry.check(_pretrained.settings, e.init, "config.init")
+    _check_sections(e)
+    plugs = _plugs.make(e)
     begin = _pretrained.settings(**e.init) if e.init else None
     registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
     if begin is not None:
         wanted = e.model.get("name")
         begin = _pretrained.suited(begin, source.model.get("task"), wanted)
-    options = _options(e, source, begin)
+    options = _options(e, source, begin) if options is None else dict(options)
     model = models.make(**options)
     _fit(options, model, source)
-    distill = made(DistillSettings, e.distill, "config.distill")
+    distill = made(_teachers.Settings, e.distill, "config.distill")
     _teachers.check(distill, source)
     teachers = tuple(
-        _pretrained.teacher(section, source, f"config.distill.teachers[{n}]")
+        _pretrained.teacher(section, source, f"config.distill.teachers[{n}]", e.dtype)
         for n, section in enumerate(distill.teachers)
     )
-    losses = losses or _objective.parts(source.objective, method)
-    network = registry.load("squeeze_jax.train.metrics", source.metrics, "metrics")
+    losses = plugs.losses or _objective.parts(source.objective, _plugs.method)
+    objective = _bound(losses, model, teachers, source)
+    example = source.example()
+    taps = _plugs.bound_taps(model, example, plugs.forwards)
+    devices = sharding.batch_shards(mesh)
+    network = forward.make(
+        model, example, forwards=plugs.forwards, dtype=e.dtype, first=where.first
+    )
+    metric = registry.load("squeeze_jax.train.metrics", source.metrics, "metrics")
     built = Built(
         experiment=e,
+        whole=experiment,
+        phase=where,
         data=source,
         options=options,
         model=model,
-        tx=optax.chain(tx, *transforms),
-        objective=_bound(losses, model, teachers, source),
-        metric=network.make(source),
-        weights=weights,
-        exchange=exchange,
+        network=network,
+        plugs=plugs,
+        objective=objective,
+        owners=_plugs.owners(plugs, taps, objective.terms, devices),
+        metric=metric.make(source),
         mesh=mesh,
         begin=begin,
         teachers=teachers,
         distill=distill,
-        export=export,
-        benchmark=made(BenchmarkSettings, e.benchmark, "config.benchmark"),
-        cost=made(CostSettings, e.cost, "config.cost"),
     )
-    _best(built)
-    state = (
-        built.abstract()
-    )  # finds what does not fit the network: its examples, sharding rules, decay rules
-    jax.eval_shape(lambda s: tx.update(s.params, tx.init(s.params), s.params), state)
-    _bits(built.cost, state.params)
+    _check_built(built)
     return built
+
+
+def opened(workdir: pathlib.Path, config: Mapping[str, Any]) -> Built:
+    """Builds the experiment of a work directory as its trained network is: of which phase, and of which options."""
+    config, phase, options = _pretrained.alone(workdir, config)
+    return build(check(config), phase, options)
+
+
+def _check_sections(e: Experiment) -> None:
+    """Raises a UserError for sections that do not fit the functions that they go to."""
+    registry.check(_plugs.optim.make, e.optim, "config.optim", given=("steps",))
+    given = ("directory", "read_only")
+    registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=given)
+    counts(e.checkpoint, "config.checkpoint")
+    registry.check(_pretrained.settings, e.init, "config.init")
+    registry.check(_compilation.enable, e.compilation, "config.compilation")
+
+
+def _check_built(built: Built) -> None:
+    """Raises a UserError for what fits no network of these shapes: examples, rules, methods, the best score."""
+    _best(built)
+    state = built.abstract()
+    _plugs.check_state(state.extra)
+    key = jax.random.key(0)
+    jax.eval_shape(
+        lambda s: steps.apply_update(
+            built.plugs.update, s.params, s.opt, s.params, key, s.step
+        ),
+        state,
+    )
+    _settings.check(built)
 
 
 def _options(e: Experiment, source: data.Data, begin) -> dict[str, Any]:
@@ -349,7 +420,7 @@ def _bound(losses, model, teachers, source) -> _objective.Objective:
         return _objective.bind(losses, {}, ())
     x = source.example()
     student = _objective.outputs(model, x)
-    shown = [_objective.outputs(net, x) for net, _, _ in teachers]
+    shown = [_objective.outputs(network.model, x) for network, _, _ in teachers]
     return _objective.bind(losses, student, shown)
 
 
@@ -372,36 +443,3 @@ def _scores(built: Built) -> tuple[str, ...]:
     sums, _ = jax.eval_shape(measured, built.data.specs(1)[-1])
     found = built.metric.score(dict.fromkeys(sums, 0.0), {})
     return tuple(name for name in found if name != "eval_loss")
-
-
-def _bits(cost: CostSettings, params) -> None:
-    """Raises a UserError where bits are out of range or a rule fits no parameter."""
-    program.check_bits(cost.activation_bits, "config.cost.activation_bits")
-    where = "config.cost.weight_bits"
-    if isinstance(cost.weight_bits, int):
-        program.check_bits(cost.weight_bits, where)
-        return
-    tree.apply_rules(cost.weight_bits, params, where=where)
-    for pattern, bits in cost.weight_bits:
-        program.check_bits(bits, f"{where} of {pattern!r}")
-
-
-def method(section: Mapping[str, Any], where: str):
-    """Builds the method that a section names: `{"name": "package.file", **arguments of its make}`."""
-    if not isinstance(section, Mapping) or "name" not in section:
-        raise UserError(
-            f"{where} should be a dict with a name such as 'comm.mean', not {section!r}"
-        )
-    package, _, file = section["name"].partition(".")
-    if package not in METHODS or not file:
-        raise UserError(
-            f"{where}.name = {section['name']!r} should be package.file{nearest(package, METHODS)}"
-        )
-    module = registry.load(METHODS[package], file, f"method of {package}")
-    if not hasattr(module, "make"):
-        raise UserError(
-            f"{where}.name = {section['name']!r} is no method: that file has no function make"
-        )
-    arguments = {k: v for k, v in section.items() if k != "name"}
-    registry.check(module.make, arguments, where)
-    return module.make(**arguments)

@@ -6,39 +6,41 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from squeeze_jax import tree
+from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.train import step as steps
+from squeeze_jax.train import forward
+from squeeze_jax.train.step import Term
 
 
 class Objective(NamedTuple):
     """What is minimised.
 
     Attributes:
-      loss: (logits, endpoints, batch) → (scalar, metrics); takes parameters of its own as well where it has any.
-      init: key → these; {} for none.
-      wants: outputs of teachers that it reads, by name.
+      terms: the losses.
+      wants: outputs of teachers that they read, by name.
     """
 
-    loss: Callable
-    init: Callable[[jax.Array], dict[str, Any]] = lambda key: {}
+    terms: tuple[Term, ...]
     wants: tuple[str, ...] = ()
 
 
 class Part(NamedTuple):
-    """One loss: its name in records, its share, and what its file makes."""
+    """One loss: its name in records, its weight, and what its file makes."""
 
     name: str
     weight: float
     made: Any
 
 
-def parts(sections, method: Callable[[Mapping, str], Any]) -> tuple[Part, ...]:
+def parts(
+    sections, method: Callable[[Mapping, str], Any], taken: set[str] | None = None
+) -> tuple[Part, ...]:
     """The losses that `config.objective` names, one section or several.
 
     Args:
       sections: {"name": "package.file", "weight": 1.0, **arguments}, or a tuple of these.
       method: makes a section's method, without its weight.
+      taken: names that other methods have.
 
     Raises:
       UserError: a section that is none, or no loss; a weight that is not positive.
@@ -46,7 +48,7 @@ def parts(sections, method: Callable[[Mapping, str], Any]) -> tuple[Part, ...]:
     listed = (sections,) if isinstance(sections, Mapping) else tuple(sections)
     if not listed:
         raise UserError("config.objective lists no loss: leave it out, or name one")
-    found, names = [], set()
+    taken, losses = set() if taken is None else taken, []
     for number, section in enumerate(listed):
         where = "config.objective" + (f"[{number}]" if len(listed) > 1 else "")
         section = dict(section) if isinstance(section, Mapping) else section
@@ -56,16 +58,14 @@ def parts(sections, method: Callable[[Mapping, str], Any]) -> tuple[Part, ...]:
         if weight <= 0:
             raise UserError(f"{where}.weight = {weight} should be positive")
         made = method(section, where)
-        if not callable(made) and not hasattr(made, "bind"):
-            raise UserError(
-                f"{where}.name = {section['name']!r} makes no loss; it belongs to another key"
-            )
-        name = section["name"].rpartition(".")[2]
-        while name in names:
+        if not hasattr(made, "bind"):
+            made = methods.objective(made, f"{where}.name = {section['name']!r}")
+        name = section["name"].removesuffix(".py").replace("/", ".").rpartition(".")[2]
+        while name in taken:
             name += "_"
-        names.add(name)
-        found.append(Part(name, float(weight), made))
-    return tuple(found)
+        taken.add(name)
+        losses.append(Part(name, float(weight), made))
+    return tuple(losses)
 
 
 def needs_teacher(parts: Sequence[Part]) -> bool:
@@ -74,7 +74,7 @@ def needs_teacher(parts: Sequence[Part]) -> bool:
 
 
 def bind(parts: Sequence[Part], student, teachers: Sequence) -> Objective:
-    """The sum of losses, of networks whose outputs have these shapes.
+    """Binds the losses to networks whose outputs have these shapes.
 
     Args:
       parts: the losses.
@@ -94,38 +94,27 @@ def bind(parts: Sequence[Part], student, teachers: Sequence) -> Objective:
         raise UserError(
             "config.distill.teachers has no effect: no loss of config.objective compares with them"
         )
-    bound = [
-        part.made.bind(student, tuple(teachers)) if hasattr(part.made, "bind") else None
-        for part in parts
-    ]
-    if len(parts) == 1 and bound[0] is None and parts[0].weight == 1:
-        return Objective(parts[0].made)
+    terms, wants = [], []
+    for part in parts:
+        objective = part.made
+        if hasattr(part.made, "bind"):
+            objective = _compared(part.name, part.made.bind(student, tuple(teachers)))
+        wants += objective.wants
+        terms.append(Term(part.name, part.weight, objective))
+    return Objective(tuple(terms), tuple(dict.fromkeys(wants)))
 
-    def init(key):
-        keys = jax.random.split(key, len(parts))
-        made = {
-            part.name: each.init(k)
-            for part, each, k in zip(parts, bound, keys, strict=True)
-            if each is not None
-        }
-        return {name: params for name, params in made.items() if params}
 
-    def loss(logits, endpoints, batch, params=None):
-        total, records = 0.0, {}
-        for part, each in zip(parts, bound, strict=True):
-            if each is None:
-                value, record = part.made(logits, endpoints, batch)
-                record = {part.name: value} | record
-            else:
-                own = (params or {}).get(part.name, {})
-                value, record = each.loss(logits, endpoints, batch, own)
-                record = {part.name: value}
-            total = total + part.weight * value
-            records |= record
-        return total, records
+def _compared(name, bound) -> methods.Objective:
+    """A loss that compares with teachers, as every other loss is called."""
 
-    wants = [name for each in bound if each is not None for name in each.wants]
-    return Objective(loss, init, tuple(dict.fromkeys(wants)))
+    def loss(logits, endpoints, batch, params, own):
+        del params
+        value, _ = bound.loss(logits, endpoints, batch, own.params)
+        return value, {name: value}
+
+    return methods.Objective(
+        loss, init=lambda key, params: bound.init(key), wants=tuple(bound.wants)
+    )
 
 
 def outputs(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:
@@ -140,24 +129,24 @@ def outputs(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:
     return jax.eval_shape(run, inputs)
 
 
-def teacher(nets: Sequence[nn.Module], wants: Sequence[str], inputs: Callable, dtype):
+def teacher(
+    networks: Sequence[forward.Network], wants: Sequence[str], inputs: Callable
+):
     """Returns `(variables, batch) → a dict of wanted outputs a teacher`, without a way for gradients.
 
     Args:
-      nets: the teachers.
+      networks: the teachers, as they are run.
       wants: names of outputs; each teacher gives those that it has.
       inputs: batch → what networks are called with.
-      dtype: of the computation.
     """
 
     def teach(variables, batch):
-        x, found = inputs(batch), []
-        for net, own in zip(nets, variables, strict=True):
-            cast = own | {"params": steps.cast(own["params"], dtype)}
-            logits, endpoints = net.apply(cast, steps.floats(x, dtype), train=False)
-            given = {"logits": logits, **endpoints}
-            found.append({k: given[k] for k in wants if k in given})
-        return jax.lax.stop_gradient(tuple(found))
+        x, told = inputs(batch), []
+        for network, own in zip(networks, variables, strict=True):
+            (logits, endpoints), _ = forward.run(network, own, x)
+            outputs = {"logits": logits, **endpoints}
+            told.append({k: outputs[k] for k in wants if k in outputs})
+        return jax.lax.stop_gradient(tuple(told))
 
     return teach
 

@@ -21,7 +21,9 @@ from squeeze_jax import files, models, registry, tree
 from squeeze_jax.data import Data
 from squeeze_jax.data.tasks import images
 from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _plugs
 from squeeze_jax.jobs._settings import tuples
+from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
 
 # In a work directory: what its network was made with, and which of its checkpoints is the trained one.
@@ -35,13 +37,48 @@ class Network(NamedTuple):
 
     Attributes:
       options: what `models.make` makes it of.
-      read: (task, num_classes, key) → variables, numpy; what of a head is not there is initialised by the key.
+      read: (options, key) → variables of `forward.run`, numpy; parameters of a head that are missing are initialised by
+        the key.
       where: how an error calls it.
+      forwards: what changes it as it is run, sections of `config.forward`.
+      first: the step at which its last phase began.
     """
 
     options: dict[str, Any]
     read: Callable[[dict[str, Any], jax.Array | None], dict[str, Any]]
     where: str
+    forwards: tuple = ()
+    first: int = 0
+
+    def as_run(self, model: nn.Module, example: Any, dtype: str) -> forward.Network:
+        """A module with everything that changes it as it is run."""
+        changes = _plugs.forward_methods(self.forwards, set())
+        return forward.make(
+            model, example, forwards=changes, dtype=dtype, first=self.first
+        )
+
+    def plain(
+        self, options: Mapping[str, Any], key: jax.Array | None
+    ) -> dict[str, Any]:
+        """The weights that the network runs with: {"params", "batch_stats"}, numpy; interceptions are left out."""
+        variables = self.read(options, key)
+        if not self.forwards:
+            return {
+                k: variables[k] for k in ("params", "batch_stats") if k in variables
+            }
+        network = self.as_run(models.make(**options), None, "float32")
+        network, variables = forward.folded(network, variables)
+        params = forward.parameters(variables["params"])
+        stats = variables["batch_stats"]
+        return jax.device_get({"params": params, "batch_stats": stats})
+
+    @property
+    def described(self) -> str:
+        """Where it is, and what has changed its weights."""
+        if not self.forwards:
+            return self.where
+        names = ", ".join(section["name"] for section in self.forwards)
+        return f"{self.where}, its weights as {names} left them"
 
 
 def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
@@ -66,9 +103,14 @@ def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
         raise UserError(
             f"{where}.workdir = {workdir!r} holds no trained network (no {MODEL}): train one there first"
         )
-    options, settings = noted["model"], noted["checkpoint"]
+    settings = noted["checkpoint"]
+    saved = _saved(pathlib.Path(workdir), settings)
     return Network(
-        options, lambda options, key: checkpoint(workdir, **settings), workdir
+        _options(saved, noted),
+        lambda options, key: checkpoint(workdir, **settings),
+        workdir,
+        saved.get("forward", ()),
+        saved.get("first", 0),
     )
 
 
@@ -103,8 +145,8 @@ def suited(network: Network, task: str | None, name: str | None = None) -> Netwo
     if name is None and task == models.make(**network.options).task:
         return network
     options, part = module.fine_tuned(rest)
-    return network._replace(
-        options=options, read=lambda _, key: part(network.read(network.options, key))
+    return Network(
+        options, lambda _, key: part(network.plain(network.options, key)), network.where
     )
 
 
@@ -137,17 +179,25 @@ def checkpoint(workdir: str, **settings) -> dict[str, Any]:
 
 
 def note(
-    workdir: pathlib.Path, options: Mapping[str, Any], checkpoint: Mapping[str, Any]
+    workdir: pathlib.Path,
+    options: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
 ) -> None:
     """Writes what others need to begin with a run's network or to learn from it.
 
     Args:
       workdir: of the run.
-      options: what `models.make` made the network of.
+      options: what `models.make` made the network of; checkpoints of later phases have options of their own.
       checkpoint: settings of `Checkpoints`.
     """
     noted = {"model": dict(options), "checkpoint": dict(checkpoint)}
     files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
+
+
+def settings_changed(workdir: pathlib.Path, checkpoint: Mapping[str, Any]) -> None:
+    """Notes other settings of `Checkpoints` for a run that was begun with others."""
+    noted = _noted(workdir)
+    note(workdir, noted["model"], checkpoint)
 
 
 def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -166,19 +216,52 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
     return found
 
 
-def alone(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a run that has begun, without what only its training needs: networks to begin with or to learn from.
+def _options(saved: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
+    """What the network of a checkpoint was made with: in a run of several phases each has options of its own."""
+    return saved["options"] if saved.get("phase") else noted["model"]
+
+
+def _saved(workdir: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The note of the checkpoint that a run's trained network is; {} if there is none that can be read."""
+    directory, saved = workdir / "checkpoints", None
+    if directory.is_dir():
+        opened = Checkpoints(directory, **settings, read_only=True)
+        with contextlib.closing(opened) as checkpoints, contextlib.suppress(UserError):
+            saved = checkpoints.note()
+    return tuples(dict(saved or {}))
+
+
+def alone(
+    workdir: pathlib.Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], int, dict[str, Any] | None]:
+    """Reduces the config of a run that has begun to what its trained network needs.
 
     Args:
       workdir: of the run.
       config: as it was begun.
+
+    Returns:
+      The config without what only training needs, such as teachers; the phase that the trained network is of; its
+      options, or None where no training has begun.
     """
     noted, rest = _noted(workdir), dict(config)
-    if noted is not None:
-        rest["model"] = noted["model"]
-        for key in "init", "distill", "objective":
-            rest.pop(key, None)
-        # Rules may be of what the objective alone has learnt.
+    if noted is None:
+        return rest, 0, None
+    settings = noted["checkpoint"] | config.get("checkpoint", {})
+    saved = _saved(workdir, settings)
+    options, phase = _options(saved, noted), saved.get("phase", 0)
+    for key in "init", "distill":
+        rest.pop(key, None)
+    rest = _without_training(rest) | {"model": options}
+    if rest.get("phases"):
+        rest["phases"] = tuple(_without_training(p) for p in rest["phases"])
+    return rest, phase, options
+
+
+def _without_training(section: Mapping[str, Any]) -> dict[str, Any]:
+    training = ("objective", "update", "gradients", "exchange")
+    rest = {k: v for k, v in section.items() if k not in training}
+    if "optim" in rest:  # rules may be of what an objective alone has learned
         rules = ("freeze", "decay_rules")
         rest["optim"] = {k: v for k, v in rest["optim"].items() if k not in rules}
     return rest
@@ -207,7 +290,7 @@ def begin(
       UserError: parameters are missing or of other shapes, but for the head's; names the first.
     """
     whole = not only and not layers
-    given = network.read(
+    given = network.plain(
         {**network.options, **options} if whole else network.options, key
     )
     if network.options.get("task", options.get("task")) != options.get("task"):
@@ -256,14 +339,15 @@ def _chosen(params, layers, where):
 
 
 def teacher(
-    section: Mapping[str, Any], source: Data, where: str
-) -> tuple[nn.Module, Callable[[jax.Array | None], dict[str, Any]], str]:
+    section: Mapping[str, Any], source: Data, where: str, dtype: str = "float32"
+) -> tuple[forward.Network, Callable[[jax.Array | None], dict[str, Any]], str]:
     """A network to learn from, a function that reads its variables (see `Network.read`), and where it is.
 
     Args:
       section: {"folder": …} or {"workdir": …}.
       source: the data; they decide the task of a folder's network.
       where: the section's name in the config.
+      dtype: of the computation.
 
     Raises:
       UserError: no network, or one that does not read the data.
@@ -295,7 +379,8 @@ def teacher(
             f"the tokenizer has {words:,} tokens, {where} = {network.where} {net.row.vocabulary:,}: student and teacher"
             " need the same"
         )
-    return net, lambda key: network.read(options, key), network.where
+    as_run = network.as_run(net, source.example(), dtype)
+    return as_run, lambda key: network.read(options, key), network.where
 
 
 def _same_pixels(section: Mapping[str, Any], source: Data, where: str) -> None:

@@ -33,14 +33,13 @@ class Measured(NamedTuple):
     device: str
 
 
-def run(built) -> Measured:
-    """Measures the network of an experiment as `built.cost` says, on random numbers with random weights.
+def run(built, settings) -> Measured:
+    """Measures the network of an experiment as the job cost's settings say, on random numbers with random weights.
 
     Raises:
       UserError: more cores than there are, or the device's operations cannot be recorded.
       process.Crash: the process of its own died.
     """
-    settings = built.cost
     check_cores(settings.cores)
     example = built.data.example()
 

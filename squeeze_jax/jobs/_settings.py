@@ -1,91 +1,70 @@
-"""Sections of a config that are settings of the jobs; their attributes are the keys."""
+"""Sections of a config that are settings of a job: declared in the job's file, as its class `Settings`.
+
+A section has the name of its job, and its keys are the class's attributes. A job that has more to check than types has a
+function `check(settings, built)`, called before any work starts.
+"""
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 
+JOBS = "squeeze_jax.jobs"
 
-@dataclasses.dataclass(frozen=True)
-class ExportSettings:
-    """The keys of `config.export`.
 
-    Attributes:
-      formats: names of files in `export/formats`.
-      calibration: training examples that the ranges of integer formats are measured on.
-      check: test examples on which each file must agree with the live model.
-      tolerance: largest difference of a float file's logits, relative to the largest logit where that is above 1.
-      int8_agreement: share of check examples whose top class an integer file must share, 0..1.
+def jobs() -> list[str]:
+    """The names of all jobs; each may be a section of a config."""
+    return registry.names(JOBS)
+
+
+def sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of each job that a config has a section for.
+
+    Raises:
+      UserError: a job without settings, an unknown key, a value of another type.
     """
+    made_of = {}
+    for name in jobs():
+        if name in config and name != "seeds":  # that is a key of its own
+            module = registry.load(JOBS, name, "job")
+            if not hasattr(module, "Settings"):
+                raise UserError(
+                    f"unknown key config.{name}: the job {name} has no settings; leave the section out"
+                )
+            made_of[name] = made(module.Settings, config[name], f"config.{name}")
+    return made_of
 
-    formats: tuple = ("stablehlo", "tflite", "tflite_int8")
-    calibration: int = 256
-    check: int = 128
-    tolerance: float = 1e-4
-    int8_agreement: float = 0.95
 
+def of(built, kind: type):
+    """The settings of a job, as the config has them, or its defaults.
 
-@dataclasses.dataclass(frozen=True)
-class BenchmarkSettings:
-    """The keys of `config.benchmark`.
-
-    Attributes:
-      runs: timed runs of each file at batch 1.
-      warmup: runs before them.
+    Args:
+      built: the experiment.
+      kind: the class `Settings` of the job's file.
     """
-
-    runs: int = 200
-    warmup: int = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class CostSettings:
-    """The keys of `config.cost`.
-
-    Attributes:
-      weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, 32 where none matches.
-      activation_bits: of activations.
-      latency: whether to run the network and measure where its time goes.
-      runs: timed runs.
-      warmup: runs before them.
-      batch: examples at a time in these runs; all other costs are of one.
-      cores: confines them to so many cores of the CPU, in a process of their own; None runs them on JAX's default
-        device, and on a CPU on all cores.
-    """
-
-    weight_bits: int | tuple = 8
-    activation_bits: int = 8
-    latency: bool = False
-    runs: int = 100
-    warmup: int = 10
-    batch: int = 1
-    cores: int | None = None
+    name = kind.__module__.rpartition(".")[2]
+    return built.experiment.jobs.get(name) or kind()
 
 
-@dataclasses.dataclass(frozen=True)
-class DistillSettings:
-    """The keys of `config.distill`.
-
-    Attributes:
-      teachers: networks to learn from, each {"workdir": DIR} of an earlier run or {"folder": DIR} of transformers.
-      cache: a folder for their outputs on the training examples, computed once for all runs; "" computes them anew in
-        each step.
-      cache_dtype: of what is kept there; numbers above 65504, which MobileBERT's layers give, need float32.
-    """
-
-    teachers: tuple = ()
-    cache: str = ""
-    cache_dtype: Literal["float16", "float32"] = "float16"
+def check(built) -> None:
+    """Lets each job check its section against the experiment."""
+    for name, settings in built.experiment.jobs.items():
+        module = importlib.import_module(f"{JOBS}.{name}")
+        if hasattr(module, "check"):
+            module.check(settings, built)
 
 
-def made(kind: type, section: Mapping[str, Any], where: str):
+def made(kind: type, section: Any, where: str):
     """Builds a dataclass of settings from its section; counts start at 1."""
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} = {section!r} should be a dict")
     registry.check(kind, section, where)
-    found = kind(**section)
-    counts(dataclasses.asdict(found), where)
-    return found
+    settings = kind(**section)
+    counts(dataclasses.asdict(settings), where)
+    return settings
 
 
 def counts(section: Mapping[str, Any], where: str) -> None:
@@ -100,3 +79,27 @@ def tuples(value):
     if isinstance(value, Mapping):
         return {k: tuples(v) for k, v in value.items()}
     return tuple(tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def current(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of an earlier version by today's names, so that its work directory opens."""
+    now = dict(config)
+    if "transforms" in now:
+        transforms = tuple(now.pop("transforms"))
+        now |= {"update": ("optim", *transforms)} if transforms else {}
+    if "weights" in now:
+        weights = tuple(now.pop("weights"))
+        now |= {"forward": weights} if weights else {}
+    if now.get("objective"):
+        now["objective"] = _loss_names(now["objective"])
+    return now
+
+
+def _loss_names(objective):
+    """Losses were found in train before they had a folder of their own."""
+    if not isinstance(objective, Mapping):
+        return tuple(_loss_names(section) for section in objective)
+    name = objective.get("name", "")
+    if isinstance(name, str) and name.startswith("train."):
+        return dict(objective) | {"name": "losses." + name.removeprefix("train.")}
+    return objective

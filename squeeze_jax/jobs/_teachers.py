@@ -1,11 +1,12 @@
 """Lessons: what teachers say of a batch, computed in the step, or read from a folder where it was computed once."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,8 +15,24 @@ from squeeze_jax.data import Data
 from squeeze_jax.distill.cache import Cached
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _objective
-from squeeze_jax.jobs._settings import DistillSettings
 from squeeze_jax.train import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `config.distill`.
+
+    Attributes:
+      teachers: networks to learn from, each {"workdir": DIR} of an earlier run or {"folder": DIR} of transformers.
+      cache: a folder for their outputs on the training examples, computed once for all runs; "" computes them anew in
+        each step.
+      cache_dtype: of what is kept there; numbers above 65504, which MobileBERT's layers give, need float32.
+    """
+
+    teachers: tuple = ()
+    cache: str = ""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+
 
 SECONDS = 10.0  # between lines that tell how far the cache is
 HEADS = {"logits", "pooled"}  # outputs that a head has a part in
@@ -75,7 +92,7 @@ class Read(Lessons):
         return batch["teacher"]
 
 
-def check(distill: DistillSettings, data: Data) -> None:
+def check(distill: Settings, data: Data) -> None:
     """Raises a UserError where the outputs of teachers cannot be kept on disk as the settings say."""
     if not distill.cache:
         return
@@ -109,13 +126,13 @@ def open(built, say: Callable[[str], None]) -> Iterator[Lessons]:
         yield Lessons()
         return
     cache = built.distill.cache
-    nets = [net for net, _, _ in built.teachers]
-    wants, dtype = built.objective.wants, built.experiment.dtype
-    live = Live(built, _objective.teacher(nets, wants, built.data.inputs, dtype))
+    networks = [network for network, _, _ in built.teachers]
+    wants = built.objective.wants
+    live = Live(built, _objective.teacher(networks, wants, built.data.inputs))
     if not cache:
         yield live
         return
-    shapes = _shapes(built, nets, wants)
+    shapes = _shapes(built, [n.model for n in networks], wants)
     with contextlib.ExitStack() as stack:
         cached = _caches(built, shapes(built.data.specs(1)[-1]), live.frozen[0])
         for each in cached:
@@ -150,9 +167,9 @@ def _caches(built, outputs, variables) -> list[Cached]:
     data = f"data {_checksum([repr(_ordered(built.experiment.data)).encode()])}"
     data += f" {_sample(built.data)}"
     for number, (shapes, own) in enumerate(zip(outputs, variables, strict=True)):
-        net, _, where = built.teachers[number]
+        network, _, where = built.teachers[number]
         leaves = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(own)))
-        how = repr(net) + built.experiment.dtype
+        how = repr(network.model) + network.dtype
         one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes)
         fingerprint = f"{where}, weights {_checksum(leaves)}, network {_checksum([how.encode()])}, {data}"
         folder, dtype = f"{built.distill.cache}/{number}", built.distill.cache_dtype

@@ -15,12 +15,20 @@ from jax.experimental import multihost_utils
 from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs._experiment import Experiment
-from squeeze_jax.jobs._settings import tuples
+from squeeze_jax.jobs._settings import current, jobs, tuples
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
-FREE = ("seeds", "export", "benchmark", "cost", "checkpoint", "sharding", "log_every")
-FREE += ("eval_every", "save_every", "data.workers", "data.threads", "data.cache_mb")
-FREE += ("data.source.data_dir", "distill.cache", "distill.cache_dtype")
+FREE = (
+    "seeds",
+    "checkpoint",
+    "compilation",
+    "sharding",
+    "log_every",
+    "eval_every",
+    "save_every",
+)
+FREE += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
+FREE += ("distill.cache", "distill.cache_dtype")
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 
@@ -69,11 +77,12 @@ def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       UserError: there is no run, or keys differ; names the first.
     """
     begun, now = _whole(read(workdir)), _whole(config)
+    free = (*FREE, *jobs())  # a job's settings are its own
     different = [
         f"{k} = {begun.get(k)!r} there, {now.get(k)!r} here"
         for k in sorted(begun.keys() | now.keys())
         if begun.get(k) != now.get(k)
-        and not any(k == f or k.startswith(f + ".") for f in FREE)
+        and not any(k == f or k.startswith(f + ".") for f in free)
     ]
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
@@ -102,14 +111,16 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is no config; restore it or remove the work directory")
-    return tuples(config)
+    return current(tuples(config))
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """`{"optim": {"lr": 1}}` as `{"optim.lr": 1, ...}`, with the defaults of the top level."""
-    known = {field.name for field in dataclasses.fields(Experiment)}
-    if known >= config.keys():
-        config = dataclasses.asdict(Experiment(**config))
+    known = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
+    keys = {k: v for k, v in config.items() if k in known}
+    required = {"data", "optim", "batch"}
+    if required <= keys.keys():
+        config = {**Experiment(**keys).config(), **config}
     return _flat(config)
 
 

@@ -1,5 +1,6 @@
 """Runs every exported file on the whole test set in its own runtime, on one thread, and prints one table."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,26 @@ from squeeze_jax import tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import runtime
-from squeeze_jax.jobs import evaluate, export, fit
+from squeeze_jax.jobs import _settings, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import curves, picture, record, table
-from squeeze_jax.train import loop
+from squeeze_jax.train import forward, loop
 from squeeze_jax.train.state import State
 
 BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `config.benchmark`.
+
+    Attributes:
+      runs: timed runs of each file at batch 1.
+      warmup: runs before them.
+    """
+
+    runs: int = 200
+    warmup: int = 20
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
@@ -30,15 +44,18 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     if inputs:
         raise UserError(f"the job benchmark takes no files: {inputs[0]}")
     export.alone("benchmark")
+    settings = _settings.of(built, Settings)
     state = evaluate.trained(built, workdir)
-    paths = export.find(workdir, built.export.formats, int(state.step))
+    paths = export.find(
+        workdir, _settings.of(built, export.Settings).formats, int(state.step)
+    )
     batches = list(built.data.eval(BATCH))
     count = sum(int(batch["mask"].sum()) for batch in batches)
     given = export.examples(built, batches, count)
     counts = network(built, state)
     counts["score"] = built.metric.headline.removeprefix("eval_").replace("_", " ")
     result = fit.evaluator(built)(state)
-    weights = tree.nbytes(state.variables())
+    weights = tree.nbytes(export.on_host(built, state)[1])
     rows = [
         table.row(
             "live model (JAX)",
@@ -54,8 +71,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         measured = runtime.measure(
             path,
             given,
-            runs=built.benchmark.runs,
-            warmup=built.benchmark.warmup,
+            runs=settings.runs,
+            warmup=settings.warmup,
         )
         measured["accuracy"] = score(built, batches, measured["outputs"])
         rows.append(table.row(path.name, measured, **counts))
@@ -126,6 +143,6 @@ def network(built: Built, state: State) -> dict[str, int]:
         for k, s in built.data.exported.items()
     }
     return {
-        "parameters": tree.size(state.variables()["params"]),
+        "parameters": tree.size(forward.parameters(state.params)),
         "macs": count.macs(export.live(built, state), example).total,
     }

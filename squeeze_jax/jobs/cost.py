@@ -1,6 +1,7 @@
 """Prints what the config's network costs, layer by layer, before anything is trained, and writes it as CSV and PNG."""
 
 import csv
+import dataclasses
 import io
 import pathlib
 import re
@@ -9,15 +10,53 @@ from typing import Any
 
 import jax
 
-from squeeze_jax import files
+from squeeze_jax import files, tree
 from squeeze_jax.cost import count, layers, memory, program
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _profile, _workdir, export
-from squeeze_jax.jobs._experiment import Built, CostSettings
+from squeeze_jax.jobs import _profile, _settings, _workdir, export
+from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import costs, table, units
+from squeeze_jax.train import forward
 
-NEEDS_RUN = False  # a config is enough
+RUN = "ignores"  # a config is enough
 BUSY = 0.5  # spread of latencies, above which they say little
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `config.cost`.
+
+    Attributes:
+      weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, 32 where none matches.
+      activation_bits: of activations.
+      latency: whether to run the network and measure where its time goes.
+      runs: timed runs.
+      warmup: runs before them.
+      batch: examples at a time in these runs; all other costs are of one.
+      cores: confines them to so many cores of the CPU, in a process of their own; None runs them on JAX's default
+        device, and on a CPU on all cores.
+    """
+
+    weight_bits: int | tuple = 8
+    activation_bits: int = 8
+    latency: bool = False
+    runs: int = 100
+    warmup: int = 10
+    batch: int = 1
+    cores: int | None = None
+
+
+def check(settings: Settings, built: Built) -> None:
+    """Raises a UserError where bits are out of range or a rule fits no parameter."""
+    program.check_bits(settings.activation_bits, "config.cost.activation_bits")
+    where = "config.cost.weight_bits"
+    if isinstance(settings.weight_bits, int):
+        program.check_bits(settings.weight_bits, where)
+        return
+    params = forward.parameters(built.abstract().params)
+    tree.apply_rules(settings.weight_bits, params, where=where)
+    for pattern, bits in settings.weight_bits:
+        program.check_bits(bits, f"{where} of {pattern!r}")
 
 
 def _share(value: float | None) -> str:
@@ -53,7 +92,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     if inputs:
         raise UserError(f"the job cost takes no files: {inputs[0]}")
     export.alone("cost")
-    settings, name = built.cost, built.options["name"]
+    settings, name = _settings.of(built, Settings), built.options["name"]
     _profile.check_cores(settings.cores)
     model = built.model
     example = built.data.example()
@@ -67,7 +106,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     measured = None
     if settings.latency:
         print(f"measuring  {settings.runs} runs of {name}, compiled first", flush=True)
-        measured = _profile.run(built)
+        measured = _profile.run(built, settings)
     listed = rows(found, peak, unknown(model, example), measured)
     title = f"{name}, one {built.data.noun} of {sizes(example)}"
     live = "live: the most bytes of activations"
@@ -86,7 +125,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     print(f"written         {data} and {drawn}")
 
 
-def bits(settings: CostSettings) -> str:
+def bits(settings: Settings) -> str:
     """The bits that are counted for."""
     weights, activations = settings.weight_bits, f"{settings.activation_bits} bits"
     if not isinstance(weights, int):
@@ -104,7 +143,7 @@ def sizes(example) -> str:
 
 
 def timing(
-    measured: _profile.Measured, settings: CostSettings, noun: str = "image"
+    measured: _profile.Measured, settings: Settings, noun: str = "image"
 ) -> tuple[str, str]:
     """The latency of the whole and how it was measured, and what the parts by layer are."""
     ms = units.milliseconds

@@ -1,8 +1,10 @@
 """Evaluates the trained network on the whole test set."""
 
 import contextlib
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -44,9 +46,19 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
         with contextlib.closing(
             Checkpoints(directory, **settings, read_only=True)
         ) as checkpoints:
-            restored = checkpoints.network(built.abstract())
+            restored = checkpoints.network(functools.partial(_abstract, built))
             if restored is not None:
                 return restored.state
     raise UserError(
         f"no checkpoint in {workdir}; run --job=fit --workdir={workdir} first"
     )
+
+
+def _abstract(built: Built, note: Mapping[str, Any]) -> State:
+    """The shapes of a checkpoint, if it is of the phase that the experiment was built for."""
+    if note.get("phase", 0) != built.phase.index:
+        raise UserError(
+            f"the checkpoint of step {note['step']} is of phase {note['phase'] + 1} of the run, not of phase"
+            f" {built.phase.index + 1}, whose checkpoint is damaged: run --job=fit again"
+        )
+    return built.abstract()

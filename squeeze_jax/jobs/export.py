@@ -8,14 +8,41 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from squeeze_jax import export, files
+from squeeze_jax import export, files, registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.runnable import named
-from squeeze_jax.jobs import evaluate
+from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nn.conv import lowering
 from squeeze_jax.report import units
+from squeeze_jax.train import forward
 from squeeze_jax.train.state import State
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `config.export`.
+
+    Attributes:
+      formats: names of files in `export/formats`.
+      calibration: training examples that the ranges of integer formats are measured on.
+      check: test examples on which each file must agree with the live model.
+      tolerance: largest difference of a float file's logits, relative to the largest logit where that is above 1.
+      int8_agreement: share of check examples whose top class an integer file must share, 0..1.
+    """
+
+    formats: tuple = ("stablehlo", "tflite", "tflite_int8")
+    calibration: int = 256
+    check: int = 128
+    tolerance: float = 1e-4
+    int8_agreement: float = 0.95
+
+
+def check(settings: Settings, built: Built) -> None:
+    """Raises a UserError for a format that there is not."""
+    del built
+    for key in settings.formats:
+        registry.load("squeeze_jax.export.formats", key, "export format")
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
@@ -29,10 +56,11 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         raise UserError(f"the job export takes no files: {inputs[0]}")
     alone("export")
     state = evaluate.trained(built, workdir)
-    check = examples(built, built.data.eval(built.export.check), built.export.check)
+    settings = _settings.of(built, Settings)
+    check = examples(built, built.data.eval(settings.check), settings.check)
     training = built.data.train(built.experiment.batch, built.experiment.seed)
-    calibration = examples(built, training, built.export.calibration)
-    for key in built.export.formats:
+    calibration = examples(built, training, settings.calibration)
+    for key in settings.formats:
         (file,) = export.make(
             live(built, state),
             built.data.exported,
@@ -41,8 +69,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             calibration=calibration,
             check=check,
             endpoints_fn=live(built, state, endpoints=True),
-            tolerance=built.export.tolerance,
-            int8_agreement=built.export.int8_agreement,
+            tolerance=settings.tolerance,
+            int8_agreement=settings.int8_agreement,
         )
         note(workdir, file, int(state.step))
         print(
@@ -57,24 +85,23 @@ def live(built: Built, state: State, *, endpoints: bool = False):
 
     Its convolutions are the native operations whatever the training used, and its weights are on the host.
     """
-    variables = host_variables(built, state)
+    network, variables = on_host(built, state)
 
     def fn(batch):
         with lowering("native"):
-            logits, stages = built.model.apply(
-                variables, built.data.inputs(batch), train=False
+            (logits, stages), _ = forward.run(
+                network, variables, built.data.inputs(batch)
             )
         return stages | named(logits) if endpoints else logits
 
     return fn
 
 
-def host_variables(built: Built, state: State) -> dict:
-    """The trained network's variables as they are computed with, numpy."""
-    variables = jax.device_get(state.variables())
-    for reparametrize in built.weights:
-        variables["params"] = jax.device_get(reparametrize(variables["params"]))
-    return variables
+def on_host(built: Built, state: State) -> tuple[forward.Network, dict]:
+    """The trained network and its variables as they are computed with, numpy; in float32 whatever the training used."""
+    network = built.network._replace(dtype="float32")
+    network, variables = forward.folded(network, jax.device_get(state.variables()))
+    return network, jax.device_get(variables)
 
 
 def note(workdir: pathlib.Path, file: export.Exported, step: int) -> None:

@@ -1,7 +1,6 @@
 """Trains the experiment, or goes on where an earlier run of the same work directory stopped."""
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,23 +8,35 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from squeeze_jax import tree
+from squeeze_jax import methods, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _pretrained, _teachers
+from squeeze_jax.jobs import (
+    _compilation,
+    _experiment,
+    _phases,
+    _plugs,
+    _pretrained,
+    _settings,
+    _teachers,
+)
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.train import loop, optim, sharding
+from squeeze_jax.train import forward, loop, optim, sharding
 from squeeze_jax.train import step as steps
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
 from squeeze_jax.train.log import Log
-from squeeze_jax.train.state import State, network
+from squeeze_jax.train.state import State, handed_over
 
-BEGINS = True  # a run, where the work directory holds none yet
+RUN = "begins"  # where the work directory holds none yet
 
 
-def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
+def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
     """Trains to the end; the final state is in the newest checkpoint.
+
+    Returns:
+      The experiment as it is in its last phase.
 
     Raises:
       UserError: the loss is not finite, or the checkpoints or the network to begin with do not fit.
@@ -33,62 +44,167 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     """
     if inputs:
         raise UserError(f"the job fit takes no files: {inputs[0]}")
-    with Steps(built) as step:
-        to_the_end(built, workdir, step)
+    with Compiled() as compiled:
+        return to_the_end(built, workdir, compiled)
 
 
-def to_the_end(built: Built, workdir: pathlib.Path, step: "Steps") -> None:
-    """Trains, see `run`; what `step` has compiled may have served runs that differ in nothing but their seeds."""
+def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Built:
+    """Trains, see `run`; what is `compiled` may have served runs that differ in nothing but their seeds."""
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
-    say(plan(built, workdir))
-    directory = workdir / "checkpoints"
     settings = {"best": built.metric.headline} | built.experiment.checkpoint
+    directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
-        abstract = built.abstract()
-        restored = checkpoints.restore(abstract)
-        start = int(restored.state.step) if restored else 0
+        built, restored = resumed(built, checkpoints)
+        say(plan(built, workdir))
         given = {} if restored else built.given()
-        if main:
+        if main and not restored:
             _pretrained.note(workdir, built.options, settings)
-        if start == built.experiment.steps:
+        elif main:
+            _pretrained.settings_changed(workdir, settings)
+        start = int(restored.state.step) if restored else 0
+        if start == built.whole.steps:
             say("trained    already, to the last step")
-            return
-        step.prepare(say)
-        say(f"memory     {memory(step.largest)}\n")
-        if restored:
-            say(f"continuing from the checkpoint of step {start}")
-        begin = restored or Restored(built.create(given), 0)
-        with contextlib.closing(
-            Log(workdir, built.experiment.steps, start=start, quiet=not main)
-        ) as log:
-            train(built, step, begin, log, checkpoints)
+            return built
+        for line in rehearsed(built):
+            say(line)
+        begin = restored
+        while True:
+            if begin is None or start < built.phase.end:
+                step = compiled.of(built, say)
+                say(f"memory     {memory(step.largest)}\n")
+                if restored:
+                    say(f"continuing from the checkpoint of step {start}")
+                begin = begin or Restored(built.create(given), 0)
+                end = train(built, step, begin, workdir, checkpoints, quiet=not main)
+            else:
+                end = begin.state
+            if built.phase.end == built.whole.steps:
+                return built
+            built, state = next_phase(built, end, say)
+            begin, restored, start = Restored(state, 0), None, built.phase.first
+            say(f"\n{plan(built, workdir)}")
+
+
+def resumed(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | None]:
+    """The experiment in the phase of the newest whole checkpoint, and that checkpoint; as it is if there is none."""
+    current = [built]
+
+    def like(note):
+        phase, options = note.get("phase", 0), note.get("options")
+        current[0] = built
+        if phase != built.phase.index:
+            current[0] = _experiment.build(
+                built.whole, phase, _settings.tuples(options)
+            )
+        return current[0].abstract()
+
+    restored = checkpoints.restore(like)
+    return current[0], restored
+
+
+def next_phase(built: Built, state: State, say: Callable) -> tuple[Built, State]:
+    """The experiment in its next phase, and the state that it begins with.
+
+    Args:
+      built: the phase that has ended.
+      state: its last state.
+      say: prints a line.
+    """
+    after, changed = _transition(built, fetched(state))
+    shapes = forward.parameters(changed.params)
+    fresh = after.create({"params": shapes, "batch_stats": changed.stats})
+    begun, lines = handed_over(changed, jax.device_get(fresh))
+    for line in lines:
+        say(f"{after.phase.label}  {line}")
+    placed = jax.tree.map(lambda x: x.sharding, after.abstract())
+    return after, jax.device_put(begun, placed)
+
+
+def fetched(state: State) -> State:
+    """A state on the host, whole on every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(state, tiled=True)
+    return jax.device_get(state)
+
+
+def rehearsed(built: Built) -> list[str]:
+    """Goes through the later phases on zeros, so that what does not fit is known before the first has trained.
+
+    Returns:
+      A line for each of them.
+    """
+    lines = []
+    while built.phase.end < built.whole.steps:
+        shapes = built.abstract()
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+        built, _ = _transition(built, zeros)
+        size = tree.size(forward.parameters(built.abstract().params))
+        begin = built.whole.phases[built.phase.index].get("begin")
+        how = f", begins with {begin['name']}" if begin else ""
+        lines.append(
+            f"{'later':<10} {built.phase.label}: {built.phase.steps:,} steps{how}, {size:,} parameters"
+        )
+    return lines
+
+
+def _transition(built: Built, state: State) -> tuple[Built, State]:
+    """The experiment in its next phase, and the state as the transition changes it; host arrays."""
+    index = built.phase.index + 1
+    section, options = built.whole.phases[index].get("begin"), built.options
+    if section is not None:
+        where = f"config.phases[{index}].begin"
+        transition = methods.transition(_plugs.method(section, where), where)
+        plain = methods.Plain(
+            lambda options: models.make(**options), built.data.example()
+        )
+        options, state = transition(dict(options), state, plain)
+    return _experiment.build(built.whole, index, options), state
 
 
 def train(
-    built: Built, step: "Steps", begin: Restored, log: Log, checkpoints: Checkpoints
+    built: Built,
+    step: "Steps",
+    begin: Restored,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    quiet: bool = False,
 ) -> State:
-    """Runs the loop from a state and its position in the data to the last step."""
-    e = built.experiment
+    """Runs the loop from a state and its position in the data to the last step of a phase."""
+    e, phase = built.experiment, built.phase
     process = (jax.process_index(), jax.process_count())
     # The key is the run's alone; the step folds its own number in, so a continued run draws what it would have drawn.
     one = sharding.replicated(built.mesh)
     key = jax.jit(lambda: jax.random.key(e.seed + 1), out_shardings=one)()
-    with contextlib.closing(
-        built.data.train(e.batch, e.seed, begin.position, process)
-    ) as batches:
+    seed = _phases.data_seed(e.seed, phase)
+    start = int(begin.state.step)
+    with (
+        contextlib.closing(
+            Log(workdir, built.whole.steps, start=start, quiet=quiet, phase=phase.label)
+        ) as log,
+        contextlib.closing(
+            built.data.train(e.batch, seed, begin.position, process)
+        ) as batches,
+    ):
         return loop.run(
             step,
             begin.state,
             batches,
             key,
-            steps=e.steps,
+            steps=phase.end,
             batch=e.batch,
             put=step.put,
             evaluate=step.evaluate,
             log=log,
             checkpoints=checkpoints,
-            config=dataclasses.asdict(e),
+            config=built.whole.config(),
+            note={
+                "phase": phase.index,
+                "first": phase.first,
+                "options": built.options,
+                "forward": e.forward,
+            },
+            first=phase.first,
             log_every=e.log_every,
             eval_every=e.eval_every,
             save_every=e.save_every,
@@ -115,14 +231,11 @@ def evaluator(built: Built) -> Callable[[State], dict[str, float]]:
 
 def evaluation_step(built: Built, measure: Callable) -> Callable:
     """The jitted step of an evaluation, see `steps.make_evaluation`."""
-    step = steps.make_evaluation(
-        built.model,
-        measure,
-        inputs=built.data.inputs,
-        weights=built.weights,
-        dtype=built.experiment.dtype,
-    )
-    return jax.jit(step, out_shardings=sharding.replicated(built.mesh))
+    step = steps.make_evaluation(built.network, measure, inputs=built.data.inputs)
+    replicated = sharding.replicated(built.mesh)
+    if not built.carries:
+        return jax.jit(step, out_shardings=replicated)
+    return jax.jit(step, out_shardings=(replicated, sharding.over_batch(built.mesh)))
 
 
 def evaluation(
@@ -142,15 +255,55 @@ def evaluation(
       step: of `evaluation_step`; None for a new one.
     """
     e, mesh = built.experiment, built.mesh
-    shards = math.prod(mesh.shape[a] for a in sharding.BATCH)
+    shards = sharding.batch_shards(mesh)
     batch = math.ceil(min(e.batch, built.data.num_eval) / shards) * shards
+    step = step or evaluation_step(built, measure)
     return loop.evaluate(
-        step or evaluation_step(built, measure),
+        _carried(built, step, batch) if built.carries else step,
         state.variables(),
         batches(batch, (jax.process_index(), jax.process_count())),
         lambda rows: put(rows, built),
         score,
     )
+
+
+def _carried(built: Built, step: Callable, rows: int) -> Callable:
+    """An evaluation step that hands what a recurrent network carries from one batch to the next."""
+    over = sharding.over_batch(built.mesh)
+    carry = jax.jit(lambda: built.model.initial_carry(rows), out_shardings=over)()
+
+    def carried(variables, batch):
+        nonlocal carry
+        scored, carry = step(variables, batch, carry)
+        return scored
+
+    return carried
+
+
+class Compiled:
+    """The steps of the phases of a run, compiled once; in a `with` statement."""
+
+    def __init__(self):
+        self._steps, self._open = {}, contextlib.ExitStack()
+
+    def __enter__(self) -> "Compiled":
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._open.close()
+
+    def of(self, built: Built, say: Callable[[str], None]) -> "Steps":
+        """The steps of a phase, compiled for the largest shape of batch.
+
+        Args:
+          built: the phase.
+          say: prints a line.
+        """
+        key = built.phase.index, repr(built.options)
+        if key not in self._steps:
+            self._steps[key] = self._open.enter_context(Steps(built))
+        self._steps[key].prepare(say)
+        return self._steps[key]
 
 
 class Steps:
@@ -161,7 +314,7 @@ class Steps:
     """
 
     def __init__(self, built: Built):
-        self._built, self._lessons = built, None
+        self._built, self._lessons, self._say = built, None, print
         self._specs = {_shapes(s): s for s in built.data.specs(built.experiment.batch)}
         self._compiled, self._open = {}, contextlib.ExitStack()
         self.evaluate = evaluator(built)
@@ -181,6 +334,7 @@ class Steps:
         if self._lessons is None:
             lessons = _teachers.open(self._built, say)
             self._lessons = self._open.enter_context(lessons)
+        self._say = say
 
     @property
     def largest(self):
@@ -190,8 +344,8 @@ class Steps:
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Places a batch, with what the teachers' outputs on disk say of it."""
         placed = put(batch, self._built)
-        if given := self._lessons.rows(batch):
-            placed["teacher"] = given
+        if rows := self._lessons.rows(batch):
+            placed["teacher"] = rows
         return placed
 
     def __call__(self, state: State, batch: dict, key: jax.Array):
@@ -202,7 +356,9 @@ class Steps:
     def _of(self, shapes):
         if shapes not in self._compiled:
             spec = self._specs[shapes]
-            self._compiled[shapes] = compile_step(self._built, spec, self._lessons)
+            with _compilation.compiling(self._say, "the training step"):
+                step = compile_step(self._built, spec, self._lessons)
+            self._compiled[shapes] = step
         return self._compiled[shapes]
 
 
@@ -219,20 +375,22 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
       lessons: of teachers.
     """
     e, mesh, abstract = built.experiment, built.mesh, built.abstract()
-    step = steps.make(
-        built.model,
-        built.tx,
-        built.objective.loss,
+    pieces = steps.parts(
+        built.network,
+        built.plugs.update,
+        built.objective.terms,
         prepare=built.data.augment,
         inputs=built.data.inputs,
         teach=lessons.teach,
-        weights=built.weights,
-        exchange=built.exchange,
+        gradients=built.plugs.gradients,
+        exchange=built.plugs.exchange,
         mesh=mesh,
-        dtype=e.dtype,
         accumulate=e.accumulate,
         ema=e.ema,
     )
+    step = steps.whole(pieces)
+    if not pieces.fused:
+        return step
     rows, one = sharding.over_batch(mesh), sharding.replicated(mesh)
     spec = dict(spec) | {"index": jax.ShapeDtypeStruct((e.batch,), jnp.int32)}
     if more := lessons.spec(spec):
@@ -258,14 +416,15 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     """What is about to be done, a line for each part."""
     e, data, mesh = built.experiment, built.data, built.mesh
     shapes = built.abstract()
-    params = network(shapes.params)
-    variables = {"params": params, "batch_stats": shapes.stats}
+    params = forward.parameters(shapes.params)
     macs = count.macs(
-        lambda v, x: built.model.apply(v, x, train=False)[0], variables, data.example()
+        lambda v, x: forward.run(built.network, v, x)[0][0],
+        shapes.variables(),
+        data.example(),
     ).total
     variant = f" {built.options['variant']}" if "variant" in built.options else ""
     devices = jax.devices()
-    local = e.batch // math.prod(mesh.shape[a] for a in sharding.BATCH)
+    local = e.batch // sharding.batch_shards(mesh)
     epochs = e.steps * e.batch / data.num_train
     optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
     rows = {
@@ -278,15 +437,35 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
         + (f", in {e.accumulate} parts" if e.accumulate > 1 else ""),
         "training": f"{e.steps:,} steps ({epochs:.1f} epochs), {optimizer}, {e.dtype}",
     }
+    if built.phase.label:
+        last = built.phase.end
+        rows["phase"] = (
+            f"{built.phase.label}: to step {last:,} of {built.whole.steps:,}"
+        )
+    if used := _methods(e):
+        rows["methods"] = used
     if built.begin is not None:
-        rows["begins with"] = built.begin.where
+        rows["begins with"] = built.begin.described
     if built.teachers:
         rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
     return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
 
 
+def _methods(e) -> str:
+    """The methods of the plug points, as the config names them."""
+    named = []
+    for plug in ("update", "forward", "gradients", "exchange"):
+        sections = getattr(e, plug) or ()
+        sections = (sections,) if isinstance(sections, Mapping) else sections
+        names = [s["name"] for s in sections if isinstance(s, Mapping)]
+        named += [f"{plug} {', '.join(names)}"] if names else []
+    return " · ".join(named)
+
+
 def memory(compiled) -> str:
     """XLA's own estimate of what the compiled step holds on each device."""
+    if not hasattr(compiled, "memory_analysis"):
+        return "not known: the gradients are compiled in pieces"
     analysis = compiled.memory_analysis()
     if analysis is None:
         return "not known on this backend"

@@ -13,9 +13,10 @@ from squeeze_jax.data import tokens
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.parity import Disagreement, Verdict, compare
 from squeeze_jax.export.runnable import named
-from squeeze_jax.jobs import evaluate, export
+from squeeze_jax.jobs import _settings, evaluate, export
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import units
+from squeeze_jax.train import forward
 
 FOLDER = "huggingface"
 
@@ -37,7 +38,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             " writes other files"
         )
     state = evaluate.trained(built, workdir)
-    variables = export.host_variables(built, state)
+    network, variables = export.on_host(built, state)
+    _check_plain(network)
     folder = workdir / FOLDER
     try:
         fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=workdir))
@@ -60,6 +62,15 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     print(f"written    {folder} · {size} · largest difference {verdict.difference:.2g}")
 
 
+def _check_plain(network) -> None:
+    """Raises a UserError for a network that a folder cannot hold."""
+    if network.forwards:
+        raise UserError(
+            f"a folder of transformers holds weights alone, and {', '.join(network.forwards)} changes activations too:"
+            " --job=export writes files that have it"
+        )
+
+
 def _labels(built):
     """The classes' names, where the model classifies."""
     names = built.data.label_names
@@ -70,13 +81,17 @@ def _labels(built):
 
 def _compared(built, variables, folder) -> Verdict:
     """How the folder's outputs compare with the live model's, for the examples that exports are checked on."""
-    count = built.export.check
+    settings = _settings.of(built, export.Settings)
+    count = settings.check
     check = export.examples(built, built.data.eval(count), count)
     net, read = models.load(folder, task=built.model.task)
 
     def outputs(net, variables):
+        network = forward.Network(net)
+
         def call(x):
-            return named(net.apply(variables, built.data.inputs(x), train=False)[0])
+            (logits, _), _ = forward.run(network, variables, built.data.inputs(x))
+            return named(logits)
 
         with jax.default_matmul_precision("highest"):
             return {k: np.asarray(v) for k, v in jax.jit(call)(check).items()}
@@ -85,6 +100,6 @@ def _compared(built, variables, folder) -> Verdict:
         outputs(built.model, variables),
         outputs(net, read),
         integer=False,
-        tolerance=built.export.tolerance,
-        int8_agreement=built.export.int8_agreement,
+        tolerance=settings.tolerance,
+        int8_agreement=settings.int8_agreement,
     )

@@ -7,10 +7,10 @@ import jax
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.runnable import format_of
-from squeeze_jax.jobs import benchmark, evaluate, export, fit
+from squeeze_jax.jobs import _experiment, _settings, benchmark, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 
-BEGINS = True  # a run, where the work directory holds none yet
+RUN = "begins"  # where the work directory holds none yet
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
@@ -18,9 +18,11 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     if inputs:
         raise UserError(f"{inputs[0]}: files are for --job=predict")
     if jax.process_count() == 1:
-        for key in built.export.formats:
+        for key in _settings.of(built, export.Settings).formats:
             format_of(key)  # what is missing is better known before the training
-    fit.run(built, workdir)
+    built = fit.run(built, workdir)
+    if built.whole.phases:  # the best checkpoint may be of another phase than the last
+        built = _experiment.opened(workdir, built.whole.config())
     evaluate.run(built, workdir)
     if jax.process_count() > 1:
         if jax.process_index() == 0:

@@ -14,11 +14,11 @@ import jax
 
 from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _workdir, evaluate, fit
+from squeeze_jax.jobs import _experiment, _workdir, evaluate, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import table
 
-NEEDS_RUN = False  # it begins runs of its own
+RUN = "ignores"  # it begins runs of its own
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
@@ -36,14 +36,15 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             f"config.seeds = {seeds} names no seeds to compare: give some, such as (0, 1, 2, 3, 4)"
         )
     found = {}
-    with fit.Steps(built) as step:
+    with fit.Compiled() as compiled:
         for seed in seeds:
-            experiment = dataclasses.replace(built.experiment, seed=seed)
-            one = dataclasses.replace(built, experiment=experiment)
+            experiment = dataclasses.replace(built.whole, seed=seed)
+            one = built.with_seed(seed)
             folder = _of(workdir, seed)
-            _workdir.begin(folder, _workdir.tuples(dataclasses.asdict(experiment)))
-            fit.to_the_end(one, folder, step)
-            found[seed] = step.evaluate(evaluate.trained(one, folder))
+            _workdir.begin(folder, _workdir.tuples(experiment.config()))
+            fit.to_the_end(one, folder, compiled)
+            trained = _experiment.opened(folder, experiment.config())
+            found[seed] = fit.evaluator(trained)(evaluate.trained(trained, folder))
     if jax.process_index() == 0:
         print(f"\n{report(found, built.metric.headline)}\n")
         written = summary(found, built.metric.headline)

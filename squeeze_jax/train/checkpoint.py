@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: asynchronous, atomic, the newest N plus the best; a damaged one is noticed and skipped.
 
-A checkpoint holds the state, the position in the data (examples consumed), the config, and a checksum of every array,
-computed on the devices, so that it is the same for every sharding and catches what a file system does not.
+A checkpoint holds the state and a note: the position in the data (examples consumed in this phase), the config, the
+phase, the network's options, and a checksum of every array, computed on the devices, so that it is the same for every
+sharding and catches what a file system does not.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import pathlib
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,17 +23,32 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.train.state import OBJECTIVE, State, network
+from squeeze_jax.methods import METHODS
+from squeeze_jax.train import forward
+from squeeze_jax.train.state import State
 
 for noisy in ("absl", "orbax"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+# Until methods of all plug points could own parameters, those of the losses stood under this name.
+_OBJECTIVE = "objective"
+
+Like = State | Callable[[Mapping[str, Any]], State]
+
+
 class Restored(NamedTuple):
-    """A state and where in the data it stood (examples consumed)."""
+    """A state and the note that was saved with it.
+
+    Attributes:
+      state: as it was.
+      position: examples consumed in its phase.
+      note: "config", and where they are known "phase" (from 0) and "options" of the network.
+    """
 
     state: State
     position: int
+    note: Mapping[str, Any] = {}
 
 
 class Checkpoints:
@@ -90,12 +106,26 @@ class Checkpoints:
         position: int,
         config: dict,
         metrics: dict[str, float] | None = None,
+        note: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts saving; returns as soon as the arrays are copied off the devices' way."""
+        """Starts saving; returns as soon as the arrays are copied off the devices' way.
+
+        Args:
+          state: what to save.
+          position: examples consumed in this phase.
+          config: of the run.
+          metrics: scores of an evaluation of this state.
+          note: more to remember, such as {"phase": 0, "options": {...}}.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        note = {"position": position, "config": config, "checksums": checksums(state)}
+        note = {
+            "position": position,
+            "config": config,
+            "checksums": checksums(_to_dict(state)),
+            **(note or {}),
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Orbax warns of its own deprecations
             saved = self._manager.save(
@@ -116,10 +146,15 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def trained(self, like: State) -> Restored | None:
+    def trained(self, like: Like) -> Restored | None:
         """Restores the checkpoint that the trained network is, as `use` says; else as `restore`."""
+        best = self._best_step()
+        return self.restore(like) if best is None else self.restore(like, [best])
+
+    def _best_step(self) -> int | None:
+        """The step of the best checkpoint; None if the newest is to be used."""
         if self._use == "newest":
-            return self.restore(like)
+            return None
         scores = {step: self._manager.metrics(step) for step in self.steps()}
         scores = {
             step: m[self._best] for step, m in scores.items() if self._best in (m or {})
@@ -129,10 +164,25 @@ class Checkpoints:
                 f"no checkpoint in {self.directory} was evaluated: set config.eval_every, or"
                 " config.checkpoint.use='newest'"
             )
-        return self.restore(like, [max(scores, key=scores.get)])
+        return max(scores, key=scores.get)
+
+    def note(self) -> Mapping[str, Any] | None:
+        """The note of the checkpoint that the trained network is; None if there is none that can be read."""
+        best = self._best_step() if self.steps() else None
+        for step in self.steps()[::-1] if best is None else [best]:
+            # A damaged one is noticed and told of when it is read.
+            with contextlib.suppress(Exception):
+                return self._note(step)
+        return None
+
+    def _note(self, step: int) -> Mapping[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args = ocp.args.Composite(note=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=args)["note"] | {"step": step}
 
     def weights(self) -> dict[str, Any] | None:
-        """The trained network's {"params", "batch_stats"}, numpy arrays, whatever it is; None without a checkpoint.
+        """The trained network's variables for `forward.run`, numpy arrays, whatever it is; None without a checkpoint.
 
         Of the steps the one that `use` names; averaged weights where the run has them.
 
@@ -141,26 +191,35 @@ class Checkpoints:
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         described = self._described(device)
-        found = None if described is None else self.trained(described)
-        return None if found is None else jax.device_get(found.state.variables())
-
-    def network(self, like: State) -> Restored | None:
-        """As `trained`, but only the network has to be that of `like`: not the optimizer, nor what an objective learnt."""
-        saved = self._described(like.step.sharding)
-        if saved is None:
-            return self.trained(like) if self.steps() else None
-        extra = (
-            {OBJECTIVE: saved.params[OBJECTIVE]} if OBJECTIVE in saved.params else {}
+        if described is None:
+            return None
+        restored = self.trained(
+            lambda note: self._described(device, note["step"]) or described
         )
-        params = network(like.params)
-        ema = saved.ema and {"params": params | extra, "stats": like.stats}
-        return self.trained(
-            saved._replace(params=params | extra, stats=like.stats, ema=ema)
-        )
+        return None if restored is None else jax.device_get(restored.state.variables())
 
-    def _described(self, sharding: jax.sharding.Sharding) -> State | None:
-        """The shapes of what was saved last, the optimizer's arrays by their names; None where nothing tells them."""
-        for step in self.steps()[::-1]:
+    def network(self, like: Like) -> Restored | None:
+        """Like `trained`, but only the network's parameters must match `like`.
+
+        The optimizer's state and what losses learned are restored as they were saved.
+        """
+
+        def network_of(note):
+            wanted = like(note) if callable(like) else like
+            saved = self._described(wanted.step.sharding, note["step"])
+            if saved is None:
+                return wanted
+            params = forward.parameters(wanted.params)
+            own = saved.params.get(METHODS)
+            params |= {METHODS: own} if own else {}
+            ema = saved.ema and {"params": params, "stats": wanted.stats}
+            return saved._replace(params=params, stats=wanted.stats, ema=ema)
+
+        return self.trained(network_of)
+
+    def _described(self, sharding, only: int | None = None) -> State | None:
+        """The shapes of a saved state, the newest or of one step, the optimizer's arrays by name; None if unreadable."""
+        for step in self.steps()[::-1] if only is None else [only]:
             # A damaged one is noticed and told of when it is read.
             with contextlib.suppress(Exception):
                 saved = dict(self._manager.item_metadata(step)["state"])
@@ -170,10 +229,11 @@ class Checkpoints:
         found = jax.tree.map(
             lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), saved
         )
+        found = _renamed(found)
         return State(**found | {"ema": found["ema"] or None})
 
     def restore(
-        self, like: State, steps: Sequence[int] | None = None
+        self, like: Like, steps: Sequence[int] | None = None
     ) -> Restored | None:
         """Restores the newest checkpoint that is whole.
 
@@ -181,7 +241,7 @@ class Checkpoints:
 
         Args:
           like: a state of ShapeDtypeStructs whose shardings say where the arrays should go; they need not be those
-            of the run that saved it.
+            of the run that saved it. Or a function from a checkpoint's note to such a state.
           steps: the steps to try in turn; all from the newest on by default.
 
         Returns:
@@ -226,39 +286,49 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints")
         self._manager.reload()
 
-    def _restore(self, step: int, like: State) -> Restored:
+    def _restore(self, step: int, like: Like) -> Restored:
+        note = self._note(step)
+        like = like(note) if callable(like) else like
         expected = _to_dict(like)
         saved = self._manager.item_metadata(step)["state"]
         if saved is None:
             raise OSError("the state's description is missing")
+        self._check_fit(step, expected, _renamed(dict(saved)))
+        old = _OBJECTIVE in saved["params"]
+        if old:
+            expected = _old_names(expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(expected)),
+            )["state"]
+        wrong = [
+            k for k, v in checksums(restored).items() if note["checksums"].get(k) != v
+        ]
+        if wrong:
+            raise OSError(f"checksum of {wrong[0]} differs")
+        state = _from_dict(_renamed(restored), like)
+        return Restored(state, note["position"], note)
+
+    def _check_fit(self, step, expected, saved) -> None:
+        """Raises a UserError that names the first arrays that differ."""
         problems = [
             line
-            for part in sorted(expected, key=lambda k: k != "params")
-            for line in tree.differences({part: expected[part]}, {part: saved[part]})
+            for part in sorted(expected.keys() | saved.keys(), key=_params_first)
+            for line in tree.differences(
+                {part: expected.get(part, {})}, {part: saved.get(part) or {}}
+            )
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"checkpoint {self.directory / str(step)} does not fit the model: {'; '.join(problems[:3])}{more}"
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(expected),
-                    note=ocp.args.JsonRestore(),
-                ),
-            )
-        state = _from_dict(restored["state"], like)
-        wrong = [
-            k
-            for k, v in checksums(state).items()
-            if restored["note"]["checksums"].get(k) != v
-        ]
-        if wrong:
-            raise OSError(f"checksum of {wrong[0]} differs")
-        return Restored(state, restored["note"]["position"])
+
+
+def _params_first(part: str) -> tuple[bool, str]:
+    return part != "params", part
 
 
 def _hush_abandoned_reads() -> None:
@@ -278,11 +348,10 @@ def _hush_abandoned_reads() -> None:
     sys.unraisablehook = hook
 
 
-def checksums(state) -> dict[str, int]:
+def checksums(arrays) -> dict[str, int]:
     """A 32-bit sum over each array's bits, weighted by position; the same for every sharding."""
-    return {
-        k: int(v) for k, v in jax.device_get(_checksums(tree.flatten(state))).items()
-    }
+    sums = _checksums(tree.flatten(arrays))
+    return {k: int(v) for k, v in jax.device_get(sums).items()}
 
 
 @jax.jit
@@ -303,20 +372,69 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _to_dict(state: State) -> dict[str, Any]:
-    """Orbax stores plain containers only: the optimizer's named tuples become flat names."""
-    return {
+    """Orbax stores plain containers only: the optimizer's named tuples and a carry become flat names."""
+    arrays = {
         "step": state.step,
         "params": state.params,
         "stats": state.stats,
         "opt": tree.flatten(state.opt),
         "ema": state.ema or {},
     }
+    if state.extra is not None:
+        arrays["extra"] = state.extra
+    if state.carry is not None:
+        arrays["carry"] = tree.flatten(state.carry)
+    return arrays
 
 
 def _from_dict(saved: dict[str, Any], like: State) -> State:
-    opt = jax.tree.unflatten(
-        jax.tree.structure(like.opt), [saved["opt"][n] for n in tree.flatten(like.opt)]
-    )
+    def structured(part):
+        whole = getattr(like, part)
+        leaves = [saved[part][n] for n in tree.flatten(whole)]
+        return jax.tree.unflatten(jax.tree.structure(whole), leaves)
+
     return State(
-        saved["step"], saved["params"], saved["stats"], opt, saved["ema"] or None
+        saved["step"],
+        saved["params"],
+        saved["stats"],
+        structured("opt"),
+        saved["ema"] or None,
+        saved.get("extra"),
+        structured("carry") if "carry" in saved else None,
     )
+
+
+def _renamed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it was saved, the losses' parameters where methods have theirs."""
+
+    def moved(params):
+        if _OBJECTIVE not in params:
+            return params
+        rest = {k: v for k, v in params.items() if k != _OBJECTIVE}
+        return rest | {METHODS: params[_OBJECTIVE]}
+
+    found = dict(saved) | {"params": moved(saved["params"])}
+    if ema := saved.get("ema"):
+        found["ema"] = {**ema, "params": moved(ema["params"])}
+    opt = saved.get("opt") or {}
+    found["opt"] = {
+        k.replace(f"/{_OBJECTIVE}/", f"/{METHODS}/"): v for k, v in opt.items()
+    }
+    return found
+
+
+def _old_names(expected: dict[str, Any]) -> dict[str, Any]:
+    """The description of a state by the names of `_renamed`'s argument."""
+
+    def moved(params):
+        rest = {k: v for k, v in params.items() if k != METHODS}
+        return rest | ({_OBJECTIVE: params[METHODS]} if METHODS in params else {})
+
+    found = expected | {"params": moved(expected["params"])}
+    if "params" in expected["ema"]:
+        found["ema"] = expected["ema"] | {"params": moved(expected["ema"]["params"])}
+    found["opt"] = {
+        k.replace(f"/{METHODS}/", f"/{_OBJECTIVE}/"): v
+        for k, v in expected["opt"].items()
+    }
+    return found

@@ -16,7 +16,13 @@ class Log:
     """Writes one record a call to the screen, to `metrics.jsonl` and to TensorBoard."""
 
     def __init__(
-        self, workdir: pathlib.Path, steps: int, *, start: int = 0, quiet: bool = False
+        self,
+        workdir: pathlib.Path,
+        steps: int,
+        *,
+        start: int = 0,
+        quiet: bool = False,
+        phase: str = "",
     ):
         """Opens the files; records after step `start` (from a run that died) are dropped.
 
@@ -25,8 +31,10 @@ class Log:
           steps: length of the run, for the time left.
           start: the step the run continues from.
           quiet: write nothing at all (every process but the first).
+          phase: such as "phase 1/2"; stands before each line, in each record and in TensorBoard's text.
         """
         self.steps, self.start, self.quiet = steps, start, quiet
+        self.phase, self._lead = phase, f"{phase} · " if phase else ""
         self._begin = time.monotonic()
         self._live, self._shown, self._line = sys.stdout.isatty(), 0.0, ""
         if quiet:
@@ -40,12 +48,14 @@ class Log:
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start + 1
         )
+        if phase:
+            self._board.add_text("phase", phase, start)
 
     def train(self, step: int, record: dict[str, float]) -> None:
         """Records the mean of the last steps: loss, the objective's own metrics, speed, share of time waiting for input."""
         done, spent = step - self.start, time.monotonic() - self._begin
         left = spent / max(done, 1) * (self.steps - step)
-        parts = [f"step {step}/{self.steps}", f"loss {record['loss']:.4f}"]
+        parts = [f"{self._lead}step {step}/{self.steps}", f"loss {record['loss']:.4f}"]
         parts += [f"{k} {v:.3f}" for k, v in record.items() if k not in EVERY_RECORD]
         parts += [
             f"{record['examples_per_s']:,.0f} examples/s",
@@ -59,7 +69,10 @@ class Log:
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:
         self._write(
-            step, record, f"step {step}/{self.steps} · {scores(record)}", keep=True
+            step,
+            record,
+            f"{self._lead}step {step}/{self.steps} · {scores(record)}",
+            keep=True,
         )
 
     def tick(self, step: int) -> None:
@@ -67,8 +80,9 @@ class Log:
         now = time.monotonic()
         if self._live and not self.quiet and now - self._shown > 1:
             self._shown = now
-            rest = self._line.partition(" · ")[2] or "under way"
-            print(f"\r\033[Kstep {step}/{self.steps} · {rest}", end="", flush=True)
+            rest = self._line.removeprefix(self._lead).partition(" · ")[2]
+            now = f"{self._lead}step {step}/{self.steps} · {rest or 'under way'}"
+            print(f"\r\033[K{now}", end="", flush=True)
 
     def say(self, text: str) -> None:
         """A line for eyes only."""
@@ -78,7 +92,8 @@ class Log:
     def _write(self, step, record, text, keep=False):
         if self.quiet:
             return
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        phase = {"phase": self.phase} if self.phase else {}
+        self._file.write(json.dumps({"step": step, **phase, **record}) + "\n")
         for key, value in record.items():
             if isinstance(value, float):  # counts and checksums are for programs
                 self._board.add_scalar(key, value, step)

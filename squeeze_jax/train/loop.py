@@ -1,9 +1,13 @@
-"""The one training loop. Nobody forks it: methods come in through the step's four plug points."""
+"""The one training loop. Nobody forks it: methods come in through the step's five plug points.
+
+A run is one or more phases; `run` is called once for each.
+"""
 
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,6 +45,8 @@ def run(
     log: Log,
     checkpoints: Checkpoints,
     config: dict,
+    note: Mapping[str, Any] | None = None,
+    first: int = 0,
     log_every: int = 50,
     eval_every: int = 0,
     save_every: int = 0,
@@ -53,15 +59,17 @@ def run(
       state: where to begin.
       batches: this process's part of the global batches, beginning at the state's position.
       key: the run's key; the step folds its number in.
-      steps: when to stop.
+      steps: when to stop, counted over all phases.
       batch: global batch size, for examples/s and the position in the data.
       put: places a numpy batch on the devices.
       evaluate: state → {"eval_loss", "eval_accuracy", ...}.
       log: where metrics go.
       checkpoints: where states go.
       config: stored in each checkpoint.
+      note: stored there too: the phase and the network's options.
+      first: the step at which this phase began; its data began there.
       log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
-      learning_rate: step → value, to be logged.
+      learning_rate: step of this phase → value, to be logged.
 
     Each record of training tells, in `examples_crc32`, which examples this process has seen since the one before: two
     runs that saw the same examples in the same order have the same records.
@@ -71,7 +79,7 @@ def run(
       Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
     pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
-    first, evaluated = int(state.step), None
+    begun, evaluated = int(state.step), None
 
     def flush(at: int):
         nonlocal pending, waited, digest, since
@@ -86,7 +94,7 @@ def run(
             "skipped": round(missing),
         }
         if learning_rate is not None:
-            record["learning_rate"] = float(learning_rate(at - 1))
+            record["learning_rate"] = float(learning_rate(at - 1 - first))
         record["examples_crc32"] = digest
         log.train(at, record)
         pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
@@ -95,7 +103,7 @@ def run(
         return at == steps or (every > 0 and at % every == 0)
 
     with _Signals() as signals:
-        for at in range(first + 1, steps + 1):
+        for at in range(begun + 1, steps + 1):
             begin = time.perf_counter()
             rows = next(batches)
             placed = put(rows)
@@ -106,7 +114,7 @@ def run(
             if len(pending) > RUN_AHEAD:
                 jax.block_until_ready(pending[-1 - RUN_AHEAD])
             log.tick(at)
-            stop = signals.agreed(at % log_every == 0 or at == first + 1)
+            stop = signals.agreed(at % log_every == 0 or at == begun + 1)
             if due(at, log_every) or due(at, eval_every) or due(at, save_every) or stop:
                 flush(at)
             if due(at, eval_every):
@@ -114,7 +122,8 @@ def run(
                 log.evaluation(at, evaluated)
             if due(at, save_every) or due(at, eval_every) or stop:
                 fresh = evaluated if due(at, eval_every) else None
-                checkpoints.save(state, at * batch, config, fresh)
+                position = (at - first) * batch
+                checkpoints.save(state, position, config, fresh, note)
             if due(at, eval_every) or due(at, save_every):
                 since = time.perf_counter()  # the next rate is of training alone
             if stop:

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import optax
 
-from squeeze_jax import tree
+from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
 
 # Keys that only some optimizers or schedules read: set for another, they would be dead.
@@ -93,6 +93,20 @@ def make(
     clipping = [optax.clip_by_global_norm(clip)] if clip else []
     chain = optax.chain(*clipping, *parts, optax.scale_by_learning_rate(rate))
     return frozen(chain, freeze) if freeze else chain
+
+
+def chain(transforms: Sequence[methods.Update]) -> methods.Update:
+    """Joins gradient transforms, in order, to one; its state is a tuple of theirs."""
+
+    def project(params, states):
+        for transform, state in zip(transforms, states, strict=True):
+            if transform.project is not None:
+                params = transform.project(params, state)
+        return params
+
+    tx = optax.chain(*(transform.tx for transform in transforms))
+    changes = any(transform.project is not None for transform in transforms)
+    return methods.Update(tx, project if changes else None)
 
 
 def _no_dead_keys(given: dict) -> None:

@@ -57,13 +57,18 @@ def make_mesh(
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raises a UserError unless the global batch divides evenly over the mesh and the accumulated parts."""
-    parts = math.prod(mesh.shape[a] for a in BATCH) * accumulate
+    parts = batch_shards(mesh) * accumulate
     if batch < 1 or batch % parts:
         near = max(1, round(batch / parts)) * parts
         raise UserError(
             f"config.batch = {batch} is not divisible by {parts} (mesh {dict(mesh.shape)}, accumulate {accumulate});"
             f" the nearest that is: {near}"
         )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Devices that a batch is divided over."""
+    return math.prod(mesh.shape[a] for a in BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -82,12 +87,15 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-def shard_state(state, mesh: Mesh, rules: Sequence = ()):
+def shard_state(
+    state, mesh: Mesh, rules: Sequence = (), per_device: Sequence[str] = ()
+):
     """Returns a tree of NamedShardings for a `State` (of shapes or arrays).
 
     A rule's value is a tuple of axis names or None, one for each dimension; or one axis name, which then takes the
     largest dimension it divides; or None for a replicated parameter. Without rules an fsdp axis takes everything.
-    What the optimizer or the average keeps for a parameter lies where the parameter lies.
+    What the optimizer or the average keeps for a parameter lies where the parameter lies. A recurrent network's carry,
+    and the state of the methods that `per_device` names, lie over the batch's axes.
 
     Raises:
       UserError: a rule names an unknown axis, has the wrong length, or does not divide a dimension.
@@ -104,13 +112,15 @@ def shard_state(state, mesh: Mesh, rules: Sequence = ()):
     }
 
     def place(name, leaf):
-        # The leaf of a parameter ends in the parameter's own name, wherever it stands in the state.
-        parts = name.split("/")
-        for i in range(len(parts)):
-            spec = specs.get("/".join(parts[i:]))
-            if spec is not None and flat["/".join(parts[i:])].shape == leaf.shape:
-                return NamedSharding(mesh, spec)
-        return replicated(mesh)
+        whole, _, rest = name.partition("/")
+        if whole == "carry" or (whole == "extra" and rest.split("/")[0] in per_device):
+            return over_batch(mesh)
+        parameter = tree.owner(name, leaf.shape, flat)
+        return (
+            replicated(mesh)
+            if parameter is None
+            else NamedSharding(mesh, specs[parameter])
+        )
 
     return tree.map_named(place, state)
 

@@ -1,5 +1,6 @@
-"""What a training run is made of at one moment."""
+"""A training run's complete state at one moment."""
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,19 +9,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-OBJECTIVE = "objective"
+from squeeze_jax import tree
+from squeeze_jax.methods import METHODS
 
 
 class State(NamedTuple):
-    """A training run's complete state but for its position in the data.
+    """Everything that a step reads and changes; only the position in the data is kept beside it.
 
     Attributes:
-      step: int32 [], updates done so far.
-      params: float32 master weights, as `{module: {name: array}}`; under "objective" those that the loss learns
-        beside the network, such as projections between a student's and a teacher's layers.
+      step: int32 [], updates done so far, over all phases.
+      params: float32 master weights, as `{module: {name: array}}`; under "methods" those that methods own, by name.
       stats: running statistics of the normalisations, in float32; may be empty.
       opt: the state of the optax chain.
       ema: `{"params", "stats"}` averaged over the steps, or None.
+      extra: state that methods own, by name, or None; that of the exchange has a leading axis over the devices.
+      carry: what a recurrent network carries from batch to batch, [batch, ...], or None.
     """
 
     step: jax.Array
@@ -28,16 +31,29 @@ class State(NamedTuple):
     stats: Any
     opt: Any
     ema: Any = None
+    extra: Any = None
+    carry: Any = None
 
     def variables(self, *, averaged: bool = True) -> dict[str, Any]:
-        """The network's variables to evaluate and export: the averaged ones where there are any."""
+        """The variables of `forward.run`, to evaluate and export; averaged weights if there are any."""
         source = self.ema if averaged and self.ema else self._asdict()
-        return {"params": network(source["params"]), "batch_stats": source["stats"]}
+        found = {"params": source["params"], "batch_stats": source["stats"]}
+        more = {"extra": self.extra} if self.extra else {}
+        return found | more | {"step": self.step}
 
 
-def network(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters without those of the objective."""
-    return {name: value for name, value in params.items() if name != OBJECTIVE}
+class Owner(NamedTuple):
+    """What a method owns beside the network; see `methods.py`.
+
+    Attributes:
+      init: (key, params) → its parameters, or None.
+      state: params → its state, or None.
+      devices: how many copies of the state there are, one a device; 0 for one state that all share.
+    """
+
+    init: Callable | None = None
+    state: Callable | None = None
+    devices: int = 0
 
 
 def create(
@@ -47,8 +63,9 @@ def create(
     key: jax.Array,
     *,
     given: Mapping[str, Any] | None = None,
-    objective: Callable[[jax.Array], Any] | None = None,
+    owners: Mapping[str, Owner] | None = None,
     ema: bool = False,
+    carry_rows: int = 0,
 ) -> State:
     """Initialises a state; pure, so that it can be jitted and `eval_shape`d.
 
@@ -58,19 +75,26 @@ def create(
       example: pytree of `jax.ShapeDtypeStruct`s, what the network is called with.
       key: the seed of the initial weights.
       given: {"params", "batch_stats"}, either may be left out or have only some of the leaves: what to begin with
-        instead.
-      objective: key → parameters that the objective learns beside the network's; they go into `params["objective"]`.
+        instead; "params" may have "methods" as well.
+      owners: what methods own, by name.
       ema: whether to carry averaged weights.
+      carry_rows: examples of a batch, for a recurrent network's carry; 0 for none.
     """
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example)
     variables = model.init(key, zeros)
-    params = _merged(variables["params"], (given or {}).get("params", {}))
-    stats = _merged(
-        variables.get("batch_stats", {}), (given or {}).get("batch_stats", {})
-    )
-    more = objective(jax.random.fold_in(key, 1)) if objective else {}
-    if more:
-        params[OBJECTIVE] = more
+    begin = given or {}
+    params = _merged(variables["params"], begin.get("params", {}))
+    stats = _merged(variables.get("batch_stats", {}), begin.get("batch_stats", {}))
+    owned, extra = {}, {}
+    for name, owner in (owners or {}).items():
+        fold = zlib.crc32(name.encode()) & 0x7FFFFFFF
+        if owner.init is not None:
+            owned[name] = owner.init(jax.random.fold_in(key, fold), params)
+        if owner.state is not None:
+            extra[name] = _copies(owner.state(params), owner.devices)
+    owned = {name: value for name, value in owned.items() if jax.tree.leaves(value)}
+    if owned:
+        params[METHODS] = _merged(owned, begin.get("params", {}).get(METHODS, {}))
     average = jax.tree.map(jnp.copy, {"params": params, "stats": stats})
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -78,14 +102,81 @@ def create(
         stats=stats,
         opt=tx.init(params),
         ema=average if ema else None,
+        extra=extra or None,
+        carry=model.initial_carry(carry_rows) if carry_rows else None,
     )
 
 
-def _merged(made: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is made, with the leaves that are given instead."""
+def _copies(state, devices: int):
+    if not devices:
+        return state
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.asarray(x), (devices, *jnp.shape(x))), state
+    )
+
+
+def _merged(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with the leaves that are given instead."""
     return {
         name: _merged(value, given.get(name, {}))
         if isinstance(value, Mapping)
         else given.get(name, value)
-        for name, value in made.items()
+        for name, value in whole.items()
     }
+
+
+def handed_over(before: State, fresh: State) -> tuple[State, list[str]]:
+    """The state that a phase begins with, from the state that the one before ended with.
+
+    Weights, statistics and averages go on; what methods own goes on under the same name and of the same shapes. The
+    optimizer's state goes on if it is of the same kind, but learning-rate schedules begin anew.
+
+    Args:
+      before: the last state, already changed by the transition; host arrays.
+      fresh: a new state of the next phase's shapes.
+
+    Returns:
+      The state, with the shapes of `fresh`; and a line for what begins anew.
+    """
+    lines = []
+
+    def same(a, b):
+        shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(t)] for t in (a, b)]
+        alike = jax.tree.structure(a) == jax.tree.structure(b)
+        return alike and shapes[0] == shapes[1]
+
+    def continued(name, old, new):
+        if new is None or not jax.tree.leaves(new):
+            return new
+        if same(old, new):
+            return old
+        if old is not None and jax.tree.leaves(old):
+            lines.append(f"the {name} begins anew: its shapes are others")
+        return new
+
+    params = tree.overlaid(fresh.params, before.params)
+    stats = tree.overlaid(fresh.stats, before.stats)
+    ema = None
+    if fresh.ema is not None:
+        source = before.ema or {"params": before.params, "stats": before.stats}
+        ema = tree.overlaid({"params": params, "stats": stats}, source)
+    opt = continued("optimizer's state", before.opt, fresh.opt)
+    opt = jax.tree.map(
+        lambda s: (
+            s._replace(count=0 * s.count)
+            if isinstance(s, optax.ScaleByScheduleState)
+            else s
+        ),
+        opt,
+        is_leaf=lambda s: isinstance(s, optax.ScaleByScheduleState),
+    )
+    old = before.extra or {}
+    extra = {
+        name: continued(f"state of {name}", old.get(name), value)
+        for name, value in (fresh.extra or {}).items()
+    }
+    carry = continued("carry", before.carry, fresh.carry)
+    return (
+        State(before.step, params, stats, opt, ema, extra or None, carry),
+        lines,
+    )

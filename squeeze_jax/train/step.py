@@ -1,222 +1,416 @@
-"""One training step, pure: `(state, batch, key, *frozen) → (state, metrics)`, and its four plug points.
+"""One training step, pure: `(state, batch, key, *frozen) → (state, metrics)`, in four parts with five plug points.
 
-    1 gradient transforms   `tx`, an optax chain
-    2 forward weights       `weights`, functions params → params applied inside the loss
-    3 objective             `objective(logits, endpoints, batch) → (scalar, metrics)`; one that learns parameters of its
-                            own takes them as the fourth argument
-    4 gradient exchange     `exchange(key, grads, axis_name) → grads`, inside `jax.shard_map`
+    prepare      augmentation, and the teachers' outputs
+    gradients    one forward pass and `jax.value_and_grad` of it, or a method of the plug point `gradients`;
+                 forward: see `train/forward.py`; objective: the sum of the loss terms
+    exchange     reduces gradients over the devices inside `jax.shard_map`; without a method the compiler does
+    update       the ordered list of gradient transforms with the optimizer in it, then the averaged weights
 
 Sharding stays outside: the arrays that come in carry it. Only an explicit gradient exchange needs the mesh.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from squeeze_jax import methods
 from squeeze_jax.nn import varying
+from squeeze_jax.train import forward
+from squeeze_jax.train.forward import Network
 from squeeze_jax.train.sharding import BATCH
-from squeeze_jax.train.state import OBJECTIVE, State, network
+from squeeze_jax.train.state import State
 
 
-def make(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    objective: Callable,
-    *,
-    prepare: Callable = lambda key, batch: batch,
-    inputs: Callable = lambda batch: batch["image"],
-    teach: Callable | None = None,
-    weights: Sequence[Callable] = (),
-    exchange: Callable | None = None,
-    mesh: Mesh | None = None,
-    dtype: str = "float32",
-    accumulate: int = 1,
-    ema: float = 0.0,
-) -> Callable[..., tuple[State, dict]]:
-    """Builds the step.
+class Term(NamedTuple):
+    """One loss of the objective.
 
-    Args:
-      model: what `inputs` gives → (logits, endpoints).
-      tx: gradient transforms; they get the gradients as the extra argument `grads` too.
-      objective: (logits, endpoints, batch) → (scalar, metrics).
-      prepare: (key, batch) → batch on the accelerator: augmentation.
-      inputs: batch → what the network reads: normalised images, say; floating-point arrays are cast to `dtype`.
-      teach: (frozen, batch) → what the objective finds as `batch["teacher"]`: outputs of other networks, whose weights
-        `frozen` the step takes as its fourth argument. It is outside of what is differentiated.
-      weights: reparametrizations, applied in order inside the loss.
-      exchange: reduces gradients over the devices; None leaves the mean to the compiler.
-      mesh: needed by `exchange`, whose parameters must be replicated.
-      dtype: of the computation; master weights and statistics stay float32.
-      accumulate: split the batch into so many parts, one after the other; a part weighs as much as it has examples
-        that count.
-      ema: decay of the averaged weights, 0 for none; it warms up as (1 + t) / (10 + t).
-
-    Returns:
-      The pure step; metrics are float32 scalars: "loss", "grad_norm", "examples" (how many counted) and the
-      objective's own.
+    Attributes:
+      name: in records and in `params["methods"]`.
+      weight: its factor in the sum.
+      objective: the method.
     """
 
-    def loss_of(params, stats, batch, key):
-        own = (params[OBJECTIVE],) if OBJECTIVE in params else ()
-        params = network(params)
-        for reparametrize in weights:
-            params = reparametrize(params)
-        (logits, endpoints), changed = model.apply(
-            {"params": cast(params, dtype), "batch_stats": stats},
-            floats(inputs(batch), dtype),
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
-        logits = floats(logits, jnp.float32)
-        loss, metrics = objective(logits, endpoints, batch, *own)
-        return loss, (changed.get("batch_stats", stats), {"loss": loss, **metrics})
+    name: str
+    weight: float
+    objective: methods.Objective
 
-    def gradients(params, stats, batch, key):
-        """Gradients, new statistics and metrics of one batch, in `accumulate` parts."""
 
-        def part(stats, batch_and_key):
-            batch, key = batch_and_key
-            (_, (stats, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-                params, stats, batch, key
-            )
-            return stats, (grads, metrics)
+class Named(NamedTuple):
+    """A method and the name under which its parameters and state stand."""
 
-        if accumulate == 1:
-            stats, (grads, metrics) = part(stats, (batch, key))
-            return grads, stats, metrics
-        # [b] → [b / n, n] → [n, b / n]: every part takes rows of every device, so nothing moves between devices.
-        split = jax.tree.map(
-            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        counts = split["mask"].sum(1, dtype=jnp.float32)
-        keys = jax.random.split(key, accumulate)
-        shares = counts / jnp.maximum(counts.mean(), 1.0)
-        stats, total = _scan_mean(part, stats, (split, keys), shares)
-        return total[0], stats, total[1]
+    name: str
+    method: Any
 
-    if exchange is not None:
-        gradients = _exchanged(gradients, exchange, mesh)
+
+class Parts(NamedTuple):
+    """The parts of a step, each pure.
+
+    Attributes:
+      prepare: (state, batch, key, *frozen) → batch.
+      gradients: (state, batch, key) → `Computed`; exchanged already.
+      update: (state, computed, examples, key) → (state, metrics).
+      fused: whether `gradients` may be traced.
+    """
+
+    prepare: Callable
+    gradients: Callable
+    update: Callable
+    fused: bool
+
+
+class Computed(NamedTuple):
+    """What the gradients' part hands on: gradients, changed statistics, state and carry, and metrics."""
+
+    grads: Any
+    stats: Any
+    extra: Any
+    carry: Any
+    metrics: dict[str, jax.Array]
+
+
+def make(network: Network, update: Any, objective: Any, **plugs) -> Callable:
+    """Builds the whole step as one function; the arguments are those of `parts`.
+
+    Returns:
+      (state, batch, key, *frozen) → (state, metrics); metrics are float32 scalars: "loss", "grad_norm", "examples" (how
+      many counted) and the objective's own. A step whose gradients are compiled in pieces compiles its other parts
+      itself.
+    """
+    return whole(parts(network, update, objective, **plugs))
+
+
+def whole(pieces: Parts) -> Callable:
+    """Composes the parts of a step, see `make`."""
+    prepare, finish = pieces.prepare, pieces.update
+    if not pieces.fused:
+        prepare = jax.jit(prepare)
+        finish = jax.jit(finish, donate_argnums=0)
 
     def step(state: State, batch: dict, key: jax.Array, *frozen) -> tuple[State, dict]:
-        key = jax.random.fold_in(key, state.step)
-        prepare_key, forward_key = jax.random.split(key)
+        batch = prepare(state, batch, key, *frozen)
         examples = jnp.sum(batch["mask"].astype(jnp.float32))
-        batch = prepare(prepare_key, batch)
-        if teach is not None:
-            batch = batch | {"teacher": teach(*frozen, batch)}
-        grads, stats, metrics = gradients(state.params, state.stats, batch, forward_key)
-        updates, opt = optax.with_extra_args_support(tx).update(
-            grads, state.opt, state.params, grads=grads
-        )
-        params = optax.apply_updates(state.params, updates)
-        average = state.ema
-        if ema:
-            t = state.step.astype(jnp.float32)
-            decay = jnp.minimum(ema, (1 + t) / (10 + t))
-            fresh = {"params": params, "stats": stats}
-            average = jax.tree.map(
-                lambda a, b: decay * a + (1 - decay) * b, average, fresh
-            )
-        metrics |= {"grad_norm": optax.tree.norm(grads), "examples": examples}
-        return State(state.step + 1, params, stats, opt, average), metrics
+        computed = pieces.gradients(state, batch, key)
+        return finish(state, computed, examples, key)
 
     return step
 
 
+def parts(
+    network: Network | Any,
+    update: methods.Update | optax.GradientTransformation,
+    objective: Callable | Sequence[Term],
+    *,
+    prepare: Callable = lambda key, batch: batch,
+    inputs: Callable = lambda batch: batch["image"],
+    teach: Callable | None = None,
+    gradients: Named | None = None,
+    exchange: Named | Callable | None = None,
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> Parts:
+    """Builds the parts of a step.
+
+    Args:
+      network: of `forward.make`, or a Linen module alone.
+      update: gradient transforms in order, see `optim.chain`, or one optax transform.
+      objective: the terms of the loss, or one plain loss.
+      prepare: (key, batch) → batch on the accelerator: augmentation.
+      inputs: batch → what the network reads.
+      teach: (frozen, batch) → what the objective finds as `batch["teacher"]`: outputs of other networks, whose weights
+        `frozen` the step takes as its fourth argument. It is outside of what is differentiated.
+      gradients: a method of that plug point; None for one forward pass.
+      exchange: a method of that plug point, or a plain function; None leaves the mean to the compiler.
+      mesh: needed by `exchange`, whose parameters must be replicated.
+      accumulate: split the batch into so many parts, one after the other; a part weighs as much as it has examples
+        that count.
+      ema: decay of the averaged weights, 0 for none; it warms up as (1 + t) / (10 + t).
+    """
+    if not isinstance(network, Network):
+        network = Network(network)
+    if callable(objective):
+        objective = (Term("objective", 1.0, methods.objective(objective)),)
+    if isinstance(update, optax.GradientTransformation):
+        update = methods.Update(update)
+    if callable(exchange) and not isinstance(exchange, Named):
+        exchange = Named("exchange", methods.exchange(exchange))
+    fused = gradients is None or gradients.method.fused
+    compute = _computed(network, tuple(objective), inputs, gradients)
+    compute = functools.partial(_in_parts, compute, accumulate)
+    if exchange is not None:
+        compute = _exchanged(compute, exchange, network.first, mesh)
+
+    def prepared(state, batch, key, *frozen):
+        prepare_key, _ = _keys(key, state.step)
+        batch = prepare(prepare_key, batch)
+        if teach is not None:
+            batch = batch | {"teacher": teach(*frozen, batch)}
+        return batch
+
+    def computed(state, batch, key):
+        _, forward_key = _keys(key, state.step)
+        stats = {"batch_stats": state.stats, "step": state.step}
+        stats["extra"] = dict(state.extra or {})
+        grads, stats, carry, metrics = compute(
+            state.params, stats, state.carry, batch, forward_key
+        )
+        extra = stats["extra"] or None
+        return Computed(grads, stats["batch_stats"], extra, carry, metrics)
+
+    def updated(state, computed, examples, key):
+        _, forward_key = _keys(key, state.step)
+        return _updated(
+            state, computed, examples, forward_key, update, ema, network.first
+        )
+
+    return Parts(prepared, computed, updated, fused)
+
+
+def _keys(key, step):
+    return jax.random.split(jax.random.fold_in(key, step))
+
+
 def make_evaluation(
-    model: nn.Module,
+    network: Network | Any,
     measure: Callable,
     *,
     inputs: Callable = lambda batch: batch["image"],
-    weights: Sequence[Callable] = (),
-    dtype: str = "float32",
 ):
     """Builds `(variables, batch) → (sums, rows)`, see `metrics._metric.Metric`; rows get "mask" and "index" too.
 
+    With a carry as the third argument it returns ((sums, rows), carry).
+
     Args:
-      model, inputs, weights, dtype: as in `make`.
+      network, inputs: as in `parts`.
       measure: (logits, batch) → (sums, rows).
     """
+    if not isinstance(network, Network):
+        network = Network(network)
 
-    def evaluate(variables: dict[str, Any], batch: dict):
-        params = variables["params"]
-        for reparametrize in weights:
-            params = reparametrize(params)
-        logits, _ = model.apply(
-            {**variables, "params": cast(params, dtype)},
-            floats(inputs(batch), dtype),
-            train=False,
-        )
-        sums, rows = measure(floats(logits, jnp.float32), batch)
-        return sums, rows | {k: batch[k] for k in ("mask", "index") if rows}
+    def evaluate(variables: dict[str, Any], batch: dict, carry=None):
+        options = {} if carry is None else {"carry": carry}
+        outputs, _ = forward.run(network, variables, inputs(batch), **options)
+        sums, rows = measure(outputs[0], batch)
+        scored = sums, rows | {k: batch[k] for k in ("mask", "index") if rows}
+        return scored if carry is None else (scored, outputs[1]["carry"])
 
     return evaluate
 
 
-def floats(values, dtype: str):
-    """The floating-point arrays of a pytree in a dtype; others as they are."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-        values,
+def _computed(network, terms, inputs, gradients):
+    """Returns (params, stats, carry, batch, key) → (grads, stats, carry, metrics) of one part of a batch."""
+
+    def outputs(params, stats, batch, key, **options):
+        if stats.get("carry") is not None:
+            options["carry"] = stats["carry"]
+        variables = {"params": params, **stats}
+        (logits, endpoints), changed = forward.run(
+            network, variables, inputs(batch), train=True, key=key, **options
+        )
+        if stats.get("carry") is not None:
+            changed["carry"] = endpoints["carry"]
+        return logits, endpoints, stats | changed
+
+    def objective(logits, endpoints, batch, params, key, stats):
+        variables = {"params": params, **stats}
+        plain = forward.parameters(params)
+        total, records, extra = 0.0, {}, dict(stats["extra"])
+        for term in terms:
+            own = forward.own(term.name, variables, first=network.first, key=key)
+            value, record, *state = term.objective.loss(
+                logits, endpoints, batch, plain, own
+            )
+            if state:
+                extra[term.name] = state[0]
+            if len(terms) > 1 or term.weight != 1:
+                record = {term.name: value} | record
+            total = total + term.weight * value
+            records |= record
+        return total, records, stats | {"extra": extra}
+
+    def loss(params, stats, batch, key, **options):
+        logits, endpoints, stats = outputs(params, stats, batch, key, **options)
+        value, metrics, stats = objective(logits, endpoints, batch, params, key, stats)
+        return value, (stats, {"loss": value, **metrics})
+
+    passes = methods.Passes(outputs, objective, loss)
+
+    def compute(params, stats, carry, batch, key):
+        before = stats
+        stats = stats if carry is None else stats | {"carry": carry}
+        if gradients is None:
+            (_, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+                params, stats, batch, key
+            )
+        else:
+            variables = {"params": params, **stats}
+            name, method = gradients
+            own = forward.own(name, variables, first=network.first, key=key)
+            grads, stats, metrics, *state = method.compute(
+                passes, params, stats, batch, own
+            )
+            if state:
+                stats = stats | {"extra": stats["extra"] | {name: state[0]}}
+        after = {k: stats[k] for k in before}
+        return grads, after, jax.lax.stop_gradient(stats.get("carry")), metrics
+
+    return compute
+
+
+def _in_parts(compute, accumulate, params, stats, carry, batch, key):
+    """Gradients, statistics, carry and metrics of one batch, in `accumulate` parts."""
+    if accumulate == 1:
+        return compute(params, stats, carry, batch, key)
+
+    def part(stats, rows):
+        carry, batch, key = rows
+        grads, stats, carry, metrics = compute(params, stats, carry, batch, key)
+        return stats, (grads, metrics), carry
+
+    # [b] → [b / n, n] → [n, b / n]: every part takes rows of every device, so nothing moves between devices.
+    def split(x):
+        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def joined(x):
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    batches, carries = jax.tree.map(split, (batch, carry))
+    counts = batches["mask"].sum(1, dtype=jnp.float32)
+    keys = jax.random.split(key, accumulate)
+    shares = counts / jnp.maximum(counts.mean(), 1.0)
+    stats, (grads, metrics), carries = _scan_mean(
+        part, stats, (carries, batches, keys), shares
     )
+    return grads, stats, jax.tree.map(joined, carries), metrics
 
 
-def cast(params, dtype: str):
-    """Weights in the dtype of the computation; scales and shifts of normalisations stay float32."""
-    if dtype == "float32" or not isinstance(params, dict):
-        return params
-    if "scale" in params:
-        return params
-    return {
-        k: cast(v, dtype) if isinstance(v, dict) else v.astype(dtype)
-        for k, v in params.items()
+def _updated(state, computed, examples, key, update, ema, first):
+    """The next state, and the metrics."""
+    params, opt = apply_update(
+        update, computed.grads, state.opt, state.params, key, state.step - first
+    )
+    average = state.ema
+    if ema:
+        t = (state.step - first).astype(jnp.float32)
+        decay = jnp.minimum(ema, (1 + t) / (10 + t))
+        fresh = {"params": params, "stats": computed.stats}
+        average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, fresh)
+        if update.project is not None:
+            average |= {"params": update.project(average["params"], opt)}
+    metrics = computed.metrics | {
+        "grad_norm": optax.tree.norm(computed.grads),
+        "examples": examples,
     }
+    after = State(
+        step=state.step + 1,
+        params=params,
+        stats=computed.stats,
+        opt=opt,
+        ema=average,
+        extra=computed.extra,
+        carry=computed.carry,
+    )
+    return after, metrics
+
+
+def apply_update(update: methods.Update, grads, opt, params, key, step):
+    """Returns (params, optimizer state) after the gradient transforms.
+
+    Args:
+      update: of `optim.chain`.
+      grads, opt, params: of a state.
+      key: random, for transforms that draw.
+      step: int32 [], updates done in this phase.
+    """
+    tx = optax.with_extra_args_support(update.tx)
+    key = jax.random.fold_in(key, 2)
+    updates, opt = tx.update(grads, opt, params, grads=grads, key=key, step=step)
+    params = optax.apply_updates(params, updates)
+    if update.project is not None:
+        params = update.project(params, opt)
+    return params, opt
 
 
 def _scan_mean(part, stats, parts, shares):
-    """Runs `part` over the leading axis; returns the last statistics and the mean of what it yields.
+    """Runs `part` over the leading axis; returns the last statistics, the mean of what it yields, and its rows.
 
     A part weighs as much as it has examples that count: `shares` [n], 1 on average.
     """
 
     def add(carry, each):
-        (stats, total), (each, share) = carry, each
-        stats, new = part(stats, each)
-        return (stats, jax.tree.map(lambda t, x: t + share * x, total, new)), None
+        (stats, total), (rows, share) = carry, each
+        stats, new, after = part(stats, rows)
+        total = jax.tree.map(lambda t, x: t + share * x, total, new)
+        return (stats, total), after
 
     shapes = jax.eval_shape(part, stats, jax.tree.map(lambda x: x[0], parts))[1]
     # Inside shard_map a sum over a device's own rows varies over the devices, and so must what it starts from.
     zeros = jax.tree.map(
         lambda s: varying.like(jnp.zeros(s.shape, s.dtype), shares), shapes
     )
-    (stats, total), _ = jax.lax.scan(add, (stats, zeros), (parts, shares))
-    return stats, jax.tree.map(lambda x: x / len(shares), total)
+    (stats, total), rows = jax.lax.scan(add, (stats, zeros), (parts, shares))
+    return stats, jax.tree.map(lambda x: x / len(shares), total), rows
 
 
-def _exchanged(gradients, exchange, mesh):
-    """Computes gradients on each device's own rows and reduces them by `exchange`."""
+def _exchanged(compute, exchange: Named, first: int, mesh: Mesh):
+    """Computes gradients on each device's own rows and reduces them by the exchange."""
+    name, method = exchange
 
-    def local(params, stats, batch, key):
+    def local(params, stats, mine, carry, batch, key):
         # A replicated weight's gradient would be summed over devices already; a varying one's is the device's own.
-        params = jax.tree.map(lambda w: jax.lax.pcast(w, BATCH, to="varying"), params)
+        varied = functools.partial(
+            jax.tree.map, lambda w: jax.lax.pcast(w, BATCH, to="varying")
+        )
+        params, stats = varied(params), stats | {"extra": varied(stats["extra"])}
         own_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH))
-        grads, stats, metrics = gradients(params, stats, batch, own_key)
+        step = stats["step"]
+        grads, stats, carry, metrics = compute(params, stats, carry, batch, own_key)
         count = batch["mask"].sum(dtype=jnp.float32)
         share = count / jnp.maximum(jax.lax.pmean(count, BATCH), 1.0)
         grads, metrics = jax.tree.map(lambda x: share * x, (grads, metrics))
-        grads = exchange(jax.random.fold_in(own_key, 1), grads, BATCH)
-        return grads, jax.lax.pmean(stats, BATCH), jax.lax.pmean(metrics, BATCH)
+        own = methods.Own(
+            params={},
+            state=jax.tree.map(lambda x: x[0], mine),  # [1, ...]: this device's
+            key=jax.random.fold_in(own_key, 1),
+            step=step - first,
+            train=True,
+        )
+        grads, mine = method.exchange(grads, BATCH, own)
+        mine = jax.tree.map(lambda x: x[None], mine)
+        stats = {k: v for k, v in stats.items() if k != "step"}
+        stats = jax.tree.map(_agreed, stats)
+        return grads, stats, mine, carry, jax.lax.pmean(metrics, BATCH)
 
-    return jax.shard_map(
+    mapped = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), P(), P(BATCH), P()),
-        out_specs=(P(), P(), P()),
+        in_specs=(P(), P(), P(BATCH), P(BATCH), P(BATCH), P()),
+        out_specs=(P(), P(), P(BATCH), P(BATCH), P()),
     )
+
+    def computed(params, stats, carry, batch, key):
+        mine = stats["extra"].get(name)
+        others = {k: v for k, v in stats["extra"].items() if k != name}
+        grads, stats, mine, carry, metrics = mapped(
+            params, stats | {"extra": others}, mine, carry, batch, key
+        )
+        if mine is not None:
+            stats["extra"] |= {name: mine}
+        return grads, stats, carry, metrics
+
+    return computed
+
+
+def _agreed(x):
+    """What devices that hold different values of a statistic go on with: the mean, of counts and flags the largest."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.pmean(x, BATCH)
+    if x.dtype == bool:
+        return jax.lax.pmax(x.astype(jnp.int8), BATCH).astype(bool)
+    return jax.lax.pmax(x, BATCH)

@@ -12,11 +12,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import workload
+
+from squeeze_jax.cost import timing
 
 
 def grouped(groups: int, output: int = 1, ffn: int = 0, wide: int = 4, scores: int = 0):
@@ -140,12 +141,7 @@ def measured(runs: list, args) -> list[list[float]]:
     for i in range(args.rounds):
         for j in list(range(len(runs)))[:: -1 if i % 2 else 1]:
             runs[j]()
-            taken = []
-            for _ in range(args.steps):
-                begin = time.perf_counter()
-                runs[j]()
-                taken.append(time.perf_counter() - begin)
-            times[j].append(min(taken))
+            times[j].append(1e-3 * min(timing.times(runs[j], args.steps)))
     return times
 
 

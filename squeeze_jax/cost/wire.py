@@ -1,0 +1,315 @@
+"""Bytes on the wire: what each device sends in one call of a function, by collective and dtype.
+
+Two numbers describe a collective among n devices. The payload, which no algorithm changes, is the size of the array that
+the collective works on. The bytes sent are those of ring algorithms, which send the least that large arrays need
+(Patarasuk and Yuan 2009, JPDC 69):
+
+    collective        payload                                 bytes that each device sends
+    all-reduce        the array                               2 (n - 1) / n · payload
+    all-gather        the gathered array                      (n - 1) / n · payload
+    reduce-scatter    the array before the scatter            (n - 1) / n · payload
+    all-to-all        the array of one device                 (n - 1) / n · payload
+    permute           the array of one device                 payload
+    broadcast         the array                               (n - 1) / n · payload, the mean over the devices
+
+`wire` reads the collectives that a function calls inside `jax.shard_map`. `compiled_wire` reads the collectives of a
+compiled program, which include those that the compiler inserts for `NamedSharding`s. The compiler may also merge, widen
+or drop collectives: XLA's CPU compiler reduces bfloat16 in float32.
+
+Loops count each iteration, a conditional its costliest branch. What cannot be counted is named in `Wire.unknown`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from squeeze_jax.cost import hlo, program
+from squeeze_jax.cost.program import Operation
+
+# Primitives, without the "_start" of asynchronous ones. Changes of replication (pvary, pcast) send nothing.
+_KINDS = {
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "all_gather_reduced": "all-gather",
+    "all_to_all": "all-to-all",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "ppermute": "permute",
+    "psum": "all-reduce",
+    "psum2": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "reduce_scatter": "reduce-scatter",
+    "unreduced_psum": "all-reduce",
+    "unreduced_reduce_scatter": "reduce-scatter",
+}
+_UNKNOWN = {"precv", "psend", "ragged_all_to_all"}
+
+# Operations of a compiled program, without the "-start" of asynchronous ones.
+_COMPILED = {
+    "all-gather": "all-gather",
+    "all-reduce": "all-reduce",
+    "all-to-all": "all-to-all",
+    "collective-broadcast": "broadcast",
+    "collective-permute": "permute",
+    "reduce-scatter": "reduce-scatter",
+}
+_COMPILED_UNKNOWN = {"ragged-all-to-all", "recv", "send"}
+
+_DTYPES = {"pred": "bool", "bf": "bfloat", "c": "complex", "f": "float", "s": "int"}
+_DTYPES |= {"u": "uint"}
+_BRANCHES = re.compile(r"(?:branch|true|false)_computations?=(\{[^}]*\}|%?[\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Wire(NamedTuple):
+    """The traffic of one call, seen from one device; keys are (collective, dtype), such as ("all-gather", "int8").
+
+    Attributes:
+      sent: bytes that each device sends with ring algorithms.
+      payload: bytes of the arrays that the collectives work on.
+      unknown: what was not counted.
+    """
+
+    sent: dict[tuple[str, str], float]
+    payload: dict[tuple[str, str], int]
+    unknown: tuple[str, ...]
+
+    @property
+    def total(self) -> float:
+        """Bytes that each device sends."""
+        return sum(self.sent.values())
+
+    def by_kind(self) -> dict[str, float]:
+        """{collective: bytes that each device sends}."""
+        return _summed((kind, sent) for (kind, _), sent in self.sent.items())
+
+    def by_dtype(self) -> dict[str, float]:
+        """{dtype: bytes that each device sends}."""
+        return _summed((dtype, sent) for (_, dtype), sent in self.sent.items())
+
+
+class _Part(NamedTuple):
+    """One array of a collective: its payload in bytes, among n devices."""
+
+    kind: str
+    dtype: str
+    payload: int
+    devices: int
+
+    @property
+    def sent(self) -> float:
+        if self.kind == "permute":
+            return float(self.payload)
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return rounds * (self.devices - 1) * self.payload / self.devices
+
+
+def wire(fn: Callable, *args, **kwargs) -> Wire:
+    """Counts the bytes that each device sends in `fn(*args, **kwargs)`, without running it.
+
+    Args:
+      fn: any function that JAX can trace. Collectives inside `jax.shard_map` count, on a mesh of real, simulated or
+        abstract devices. The compiler inserts others later, see `compiled_wire`.
+      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s.
+    """
+    traced = program.trace(lambda a, k: fn(*a, **k), args, kwargs)
+    parts, unknown = [], {}
+
+    def cost(op):
+        return sum(part.sent for part in _parts(op))
+
+    for op, times, _ in program.runs(traced, cost):
+        where = f"in {op.layer or 'the function itself'}"
+        if op.name == "while" and any(_sends(body, cost) for body in op.bodies):
+            unknown[f"while loop, counted as one iteration, {where}"] = None
+        if _primitive(op) in _UNKNOWN:
+            unknown[f"{op.name} {where}"] = None
+        parts += [(part, times) for part in _parts(op)]
+    return _total(parts, unknown)
+
+
+def compiled_wire(compiled) -> Wire:
+    """Counts the bytes that each device sends in one run of a compiled program.
+
+    Args:
+      compiled: what `jax.jit(fn).lower(...).compile()` returns, or its text in XLA's format (HLO).
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    header = text.partition("\n")[0]
+    devices = math.prod(
+        int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
+    )
+    computations = hlo._read(text)
+    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)[1]
+    unknown = {}
+    parts = list(_compiled_parts(entry, computations, devices, unknown))
+    return _total(parts, unknown)
+
+
+def describe(traffic: Wire) -> str:
+    """Returns one line, such as "wire 1.2 MB a step and device: all-gather int8 1.1 MB, all-reduce float32 92 kB"."""
+    unknown = f"; not counted: {', '.join(traffic.unknown)}" if traffic.unknown else ""
+    if not traffic.sent:
+        return f"wire nothing is sent{unknown}"
+    ranked = sorted(traffic.sent.items(), key=lambda item: -item[1])
+    parts = [f"{kind} {dtype} {_size(sent)}" for (kind, dtype), sent in ranked]
+    whole = _size(traffic.total)
+    return f"wire {whole} a step and device: {', '.join(parts)}{unknown}"
+
+
+def _total(parts: list[tuple[_Part, int]], unknown: Mapping) -> Wire:
+    sent = _summed(((p.kind, p.dtype), times * p.sent) for p, times in parts)
+    payload = _summed(((p.kind, p.dtype), times * p.payload) for p, times in parts)
+    return Wire(sent, payload, tuple(unknown))
+
+
+def _summed(items) -> dict:
+    sums = {}
+    for key, value in items:
+        sums[key] = sums.get(key, 0) + value
+    return sums
+
+
+def _sends(body: program.Program, cost) -> bool:
+    return any(sent for _, _, sent in program.runs(body, cost))
+
+
+def _primitive(op: Operation) -> str:
+    return op.name.removesuffix("_start")
+
+
+def _parts(op: Operation) -> list[_Part]:
+    """The arrays that an operation sends: none where it is no collective, or among one device alone."""
+    name = _primitive(op)
+    # A primitive of the same name in other versions changes the replication alone, and has no source.
+    kind = "broadcast" if name == "pbroadcast" and "source" in op.params else None
+    kind = _KINDS.get(name, kind)
+    if kind is None:
+        return []
+    devices = _group(op)
+    if devices == 1 or (
+        kind == "permute" and all(a == b for a, b in op.params["perm"])
+    ):
+        return []
+    whole = devices if kind == "all-gather" else 1
+    return [
+        _Part(kind, str(v.dtype), whole * _nbytes(v), devices)
+        for v in op.inputs
+        if v.dtype is not None
+    ]
+
+
+def _group(op: Operation) -> int:
+    """How many devices a collective is among."""
+    if groups := op.params.get("axis_index_groups"):
+        return len(groups[0])
+    names = op.params.get("axes", op.params.get("axis_name"))
+    names = names if isinstance(names, tuple | list | frozenset) else (names,)
+    # Positions are axes of the array, reduced on the device.
+    return math.prod(op.axes[name] for name in names if not isinstance(name, int))
+
+
+def _nbytes(v: program.Value) -> int:
+    """Bytes of an array whose numbers of less than 8 bits are packed."""
+    for kind, info in (jnp.integer, jnp.iinfo), (jnp.floating, jnp.finfo):
+        if jnp.issubdtype(v.dtype, kind):
+            return -(-math.prod(v.shape) * info(v.dtype).bits // 8)
+    return math.prod(v.shape) * v.dtype.itemsize
+
+
+def _compiled_parts(
+    name: str, computations: Mapping, devices: int, unknown: dict, times: int = 1
+) -> Iterator[tuple[_Part, int]]:
+    """Yields (part, how often it is sent) of the collectives in a computation and in all that it runs."""
+    inside = computations.get(name, {})
+    for each in inside.values():
+        opcode = each.opcode.removesuffix("-start")
+        if opcode in _COMPILED_UNKNOWN:
+            unknown[opcode] = None
+        elif opcode in _COMPILED:
+            for part in _operands(_COMPILED[opcode], each, inside, devices, unknown):
+                yield part, times
+        elif opcode == "while":
+            body, trips = re.search(r"body=%?([\w.-]+)", each.attributes)[1], 1
+            if known := _TRIPS.search(each.attributes):
+                trips = int(known[1])
+            parts = list(
+                _compiled_parts(body, computations, devices, unknown, times * trips)
+            )
+            if parts and not known:
+                unknown["while loop, counted as one iteration"] = None
+            yield from parts
+        elif opcode == "conditional":
+            names = " ".join(_BRANCHES.findall(each.attributes))
+            branches = [
+                list(_compiled_parts(n, computations, devices, unknown, times))
+                for n in re.findall(r"[\w.-]+", names)
+            ]
+            yield from max(branches, key=lambda ps: sum(n * p.sent for p, n in ps))
+        elif called := _called(each):
+            yield from _compiled_parts(called, computations, devices, unknown, times)
+
+
+def _called(each) -> str | None:
+    """The computation that an instruction calls; the function that a reduction applies does not count."""
+    if each.opcode == "call":
+        return re.search(r"to_apply=%?([\w.-]+)", each.attributes)[1]
+    return each.calls
+
+
+def _operands(kind, each, inside, devices, unknown) -> Iterator[_Part]:
+    """The arrays that an instruction sends."""
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", each.attributes)
+    if kind == "permute":
+        moved = re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else "")
+        group = devices if any(a != b for a, b in moved) else 1
+    else:
+        group = _compiled_group(each.attributes, devices)
+    if group is None:
+        unknown[f"{each.opcode} among unknown devices"] = None
+        return
+    whole = group if kind == "all-gather" else 1
+    for name in each.operands:
+        for dtype, bits in _arrays(inside[name].type if name in inside else ""):
+            if group > 1:
+                yield _Part(kind, dtype, whole * -(-bits // 8), group)
+
+
+def _compiled_group(attributes: str, devices: int) -> int | None:
+    """How many devices a collective is among; None if it says so in another notation than these.
+
+    replica_groups={{0,1},{2,3}}                         lists; {} is all devices
+    replica_groups=[2,4]<=[8]                            2 groups of 4
+    replica_groups=mesh['x'=2,'y'=4] {'y'}               a mesh's axes, or parts of them: 'y':(1)2
+    """
+    if lists := re.search(r"replica_groups=\{(?:\{([\d,]*)\}|\})", attributes):
+        return len(lists[1].split(",")) if lists[1] else devices
+    if shape := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(shape[1])
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes
+    ):
+        sizes = {n: int(size) for n, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sizes[n] for n, part in axes)
+    return None if "replica_groups=" in attributes else devices
+
+
+def _arrays(text: str) -> Iterator[tuple[str, int]]:
+    """(dtype, bits) of each array in a type such as `(f32[8,16]{1,0}, s8[4]{0})`."""
+    for name, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text):
+        letters, bits, suffix = re.fullmatch(r"([a-z]+)(\d*)(\w*)", name).groups()
+        dtype = _DTYPES.get(letters, letters) + bits + (f"_{suffix}" if suffix else "")
+        size = math.prod(int(n) for n in shape.split(",") if n)
+        yield dtype, size * int(bits or 8)
+
+
+def _size(value: float) -> str:
+    """Bytes with three significant digits, in powers of 1000."""
+    value, units = float(f"{value:.3g}"), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = float(f"{value / 1000:.3g}"), units[1:]
+    return f"{value:g} {units[0]}"
