@@ -44,6 +44,38 @@ def row(table: Mapping[str, typing.Any], key: str, what: str):
     return table[key]
 
 
+def options(defaults: typing.Any, without: Sequence[str] = ()) -> Callable:
+    """Returns a decorator that puts the fields of a NamedTuple into a signature that ends in `**options`.
+
+    The function's own parameters have precedence over fields of the same name.
+
+    Args:
+      defaults: the NamedTuple, whose values are the defaults.
+      without: fields that the function does not take.
+    """
+    hints = typing.get_type_hints(type(defaults))
+
+    def declare(fn: Callable) -> Callable:
+        signature = inspect.signature(fn)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        skipped = {p.name for p in own} | set(without)
+        shared = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=value,
+                annotation=hints[name],
+            )
+            for name, value in defaults._asdict().items()
+            if name not in skipped
+        ]
+        fn.__signature__ = signature.replace(parameters=own + shared)
+        fn.__annotations__ |= {p.name: p.annotation for p in shared}
+        return fn
+
+    return declare
+
+
 def check(
     fn: Callable,
     section: Mapping[str, typing.Any],
