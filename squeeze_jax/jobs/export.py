@@ -72,6 +72,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             endpoints_fn=live(built, state, endpoints=True, integer=integer),
             tolerance=settings.tolerance,
             int8_agreement=settings.int8_agreement,
+            agreement=built.metric.agreement,
         )
         note(workdir, file, int(state.step))
         print(

@@ -52,7 +52,7 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
     """Trains, see `run`; what is `compiled` may have served runs that differ in nothing but their seeds."""
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
-    settings = {"best": built.metric.headline} | built.experiment.checkpoint
+    settings = built.checkpoints
     directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
         built, restored = resumed(built, checkpoints)

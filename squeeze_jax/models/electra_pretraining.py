@@ -76,8 +76,7 @@ class ElectraPretraining(nn.Module):
           x: {"tokens", "segments", "mask"} of [b, l], tokens masked; "targets" int and "chosen" bool, the original tokens and
             which of the places count, both [b, p] for "positions" int [b, p], or without those [b, l]. Without targets
             the generator scores all tokens and none is replaced.
-          train: whether dropout acts. The draws take the rng "sample", or else "dropout"; without either they are the same
-            every time.
+          train: whether dropout acts. The draws take the rng "sample"; without it they are the same every time.
         """
         scores, _ = self.generator(x, train=train)
         corrupted, is_replaced = x["tokens"], jnp.zeros(x["tokens"].shape, bool)
@@ -98,10 +97,7 @@ class ElectraPretraining(nn.Module):
         return logits, endpoints
 
     def _key(self) -> jax.Array:
-        for name in ("sample", "dropout"):
-            if self.has_rng(name):
-                return self.make_rng(name)
-        return jax.random.key(0)
+        return self.make_rng("sample") if self.has_rng("sample") else jax.random.key(0)
 
 
 class Networks(NamedTuple):
