@@ -1,0 +1,99 @@
+"""Group lasso on convolution and dense kernels, a method of the plug point `objective`.
+
+Wen et al. 2016, "Learning structured sparsity in deep neural networks", arXiv 1608.03665, section 3.1; the factor of
+the group's size is that of Yuan and Lin 2006. It pulls whole groups of weights towards zero:
+
+    penalty = sum over groups g of sqrt(size of g) * ||w_g||_2
+
+Its factor in the loss is the `weight` of its section in `config.objective`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax import methods, tree
+from squeeze_jax.errors import UserError
+
+
+def make(
+    groups: Literal["filters", "channels", "shapes"] = "filters",
+    rules: tuple = (("kernel$", True),),
+) -> methods.Objective:
+    """Returns the penalty; its gradient at a group of zeros is zero.
+
+    Args:
+      groups: for a kernel [height, width, inputs, outputs], "filters" has one group per output, "channels" one per
+        input, and "shapes" one per (row, column, input). In a dense kernel [inputs, outputs] "channels" and "shapes"
+        are the same. In a grouped convolution an input is a position within its group.
+      rules: ordered (regex, bool) over parameter names; the first match decides whether a parameter is penalised, and
+        a parameter without a match is not.
+
+    Raises:
+      UserError: a rule's value is no bool; when it receives parameters, a rule matches none or one of rank below 2.
+    """
+    for rule in rules:
+        if len(rule) == 2 and not isinstance(rule[1], bool):
+            raise UserError(
+                f"group_lasso.rules: the value of {rule[0]!r} should be True or False, not {rule[1]!r}"
+            )
+
+    def init(key, params):
+        del key
+        _penalised(params, rules)  # before any work starts
+        return {}
+
+    def loss(logits, endpoints, batch, params, own):
+        del logits, endpoints, batch, own
+        kernels = _penalised(params, rules).values()
+        return sum(penalty(kernel, groups) for kernel in kernels), {}
+
+    return methods.Objective(loss, init)
+
+
+def penalty(kernel: jax.Array, groups: str) -> jax.Array:
+    """Returns sum over groups of sqrt(size) * norm, float32 [].
+
+    Args:
+      kernel: [..., inputs, outputs].
+      groups: as in `make`.
+    """
+    norms = group_norms(kernel, groups)
+    return math.sqrt(kernel.size / norms.size) * jnp.sum(norms)
+
+
+def group_norms(kernel: jax.Array, groups: str) -> jax.Array:
+    """Returns the Euclidean norm of each group; arguments as in `penalty`."""
+    axes = range(kernel.ndim)
+    inputs, outputs = kernel.ndim - 2, kernel.ndim - 1
+    reduced = {
+        "filters": [axis for axis in axes if axis != outputs],
+        "channels": [axis for axis in axes if axis != inputs],
+        "shapes": [outputs],
+    }[groups]
+    squares = jnp.sum(jnp.square(kernel), tuple(reduced))
+    # The derivative of sqrt is infinite at 0, and infinity times 0 is no number.
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+def _penalised(params: Mapping[str, Any], rules: tree.Rules) -> dict[str, Any]:
+    """The network's parameters that the rules choose, by name."""
+    network = {k: v for k, v in params.items() if k != methods.METHODS}
+    chosen = tree.apply_rules(rules, network, default=False, where="group_lasso.rules")
+    chosen, values = tree.flatten(chosen), tree.flatten(network)
+    kernels = {name: values[name] for name in values if chosen[name]}
+    if not kernels:
+        raise UserError(
+            f"group_lasso.rules = {rules!r} penalises no parameter: give one rule the value True"
+        )
+    for name, kernel in kernels.items():
+        if kernel.ndim < 2:
+            raise UserError(
+                f"group_lasso.rules: {name} of shape {kernel.shape} has no groups; exclude it by a rule with the value"
+                " False"
+            )
+    return kernels
