@@ -38,18 +38,25 @@ def make(
       smallest: parameters of fewer values than this are averaged in float32, as are parameters that methods own.
 
     Raises:
-      UserError: values out of range.
+      UserError: values out of range; when it receives parameters, none that is large enough.
     """
     for name, value in (("block", block), ("smallest", smallest)):
         if value < 1:
             raise UserError(f"int8.{name} = {value} should be at least 1")
 
     def compressed(grads):
-        return {
+        flat = tree.flatten(grads)
+        large = {
             name: grad
-            for name, grad in tree.flatten(grads).items()
+            for name, grad in flat.items()
             if grad.size >= smallest and name.split("/")[0] != methods.METHODS
         }
+        if not large:
+            raise UserError(
+                f"int8.smallest = {smallest}: no parameter has so many values, so nothing is compressed; the largest has"
+                f" {max(grad.size for grad in flat.values())}"
+            )
+        return large
 
     def state(params):
         return {
@@ -61,16 +68,13 @@ def make(
         large = compressed(grads)
         small = {k: g for k, g in tree.flatten(grads).items() if k not in large}
         means = jax.lax.pmean(small, axis_names)
-        residuals = own.state
-        if large:
-            values = {k: g.astype(jnp.float32) for k, g in large.items()}
-            if feedback:
-                values = {k: g + own.state[k] for k, g in values.items()}
-            key = own.key if rounding == "stochastic" else None
-            mean, error = _mean(_blocks(values, block), axis_names, key)
-            means |= _values(mean, large)
-            if feedback:
-                residuals = _values(error, large)
+        values = {k: g.astype(jnp.float32) for k, g in large.items()}
+        if feedback:
+            values = {k: g + own.state[k] for k, g in values.items()}
+        key = own.key if rounding == "stochastic" else None
+        mean, error = _mean(_blocks(values, block), axis_names, key)
+        means |= _values(mean, large)
+        residuals = _values(error, large) if feedback else None
         means = tree.map_named(lambda k, g: means[k].astype(g.dtype), grads)
         return means, residuals
 
