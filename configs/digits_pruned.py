@@ -1,0 +1,40 @@
+"""Magnitude pruning of the small SqueezeNet of configs/digits.py to 80 % zeros.
+
+Zhu and Gupta 2017, arXiv 1710.01878: the sparsity grows by the cubic schedule of equation 1 during the first two thirds
+of the run, and the rest of the run trains the weights that are left. The first layer and the classifier stay dense.
+
+    python run.py --config=configs/digits_pruned.py
+"""
+
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.steps = 600
+    config.batch = 64
+    config.data = dict(source=dict(name="digits"), size=16, crop="pad", pad=2)
+    config.model = dict(
+        name="squeezenet",
+        variant="1.1",
+        width=0.5,
+        stem_strides=1,
+        bypass="simple",
+        norm=True,
+        dropout=0.1,
+        conv10_relu=False,
+    )
+    config.optim = dict(name="sgd", lr=0.1, warmup=0.1, decay=1e-4, nesterov=True)
+    config.update = (
+        "optim",
+        dict(
+            name="prune.magnitude",
+            sparsity=0.8,
+            begin=100,
+            end=400,
+            every=20,
+            rules=(("^conv1/|^conv10/", False), ("kernel$", True)),
+        ),
+    )
+    config.eval_every = 200
+    return config
