@@ -191,6 +191,25 @@ def test_masks_are_those_of_pytorch():
         np.testing.assert_array_equal(state.masks[f"{name}/kernel"], theirs)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["one device", "four devices"])
+def test_marks_are_those_of_a_stable_sort(sharded):
+    """Of 96 values among 10 different ones, so most are tied, in two arrays; numpy sorts the concatenation."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**32, 10, np.uint64).astype(np.uint32)
+    keys = [rng.choice(values, shape) for shape in ((8, 4), (4, 16))]
+    order = np.argsort(np.concatenate([k.ravel() for k in keys]), kind="stable")
+    if sharded:
+        mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        place = jax.NamedSharding(mesh, jax.P("x"))
+        keys = [jax.device_put(key, place) for key in keys]
+    mark = jax.jit(magnitude.smallest)
+    for count in (0, 1, 37, 95, 96):
+        expected = np.zeros(96, bool)
+        expected[order[:count]] = True
+        marks = np.concatenate([np.ravel(m) for m in mark(keys, jnp.int32(count))])
+        np.testing.assert_array_equal(marks, expected)
+
+
 def test_rules_choose_and_methods_own_parameters_stay():
     params = PARAMS | {"methods": {"lsq": {"kernel": jnp.array([0.001])}}}
     update = magnitude.make(0.5, 0, 1, 1, rules=(("^a/", False), ("kernel$", True)))

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -37,57 +36,66 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def unlocked():
-    """Unlocks the work directories, which a process otherwise locks until it ends."""
-    yield
-    while _workdir._locks:
-        _workdir._locks.popitem()[1].close()
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Processes that run the same program read from disk what the first of them compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("compiled"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
-def kill_at(step, *arguments):
-    """Runs run.py in a process of its own and kills it when it prints the progress line of this step."""
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+def fit(workdir, arguments, devices, kill_at=None):
+    """Trains in a process of its own on simulated devices, and kills it at the progress line of a step if one is named.
+
+    Returns:
+      What the process printed.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-u", str(ROOT / "run.py"), *map(str, arguments)]
+    command = [sys.executable, "-u", str(ROOT / "run.py"), "--job=fit"]
+    command += [f"--workdir={workdir}", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     printed = []
     with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as running:
         try:
             for line in running.stdout:
                 printed.append(line)
-                if re.match(rf"step {step}/", line):
+                if kill_at and line.startswith(f"step {kill_at}/"):
                     running.send_signal(signal.SIGKILL)
-                    return
+                    break
         finally:
-            running.kill()
-    raise AssertionError(f"ended before step {step}:\n{''.join(printed)}")
+            if kill_at:
+                running.kill()
+    text = "".join(printed)
+    assert running.returncode == (-signal.SIGKILL if kill_at else 0), text
+    return text
 
 
 def final(workdir):
     """The whole state of the newest checkpoint, on the host."""
-    built = _experiment.build(_experiment.check(_workdir.read(workdir)))
+    config = _workdir.read(workdir) | {"sharding": {"data": DEVICES}}
+    built = _experiment.build(_experiment.check(config))
     with contextlib.closing(
         Checkpoints(workdir / "checkpoints", read_only=True)
     ) as checkpoints:
         return jax.device_get(checkpoints.restore(built.abstract()).state)
 
 
-def check_continues(folder, arguments, capsys):
+def check_continues(folder, arguments, devices=1):
     """Checks that a run that is killed once ends with the bits of an undisturbed one; returns the final state.
 
     Args:
       folder: for the work directories "whole" and "killed".
       arguments: of run.py, without --job and --workdir; the run takes more than `KILL_AT` steps and saves every few.
-      capsys: the fixture.
+      devices: simulated ones; as many as this process has where a method has a state for each of them.
     """
     whole, killed = folder / "whole", folder / "killed"
-    run_py.main(["--job=fit", f"--workdir={whole}", *arguments])
-    disturbed = ["--job=fit", f"--workdir={killed}", *arguments]
-    kill_at(KILL_AT, *disturbed)
-    capsys.readouterr()
-    run_py.main(disturbed)
-    assert "continuing from the checkpoint of step" in capsys.readouterr().out
+    fit(whole, arguments, devices)
+    fit(killed, arguments, devices, kill_at=KILL_AT)
+    printed = fit(killed, arguments, devices)
+    assert "continuing from the checkpoint of step" in printed
     states = [final(workdir) for workdir in (whole, killed)]
     chex.assert_trees_all_equal(*states)
     return states[0]
@@ -109,12 +117,12 @@ def losses(workdir):
     return [r for r in log.read(workdir / "metrics.jsonl") if "loss" in r]
 
 
-def test_pruned_weights_are_zero_in_the_average_and_the_file_too(tmp_path, capsys):
+def test_pruned_weights_are_zero_in_the_average_and_the_file_too(tmp_path):
     sections = run_py.load_config(ROOT / "configs" / "digits_pruned.py")["update"]
     pruning = dict(sections[1]) | dict(sparsity=0.75, begin=4, end=16, every=4)
     update = f"--config.update={('optim', pruning)!r}"
     arguments = (config_of("digits_pruned"), *TINY, update)
-    state = check_continues(tmp_path, arguments, capsys)
+    state = check_continues(tmp_path, arguments)
     for params in state.params, state.ema["params"]:
         kernels = {
             name: (np.sum(np.asarray(layer["kernel"]) == 0), layer["kernel"].size)
@@ -138,12 +146,12 @@ def fires(params):
     }
 
 
-def test_group_lasso_shrinks_the_filters(tmp_path, capsys):
+def test_group_lasso_shrinks_the_filters(tmp_path):
     config = config_of("digits_group_lasso")
     sections = run_py.load_config(ROOT / "configs" / "digits_group_lasso.py")
     task, lasso = map(dict, sections["objective"])
     objective = f"--config.objective={(task, lasso | dict(weight=1e-2))!r}"
-    state = check_continues(tmp_path, (config, *TINY, objective), capsys)
+    state = check_continues(tmp_path, (config, *TINY, objective))
     whole = losses(tmp_path / "whole")
     first, last = whole[0], whole[-1]
     assert last["group_lasso"] < 0.9 * first["group_lasso"]
@@ -157,10 +165,10 @@ def test_group_lasso_shrinks_the_filters(tmp_path, capsys):
     check_exports(tmp_path / "whole")
 
 
-def test_the_exchange_keeps_each_devices_residual(tmp_path, capsys):
+def test_the_exchange_keeps_each_devices_residual(tmp_path):
     exchange = '--config.exchange={"name": "comm.int8", "block": 16, "smallest": 32}'
     arguments = (config_of("digits_int8_exchange"), *TINY, exchange)
-    state = check_continues(tmp_path, arguments, capsys)
+    state = check_continues(tmp_path, arguments, devices=DEVICES)
     residuals = state.extra["int8"]
     assert residuals
     for name, residual in residuals.items():
