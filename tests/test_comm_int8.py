@@ -47,11 +47,8 @@ def begin(method, grads):
     if method.state is None:
         return None
     state = method.state(jax.tree.map(lambda x: x[0], grads))
-    return jax.tree.map(lambda x: jnp.stack([x] * len(x_of(grads))), state)
-
-
-def x_of(grads):
-    return jax.tree.leaves(grads)[0]
+    devices = len(jax.tree.leaves(grads)[0])
+    return jax.tree.map(lambda x: jnp.stack([x] * devices), state)
 
 
 def gradients(devices, seed=0):
@@ -203,6 +200,21 @@ def test_a_gradient_that_is_not_finite_stays_so():
         grads, begin(method, grads), jax.random.key(0)
     )
     assert not np.isfinite(shared["kernel"]).all()
+
+
+def test_parameters_of_methods_are_averaged_in_float32():
+    """Their mean is exact to float32, and they have no residual."""
+    grads = {"kernel": jnp.ones((2, 16)), "methods": {"lsq": gradients(2)}}
+    method = int8.make(block=16, smallest=8)
+    state = begin(method, grads)
+    assert list(state) == ["kernel"]
+    shared, _ = jax.jit(mapped(method, 2))(grads, state, jax.random.key(0))
+    for ours, each in zip(
+        jax.tree.leaves(shared["methods"]),
+        jax.tree.leaves(grads["methods"]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, np.mean(each, 0), rtol=1e-6, atol=1e-6)
 
 
 def test_refuses_what_would_do_nothing():
