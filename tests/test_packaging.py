@@ -14,6 +14,8 @@ LIBRARY = ROOT / "squeeze_jax"
 # A package imports itself and lower levels; what shares a level shares nothing else.
 LEVELS = {
     "errors": 0,
+    "files": 0,
+    "methods": 0,
     "registry": 0,
     "tree": 0,
     "nn": 1,
