@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeeze_jax import methods, registry, tree
+from squeeze_jax import methods, models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _objective, _plugs
 from squeeze_jax.train import sharding, step
@@ -33,6 +33,10 @@ CONFIGS = {
         exchange=dict(name="comm.int8", rounding="stochastic", block=16, smallest=32)
     ),
     "comm.mean": dict(exchange=dict(name="comm.mean", dtype="bfloat16")),
+    "nas.sandwich": dict(
+        model=dict(name="slimmable", variant="tiny", switches=(0.5, 1.0)),
+        gradients=dict(name="nas.sandwich", widths=(0.5, 1.0), random=0),
+    ),
     "prune.group_lasso": dict(
         objective=(
             dict(name="losses.cross_entropy"),
@@ -45,7 +49,11 @@ CONFIGS = {
             dict(name="prune.magnitude", sparsity=0.5, begin=0, end=2, every=1),
         )
     ),
+    "quantize.lsq": dict(forward=(dict(name="quantize.lsq", start=1, observe=1),)),
 }
+
+# {"package.file": arguments of its `make`}: what stands between two phases.
+TRANSITIONS = {"prune.narrow": dict(layers=("fire2/squeeze1x1",))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,7 @@ def method_files():
 
 
 def test_every_method_has_one_row():
-    assert sorted(method_files()) == sorted([*CONFIGS, *LOSSES])
+    assert sorted(method_files()) == sorted([*CONFIGS, *LOSSES, *TRANSITIONS])
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -129,9 +137,10 @@ class Traced:
         self.fused, self.traces = pieces.fused, 0
         placed = jax.tree.map(lambda x: x.sharding, built.abstract())
         one = sharding.replicated(built.mesh)
-        self._step = step.whole(pieces)
+        shardings = dict(out_shardings=(placed, one))
+        self._step = step.whole(pieces, **shardings)
         if self.fused:
-            self._step = jax.jit(self._counted(self._step), out_shardings=(placed, one))
+            self._step = jax.jit(self._counted(self._step), **shardings)
 
     def _counted(self, fn):
         def counted(*arguments):
@@ -201,6 +210,24 @@ def test_it_trains_finite_weights(trained):
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), first, last)
     kernels = {k: v for k, v in tree.flatten(moved).items() if k.endswith("kernel")}
     assert all(kernels.values()), kernels
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_a_transition_is_pure(name):
+    """The same state gives the same options and arrays, which fit the network of these options; nothing is changed."""
+    built = _experiment.build(_experiment.check(BASE))
+    transition = methods.transition(
+        _plugs.method(dict(name=name) | TRANSITIONS[name], "begin")
+    )
+    plain = methods.Plain(lambda o: models.make(**o), built.data.example())
+    state = jax.device_get(built.create())
+    before = jax.tree.map(np.copy, state)
+    first, second = (transition(dict(built.options), state, plain) for _ in range(2))
+    chex.assert_trees_all_equal(state, before)
+    assert first[0] == second[0] != built.options
+    chex.assert_trees_all_equal(first[1], second[1])
+    after = _experiment.build(built.whole, 0, first[0])
+    assert kinds(after.abstract()) == kinds(first[1])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -62,7 +62,7 @@ def fit(workdir, arguments, devices, kill_at=None):
         try:
             for line in running.stdout:
                 printed.append(line)
-                if kill_at and line.startswith(f"step {kill_at}/"):
+                if kill_at and f"step {kill_at}/" in line:
                     running.send_signal(signal.SIGKILL)
                     break
         finally:
@@ -174,4 +174,28 @@ def test_the_exchange_keeps_each_devices_residual(tmp_path):
     for name, residual in residuals.items():
         assert residual.shape[0] == DEVICES, name
         assert len({row.tobytes() for row in residual}) == DEVICES, name
+    check_exports(tmp_path / "whole")
+
+
+def test_learned_step_sizes_continue_and_export(tmp_path):
+    forward = "--config.forward=({'name': 'quantize.lsq', 'start': 8, 'observe': 4},)"
+    arguments = (config_of("digits_qat"), *TINY, forward)
+    state = check_continues(tmp_path, arguments)
+    ranges = state.extra["lsq"]
+    assert all(np.isfinite(r["high"]) and r["high"] > r["low"] for r in ranges.values())
+    steps = state.params["methods"]["lsq"]
+    assert set(ranges) == {n.removesuffix("_step") for n in steps if "inputs" in n}
+    assert any(np.any(step != 0) for step in steps.values())
+    check_exports(tmp_path / "whole")
+
+
+def test_gradients_compiled_in_pieces_continue(tmp_path):
+    """The drawn widths are a function of the run's key and the step."""
+    model = (
+        '{"name": "slimmable", "variant": "tiny", "switches": (0.25, 0.5, 0.75, 1.0)}'
+    )
+    arguments = (config_of("digits_slimmable"), *TINY, f"--config.model={model}")
+    check_continues(tmp_path, arguments)
+    records = losses(tmp_path / "whole")
+    assert all({"smallest", "random"} <= r.keys() for r in records)
     check_exports(tmp_path / "whole")

@@ -379,13 +379,13 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
       lessons: of teachers.
     """
     pieces, arguments = traceable(built, spec, lessons)
-    step = steps.whole(pieces)
-    if not pieces.fused:
-        return step
     placed = jax.tree.map(lambda x: x.sharding, arguments[0])
     shardings = placed, sharding.replicated(built.mesh)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-    return compiled.lower(*arguments).compile()
+    options = dict(donate_argnums=0, out_shardings=shardings)
+    step = steps.whole(pieces, **options)
+    if not pieces.fused:
+        return step
+    return jax.jit(step, **options).lower(*arguments).compile()
 
 
 def traceable(built: Built, spec, lessons: _teachers.Lessons) -> tuple:

@@ -85,12 +85,16 @@ def make(network: Network, update: Any, objective: Any, **plugs) -> Callable:
     return whole(parts(network, update, objective, **plugs))
 
 
-def whole(pieces: Parts) -> Callable:
-    """Composes the parts of a step, see `make`."""
+def whole(pieces: Parts, **compiled) -> Callable:
+    """Composes the parts of a step, see `make`.
+
+    Args:
+      pieces: the parts.
+      **compiled: how `jax.jit` compiles the update where the gradients are compiled in pieces, such as out_shardings.
+    """
     prepare, finish = pieces.prepare, pieces.update
     if not pieces.fused:
-        prepare = jax.jit(prepare)
-        finish = jax.jit(finish, donate_argnums=0)
+        prepare, finish = jax.jit(prepare), jax.jit(finish, **compiled)
 
     def step(state: State, batch: dict, key: jax.Array, *frozen) -> tuple[State, dict]:
         batch = prepare(state, batch, key, *frozen)
