@@ -24,7 +24,11 @@ from squeeze_jax.errors import UserError, nearest
 # The user's own files that this program has imported; worker processes inherit it and import from the same paths.
 _OWN_FILES = "SQUEEZE_JAX_OWN_FILES"
 _OWN = "squeeze_jax.own"
-_WITHOUT_MAKE = ("squeeze_jax.jobs", "squeeze_jax.export.formats")
+# What a file needs to define where it is not `make`.
+_DEFINES = {
+    "squeeze_jax.jobs": ("run",),
+    "squeeze_jax.export.formats": ("convert", "INTEGER", "NEEDS"),
+}
 
 
 def names(package: str) -> list[str]:
@@ -42,14 +46,17 @@ def load(package: str, name: str, what: str = "") -> types.ModuleType:
       what: how to call it in the error, such as "model".
 
     Raises:
-      UserError: no such file (names the nearest and all valid names), or one that cannot be imported or has no `make`.
+      UserError: no such file (names the nearest and all valid names), or one that cannot be imported or lacks a definition,
+        which is `make` except for jobs and export formats.
     """
     if is_path(name):
         module = _imported(name, what or package)
-        if package not in _WITHOUT_MAKE and not hasattr(module, "make"):
-            raise UserError(
-                f"{name} has no function make, which a {what or 'file of ' + package} needs: define make(...) in it"
-            )
+        for needed in _DEFINES.get(package, ("make",)):
+            if not hasattr(module, needed):
+                raise UserError(
+                    f"{name} does not define {needed}, which every {what or 'file of ' + package} needs: add it to"
+                    f" {module.__file__}"
+                )
         return module
     choices = names(package)
     if name not in choices:
@@ -61,7 +68,7 @@ def load(package: str, name: str, what: str = "") -> types.ModuleType:
 
 def is_path(name: str) -> bool:
     """Whether a name in a config is the path of a Python file of the user's own."""
-    return name.endswith(".py")
+    return isinstance(name, str) and name.endswith(".py")
 
 
 def own_files() -> dict[str, str]:
@@ -70,7 +77,7 @@ def own_files() -> dict[str, str]:
 
 
 def _own_paths() -> list[str]:
-    return [p for p in os.environ.get(_OWN_FILES, "").split(os.pathsep) if p]
+    return [p for p in os.environ.get(_OWN_FILES, "").splitlines() if p]
 
 
 def _imported(name: str, what: str) -> types.ModuleType:
@@ -83,7 +90,7 @@ def _imported(name: str, what: str) -> types.ModuleType:
     path = path.resolve()
     known = _own_paths()
     if str(path) not in known:
-        os.environ[_OWN_FILES] = os.pathsep.join([*known, str(path)])
+        os.environ[_OWN_FILES] = "\n".join([*known, str(path)])
     try:
         return importlib.import_module(_module_name(path))
     except UserError:

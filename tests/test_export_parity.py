@@ -92,3 +92,32 @@ def test_first_diverging_by_hand():
     lowest = np.finfo(np.float32).min  # of what may not be seen
     live["a"][0, 1], found["a"][0, 1] = lowest, -1000.0
     assert parity.first_diverging(live, found, **at) == ("c", pytest.approx(0.3))
+
+
+def test_the_agreement_is_the_tasks_own():
+    """Agreements 1, 0.5 and 0 of three examples: 0.5 in the mean, whatever the top classes are."""
+    live = {"boxes": np.float32([[0, 0], [0, 0], [0, 0]])}
+    found = {"boxes": np.float32([[0, 0], [0, 1], [0, 2]])}
+    limits = dict(integer=True, tolerance=1e-4)
+
+    def overlap(live, found):
+        return 1 - np.abs(live["boxes"] - found["boxes"]).max(-1) / 2
+
+    verdict = parity.compare(
+        live, found, int8_agreement=0.5, agreement=overlap, **limits
+    )
+    assert verdict.agrees
+    assert verdict.agreement == pytest.approx(0.5)
+    assert not parity.compare(
+        live, found, int8_agreement=0.51, agreement=overlap, **limits
+    ).agrees
+    # By the top classes the first example alone is the same.
+    verdict = parity.compare(live, found, int8_agreement=0.5, **limits)
+    assert verdict.agreement == pytest.approx(1 / 3)
+
+
+def test_a_map_of_classes_agrees_where_its_pixels_do():
+    """Of 2 x 2 pixels three keep their class in the first map, all in the second: 7 / 8."""
+    live = np.eye(3, dtype=np.float32)[[[[0, 1], [2, 0]], [[1, 1], [2, 2]]]]
+    found = np.eye(3, dtype=np.float32)[[[[0, 1], [2, 1]], [[1, 1], [2, 2]]]]
+    assert parity.same_answers({"map": live}, {"map": found}).tolist() == [0.75, 1.0]

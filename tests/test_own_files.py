@@ -9,6 +9,7 @@ import pytest
 import run as run_py
 from squeeze_jax import data, models, registry, tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.export import runnable
 from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate
 from squeeze_jax.train import log
 
@@ -83,11 +84,89 @@ def load(path, threads):
     return stablehlo.load(path, threads)
 """
 
+TASK = """
+import jax
+import numpy as np
+from squeeze_jax.data import pipeline
+
+class Reader:
+    draws = 0
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def still(self, indices):
+        label = (indices % 3).astype(np.int32)
+        image = np.broadcast_to(label[:, None, None, None], (len(label), 4, 4, 1)).astype(np.float32)
+        return dict(image=image, label=label, mask=label >= 0, index=indices.astype(np.int64))
+
+    def random(self, indices, draws):
+        return self.still(indices)
+
+    def empty(self, rows):
+        batch = self.still(np.zeros(rows, int))
+        return batch | dict(mask=np.zeros(rows, bool), index=np.full(rows, -1))
+
+class Levels:
+    reads, noun, describe, label_names = "images", "image", "gray levels", ("a", "b", "c")
+    model, fixed, metrics = {"num_classes": 3}, True, "./off.py"
+    objective = {"name": "losses.cross_entropy"}
+    exported = {"image": jax.ShapeDtypeStruct((4, 4, 1), "float32")}
+
+    def __init__(self, count, workers):
+        self.num_train, self.num_eval, self.workers = count, 6, workers
+
+    def train(self, batch, seed, start=0, process=(0, 1)):
+        reader = Reader(self.num_train)
+        return pipeline.training(reader, batch, seed, start, process, workers=self.workers, threads=1)
+
+    def eval(self, batch, process=(0, 1)):
+        return pipeline.evaluation(Reader(self.num_eval), batch, process)
+
+    def specs(self, rows):
+        shape = jax.ShapeDtypeStruct
+        return [dict(image=shape((rows, 4, 4, 1), "float32"), label=shape((rows,), "int32"), mask=shape((rows,), "bool"))]
+
+    def augment(self, key, batch):
+        return batch
+
+    def inputs(self, batch):
+        return batch["image"]
+
+    def example(self):
+        return jax.ShapeDtypeStruct((1, 4, 4, 1), "float32")
+
+def make(count: int = 24, workers: int = 0):
+    return Levels(count, workers)
+"""
+METRIC = """
+import jax.numpy as jnp
+import numpy as np
+from squeeze_jax.train.metrics import Metric
+
+def make(data):
+    def measure(logits, batch):
+        off = jnp.abs(jnp.argmax(logits, -1) - batch["label"]) * batch["mask"]
+        return {"off": off.sum(dtype=jnp.float32), "examples": batch["mask"].sum(dtype=jnp.float32)}, {}
+
+    def score(sums, rows):
+        return {"eval_loss": 0.0, "eval_off": sums["off"] / sums["examples"]}
+
+    def agreement(live, found):
+        return np.ones(len(live["logits"]))
+
+    return Metric(measure, score, "eval_off", lower=("eval_off",), agreement=agreement)
+"""
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The files, in the current directory."""
     contents = dict(my_model=MODEL, my_source=SOURCE, half=HALF, mine=FORMAT)
+    contents |= dict(my_task=TASK, off=METRIC)
     for name, text in contents.items():
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.chdir(tmp_path)
@@ -165,6 +244,73 @@ def test_worker_processes_read_an_own_source(folder):
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], 25 * batch["label"])
 
 
+def test_worker_processes_read_a_task_of_an_own_file(folder):
+    """The workers unpickle the reader, a class of the user's file."""
+    batches = data.make("./my_task.py", workers=1).train(8, 0)
+    batch = next(batches)
+    batches.close()
+    np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+
+
+TASK_CONFIG = """
+def get_config():
+    return dict(
+        steps=3, batch=8, eval_every=1,
+        data=dict(name="./my_task.py"), model=dict(name="./my_model.py"), optim=dict(lr=0.1),
+        checkpoint=dict(keep=1, use="best"),
+    )
+"""
+
+
+def test_an_own_metric_chooses_the_best_checkpoint(folder):
+    """The score "eval_off" is the best where it is the lowest, as the metric's file says."""
+    (folder / "config.py").write_text(TASK_CONFIG)
+    run_py.main(["--job=fit", "--config=config.py", "--workdir=levels"])
+    workdir = folder / "levels"
+    records = log.read(workdir / "metrics.jsonl")
+    off = {r["step"]: r["eval_off"] for r in records if "eval_off" in r}
+    assert sorted(off) == [1, 2, 3]
+    built = _experiment.opened(workdir, _workdir.read(workdir))
+    assert built.checkpoints["lowest"]
+    assert off[int(evaluate.trained(built, workdir).step)] == min(off.values())
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (dict(data=dict(name="./three.py")), r"config\.data\.name = .* without reads"),
+        (dict(data=dict(source=dict(name="./three.py"), size=8)), "a int: return a"),
+        (dict(model=dict(name="./three.py")), r"a int: return a flax\.linen\.Module"),
+        (dict(export=dict(formats=("./three.py",))), "does not define convert"),
+        (dict(), r"the metric '\./off\.py' makes a int"),
+    ],
+    ids=["task", "source", "model", "format", "metric"],
+)
+def test_an_own_file_that_makes_something_else_is_one_line(folder, section, words):
+    (folder / "three.py").write_text("def make(**options):\n    return 3\n")
+    if not section:
+        (folder / "off.py").write_text("def make(data):\n    return 3\n")
+    config = dict(
+        data=dict(name="./my_task.py"),
+        model=dict(name="./my_model.py"),
+        optim=dict(lr=0.1),
+        steps=1,
+        batch=8,
+    )
+    with pytest.raises(UserError, match=words) as caught:
+        _experiment.build(_experiment.check(config | section))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_runtime_of_the_library_comes_before_a_file_of_its_name(folder):
+    (folder / "stablehlo.py").write_text("def make():\n    return None\n")
+    registry.load("squeeze_jax.comm", "./stablehlo.py", "method")
+    (folder / "model.stablehlo").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be run as stablehlo"):
+        runnable.opened(folder / "model.stablehlo")
+
+
 def test_an_own_model_is_made_with_its_options(folder):
     net = models.make(name="./my_model.py", num_classes=3)
     assert (net.num_classes, net.features) == (3, 4)
@@ -178,7 +324,7 @@ def test_an_own_model_is_made_with_its_options(folder):
         (None, "no method at ./bad.py: looked for /"),
         ("def make(:\n", r"bad\.py:1: invalid syntax"),
         ("\nimport nothing_there\n", r"bad\.py:2: ModuleNotFoundError: No module"),
-        ("x = 1\n", r"\./bad\.py has no function make"),
+        ("x = 1\n", r"\./bad\.py does not define make"),
         ("def make():\n    return 3\n", r"config\.update\[1\].*makes no gradient"),
         ("def make(a):\n    return 3\n", r"missing key config\.update\[1\]\.a"),
     ],

@@ -38,7 +38,14 @@ def make(name: str = "images", **options) -> "Data":
     """
     module = registry.load(TASKS, name, "kind of data")
     registry.check(module.make, options, "config.data")
-    return module.make(**options)
+    opened = module.make(**options)
+    for attribute in _ATTRIBUTES:
+        if not hasattr(opened, attribute):
+            raise UserError(
+                f"config.data.name = {name!r} makes a {type(opened).__name__} without {attribute}: return what"
+                " squeeze_jax.data.Data describes"
+            )
+    return opened
 
 
 class Data(Protocol):
@@ -102,6 +109,11 @@ class Data(Protocol):
         Raises:
           UserError: nothing given, or what cannot be read.
         """
+
+
+# What every job but predict uses of data; a file of the user's own may leave `predict` out.
+_METHODS = ("train", "eval", "specs", "augment", "inputs", "example")
+_ATTRIBUTES = (*Data.__annotations__, *_METHODS)
 
 
 class Reader(Protocol):

@@ -67,13 +67,15 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
     if not path.is_file():
         raise UserError(f"no exported file at {path}: export it first")
     extension = path.suffix.removeprefix(".")
-    own = registry.own_files()
-    if extension not in (*registry.names(FORMATS), *own):
+    # A method or a model of the user's own may be called as a format of the library, so that the library's comes first.
+    loaders = registry.own_files() | {key: key for key in registry.names(FORMATS)}
+    if extension not in loaders:
         raise UserError(
-            f"{path} is no exported file that can be run: expected .stablehlo or .tflite"
+            f"{path} is no exported file that can be run: expected .stablehlo or .tflite, or for a format of your own the"
+            " name of its Python file"
         )
     try:
-        return registry.load(FORMATS, own.get(extension, extension)).load(path, threads)
+        return registry.load(FORMATS, loaders[extension]).load(path, threads)
     except UserError:
         raise
     except (

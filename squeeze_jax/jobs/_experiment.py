@@ -38,7 +38,7 @@ from squeeze_jax.train import forward, sharding
 from squeeze_jax.train import state as states
 from squeeze_jax.train import step as steps
 from squeeze_jax.train.checkpoint import Checkpoints
-from squeeze_jax.train.metrics._metric import Metric
+from squeeze_jax.train.metrics import Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +311,7 @@ def build(
     network = forward.make(
         model, example, forwards=plugs.forwards, dtype=e.dtype, first=where.first
     )
-    metric = registry.load("squeeze_jax.train.metrics", source.metrics, "metrics")
+    metric = _metric(source)
     built = Built(
         experiment=e,
         whole=experiment,
@@ -323,7 +323,7 @@ def build(
         plugs=plugs,
         objective=objective,
         owners=_plugs.owners(plugs, taps, objective.terms, devices),
-        metric=metric.make(source),
+        metric=metric,
         mesh=mesh,
         begin=begin,
         teachers=teachers,
@@ -429,6 +429,18 @@ def _bound(losses, model, teachers, source) -> _objective.Objective:
     student = _objective.outputs(model, x)
     shown = [_objective.outputs(network.model, x) for network, _, _ in teachers]
     return _objective.bind(losses, student, shown)
+
+
+def _metric(source: data.Data) -> Metric:
+    """Makes the evaluation that the data name; a UserError where a file of the user's own makes anything else."""
+    module = registry.load("squeeze_jax.train.metrics", source.metrics, "metric")
+    metric = module.make(source)
+    if not isinstance(metric, Metric):
+        raise UserError(
+            f"the metric {source.metrics!r} makes a {type(metric).__name__}: return a"
+            " squeeze_jax.train.metrics.Metric"
+        )
+    return metric
 
 
 def _best(built: Built) -> None:

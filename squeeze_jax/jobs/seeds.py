@@ -6,6 +6,7 @@ five to ten (Devlin et al., arXiv 1810.04805, section 4.1).
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -61,16 +62,28 @@ def _of(workdir: pathlib.Path, seed: int) -> pathlib.Path:
 def summary(
     found: Mapping[int, Mapping[str, float]], headline: str, best: Callable = max
 ) -> dict:
-    """Scores by seed, their medians, means and deviations, and the seed whose headline is the best: `max` or `min`."""
+    """Returns scores by seed, their medians, means and deviations, and the best seed.
+
+    Args:
+      found: scores by name, by seed.
+      headline: the score that seeds are compared by; a seed where it is not finite is not the best if another is.
+      best: `max` or `min`.
+    """
+    finite = [seed for seed in found if math.isfinite(found[seed][headline])]
     names = next(iter(found.values()))
     columns = {name: [scores[name] for scores in found.values()] for name in names}
     return {
         "seeds": {str(seed): scores for seed, scores in found.items()},
-        "median": {name: statistics.median(c) for name, c in columns.items()},
-        "mean": {name: statistics.fmean(c) for name, c in columns.items()},
-        "deviation": {name: statistics.stdev(c) for name, c in columns.items()},
-        "best": best(found, key=lambda seed: found[seed][headline]),
+        "median": {k: _if_finite(statistics.median, c) for k, c in columns.items()},
+        "mean": {k: _if_finite(statistics.fmean, c) for k, c in columns.items()},
+        "deviation": {k: _if_finite(statistics.stdev, c) for k, c in columns.items()},
+        "best": best(finite or found, key=lambda seed: found[seed][headline]),
     }
+
+
+def _if_finite(statistic: Callable, values: Sequence[float]) -> float:
+    """A statistic of values; NaN if one of them is not finite, as of a run that diverged."""
+    return statistic(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def report(

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from squeeze_jax import registry
+from squeeze_jax.errors import UserError
 from squeeze_jax.nn.reshaped import reshaped
 
 
@@ -30,6 +31,10 @@ def make(
     """
     check({"name": name, "widths": widths, "absent": absent, **options})
     net = registry.load(__package__, name, "model").make(**options)
+    if not isinstance(net, nn.Module):
+        raise UserError(
+            f"config.model.name = {name!r} makes a {type(net).__name__}: return a flax.linen.Module"
+        )
     return reshaped(net, widths or {}, absent)
 
 

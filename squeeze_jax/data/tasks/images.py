@@ -125,7 +125,13 @@ def _open(source: Mapping) -> Source:
     keys = dict(source)
     module = registry.load(SOURCES, keys.pop("name"), "data source")
     registry.check(module.make, keys, "config.data.source")
-    return module.make(**keys)
+    opened = module.make(**keys)
+    if not isinstance(opened, Source):
+        raise UserError(
+            f"config.data.source.name = {source['name']!r} makes a {type(opened).__name__}: return a"
+            " squeeze_jax.data.source.Source"
+        )
+    return opened
 
 
 @dataclasses.dataclass(frozen=True)
