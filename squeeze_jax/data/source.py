@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+IGNORED = 255  # the label of pixels that do not count, in every batch
+
 
 class Example(NamedTuple):
     """One example as it is stored."""
@@ -17,6 +19,7 @@ class Example(NamedTuple):
     image: bytes | np.ndarray  # an encoded image file, or uint8 [h, w, c]
     label: int
     name: str  # how an error calls it: a path, or "cifar10 train[17]"
+    target: bytes | np.ndarray | None = None  # class numbers: a PNG, or uint8 [h, w]
 
 
 class Examples(Protocol):
@@ -29,9 +32,14 @@ class Examples(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored."""
+    """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored.
+
+    Of maps of labels, `ignored` lists the labels that do not count, and `colours` has the colour in which to show each class.
+    """
 
     label_names: tuple[str, ...]
     channels: int
     train: Examples
     eval: Examples
+    ignored: tuple[int, ...] = (IGNORED,)
+    colours: tuple[tuple[int, int, int], ...] = ()
