@@ -1,4 +1,4 @@
-"""Resizing of feature maps, as one operation in an exported file.
+"""Resizing of feature maps; the bilinear one is one operation of a TFLite file.
 
 A position of the output takes its value from a place between the positions of the input. Two conventions say which:
 with half-pixel centres, output i lies at (i + 1/2) n / m - 1/2 of n input and m output positions; with aligned corners
@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.composite import exported_as
@@ -49,6 +50,8 @@ def bilinear(
 def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Repeats or skips positions: output i is input floor(i n / m), as PyTorch's mode "nearest".
 
+    LiteRT's converter makes no RESIZE_NEAREST_NEIGHBOR of it but gathers.
+
     Args:
       x: [b, h, w, c].
       size: (h', w').
@@ -72,24 +75,26 @@ def _bilinear(x, *, size, align_corners):
         n = x.shape[axis]
         if length == n:
             continue
-        low, high, share = _places(n, length, align_corners)
-        shape = [1] * x.ndim
-        shape[axis] = length
-        share = jnp.asarray(share.reshape(shape), x.dtype)
-        first, second = jnp.take(x, low, axis=axis), jnp.take(x, high, axis=axis)
+        low, share = _places(n, length, align_corners)
+        share = jnp.expand_dims(share, range(1, x.ndim - axis)).astype(x.dtype)
+        first = jnp.take(x, low, axis=axis)
+        second = jnp.take(x, jnp.minimum(low + 1, n - 1), axis=axis)
         x = first + share * (second - first)
     return x
 
 
 def _places(n: int, length: int, align_corners: bool):
-    """The two input positions of each output position, and the share of the second: int, int, float [length]."""
-    output = np.arange(length)
+    """The first of the two input positions of each output position, and the share of the second, int and float [length].
+
+    Computed in the program: the converter does not know the composite of a function that has constant arrays.
+    """
+    output = jnp.arange(length)
     if align_corners:
-        place = output * ((n - 1) / max(length - 1, 1))
+        place, unit = output * (n - 1), max(length - 1, 1)
     else:
-        place = ((output + 0.5) * (n / length) - 0.5).clip(0)
-    low = np.minimum(place.astype(int), n - 1)
-    return low, np.minimum(low + 1, n - 1), place - low
+        place, unit = jnp.maximum((2 * output + 1) * n - length, 0), 2 * length
+    # None is negative, and truncation is one operation where // is six.
+    return lax.div(place, unit), lax.rem(place, unit) / unit
 
 
 def _checked(size) -> tuple[int, int]:
