@@ -5,11 +5,15 @@ A file in `sources/` has one function `make(...) -> Source`; its parameters are 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+
+SOURCES = "squeeze_jax.data.sources"
 IGNORED = 255  # the label of pixels that do not count, in every batch
 
 
@@ -34,12 +38,27 @@ class Examples(Protocol):
 class Source:
     """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored.
 
-    Of maps of labels, `ignored` lists the labels that do not count, and `colours` has the colour in which to show each class.
+    `ignored` lists the labels of targets that do not count; it is None where images have one label and no target.
     """
 
     label_names: tuple[str, ...]
     channels: int
     train: Examples
     eval: Examples
-    ignored: tuple[int, ...] = (IGNORED,)
-    colours: tuple[tuple[int, int, int], ...] = ()
+    ignored: tuple[int, ...] | None = None
+
+
+def make(source: Mapping) -> Source:
+    """Opens the data set that `config.data.source` names, such as {"name": "tfds", "dataset": "cifar10", ...}.
+
+    Raises:
+      UserError: an unknown or missing key, or what the source itself finds wrong.
+    """
+    if not isinstance(source, Mapping) or "name" not in source:
+        raise UserError(
+            f"config.data.source = {source!r} lacks a name; choose from {', '.join(registry.names(SOURCES))}"
+        )
+    keys = dict(source)
+    module = registry.load(SOURCES, keys.pop("name"), "data source")
+    registry.check(module.make, keys, "config.data.source")
+    return module.make(**keys)

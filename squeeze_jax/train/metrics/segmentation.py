@@ -27,7 +27,7 @@ def make(data) -> Metric:
     Args:
       data: its `label_names` name the classes.
     """
-    names = tuple(f"eval_iou_{re.sub(r'\W+', '_', n)}" for n in data.label_names)
+    names = tuple("eval_iou_" + re.sub(r"\W+", "_", n) for n in data.label_names)
     choices = ("eval_pixel_accuracy", HEADLINE)
     return Metric(measure, partial(score, names), HEADLINE, names=choices)
 
