@@ -3,6 +3,10 @@
 FCN is Long et al. 2015, arXiv 1411.4038; dilation instead of strides is Yu and Koltun 2016, arXiv 1511.07122. Images and
 targets are at a quarter of their stored resolution, 90x120 pixels, so that training takes minutes on two CPU cores.
 
+Result: mean IoU 35.6% and pixel accuracy 79.7% on the 233 test images (mean IoU 35.3% as an int8 TFLite file of 490 kB),
+one run, about 5 minutes on two shared CPU cores. The network recognises road and sky (IoU 81% and 85%), but hardly poles,
+signs, pedestrians and bicyclists (below 2%), which are a few pixels wide at this resolution.
+
     python run.py --config=configs/camvid_fcn.py --config.data.source.path=camvid_480x360_webp90.zip
 """
 
