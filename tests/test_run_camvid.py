@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import jaccard_score
 
-import run as run_py
-from squeeze_jax.jobs import _experiment, _workdir, evaluate, export, fit
+from squeeze_jax.jobs import _experiment, _workdir, evaluate, export
 from squeeze_jax.train import log
 
 ROOT = pathlib.Path(__file__).parents[1]
