@@ -46,6 +46,22 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    """Noise with a map of CamVid's labels for each image."""
+    root = tmp_path_factory.mktemp("targets")
+    rng = np.random.default_rng(0)
+    for split in "train", "test":
+        for folder in split, f"{split}annot":
+            (root / folder).mkdir()
+        for i in range(8):
+            pixels = rng.integers(0, 256, (32, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(root / split / f"{i}.png")
+            labels = rng.integers(0, 12, (32, 40)).astype(np.uint8)
+            Image.fromarray(labels).save(root / f"{split}annot" / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """GLUE's files, questions, a text, a vocabulary, and encoders as transformers saves them."""
     root = tmp_path_factory.mktemp("texts")
@@ -129,9 +145,12 @@ def of_text(config, root):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_trains_two_steps(path, images, texts, tmp_path):
+def test_trains_two_steps(path, images, targets, texts, tmp_path):
     config = _settings.tuples(run_py.load_config(path))
-    if config["data"].get("name", "images") != "images":
+    if config["data"].get("name") == "segmentation":
+        config["data"]["source"]["path"] = str(targets)
+        config["data"]["size"] = (32, 40)
+    elif config["data"].get("name", "images") != "images":
         config = of_text(config, texts)
     elif config["data"]["source"]["name"] != "digits":
         config["data"]["source"] = {"name": "folder", "root": str(images)}

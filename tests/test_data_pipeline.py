@@ -331,10 +331,13 @@ def test_normalise():
         (dict(mixup=-0.1), "config.data.mixup = -0.1 should not be negative"),
         (dict(workers=-1), "config.data.workers = -1 should not be negative"),
         (dict(source="digits"), "config.data.source = 'digits' (str) should be dict"),
-        (dict(source={}), "config.data.source = {} lacks a name; choose from digits"),
+        (
+            dict(source={}),
+            "config.data.source = {} lacks a name; choose from camvid, digits",
+        ),
         (
             dict(source={"name": "digit"}),
-            "unknown data source 'digit'; did you mean 'digits'? choose from digits, ",
+            "unknown data source 'digit'; did you mean 'digits'? choose from camvid, digits, ",
         ),
         (
             dict(source={"name": "digits", "dir": "x"}),

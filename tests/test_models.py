@@ -28,6 +28,13 @@ PUBLISHED = {
     ("efficientnet", "lite2"): (6_092_072, 859.74),
     ("efficientnet", "lite3"): (8_197_096, 1_383.32),
     ("efficientnet", "lite4"): (13_006_568, 2_553.03),
+    # By hand. Kernels of stages 9 * (3 * 16 + 16 * 32 + 32 * 64 + 64 * 64 + 64 * 96 + 96 * 96 + 96 * 128 + 128 * 128)
+    # = 456,624, scales and biases 2 * (16 + 32 + 2 * 64 + 2 * 96 + 2 * 128) = 1,248; scores (128 + 1) * 21 = 2,709,
+    # (96 + 1) * 21 = 2,037 and (64 + 1) * 21 = 1,365. MACs: 432 * 112**2 + 4,608 * 56**2 + 55,296 * 28**2
+    # + 138,240 * 14**2 + 258,048 * 7**2 = 102,961,152; scores 2,688 * 7**2, 2,016 * 14**2 and 1,344 * 28**2.
+    ("fcn", "16s"): (462_618, 103.49),
+    ("fcn", "32s"): (460_581, 103.09),
+    ("fcn", "8s"): (463_983, 104.54),
     ("mobilenet_v2", "0.35"): (1_677_128, 59.29),
     ("mobilenet_v2", "0.5"): (1_968_680, 97.13),
     ("mobilenet_v2", "0.75"): (2_636_424, 209.07),
@@ -90,6 +97,7 @@ NAMES = [
     for name in registry.names("squeeze_jax.models")
     if getattr(registry.load("squeeze_jax.models", name), "INPUTS", "") != "tokens"
 ]
+DENSE = {"fcn"}  # networks that score every pixel
 ALL = [
     (name, variant)
     for name in NAMES
@@ -186,7 +194,8 @@ def test_any_size_and_bfloat16_give_float32_logits(name):
     both = jax.jit(lambda v, *xs: [net.apply(v, x) for x in xs])
     found = both(variables, x, x.astype(jnp.bfloat16))
     (logits, endpoints), (half, half_endpoints) = found
-    assert logits.shape == half.shape == (2, 7)
+    expected = (2, 45, 33, 7) if name in DENSE else (2, 7)
+    assert logits.shape == half.shape == expected
     assert logits.dtype == half.dtype == jnp.float32
     assert {e.dtype for e in endpoints.values()} == {jnp.dtype(jnp.float32)}
     assert {e.dtype for e in half_endpoints.values()} == {jnp.dtype(jnp.bfloat16)}

@@ -117,3 +117,18 @@ class TestResNet:
     def test_cifar_stem_keeps_the_size(self):
         found = shapes(models.make("resnet", variant="18", stem="cifar"), 32)
         assert found == dict(conv1=32, conv2=32, conv3=16, conv4=8, conv5=4)
+
+
+class TestFCN:
+    def test_stages_halve_the_map_and_scores_stand_beside_them(self):
+        found = shapes(models.make("fcn"), 224)
+        # Section 4.2: scores at 1/32, 1/16 and 1/8.
+        stages = dict(stage1=112, stage2=56, stage3=28, stage4=14, stage5=7)
+        assert found == stages | dict(score5=7, score4=14, score3=28)
+
+    def test_dilated_stages_keep_the_size_of_the_map(self):
+        for dilated, sizes in (1, (28, 14, 14)), (2, (28, 28, 28)):
+            found = shapes(models.make("fcn", dilated=dilated), 224)
+            assert tuple(found[f"stage{n}"] for n in (3, 4, 5)) == sizes
+        with pytest.raises(UserError, match="dilated = 3 should be 0, 1 or 2"):
+            models.make("fcn", dilated=3)

@@ -100,7 +100,7 @@ def test_other_jobs_go_on_from_the_narrow_network(whole, tmp_path, capsys):
     assert files["stablehlo"]["step"] == 22
     # As a network to begin with.
     config = _workdir.read(whole) | dict(init=dict(workdir=str(whole)), model={})
-    config |= dict(phases=(), steps=1)
+    config |= dict(phases=(), steps=9, sharding=dict(data=4))
     built = _experiment.build(_experiment.check(config))
     assert built.options["widths"] == {"fire2/squeeze1x1": 2}
     begun = built.given()["params"]["fire2"]["squeeze1x1"]["kernel"]

@@ -5,10 +5,16 @@ A file in `sources/` has one function `make(...) -> Source`; its parameters are 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+
+SOURCES = "squeeze_jax.data.sources"
+IGNORED = 255  # the label of pixels that do not count, in every batch
 
 
 class Example(NamedTuple):
@@ -17,6 +23,7 @@ class Example(NamedTuple):
     image: bytes | np.ndarray  # an encoded image file, or uint8 [h, w, c]
     label: int
     name: str  # how an error calls it: a path, or "cifar10 train[17]"
+    target: bytes | np.ndarray | None = None  # class numbers: a PNG, or uint8 [h, w]
 
 
 class Examples(Protocol):
@@ -29,9 +36,35 @@ class Examples(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored."""
+    """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored.
+
+    `ignored` lists the labels of targets that do not count; it is None where images have one label and no target.
+    """
 
     label_names: tuple[str, ...]
     channels: int
     train: Examples
     eval: Examples
+    ignored: tuple[int, ...] | None = None
+
+
+def make(source: Mapping) -> Source:
+    """Opens the data set that `config.data.source` names, such as {"name": "tfds", "dataset": "cifar10", ...}.
+
+    Raises:
+      UserError: an unknown or missing key, or what the source itself finds wrong.
+    """
+    if not isinstance(source, Mapping) or "name" not in source:
+        raise UserError(
+            f"config.data.source = {source!r} lacks a name; choose from {', '.join(registry.names(SOURCES))}"
+        )
+    keys = dict(source)
+    module = registry.load(SOURCES, keys.pop("name"), "data source")
+    registry.check(module.make, keys, "config.data.source")
+    opened = module.make(**keys)
+    if not isinstance(opened, Source):
+        raise UserError(
+            f"config.data.source.name = {source['name']!r} makes a {type(opened).__name__}: return a"
+            " squeeze_jax.data.source.Source"
+        )
+    return opened

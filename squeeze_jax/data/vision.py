@@ -33,7 +33,7 @@ class Undecodable(ValueError):
 class View:
     """How images are looked at; the fields are parameters of `data.make`, and are described there."""
 
-    size: int
+    size: int | tuple[int, int]
     channels: int
     crop: str = "none"
     pad: int = 4
@@ -45,8 +45,9 @@ class View:
 
     def __post_init__(self):
         low, high = self.scale
+        short = min(self.size) if isinstance(self.size, tuple) else self.size
         for key, fine, valid in (
-            ("size", self.size > 0, "positive"),
+            ("size", len(self.shape) == 3 and short > 0, "positive, one or (h, w)"),
             ("channels", self.channels in MODES, "1 or 3"),
             ("pad", self.pad >= 0, "0 or more"),
             ("scale", 0 < low <= high <= 1, "0 < low <= high <= 1"),
@@ -58,8 +59,8 @@ class View:
             ),
             (
                 "eval_resize",
-                self.eval_resize == 0 or self.eval_resize >= self.size,
-                f"0 or at least size = {self.size}",
+                self.eval_resize == 0 or self.eval_resize >= short,
+                f"0 or at least size = {short}",
             ),
         ):
             if not fine:
@@ -68,7 +69,9 @@ class View:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.size, self.size, self.channels
+        """(h, w, c) of an image."""
+        sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        return *sides, self.channels
 
 
 def still(image: bytes | np.ndarray, view: View) -> np.ndarray:
@@ -83,19 +86,28 @@ def still(image: bytes | np.ndarray, view: View) -> np.ndarray:
     Raises:
       Undecodable: the bytes are no image.
     """
-    size = view.size
+    height, width, _ = view.shape
     raw = isinstance(image, np.ndarray) and image.shape == view.shape
-    if raw and view.eval_resize in (0, size):
+    if raw and view.eval_resize in (0, min(height, width)):
         return image
     picture = _in_mode(_open(image), view.channels)
     if view.eval_resize:
-        w, h = picture.size
-        short, long = view.eval_resize, int(view.eval_resize * max(w, h) / min(w, h))
-        picture = _resize(picture, (short, long) if w <= h else (long, short))
-        w, h = picture.size
-        left, top = round((w - size) / 2), round((h - size) / 2)
-        picture = picture.crop((left, top, left + size, top + size))
-    return _array(_resize(picture, (size, size)))
+        picture = _resize(picture, resized(picture.size, view.eval_resize))
+        picture = picture.crop(centre(picture.size, (width, height)))
+    return _array(_resize(picture, (width, height)))
+
+
+def resized(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """Returns the (width, height) of an image of that size after its short side has become `short`."""
+    w, h = size
+    long = int(short * max(w, h) / min(w, h))
+    return (short, long) if w <= h else (long, short)
+
+
+def centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns (left, top, right, bottom) of the central crop; sizes are (width, height)."""
+    left, top = (round((n - m) / 2) for n, m in zip(size, wanted, strict=True))
+    return left, top, left + wanted[0], top + wanted[1]
 
 
 def random_resized(
@@ -117,17 +129,18 @@ def random_resized(
     picture = _open(image, load=False)
     w, h = picture.size
     left, top, right, bottom = box(w, h, view.scale, draws)
-    shrink = min(right - left, bottom - top) / view.size
+    height, width, _ = view.shape
+    shrink = min((right - left) / width, (bottom - top) / height)
     if shrink >= 2:
         # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time; a crop stays at least as large as the result.
         picture.draft(
             MODES[view.channels], (int(-(-w // shrink)), int(-(-h // shrink)))
         )
-    with _decoding():
+    with decoding():
         picture = _in_mode(picture, view.channels)
         x, y = picture.size[0] / w, picture.size[1] / h
         area = (left * x, top * y, right * x, bottom * y)
-        size = (view.size, view.size)
+        size = (width, height)
         return _array(picture.resize(size, Image.Resampling.BILINEAR, box=area))
 
 
@@ -154,10 +167,19 @@ def box(width: int, height: int, scale, draws: np.ndarray) -> tuple[int, int, in
     return left, top, left + w, top + h
 
 
-def pad_crop(images: np.ndarray, pad: int, draws: np.ndarray) -> np.ndarray:
-    """Pads with black and crops back to the old size at a random place: [b, h, w, c] → [b, h, w, c]; draws [b, DRAWS]."""
-    b, h, w, c = images.shape
-    padded = np.zeros((b, h + 2 * pad, w + 2 * pad, c), images.dtype)
+def pad_crop(
+    images: np.ndarray, pad: int, draws: np.ndarray, fill: int = 0
+) -> np.ndarray:
+    """Pads with `fill` (black) and crops back to the old size at a random place; draws [b, DRAWS].
+
+    Args:
+      images: [b, h, w, c], or maps of labels [b, h, w].
+
+    Returns:
+      The same shape.
+    """
+    b, h, w, *c = images.shape
+    padded = np.full((b, h + 2 * pad, w + 2 * pad, *c), fill, images.dtype)
     padded[:, pad : pad + h, pad : pad + w] = images
     corners = (draws[:, CORNER] * (2 * pad + 1)).astype(int).tolist()
     out = np.empty_like(images)
@@ -174,8 +196,8 @@ def augment(images: np.ndarray, view: View, draws: np.ndarray) -> np.ndarray:
       draws: [b, DRAWS] uniform numbers.
     """
     if view.flip:
-        chosen = np.flatnonzero(draws[:, FLIP] < 0.5)
-        mirror = np.arange(view.size)[::-1]
+        chosen = flipped(draws)
+        mirror = np.arange(images.shape[2])[::-1]
         images[chosen] = images[chosen].take(mirror, axis=2)  # half the time of [::-1]
     for i in range(len(images) if view.randaugment else 0):
         rows = draws[i, OPS : OPS + 2 * view.randaugment].reshape(-1, 2)
@@ -184,11 +206,27 @@ def augment(images: np.ndarray, view: View, draws: np.ndarray) -> np.ndarray:
     return images
 
 
+def flipped(draws: np.ndarray) -> np.ndarray:
+    """Returns the indices of the images that are mirrored; draws [b, DRAWS]."""
+    return np.flatnonzero(draws[:, FLIP] < 0.5)
+
+
+def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Returns the (width, height) of an upright image; of most files only the header is read.
+
+    Raises:
+      Undecodable: the bytes are no image.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    return _open(image, load=False).size
+
+
 def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
     """A picture, upright; of a file without EXIF rotation only the header is read unless `load`."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    with _decoding():
+    with decoding():
         picture = Image.open(io.BytesIO(image))
         if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(picture)
@@ -198,7 +236,7 @@ def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _decoding() -> Iterator[None]:
+def decoding() -> Iterator[None]:
     try:
         yield
     except MemoryError:

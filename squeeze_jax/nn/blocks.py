@@ -18,6 +18,7 @@ def conv_norm(
     strides: Pair = 1,
     *,
     groups: int = 1,
+    dilation: int = 1,
     activation: Callable | None = None,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
@@ -26,12 +27,12 @@ def conv_norm(
 ) -> jax.Array:
     """Convolution without bias, batch normalisation, and an activation where one is given.
 
-    Creates `name` and `name_norm` in the module that calls it. The padding is symmetric, half the kernel; kernels begin
-    normal, with a variance of 2 / (positions * features) (arXiv 1502.01852).
+    Creates `name` and `name_norm` in the module that calls it. The padding is symmetric, half the extent of the dilated
+    kernel; kernels begin normal, with a variance of 2 / (positions * features) (arXiv 1502.01852).
 
     Args:
       x: [b, h, w, c].
-      features, kernel, strides, groups: of the convolution, see `Conv`.
+      features, kernel, strides, groups, dilation: of the convolution, see `Conv`.
       momentum, epsilon, train: of the normalisation, see `BatchNorm`.
 
     Returns:
@@ -42,7 +43,8 @@ def conv_norm(
         kernel,
         strides,
         groups,
-        padding=kernel // 2,
+        dilation,
+        padding=(dilation * (kernel - 1) + 1) // 2,
         use_bias=False,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         name=name,

@@ -152,13 +152,21 @@ def evaluate(
       score: see `metrics._metric.Metric`.
     """
     found = jax.device_get([step(variables, put(batch)) for batch in batches])
-    sums = {k: float(np.sum([s[k] for s, _ in found])) for k in found[0][0]}
+    sums = {k: _total([s[k] for s, _ in found]) for k in found[0][0]}
     rows = {
         k: np.concatenate([r[k][r["mask"]] for _, r in found])
         for k in found[0][1]
         if k != "mask"
     }
     return score(sums, rows)
+
+
+def _total(parts: list[np.ndarray]) -> float | np.ndarray:
+    """The sum over batches: a number, or an array with 64 bits, so that large counts stay exact."""
+    if np.ndim(parts[0]) == 0:
+        return float(np.sum(parts))
+    wide = np.int64 if np.issubdtype(parts[0].dtype, np.integer) else np.float64
+    return np.sum(parts, axis=0, dtype=wide)
 
 
 def _means(

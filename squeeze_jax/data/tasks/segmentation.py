@@ -1,0 +1,228 @@
+"""Semantic segmentation: images with a class for each pixel, from a source whose examples have targets."""
+
+import colorsys
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from squeeze_jax.data import photos, pipeline, vision
+from squeeze_jax.data.normalise import check_normalisation, normalised
+from squeeze_jax.data.pipeline import Batches
+from squeeze_jax.data.reader import Reader
+from squeeze_jax.data.source import make as open_source
+from squeeze_jax.errors import UserError
+
+ENDING = "_classes.png"  # of the files that the job predict writes
+GOLDEN = 0.618034  # turns of the colour wheel from one class to the next
+
+
+def make(
+    source: dict,
+    size: int | tuple[int, int],
+    *,
+    channels: Literal[1, 3] | None = None,
+    mean: tuple[float, ...] = (0.5,),
+    std: tuple[float, ...] = (0.5,),
+    crop: Literal["none", "pad", "random_resized"] = "none",
+    pad: int = 4,
+    scale: tuple[float, float] = (0.08, 1.0),
+    flip: bool = False,
+    eval_resize: int = 0,
+    ignore: int = 255,
+    workers: int = 0,
+    threads: int = 2,
+    cache_mb: int = 512,
+    corrupt: Literal["raise", "skip"] = "raise",
+) -> "Segmentation":
+    """Opens a data set; the parameters are the keys of `config.data`.
+
+    Targets take the nearest pixel where images are interpolated, and the ignored label 255 where images are padded.
+
+    Args:
+      source: `{"name": a file of data/sources, ...its keys}`: one whose images have targets, such as camvid or pairs.
+      size: images and targets become size x size pixels, or (height, width).
+      channels, mean, std, crop, pad, scale, flip: as for images, see `tasks/images.py`.
+      eval_resize: evaluation images and targets are resized to this short side, then cropped in the centre; a crop that
+        reaches beyond the image is padded; 0: resized directly.
+      ignore: a label in the files, beside those that the source ignores, that does not count; 255 never does.
+      workers, threads, cache_mb, corrupt: as for images.
+
+    Raises:
+      UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
+    """
+    opened = open_source(source)
+    if opened.ignored is None:
+        raise UserError(
+            f"config.data.source: {source['name']!r} has one label per image, and segmentation needs targets: use pairs"
+        )
+    view = vision.View(
+        size=size if isinstance(size, int) else tuple(size),
+        channels=channels or opened.channels,
+        crop=crop,
+        pad=pad,
+        scale=tuple(scale),
+        flip=flip,
+        eval_resize=eval_resize,
+    )
+    check_normalisation(mean, std, view.channels)
+    for key, value in dict(workers=workers, threads=threads, cache_mb=cache_mb).items():
+        if value < 0:
+            raise UserError(f"config.data.{key} = {value} should not be negative")
+    if not 0 <= ignore <= 255:
+        raise UserError(f"config.data.ignore = {ignore} should be 0 to 255")
+    height, width, depth = view.shape
+    pixels = (len(opened.train) + len(opened.eval)) * height * width
+    reader = functools.partial(
+        Reader,
+        num_classes=len(opened.label_names),
+        view=view,
+        cached=workers == 0 and pixels * (depth + 1) / 2**20 <= cache_mb,
+        ignored=(*opened.ignored, ignore),
+    )
+    return Segmentation(
+        label_names=opened.label_names,
+        view=view,
+        train_reader=reader(opened.train, skip=corrupt == "skip"),
+        eval_reader=reader(opened.eval, skip=False),
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+        workers=workers,
+        threads=threads,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """A data set under one view of its images, see `pipeline.Data`; `make` builds it.
+
+    Batches are dicts of numpy arrays: "image" uint8 [b, h, w, c], "target" uint8 [b, h, w] (255: does not count), "mask"
+    bool [b] (False: padding or a skipped image), "index" int64 [b].
+    """
+
+    reads = "images"
+    noun = "image"
+    objective: ClassVar = {"name": "losses.cross_entropy"}
+    metrics = "segmentation"
+
+    label_names: tuple[str, ...]
+    view: vision.View
+    train_reader: Reader
+    eval_reader: Reader
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    workers: int
+    threads: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of an image."""
+        return self.view.shape
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes}
+
+    @property
+    def describe(self) -> str:
+        size = "{}x{}x{}".format(*self.shape)
+        return (
+            f"{self.num_train:,} train + {self.num_eval:,} test images at {size} with targets,"
+            f" {self.num_classes} classes"
+        )
+
+    @property
+    def fixed(self) -> bool:
+        return self.view.crop == "none" and not self.view.flip
+
+    @property
+    def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_reader)
+
+    @property
+    def num_eval(self) -> int:
+        return len(self.eval_reader)
+
+    def train(
+        self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
+    ) -> Batches:
+        """The endless stream of shuffled, augmented batches, see `pipeline.training`."""
+        how = dict(workers=self.workers, threads=self.threads)
+        return pipeline.training(self.train_reader, batch, seed, start, process, **how)
+
+    def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
+        """Every evaluation image once and in order, see `pipeline.evaluation`."""
+        how = dict(workers=self.workers, threads=self.threads)
+        return pipeline.evaluation(self.eval_reader, batch, process, **how)
+
+    def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """All batches have one shape."""
+        shapes = {
+            "image": ((rows, *self.shape), jnp.uint8),
+            "target": ((rows, *self.shape[:2]), jnp.uint8),
+            "mask": ((rows,), jnp.bool_),
+        }
+        return [{k: jax.ShapeDtypeStruct(*spec) for k, spec in shapes.items()}]
+
+    def inputs(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Normalised images, float32 [b, h, w, c]."""
+        return normalised(batch["image"], self.mean, self.std)
+
+    def example(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
+
+    def augment(self, key: jax.Array, batch: dict) -> dict:
+        """Changes nothing: images and targets come augmented together."""
+        del key
+        return batch
+
+    def predict(self, files: Sequence[str], run: Callable) -> Iterator[str]:
+        """Writes each image's classes to NAME_classes.png beside it, and tells their shares of the pixels.
+
+        The PNG has a palette, the class numbers as its pixels, and the size that the network sees.
+        """
+        for path in photos.find(files):
+            if path.name.endswith(ENDING):
+                continue
+            image = photos.decode(path, self.view)
+            labels = np.asarray(run({"image": image[None]}))[0].argmax(-1)
+            picture = Image.fromarray(labels.astype(np.uint8))
+            picture.putpalette(palette(self.num_classes))
+            written = path.with_name(path.stem + ENDING)
+            try:
+                picture.save(written)
+            except OSError as error:
+                raise UserError(f"cannot write {written}: {error.strerror}") from None
+            yield f"{path} -> {written}"
+            shares = np.bincount(labels.reshape(-1)) / labels.size
+            for label in np.argsort(-shares, kind="stable"):
+                if shares[label]:
+                    yield f"  {shares[label]:6.1%}  {self.name(label)}"
+
+    def name(self, label: int) -> str:
+        """A label's name; a network may have more classes than the data name."""
+        names = self.label_names
+        return names[label] if label < len(names) else f"class {label}"
+
+
+def palette(classes: int) -> list[int]:
+    """Returns red, green and blue, 0..255, of one colour after another, hues as far apart as possible."""
+    colours = []
+    for number in range(classes):
+        value = 1.0 if number % 2 == 0 else 0.7
+        colour = colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.75, value)
+        colours += [round(255 * part) for part in colour]
+    return colours

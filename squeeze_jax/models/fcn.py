@@ -1,0 +1,129 @@
+"""FCN: class scores for every pixel, from convolutions alone.
+
+Long, Shelhamer, Darrell 2015, arXiv 1411.4038. The backbone ends at 1/32 of the image's size; a 1x1 convolution scores the
+classes there, and bilinear interpolation brings the scores to the image's size (FCN-32s). FCN-16s adds the scores of
+stage 4, at 1/16, to the interpolated ones, and FCN-8s those of stage 3, at 1/8 (section 4.2), which sharpens outlines.
+
+The paper's backbone is VGG-16; this one is small: 3x3 convolutions with batch normalisation, the first of each stage
+with strides 2. The paper learns the kernels of its upsampling, which begin as bilinear interpolation; here they stay
+fixed. `dilated` keeps the last stages at the size of the stage before them and dilates their kernels instead (Yu, Koltun
+2016, arXiv 1511.07122), so that outputs see as far at a finer resolution. Images are NHWC.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn import resize
+from squeeze_jax.nn.blocks import conv_norm
+from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.width import scaled
+
+INPUTS = "images"
+
+
+class Row(NamedTuple):
+    """A variant: features and number of convolutions of stage1, stage2, …, and the stages that are scored, last first."""
+
+    features: tuple[int, ...]
+    depths: tuple[int, ...]
+    scored: tuple[int, ...]
+
+
+_FEATURES, _DEPTHS = (16, 32, 64, 96, 128), (1, 1, 2, 2, 2)
+
+VARIANTS = {  # Figure 3 of the paper: which stages are scored
+    "32s": Row(_FEATURES, _DEPTHS, (5,)),
+    "16s": Row(_FEATURES, _DEPTHS, (5, 4)),
+    "8s": Row(_FEATURES, _DEPTHS, (5, 4, 3)),
+    "tiny": Row((8, 8, 12, 16, 16), (1, 1, 1, 1, 1), (5, 4, 3)),
+}
+
+
+class Stage(nn.Module):
+    """3x3 convolutions; the first has strides, and those after it the stage's dilation."""
+
+    features: int
+    depth: int
+    strides: int
+    first_dilation: int
+    dilation: int
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        for number in range(1, self.depth + 1):
+            x = conv_norm(
+                x,
+                self.features,
+                3,
+                self.strides if number == 1 else 1,
+                dilation=self.first_dilation if number == 1 else self.dilation,
+                activation=nn.relu,
+                train=train,
+                name=f"conv{number}",
+            )
+        return x
+
+
+class FCN(nn.Module):
+    """The net; attributes as in `make`. Endpoints: stage1 … stage5, and score5 … (before interpolation)."""
+
+    row: Row
+    num_classes: int
+    dilated: int
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """x: [b, h, w, c] → logits [b, h, w, num_classes], float32, and {name: [b, h', w', c']}."""
+        size, endpoints, dilation = x.shape[1:3], {}, 1
+        count = len(self.row.features)
+        for number, features, depth in zip(
+            range(1, count + 1), self.row.features, self.row.depths, strict=True
+        ):
+            first, strides = dilation, 2
+            if number > count - self.dilated:
+                strides, dilation = 1, dilation * 2
+            stage = Stage(
+                features, depth, strides, first, dilation, name=f"stage{number}"
+            )
+            endpoints[f"stage{number}"] = x = stage(x, train=train)
+        total = None
+        for number in self.row.scored:
+            scores = Conv(
+                self.num_classes,
+                1,
+                kernel_init=nn.initializers.normal(0.01),
+                name=f"score{number}",
+            )(endpoints[f"stage{number}"])
+            endpoints[f"score{number}"] = scores
+            if total is not None:
+                scores += resize.bilinear(total, scores.shape[1:3])
+            total = scores
+        return resize.bilinear(total.astype("float32"), size), endpoints
+
+
+def make(
+    variant: str = "8s",
+    *,
+    num_classes: int = 21,
+    width: float = 1.0,
+    dilated: int = 0,
+) -> FCN:
+    """Builds a fully convolutional network.
+
+    Args:
+      variant: a row of VARIANTS.
+      num_classes: channels of the logits; 21 are those of PASCAL VOC, which the paper reports.
+      width: multiplies the features of all stages.
+      dilated: how many of the last stages keep the size of the map and dilate their kernels instead: 0, 1 or 2.
+
+    Raises:
+      UserError: unknown variant, or another number of dilated stages.
+    """
+    row = registry.row(VARIANTS, variant, "variant of fcn")
+    if dilated not in (0, 1, 2):
+        raise UserError(f"config.model.dilated = {dilated} should be 0, 1 or 2")
+    features = tuple(scaled(f, width, 4) for f in row.features)
+    return FCN(row._replace(features=features), num_classes, dilated)
