@@ -21,6 +21,7 @@ ENDINGS = {
     "mean": (".running_mean",),
     "var": (".running_var",),
     "embedding": (".weight",),
+    "recurrent_kernel": (".recurrent_weight",),
 }
 # What carries no weights: PyTorch's counter of batches.
 NO_WEIGHTS = (r"\.num_batches_tracked$",)
@@ -115,7 +116,7 @@ def _find(arrays, layer: str | None, end: str) -> str | None:
 
 
 def _our_layout(array: np.ndarray, end: str, axes: int) -> np.ndarray:
-    if end != "kernel":
+    if end not in ("kernel", "recurrent_kernel"):
         return array
     if array.ndim == 2 and axes == 3:
         return array.T[None]
