@@ -88,7 +88,7 @@ class LSTM(nn.Module):
         # Inside `shard_map` all operands of the loop must vary over the same devices.
         carry = jax.tree.map(
             lambda a: varying.like(a, x),
-            initial_carry(len(x), size) if carry is None else carry,
+            initial_carry(x.shape[0], size) if carry is None else carry,
         )
         recurrent = varying.like(recurrent, products)
         hidden, last, cell = recurrence(

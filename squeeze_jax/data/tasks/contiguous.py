@@ -164,7 +164,6 @@ class Contiguous:
     contiguous = True  # networks carry their state from batch to batch
     # The outputs for a window depend on the state before it, so they cannot be cached by window.
     fixed = False
-    objective = {"name": "losses.next_token"}
 
     words: Vocabulary
     train_tokens: np.ndarray
@@ -191,6 +190,10 @@ class Contiguous:
     @property
     def model(self) -> dict[str, Any]:
         return {"task": "causal_lm", "vocabulary": self.vocabulary}
+
+    @property
+    def objective(self) -> dict[str, str]:
+        return {"name": "losses.next_token"}
 
     @property
     def num_train(self) -> int:

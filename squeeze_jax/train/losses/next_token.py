@@ -43,8 +43,8 @@ def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
     targets, shape = batch["targets"], tuple(getattr(logits, "shape", ()))
     if len(shape) != 3 or shape[:2] != targets.shape:
         raise UserError(
-            f"losses.next_token reads logits [b, l, vocabulary] for targets {targets.shape}, the network returns {shape or type(logits).__name__}:"
-            " choose a network for the task causal_lm"
+            f"losses.next_token reads logits [b, l, vocabulary] for targets {targets.shape}, but the network returns"
+            f" {shape or type(logits).__name__}: choose a network for the task causal_lm"
         )
     weights = batch["attended"] * batch["mask"][:, None].astype(jnp.float32)
     return *token_losses(logits, targets), weights
