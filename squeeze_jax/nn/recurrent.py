@@ -100,8 +100,8 @@ class LSTM(nn.Module):
 
 def initial_carry(rows: int, size: int) -> Carry:
     """Returns the zeros that sequences begin with: hidden state and cell, float32 [rows, size] each."""
-    zeros = jnp.zeros((rows, size), jnp.float32)
-    return {"hidden": zeros, "cell": zeros}
+    # Two arrays: a step that donates its state cannot donate one array twice.
+    return {name: jnp.zeros((rows, size), jnp.float32) for name in ("hidden", "cell")}
 
 
 @jax.custom_vjp
