@@ -159,7 +159,7 @@ def test_unknown_words_of_the_evaluation_are_unk_or_an_error(tmp_path):
     words = [found.words.tokens[i] for i in found.eval_tokens]
     assert words == ["a", "<unk>", "b", "<unk>", "<eos>"]
     assert "40.0% of the test words are <unk>" in found.describe
-    with pytest.raises(UserError, match=r"eval has 2 tokens .* such as 'zebra'.*<unk>"):
+    with pytest.raises(UserError, match=r"eval has 2 words .* such as 'zebra'.*<unk>"):
         make("without")
 
 
@@ -239,5 +239,5 @@ def test_predict_tells_perplexity_and_the_likeliest_next_tokens(letters):
         list(found.predict([], run))
     with pytest.raises(UserError, match="' ' is an empty text"):
         list(found.predict([" "], run))
-    with pytest.raises(UserError, match=r"'A' has 1 tokens .*lacks, such as 'A'"):
+    with pytest.raises(UserError, match=r"'A' has 1 characters .*lacks, such as 'A'"):
         list(found.predict(["A"], run))

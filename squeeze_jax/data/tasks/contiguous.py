@@ -58,8 +58,8 @@ def make(
       warm_up: windows that an evaluation stream reads before its first own one, at least 0.
 
     Raises:
-      UserError: a file that cannot be read, too little text, a value out of range, or a token that is not in the
-        vocabulary.
+      UserError: a file that cannot be read, too little text, a value out of range, or a token that the vocabulary
+        lacks.
     """
     for key, value, least in ("length", length, 1), ("warm_up", warm_up, 0):
         if value < least:
@@ -129,9 +129,11 @@ class Vocabulary:
         found = np.array([numbers.get(token, other) for token in text], np.int32)
         unknown = [text[at] for at in np.flatnonzero(found < 0)]
         if unknown:
+            fix = "add such text to config.data.train"
+            if self.level == "words":
+                fix += f", or write {UNKNOWN} for rare words there"
             raise UserError(
-                f"{where} has {len(unknown):,} tokens that config.data.train lacks, such as {unknown[0]!r}, and there is"
-                f" no {UNKNOWN!r} in it: write {UNKNOWN} for rare words in config.data.train"
+                f"{where} has {len(unknown):,} {self.level} that config.data.train lacks, such as {unknown[0]!r}: {fix}"
             )
         return found
 
