@@ -83,7 +83,8 @@ class Forward(NamedTuple):
       intercept: (tap, array, own) → (array, changes of own.state); called at each tap whose name `taps` accepts.
       taps: name of a tap → whether `intercept` wants its array.
       init: (key, params, taps) → own parameters; `params` are the network's and `taps` the accepted ones.
-      state: (params, taps) → own state, a dict; None for no state.
+      state: (params, taps) → own state, nested dicts of arrays; None for no state.
+      integer: whether integer files do what `intercept` does by themselves, so that they are made without it.
     """
 
     reparametrize: Callable[[Any, Own], Any] | None = None
@@ -91,6 +92,7 @@ class Forward(NamedTuple):
     taps: Callable[[str], bool] = lambda name: True
     init: Callable[[jax.Array, Any, tuple[Tap, ...]], Any] | None = None
     state: Callable[[Any, tuple[Tap, ...]], Any] | None = None
+    integer: bool = False
 
 
 class Objective(NamedTuple):

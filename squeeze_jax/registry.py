@@ -2,16 +2,29 @@
 
 `load("squeeze_jax.models", "squeezenet")` imports the file of that name; `check` compares a config section with the
 signature of the function it will be splatted into, so that a misspelt key or a wrong type is an error before any work.
+Wherever a config names a file of the library, the path of a Python file of the user's own does too: "./my_model.py".
 """
 
 import importlib
+import importlib.abc
+import importlib.util
 import inspect
+import os
+import pathlib
 import pkgutil
+import sys
+import traceback
 import types
 import typing
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 from squeeze_jax.errors import UserError, nearest
+
+# The user's own files that this program has imported; worker processes inherit it and import from the same paths.
+_OWN_FILES = "SQUEEZE_JAX_OWN_FILES"
+_OWN = "squeeze_jax.own"
+_WITHOUT_MAKE = ("squeeze_jax.jobs", "squeeze_jax.export.formats")
 
 
 def names(package: str) -> list[str]:
@@ -21,20 +34,91 @@ def names(package: str) -> list[str]:
 
 
 def load(package: str, name: str, what: str = "") -> types.ModuleType:
-    """Imports `package.name`.
+    """Imports `package.name`, or a Python file of the user's own.
 
     Args:
       package: dotted package, such as "squeeze_jax.models".
-      name: the file's name without ".py".
+      name: the file's name without ".py"; or a path that ends in ".py", relative to the current directory.
       what: how to call it in the error, such as "model".
 
     Raises:
-      UserError: no such file; names the nearest and all valid names.
+      UserError: no such file (names the nearest and all valid names), or one that cannot be imported or has no `make`.
     """
+    if is_path(name):
+        module = _imported(name, what or package)
+        if package not in _WITHOUT_MAKE and not hasattr(module, "make"):
+            raise UserError(
+                f"{name} has no function make, which a {what or 'file of ' + package} needs: define make(...) in it"
+            )
+        return module
     choices = names(package)
     if name not in choices:
-        raise UserError(f"unknown {what or package} {name!r}{nearest(name, choices)}")
+        raise UserError(
+            f"unknown {what or package} {name!r}{nearest(name, choices)}, or give the path of a Python file"
+        )
     return importlib.import_module(f"{package}.{name}")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name in a config is the path of a Python file of the user's own."""
+    return name.endswith(".py")
+
+
+def own_files() -> dict[str, str]:
+    """{file's name without ".py": path} of the user's own files that were imported."""
+    return {pathlib.Path(path).stem: path for path in _own_paths()}
+
+
+def _own_paths() -> list[str]:
+    return [p for p in os.environ.get(_OWN_FILES, "").split(os.pathsep) if p]
+
+
+def _imported(name: str, what: str) -> types.ModuleType:
+    """Imports a Python file by its path, once."""
+    path = pathlib.Path(name).expanduser().absolute()
+    if not path.is_file():
+        raise UserError(
+            f"no {what} at {name}: looked for {path}; paths are relative to the current directory"
+        )
+    path = path.resolve()
+    known = _own_paths()
+    if str(path) not in known:
+        os.environ[_OWN_FILES] = os.pathsep.join([*known, str(path)])
+    try:
+        return importlib.import_module(_module_name(path))
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+    except Exception as error:  # whatever the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in frames[::-1] if f.filename == str(path)), 1)
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(
+            f"{path}:{line}: {type(error).__name__}: {reason}; mend the file"
+        ) from None
+
+
+def _module_name(path: pathlib.Path) -> str:
+    stem = "".join(c if c.isalnum() else "_" for c in path.stem)
+    return f"{_OWN}.{stem}_{zlib.crc32(str(path).encode()):08x}"
+
+
+class _OwnFiles(importlib.abc.MetaPathFinder):
+    """Finds the modules of the user's own files; a class because Python's import system asks for one."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        del path, target
+        if not fullname.startswith(f"{_OWN}."):
+            return None
+        for file in _own_paths():
+            if _module_name(pathlib.Path(file)) == fullname:
+                return importlib.util.spec_from_file_location(fullname, file)
+        return None
+
+
+if not any(type(finder).__name__ == "_OwnFiles" for finder in sys.meta_path):
+    sys.meta_path.append(_OwnFiles())
 
 
 def row(table: Mapping[str, typing.Any], key: str, what: str):
@@ -42,6 +126,38 @@ def row(table: Mapping[str, typing.Any], key: str, what: str):
     if key not in table:
         raise UserError(f"unknown {what} {key!r}{nearest(key, table)}")
     return table[key]
+
+
+def options(defaults: typing.Any, without: Sequence[str] = ()) -> Callable:
+    """Returns a decorator that puts the fields of a NamedTuple into a signature that ends in `**options`.
+
+    The function's own parameters have precedence over fields of the same name.
+
+    Args:
+      defaults: the NamedTuple, whose values are the defaults.
+      without: fields that the function does not take.
+    """
+    hints = typing.get_type_hints(type(defaults))
+
+    def declare(fn: Callable) -> Callable:
+        signature = inspect.signature(fn)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        skipped = {p.name for p in own} | set(without)
+        shared = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=value,
+                annotation=hints[name],
+            )
+            for name, value in defaults._asdict().items()
+            if name not in skipped
+        ]
+        fn.__signature__ = signature.replace(parameters=own + shared)
+        fn.__annotations__ |= {p.name: p.annotation for p in shared}
+        return fn
+
+    return declare
 
 
 def check(

@@ -16,10 +16,10 @@ from squeeze_jax.distill import (
     cosine,
     feature_map,
     hidden,
-    in_place,
     soft_logits,
 )
 from squeeze_jax.errors import UserError
+from squeeze_jax.nas import sandwich
 
 LOWEST = np.finfo(np.float32).min
 
@@ -381,15 +381,15 @@ def test_in_place():
     # The labels are (1/2, 1/2) and q = (1/4, 3/4): the cross-entropy is that of the table above.
     big, small = jnp.array([[5.0, 5], [1, 2]]), jnp.array([[0, LN3], [4, 0]])
     mask = jnp.array([True, False])
-    soft = in_place.targets(big)
+    soft = sandwich.soft_labels(big)
     np.testing.assert_allclose(soft[0], [0.5, 0.5])
-    found = in_place.loss(small, soft, mask)
+    found = sandwich.distilled(small, soft, mask)
     assert float(found) == pytest.approx(KL + math.log(2), rel=1e-5)
-    found = in_place.loss(2 * small, in_place.targets(2 * big, 2.0), mask, 2.0)
+    found = sandwich.distilled(2 * small, sandwich.soft_labels(2 * big, 2.0), mask, 2.0)
     assert float(found) == pytest.approx(4 * (KL + math.log(2)), rel=1e-5)
 
     def both(big, small):
-        return in_place.loss(small, in_place.targets(big), mask)
+        return sandwich.distilled(small, sandwich.soft_labels(big), mask)
 
     to_big, to_small = jax.grad(both, (0, 1))(big, small)
     np.testing.assert_array_equal(to_big, 0)
@@ -397,7 +397,7 @@ def test_in_place():
     wanted = F.cross_entropy(
         torch.tensor(np.array(small)), torch.tensor(np.array(soft))
     )
-    found = in_place.loss(small, soft, jnp.ones(2, bool))
+    found = sandwich.distilled(small, soft, jnp.ones(2, bool))
     assert float(found) == pytest.approx(wanted.item(), rel=1e-5)
 
 

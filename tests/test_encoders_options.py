@@ -1,12 +1,13 @@
 """What the options of each encoder of text promise; test_encoders.py has the contracts of all."""
 
+import inspect
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from squeeze_jax import models, tree
+from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.models import squeezebert
 from squeeze_jax.nn.attention import Groups
@@ -252,3 +253,49 @@ def test_groups_apart_compute_the_same(groups, shuffle):
         found,
         expected,
     )
+
+
+class TestSharedOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dropuot": 0.1}, r"unknown key config\.model\.dropuot.*'dropout'"),
+            ({"heads": 2.5}, r"config\.model\.heads = 2\.5 .* should be int or None"),
+            (
+                {"dtype": "float16"},
+                r"config\.model\.dtype .* one of 'float32', 'bfloat16'",
+            ),
+            ({"options": {}}, r"unknown key config\.model\.options"),
+        ],
+    )
+    def test_mistakes_are_named(self, options, message):
+        with pytest.raises(UserError, match=message):
+            models.make("bert", variant="toy", **options)
+        with pytest.raises(UserError, match=message):
+            models.check({"name": "bert", "variant": "toy", **options})
+
+    def test_a_network_without_classes_of_its_own_takes_no_number(self):
+        with pytest.raises(UserError, match=r"unknown key config\.model\.num_classes"):
+            models.make("electra_pretraining", variant="toy", num_classes=2)
+
+    def test_the_defaults_are_those_of_each_paper(self):
+        def defaults(name):
+            parameters = inspect.signature(
+                registry.load("squeeze_jax.models", name).make
+            ).parameters
+            names = ("activation", "epsilon", "dropout", "head_dropout")
+            return tuple(parameters[n].default for n in names)
+
+        # ALBERT's second release drops nothing inside; RoBERTa's and GPT-2's code have an epsilon of 1e-5; DistilBERT's class
+        # in transformers has a rate of 0.2 before a classifier.
+        assert defaults("bert") == ("gelu", 1e-12, 0.1, None)
+        assert defaults("roberta") == ("gelu", 1e-5, 0.1, None)
+        assert defaults("albert") == ("gelu_tanh", 1e-12, 0.0, 0.1)
+        assert defaults("gpt2") == ("gelu_tanh", 1e-5, 0.1, None)
+        assert defaults("distilbert") == ("gelu", 1e-12, 0.1, 0.2)
+        assert defaults("mobilebert") == (None, 1e-12, 0.0, None)
+
+    def test_nets_of_the_same_sizes_are_equal_however_these_are_told(self):
+        told = dict(layers=2, features=32, heads=4, ffn_features=64, vocabulary=99)
+        one = models.make("bert", variant="toy", head_dropout=0.1)
+        assert one == models.make("bert", variant="mini", **told, positions=40)

@@ -390,7 +390,7 @@ def test_the_layers_of_squeezebert_ignore_the_epsilon_of_its_config(tmp_path, ep
     net, _ = loaded(
         theirs("squeezebert", "masked_lm", layer_norm_eps=epsilon), tmp_path
     )
-    assert (net.epsilon, net.layer_epsilon) == (epsilon, 1e-12)
+    assert (net.settings.epsilon, net.layer_epsilon) == (epsilon, 1e-12)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

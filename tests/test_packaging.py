@@ -16,6 +16,7 @@ LEVELS = {
     "errors": 0,
     "files": 0,
     "methods": 0,
+    "own": 0,
     "registry": 0,
     "tree": 0,
     "nn": 1,
@@ -34,7 +35,7 @@ LEVELS = {
     "jobs": 6,
 }
 METHODS = 3  # they know no model, so that they work on all
-OURS = {"squeeze_jax", "run"}
+OURS = {"squeeze_jax", "configs", "run"}
 FOREIGN_TO_THE_LIBRARY = {"absl", "ml_collections", "configs", "run", "tests"}
 
 # Distributions that are not called what is imported, and those that nothing of ours imports.

@@ -125,7 +125,9 @@ def test_keeps_the_newest_and_the_best(tmp_path):
 
 def test_there_is_no_best_without_an_evaluation(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"was evaluated: set config.eval_every"):
+    with pytest.raises(
+        UserError, match=r"was evaluated with a finite eval_accuracy: set config"
+    ):
         Checkpoints(tmp_path, use="best", read_only=True).trained(make()[1])
 
 
@@ -244,3 +246,26 @@ def test_checksums_see_every_bit_and_no_sharding():
     assert [k for k, v in checksums(changed).items() if v != first[k]] == [
         "params/head/kernel"
     ]
+
+
+@pytest.mark.parametrize(
+    ("lowest", "scores", "best"),
+    [
+        (True, (5.0, 3.0, 4.0), 2),
+        (False, (5.0, 3.0, 4.0), 1),
+        (True, (float("nan"), 3.0, 4.0), 2),
+        (False, (2.0, 3.0, float("nan")), 2),
+    ],
+)
+def test_the_best_is_the_lowest_of_what_should_be_low(tmp_path, lowest, scores, best):
+    """A perplexity and an accuracy; what is not a number is never the best."""
+    settings = dict(keep=1, best="score", lowest=lowest)
+    checkpoints = Checkpoints(tmp_path, **settings)
+    state_, like = make()
+    for step, score in enumerate(scores, 1):
+        checkpoints.save(at(state_, step), 0, {}, {"score": score})
+    checkpoints.wait()
+    assert checkpoints.steps() == sorted({best, 3})
+    checkpoints.close()
+    opened = Checkpoints(tmp_path, use="best", read_only=True, **settings)
+    assert opened.trained(like).state.step == best

@@ -165,7 +165,7 @@ def test_other_heads_are_passed_over(folder):
     head = {"masked_lm": expected["head"]["masked_lm"]}
     same(found, {"params": expected | {"head": head}})
     net, _ = models.load(path, task="features", dropout=0.0)
-    assert (net.dropout, net.pooler) == (0.0, True)
+    assert (net.settings.dropout, net.pooler) == (0.0, True)
 
 
 def test_what_tinybert_keeps_of_its_training_is_passed_over(folder):

@@ -242,11 +242,6 @@ def token_weights(batch: Mapping, rows: int, length: int) -> jax.Array:
     return weights * batch["attended"].reshape(rows, length).astype(jnp.float32)
 
 
-def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of values, of the shape of the weights, over what counts; 0 where nothing does."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
-
-
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     """x / ||x||; the gradient at 0 is finite."""
     square = jnp.sum(x * x, axis, keepdims=True)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn import means
 
 # A key that may not be seen has the lowest float32 for its score, or -inf where that was kept in less; no other is so low.
 _UNSEEN = -1e30
@@ -77,7 +78,7 @@ def _scores(ours, theirs, batch, average):
     )
     square = (ours - theirs) ** 2
     weights = jnp.broadcast_to(real[:, None, :, None] * seen, square.shape)
-    return _loss.mean(square, weights)
+    return means.mean(square, weights)
 
 
 def _probabilities(ours, theirs, batch, average):
@@ -89,7 +90,7 @@ def _probabilities(ours, theirs, batch, average):
         log_q = jax.nn.logsumexp(log_q, 1, keepdims=True) - jnp.log(count)
     p = _over_heads(jnp.where(seen, theirs.astype(jnp.float32), 0.0), average)
     divergence = jnp.sum(jax.scipy.special.xlogy(p, p) - p * log_q, -1)
-    return _loss.mean(divergence, jnp.broadcast_to(real[:, None], divergence.shape))
+    return means.mean(divergence, jnp.broadcast_to(real[:, None], divergence.shape))
 
 
 def _counted(scores, batch):

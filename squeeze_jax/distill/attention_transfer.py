@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
+from squeeze_jax.nn import means
 
 
 def make(layers: Layers, teacher: int = 0) -> Unbound:
@@ -43,7 +44,7 @@ def _compare(ours, theirs, batch, params, pair):
     rows = ours.shape[0]
     ours, theirs = (_loss.unit(each.reshape(rows, -1)) for each in (ours, theirs))
     distance = ((ours - theirs) ** 2).mean(-1)
-    return _loss.mean(distance, _loss.example_weights(batch, rows))
+    return means.mean(distance, _loss.example_weights(batch, rows))
 
 
 def _energy(x):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn import means
 
 
 def make(layers: Layers = ((-1, -1),), teacher: int = 0) -> Unbound:
@@ -44,4 +45,4 @@ def _compare(ours, theirs, batch, params, pair):
     del params, pair
     ours, theirs = (_loss.unit(_loss.project(each, None)) for each in (ours, theirs))
     cosine = jnp.sum(ours * theirs, -1)  # [b, l]
-    return _loss.mean(1 - cosine, _loss.token_weights(batch, *cosine.shape))
+    return means.mean(1 - cosine, _loss.token_weights(batch, *cosine.shape))

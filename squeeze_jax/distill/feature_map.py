@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn import means
 
 # A regressor keeps the size of what it reads.
 _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -82,7 +83,7 @@ def make(
         if text if normalise is None else normalise:
             ours, theirs = _normalised(ours), _normalised(theirs)
         values += ((ours - theirs) ** 2).mean(-1)
-        return _loss.mean(values, weights)
+        return means.mean(values, weights)
 
     return Unbound(bind)
 

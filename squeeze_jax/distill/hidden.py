@@ -13,6 +13,7 @@ import jax
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn import means
 
 _INIT = jax.nn.initializers.truncated_normal(0.02)
 
@@ -78,6 +79,6 @@ def make(
         theirs = _loss.project(theirs, None)
         if normalise:
             ours, theirs = _loss.unit(ours), _loss.unit(theirs)
-        return _loss.mean(((ours - theirs) ** 2).mean(-1), weights)
+        return means.mean(((ours - theirs) ** 2).mean(-1), weights)
 
     return Unbound(bind)

@@ -17,10 +17,10 @@ from squeeze_jax.distill._loss import (
     Shapes,
     Unbound,
     example_weights,
-    mean,
     token_weights,
 )
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.nn.means import mean
 
 # Heads whose classes are the positions of the sequence.
 _POSITIONS = ("start", "end")

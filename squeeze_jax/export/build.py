@@ -60,6 +60,7 @@ def make(
     endpoints_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
     tolerance: float = 1e-4,
     int8_agreement: float = 0.95,
+    agreement: Callable | None = None,
     timeout: float = 600.0,
 ) -> list[Exported]:
     """Exports a function to each format; a file gets its name only after it ran and agreed with the live function.
@@ -81,6 +82,7 @@ def make(
       endpoints_fn: same inputs → the model's named stages, first to last; tells where a rejected file goes wrong.
       tolerance: of float formats, relative to an output's largest number where that is above 1.
       int8_agreement: of integer formats, 0..1.
+      agreement: (live outputs, the file's) → float [n], 0..1, of each check example; None for `parity.same_answers`.
       timeout: seconds for one file to run on the check examples.
 
     Returns:
@@ -103,6 +105,7 @@ def make(
                 f"the model's {name} for check example {bad} are not finite: export a checkpoint from before it diverged"
             )
     limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
+    limits["agreement"] = agreement
     done = []
     with _scratch(directory) as folder:
         run = functools.partial(

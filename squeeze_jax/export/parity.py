@@ -1,6 +1,6 @@
 """Whether a file computes what the live model computes, and where it first does not."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -81,12 +81,9 @@ def compare(
     integer: bool,
     tolerance: float,
     int8_agreement: float,
+    agreement: Callable | None = None,
 ) -> Verdict:
     """Compares a file's outputs with the live model's.
-
-    The agreement of an example is whether the top class, the argmax of the last axis, is the same; of several
-    positions the share where it is; of several outputs the product, so that a span agrees where both of its ends do.
-    Of a regression, an output [n, 1], it is 1 - RMS(found - live) / RMS(live), at least 0.
 
     Args:
       live: {name: float32 [n, ...]}, finite.
@@ -94,26 +91,38 @@ def compare(
       integer: judge by the agreement instead of the largest difference.
       tolerance: max |found - live| ≤ tolerance · max(1, max |live|) of each output.
       int8_agreement: least mean agreement of the examples, 0..1.
+      agreement: (live, found) → float [n], 0..1, of each example; the task's own, or None for `same_answers`.
     """
     shapes = [{k: v.shape for k, v in each.items()} for each in (live, found)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"the live outputs are {shapes[0]}, the file's {shapes[1]}")
     finite = all(np.isfinite(v).all() for v in found.values())
-    same = np.prod([_same(live[k], found[k]) for k in live], axis=0)
-    agreement = float(np.mean(same))
+    share = float(np.mean((agreement or same_answers)(live, found)))
     worst = []
     for name, values in live.items():
         difference, index = largest_difference(values, found[name])
         worst.append((difference / _limit(values, tolerance), difference, name, index))
     _, difference, name, index = max(worst)
     limit = int8_agreement if integer else _limit(live[name], tolerance)
-    agrees = agreement >= limit if integer else difference <= limit
+    agrees = share >= limit if integer else difference <= limit
     return Verdict(
         finite and agrees,
         *(difference, name, index),
         *(float(live[name][index]), float(found[name][index])),
-        *(agreement, limit, integer),
+        *(share, limit, integer),
     )
+
+
+def same_answers(
+    live: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """The agreement of each example [n], 0..1, where outputs are scores of classes.
+
+    It is whether the top class, the argmax of the last axis, is the same; of several positions, as of a map of classes, the
+    share where it is; of several outputs the product, so that a span agrees where both of its ends do. Of a regression,
+    an output [n, 1], it is 1 - RMS(found - live) / RMS(live), at least 0.
+    """
+    return np.prod([_same(live[k], found[k]) for k in live], axis=0)
 
 
 def _same(live: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -67,12 +67,13 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
     if not path.is_file():
         raise UserError(f"no exported file at {path}: export it first")
     extension = path.suffix.removeprefix(".")
-    if extension not in registry.names(FORMATS):
+    own = registry.own_files()
+    if extension not in (*registry.names(FORMATS), *own):
         raise UserError(
             f"{path} is no exported file that can be run: expected .stablehlo or .tflite"
         )
     try:
-        return registry.load(FORMATS, extension).load(path, threads)
+        return registry.load(FORMATS, own.get(extension, extension)).load(path, threads)
     except UserError:
         raise
     except (

@@ -142,6 +142,13 @@ class Built:
     distill: _teachers.Settings
 
     @property
+    def checkpoints(self) -> dict[str, Any]:
+        """The settings of `Checkpoints`: which are kept, and which of them is the trained network."""
+        settings = {"best": self.metric.headline} | self.experiment.checkpoint
+        lowest = settings["best"] in self.metric.lower
+        return settings | ({"lowest": True} if lowest else {})
+
+    @property
     def carries(self) -> bool:
         """Whether the network carries a state from batch to batch."""
         contiguous = getattr(self.data, "contiguous", False)
@@ -332,7 +339,7 @@ def opened(workdir: pathlib.Path, config: Mapping[str, Any]) -> Built:
 def _check_sections(e: Experiment) -> None:
     """Raises a UserError for sections that do not fit the functions that they go to."""
     registry.check(_plugs.optim.make, e.optim, "config.optim", given=("steps",))
-    given = ("directory", "read_only")
+    given = ("directory", "read_only", "lowest")
     registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=given)
     counts(e.checkpoint, "config.checkpoint")
     registry.check(_pretrained.settings, e.init, "config.init")
@@ -380,10 +387,7 @@ def _options(e: Experiment, source: data.Data, begin) -> dict[str, Any]:
     known = inspect.signature(network.make).parameters
     decided = {k: v for k, v in source.model.items() if k in known}
     options = {"name": name} | dict(there) | decided | dict(e.model)
-    registry.check(models.make, options, "config.model")
-    registry.check(
-        network.make, {k: v for k, v in options.items() if k != "name"}, "config.model"
-    )
+    models.check(options, "config.model")
     return options
 
 
@@ -426,8 +430,12 @@ def _bound(losses, model, teachers, source) -> _objective.Objective:
 
 def _best(built: Built) -> None:
     """Raises a UserError for a best checkpoint by a score that evaluations do not give."""
-    best, names = built.experiment.checkpoint.get("best"), built.metric.names
-    if best is not None and best not in (names or (names := _scores(built))):
+    best = built.experiment.checkpoint.get("best")
+    if best is None or best == "eval_loss":
+        return
+    names = built.metric.names or _scores(built)
+    if best not in names:
+        names = (*names, "eval_loss")
         raise UserError(f"config.checkpoint.best = {best!r}{nearest(best, names)}")
 
 

@@ -53,7 +53,7 @@ def method(section: Mapping, where: str) -> Any:
             f"{where} should be a dict with a name such as 'comm.mean', not {section!r}"
         )
     name = section["name"]
-    if is_path(name):
+    if registry.is_path(name):
         module = registry.load("squeeze_jax.comm", name, "method")
     else:
         package, _, file = name.partition(".")
@@ -71,15 +71,12 @@ def method(section: Mapping, where: str) -> Any:
     return module.make(**arguments)
 
 
-def is_path(name: str) -> bool:
-    """Whether a name in a config is a path to a user's own file."""
-    return name.endswith(".py")
-
-
 def short_name(section: Mapping, taken: set[str]) -> str:
     """The name of a method in records, parameters and state: its file's, with underscores until it is unique."""
     name = section["name"]
-    name = pathlib.Path(name).stem if is_path(name) else name.rpartition(".")[2]
+    name = (
+        pathlib.Path(name).stem if registry.is_path(name) else name.rpartition(".")[2]
+    )
     while name in taken:
         name += "_"
     taken.add(name)

@@ -28,7 +28,6 @@ from squeeze_jax.train.checkpoint import Checkpoints
 
 # In a work directory: what its network was made with, and which of its checkpoints is the trained one.
 MODEL = "model.json"
-HEAD = re.compile(r"^(head|pooler|classifier)/")
 LAYER = re.compile(r"^layer(\d+)/")
 
 
@@ -295,10 +294,10 @@ def begin(
     )
     if network.options.get("task", options.get("task")) != options.get("task"):
         # The layers of two tasks' heads may have the same names.
-        given = given | {"params": _headless(given["params"])}
+        given = given | {"params": _headless(given["params"], options["name"])}
     if layers:
         given = given | {"params": _chosen(given["params"], layers, network.where)}
-    fitted = {}
+    head, fitted = _head(options["name"]), {}
     for collection, wanted in shapes.items():
         have = tree.flatten(given.get(collection, {}))
         want = tree.flatten(wanted)
@@ -312,7 +311,7 @@ def begin(
             array = have.get(name)
             if array is not None and np.shape(array) == want[name].shape:
                 taken[name] = np.asarray(array, want[name].dtype)
-            elif not HEAD.search(name):
+            elif not name.startswith(head):
                 found = "is not there" if array is None else f"is {np.shape(array)}"
                 raise UserError(
                     f"{network.where} does not fit the model: {name} {found}, should be {want[name].shape}; take only"
@@ -322,8 +321,18 @@ def begin(
     return fitted
 
 
-def _headless(params):
-    return {name: value for name, value in params.items() if name != "head"}
+def _head(model: str) -> tuple[str, ...]:
+    """How the names of the parameters begin that a network for other classes initialises anew."""
+    module = registry.load("squeeze_jax.models", model, "model")
+    return tuple(f"{layer}/" for layer in getattr(module, "CLASSIFIER", ()))
+
+
+def _headless(params, model):
+    head = _head(model)
+    return traverse_util.unflatten_dict(
+        {k: v for k, v in tree.flatten(params).items() if not k.startswith(head)},
+        sep="/",
+    )
 
 
 def _chosen(params, layers, where):

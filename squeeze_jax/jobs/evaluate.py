@@ -41,7 +41,7 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
       UserError: there is none, or it does not fit the model.
     """
     directory = workdir / "checkpoints"
-    settings = {"best": built.metric.headline} | built.experiment.checkpoint
+    settings = built.checkpoints
     if directory.is_dir():
         with contextlib.closing(
             Checkpoints(directory, **settings, read_only=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from squeeze_jax import export, files, registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.export.runnable import named
+from squeeze_jax.export.runnable import format_of, named
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nn.conv import lowering
@@ -61,16 +61,18 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     training = built.data.train(built.experiment.batch, built.experiment.seed)
     calibration = examples(built, training, settings.calibration)
     for key in settings.formats:
+        integer = format_of(key).INTEGER
         (file,) = export.make(
-            live(built, state),
+            live(built, state, integer=integer),
             built.data.exported,
             workdir / "export",
             formats=(key,),
             calibration=calibration,
             check=check,
-            endpoints_fn=live(built, state, endpoints=True),
+            endpoints_fn=live(built, state, endpoints=True, integer=integer),
             tolerance=settings.tolerance,
             int8_agreement=settings.int8_agreement,
+            agreement=built.metric.agreement,
         )
         note(workdir, file, int(state.step))
         print(
@@ -80,12 +82,20 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         )
 
 
-def live(built: Built, state: State, *, endpoints: bool = False):
+def live(built: Built, state: State, *, endpoints: bool = False, integer: bool = False):
     """The trained network as it is exported: {name of `data.exported`: [b, ...]} → logits, or its named stages.
 
     Its convolutions are the native operations whatever the training used, and its weights are on the host.
+
+    Args:
+      built, state: the experiment and the trained network.
+      endpoints: the stages instead of the logits.
+      integer: for files of integers, which round activations by themselves.
     """
     network, variables = on_host(built, state)
+    if integer:
+        kept = {k: f for k, f in network.forwards.items() if not f.integer}
+        network = network._replace(forwards=kept)
 
     def fn(batch):
         with lowering("native"):

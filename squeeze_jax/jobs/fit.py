@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from squeeze_jax import methods, models, tree
-from squeeze_jax.cost import count
+from squeeze_jax.cost import count, wire
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _compilation,
@@ -52,7 +52,7 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
     """Trains, see `run`; what is `compiled` may have served runs that differ in nothing but their seeds."""
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
-    settings = {"best": built.metric.headline} | built.experiment.checkpoint
+    settings = built.checkpoints
     directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
         built, restored = resumed(built, checkpoints)
@@ -72,7 +72,10 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
         while True:
             if begin is None or start < built.phase.end:
                 step = compiled.of(built, say)
-                say(f"memory     {memory(step.largest)}\n")
+                say(f"memory     {memory(step.largest)}")
+                if jax.device_count() > 1:
+                    say(f"wire       {on_the_wire(built, step)}")
+                say("")
                 if restored:
                     say(f"continuing from the checkpoint of step {start}")
                 begin = begin or Restored(built.create(given), 0)
@@ -311,10 +314,11 @@ class Steps:
 
     Attributes:
       evaluate: state → scores, see `evaluator`.
+      lessons: of teachers; None before `prepare`.
     """
 
     def __init__(self, built: Built):
-        self._built, self._lessons, self._say = built, None, print
+        self._built, self.lessons, self._say = built, None, print
         self._specs = {_shapes(s): s for s in built.data.specs(built.experiment.batch)}
         self._compiled, self._open = {}, contextlib.ExitStack()
         self.evaluate = evaluator(built)
@@ -331,9 +335,9 @@ class Steps:
         Args:
           say: prints a line.
         """
-        if self._lessons is None:
+        if self.lessons is None:
             lessons = _teachers.open(self._built, say)
-            self._lessons = self._open.enter_context(lessons)
+            self.lessons = self._open.enter_context(lessons)
         self._say = say
 
     @property
@@ -344,20 +348,20 @@ class Steps:
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Places a batch, with what the teachers' outputs on disk say of it."""
         placed = put(batch, self._built)
-        if rows := self._lessons.rows(batch):
+        if rows := self.lessons.rows(batch):
             placed["teacher"] = rows
         return placed
 
     def __call__(self, state: State, batch: dict, key: jax.Array):
         names = self._built.data.specs(1)[-1]
         compiled = self._of(_shapes({k: batch[k] for k in names}))
-        return compiled(state, batch, key, *self._lessons.frozen)
+        return compiled(state, batch, key, *self.lessons.frozen)
 
     def _of(self, shapes):
         if shapes not in self._compiled:
             spec = self._specs[shapes]
             with _compilation.compiling(self._say, "the training step"):
-                step = compile_step(self._built, spec, self._lessons)
+                step = compile_step(self._built, spec, self.lessons)
             self._compiled[shapes] = step
         return self._compiled[shapes]
 
@@ -374,6 +378,18 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
       spec: shapes of a batch.
       lessons: of teachers.
     """
+    pieces, arguments = traceable(built, spec, lessons)
+    step = steps.whole(pieces)
+    if not pieces.fused:
+        return step
+    placed = jax.tree.map(lambda x: x.sharding, arguments[0])
+    shardings = placed, sharding.replicated(built.mesh)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    return compiled.lower(*arguments).compile()
+
+
+def traceable(built: Built, spec, lessons: _teachers.Lessons) -> tuple:
+    """The parts of the step, and the shapes and shardings of its arguments; see `compile_step`."""
     e, mesh, abstract = built.experiment, built.mesh, built.abstract()
     pieces = steps.parts(
         built.network,
@@ -388,9 +404,6 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
         accumulate=e.accumulate,
         ema=e.ema,
     )
-    step = steps.whole(pieces)
-    if not pieces.fused:
-        return step
     rows, one = sharding.over_batch(mesh), sharding.replicated(mesh)
     spec = dict(spec) | {"index": jax.ShapeDtypeStruct((e.batch,), jnp.int32)}
     if more := lessons.spec(spec):
@@ -404,12 +417,7 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
             jax.tree.map(lambda _: one, lessons.frozen),
         ),
     )
-    placed = jax.tree.map(lambda x: x.sharding, abstract)
-    return (
-        jax.jit(step, donate_argnums=0, out_shardings=(placed, one))
-        .lower(abstract, batch, key, *frozen)
-        .compile()
-    )
+    return pieces, (abstract, batch, key, *frozen)
 
 
 def plan(built: Built, workdir: pathlib.Path) -> str:
@@ -449,6 +457,16 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     if built.teachers:
         rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
     return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
+
+
+def on_the_wire(built: Built, step: "Steps") -> str:
+    """What each device sends in a step: of an exchange as it is written, else as the compiler makes it."""
+    if built.plugs.exchange is None and hasattr(step.largest, "as_text"):
+        return wire.describe(wire.compiled_wire(step.largest)).removeprefix("wire ")
+    spec = built.data.specs(built.experiment.batch)[-1]
+    pieces, arguments = traceable(built, spec, step.lessons)
+    sent = wire.wire(steps.whole(pieces), *arguments)
+    return wire.describe(sent).removeprefix("wire ")
 
 
 def _methods(e) -> str:

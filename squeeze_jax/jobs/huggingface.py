@@ -102,4 +102,5 @@ def _compared(built, variables, folder) -> Verdict:
         integer=False,
         tolerance=settings.tolerance,
         int8_agreement=settings.int8_agreement,
+        agreement=built.metric.agreement,
     )

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -46,8 +46,10 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             trained = _experiment.opened(folder, experiment.config())
             found[seed] = fit.evaluator(trained)(evaluate.trained(trained, folder))
     if jax.process_index() == 0:
-        print(f"\n{report(found, built.metric.headline)}\n")
-        written = summary(found, built.metric.headline)
+        headline = built.metric.headline
+        best = built.metric.better(headline)
+        print(f"\n{report(found, headline, best)}\n")
+        written = summary(found, headline, best)
         path = files.write(workdir / "seeds.json", json.dumps(written, indent=2) + "\n")
         print(f"written    {path}; the best is {_of(workdir, written['best'])}")
 
@@ -56,8 +58,10 @@ def _of(workdir: pathlib.Path, seed: int) -> pathlib.Path:
     return workdir / f"seed-{seed}"
 
 
-def summary(found: Mapping[int, Mapping[str, float]], headline: str) -> dict:
-    """Scores by seed, their medians, means and deviations, and the seed whose headline is the highest."""
+def summary(
+    found: Mapping[int, Mapping[str, float]], headline: str, best: Callable = max
+) -> dict:
+    """Scores by seed, their medians, means and deviations, and the seed whose headline is the best: `max` or `min`."""
     names = next(iter(found.values()))
     columns = {name: [scores[name] for scores in found.values()] for name in names}
     return {
@@ -65,13 +69,15 @@ def summary(found: Mapping[int, Mapping[str, float]], headline: str) -> dict:
         "median": {name: statistics.median(c) for name, c in columns.items()},
         "mean": {name: statistics.fmean(c) for name, c in columns.items()},
         "deviation": {name: statistics.stdev(c) for name, c in columns.items()},
-        "best": max(found, key=lambda seed: found[seed][headline]),
+        "best": best(found, key=lambda seed: found[seed][headline]),
     }
 
 
-def report(found: Mapping[int, Mapping[str, float]], headline: str) -> str:
+def report(
+    found: Mapping[int, Mapping[str, float]], headline: str, best: Callable = max
+) -> str:
     """A table: a row a seed, then the medians and the best."""
-    whole = summary(found, headline)
+    whole = summary(found, headline, best)
     names = list(next(iter(found.values())))
     rows = {f"seed {seed}": scores for seed, scores in found.items()}
     rows |= {"median": whole["median"], "mean": whole["mean"]}

@@ -1,17 +1,25 @@
-"""What encoders of text have in common: embeddings, a stack of layers, a head; a net overrides where it differs."""
+"""Builds encoders of text from embeddings, a stack of layers and a task's head.
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+A net is a Linen module with the attributes row, task, num_classes, pooler and settings. Its `__call__` makes the parts by
+`embeddings`, `layers` and `head`, with the arguments in which it differs from BERT, and runs them by `encode`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn import activations, encoder
+from squeeze_jax.nn import activations, encoder, heads
 from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.embed import Embeddings, positions, text
 from squeeze_jax.nn.heads import Head, Pooler
+
+# The layers that another task or other classes change: a pooler learns what a task asks of it.
+CLASSIFIER = ("pooler", "head")
 
 
 class Row(NamedTuple):
@@ -30,157 +38,232 @@ class Row(NamedTuple):
     embedding_features: int | None = None
 
 
-class Encoder(nn.Module):
-    """Embeddings of words, positions and segments; layers of attention and feed-forward networks; a task's head.
-
-    Endpoints: embeddings (what the first layer sees), layer1, layer2, … [b, l, d], attention1, … (probabilities) and
-    scores1, … (before the softmax) [b, heads, l, l], pooled [b, d] where there is a pooler.
+class Options(NamedTuple):
+    """Options that `make` has in every file of an encoder; `registry.options` puts them into its signature.
 
     Attributes:
-      row: the sizes.
-      task, num_classes: see `heads.Head`.
-      activation: of the feed-forward networks.
-      epsilon, layer_epsilon: of the normalisations outside and inside of the layers.
-      dropout, attention_dropout: see `encoder.Layer`; the first also after the embeddings.
-      head_dropout: rate before a classifier.
-      pooler: whether there is one.
-      dtype: between the embeddings and the logits.
-      groups: of each layer; None for dense layers.
+      num_classes: outputs of the tasks classification (1: regression) and tokens; None for no head and no pooler: the last
+        layer's [b, l, d] stands in place of the logits.
+      layers, features, heads, ffn_features: instead of the variant's; heads divide features.
+      vocabulary, positions: sizes of the embeddings instead of the variant's.
+      activation: of the feed-forward networks, a name of `activations.ACTIVATIONS`.
+      epsilon: of all normalisations.
+      dropout: rate after embeddings and before residual sums, 0 to 1; needs the rng "dropout" in training.
+      attention_dropout: rate on attention's probabilities.
+      head_dropout: rate before a classifier; None for `dropout`.
+      dtype: of everything between the embeddings and the logits; parameters and logits are float32.
     """
 
-    row: Row
-    task: str
-    num_classes: int
+    num_classes: int | None = 2
+    layers: int | None = None
+    features: int | None = None
+    heads: int | None = None
+    ffn_features: int | None = None
+    vocabulary: int | None = None
+    positions: int | None = None
+    activation: str = "gelu"
+    epsilon: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    head_dropout: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Settings(NamedTuple):
+    """The options that a net computes with; the sizes are in its row. See `Options`; `head_dropout` is a number."""
+
     activation: str
     epsilon: float
     dropout: float
     attention_dropout: float
     head_dropout: float
-    pooler: bool
     dtype: str
-    groups: tuple[Groups, ...] | None = None
-    layer_epsilon: float | None = None
-
-    # Rows of the positions' table before that of the first token.
-    before_positions = 0
-
-    @nn.compact
-    def __call__(self, x, *, train: bool = False):
-        """Logits, see `heads.Head`, and endpoints.
-
-        Args:
-          x: {"tokens", "segments", "mask"} of [b, l], see `embed.text`, and "positions" for masked_lm.
-          train: whether dropout acts.
-        """
-        row = self.row
-        tokens, segments, mask = text(x, choices=self.task == "choice")
-        embeddings = self.make_embeddings()
-        at = self.position_rows(mask)
-        y = embeddings(tokens, segments, at=at, train=train)
-        if self.has_projection():
-            y = Conv(row.features, 1, kernel_init=encoder.KERNEL_INIT, name="project")(
-                y
-            )
-        endpoints = {"embeddings": y}
-        y, more = encoder.stack(self.make_layers(), y, mask, train=train)
-        endpoints |= more
-        y = self.finish(y)
-        pooled = self.pool(y, mask)
-        if pooled is not None:
-            endpoints["pooled"] = pooled
-        logits = self.make_head()(
-            y,
-            pooled,
-            embeddings.scores,
-            choices=x["tokens"].shape[1],
-            positions=positions(x),
-            train=train,
-        )
-        return logits, endpoints
-
-    def make_embeddings(self, **options) -> Embeddings:
-        """The embeddings; options are those of `embed.Embeddings` that differ from BERT's."""
-        row = self.row
-        common = {
-            "vocabulary": row.vocabulary,
-            "features": row.embedding_features or row.features,
-            "positions": row.positions,
-            "segments": row.segments,
-            "dropout": self.dropout,
-            "epsilon": self.epsilon,
-            "dtype": jnp.dtype(self.dtype),
-            "before": self.before_positions,
-        }
-        return Embeddings(**common | options, name="embeddings")
-
-    def finish(self, y):
-        """What is done to the last layer's [b, l, d]."""
-        return y
-
-    def pool(self, y, mask):
-        """What stands for a whole sequence, [b, d] or None, of y [b, l, d]; mask: bool [b, l] or None."""
-        return Pooler(name="pooler")(y) if self.pooler else None
-
-    def position_rows(self, mask):
-        """The row of each token in the table of positions, int [b, l], or None to count tokens from the first on."""
-        return None
-
-    def has_projection(self) -> bool:
-        """Whether a fully connected layer widens the embeddings."""
-        return self.row.embedding_features not in (None, self.row.features)
-
-    def make_layers(self) -> list[nn.Module]:
-        """The layers in their order."""
-        groups = self.groups or (Groups(),) * self.row.layers
-        return [self.make_layer(f"layer{n}", each) for n, each in enumerate(groups, 1)]
-
-    def make_layer(self, name: str, groups: Groups, **options) -> nn.Module:
-        """One layer; options are those of `encoder.Layer` that differ from BERT's."""
-        return encoder.Layer(
-            self.row.heads,
-            self.row.ffn_features,
-            groups,
-            self.activation,
-            self.dropout,
-            self.attention_dropout,
-            self.epsilon if self.layer_epsilon is None else self.layer_epsilon,
-            features=self.row.features,
-            **options,
-            name=name,
-        )
-
-    def make_head(self, **options) -> Head:
-        """The task's head; options are those of `heads.Head` that differ from BERT's."""
-        common = {
-            "task": self.task,
-            "num_classes": self.num_classes,
-            "features": self.row.embedding_features or self.row.features,
-            "activation": self.activation,
-            "epsilon": self.epsilon,
-            "dropout": self.head_dropout
-            if self.task in ("classification", "tokens", "choice")
-            else 0.0,
-        }
-        return Head(**common | options, name="head")
 
 
-def sized(
+def settings(options: Options) -> Settings:
+    """Returns the options that are no sizes.
+
+    Raises:
+      UserError: an unknown activation.
+    """
+    activations.named(options.activation)
+    if options.head_dropout is None:
+        options = options._replace(head_dropout=options.dropout)
+    return Settings(*(getattr(options, name) for name in Settings._fields))
+
+
+def sized(row: Any, options: Options, **sizes: int | None) -> Any:
+    """Returns a variant's row with the sizes of the options, and others that are not None, instead of its own.
+
+    Raises:
+      UserError: a size that is not positive.
+    """
+    shared = ("layers", "features", "heads", "ffn_features", "vocabulary", "positions")
+    sizes |= {name: getattr(options, name) for name in shared}
+    return encoder.resized(row, **sizes)
+
+
+def chosen(
     variants: Mapping[str, Row],
     variant: str,
     model_type: str,
-    activation: str,
-    **sizes: Any,
-) -> Row:
-    """A variant's row with the sizes that are given, not None, instead of its own.
+    options: Options,
+    **sizes: int | None,
+) -> tuple[Row, Settings]:
+    """Returns the sizes and settings of a net.
+
+    Args:
+      variants: the rows of a file.
+      variant: the name of one of them.
+      model_type: how an error calls the file.
+      options: what `make` was called with, and the file's defaults.
+      **sizes: the file's own options that are sizes.
 
     Raises:
       UserError: an unknown variant or activation, a size that is not positive, heads that do not divide the features.
     """
     row = registry.row(variants, variant, f"variant of {model_type}")
-    row = encoder.resized(row, **sizes)
+    row = sized(row, options, **sizes)
     encoder.check(row.features, row.ffn_features, row.heads)
-    activations.named(activation)
-    return row
+    return row, settings(options)
+
+
+def has_pooler(
+    task: str,
+    pooler: bool | None,
+    num_classes: int | None,
+    tasks: Any = heads.Task,
+    need: Sequence[str] = heads.NEED_POOLER,
+) -> bool:
+    """Whether an encoder has a pooler; see `heads.pooled`. A network without classes has one only if `pooler` is
+    true.
+
+    Raises:
+      UserError: see `heads.pooled`.
+    """
+    heads.check(task, tasks)
+    if num_classes is None:
+        return pooler is True
+    return heads.pooled(task, pooler, tasks=tasks, need=need)
+
+
+def embeddings(net, **changes: Any) -> Embeddings:
+    """Makes the embeddings; `changes` are the arguments of `Embeddings` that differ from BERT's."""
+    row, settings = net.row, net.settings
+    common = {
+        "vocabulary": row.vocabulary,
+        "features": row.embedding_features or row.features,
+        "positions": row.positions,
+        "segments": row.segments,
+        "dropout": settings.dropout,
+        "epsilon": settings.epsilon,
+        "dtype": jnp.dtype(settings.dtype),
+    }
+    return Embeddings(**{"name": "embeddings"} | common | changes)
+
+
+def layer(net, number: int, groups: Groups = encoder.DENSE, **changes: Any):
+    """Makes a layer, which counts from 1; `changes` are the arguments of `encoder.Layer` that differ from BERT's."""
+    common = {
+        "heads": net.row.heads,
+        "ffn_features": net.row.ffn_features,
+        "groups": groups,
+        "activation": net.settings.activation,
+        "dropout": net.settings.dropout,
+        "attention_dropout": net.settings.attention_dropout,
+        "epsilon": net.settings.epsilon,
+        "features": net.row.features,
+        "name": f"layer{number}",
+    }
+    return encoder.Layer(**common | changes)
+
+
+def layers(net, **changes: Any) -> list[nn.Module]:
+    """Makes all layers, see `layer`."""
+    return [layer(net, n, **changes) for n in range(1, net.row.layers + 1)]
+
+
+def head(net, **changes: Any) -> Head:
+    """Makes the task's head; `changes` are the arguments of `Head` that differ from BERT's."""
+    dropped = net.task in ("classification", "tokens", "choice")
+    common = {
+        "task": net.task,
+        "num_classes": net.num_classes,
+        "features": net.row.embedding_features or net.row.features,
+        "activation": net.settings.activation,
+        "epsilon": net.settings.epsilon,
+        "dropout": net.settings.head_dropout if dropped else 0.0,
+        "name": "head",
+    }
+    return Head(**common | changes)
+
+
+def project(net, y: jax.Array) -> jax.Array:
+    """Takes embeddings to the layers' channels by a fully connected layer, [b, l, e] → [b, l, d]."""
+    init = encoder.KERNEL_INIT
+    return Conv(net.row.features, 1, kernel_init=init, name="project")(y)
+
+
+def pool(net, y: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+    """Returns the first token after a fully connected layer and tanh, [b, d], or None without a pooler."""
+    return Pooler(name="pooler")(y) if net.pooler else None
+
+
+def unchanged(net, y: jax.Array) -> jax.Array:
+    """Returns y."""
+    return y
+
+
+def encode(
+    net: nn.Module,
+    x: Mapping[str, jax.Array],
+    tables: Embeddings,
+    blocks: list[nn.Module],
+    last: Head,
+    *,
+    train: bool,
+    rows: Callable = lambda mask: None,
+    widen: Callable = unchanged,
+    finish: Callable = unchanged,
+    pool: Callable = pool,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Runs an encoder inside its `nn.compact` method.
+
+    Args:
+      net: the encoder, bound.
+      x: {"tokens", "segments", "mask"} of [b, l], see `embed.text`, and "positions" for masked_lm.
+      tables, blocks, last: its embeddings, layers and head.
+      train: whether dropout acts.
+      rows: bool [b, l] or None → each token's row in the table of positions, int [b, l], or None to count tokens.
+      widen: (net, embeddings) → what the first layer reads, [b, l, d].
+      finish: (net, the last layer's outputs) → [b, l, d].
+      pool: (net, what `finish` returned, mask) → what stands for a whole sequence, [b, d] or None.
+
+    Returns:
+      Logits, see `heads.Head`, and endpoints: embeddings (what the first layer reads), layer1, layer2, … [b, l, d],
+      attention1, … (probabilities) and scores1, … (before the softmax) [b, heads, l, l], and pooled [b, d] if there is
+      one. Without classes the last layer's [b, l, d], float32, stands in place of the logits.
+    """
+    tokens, segments, mask = text(x, choices=net.task == "choice")
+    y = widen(net, tables(tokens, segments, at=rows(mask), train=train))
+    endpoints = {"embeddings": y}
+    y, others = encoder.stack(blocks, y, mask, train=train)
+    endpoints |= others
+    y = finish(net, y)
+    pooled = pool(net, y, mask)
+    if pooled is not None:
+        endpoints["pooled"] = pooled
+    if net.num_classes is None:
+        return y.astype(jnp.float32), endpoints
+    logits = last(
+        y,
+        pooled,
+        tables.scores,
+        choices=x["tokens"].shape[1],
+        positions=positions(x),
+        train=train,
+    )
+    return logits, endpoints
 
 
 def layer_names(parts: Mapping[str, str], layers: int, start: str) -> dict[str, str]:

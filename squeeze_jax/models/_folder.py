@@ -107,6 +107,10 @@ def save(
         raise UserError(
             "transformers has no encoder with widths or absent layers of its own: it could not load this network"
         )
+    if getattr(net, "num_classes", 0) is None:
+        raise UserError(
+            "the net has no head, num_classes = None: save it with task='features'"
+        )
     module = sys.modules[type(net).__module__]
     if not hasattr(module, "HUGGINGFACE"):
         raise UserError(f"{type(net).__name__} is no encoder that transformers has")

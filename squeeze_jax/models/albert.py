@@ -8,16 +8,22 @@ classifiers, and whose `xlarge` has 16 heads. Where there is some, it acts as in
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+import flax.linen as nn
+
+from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.models import bert
-from squeeze_jax.models._encoder import Encoder, Row, layer_names, sized
-from squeeze_jax.nn.attention import Groups
-from squeeze_jax.nn.heads import POOLED, Head, Task, pooled
+from squeeze_jax.models import _encoder, bert
+from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
+from squeeze_jax.nn.heads import POOLED, Task
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options(
+    activation="gelu_tanh", dropout=0.0, attention_dropout=0.0, head_dropout=0.1
+)
 HUGGINGFACE = huggingface.Family(
     "albert",
     prefix="albert",
@@ -76,90 +82,71 @@ _HEAD_NAMES = {
 }
 
 
-class Albert(Encoder):
-    """The net; attributes and endpoints as in `Encoder`, and how many layers have weights of their own."""
+class Albert(nn.Module):
+    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
 
+    Attributes:
+      distinct: layers with weights of their own.
+    """
+
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
     distinct: int = 1
 
-    def has_projection(self) -> bool:
-        return True
-
-    def make_layers(self):
-        own = [self.make_layer(f"layer{n + 1}", Groups()) for n in range(self.distinct)]
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
         count = self.row.layers
-        return [own[n * self.distinct // count] for n in range(count)]
-
-    def make_head(self) -> Head:
+        own = [_encoder.layer(self, n) for n in range(1, self.distinct + 1)]
         whole = self.task in ("next_sentence", "pretraining")
-        return super().make_head(**{"dropout": self.head_dropout} if whole else {})
+        changes = {"dropout": self.settings.head_dropout} if whole else {}
+        return _encoder.encode(
+            self,
+            x,
+            _encoder.embeddings(self),
+            [own[n * self.distinct // count] for n in range(count)],
+            _encoder.head(self, **changes),
+            train=train,
+            widen=_encoder.project,
+        )
 
 
+@registry.options(OPTIONS)
 def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    num_classes: int = 2,
-    layers: int | None = None,
     distinct: int = 1,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
     segments: int | None = None,
     embedding_features: int | None = None,
-    activation: str = "gelu_tanh",
-    epsilon: float = 1e-12,
-    dropout: float = 0.0,
-    attention_dropout: float = 0.0,
-    head_dropout: float = 0.1,
     pooler: bool | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> Albert:
     """Builds an ALBERT.
 
     Args:
       variant: a row of VARIANTS.
+      task, segments, pooler: see `bert.make`.
       distinct: layers with weights of their own, at most `layers`; each is used several times in a row.
       embedding_features: channels of the embeddings instead of the variant's.
-      head_dropout: rate before a classifier, also that of two sentences' order.
-      Others: see `bert.make`.
+      **options: see `Options`; head_dropout acts also before the order of two sentences.
 
     Raises:
       UserError: unknown variant, task or activation, heads that do not divide the features, or more distinct layers than
         layers.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "albert",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-        segments=segments,
-        embedding_features=embedding_features,
-    )
+    shared = OPTIONS._replace(**options)
+    sizes = {"segments": segments, "embedding_features": embedding_features}
+    row, settings = _encoder.chosen(VARIANTS, variant, "albert", shared, **sizes)
     if not 1 <= distinct <= row.layers:
         raise UserError(
             f"distinct = {distinct}: should be from 1 to the number of layers, {row.layers}"
         )
-    return Albert(
-        row,
-        task,
-        num_classes,
-        activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        head_dropout,
-        pooled(task, pooler),
-        dtype,
-        distinct=distinct,
-    )
+    pooler = _encoder.has_pooler(task, pooler, shared.num_classes)
+    return Albert(row, task, shared.num_classes, pooler, settings, distinct)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

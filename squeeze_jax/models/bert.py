@@ -9,13 +9,19 @@ reads all of them or the pooled first one.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from squeeze_jax.models._encoder import Encoder, Row, layer_names, sized
-from squeeze_jax.nn.heads import POOLED, Task, pooled
+import flax.linen as nn
+
+from squeeze_jax import registry
+from squeeze_jax.models import _encoder
+from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
+from squeeze_jax.nn.heads import POOLED, Task
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options()
 HUGGINGFACE = huggingface.Family(
     "bert",
     prefix="bert",
@@ -86,74 +92,58 @@ HEAD_NAMES = {
 }
 
 
-class Bert(Encoder):
-    """The net; attributes and endpoints as in `Encoder`."""
+class Bert(nn.Module):
+    """The net; its endpoints are those of `_encoder.encode`.
+
+    Attributes:
+      row: the sizes.
+      task, num_classes: see `heads.Head`.
+      pooler: whether there is one.
+      settings: see `_encoder.Settings`.
+    """
+
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
+        tables, blocks = _encoder.embeddings(self), _encoder.layers(self)
+        return _encoder.encode(
+            self, x, tables, blocks, _encoder.head(self), train=train
+        )
 
 
+@registry.options(OPTIONS)
 def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    num_classes: int = 2,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
     segments: int | None = None,
-    activation: str = "gelu",
-    epsilon: float = 1e-12,
-    dropout: float = 0.1,
-    attention_dropout: float = 0.1,
-    head_dropout: float | None = None,
     pooler: bool | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> Bert:
     """Builds a BERT.
 
     Args:
       variant: a row of VARIANTS.
       task: what the head is for, see `heads.Head`.
-      num_classes: outputs of the tasks classification (1: regression) and tokens.
-      layers, features, heads, ffn_features: instead of the variant's; heads divide features.
-      vocabulary, positions, segments: sizes of the embeddings instead of the variant's.
-      activation: of the feed-forward networks, a name of `activations.ACTIVATIONS`.
-      epsilon: of all normalisations.
-      dropout: rate after embeddings and before residual sums, 0 to 1; needs the rng "dropout" in training.
-      attention_dropout: rate on attention's probabilities.
-      head_dropout: rate before a classifier; None for `dropout`.
+      segments: rows of the table of segments instead of the variant's; 0 for none.
       pooler: whether there is one; None where the task needs one.
-      dtype: of everything between the embeddings and the logits; parameters and logits are float32.
+      **options: see `Options`.
 
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "bert",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-        segments=segments,
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(
+        VARIANTS, variant, "bert", shared, segments=segments
     )
-    return Bert(
-        row,
-        task,
-        num_classes,
-        activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        dropout if head_dropout is None else head_dropout,
-        pooled(task, pooler),
-        dtype,
-    )
+    pooler = _encoder.has_pooler(task, pooler, shared.num_classes)
+    return Bert(row, task, shared.num_classes, pooler, settings)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,18 @@ dropped where BERT drops them; the class in `transformers` drops none before the
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
+
+from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.models import bert
-from squeeze_jax.models._encoder import Encoder, Row, layer_names, sized
-from squeeze_jax.nn.heads import Head, check
+from squeeze_jax.models import _encoder, bert
+from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
+from squeeze_jax.nn.heads import check
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options(head_dropout=0.2)
 HUGGINGFACE = huggingface.Family(
     "distilbert",
     prefix="distilbert",
@@ -74,73 +79,53 @@ _HEAD_NAMES = {
 }
 
 
-class DistilBert(Encoder):
-    """The net; attributes and endpoints as in `Encoder`, and the rate before the layer that finds a span."""
+class DistilBert(nn.Module):
+    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
 
+    Attributes:
+      span_dropout: rate before the layer that finds a span.
+    """
+
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
     span_dropout: float = 0.1
 
-    def make_head(self) -> Head:
-        rates = {"span": self.span_dropout, "tokens": self.dropout}
-        dropout = rates.get(self.task, self.head_dropout)
-        return super().make_head(summary="relu", dropout=dropout)
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
+        rates = {"span": self.span_dropout, "tokens": self.settings.dropout}
+        dropout = rates.get(self.task, self.settings.head_dropout)
+        head = _encoder.head(self, summary="relu", dropout=dropout)
+        tables, blocks = _encoder.embeddings(self), _encoder.layers(self)
+        return _encoder.encode(self, x, tables, blocks, head, train=train)
 
 
+@registry.options(OPTIONS)
 def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    num_classes: int = 2,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
-    activation: str = "gelu",
-    epsilon: float = _EPSILON,
-    dropout: float = 0.1,
-    attention_dropout: float = 0.1,
-    head_dropout: float = 0.2,
     span_dropout: float = 0.1,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> DistilBert:
     """Builds a DistilBERT.
 
     Args:
       variant: a row of VARIANTS.
-      head_dropout: rate before the last layer of the tasks classification and choice; that of tokens has `dropout`.
+      task: what the head is for, see `heads.Head`.
       span_dropout: rate before the last layer of the task span.
-      Others: see `bert.make`.
+      **options: see `Options`; head_dropout is for the tasks classification and choice, that of tokens has `dropout`.
 
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "distilbert",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-    )
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(VARIANTS, variant, "distilbert", shared)
     check(task, Task)
-    return DistilBert(
-        row,
-        task,
-        num_classes,
-        activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        head_dropout,
-        False,
-        dtype,
-        span_dropout=span_dropout,
-    )
+    return DistilBert(row, task, shared.num_classes, False, settings, span_dropout)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,10 +139,10 @@ def to_huggingface(net: DistilBert) -> dict[str, Any]:
     Raises:
       UserError: the class in `transformers` computes with another epsilon.
     """
-    if net.epsilon != _EPSILON:
+    if net.settings.epsilon != _EPSILON:
         raise UserError(
             f"transformers' DistilBERT normalises with {_EPSILON}, whatever its config says: not with epsilon ="
-            f" {net.epsilon}"
+            f" {net.settings.epsilon}"
         )
     return huggingface.config(net, _KEYS)
 

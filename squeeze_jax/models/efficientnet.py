@@ -31,6 +31,8 @@ from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 
+CLASSIFIER = ("classifier",)  # the layers that other classes change
+
 
 class Stage(NamedTuple):
     """A line of Table 1; only the first block of a stage has the strides."""
@@ -123,13 +125,16 @@ class EfficientNet(nn.Module):
     """The net; attributes as in `make`. Endpoints: conv1, stage2, … stage8 (the stages of Table 1), head."""
 
     row: Row
-    num_classes: int
+    num_classes: int | None
     stochastic_depth: float
     stem_strides: tuple[int, int]
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+
+        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        """
         row, number = self.row, 0
         unit = _unit(row, train)
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
@@ -147,7 +152,10 @@ class EfficientNet(nn.Module):
                 number, channels = number + 1, stage.features
             endpoints[f"stage{index}"] = y
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
-        y = Dropout(row.dropout)(global_mean(y), train=train)
+        y = global_mean(y)
+        if self.num_classes is None:
+            return y, endpoints
+        y = Dropout(row.dropout)(y, train=train)
         # Uniform with a bound of 1 / sqrt(outputs).
         init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
         classifier = Dense(
@@ -174,7 +182,7 @@ def _unit(row: Row, train: bool):
 def make(
     variant: str = "b0",
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = 1000,
     width: float | None = None,
     depth: float | None = None,
     strides: tuple[int, ...] | None = None,
@@ -186,7 +194,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; None for no classifier.
       width: width multiplier instead of the variant's.
       depth: multiplier of each stage's blocks, rounded up, instead of the variant's.
       strides: strides of each stage instead of (1, 2, 2, 2, 1, 2, 1); fewer for small images.

@@ -10,12 +10,18 @@ embeddings are narrower than the layers a fully connected layer widens them.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from squeeze_jax.models import bert
-from squeeze_jax.models._encoder import Encoder, Row, sized
-from squeeze_jax.nn.heads import Head, check
+import flax.linen as nn
+
+from squeeze_jax import registry
+from squeeze_jax.models import _encoder, bert
+from squeeze_jax.models._encoder import Options, Row, Settings
+from squeeze_jax.nn.embed import Embeddings
+from squeeze_jax.nn.heads import check
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options()
 HUGGINGFACE = huggingface.Family(
     "electra",
     prefix="electra",
@@ -94,76 +100,66 @@ _HEAD_NAMES = {
 }
 
 
-class Electra(Encoder):
-    """The net; attributes and endpoints as in `Encoder`."""
+class Electra(nn.Module):
+    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
 
-    def make_head(self) -> Head:
+    Attributes:
+      shared: the embeddings of another network; None for its own.
+    """
+
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
+    shared: Embeddings | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
         # The paper's code has GELU in these, whatever the layers have.
-        options = {"summary": "gelu"}
+        changes = {"summary": "gelu"}
         if self.task == "masked_lm":
-            options["activation"] = "gelu"
+            changes["activation"] = "gelu"
         if self.task == "classification":
-            options["summary_dropout"] = self.head_dropout
-        return super().make_head(**options)
+            changes["summary_dropout"] = self.settings.head_dropout
+        same = self.row.embedding_features in (None, self.row.features)
+        return _encoder.encode(
+            self,
+            x,
+            self.shared or _encoder.embeddings(self),
+            _encoder.layers(self),
+            _encoder.head(self, **changes),
+            train=train,
+            widen=_encoder.unchanged if same else _encoder.project,
+        )
 
 
+@registry.options(OPTIONS)
 def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    num_classes: int = 2,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
     segments: int | None = None,
     embedding_features: int | None = None,
-    activation: str = "gelu",
-    epsilon: float = 1e-12,
-    dropout: float = 0.1,
-    attention_dropout: float = 0.1,
-    head_dropout: float | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> Electra:
     """Builds an ELECTRA.
 
     Args:
       variant: a row of VARIANTS.
+      task, segments: see `bert.make`.
       embedding_features: channels of the embeddings instead of the variant's.
-      Others: see `bert.make`.
+      **options: see `Options`.
 
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "electra",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-        segments=segments,
-        embedding_features=embedding_features,
-    )
+    shared = OPTIONS._replace(**options)
+    sizes = {"segments": segments, "embedding_features": embedding_features}
+    row, settings = _encoder.chosen(VARIANTS, variant, "electra", shared, **sizes)
     check(task, Task)
-    return Electra(
-        row,
-        task,
-        num_classes,
-        activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        dropout if head_dropout is None else head_dropout,
-        False,
-        dtype,
-    )
+    return Electra(row, task, shared.num_classes, False, settings)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +175,7 @@ def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_huggingface(net: Electra) -> dict[str, Any]:
     """What config.json says of a net."""
-    dropout = {"summary_last_dropout": net.head_dropout}
+    dropout = {"summary_last_dropout": net.settings.head_dropout}
     return huggingface.config(net, _KEYS) | _SUMMARY | dropout
 
 

@@ -7,19 +7,21 @@ generator's tokens are drawn from its distribution: no gradient goes through the
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.models import electra
-from squeeze_jax.models._encoder import Row, sized
+from squeeze_jax.models import _encoder, electra
+from squeeze_jax.models._encoder import Row, Settings
 from squeeze_jax.models.electra import Electra
-from squeeze_jax.nn.embed import Embeddings
+from squeeze_jax.nn import encoder
 
 INPUTS = "tokens"
+CLASSIFIER = ("generator/head", "discriminator/head")
 VARIANTS = {
     name: row
     for name, row in electra.VARIANTS.items()
@@ -27,15 +29,6 @@ VARIANTS = {
 }
 # Of the discriminator's channels, heads and feed-forward channels.
 GENERATORS = {"large": 1 / 4, "base": 1 / 3, "small": 1 / 4, "toy": 1 / 2}
-
-
-class _Sharing(Electra):
-    """An ELECTRA with the embeddings of another."""
-
-    shared: Embeddings | None = None
-
-    def make_embeddings(self, **options) -> Embeddings:
-        return self.shared
 
 
 class ElectraPretraining(nn.Module):
@@ -47,48 +40,31 @@ class ElectraPretraining(nn.Module):
 
     Attributes:
       row, generator_row: sizes of the discriminator and the generator.
-      activation, epsilon, dropout, attention_dropout, dtype: of both, see `electra.make`.
+      settings: of both, see `_encoder.Settings`.
     """
 
     row: Row
     generator_row: Row
-    activation: str
-    epsilon: float
-    dropout: float
-    attention_dropout: float
-    dtype: str
+    settings: Settings
 
     task = "pretraining"
 
     def setup(self):
         plain = self.networks()
-        self.embeddings = plain.discriminator.make_embeddings(parent=self)
-        self.generator = self._sharing(plain.generator)
-        self.discriminator = self._sharing(plain.discriminator)
+        self.embeddings = _encoder.embeddings(plain.discriminator, name=None)
+        self.generator = plain.generator.clone(shared=self.embeddings, parent=self)
+        self.discriminator = plain.discriminator.clone(
+            shared=self.embeddings, parent=self
+        )
 
-    def _sharing(self, net: Electra) -> Electra:
-        fields = {name: getattr(net, name) for name in _FIELDS}
-        return _Sharing(**fields, shared=self.embeddings)
-
+    @nn.nowrap
     def networks(self) -> "Networks":
         """The two as they are alone."""
         both = {"discriminator": (self.row, "replaced")}
         both["generator"] = (self.generator_row, "masked_lm")
         return Networks(
             **{
-                name: Electra(
-                    row,
-                    task,
-                    2,
-                    self.activation,
-                    self.epsilon,
-                    self.dropout,
-                    self.attention_dropout,
-                    self.dropout,
-                    False,
-                    self.dtype,
-                    parent=None,
-                )
+                name: Electra(row, task, 2, False, self.settings, parent=None)
                 for name, (row, task) in both.items()
             }
         )
@@ -100,8 +76,7 @@ class ElectraPretraining(nn.Module):
           x: {"tokens", "segments", "mask"} of [b, l], tokens masked; "targets" int and "chosen" bool, the original tokens and
             which of the places count, both [b, p] for "positions" int [b, p], or without those [b, l]. Without targets
             the generator scores all tokens and none is replaced.
-          train: whether dropout acts. The draws take the rng "sample", or else "dropout"; without either they are the same
-            every time.
+          train: whether dropout acts. The draws take the rng "sample"; without it they are the same every time.
         """
         scores, _ = self.generator(x, train=train)
         corrupted, is_replaced = x["tokens"], jnp.zeros(x["tokens"].shape, bool)
@@ -122,15 +97,7 @@ class ElectraPretraining(nn.Module):
         return logits, endpoints
 
     def _key(self) -> jax.Array:
-        for name in ("sample", "dropout"):
-            if self.has_rng(name):
-                return self.make_rng(name)
-        return jax.random.key(0)
-
-
-_FIELDS = [
-    name for name in Electra.__dataclass_fields__ if name not in ("parent", "name")
-]
+        return self.make_rng("sample") if self.has_rng("sample") else jax.random.key(0)
 
 
 class Networks(NamedTuple):
@@ -157,23 +124,14 @@ def _put(x: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
 _VARIANT = "small"
 
 
+@registry.options(electra.OPTIONS, without=("num_classes", "head_dropout"))
 def make(
     variant: str = _VARIANT,
     *,
     generator: float | None = None,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
     segments: int | None = None,
     embedding_features: int | None = None,
-    activation: str = "gelu",
-    epsilon: float = 1e-12,
-    dropout: float = 0.1,
-    attention_dropout: float = 0.1,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> ElectraPretraining:
     """Builds both networks.
 
@@ -181,25 +139,17 @@ def make(
       variant: a row of VARIANTS, the discriminator's.
       generator: the part of the discriminator's channels, heads and feed-forward channels that the generator has; None for
         the paper's. It has as many layers.
+      segments: see `bert.make`.
       embedding_features: channels of the embeddings instead of the variant's.
-      Others: of the discriminator, see `bert.make`; rates, activation and epsilon are the generator's too.
+      **options: of the discriminator, see `Options`; rates, activation and epsilon are the generator's too.
 
     Raises:
       UserError: unknown variant or activation, heads that do not divide the features, or a part out of range.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "electra_pretraining",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-        segments=segments,
-        embedding_features=embedding_features,
+    shared = electra.OPTIONS._replace(**options)
+    sizes = {"segments": segments, "embedding_features": embedding_features}
+    row, settings = _encoder.chosen(
+        VARIANTS, variant, "electra_pretraining", shared, **sizes
     )
     part = GENERATORS[variant] if generator is None else generator
     if not 0 < part <= 1:
@@ -208,11 +158,9 @@ def make(
         name: max(1, round(getattr(row, name) * part))
         for name in ("features", "heads", "ffn_features")
     }
-    small = {"generator": row._replace(**sizes)}
-    small = sized(small, "generator", "electra_pretraining", activation)
-    return ElectraPretraining(
-        row, small, activation, epsilon, dropout, attention_dropout, dtype
-    )
+    small = row._replace(**sizes)
+    encoder.check(small.features, small.ffn_features, small.heads)
+    return ElectraPretraining(row, small, settings)
 
 
 def apart(net: ElectraPretraining, variables: Mapping[str, Any]) -> Networks:

@@ -19,14 +19,16 @@ from typing import Any, Literal
 import flax.linen as nn
 import numpy as np
 
-from squeeze_jax.models._encoder import Encoder, Row, layer_names, sized
-from squeeze_jax.nn.attention import Groups
-from squeeze_jax.nn.embed import Embeddings
-from squeeze_jax.nn.heads import Head, check, last_token
+from squeeze_jax import registry
+from squeeze_jax.models import _encoder
+from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
+from squeeze_jax.nn.heads import check, last_token
 from squeeze_jax.nn.layer_norm import LayerNorm
 from squeeze_jax.weights import files, huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options(activation="gelu_tanh", epsilon=1e-5)
 Task = Literal["features", "causal_lm", "classification", "tokens", "span", "choice"]
 _OF_SEQUENCES = ("classification", "choice")
 _PARTS = ("query", "key", "value")
@@ -125,99 +127,74 @@ _ONLY = {
 _END_OF_TEXT = 50256  # the first and the last token to the class in transformers
 
 
-class Gpt2(Encoder):
-    """The net; attributes as in `Encoder` and `make`; pooled [b, d] of tasks of sequences is the last real token."""
+class Gpt2(nn.Module):
+    """The net; endpoints as in `_encoder.encode`; pooled [b, d] of tasks of sequences is the last real token.
 
+    Attributes:
+      row, task, num_classes, pooler, settings: see `bert.Bert`.
+      embedding_dropout: rate after the embeddings.
+    """
+
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
     embedding_dropout: float = 0.0
 
-    def make_embeddings(self, **options) -> Embeddings:
-        """Tokens and positions; what normalises them is in the first layer."""
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
+        # The first layer has the embeddings' normalisation.
         rate = self.embedding_dropout
-        return super().make_embeddings(epsilon=None, dropout=rate, **options)
-
-    def make_layer(self, name: str, groups: Groups, **options) -> nn.Module:
-        """One layer. What is added to the residuals begins smaller the more of them there are; section 2.3."""
+        tables = _encoder.embeddings(self, epsilon=None, dropout=rate)
+        # What is added to the residuals begins smaller the more of them there are; section 2.3.
         init = nn.initializers.normal
-        return super().make_layer(
-            name,
-            groups,
+        blocks = _encoder.layers(
+            self,
             norm_first=True,
             causal=True,
             kernel_init=init(0.02),
             output_init=init(0.02 / np.sqrt(2 * self.row.layers)),
-            **options,
+        )
+        head = _encoder.head(self, bias=self.task != "classification")
+        return _encoder.encode(
+            self, x, tables, blocks, head, train=train, finish=_normalised, pool=_last
         )
 
-    def finish(self, y):
-        """Normalises what the last layer gives."""
-        return LayerNorm(self.epsilon, name="norm")(y)
 
-    def pool(self, y, mask):
-        """The last real token, [b, d], where the task reads it."""
-        return last_token(y, mask) if self.task in _OF_SEQUENCES else None
-
-    def make_head(self, **options) -> Head:
-        """The task's head; sequence classification has no bias."""
-        return super().make_head(bias=self.task != "classification", **options)
+def _normalised(net, y):
+    return LayerNorm(net.settings.epsilon, name="norm")(y)
 
 
+def _last(net, y, mask):
+    return last_token(y, mask) if net.task in _OF_SEQUENCES else None
+
+
+@registry.options(OPTIONS)
 def make(
     variant: str = "small",
     *,
     task: Task = "causal_lm",
-    num_classes: int = 2,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
-    activation: str = "gelu_tanh",
-    epsilon: float = 1e-5,
-    dropout: float = 0.1,
     embedding_dropout: float | None = None,
-    attention_dropout: float = 0.1,
-    head_dropout: float | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> Gpt2:
     """Builds a GPT-2.
 
     Args:
       variant: a row of VARIANTS.
       task: what the head is for, see `heads.Head`.
-      dropout: rate before residual sums, 0 to 1.
       embedding_dropout: rate after the embeddings; None for `dropout`.
-      Others: see `bert.make`.
+      **options: see `Options`; dropout is the rate before residual sums.
 
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "gpt2",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-    )
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(VARIANTS, variant, "gpt2", shared)
     check(task, Task)
-    return Gpt2(
-        row,
-        task,
-        num_classes,
-        activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        dropout if head_dropout is None else head_dropout,
-        False,
-        dtype,
-        embedding_dropout=dropout if embedding_dropout is None else embedding_dropout,
-    )
+    rate = shared.dropout if embedding_dropout is None else embedding_dropout
+    return Gpt2(row, task, shared.num_classes, False, settings, rate)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,20 +24,21 @@ import numpy as np
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.models import bert
-from squeeze_jax.models._encoder import Encoder, layer_names
-from squeeze_jax.nn import activations, encoder
-from squeeze_jax.nn.attention import Attended, Groups, attend
+from squeeze_jax.models import _encoder, bert
+from squeeze_jax.models._encoder import Options, Settings, layer_names
+from squeeze_jax.nn import encoder
+from squeeze_jax.nn.attention import Attended, attend
 from squeeze_jax.nn.blocks import residual_sum
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.embed import Embeddings
-from squeeze_jax.nn.heads import Task, pooled
+from squeeze_jax.nn.heads import Task
 from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.layer_norm import Normalization, norm
 from squeeze_jax.weights import files, huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options(dropout=0.0)
 AttentionInput = Literal["shared", "narrow", "wide"]
 
 
@@ -194,31 +195,44 @@ class Layer(nn.Module):
         return norm(self.normalization, epsilon, name=f"{name}_norm")
 
 
-class MobileBert(Encoder):
-    """The net; attributes as in `Encoder` and `make`, and the endpoints of `Encoder`."""
+class MobileBert(nn.Module):
+    """The net; its endpoints are those of `_encoder.encode`.
 
+    Attributes:
+      row, task, num_classes, pooler, settings: see `bert.Bert`.
+      trigram, pooler_layer, ffn_epsilon: see `make`.
+    """
+
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
     trigram: bool = True
     pooler_layer: bool = True
     ffn_epsilon: float = 1e-12
 
-    def make_embeddings(self, **options) -> Embeddings:
-        """Narrow embeddings of tokens, widened by a convolution over three, then positions and segments."""
-        return super().make_embeddings(
-            features=self.row.features,
-            token_features=self.row.embedding_features,
-            window=3 if self.trigram else 1,
-            normalization=self.row.normalization,
-            epsilon=self.ffn_epsilon,
-            **options,
-        )
-
-    def has_projection(self) -> bool:
-        """No: the embeddings are widened before positions are added."""
-        return False
-
-    def make_layer(self, name: str, groups: Groups, **options) -> nn.Module:
-        """One layer; its groups are those of dense layers."""
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
         row = self.row
+        # Narrow embeddings of tokens, widened by a convolution over three, then positions and segments.
+        tables = _encoder.embeddings(
+            self,
+            features=row.features,
+            token_features=row.embedding_features,
+            window=3 if self.trigram else 1,
+            normalization=row.normalization,
+            epsilon=self.ffn_epsilon,
+        )
+        # The masked LM scores the channels beside the embeddings' with a matrix of its own.
+        head = _encoder.head(self, untied=row.features - row.embedding_features)
+        blocks = [self._layer(number) for number in range(1, row.layers + 1)]
+        return _encoder.encode(self, x, tables, blocks, head, train=train, pool=_pool)
+
+    @nn.nowrap
+    def _layer(self, number: int) -> Layer:
+        row, settings = self.row, self.settings
         return Layer(
             row.heads,
             row.narrow,
@@ -226,60 +240,45 @@ class MobileBert(Encoder):
             row.stacks,
             row.attention_input,
             row.normalization,
-            self.activation,
-            self.dropout,
-            self.attention_dropout,
-            self.epsilon,
+            settings.activation,
+            settings.dropout,
+            settings.attention_dropout,
+            settings.epsilon,
             self.ffn_epsilon,
-            **options,
-            name=name,
+            name=f"layer{number}",
         )
 
-    def pool(self, y, mask):
-        """The first token, with `pooler_layer` after a fully connected layer and tanh."""
-        if self.pooler and not self.pooler_layer:
-            return y[:, 0]
-        return super().pool(y, mask)
 
-    def make_head(self, **options):
-        """The task's head, whose masked LM scores the channels beside the embeddings' with a matrix of its own."""
-        untied = self.row.features - self.row.embedding_features
-        return super().make_head(untied=untied, **options)
+def _pool(net, y, mask):
+    """The first token, with `pooler_layer` after a fully connected layer and tanh."""
+    if net.pooler and not net.pooler_layer:
+        return y[:, 0]
+    return _encoder.pool(net, y, mask)
 
 
+@registry.options(OPTIONS)
 def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    num_classes: int = 2,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
     narrow: int | None = None,
     stacks: int | None = None,
     embedding_features: int | None = None,
     attention_input: AttentionInput | None = None,
     normalization: Normalization | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
     segments: int | None = None,
     trigram: bool = True,
     activation: str | None = None,
-    epsilon: float = 1e-12,
     ffn_epsilon: float | None = None,
-    dropout: float = 0.0,
-    attention_dropout: float = 0.1,
-    head_dropout: float | None = None,
     pooler: bool | None = None,
     pooler_layer: bool = True,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> MobileBert:
     """Builds a MobileBERT.
 
     Args:
       variant: a row of VARIANTS.
-      features: between layers, instead of the variant's.
+      task, segments, pooler: see `bert.make`.
       narrow: features inside a layer; heads divide them.
       stacks: feed-forward networks in a layer.
       embedding_features: of the tokens' embeddings, at most `features`.
@@ -289,25 +288,20 @@ def make(
       trigram: whether a token is read with its two neighbours.
       activation: of the feed-forward networks and the masked-LM head; None for the variant's.
       ffn_epsilon: of the normalisations after the embeddings and the last feed-forward network; None for `epsilon`.
-      dropout: rate after embeddings and before the residual sums between layers, 0 to 1.
       pooler_layer: whether the pooler has a layer and tanh, or takes the first token as it is.
-      Others: see `bert.make`.
+      **options: see `Options`; features are those between layers, and dropout acts before the residual sums there.
 
     Raises:
       UserError: unknown variant, task or activation, or features that do not fit.
     """
+    shared = OPTIONS._replace(**options)
     row = registry.row(VARIANTS, variant, "variant of mobilebert")
-    row = encoder.resized(
+    row = _encoder.sized(
         row,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
+        shared,
         narrow=narrow,
         stacks=stacks,
         embedding_features=embedding_features,
-        vocabulary=vocabulary,
-        positions=positions,
         segments=segments,
     )
     kinds = {
@@ -324,21 +318,16 @@ def make(
         raise UserError(
             f"embedding_features = {row.embedding_features}: should be at most features = {row.features}"
         )
-    activations.named(row.activation)
+    settings = _encoder.settings(shared._replace(activation=row.activation))
     return MobileBert(
         row,
         task,
-        num_classes,
-        row.activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        dropout if head_dropout is None else head_dropout,
-        pooled(task, pooler),
-        dtype,
+        shared.num_classes,
+        _encoder.has_pooler(task, pooler, shared.num_classes),
+        settings,
         trigram=trigram,
         pooler_layer=pooler_layer,
-        ffn_epsilon=epsilon if ffn_epsilon is None else ffn_epsilon,
+        ffn_epsilon=shared.epsilon if ffn_epsilon is None else ffn_epsilon,
     )
 
 

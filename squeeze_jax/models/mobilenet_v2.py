@@ -20,6 +20,8 @@ from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 
+CLASSIFIER = ("classifier",)  # the layers that other classes change
+
 
 class Stage(NamedTuple):
     """A line of Table 2: t, c, n, s; only the first block of a stage has the strides."""
@@ -87,13 +89,16 @@ class MobileNetV2(nn.Module):
     """The net; attributes as in `make`. Endpoints: conv1, stage1, stage2, … (the lines of Table 2), head."""
 
     row: Row
-    num_classes: int
+    num_classes: int | None
     dropout: float
     stem_strides: tuple[int, int]
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+
+        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        """
         row, number = self.row, 0
         endpoints = {}
         unit = partial(conv_norm, activation=nn.relu6, train=train)
@@ -113,7 +118,10 @@ class MobileNetV2(nn.Module):
                 channels = stage.features
             endpoints[f"stage{index}"] = y
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
-        y = Dropout(self.dropout)(global_mean(y), train=train)
+        y = global_mean(y)
+        if self.num_classes is None:
+            return y, endpoints
+        y = Dropout(self.dropout)(y, train=train)
         classifier = Dense(
             self.num_classes,
             dtype=jnp.float32,
@@ -127,7 +135,7 @@ class MobileNetV2(nn.Module):
 def make(
     variant: str = "1.0",
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = 1000,
     width: float | None = None,
     strides: tuple[int, ...] | None = None,
     stem_strides: Pair = 2,
@@ -137,7 +145,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; None for no classifier.
       width: width multiplier instead of the variant's; the last convolution never gets narrower than 1280.
       strides: strides of each stage instead of (1, 2, 2, 2, 1, 2, 1); fewer for small images.
       stem_strides: strides of the first convolution.

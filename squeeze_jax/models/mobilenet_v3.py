@@ -27,6 +27,8 @@ from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 
+CLASSIFIER = ("classifier",)  # the layers that other classes change
+
 
 class Stage(NamedTuple):
     """Lines of Tables 1 and 2 with as many output channels; only the first block of a stage has the strides.
@@ -132,13 +134,16 @@ class MobileNetV3(nn.Module):
     """The net; attributes as in `make`. Endpoints: conv1, bottleneck1, … (the lines of Tables 1 and 2), head."""
 
     row: Row
-    num_classes: int
+    num_classes: int | None
     dropout: float
     stem_strides: tuple[int, int]
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+
+        Without classes the features behind the mean stand in place of the logits, [b, hidden], float32.
+        """
         row, endpoints = self.row, {}
         unit = partial(
             conv_norm,
@@ -170,6 +175,8 @@ class MobileNetV3(nn.Module):
             Dense, dtype=jnp.float32, kernel_init=nn.initializers.normal(0.01)
         )
         y = row.activation(dense(row.hidden, name="hidden")(global_mean(y)))
+        if self.num_classes is None:
+            return y, endpoints
         y = Dropout(self.dropout)(y, train=train)
         return dense(self.num_classes, fixed=True, name="classifier")(y), endpoints
 
@@ -177,7 +184,7 @@ class MobileNetV3(nn.Module):
 def make(
     variant: str = "large",
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = 1000,
     width: float | None = None,
     strides: tuple[int, ...] | None = None,
     stem_strides: Pair = 2,
@@ -187,7 +194,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; None for no classifier.
       width: width multiplier instead of the variant's; the layer behind the global mean never gets narrower by it.
       strides: strides of each stage, blocks with as many output channels, instead of (1, 2, 2, 2, 1, 2) of Large or
         (2, 2, 2, 1, 2) of Small; fewer for small images.

@@ -20,6 +20,8 @@ from squeeze_jax.nn.width import scaled
 
 Stem = Literal["imagenet", "cifar"]
 
+CLASSIFIER = ("classifier",)  # the layers that other classes change
+
 
 class Row(NamedTuple):
     """A variant: whether blocks are bottlenecks, blocks of conv2_x to conv5_x, features of conv2_x's 3x3."""
@@ -67,12 +69,15 @@ class ResNet(nn.Module):
     """The net; attributes as in `make`. Endpoints: conv1, conv2, … conv5 (the paper's conv2_x, …)."""
 
     row: Row
-    num_classes: int
+    num_classes: int | None
     stem: Stem
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+
+        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        """
         row, endpoints = self.row, {}
         kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
         y = conv_norm(x, row.features, kernel, strides, train=train, name="conv1")
@@ -92,6 +97,9 @@ class ResNet(nn.Module):
                 y = Block(convs, strides, residual, name=name)(y, train=train)
                 channels = convs[-1][0]
             endpoints[f"conv{stage + 2}"] = y
+        y = global_mean(y)
+        if self.num_classes is None:
+            return y, endpoints
         classifier = Dense(
             self.num_classes,
             dtype=jnp.float32,
@@ -99,13 +107,13 @@ class ResNet(nn.Module):
             fixed=True,
             name="classifier",
         )
-        return classifier(global_mean(y)), endpoints
+        return classifier(y), endpoints
 
 
 def make(
     variant: str = "50",
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = 1000,
     stem: Stem = "imagenet",
     width: float = 1.0,
 ) -> ResNet:
@@ -113,7 +121,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS, the number of layers.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; None for no classifier.
       stem: "imagenet" is a 7x7 convolution of strides 2 and max pooling; "cifar" a 3x3 convolution, for small images.
       width: multiplies all channel counts but the classes'.
 

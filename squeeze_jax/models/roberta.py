@@ -10,15 +10,18 @@ counted: all padding is at the second. `positions` is the longest sequence, two 
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax.numpy as jnp
 
+from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.models import bert
-from squeeze_jax.models._encoder import Encoder, Row, sized
-from squeeze_jax.nn.heads import Head, pooled
+from squeeze_jax.models import _encoder, bert
+from squeeze_jax.models._encoder import Options, Row, Settings
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options(epsilon=1e-5)
 HUGGINGFACE = huggingface.Family(
     "roberta",
     prefix="roberta",
@@ -68,6 +71,7 @@ _HEAD_NAMES = {
 Task = Literal["features", "masked_lm", "classification", "tokens", "span", "choice"]
 # Of padding, in the vocabulary and in the table of positions.
 _PADDING = 1
+_BEFORE = _PADDING + 1  # rows of that table before the first token's
 # What its class has where config.json says nothing: BERT's, not those of the paper.
 _UNSAID = {
     "max_position_embeddings": 512,
@@ -76,78 +80,67 @@ _UNSAID = {
 }
 
 
-class Roberta(Encoder):
-    """The net; attributes and endpoints as in `Encoder`."""
+class Roberta(nn.Module):
+    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`."""
 
-    before_positions = _PADDING + 1
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
 
-    def position_rows(self, mask):
-        if mask is None:
-            return None
-        mask = mask.astype(jnp.int32)
-        return mask.cumsum(-1) * mask + _PADDING
-
-    def make_head(self) -> Head:
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
+        # The paper's code has these activations in the heads, whatever the layers have.
+        changes = {"activation": "gelu"}
         if self.task == "classification":
-            return super().make_head(summary="tanh", summary_dropout=self.head_dropout)
-        # The paper's code has this activation there, whatever the layers have.
-        return super().make_head(activation="gelu")
+            rate = self.settings.head_dropout
+            changes = {"summary": "tanh", "summary_dropout": rate}
+        return _encoder.encode(
+            self,
+            x,
+            _encoder.embeddings(self, before=_BEFORE),
+            _encoder.layers(self),
+            _encoder.head(self, **changes),
+            train=train,
+            rows=_rows,
+        )
 
 
+def _rows(mask):
+    if mask is None:
+        return None
+    mask = mask.astype(jnp.int32)
+    return mask.cumsum(-1) * mask + _PADDING
+
+
+@registry.options(OPTIONS)
 def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    num_classes: int = 2,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
     segments: int | None = None,
-    activation: str = "gelu",
-    epsilon: float = 1e-5,
-    dropout: float = 0.1,
-    attention_dropout: float = 0.1,
-    head_dropout: float | None = None,
     pooler: bool | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
 ) -> Roberta:
     """Builds a RoBERTa.
 
     Args:
       variant: a row of VARIANTS.
-      Others: see `bert.make`.
+      task, segments, pooler: see `bert.make`.
+      **options: see `Options`.
 
     Raises:
       UserError: unknown variant, task or activation, or heads that do not divide the features.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "roberta",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-        segments=segments,
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(
+        VARIANTS, variant, "roberta", shared, segments=segments
     )
-    return Roberta(
-        row,
-        task,
-        num_classes,
-        activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        dropout if head_dropout is None else head_dropout,
-        pooled(task, pooler, tasks=Task, need=("choice",)),
-        dtype,
-    )
+    need = ("choice",)
+    pooler = _encoder.has_pooler(task, pooler, shared.num_classes, Task, need)
+    return Roberta(row, task, shared.num_classes, pooler, settings)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,14 +156,14 @@ def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     found = huggingface.options({**_UNSAID, **config})
     if isinstance(found.get("positions"), int):  # else it is for `load` to name
-        found["positions"] -= Roberta.before_positions
+        found["positions"] -= _BEFORE
     return found
 
 
 def to_huggingface(net: Roberta) -> dict[str, Any]:
     """What config.json says of a net."""
     found = huggingface.config(net) | {"pad_token_id": _PADDING}
-    found["max_position_embeddings"] += Roberta.before_positions
+    found["max_position_embeddings"] += _BEFORE
     return found
 
 

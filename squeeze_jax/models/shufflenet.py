@@ -30,6 +30,8 @@ from squeeze_jax.nn.width import scaled
 
 Shuffle = Literal["paper", "released"]
 
+CLASSIFIER = ("classifier",)  # the layers that other classes change
+
 
 class Row(NamedTuple):
     """A variant: groups of the 1x1 convolutions, features of the stem and of stage 2, units and strides of each stage.
@@ -119,7 +121,7 @@ class ShuffleNet(nn.Module):
     """The net; attributes as in `make`. Endpoints: conv1 (before pooling), stage2, stage3, stage4."""
 
     row: Row
-    num_classes: int
+    num_classes: int | None
     dropout: float
     stem_strides: tuple[int, int]
     stem_pool: bool
@@ -127,7 +129,10 @@ class ShuffleNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+
+        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        """
         row = self.row
         y = conv_norm(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
         y = nn.relu(y)
@@ -151,7 +156,10 @@ class ShuffleNet(nn.Module):
                 )(y, train=train)
                 channels = row.features * 2**stage
             endpoints[f"stage{stage + 2}"] = y
-        y = Dropout(self.dropout)(global_mean(y), train=train)
+        y = global_mean(y)
+        if self.num_classes is None:
+            return y, endpoints
+        y = Dropout(self.dropout)(y, train=train)
         classifier = Dense(
             self.num_classes,
             use_bias=False,
@@ -166,7 +174,7 @@ class ShuffleNet(nn.Module):
 def make(
     variant: str = "1.0-g3",
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = 1000,
     width: float = 1.0,
     strides: tuple[int, ...] | None = None,
     stem_strides: Pair = 2,
@@ -178,7 +186,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; None for no classifier.
       width: multiplies all of the variant's channel counts but the classes'.
       strides: strides of each stage instead of (2, 2, 2); fewer for small images.
       stem_strides: strides of the first convolution.

@@ -13,18 +13,22 @@ class in `transformers` whose folders are read and written here:
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+import flax.linen as nn
+
+from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.models import bert
-from squeeze_jax.models._encoder import Row, layer_names, sized
-from squeeze_jax.models.bert import Bert
+from squeeze_jax.models import _encoder, bert
+from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn import encoder
 from squeeze_jax.nn.attention import Groups, check_shuffle
-from squeeze_jax.nn.heads import Task, pooled
+from squeeze_jax.nn.heads import Task
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
+CLASSIFIER = _encoder.CLASSIFIER
+OPTIONS = Options()
 HUGGINGFACE = bert.HUGGINGFACE._replace(
     model_type="squeezebert",
     prefix="transformer",
@@ -61,41 +65,48 @@ _KEYS = {k: v for k, v in huggingface.BERT_KEYS.items() if k != "classifier_drop
 _LAYER_EPSILON = 1e-12  # of the class in transformers
 
 
-class SqueezeBert(Bert):
-    """The net: BERT's, with groups; its endpoints are those of `Encoder`.
+class SqueezeBert(nn.Module):
+    """The net: BERT's, with groups; its endpoints are those of `_encoder.encode`.
 
     Attributes:
+      row, task, num_classes, pooler, settings: see `bert.Bert`.
+      groups: of each layer.
+      layer_epsilon: of the layers' normalisations.
       shuffle: see `make`.
     """
 
+    row: Row
+    task: str
+    num_classes: int | None
+    pooler: bool
+    settings: Settings
+    groups: tuple[Groups, ...]
+    layer_epsilon: float
     shuffle: bool = False
 
-    def make_layer(self, name, groups, **options):
-        return super().make_layer(name, groups, shuffle=self.shuffle, **options)
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        """Logits and endpoints, see `_encoder.encode`."""
+        changes = {"epsilon": self.layer_epsilon, "shuffle": self.shuffle}
+        blocks = [
+            _encoder.layer(self, number, groups, **changes)
+            for number, groups in enumerate(self.groups, 1)
+        ]
+        tables, head = _encoder.embeddings(self), _encoder.head(self)
+        return _encoder.encode(self, x, tables, blocks, head, train=train)
 
 
+@registry.options(OPTIONS)
 def make(
     variant: str = "base",
     *,
     groups: int | Mapping[str, int] | Sequence[int | Mapping[str, int]] | None = None,
     task: Task = "classification",
-    num_classes: int = 2,
-    layers: int | None = None,
-    features: int | None = None,
-    heads: int | None = None,
-    ffn_features: int | None = None,
-    vocabulary: int | None = None,
-    positions: int | None = None,
     segments: int | None = None,
-    activation: str = "gelu",
-    epsilon: float = 1e-12,
     layer_epsilon: float | None = None,
-    dropout: float = 0.1,
-    attention_dropout: float = 0.1,
-    head_dropout: float | None = None,
     pooler: bool | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
     shuffle: bool = False,
+    **options: Any,
 ) -> SqueezeBert:
     """Builds a SqueezeBERT.
 
@@ -103,26 +114,18 @@ def make(
       variant: a row of VARIANTS.
       groups: of the convolutions: one number for all; {"query": 4, "ffn_out": 8} for some positions (query, key, value,
         output, ffn_in, ffn_out), where the others keep the paper's; or a list of either, one for each layer.
+      task, segments, pooler: see `bert.make`.
       layer_epsilon: of the layers' normalisations; None for `epsilon`.
       shuffle: where the layer after attention has groups, each of them sees channels of every group of the values, as in
         ShuffleNet; not in the paper.
-      Others: see `bert.make`.
+      **options: see `Options`.
 
     Raises:
       UserError: unknown variant, task, activation or position, or groups or heads that do not divide the features.
     """
-    row = sized(
-        VARIANTS,
-        variant,
-        "squeezebert",
-        activation,
-        layers=layers,
-        features=features,
-        heads=heads,
-        ffn_features=ffn_features,
-        vocabulary=vocabulary,
-        positions=positions,
-        segments=segments,
+    shared = OPTIONS._replace(**options)
+    row, settings = _encoder.chosen(
+        VARIANTS, variant, "squeezebert", shared, segments=segments
     )
     each = encoder.layer_groups({} if groups is None else groups, GROUPS, row.layers)
     encoder.check(row.features, row.ffn_features, row.heads, each)
@@ -131,16 +134,11 @@ def make(
     return SqueezeBert(
         row,
         task,
-        num_classes,
-        activation,
-        epsilon,
-        dropout,
-        attention_dropout,
-        dropout if head_dropout is None else head_dropout,
-        pooled(task, pooler),
-        dtype,
+        shared.num_classes,
+        _encoder.has_pooler(task, pooler, shared.num_classes),
+        settings,
         groups=each,
-        layer_epsilon=epsilon if layer_epsilon is None else layer_epsilon,
+        layer_epsilon=shared.epsilon if layer_epsilon is None else layer_epsilon,
         shuffle=shuffle,
     )
 

@@ -26,6 +26,8 @@ from squeeze_jax.nn.width import scaled
 
 Bypass = Literal["none", "simple", "complex"]
 
+CLASSIFIER = ("conv10",)  # the layers that other classes change
+
 
 class Row(NamedTuple):
     """A variant: conv1's features and kernel, the layers followed by pooling, (squeeze, expand) of fire2, fire3, …
@@ -85,7 +87,7 @@ class SqueezeNet(nn.Module):
     """The net; attributes as in `make`. Endpoints: conv1, fire2, fire3, … (before pooling), conv10 (a map of scores)."""
 
     row: Row
-    num_classes: int
+    num_classes: int | None
     bypass: Bypass
     dropout: float
     norm: bool
@@ -95,7 +97,10 @@ class SqueezeNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}."""
+        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+
+        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        """
         row, endpoints = self.row, {}
 
         def stage(name, y):
@@ -111,6 +116,8 @@ class SqueezeNet(nn.Module):
             fire = Fire(squeeze, expand, self.bypass, self.norm, residual, name=name)
             y = stage(name, fire(y, train=train))
             channels = 2 * expand
+        if self.num_classes is None:
+            return global_mean(y), endpoints
         y = Dropout(self.dropout)(y, train=train)
         y = Conv(
             self.num_classes,
@@ -141,7 +148,7 @@ def _unit(x, features, kernel, strides=1, *, padding=0, norm, train, name):
 def make(
     variant: str = "1.1",
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = 1000,
     width: float = 1.0,
     bypass: Bypass = "none",
     norm: bool = False,
@@ -155,7 +162,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: channels of conv10.
+      num_classes: channels of conv10; None for no conv10.
       width: multiplies all channel counts but the classes'.
       bypass: residual connections around the fire modules.
       norm: batch normalisation after every convolution but conv10; not in the paper, steadies training on small images.

@@ -51,4 +51,6 @@ class Dense(nn.Module):
         y = lax.dot_general(
             x, kernel, contracted, preferred_element_type=self.output_dtype
         )
-        return tap(self, "outputs", y if bias is None else y + bias)
+        if bias is not None:
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return tap(self, "outputs", y)

@@ -7,7 +7,7 @@ sharding and catches what a file system does not.
 
 import contextlib
 import logging
-import operator
+import math
 import pathlib
 import shutil
 import sys
@@ -60,6 +60,7 @@ class Checkpoints:
         *,
         keep: int = 2,
         best: str = "eval_accuracy",
+        lowest: bool = False,
         use: Literal["newest", "best"] = "newest",
         read_only: bool = False,
     ):
@@ -68,15 +69,21 @@ class Checkpoints:
         Args:
           directory: where they live, one sub-directory a step.
           keep: how many of the newest to keep, at least 1.
-          best: the score of evaluations whose highest value is kept besides.
+          best: the score of evaluations whose best value is kept besides; one that is not a number is never the best.
+          lowest: whether the lowest value is the best, as of a loss; else the highest is.
           use: which of them a trained network is: the newest, or the best by `best`. Training always goes on from the
             newest.
           read_only: for a look while another process may be saving there.
         """
         self._use, self._best, self._read_only = use, best, read_only
+        self._sign = -1.0 if lowest else 1.0
         self.directory = pathlib.Path(directory).absolute()
         newest = policies.LatestN(keep)
-        score = operator.itemgetter(best)
+
+        def score(metrics):
+            value = self._sign * float(metrics[best])
+            return value if math.isfinite(value) else -math.inf
+
         highest = policies.BestN(
             get_metric_fn=score,
             n=1,
@@ -157,11 +164,13 @@ class Checkpoints:
             return None
         scores = {step: self._manager.metrics(step) for step in self.steps()}
         scores = {
-            step: m[self._best] for step, m in scores.items() if self._best in (m or {})
+            step: self._sign * m[self._best]
+            for step, m in scores.items()
+            if self._best in (m or {}) and math.isfinite(m[self._best])
         }
         if not scores:
             raise UserError(
-                f"no checkpoint in {self.directory} was evaluated: set config.eval_every, or"
+                f"no checkpoint in {self.directory} was evaluated with a finite {self._best}: set config.eval_every, or"
                 " config.checkpoint.use='newest'"
             )
         return max(scores, key=scores.get)

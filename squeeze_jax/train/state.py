@@ -90,8 +90,9 @@ def create(
         fold = zlib.crc32(name.encode()) & 0x7FFFFFFF
         if owner.init is not None:
             owned[name] = owner.init(jax.random.fold_in(key, fold), params)
-        if owner.state is not None:
-            extra[name] = _copies(owner.state(params), owner.devices)
+        state = owner.state(params) if owner.state is not None else None
+        if jax.tree.leaves(state):
+            extra[name] = _copies(state, owner.devices)
     owned = {name: value for name, value in owned.items() if jax.tree.leaves(value)}
     if owned:
         params[METHODS] = _merged(owned, begin.get("params", {}).get(METHODS, {}))

@@ -400,7 +400,7 @@ def _exchanged(compute, exchange: Named, first: int, mesh: Mesh):
         grads, stats, mine, carry, metrics = mapped(
             params, stats | {"extra": others}, mine, carry, batch, key
         )
-        if mine is not None:
+        if jax.tree.leaves(mine):
             stats["extra"] |= {name: mine}
         return grads, stats, carry, metrics
 

@@ -196,14 +196,15 @@ def options(
 
 
 def config(net, keys: Mapping[str, str] = BERT_KEYS) -> Config:
-    """The keys of config.json from a net with these options as its attributes or its row's.
+    """The keys of config.json from a net with these options as attributes of its row, its settings or itself.
 
     Raises:
       UserError: no segments, where the class has some.
     """
     found = {}
     for key, option in keys.items():
-        value = getattr(net.row if hasattr(net.row, option) else net, option)
+        parts = (net.row, net.settings, net)
+        value = next(getattr(p, option) for p in parts if hasattr(p, option))
         if option == "segments" and not value:
             raise UserError(
                 f"transformers' {type(net).__name__} embeds segments: it could not run one of segments = 0"

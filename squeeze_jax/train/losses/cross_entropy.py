@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from squeeze_jax.nn.means import mean
+
 
 def make(label_smoothing: float = 0.0) -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`.
@@ -33,9 +35,3 @@ def make(label_smoothing: float = 0.0) -> Callable:
 def one_hot(label: jax.Array, classes: int) -> jax.Array:
     """Labels as float32 [b, classes], whether given as integers [b] or mixed already."""
     return jax.nn.one_hot(label, classes) if label.ndim == 1 else label
-
-
-def mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the examples that count; 0 where none does."""
-    mask = mask.astype(jnp.float32)
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn.means import mean
 
 
 def make() -> Callable:
@@ -75,8 +76,3 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")
     losses = jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
     return losses, (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
-
-
-def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """The weighted mean over all axes; 0 where nothing weighs."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)

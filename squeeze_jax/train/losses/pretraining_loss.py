@@ -5,7 +5,8 @@ Devlin et al., arXiv 1810.04805, section A.2: the sum of both mean losses. Lan e
 
 from collections.abc import Callable
 
-from squeeze_jax.train.losses import cross_entropy, masked_lm
+from squeeze_jax.nn.means import mean
+from squeeze_jax.train.losses import masked_lm
 from squeeze_jax.train.losses.masked_lm import part
 
 
@@ -19,11 +20,11 @@ def make() -> Callable:
         del endpoints
         losses, hits, weights = masked_lm.scored(part(logits, "masked_lm"), batch)
         order, right = ordered(part(logits, "next_sentence"), batch)
-        total = masked_lm.mean(losses, weights)
-        total += cross_entropy.mean(order, batch["mask"])
+        total = mean(losses, weights)
+        total += mean(order, batch["mask"])
         return total, {
-            "accuracy": masked_lm.mean(hits, weights),
-            "order_accuracy": cross_entropy.mean(right, batch["mask"]),
+            "accuracy": mean(hits, weights),
+            "order_accuracy": mean(right, batch["mask"]),
         }
 
     return loss

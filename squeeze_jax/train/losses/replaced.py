@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import masked_lm
 from squeeze_jax.train.losses.masked_lm import part
 
@@ -38,10 +39,10 @@ def make(discriminator: float = WEIGHT) -> Callable:
         wrong, right, real = judged(
             part(logits, "replaced"), endpoints["is_replaced"], batch
         )
-        first, second = masked_lm.mean(losses, weights), masked_lm.mean(wrong, real)
+        first, second = mean(losses, weights), mean(wrong, real)
         return first + discriminator * second, {
-            "accuracy": masked_lm.mean(hits, weights),
-            "replaced_accuracy": masked_lm.mean(right, real),
+            "accuracy": mean(hits, weights),
+            "replaced_accuracy": mean(right, real),
             "generator_loss": first,
             "replaced_loss": second,
         }

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from squeeze_jax.train.losses.cross_entropy import mean
+from squeeze_jax.nn.means import mean
 
 SIDES = ("start", "end")
 

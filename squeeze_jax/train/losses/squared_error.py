@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax.train.losses.cross_entropy import mean
+from squeeze_jax.nn.means import mean
 
 
 def make() -> Callable:

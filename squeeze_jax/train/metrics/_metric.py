@@ -13,9 +13,12 @@ class Metric(NamedTuple):
         are kept for every example.
       score: (sums, rows) → {"eval_loss": …, "eval_accuracy": …}, numpy on the host; rows are those of all examples that
         count, and "index" says which each is.
-      headline: the score that says which of two networks is better: the one where it is higher.
+      headline: the score that says which of two networks is better.
       names: of the scores by which a best checkpoint may be chosen; () for all that `score` gives.
       scale: what the headline is of: 1, or 100 for percent.
+      lower: scores that are better where they are lower; all others are better where they are higher.
+      agreement: (live, file's) → float [n], 0..1: how far an exported file's outputs for each example, {name: [n, ...]},
+        tell the same as the live model's; see `export/parity.py`. None compares the top classes.
     """
 
     measure: Callable
@@ -23,3 +26,9 @@ class Metric(NamedTuple):
     headline: str
     names: tuple[str, ...] = ()
     scale: float = 1.0
+    lower: tuple[str, ...] = ("eval_loss", "eval_perplexity")
+    agreement: Callable | None = None
+
+    def better(self, score: str) -> Callable:
+        """`max` or `min`: which of several values of a score is the best."""
+        return min if score in self.lower else max

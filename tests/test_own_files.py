@@ -1,0 +1,207 @@
+"""Python files of the user's own, outside of the repository, wherever a config names one of the library's."""
+
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+import run as run_py
+from squeeze_jax import data, models, registry, tree
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate
+from squeeze_jax.train import log
+
+MODEL = """
+import flax.linen as nn
+from squeeze_jax.nn.conv import Conv
+CLASSIFIER = ("scores",)
+
+class Net(nn.Module):
+    num_classes: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        y = nn.relu(Conv(self.features, 3, name="conv")(x))
+        return Conv(self.num_classes, 1, name="scores")(y.mean((1, 2), keepdims=True))[:, 0, 0], {"conv": y}
+
+def make(num_classes: int = 10, features: int = 4):
+    return Net(num_classes, features)
+"""
+SOURCE = """
+import dataclasses
+import numpy as np
+from squeeze_jax.data.source import Example, Source
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    count: int
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices):
+        return [Example(np.full((8, 8, 1), 25 * (i % 10), np.uint8), i % 10, f"own[{i}]") for i in indices]
+
+def make(count: int = 40):
+    return Source(tuple("abcdefghij"), 1, Split(count), Split(20))
+"""
+HALF = """
+import jax
+import jax.numpy as jnp
+from squeeze_jax.methods import Forward
+
+def make(layer: str = "conv"):
+    def reparametrize(params, own):
+        scale = jnp.exp(own.params["log_scale"])
+        return params | {layer: jax.tree.map(lambda w: 0.5 * scale * w, params[layer])}
+
+    def intercept(tap, x, own):
+        return x, {"calls": own.state["calls"] + own.train}
+
+    return Forward(
+        reparametrize,
+        intercept,
+        taps=lambda name: name == f"{layer}/inputs",
+        init=lambda key, params, taps: {"log_scale": jnp.zeros(())},
+        state=lambda params, taps: {"calls": jnp.int32(0)},
+    )
+"""
+FORMAT = """
+import numpy as np
+import jax
+from squeeze_jax.export.formats import stablehlo
+
+INTEGER, NEEDS = False, ()
+
+def convert(fn, inputs, calibration):
+    (content, *_) = stablehlo.convert(fn, inputs, calibration).values()
+    return {".mine": content}
+
+def load(path, threads):
+    return stablehlo.load(path, threads)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The files, in the current directory."""
+    contents = dict(my_model=MODEL, my_source=SOURCE, half=HALF, mine=FORMAT)
+    for name, text in contents.items():
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SQUEEZE_JAX_OWN_FILES", "")
+    return tmp_path
+
+
+CONFIG = """
+def get_config():
+    return dict(
+        steps={steps}, batch=8, save_every=2, log_every=1,
+        data=dict(source=dict(name="./my_source.py"), size=8),
+        model=dict(name="./my_model.py", features=6),
+        optim=dict(lr=0.1),
+        forward=(dict(name="./half.py"),),
+        export=dict(formats=("./mine.py",), check=8, calibration=8),
+    )
+"""
+
+
+def fit(folder, workdir, steps):
+    (folder / "config.py").write_text(CONFIG.format(steps=steps))
+    run_py.main(["--job=fit", "--config=config.py", f"--workdir={workdir}"])
+    config = _workdir.read(folder / workdir)
+    built = _experiment.opened(folder / workdir, config)
+    return evaluate.trained(built, folder / workdir)
+
+
+def test_a_run_of_own_files_trains_resumes_and_exports(folder, capsys):
+    """Model, source, method with parameters and state, and export format; what the method halves is halved everywhere."""
+    whole = fit(folder, "whole", 6)
+    assert whole.extra["half"]["calls"] == 6
+    assert whole.params["methods"]["half"]["log_scale"] != 0
+    # Stopped after four steps: the two that are missing come from the checkpoint.
+    (folder / "part").mkdir()
+    fit(folder, "part", 6)
+    for step in 6, 5:
+        gone = folder / "part" / "checkpoints" / str(step)
+        if gone.exists():
+            gone.rename(folder / f"gone{step}")
+    again = fit(folder, "part", 6)
+    assert "continuing from the checkpoint of step 4" in capsys.readouterr().out
+    for name, array in tree.flatten(jax.device_get(whole)).items():
+        np.testing.assert_array_equal(
+            array, tree.flatten(jax.device_get(again))[name], err_msg=name
+        )
+    run_py.main(["--job=export", "--workdir=whole"])
+    assert (folder / "whole" / "export" / "model.mine").stat().st_size > 0
+    assert all(
+        np.isfinite(r["loss"]) for r in log.read(folder / "whole" / "metrics.jsonl")[:6]
+    )
+    # As a network to begin with, the run hands over the weights that it ran with.
+    (folder / "config.py").write_text(
+        CONFIG.format(steps=1)
+        .replace('forward=(dict(name="./half.py"),),', 'init=dict(workdir="whole"),')
+        .replace('model=dict(name="./my_model.py", features=6),', "model=dict(),")
+    )
+    config = run_py.load_config("config.py")
+    begun = _experiment.build(_experiment.check(config)).given()["params"]
+    scale = 0.5 * np.exp(whole.params["methods"]["half"]["log_scale"])
+    np.testing.assert_allclose(
+        begun["conv"]["kernel"], scale * whole.params["conv"]["kernel"], rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        begun["scores"]["kernel"], whole.params["scores"]["kernel"]
+    )
+    assert "methods" not in begun
+
+
+def test_worker_processes_read_an_own_source(folder):
+    source = data.make(source=dict(name="./my_source.py"), size=8, workers=1, threads=1)
+    batches = source.train(8, 0)
+    batch = next(batches)
+    batches.close()
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], 25 * batch["label"])
+
+
+def test_an_own_model_is_made_with_its_options(folder):
+    net = models.make(name="./my_model.py", num_classes=3)
+    assert (net.num_classes, net.features) == (3, 4)
+    with pytest.raises(UserError, match=r"unknown key config\.model\.width"):
+        models.make(name="./my_model.py", width=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no method at ./bad.py: looked for /"),
+        ("def make(:\n", r"bad\.py:1: invalid syntax"),
+        ("\nimport nothing_there\n", r"bad\.py:2: ModuleNotFoundError: No module"),
+        ("x = 1\n", r"\./bad\.py has no function make"),
+        ("def make():\n    return 3\n", r"config\.update\[1\].*makes no gradient"),
+        ("def make(a):\n    return 3\n", r"missing key config\.update\[1\]\.a"),
+    ],
+    ids=["missing", "syntax", "import", "no make", "value", "arguments"],
+)
+def test_a_bad_own_file_is_one_line(folder, text, words):
+    if text is not None:
+        (folder / "bad.py").write_text(text)
+    config = dict(
+        data=dict(source=dict(name="digits"), size=8),
+        model=dict(name="squeezenet", variant="tiny"),
+        optim=dict(lr=0.1),
+        steps=1,
+        batch=8,
+        update=("optim", dict(name="./bad.py")),
+    )
+    with pytest.raises(UserError, match=words) as caught:
+        _plugs.make(_experiment.check(config))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_the_library_stay_what_they_are():
+    with pytest.raises(
+        UserError, match=r"did you mean 'squeezenet'.* path of a Python"
+    ):
+        registry.load("squeeze_jax.models", "squeznet", "model")
