@@ -176,6 +176,13 @@ def test_penn_treebank_is_the_published_one(shared):
     ]
 
 
+def test_tiny_shakespeare_is_the_published_one(shared):
+    """1,115,394 characters, 65 different ones: Karpathy's char-rnn and nanoGPT."""
+    path = str(shared / "data" / "text" / "lm" / "tinyshakespeare.txt.gz")
+    found = data.make("contiguous", train=path, eval=path, level="characters")
+    assert (len(found.train_tokens), found.vocabulary) == (1_115_394, 65)
+
+
 def test_the_last_line_needs_no_end(tmp_path):
     for name, text in ("ended", "a b\nc\n"), ("open", "a b\nc"):
         (tmp_path / name).write_text(text)

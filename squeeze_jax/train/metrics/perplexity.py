@@ -25,7 +25,7 @@ def make(data) -> Metric:
         }
         return sums, {}
 
-    return Metric(measure, score, "eval_accuracy")
+    return Metric(measure, score, "eval_perplexity")
 
 
 def score(sums, rows):
