@@ -12,7 +12,9 @@ used.
 Evaluation. The text is cut into consecutive windows, the last one padded, and each stream is a run of them. So every token
 but the first is predicted exactly once. A stream other than the first begins in the middle of the text: it first reads the
 `warm_up` windows before its own, with mask=False, so that it begins with a state of that many windows instead of zeros.
-With streams=1 the network reads the text from end to end, and the perplexity is exact.
+With streams=1 the network reads the text from end to end, and the perplexity is exact, but the other rows of a batch are
+computed in vain. The default is as many streams as a batch has rows: on Penn Treebank's test text a `small` network's
+perplexity was 172.957 with 20 streams that begin after 4 windows of 20 words, 172.984 after none, and 172.951 with one.
 """
 
 import collections
