@@ -1,19 +1,43 @@
-"""The digits with a penalty that drives whole filters to zero: group lasso.
+"""Group lasso on the filters of the small SqueezeNet of configs/digits.py.
 
-Wen et al. 2016, arXiv 1608.03665. "sparse_groups" in the records is the share of filters that have become so small that
-they can be removed.
+Wen et al. 2016, arXiv 1608.03665, section 3.1. The penalty drives the norms of whole filters towards zero; without a
+proximal step they come close to zero and do not reach it, so a later step removes the filters below a threshold. Batch
+normalisation follows the convolutions and undoes a common factor of a filter, so the penalty also shrinks filters in use.
+
+Result: test accuracy 0.986, as configs/digits.py (one seed; one image of 360 is 0.003). Of the 1,472 penalised filters
+22 % end with a norm below a tenth of the largest in their layer, and 4 % below a hundredth; without the penalty, or with
+a weight of 1e-4, none does. Half a minute on 2 CPU cores.
 
     python run.py --config=configs/digits_group_lasso.py
 """
 
-from configs import digits
+import ml_collections
 
 
 def get_config():
-    config = digits.get_config()
+    config = ml_collections.ConfigDict()
+    config.steps = 600
+    config.batch = 64
+    config.data = dict(source=dict(name="digits"), size=16, crop="pad", pad=2)
+    config.model = dict(
+        name="squeezenet",
+        variant="1.1",
+        width=0.5,
+        stem_strides=1,
+        bypass="simple",
+        norm=True,
+        dropout=0.1,
+        conv10_relu=False,
+    )
+    config.optim = dict(name="sgd", lr=0.1, warmup=0.1, nesterov=True)
     config.objective = (
         dict(name="losses.cross_entropy"),
-        dict(name="prune.group_lasso", strength=1e-4),
+        dict(
+            name="prune.group_lasso",
+            weight=4e-4,
+            groups="filters",
+            rules=(("^conv10/", False), ("kernel$", True)),
+        ),
     )
-    config.optim.decay = 0.0
+    config.eval_every = 200
     return config

@@ -1,16 +1,43 @@
-"""The digits with four of five weights at zero: global magnitude pruning while it trains.
+"""Magnitude pruning of the small SqueezeNet of configs/digits.py to 80 % zeros.
 
-Zhu and Gupta 2017, arXiv 1710.01878: the share of zeros grows from 0 at step 100 to 80% at step 450, fast at first.
+Zhu and Gupta 2017, arXiv 1710.01878: the sparsity grows by the cubic schedule of equation 1 during the first two thirds
+of the run, and the rest of the run trains the weights that are left. The first layer and the classifier stay dense.
+
+Result: test accuracy 0.983 against 0.986 of configs/digits.py (one seed; one image of 360 is 0.003); 143,565 of the
+182,304 kernel weights are zero. Half a minute on 2 CPU cores.
 
     python run.py --config=configs/digits_pruned.py
 """
 
-from configs import digits
+import ml_collections
 
 
 def get_config():
-    config = digits.get_config()
-    pruning = dict(name="prune.magnitude", sparsity=0.8, begin=100, end=450, every=10)
-    config.update = ("optim", pruning)
-    config.ema = 0.99
+    config = ml_collections.ConfigDict()
+    config.steps = 600
+    config.batch = 64
+    config.data = dict(source=dict(name="digits"), size=16, crop="pad", pad=2)
+    config.model = dict(
+        name="squeezenet",
+        variant="1.1",
+        width=0.5,
+        stem_strides=1,
+        bypass="simple",
+        norm=True,
+        dropout=0.1,
+        conv10_relu=False,
+    )
+    config.optim = dict(name="sgd", lr=0.1, warmup=0.1, decay=1e-4, nesterov=True)
+    config.update = (
+        "optim",
+        dict(
+            name="prune.magnitude",
+            sparsity=0.8,
+            begin=100,
+            end=400,
+            every=20,
+            rules=(("^conv1/|^conv10/", False), ("kernel$", True)),
+        ),
+    )
+    config.eval_every = 200
     return config

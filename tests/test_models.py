@@ -63,6 +63,8 @@ PUBLISHED = {
     ("shufflenet", "1.5-g8"): (4_268_952, 290.19),
     ("shufflenet", "2.0-g3"): (5_449_776, 524.05),
     ("shufflenet", "2.0-g8"): (6_521_232, 521.94),
+    # By hand: 9 c c' weights of each convolution, 2 c of each normalisation, 128 x 1000 + 1000 of the classifier.
+    ("slimmable", "small"): (795_144, 4205.28),
     ("squeezenet", "1.0"): (1_248_424, 818.92),
     ("squeezenet", "1.1"): (1_235_496, 349.15),
 }
@@ -80,6 +82,8 @@ SIZES = {
     ("efficientnet", "lite3"): 280,
     ("efficientnet", "lite4"): 300,
 }
+# A network of several widths is initialised and counted at one.
+OPTIONS = {"slimmable": {"switches": (1.0,)}}
 # Each architecture is in this table or, where it says that its inputs are tokens, in that of test_encoders_counts.py.
 NAMES = [
     name
@@ -115,7 +119,7 @@ def filled(net):
 @functools.cache
 def counted(name, variant):
     """Parameters and MACs of an image of the size that the variant is made for."""
-    net = models.make(name, variant=variant)
+    net = models.make(name, variant=variant, **OPTIONS.get(name, {}))
     size = SIZES.get((name, variant), 224)
     x = image(1, size, size, 3)
     sizes = []
@@ -149,7 +153,8 @@ def test_squeezenet_at_the_size_of_its_paper(variant, size, padding, macs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name):
-    net = models.make(name, variant="tiny", num_classes=7)
+    options = OPTIONS.get(name, {})
+    net = models.make(name, variant="tiny", num_classes=7, **options)
 
     @jax.jit
     def gradient(x):

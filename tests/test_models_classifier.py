@@ -25,6 +25,7 @@ HEAD_LAYERS = {
     "resnet": set(),
     "roberta": TRANSFORM,
     "shufflenet": set(),
+    "slimmable": set(),
     "squeezebert": POOLER,
     "squeezenet": set(),
     # Has no classes: both heads.

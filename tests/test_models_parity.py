@@ -299,9 +299,7 @@ def test_squeezenet_of_deep_compression_classifies_photographs(shared):
     expected = theirs.numpy()
 
     net = models.make("squeezenet", variant="1.0", conv10_padding=1)
-    names = registry.load("squeeze_jax.models", "squeezenet").deep_compression_names(
-        net
-    )
+    names = registry.load("squeeze_jax.models", "squeezenet").caffe_names(net)
     like = foreign.shapes(net, jnp.zeros((1, 227, 227, 3)))
     variables = foreign.fit(arrays, like, names)
     apply = jax.jit(lambda x: net.apply(variables, x)[0])

@@ -161,6 +161,18 @@ ROWS = {
         "stage2_2",
         "^stage2_2/expand_norm/(scale|bias)",
     ),
+    # Two 3x3 convolutions of 8 channels at 16x16; scale and shift of one width.
+    "slimmable": Row(
+        {"variant": "tiny", "switches": (1.0,)},
+        "block1/unit1/conv",
+        7,
+        9 * 8 + 2 + 9 * 8,
+        256 * (72 + 72),
+        {"^block1/unit1/": (-1, [3])},
+        {"^block1/unit2/conv/kernel": (-2, [3])},
+        "block1",
+        "^block1/unit2/norm100/(scale|bias)",
+    ),
     "bert": encoder({}),
     "roberta": encoder({}),
     "distilbert": encoder({}),

@@ -16,7 +16,6 @@ LEVELS = {
     "errors": 0,
     "files": 0,
     "methods": 0,
-    "own": 0,
     "registry": 0,
     "tree": 0,
     "nn": 1,

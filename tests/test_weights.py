@@ -104,8 +104,8 @@ def test_parameters_are_tensors(tmp_path):
     [
         ([torch.ones(2)], "holds a list: it should be what a network's state_dict"),
         (torch.ones(2), "holds a Tensor: "),
-        ({"state_dict": 1}, "holds a int: "),
-        ({"model": {"a": torch.ones(2)}, "epoch": 3}, "holds 'model', which is no ten"),
+        ({"state_dict": 1}, "holds 'state_dict', which is no tensor"),
+        ({"net": {"a": torch.ones(2)}, "epoch": 3}, "holds 'net', which is no tensor"),
         ({"a": torch.ones(2).to_sparse()}, "holds 'a', which is no tensor"),
     ],
 )
@@ -127,7 +127,7 @@ def test_missing_files_and_unknown_endings_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no weights file .*w\.npz"):
         files.read(tmp_path / "w.npz")
     with pytest.raises(UserError, match=r"unknown ending: use \.npz"):
-        files.read(tmp_path / "w.h5")
+        files.read(tmp_path / "w.onnx")
 
 
 @pytest.fixture(scope="module")

@@ -1,121 +1,141 @@
-"""Gradients as 8-bit integers on the wire, with error feedback: a quarter of the bytes of float32.
+"""Gradient exchange in 8 bits with error feedback, a method of the plug point `exchange`.
 
-Seide et al. 2014 (1-bit SGD, Interspeech) and Karimireddy et al. 2019, arXiv 1901.09847: a device sends its gradient
-plus what it could not send before, quantized, and keeps the difference for the next step, so nothing is lost for good:
+Error feedback: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019, arXiv 1901.09847. Two-sided compression: Tang et
+al. 2019 (DoubleSqueeze), arXiv 1905.05957. Of n devices, device j reduces the j-th of n chunks:
 
-    a = g + e        q = Q(a)        e' = a - q
+    x_i = g_i + e_i                        gradient and residual of device i
+    all-to-all of Q(x_i); m = mean_i Q(x_i)         reduce-scatter; device j has chunk j of m
+    all-gather of Q(m)                     every device applies the same Q(m)
+    e_i = x_i - Q(x_i),  and in chunk i  + n (m - Q(m))
 
-Q rounds each block of values to integers in -127..127 times one float32 scale, the block's largest magnitude / 127. The
-exchange is a reduce-scatter followed by an all-gather, as in a ring all-reduce of floats: each device averages one part of
-the gradient and sends the average, quantized again, to all. That second error is the part's owner's to keep:
-it is divided among the devices' next gradients through the owner's own residual.
-Plug point exchange.
+Q writes int8 numbers with one float32 scale for each block of values. Then the sum of all applied gradients plus the mean
+residual equals the sum of all mean gradients. A device sends 2 (n - 1) / n bytes per value, and the scales; a float32
+ring all-reduce sends 4 times as much, for any n. The residual of the second rounding grows with n: above a hundred
+devices it dominates the scale of a device's own chunk.
 """
 
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.methods import Exchange
-
-LEVELS = 127
 
 
 def make(
-    block: int = 256,
     rounding: Literal["nearest", "stochastic"] = "nearest",
+    block: int = 256,
     feedback: bool = True,
-) -> Exchange:
-    """Returns the exchange: the mean of the devices' gradients.
+    smallest: int = 1024,
+) -> methods.Exchange:
+    """Returns the exchange; all devices get the same mean gradient.
 
     Args:
-      block: values that share a scale, at least 1; a scale is 4 bytes.
-      rounding: "stochastic" is unbiased, and noisier.
+      rounding: "nearest"; or "stochastic", whose expectation is the exact value.
+      block: values that share a scale, at least 1; a block never spans two parameters.
       feedback: whether what was not sent is added to the next gradient.
+      smallest: parameters of fewer values than this are averaged in float32, as are parameters that methods own.
 
     Raises:
-      UserError: a block below 1.
+      UserError: values out of range; when it receives parameters, none that is large enough.
     """
-    if block < 1:
-        raise UserError(f"comm.int8: block = {block} should be at least 1")
+    for name, value in (("block", block), ("smallest", smallest)):
+        if value < 1:
+            raise UserError(f"int8.{name} = {value} should be at least 1")
+
+    def compressed(grads):
+        flat = tree.flatten(grads)
+        large = {
+            name: grad
+            for name, grad in flat.items()
+            if grad.size >= smallest and name.split("/")[0] != methods.METHODS
+        }
+        if not large:
+            raise UserError(
+                f"int8.smallest = {smallest}: no parameter has so many values, so nothing is compressed; the largest has"
+                f" {max(grad.size for grad in flat.values())}"
+            )
+        return large
 
     def state(params):
-        if not feedback:
-            return {}
-        return {"residual": jax.tree.map(jnp.zeros_like, params)}
+        return {
+            name: jnp.zeros(param.shape, jnp.float32)
+            for name, param in compressed(params).items()
+        }
 
     def exchange(grads, axis_names, own):
-        leaves, structure = jax.tree.flatten(grads)
-        residual = jax.tree.leaves((own.state or {}).get("residual", {}))
-        wanted = (
-            [g + r for g, r in zip(leaves, residual, strict=True)]
-            if feedback
-            else leaves
-        )
-        devices = lax.axis_size(axis_names)
-        flat = jnp.concatenate([w.ravel().astype(jnp.float32) for w in wanted])
-        parts = _in_parts(flat, devices, block)  # [devices, blocks, block]
-        first, second = jax.random.split(own.key)
-        sent, kept = _exchanged(parts, axis_names, devices, rounding, first, second)
-        mean = _leaves(sent, leaves, structure)
-        if not feedback:
-            return mean, {}
-        return mean, {"residual": _leaves(kept, leaves, structure)}
+        large = compressed(grads)
+        small = {k: g for k, g in tree.flatten(grads).items() if k not in large}
+        means = jax.lax.pmean(small, axis_names)
+        values = {k: g.astype(jnp.float32) for k, g in large.items()}
+        if feedback:
+            values = {k: g + own.state[k] for k, g in values.items()}
+        key = own.key if rounding == "stochastic" else None
+        mean, error = _mean(_blocks(values, block), axis_names, key)
+        means |= _values(mean, large)
+        residuals = _values(error, large) if feedback else None
+        means = tree.map_named(lambda k, g: means[k].astype(g.dtype), grads)
+        return means, residuals
 
-    return Exchange(exchange, state)
-
-
-def _exchanged(parts, axis_names, devices, rounding, first, second):
-    """(the mean on all devices, what this device has not sent), both [devices * blocks * block]."""
-    integers, scales = quantize(parts, rounding, first)
-    error = parts - dequantize(integers, scales)
-    # Device d gets part d of all.
-    integers, scales = (
-        lax.all_to_all(x, axis_names, 0, 0, tiled=True) for x in (integers, scales)
-    )
-    mine = dequantize(integers, scales).mean(0)  # [blocks, block]
-    integers, scales = quantize(mine, rounding, second)
-    # The mean's error counts for all devices: as a part of one device's gradient it is so many times as large.
-    lost = devices * (mine - dequantize(integers, scales))
-    error = error.at[lax.axis_index(axis_names)].add(lost)
-    integers, scales = (
-        lax.all_gather(x, axis_names, to="invarying") for x in (integers, scales)
-    )
-    return dequantize(integers, scales).ravel(), error.ravel()
-
-
-def _in_parts(flat, devices, block):
-    blocks = math.ceil(flat.size / (devices * block))
-    padding = devices * blocks * block - flat.size
-    return jnp.pad(flat, (0, padding)).reshape(devices, blocks, block)
-
-
-def _leaves(flat, like, structure):
-    leaves, begin = [], 0
-    for leaf in like:
-        part = flat[begin : begin + leaf.size]
-        leaves.append(part.reshape(leaf.shape).astype(leaf.dtype))
-        begin += leaf.size
-    return jax.tree.unflatten(structure, leaves)
+    return methods.Exchange(exchange, state if feedback else None)
 
 
 def quantize(
-    x: jax.Array, rounding: str = "nearest", key: jax.Array | None = None
+    blocks: jax.Array, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns int8 [..., block] and scales float32 [..., 1] of x [..., block]; key for stochastic rounding."""
-    scales = jnp.max(jnp.abs(x), -1, keepdims=True) / LEVELS
-    levels = x / jnp.where(scales > 0, scales, 1.0)
-    if rounding == "stochastic":
-        levels = jnp.floor(levels + jax.random.uniform(key, x.shape))
+    """Rounds blocks of values to 8 bits.
+
+    Args:
+      blocks: float32 [..., block].
+      key: for stochastic rounding; None rounds to the nearest.
+
+    Returns:
+      int8 [..., block] within ±127, and float32 scales [..., 1], max |x| / 127; their product approximates `blocks`.
+    """
+    scale = jnp.max(jnp.abs(blocks), -1, keepdims=True) / 127
+    x = blocks / jnp.where(scale > 0, scale, 1.0)
+    if key is None:
+        x = jnp.round(x)
     else:
-        levels = jnp.round(levels)
-    return jnp.clip(levels, -LEVELS, LEVELS).astype(jnp.int8), scales
+        x = jnp.floor(x + jax.random.uniform(key, x.shape))
+    return jnp.clip(x, -127, 127).astype(jnp.int8), scale
 
 
-def dequantize(integers: jax.Array, scales: jax.Array) -> jax.Array:
-    """float32 of what `quantize` returned."""
-    return integers.astype(jnp.float32) * scales
+def _mean(blocks, axis_names, key):
+    """The quantized mean over devices of blocks [count, block], and this device's new residual."""
+    n = jax.lax.axis_size(axis_names)
+    count, block = blocks.shape
+    rows = -(-count // n)
+    blocks = jnp.pad(blocks, ((0, n * rows - count), (0, 0)))
+    x = blocks.reshape(n, rows, block)  # a chunk for each device
+    keys = (None, None) if key is None else jax.random.split(key)
+    sent = quantize(x, keys[0])
+    received = [jax.lax.all_to_all(part, axis_names, 0, 0) for part in sent]
+    mean = jnp.mean(received[0] * received[1], 0)  # [rows, block]
+    shared = quantize(mean, keys[1])
+    whole = [jax.lax.all_gather(part, axis_names, to="invarying") for part in shared]
+    error = x - sent[0] * sent[1]
+    mine = jax.lax.axis_index(axis_names)
+    error = error.at[mine].add(n * (mean - shared[0] * shared[1]))
+    result = (whole[0] * whole[1]).reshape(-1, block)[:count]
+    return result, error.reshape(-1, block)[:count]
+
+
+def _blocks(values, block):
+    """Arrays by name as one of [blocks, block]; each is padded with zeros to whole blocks."""
+    rows = [
+        jnp.pad(value.reshape(-1), (0, -value.size % block)).reshape(-1, block)
+        for value in values.values()
+    ]
+    return jnp.concatenate(rows)
+
+
+def _values(blocks, like):
+    """The arrays of `_blocks` again, by name."""
+    block, start, result = blocks.shape[1], 0, {}
+    for name, value in like.items():
+        stop = start + -(-value.size // block)
+        flat = blocks[start:stop].reshape(-1)[: value.size]
+        result[name], start = flat.reshape(value.shape), stop
+    return result

@@ -292,6 +292,9 @@ def build(
         wanted = e.model.get("name")
         begin = _pretrained.suited(begin, source.model.get("task"), wanted)
     options = _options(e, source, begin) if options is None else dict(options)
+    if e.init.get("file"):
+        keys = {k: e.init[k] for k in ("file", "names", "under") if k in e.init}
+        begin = _pretrained.of_file(options, source.example(), **keys)
     model = models.make(**options)
     _fit(options, model, source)
     distill = made(_teachers.Settings, e.distill, "config.distill")

@@ -25,6 +25,7 @@ from squeeze_jax.jobs import _plugs
 from squeeze_jax.jobs._settings import tuples
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.weights import pretrained
 
 # In a work directory: what its network was made with, and which of its checkpoints is the trained one.
 MODEL = "model.json"
@@ -114,9 +115,35 @@ def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
 
 
 def settings(
-    folder: str = "", workdir: str = "", only: str = "", layers: tuple[int, ...] = ()
-) -> Network:
-    """The network of `config.init`, see `find` and `begin`; the parameters are its keys."""
+    folder: str = "",
+    workdir: str = "",
+    file: str = "",
+    names: pretrained.Names = "squeeze_jax",
+    under: str = "",
+    only: str = "",
+    layers: tuple[int, ...] = (),
+) -> Network | None:
+    """The network of `config.init`, see `find` and `begin`; the parameters are its keys.
+
+    Args:
+      folder, workdir: see `find`.
+      file: of weights, for the network that `config.model` names; see `weights/pretrained.py`.
+      names: whose names the file has.
+      under: what stands before each of them, such as "backbone".
+      only, layers: see `begin`.
+
+    Returns:
+      None for a file: its network is the config's.
+    """
+    if file and (folder or workdir):
+        raise UserError(
+            "config.init should name a file of weights, a folder of transformers or a workdir of an earlier run, one of them"
+        )
+    if not file and (under or names != "squeeze_jax"):
+        key = "under" if under else "names"
+        raise UserError(
+            f"config.init.{key} has no effect without config.init.file: leave it out"
+        )
     for layer in layers:
         if layer < 1:
             raise UserError(f"config.init.layers has {layer}: layers count from 1")
@@ -126,7 +153,43 @@ def settings(
         raise UserError(
             f"config.init.only = {only!r} is no regular expression ({error})"
         ) from None
-    return find(folder, workdir, where="config.init")
+    return None if file else find(folder, workdir, where="config.init")
+
+
+def of_file(
+    options: Mapping[str, Any],
+    example: Any,
+    file: str,
+    names: str = "squeeze_jax",
+    under: str = "",
+) -> Network:
+    """The network that a config names, with the weights of a file.
+
+    Args:
+      options: of `models.make`.
+      example: shapes of the network's inputs.
+      file, names, under: see `settings`.
+
+    Raises:
+      UserError: no such file, or names that the network has no map for.
+    """
+    module = registry.load("squeeze_jax.models", options["name"], "model")
+    pretrained.check(file, names, options["name"], module)
+    net = models.make(**options)
+
+    def read(_, key):
+        del key
+        shapes = jax.eval_shape(
+            lambda x: net.init(jax.random.key(0), x, train=False), example
+        )
+        variables, lines = pretrained.load(
+            file, names, net, module, shapes, under=under
+        )
+        for line in lines:
+            print(f"weights    {line}")
+        return variables
+
+    return Network(dict(options), read, file)
 
 
 def suited(network: Network, task: str | None, name: str | None = None) -> Network:

@@ -209,7 +209,7 @@ def torchvision_names(net: SqueezeNet) -> dict[str, str]:
     return names
 
 
-def deep_compression_names(net: SqueezeNet) -> dict[str, str]:
+def caffe_names(net: SqueezeNet) -> dict[str, str]:
     """Returns {our layer: its name in the Caffe weights of SqueezeNet-Deep-Compression}."""
     names = {"conv1": "conv1", "conv10": "conv10"}
     for number in range(2, len(net.row.fires) + 2):

@@ -1,85 +1,99 @@
-"""Group lasso: a penalty that drives whole filters to zero, so that they can be removed.
+"""Group lasso on convolution and dense kernels, a method of the plug point `objective`.
 
-Wen, Wu, Wang, Chen, Li 2016, arXiv 1608.03665 (structured sparsity learning), equations 2 to 4, with the weight of Yuan
-and Lin 2006 for groups of different sizes:
+Wen et al. 2016, "Learning structured sparsity in deep neural networks", arXiv 1608.03665, section 3.1; the factor of
+the group's size is that of Yuan and Lin 2006. It pulls whole groups of weights towards zero:
 
-    penalty = strength * sum over groups g of sqrt(size of g) * ||w_g||_2
+    penalty = sum over groups g of sqrt(size of g) * ||w_g||_2
 
-The norm is not squared, so penalty(2 w) = 2 penalty(w): its pull does not fade as a group gets smaller. Plug point
-objective.
+Its factor in the loss is the `weight` of its section in `config.objective`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax import tree
+from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.methods import METHODS, Objective
-
-RULES = (("kernel$", 1.0),)
 
 
 def make(
-    strength: float,
     groups: Literal["filters", "channels", "shapes"] = "filters",
-    rules: tuple = RULES,
-) -> Objective:
-    """Returns the penalty; its metric "sparse_groups" is the share of groups whose RMS is below a thousandth.
+    rules: tuple = (("kernel$", True),),
+) -> methods.Objective:
+    """Returns the penalty; its gradient at a group of zeros is zero.
 
     Args:
-      strength: factor of the whole penalty, λ, above 0.
-      groups: "filters": the weights of one output channel; "channels": of one input channel; "shapes": of one position
-        of one input channel, over all filters.
-      rules: (regex, factor) over parameter names, first match wins, no match means 0; kernels of any rank.
+      groups: for a kernel [height, width, inputs, outputs], "filters" has one group per output, "channels" one per
+        input, and "shapes" one per (row, column, input). In a dense kernel [inputs, outputs] "channels" and "shapes"
+        are the same. In a grouped convolution an input is a position within its group.
+      rules: ordered (regex, bool) over parameter names; the first match decides whether a parameter is penalised, and
+        a parameter without a match is not.
 
     Raises:
-      UserError: a strength that is not positive; when it gets the parameters, a rule that matches none.
+      UserError: a rule's value is no bool; when it receives parameters, a rule matches none or one of rank below 2.
     """
-    if not strength > 0:
-        raise UserError(
-            f"prune.group_lasso: strength = {strength} should be above 0; leave the loss out for none"
-        )
+    for rule in rules:
+        if len(rule) == 2 and not isinstance(rule[1], bool):
+            raise UserError(
+                f"group_lasso.rules: the value of {rule[0]!r} should be True or False, not {rule[1]!r}"
+            )
+
+    def init(key, params):
+        del key
+        _penalised(params, rules)  # before any work starts
+        return {}
 
     def loss(logits, endpoints, batch, params, own):
         del logits, endpoints, batch, own
-        squares = squared_norms(params, groups, rules)
-        total = sum(f * penalty(s, size) for s, size, f in squares)
-        small = jnp.concatenate([s / size < 1e-6 for s, size, _ in squares])
-        return strength * total, {"sparse_groups": jnp.mean(small, dtype=jnp.float32)}
+        kernels = _penalised(params, rules).values()
+        return sum(penalty(kernel, groups) for kernel in kernels), {}
 
-    return Objective(loss)
+    return methods.Objective(loss, init)
 
 
-def squared_norms(
-    params: Mapping[str, Any], groups: str = "filters", rules=RULES
-) -> list[tuple[jax.Array, int, float]]:
-    """(the groups' squared norms [n], elements of a group, factor) of each kernel that the rules penalise."""
-    network = {k: v for k, v in params.items() if k != METHODS}
-    where = "prune.group_lasso: rules"
-    factors = tree.flatten(tree.apply_rules(rules, network, default=0.0, where=where))
-    found = []
-    for name, kernel in tree.flatten(network).items():
-        if factors[name]:
-            if kernel.ndim < 2:
-                raise UserError(
-                    f"{where}: {name} of shape {kernel.shape} is no kernel [..., inputs, outputs]"
-                )
-            over = {
-                "filters": tuple(range(kernel.ndim - 1)),
-                "channels": (*range(kernel.ndim - 2), kernel.ndim - 1),
-                "shapes": (kernel.ndim - 1,),
-            }[groups]
-            squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), over).ravel()
-            found.append((squares, kernel.size // squares.size, factors[name]))
-    return found
+def penalty(kernel: jax.Array, groups: str) -> jax.Array:
+    """Returns sum over groups of sqrt(size) * norm, float32 [].
+
+    Args:
+      kernel: [..., inputs, outputs].
+      groups: as in `make`.
+    """
+    norms = group_norms(kernel, groups)
+    return math.sqrt(kernel.size / norms.size) * jnp.sum(norms)
 
 
-def penalty(squares: jax.Array, size: int) -> jax.Array:
-    """sqrt(size) times the sum of norms, of squared norms [n]; the gradient of a group at zero is zero."""
-    alive = squares > 0
-    # The square root's derivative is infinite at zero, also where its value is not used.
-    norms = jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1.0)), 0.0)
-    return jnp.sqrt(jnp.float32(size)) * jnp.sum(norms)
+def group_norms(kernel: jax.Array, groups: str) -> jax.Array:
+    """Returns the Euclidean norm of each group; arguments as in `penalty`."""
+    axes = range(kernel.ndim)
+    inputs, outputs = kernel.ndim - 2, kernel.ndim - 1
+    reduced = {
+        "filters": [axis for axis in axes if axis != outputs],
+        "channels": [axis for axis in axes if axis != inputs],
+        "shapes": [outputs],
+    }[groups]
+    squares = jnp.sum(jnp.square(kernel), tuple(reduced))
+    # The derivative of sqrt is infinite at 0, and infinity times 0 is no number.
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+def _penalised(params: Mapping[str, Any], rules: tree.Rules) -> dict[str, Any]:
+    """The network's parameters that the rules choose, by name."""
+    network = {k: v for k, v in params.items() if k != methods.METHODS}
+    chosen = tree.apply_rules(rules, network, default=False, where="group_lasso.rules")
+    chosen, values = tree.flatten(chosen), tree.flatten(network)
+    kernels = {name: values[name] for name in values if chosen[name]}
+    if not kernels:
+        raise UserError(
+            f"group_lasso.rules = {rules!r} penalises no parameter: give one rule the value True"
+        )
+    for name, kernel in kernels.items():
+        if kernel.ndim < 2:
+            raise UserError(
+                f"group_lasso.rules: {name} of shape {kernel.shape} has no groups; exclude it by a rule with the value"
+                " False"
+            )
+    return kernels

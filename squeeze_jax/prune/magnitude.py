@@ -1,29 +1,32 @@
-"""Magnitude pruning: the smallest weights become zero, more of them as training goes on.
+"""Magnitude pruning with a polynomial schedule, a method of the plug point `update`.
 
-Zhu and Gupta 2017, arXiv 1710.01878, equation 1: from step t0 on, every dt steps until t0 + n dt, the share of zeros is
+Zhu and Gupta 2017, "To prune, or not to prune", arXiv 1710.01878. The smallest weights become zero and stay zero. The
+sparsity follows equation 1 at the steps t = begin, begin + every, ..., end:
 
-    s_t = s_f + (s_i - s_f) (1 - (t - t0) / (n dt))^3
+    s_t = s_f + (s_i - s_f) (1 - (t - begin) / (end - begin))^3
 
-so that many weights go early, while the network can still make up for them. Plug point update: the masks are the state
-of a gradient transform. Masked weights are exactly zero after each update, in averaged weights and in exported files.
+The transform stands after the optimizer. It ranks the weights as they are after the update, and replaces the update of
+a pruned weight w by -w, so that the weight is exactly 0 whatever the optimizer's momentum says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from squeeze_jax import tree
+from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.methods import METHODS, Update
-
-RULES = (("kernel$", True),)
 
 
 class MagnitudeState(NamedTuple):
-    """Which weights are kept: {parameter's name: bool array of its shape}; parameters without a mask are not pruned."""
+    """Masks of the parameters that are pruned.
+
+    Attributes:
+      masks: {parameter name: bool, of the parameter's shape}; False for a pruned weight.
+    """
 
     masks: dict[str, jax.Array]
 
@@ -32,122 +35,185 @@ def make(
     sparsity: float,
     begin: int,
     end: int,
-    every: int = 10,
+    every: int,
     initial: float = 0.0,
+    rules: tuple = (("kernel$", True),),
     scope: Literal["global", "layer"] = "global",
-    rules: tuple = RULES,
-) -> Update:
-    """Returns the gradient transform; it stands after the optimizer in `config.update`.
+) -> methods.Update:
+    """Returns the transform; list it after "optim" in `config.update`.
+
+    A pruned weight is never restored. Weights of equal magnitude are pruned in the order of their positions.
 
     Args:
-      sparsity: final share of zeros among the pruned parameters, s_f, in [0, 1).
-      begin: the first step that prunes, t0; steps count from the begin of the phase.
-      end: the step of the final sparsity, t0 + n dt.
-      every: steps between two changes of the masks, dt.
-      initial: sparsity at `begin`, s_i.
-      scope: "global" compares the weights of all layers, "layer" prunes the same share of each.
-      rules: (regex, whether to prune) over parameter names, first match wins, no match means no.
+      sparsity: share of the weights that are zero from step `end` on (s_f), in [0, 1).
+      begin: first step of the phase, from 0, whose update prunes.
+      end: last step whose update prunes more weights.
+      every: steps between two prunings; divides end - begin.
+      initial: sparsity at step `begin` (s_i), in [0, sparsity].
+      rules: ordered (regex, bool) over parameter names; the first match decides whether a parameter is pruned, and a
+        parameter without a match is not.
+      scope: "global" compares the weights of all pruned parameters, so layers differ in sparsity; "layer" gives each
+        parameter the same sparsity.
 
     Raises:
-      UserError: values out of range; when it gets the parameters, a rule that matches none, or nothing to prune.
+      UserError: values out of range; when it receives parameters, a rule that matches none.
     """
-    _check(sparsity, initial, begin, end, every)
+    _check(sparsity, begin, end, every, initial, rules)
+    shares = schedule(sparsity, begin, end, every, initial)
 
     def init(params):
+        names = pruned_names(params, rules)
+        weights = tree.flatten(params)
         return MagnitudeState(
-            {k: jnp.ones(w.shape, bool) for k, w in pruned(params, rules).items()}
+            {name: jnp.ones(weights[name].shape, bool) for name in names}
         )
 
-    def update(updates, state, params=None, *, step, **extra):
+    def update(updates, state, params=None, *, step, grads=None, **extra):
         del extra
-        after = pruned(jax.tree.map(jnp.add, params, updates), rules)
-        share = _scheduled(step, sparsity, initial, begin, end)
-        due = (step >= begin) & (step <= end)
-        due &= ((step - begin) % every == 0) | (step == end)
+        if updates is grads:
+            raise UserError(
+                'config.update lists prune.magnitude before the optimizer: list it after "optim"'
+            )
+        weights, changes = tree.flatten(params), tree.flatten(updates)
         masks = jax.lax.cond(
-            due, lambda: _smallest_out(after, share, scope), lambda: state.masks
+            (step >= begin) & (step <= end) & ((step - begin) % every == 0),
+            lambda masks: _pruned(
+                masks,
+                {name: weights[name] + changes[name] for name in masks},
+                shares,
+                (step - begin) // every,
+                scope,
+            ),
+            lambda masks: masks,
+            state.masks,
         )
 
         def masked(name, change, weight):
-            # weight + (-weight) is zero exactly, whatever the optimizer wanted.
-            keep = masks.get(name)
-            return change if keep is None else jnp.where(keep, change, -weight)
+            if name not in masks:
+                return change
+            return jnp.where(masks[name], change, -weight)
 
-        return tree.map_named(masked, updates, params), MagnitudeState(masks)
+        updates = tree.map_named(masked, updates, params)
+        return updates, MagnitudeState(masks)
 
-    tx = optax.GradientTransformationExtraArgs(init, update)
-    return Update(tx, lambda params, state: apply(params, state.masks))
+    def project(params, state):
+        def masked(name, weight):
+            if name not in state.masks:
+                return weight
+            return jnp.where(state.masks[name], weight, jnp.zeros_like(weight))
 
+        return tree.map_named(masked, params)
 
-def _check(sparsity, initial, begin, end, every) -> None:
-    for name, value in ("sparsity", sparsity), ("initial", initial):
-        if not 0 <= value < 1:
-            raise UserError(f"prune.magnitude: {name} = {value} should lie in [0, 1)")
-    if initial > sparsity:
-        raise UserError(
-            f"prune.magnitude: initial = {initial} should not be above sparsity = {sparsity}"
-        )
-    if not 0 <= begin < end:
-        raise UserError(
-            f"prune.magnitude: begin = {begin} and end = {end} should satisfy 0 <= begin < end"
-        )
-    if every < 1:
-        raise UserError(f"prune.magnitude: every = {every} should be at least 1")
+    return methods.Update(optax.GradientTransformationExtraArgs(init, update), project)
 
 
-def pruned(params: Mapping[str, Any], rules=RULES) -> dict[str, jax.Array]:
-    """The network's parameters that the rules prune, by name.
+def schedule(
+    sparsity: float, begin: int, end: int, every: int, initial: float = 0.0
+) -> np.ndarray:
+    """Returns the sparsity at each pruning, float64 [prunings]; equation 1. Arguments as in `make`."""
+    steps = np.arange(begin, end + 1, every)
+    return sparsity + (initial - sparsity) * (1 - (steps - begin) / (end - begin)) ** 3
+
+
+def sparsity(params: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the share of each parameter's values that are zero, by name; parameters of methods are left out."""
+    network = {k: v for k, v in params.items() if k != methods.METHODS}
+    return {
+        name: float(jnp.mean(value == 0))
+        for name, value in tree.flatten(network).items()
+    }
+
+
+def pruned_names(params: Mapping[str, Any], rules: tree.Rules) -> list[str]:
+    """Returns the names of the network's parameters that the rules prune.
 
     Raises:
-      UserError: a rule that matches no parameter, or rules that prune none.
+      UserError: a rule matches no parameter, or the rules prune none.
     """
-    network = {k: v for k, v in params.items() if k != METHODS}
-    where = "prune.magnitude: rules"
-    chosen = tree.flatten(tree.apply_rules(rules, network, default=False, where=where))
-    found = {k: w for k, w in tree.flatten(network).items() if chosen[k]}
-    if not found:
+    network = {k: v for k, v in params.items() if k != methods.METHODS}
+    chosen = tree.apply_rules(rules, network, default=False, where="magnitude.rules")
+    names = [name for name, prune in tree.flatten(chosen).items() if prune]
+    if not names:
         raise UserError(
-            f"{where} = {rules!r} prune no parameter: give one the value True"
+            f"magnitude.rules = {rules!r} prunes no parameter: give one rule the value True"
         )
-    return found
+    return names
 
 
-def apply(params, masks: Mapping[str, jax.Array]):
-    """Parameters with the masked weights at zero."""
-
-    def masked(name, weight):
-        keep = masks.get(name)
-        return weight if keep is None else jnp.where(keep, weight, 0)
-
-    return tree.map_named(masked, params)
-
-
-def _scheduled(step, sparsity, initial, begin, end):
-    """Equation 1."""
-    left = 1 - jnp.clip((step - begin) / (end - begin), 0, 1)
-    return sparsity + (initial - sparsity) * left**3
-
-
-def _smallest_out(weights: Mapping[str, jax.Array], share, scope):
-    """Masks that leave out a share of the weights, the smallest; of equal ones those that come first."""
-    if scope == "layer":
-        return {k: _mask(jnp.abs(w), share) for k, w in weights.items()}
-    sizes = jnp.concatenate([jnp.abs(w).ravel() for w in weights.values()])
-    flat, masks, begin = _mask(sizes, share), {}, 0
-    for name, weight in weights.items():
-        masks[name] = flat[begin : begin + weight.size].reshape(weight.shape)
-        begin += weight.size
-    return masks
+def _pruned(masks, weights, shares, number, scope):
+    """Masks with the sparsity of the pruning of this number."""
+    names = list(masks)
+    parts = [names] if scope == "global" else [[name] for name in names]
+    result = {}
+    for part in parts:
+        size = sum(masks[name].size for name in part)
+        # On the host in float64: float32 cannot count more than 2^24 weights.
+        counts = [round(share * size) for share in shares.tolist()]
+        already = sum(jnp.sum(~masks[name], dtype=jnp.int32) for name in part)
+        count = jnp.maximum(jnp.asarray(counts, jnp.int32)[number], already)
+        keys = [_key(weights[name], masks[name]) for name in part]
+        kept = (~small for small in smallest(keys, count))
+        result |= dict(zip(part, kept, strict=True))
+    return {name: result[name] for name in names}
 
 
-def _mask(sizes, share):
-    flat = sizes.ravel()
-    order = jnp.argsort(flat, stable=True)
-    count = jnp.round(share * flat.size).astype(jnp.int32)
-    kept = jnp.arange(flat.size) >= count
-    return jnp.zeros(flat.shape, bool).at[order].set(kept).reshape(sizes.shape)
+def _key(weight: jax.Array, mask: jax.Array) -> jax.Array:
+    """Integers in the order of the magnitudes, uint32; 0 for weights that are pruned already."""
+    magnitude = jnp.abs(weight.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.uint32)
+    return jnp.where(mask, bits + 1, 0)
 
 
-def zeros(params, rules=RULES) -> dict[str, float]:
-    """The share of zeros in each parameter that the rules prune, 0..1."""
-    return {k: float(jnp.mean(w == 0)) for k, w in pruned(params, rules).items()}
+def smallest(keys: Sequence[jax.Array], count: jax.Array) -> list[jax.Array]:
+    """Marks the `count` smallest values of several arrays; among equal ones those that come first.
+
+    The value at rank `count` is built bit by bit from the highest: each bit needs one count over all arrays. So
+    nothing is sorted, concatenated or moved between devices, only counted.
+
+    Args:
+      keys: uint32 arrays.
+      count: int32 [], at most the number of values.
+
+    Returns:
+      A bool array for each of `keys`.
+    """
+
+    def below(limit):
+        return sum(jnp.sum(key < limit, dtype=jnp.int32) for key in keys)
+
+    def bit(number, limit):
+        higher = limit | (jnp.uint32(1) << (31 - number).astype(jnp.uint32))
+        return jnp.where(below(higher) < count, higher, limit)
+
+    limit = jax.lax.fori_loop(0, 32, bit, jnp.uint32(0))
+    left = count - below(limit)  # how many of the values that equal the limit
+    marks = []
+    for key in keys:
+        equal = key == limit
+        position = jnp.cumsum(equal.reshape(-1), dtype=jnp.int32).reshape(key.shape)
+        marks.append((key < limit) | (equal & (position <= left)))
+        left = left - jnp.sum(equal, dtype=jnp.int32)
+    return marks
+
+
+def _check(sparsity, begin, end, every, initial, rules):
+    """Raises a UserError for values out of range."""
+    if not 0 <= sparsity < 1:
+        raise UserError(f"magnitude.sparsity = {sparsity} should lie in [0, 1)")
+    if not 0 <= initial <= sparsity:
+        raise UserError(
+            f"magnitude.initial = {initial} should lie in [0, {sparsity}], up to the final sparsity"
+        )
+    if begin < 0:
+        raise UserError(f"magnitude.begin = {begin} should not be negative")
+    if end <= begin:
+        raise UserError(f"magnitude.end = {end} should be larger than begin = {begin}")
+    if every < 1 or (end - begin) % every:
+        raise UserError(
+            f"magnitude.every = {every} should divide end - begin = {end - begin}, so that the last pruning is at the end"
+        )
+    for rule in rules:
+        if len(rule) == 2 and not isinstance(rule[1], bool):
+            raise UserError(
+                f"magnitude.rules: the value of {rule[0]!r} should be True or False, not {rule[1]!r}"
+            )

@@ -1,4 +1,4 @@
-"""Named arrays from other projects' weight files: npz, safetensors and PyTorch checkpoints."""
+"""Named arrays from other projects' weight files: npz, safetensors and PyTorch and Keras checkpoints."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import ml_dtypes
 import numpy as np
 
@@ -34,19 +35,14 @@ _SAFETENSORS_DTYPES = {
 
 
 def read(path: str | Path) -> Arrays:
-    """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin) says of which kind it is.
+    """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin, .h5) says of which kind it is.
 
     Raises:
       UserError: no such file, an unknown ending, a file that is damaged or was not fetched, or a checkpoint of something
         else than tensors by name; names the file.
     """
     path = Path(path)
-    if path.suffix not in _READERS:
-        raise UserError(
-            f"weights {path} have an unknown ending: use {', '.join(_READERS)}"
-        )
-    if not path.is_file():
-        raise UserError(f"no weights file {path}: check the path")
+    check(path)
     try:
         with path.open("rb") as file:
             if file.read(len(_POINTER)) == _POINTER:
@@ -68,6 +64,17 @@ def read(path: str | Path) -> Arrays:
         raise UserError(
             f"weights file {path} is damaged ({reason}): fetch it again"
         ) from error
+
+
+def check(path: str | Path) -> None:
+    """Raises a UserError for a file that is not there, or whose ending is unknown."""
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise UserError(
+            f"weights {path} have an unknown ending: use {', '.join(_READERS)}"
+        )
+    if not path.is_file():
+        raise UserError(f"no weights file {path}: check the path")
 
 
 def _npz(path: Path) -> Arrays:
@@ -119,6 +126,7 @@ def write_safetensors(path: str | Path, arrays: Arrays) -> None:
     new.replace(path)
 
 
+_WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")
 _WANTED = "it should be what a network's state_dict() gives; save that alone"
 
 
@@ -137,8 +145,10 @@ def _torch(path: Path) -> Arrays:
         raise ValueError(reason) from None
     except Exception as error:  # its own errors are of many kinds
         raise ValueError(error) from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
+    for wrapper in _WRAPPERS:  # a training checkpoint holds more than weights
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+            break
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}: {_WANTED}")
     for name, value in state.items():
@@ -150,10 +160,30 @@ def _torch(path: Path) -> Arrays:
     }
 
 
+def _hdf5(path: Path) -> Arrays:
+    """Keras' weights: datasets by their path; the legacy layout repeats a layer's name, and ends names in ":0"."""
+    arrays = {}
+
+    def collect(name, item):
+        if isinstance(item, h5py.Dataset):
+            arrays[name.removesuffix(":0")] = np.asarray(item)
+
+    with h5py.File(path) as file:
+        file.get("model_weights", file).visititems(collect)
+    return {_once(name): array for name, array in arrays.items()}
+
+
+def _once(name: str) -> str:
+    """`conv1/conv1/kernel` as `conv1/kernel`, and Keras 3's `layers/conv1/vars/0` as it is."""
+    first, _, rest = name.partition("/")
+    return rest if rest.startswith(f"{first}/") else name
+
+
 _READERS: dict[str, Callable[[Path], Arrays]] = {
     ".npz": _npz,
     ".safetensors": _safetensors,
     ".pt": _torch,
     ".pth": _torch,
     ".bin": _torch,
+    ".h5": _hdf5,
 }

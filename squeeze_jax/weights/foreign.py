@@ -13,13 +13,13 @@ import numpy as np
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 
-# How others end the name of each of our leaves: PyTorch, Caffe as blobs of w and b, and the oldest BERTs.
+# How others end the name of each of our leaves: PyTorch, Caffe as blobs of w and b, Keras, and the oldest BERTs.
 ENDINGS = {
-    "kernel": (".weight", "/w"),
-    "scale": (".weight", ".gamma"),
-    "bias": (".bias", "/b", ".beta"),
-    "mean": (".running_mean",),
-    "var": (".running_var",),
+    "kernel": (".weight", "/w", "/kernel", "/depthwise_kernel"),
+    "scale": (".weight", ".gamma", "/gamma"),
+    "bias": (".bias", "/b", ".beta", "/bias", "/beta"),
+    "mean": (".running_mean", "/moving_mean"),
+    "var": (".running_var", "/moving_variance"),
     "embedding": (".weight",),
     "recurrent_kernel": (".recurrent_weight",),
 }
@@ -33,6 +33,7 @@ def fit(
     names: Mapping[str, str],
     *,
     ignore: Sequence[str] = (),
+    channels_last: bool = False,
 ):
     """Returns variables as `like` with the values of `arrays`.
 
@@ -44,6 +45,7 @@ def fit(
       like: our variables or their shapes from `jax.eval_shape`, {"params": …, "batch_stats": …}.
       names: `{our layer: their layer}`, a layer's name being its leaves' without the last part.
       ignore: regexes of their names that have no place here, such as an auxiliary head.
+      channels_last: their kernels are [kh, kw, in, out] and [in, out] as ours, depthwise ones [kh, kw, c, 1]: Keras.
 
     Raises:
       UserError: the names or shapes do not fit; counts what is missing, left over and of another shape, and names the
@@ -60,7 +62,9 @@ def fit(
             problems["missing"].append(f"{ours} {tuple(leaf.shape)} needs {found}")
             return leaf
         used.add(theirs)
-        array = _our_layout(np.asarray(arrays[theirs]), end, len(leaf.shape))
+        array = _our_layout(
+            np.asarray(arrays[theirs]), end, len(leaf.shape), channels_last, theirs
+        )
         if array.shape != tuple(leaf.shape):
             problems["of another shape"].append(
                 f"{ours} should be {tuple(leaf.shape)}, {theirs} is {array.shape}"
@@ -115,9 +119,39 @@ def _find(arrays, layer: str | None, end: str) -> str | None:
     return next((layer + e for e in endings if layer + e in arrays), None)
 
 
-def _our_layout(array: np.ndarray, end: str, axes: int) -> np.ndarray:
+def misfit(
+    arrays: Mapping[str, np.ndarray],
+    layer: str,
+    wanted: Mapping[str, Sequence[int]],
+    *,
+    channels_last: bool = False,
+) -> str:
+    """Returns why a layer of another project does not fit one of ours; "" if it does.
+
+    Args:
+      arrays: as in `fit`.
+      layer: their name.
+      wanted: {our leaf, such as "kernel": shape}.
+      channels_last: as in `fit`.
+    """
+    for end, shape in wanted.items():
+        name = _find(arrays, layer, end)
+        if name is None:
+            return f"the file has no {end} of {layer}"
+        array = _our_layout(np.asarray(arrays[name]), end, len(shape), channels_last, name)  # fmt: skip
+        if array.shape != tuple(shape):
+            return f"{name} is {array.shape}, should be {tuple(shape)}"
+    return ""
+
+
+def _our_layout(
+    array: np.ndarray, end: str, axes: int, channels_last: bool, name: str
+) -> np.ndarray:
     if end not in ("kernel", "recurrent_kernel"):
         return array
+    if channels_last:
+        depthwise = name.endswith("/depthwise_kernel")
+        return array.swapaxes(2, 3) if depthwise and array.ndim == 4 else array
     if array.ndim == 2 and axes == 3:
         return array.T[None]
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

@@ -1,0 +1,186 @@
+"""Published weights for our networks: from a file of another project to {"params", "batch_stats"}.
+
+A model file maps its layers to those of a published checkpoint, one function for each naming: `torchvision_names(net)`,
+`timm_names(net)`, `keras_names(net)`, `caffe_names(net)`, all {our layer: their layer}.
+"""
+
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import numpy as np
+from flax import traverse_util
+
+from squeeze_jax import tree
+from squeeze_jax.errors import UserError
+from squeeze_jax.weights import files, foreign
+
+Names = Literal["torchvision", "timm", "keras", "caffe", "squeeze_jax"]
+
+OWN = "squeeze_jax"
+# What data-parallel training puts before each name.
+_PARALLEL = "module."
+
+
+def check(path: str, names: str, model: str, module: types.ModuleType) -> None:
+    """Checks what can be known without reading the weights.
+
+    Args:
+      path: of the file.
+      names: whose names it has.
+      model: the network's name, for errors.
+      module: the network's file.
+
+    Raises:
+      UserError: no such file, an unknown ending, or names that the network has no map for.
+    """
+    files.check(path)
+    known = [
+        each.removesuffix("_names")
+        for each in vars(module)
+        if each.endswith("_names") and each.removesuffix("_names") in Names.__args__
+    ]
+    if names != OWN and names not in known:
+        raise UserError(
+            f"config.init.names = {names!r}: {model} knows the names of {', '.join([*sorted(known), OWN])}; choose one"
+        )
+
+
+def load(
+    path: str,
+    names: str,
+    net: nn.Module,
+    module: types.ModuleType,
+    like: Mapping[str, Any],
+    *,
+    under: str = "",
+) -> tuple[dict[str, Any], list[str]]:
+    """Reads a network's weights from a file.
+
+    Args:
+      path: .safetensors, .pth, .pt, .bin, .npz or .h5; code in a file is never run.
+      names: whose names the file has: "torchvision", "timm", "keras", "caffe", or "squeeze_jax" as `save` writes them.
+      net: the network.
+      module: its file, for the map of names and the classifier.
+      like: {"params", "batch_stats"}, the shapes of its variables.
+      under: what stands before each name in the file, such as "backbone".
+
+    Returns:
+      {"params", "batch_stats"} as in `like`, but for a classifier of other classes; and a line for each thing that was
+      converted, ignored or left out.
+
+    Raises:
+      UserError: the file cannot be read; missing, unexpected or misshapen arrays, the first of each by name.
+    """
+    arrays, lines = _unwrapped(files.read(path))
+    arrays, more = _under(arrays, under, path)
+    lines += more
+    if names == OWN:
+        return _own(arrays, module, like, lines, path)
+    layers = getattr(module, f"{names}_names")(net)
+    arrays = {name: _comparable(array) for name, array in arrays.items()}
+    like, ignored, more = _without_classifier(arrays, module, like, layers, names)
+    lines += more
+    counters = [n for n in arrays if n.endswith("num_batches_tracked")]
+    if counters:
+        lines.append(f"{len(counters)} counters of batches ignored")
+    try:
+        fitted = foreign.fit(
+            arrays, like, layers, ignore=ignored, channels_last=names == "keras"
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return fitted, lines
+
+
+def save(path: str | Path, variables: Mapping[str, Any]) -> None:
+    """Writes {"params", "batch_stats"} as .safetensors under our own names, such as "params/conv1/kernel"."""
+    arrays = {
+        name: np.asarray(array)
+        for name, array in tree.flatten(
+            {k: variables.get(k, {}) for k in ("params", "batch_stats")}
+        ).items()
+    }
+    files.write_safetensors(path, arrays)
+
+
+def _unwrapped(arrays):
+    """Arrays without the prefixes that training left before their names."""
+    lines = []
+    if arrays and all(name.startswith(_PARALLEL) for name in arrays):
+        lines.append(f"names without {_PARALLEL!r} of data-parallel training")
+        arrays = {k.removeprefix(_PARALLEL): v for k, v in arrays.items()}
+    return arrays, lines
+
+
+def _under(arrays, under: str, path):
+    if not under:
+        return arrays, []
+    start = under.rstrip("./") + ("/" if any("/" in n for n in arrays) else ".")
+    inside = {
+        n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)
+    }
+    if not inside:
+        first = next(iter(arrays), "nothing")
+        raise UserError(
+            f"config.init.under = {under!r}: no name in {path} begins with {start!r}; there is {first}, for example"
+        )
+    left = len(arrays) - len(inside)
+    return inside, [f"{left} arrays outside of {start!r} left out"] if left else []
+
+
+def _comparable(array):
+    """Half-precision numbers as float32."""
+    array = np.asarray(array)
+    return array if array.dtype.kind in "iub" else array.astype(np.float32)
+
+
+def _head(module) -> tuple[str, ...]:
+    return tuple(getattr(module, "CLASSIFIER", ()))
+
+
+def _without_classifier(arrays, module, like, layers, names):
+    """The shapes without a classifier that the file does not have or has for other classes."""
+    flat, lines, ignored = tree.flatten(like["params"]), [], []
+    for layer in _head(module):
+        inside = {n: s for n, s in flat.items() if n.startswith(f"{layer}/")}
+        theirs = layers.get(layer)
+        if theirs is None:
+            continue
+        pattern = rf"^{re.escape(theirs)}[./]"
+        if not inside:
+            lines.append(f"classifier {theirs} left out: the network has none")
+            ignored.append(pattern)
+            continue
+        wanted = {end.rpartition("/")[2]: shape.shape for end, shape in inside.items()}
+        problem = foreign.misfit(arrays, theirs, wanted, channels_last=names == "keras")
+        if problem:
+            lines.append(f"classifier {layer} is initialised anew: {problem}")
+            flat = {n: s for n, s in flat.items() if n not in inside}
+            ignored.append(pattern)
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    return {**like, "params": params}, ignored, lines
+
+
+def _own(arrays, module, like, lines, path):
+    """Arrays under our own names."""
+    wanted = {k: like.get(k, {}) for k in ("params", "batch_stats")}
+    flat = tree.flatten(wanted)
+    head = tuple(f"params/{layer}/" for layer in _head(module))
+    for name in [n for n in flat if n.startswith(head)]:
+        array = arrays.get(name)
+        if array is None or array.shape != flat[name].shape:
+            shape = "missing" if array is None else f"of shape {array.shape}"
+            lines.append(f"classifier {name} is initialised anew: {shape} in the file")
+            flat.pop(name)
+            arrays = {k: v for k, v in arrays.items() if k != name}
+    problems = tree.differences(flat, arrays)
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: weights do not fit: {'; '.join(problems[:3])}{more}")
+    taken = {k: np.asarray(arrays[k], flat[k].dtype) for k in flat}
+    fitted = traverse_util.unflatten_dict(taken, sep="/")
+    return {k: fitted.get(k, {}) for k in wanted}, lines

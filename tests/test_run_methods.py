@@ -1,0 +1,177 @@
+"""Configs with methods of the plug points, end to end: killed, continued to the same bits, and exported."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import run as run_py
+from squeeze_jax.jobs import _experiment, _workdir
+from squeeze_jax.prune import group_lasso, magnitude
+from squeeze_jax.train import log
+from squeeze_jax.train.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEVICES = 4  # of this process, see conftest.py
+STEPS, KILL_AT = 20, 12
+TINY = (
+    '--config.model={"name": "squeezenet", "variant": "tiny", "norm": True, "stem_strides": 1, "conv10_relu": False}',
+    f"--config.steps={STEPS}",
+    "--config.batch=16",
+    "--config.data.size=8",
+    "--config.data.pad=1",
+    "--config.optim.warmup=2",
+    "--config.log_every=1",
+    "--config.save_every=5",
+    "--config.eval_every=0",
+    "--config.ema=0.9",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Processes that run the same program read from disk what the first of them compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("compiled"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+def fit(workdir, arguments, devices, kill_at=None):
+    """Trains in a process of its own on simulated devices, and kills it at the progress line of a step if one is named.
+
+    Returns:
+      What the process printed.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-u", str(ROOT / "run.py"), "--job=fit"]
+    command += [f"--workdir={workdir}", *arguments]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    printed = []
+    with subprocess.Popen(command, env=environment, cwd=ROOT, **pipes) as running:
+        try:
+            for line in running.stdout:
+                printed.append(line)
+                if kill_at and line.startswith(f"step {kill_at}/"):
+                    running.send_signal(signal.SIGKILL)
+                    break
+        finally:
+            if kill_at:
+                running.kill()
+    text = "".join(printed)
+    assert running.returncode == (-signal.SIGKILL if kill_at else 0), text
+    return text
+
+
+def final(workdir):
+    """The whole state of the newest checkpoint, on the host."""
+    config = _workdir.read(workdir) | {"sharding": {"data": DEVICES}}
+    built = _experiment.build(_experiment.check(config))
+    with contextlib.closing(
+        Checkpoints(workdir / "checkpoints", read_only=True)
+    ) as checkpoints:
+        return jax.device_get(checkpoints.restore(built.abstract()).state)
+
+
+def check_continues(folder, arguments, devices=1):
+    """Checks that a run that is killed once ends with the bits of an undisturbed one; returns the final state.
+
+    Args:
+      folder: for the work directories "whole" and "killed".
+      arguments: of run.py, without --job and --workdir; the run takes more than `KILL_AT` steps and saves every few.
+      devices: simulated ones; as many as this process has where a method has a state for each of them.
+    """
+    whole, killed = folder / "whole", folder / "killed"
+    fit(whole, arguments, devices)
+    fit(killed, arguments, devices, kill_at=KILL_AT)
+    printed = fit(killed, arguments, devices)
+    assert "continuing from the checkpoint of step" in printed
+    states = [final(workdir) for workdir in (whole, killed)]
+    chex.assert_trees_all_equal(*states)
+    return states[0]
+
+
+def check_exports(workdir):
+    """Exports the trained network; the job raises an error if the file and the live network disagree."""
+    small = ("--config.export.check=32", '--config.export.formats=("stablehlo",)')
+    run_py.main(["--job=export", f"--workdir={workdir}", *small])
+    files = json.loads((workdir / "export" / "files.json").read_text())
+    assert files["stablehlo"]["step"] == STEPS
+
+
+def config_of(name):
+    return f"--config={ROOT / 'configs' / name}.py"
+
+
+def losses(workdir):
+    return [r for r in log.read(workdir / "metrics.jsonl") if "loss" in r]
+
+
+def test_pruned_weights_are_zero_in_the_average_and_the_file_too(tmp_path):
+    sections = run_py.load_config(ROOT / "configs" / "digits_pruned.py")["update"]
+    pruning = dict(sections[1]) | dict(sparsity=0.75, begin=4, end=16, every=4)
+    update = f"--config.update={('optim', pruning)!r}"
+    arguments = (config_of("digits_pruned"), *TINY, update)
+    state = check_continues(tmp_path, arguments)
+    for params in state.params, state.ema["params"]:
+        kernels = {
+            name: (np.sum(np.asarray(layer["kernel"]) == 0), layer["kernel"].size)
+            for name, layer in fires(params).items()
+        }
+        zeros, sizes = np.sum(list(kernels.values()), 0)
+        assert zeros == round(0.75 * sizes)
+    shares = magnitude.sparsity(state.params)
+    assert shares["conv1/kernel"] == shares["conv10/kernel"] == 0
+    check_exports(tmp_path / "whole")
+
+
+def fires(params):
+    """The convolutions of the fire modules, which the config prunes, by name."""
+    return {
+        f"{fire}/{name}": layer
+        for fire, layers in params.items()
+        if fire.startswith("fire")
+        for name, layer in layers.items()
+        if "kernel" in layer
+    }
+
+
+def test_group_lasso_shrinks_the_filters(tmp_path):
+    config = config_of("digits_group_lasso")
+    sections = run_py.load_config(ROOT / "configs" / "digits_group_lasso.py")
+    task, lasso = map(dict, sections["objective"])
+    objective = f"--config.objective={(task, lasso | dict(weight=1e-2))!r}"
+    state = check_continues(tmp_path, (config, *TINY, objective))
+    whole = losses(tmp_path / "whole")
+    first, last = whole[0], whole[-1]
+    assert last["group_lasso"] < 0.9 * first["group_lasso"]
+    expected = first["cross_entropy"] + 1e-2 * first["group_lasso"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-4)
+    norms = [
+        group_lasso.group_norms(x["kernel"], "filters")
+        for x in fires(state.params).values()
+    ]
+    assert np.concatenate(norms).min() > 0  # close to zero, and not at it
+    check_exports(tmp_path / "whole")
+
+
+def test_the_exchange_keeps_each_devices_residual(tmp_path):
+    exchange = '--config.exchange={"name": "comm.int8", "block": 16, "smallest": 32}'
+    arguments = (config_of("digits_int8_exchange"), *TINY, exchange)
+    state = check_continues(tmp_path, arguments, devices=DEVICES)
+    residuals = state.extra["int8"]
+    assert residuals
+    for name, residual in residuals.items():
+        assert residual.shape[0] == DEVICES, name
+        assert len({row.tobytes() for row in residual}) == DEVICES, name
+    check_exports(tmp_path / "whole")

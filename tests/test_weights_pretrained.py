@@ -1,0 +1,204 @@
+"""Published weights of images' networks, from files of other projects and through a config."""
+
+import os
+
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from squeeze_jax import models, registry, tree
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _experiment
+from squeeze_jax.weights import files, foreign, pretrained
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def mobilenet(torchvision):
+    """torchvision's MobileNetV2 with random weights and statistics, 10 classes."""
+    torch.manual_seed(0)
+    net = torchvision.models.mobilenet_v2(weights=None, num_classes=10).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return net
+
+
+@pytest.fixture(scope="module")
+def saved(mobilenet, tmp_path_factory):
+    """The same weights in every kind of file."""
+    folder = tmp_path_factory.mktemp("weights")
+    state = mobilenet.state_dict()
+    torch.save(state, folder / "plain.pth")
+    parallel = {f"module.{k}": v for k, v in state.items()}
+    torch.save({"state_dict": parallel, "epoch": 3}, folder / "wrapped.pth")
+    under = {f"backbone.{k}": v for k, v in state.items()} | {"head.w": torch.ones(1)}
+    safetensors.torch.save_file(under, folder / "under.safetensors")
+    np.savez(folder / "arrays.npz", **{k: v.numpy() for k, v in state.items()})
+    return folder
+
+
+def load(path, names, *, classes=10, name="mobilenet_v2", **options):
+    net = models.make(name, num_classes=classes)
+    like = foreign.shapes(net, jnp.zeros((1, SIZE, SIZE, 3)))
+    module = registry.load("squeeze_jax.models", name)
+    return net, *pretrained.load(str(path), names, net, module, like, **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "said"),
+    [
+        ("plain.pth", {}, ["52 counters of batches ignored"]),
+        ("wrapped.pth", {}, ["names without 'module.'", "52 counters"]),
+        ("under.safetensors", {"under": "backbone"}, ["1 arrays outside", "52 count"]),
+        ("arrays.npz", {}, ["52 counters of batches ignored"]),
+    ],
+)
+def test_every_kind_of_file_gives_torchvisions_logits(
+    saved, mobilenet, file, options, said
+):
+    net, variables, lines = load(saved / file, "torchvision", **options)
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
+    x = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = mobilenet(torch.tensor(x).permute(0, 3, 1, 2)).numpy()
+    logits = jax.jit(lambda v: net.apply(v, x)[0])(variables)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())  # fmt: skip
+
+
+def test_a_classifier_of_other_classes_is_left_out_and_named(saved):
+    _, variables, lines = load(saved / "plain.pth", "torchvision", classes=7)
+    assert "classifier" not in variables["params"]
+    assert any(
+        "classifier is initialised anew: classifier.1.bias is (10,), should be (7,)"
+        in line
+        for line in lines
+    )
+    _, variables, lines = load(saved / "plain.pth", "torchvision", classes=None)
+    assert "classifier" not in variables["params"]
+
+
+def test_what_does_not_fit_is_named(saved):
+    with pytest.raises(UserError, match=r"missing.*left over.*conv1") as caught:
+        load(saved / "plain.pth", "torchvision", name="resnet")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"under = 'encoder': no name in .* begins"):
+        load(saved / "plain.pth", "torchvision", under="encoder")
+
+
+def test_own_files_are_read_back_to_the_bit(saved, tmp_path):
+    _, variables, _ = load(saved / "plain.pth", "torchvision")
+    pretrained.save(tmp_path / "own.safetensors", variables)
+    _, again, lines = load(tmp_path / "own.safetensors", "squeeze_jax")
+    assert lines == []
+    for name, array in tree.flatten(variables).items():
+        np.testing.assert_array_equal(tree.flatten(again)[name], array)
+    _, other, lines = load(tmp_path / "own.safetensors", "squeeze_jax", classes=3)
+    assert "classifier" not in other["params"]
+    assert len(lines) == 2
+    with pytest.raises(UserError, match=r"weights do not fit: .*conv1"):
+        load(tmp_path / "own.safetensors", "squeeze_jax", name="squeezenet")
+
+
+@pytest.mark.parametrize("layout", ["legacy", "3"])
+def test_keras_kernels_are_as_ours(tmp_path, layout):
+    """A convolution, a depthwise one and a dense layer by hand, in both layouts of Keras' files."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "conv/kernel": rng.normal(size=(3, 3, 2, 4)),
+        "conv/bias": rng.normal(size=4),
+        "deep/depthwise_kernel": rng.normal(size=(3, 3, 4, 1)),
+        "bn/gamma": rng.normal(size=4),
+        "bn/beta": rng.normal(size=4),
+        "bn/moving_mean": rng.normal(size=4),
+        "bn/moving_variance": rng.normal(size=4),
+        "fc/kernel": rng.normal(size=(4, 5)),
+    }
+    path = tmp_path / "model.h5"
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            layer = name.partition("/")[0]
+            place = f"model_weights/{layer}/{name}:0" if layout == "legacy" else name
+            file[place] = array
+    found = files.read(path)
+    assert set(found) == set(arrays)
+    like = {
+        "params": {
+            "a": {"kernel": jnp.zeros((3, 3, 2, 4)), "bias": jnp.zeros(4)},
+            "b": {"kernel": jnp.zeros((3, 3, 1, 4))},
+            "n": {"scale": jnp.zeros(4), "bias": jnp.zeros(4)},
+            "d": {"kernel": jnp.zeros((4, 5))},
+        },
+        "batch_stats": {"n": {"mean": jnp.zeros(4), "var": jnp.zeros(4)}},
+    }
+    names = {"a": "conv", "b": "deep", "n": "bn", "d": "fc"}
+    fitted = foreign.fit(found, like, names, channels_last=True)
+    np.testing.assert_allclose(fitted["params"]["a"]["kernel"], arrays["conv/kernel"], rtol=1e-6)  # fmt: skip
+    deep = fitted["params"]["b"]["kernel"]
+    np.testing.assert_allclose(deep[:, :, 0, :], arrays["deep/depthwise_kernel"][..., 0], rtol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(fitted["batch_stats"]["n"]["var"], arrays["bn/moving_variance"], rtol=1e-6)  # fmt: skip
+
+
+def build(saved, **init):
+    config = dict(
+        data=dict(source=dict(name="digits"), size=SIZE, channels=3),
+        model=dict(name="mobilenet_v2"),
+        optim=dict(lr=0.1),
+        steps=1,
+        batch=8,
+        init=init,
+    )
+    return _experiment.build(_experiment.check(config))
+
+
+def test_a_config_begins_with_them(saved, mobilenet, capsys):
+    built = build(saved, file=str(saved / "plain.pth"), names="torchvision")
+    params = built.create(built.given()).params
+    assert "52 counters of batches ignored" in capsys.readouterr().out
+    theirs = mobilenet.state_dict()["features.0.0.weight"].numpy()
+    np.testing.assert_array_equal(
+        params["conv1"]["kernel"], theirs.transpose(2, 3, 1, 0)
+    )
+    # Another network's layers of the same name in training are not the classifier: MobileNet's head is its last layer.
+    head = mobilenet.state_dict()["features.18.0.weight"].numpy()
+    np.testing.assert_array_equal(params["head"]["kernel"], head.transpose(2, 3, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        (dict(file="nowhere.pth", names="torchvision"), "no weights file nowhere.pth"),
+        (dict(file="plain.pth", names="keras"), "knows the names of torchvision, sq"),
+        (dict(file="plain.pth", names="tochvision"), "should be one of 'torchvision'"),
+        (dict(file="notes.txt"), "unknown ending"),
+        (dict(file="plain.pth", workdir="x"), "one of them"),
+        (dict(under="backbone"), r"config.init.under has no effect without"),
+    ],
+)
+def test_a_bad_init_is_one_line_before_any_work(saved, monkeypatch, init, words):
+    monkeypatch.chdir(saved)
+    with pytest.raises(UserError, match=words) as caught:
+        build(saved, **init)
+    assert "\n" not in str(caught.value)
+
+
+class Code:
+    """What a hostile pickle does."""
+
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": Code()}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match="code in one is not run"):
+        load(tmp_path / "hostile.pth", "torchvision")
+    assert not (tmp_path / "owned").exists()
