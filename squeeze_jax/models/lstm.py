@@ -156,14 +156,14 @@ def make(
       UserError: an unknown variant, or a value out of range.
     """
     row = registry.row(VARIANTS, variant, "variant of lstm")
-    given = dict(
+    options = dict(
         layers=layers,
         features=features,
         vocabulary=vocabulary,
         dropout=dropout,
         init=init,
     )
-    row = row._replace(**{k: v for k, v in given.items() if v is not None})
+    row = row._replace(**{k: v for k, v in options.items() if v is not None})
     for name in ("layers", "features", "vocabulary"):
         if getattr(row, name) < 1:
             raise UserError(

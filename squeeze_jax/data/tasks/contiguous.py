@@ -128,8 +128,8 @@ class Vocabulary:
         """
         numbers = {token: number for number, token in enumerate(self.tokens)}
         other = numbers.get(UNKNOWN, -1)
-        found = np.array([numbers.get(token, other) for token in text], np.int32)
-        unknown = [text[at] for at in np.flatnonzero(found < 0)]
+        ids = np.array([numbers.get(token, other) for token in text], np.int32)
+        unknown = [text[at] for at in np.flatnonzero(ids < 0)]
         if unknown:
             fix = "add such text to config.data.train"
             if self.level == "words":
@@ -137,7 +137,7 @@ class Vocabulary:
             raise UserError(
                 f"{where} has {len(unknown):,} {self.level} that config.data.train lacks, such as {unknown[0]!r}: {fix}"
             )
-        return found
+        return ids
 
     def split(self, text: str) -> list[str]:
         """Returns the tokens of one line; a line of words begins after the end of another."""
@@ -301,22 +301,26 @@ class Contiguous:
         return jax.eval_shape(self.inputs, self.specs(1)[0])
 
     def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
-        """Of each text its perplexity and the likeliest next tokens; of a long text the end is read.
+        """Yields the perplexity of each text and the likeliest next tokens; reads only the end of a long text.
 
         Raises:
           UserError: no text, an empty one, or tokens that the vocabulary lacks.
         """
         if not given:
             raise UserError("the job predict needs texts: run.py --job=predict TEXT")
-        for each in given:
-            if not each.strip():
-                raise UserError(f"{each!r} is an empty text: there is nothing to tell")
-            ids = self.words.encode(self.words.split(each), repr(each))[-self.length :]
+        for prompt in given:
+            if not prompt.strip():
+                raise UserError(
+                    f"{prompt!r} is an empty text: there is nothing to tell"
+                )
+            ids = self.words.encode(self.words.split(prompt), repr(prompt))[
+                -self.length :
+            ]
             tokens = np.zeros((1, self.length), np.int32)
             tokens[0, : len(ids)] = ids
             logits = jnp.asarray(run({"tokens": tokens})[0, : len(ids)], jnp.float32)
             shares = np.asarray(jax.nn.softmax(logits))
-            yield each
+            yield prompt
             if len(ids) > 1:
                 losses = -np.log(shares[np.arange(len(ids) - 1), ids[1:]])
                 yield f"  perplexity {np.exp(losses.mean()):.1f} of {len(losses)} {self.words.level}"
