@@ -117,6 +117,11 @@ def texts(tmp_path_factory):
 
 def of_text(config, root):
     """A config of text with the small files, and a network that is small where it is no folder's."""
+    if config["data"]["name"] == "contiguous":
+        config["data"] |= dict.fromkeys(("train", "eval"), str(root / "text.txt"))
+        config["data"]["length"] = 8
+        config["model"]["variant"] = "tiny"
+        return config
     config["data"]["tokenizer"] = str(root / "vocab.txt")
     config["data"]["length"] = 32
     config["data"].pop("buckets", None)

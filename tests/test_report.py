@@ -46,6 +46,17 @@ METRICS = [
 ]
 
 
+def test_a_perplexity_is_a_number_and_no_share():
+    rows = [table.row("live", {"accuracy": 82.704}, score="perplexity")]
+    assert table.cells(rows) == [["model", "test perplexity"], ["live", "82.70"]]
+    metrics = [{"step": 10, "eval_perplexity": 120.0}]
+    figure = picture.draw(rows, title="lstm", metrics=metrics)
+    figure.canvas.draw()
+    written = [t.get_text() for t in figure.findobj(Text)]
+    assert {"Test perplexity", "82.70", "120"} <= {*written}
+    assert not [t for t in written if "%" in t]
+
+
 @pytest.mark.parametrize(
     ("write", "value", "text"),
     [

@@ -1,10 +1,11 @@
 """Taps: the places inside layers where arrays can be replaced from outside the model.
 
-`Conv`, `Dense` and attention pass their arrays through `tap`. Each tap has a name, the layer's path and a role:
+`Conv`, `Dense`, `LSTM` and attention pass their arrays through `tap`. Each tap has a name, the layer's path and a role:
 
     <conv or dense>/inputs        what the layer reads
     <conv or dense>/kernel        its kernel, in the dtype of the computation
     <conv or dense>/outputs       what it returns, bias included
+    <lstm>/recurrent_kernel       its kernel of hidden states; inputs, kernel and outputs as above
     <attention>/query, key, value, probabilities      the four factors of attention's two products
 
 so the tap of a kernel is called as the parameter is. Outside of `intercepting` a tap costs nothing and changes nothing.

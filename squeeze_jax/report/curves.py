@@ -65,4 +65,5 @@ def plot(axes, records: list[Mapping[str, Any]], score: str = "accuracy") -> Non
             ax.legend(fontsize=9, frameon=False)
         else:
             ax.text(0.5, 0.5, "no records", ha="center", transform=ax.transAxes)
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    if score != "perplexity":
+        axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -1,5 +1,6 @@
 """The report as one picture: the table, what the files cost beside each other, and how the network was trained."""
 
+import functools
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ from squeeze_jax.report import curves, table, units
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 LINE = 0.3  # inches of a table's line
 CHARACTER = 0.092  # inches of a table's column for each character, at 10 points
+SCORE = "Test accuracy"
 PANELS = (
-    ("Test accuracy", lambda r: r.get("accuracy"), units.percent),
+    (SCORE, lambda r: r.get("accuracy"), units.percent),
     ("Size", lambda r: r.get("bytes"), units.size),
     ("Latency p50 to p90", lambda r: table.latency(r, "p50"), units.milliseconds),
     ("Peak memory", lambda r: r.get("peak_memory_mb"), units.megabytes),
@@ -57,7 +59,7 @@ def draw(
     Returns:
       A figure with a canvas of its own; pyplot's state is not touched.
     """
-    cells = table.cells(rows)
+    cells, score = table.cells(rows), table.score(rows)
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
     panels = [p for p in PANELS if any(p[1](r) is not None for r in rows)]
     width = max(11.0, CHARACTER * sum(widths) + 1)
@@ -83,16 +85,18 @@ def draw(
     for i, panel in enumerate(panels):
         place = left + names + i * each + 0.1 / width
         area = (place, inches(1) / height, each - 0.3 / width, heights[1] / height)
-        title, *rest = panel
-        title = title.replace("accuracy", table.score(rows))
-        _bars(figure.add_axes(area), rows, title, *rest, named=i == 0)
+        title, value, write = panel
+        if title == SCORE:
+            title = title.replace("accuracy", score)
+            write = functools.partial(units.score, name=score)
+        _bars(figure.add_axes(area), rows, title, value, write, named=i == 0)
     if metrics:
         axes = []
         for i in range(2):
             place = left + 0.35 / width + i * inner / 2
             area = (place, inches(2) / height, inner / 2 - 0.6 / width, 2.4 / height)
             axes.append(figure.add_axes(area))
-        curves.plot(axes, metrics, table.score(rows))
+        curves.plot(axes, metrics, score)
     for i, line in enumerate(reversed(lines)):
         figure.text(left, (0.12 + 0.2 * i) / height, line, fontsize=8, color="#555555")
     return figure

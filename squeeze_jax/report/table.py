@@ -8,7 +8,10 @@ from squeeze_jax.report import units
 # heading, how a row's cell is written
 COLUMNS = (
     ("model", lambda r: str(r["model"])),
-    ("test accuracy", lambda r: units.percent(r.get("accuracy"))),
+    (
+        "test accuracy",
+        lambda r: units.score(r.get("accuracy"), r.get("score", "accuracy")),
+    ),
     ("parameters", lambda r: units.count(r.get("parameters"))),
     ("MACs", lambda r: units.count(r.get("macs"))),
     ("size", lambda r: units.size(r.get("bytes"))),

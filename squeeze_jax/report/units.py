@@ -28,6 +28,13 @@ def percent(value: float | None) -> str:
     return "-" if _absent(value) else f"{100 * value:.2f}%"
 
 
+def score(value: float | None, name: str) -> str:
+    """A score by its name: a perplexity as `82.70`, every other score, which is a share, as `97.22%`."""
+    if name != "perplexity" or _absent(value):
+        return percent(value)
+    return f"{value:.2f}"
+
+
 def _scaled(value, units) -> str:
     if _absent(value):
         return "-"

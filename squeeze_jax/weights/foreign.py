@@ -21,6 +21,7 @@ ENDINGS = {
     "mean": (".running_mean", "/moving_mean"),
     "var": (".running_var", "/moving_variance"),
     "embedding": (".weight",),
+    "recurrent_kernel": (".recurrent_weight",),
 }
 # What carries no weights: PyTorch's counter of batches.
 NO_WEIGHTS = (r"\.num_batches_tracked$",)
@@ -146,7 +147,7 @@ def misfit(
 def _our_layout(
     array: np.ndarray, end: str, axes: int, channels_last: bool, name: str
 ) -> np.ndarray:
-    if end != "kernel":
+    if end not in ("kernel", "recurrent_kernel"):
         return array
     if channels_last:
         depthwise = name.endswith("/depthwise_kernel")

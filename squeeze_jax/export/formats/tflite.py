@@ -42,14 +42,14 @@ def converted(key: str, fn, inputs, calibration=None) -> bytes:
     import jax
     from jax import export
 
-    from squeeze_jax.nn import composite
+    from squeeze_jax.nn import composite, recurrent
 
     given = {
         name: jax.ShapeDtypeStruct((1, *shape), dtype)
         for name, (shape, dtype) in inputs.items()
     }
     program = jax.jit(lambda x: named(fn(x)), keep_unused=True)
-    with composite.whole():
+    with composite.whole(), recurrent.unrolled():
         exported = export.export(program, platforms=("cpu",))(given)
     found = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     # As jax has them in the program: in the order of their names.

@@ -1,0 +1,40 @@
+"""A two-layer LSTM language model on Penn Treebank (Zaremba, Sutskever, Vinyals 2014, arXiv 1409.2329).
+
+The `small` network of the paper: 200 features, no dropout, windows of 20 tokens. The three files have one sentence a line
+and 10,000 different words:
+
+    python run.py --config=configs/lstm_ptb.py --job=fit --config.data.train=ptb.train.txt --config.data.eval=ptb.test.txt
+    python run.py --job=predict --workdir=runs/lstm_ptb "the company said"
+"""
+
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    epochs = 4  # of 13 in the paper
+    config.batch = 20
+    length = 20
+    windows = (929_589 // config.batch - 1) // length  # in each of the streams
+    config.steps = epochs * windows
+    config.data = dict(
+        name="contiguous",
+        train="ptb.train.txt",
+        eval="ptb.valid.txt",
+        length=length,
+    )
+    config.model = dict(name="lstm", variant="small")
+    # The paper adds the losses of a window up, here they are averaged: its rate is multiplied and its clipping divided by
+    # the length. The paper's constant rate, halved in each epoch after the fourth, would not come down in so few epochs.
+    config.optim = dict(
+        name="sgd",
+        momentum=0.0,
+        lr=1.0 * length,
+        schedule="cosine",
+        clip=5.0 / length,
+    )
+    config.log_every = 200
+    config.eval_every = windows
+    config.save_every = windows
+    config.export = dict(formats=("stablehlo", "tflite"))
+    return config

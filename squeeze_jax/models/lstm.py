@@ -1,0 +1,207 @@
+"""LSTM language model: predicts each next token from a state that it carries along the text.
+
+Zaremba, Sutskever, Vinyals 2014, "Recurrent Neural Network Regularization", arXiv 1409.2329. The variants are those of
+section 4.1: `small` is the non-regularized network of Table 1, `medium` and `large` have dropout. Dropout acts between
+layers, before the first and after the last, never on the recurrent connection (Figure 2).
+
+Training takes consecutive windows of a text, and the state after a window is the state before the next one (truncated
+backpropagation through time). The state comes in as `carry` and leaves in `endpoints["carry"]`. `data/tasks/contiguous.py`
+supplies such windows.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn import recurrent
+from squeeze_jax.nn.dense import Dense
+from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.embed import Embed, text
+
+INPUTS = "tokens"
+
+
+class Row(NamedTuple):
+    """One variant.
+
+    Attributes:
+      layers: LSTM layers.
+      features: of the embeddings and of each layer's state.
+      dropout: rate of the non-recurrent connections.
+      init: largest absolute value of the initial weights, which are uniform.
+      vocabulary: tokens.
+    """
+
+    layers: int
+    features: int
+    dropout: float
+    init: float
+    vocabulary: int = 10_000  # of Penn Treebank
+
+
+VARIANTS = {
+    "small": Row(2, 200, 0.0, 0.1),
+    "medium": Row(2, 650, 0.5, 0.05),
+    "large": Row(2, 1500, 0.65, 0.04),
+    "tiny": Row(2, 8, 0.0, 0.1, vocabulary=99),
+}
+
+
+class Lstm(nn.Module):
+    """The network; attributes as in `make`.
+
+    Endpoints: embedding, lstm1, lstm2, … [b, l, d], and "carry", the state after the last token.
+    """
+
+    row: Row
+    tied: bool = False
+
+    task = "causal_lm"
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Mapping[str, jax.Array],
+        *,
+        train: bool = False,
+        carry: dict[str, recurrent.Carry] | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns logits [b, l, vocabulary], float32, of the token after each, and the endpoints.
+
+        Args:
+          inputs: {"tokens": int [b, l], "fresh": bool [b]}. Rows with fresh=True begin with zeros instead of the carry;
+            "fresh" may be left out, which means that no row does.
+          train: whether dropout acts.
+          carry: the state before the first token, see `initial_carry`; None for zeros.
+        """
+        row, (tokens, *_) = self.row, text(inputs)
+        carry = self._begin(inputs, carry)
+        init = uniform(row.init)
+        embed = Embed(row.vocabulary, row.features, init, name="embedding")
+        y = embed(tokens)
+        endpoints, after = {"embedding": y}, {}
+        for name in self._names():
+            y = Dropout(row.dropout)(y, train=train)
+            layer = recurrent.LSTM(row.features, kernel_init=init, name=name)
+            y, after[name] = layer(y, None if carry is None else carry[name])
+            endpoints[name] = y
+        y = Dropout(row.dropout)(y, train=train)
+        endpoints["carry"] = after
+        if self.tied:
+            bias = self.param("bias", nn.initializers.zeros_init(), (row.vocabulary,))
+            return embed.scores(y) + bias, endpoints
+        # One matrix product over all positions is faster on a CPU than one for each row.
+        output = Dense(
+            row.vocabulary,
+            kernel_init=init,
+            output_dtype=jnp.float32,
+            fixed=True,
+            name="output",
+        )
+        logits = output(y.reshape(-1, y.shape[-1]))
+        return logits.reshape(*tokens.shape, -1), endpoints
+
+    @nn.nowrap
+    def initial_carry(self, rows: int) -> dict[str, recurrent.Carry]:
+        """Returns the state that `rows` texts begin with: {layer: {"hidden", "cell": zeros [rows, d]}}, float32."""
+        size = self.row.features
+        return {name: recurrent.initial_carry(rows, size) for name in self._names()}
+
+    @nn.nowrap
+    def _names(self) -> list[str]:
+        return [f"lstm{number + 1}" for number in range(self.row.layers)]
+
+    @nn.nowrap
+    def _begin(self, inputs, carry):
+        """The carry with zeros in the rows that begin afresh."""
+        if carry is None or "fresh" not in inputs:
+            return carry
+        keep = ~inputs["fresh"][:, None]
+        return jax.tree.map(lambda a: jnp.where(keep, a, 0.0), carry)
+
+
+def uniform(limit: float):
+    """Returns an initializer of numbers that are uniform in [-limit, limit)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+def make(
+    variant: str = "small",
+    *,
+    layers: int | None = None,
+    features: int | None = None,
+    vocabulary: int | None = None,
+    dropout: float | None = None,
+    init: float | None = None,
+    tied: bool = False,
+) -> Lstm:
+    """Builds an LSTM language model.
+
+    Args:
+      variant: a row of VARIANTS.
+      layers, features, vocabulary, dropout, init: see `Row`; None for the variant's.
+      tied: whether the output layer's kernel is the table of embeddings (Press, Wolf, arXiv 1608.05859).
+
+    Raises:
+      UserError: an unknown variant, or a value out of range.
+    """
+    row = registry.row(VARIANTS, variant, "variant of lstm")
+    options = dict(
+        layers=layers,
+        features=features,
+        vocabulary=vocabulary,
+        dropout=dropout,
+        init=init,
+    )
+    row = row._replace(**{k: v for k, v in options.items() if v is not None})
+    for name in ("layers", "features", "vocabulary"):
+        if getattr(row, name) < 1:
+            raise UserError(
+                f"config.model.{name} = {getattr(row, name)} should be a positive number"
+            )
+    if not 0 <= row.dropout < 1:
+        raise UserError(f"config.model.dropout = {row.dropout} should lie in [0, 1)")
+    if row.init <= 0:
+        raise UserError(f"config.model.init = {row.init} should be positive")
+    return Lstm(row, tied)
+
+
+def torch_names(net: Lstm) -> dict[str, str]:
+    """Returns {our layer: its name in what `from_torch` returns}."""
+    names = {"embedding": "encoder"} | {
+        name: f"rnn.{number}" for number, name in enumerate(net._names())
+    }
+    # A tied network's bias belongs to the whole network, whose path is empty.
+    return names | {"" if net.tied else "output": "decoder"}
+
+
+def from_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames the tensors of `torch.nn.LSTM` so that `weights.foreign.fit` takes them by `torch_names`.
+
+    `rnn.weight_ih_l0` becomes `rnn.0.weight`, `rnn.weight_hh_l0` becomes `rnn.0.recurrent_weight`, and `rnn.bias_ih_l0` and
+    `rnn.bias_hh_l0` add up to `rnn.0.bias`. The names are those of PyTorch's example word_language_model: encoder, rnn,
+    decoder.
+    """
+    renamed = {}
+    for name, array in arrays.items():
+        layer, _, end = name.rpartition("_l")
+        if not layer.startswith("rnn."):
+            renamed[name] = array
+        elif layer == "rnn.weight_ih":
+            renamed[f"rnn.{end}.weight"] = array
+        elif layer == "rnn.weight_hh":
+            renamed[f"rnn.{end}.recurrent_weight"] = array
+        else:
+            total = f"rnn.{end}.bias"
+            renamed[total] = renamed.get(total, 0) + np.asarray(array)
+    return renamed

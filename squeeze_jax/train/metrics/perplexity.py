@@ -1,0 +1,40 @@
+"""Language models on contiguous text: the mean loss of next tokens, its exponential, and how many are the likeliest."""
+
+import math
+
+import jax.numpy as jnp
+
+from squeeze_jax.train.losses import next_token
+from squeeze_jax.train.metrics._metric import Metric
+
+# The exponential of a larger number is no float.
+_LARGEST = 700.0
+
+
+def make(data) -> Metric:
+    """Scores "eval_loss" (nats a token), "eval_accuracy" and "eval_perplexity", the exponential of the mean loss."""
+    del data
+
+    def measure(logits, batch):
+        losses, hits, weights = next_token.scored(logits, batch)
+        sums = {
+            "loss": jnp.sum(losses * weights),
+            "hits": jnp.sum(hits * weights),
+            "tokens": jnp.sum(weights),
+            "examples": jnp.sum(batch["mask"].astype(jnp.float32)),
+        }
+        return sums, {}
+
+    return Metric(measure, score, "eval_perplexity")
+
+
+def score(sums, rows):
+    """Means over the tokens that count."""
+    del rows
+    tokens = max(sums["tokens"], 1.0)
+    loss = sums["loss"] / tokens
+    return {
+        "eval_loss": loss,
+        "eval_accuracy": sums["hits"] / tokens,
+        "eval_perplexity": math.exp(min(loss, _LARGEST)),
+    }
