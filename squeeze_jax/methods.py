@@ -175,16 +175,23 @@ class Plain(NamedTuple):
     example: Any
 
 
-# (options, state, Plain) → (options, state): what stands between two phases; pure, on host arrays.
-Transition = Callable[[dict[str, Any], Any, Plain], tuple[dict[str, Any], Any]]
+class Transition(NamedTuple):
+    """What stands between two phases of a run.
+
+    Attributes:
+      apply: (options, state, Plain) → (options, state): the options of `models.make` and the training state that the next
+        phase begins with; pure, on host arrays.
+    """
+
+    apply: Callable[[dict[str, Any], Any, Plain], tuple[dict[str, Any], Any]]
 
 
 def transition(value: Any, where: str = "begin") -> Transition:
     """Returns a transition between phases; a UserError names anything else."""
-    if _takes(value, 3):
+    if isinstance(value, Transition):
         return value
     raise UserError(
-        f"{where} makes no transition (options, state, plain) but {_kind(value)}; it belongs to another key"
+        f"{where} makes no transition between phases but {_kind(value)}; it belongs to another key"
     )
 
 

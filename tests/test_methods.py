@@ -222,7 +222,9 @@ def test_a_transition_is_pure(name):
     plain = methods.Plain(lambda o: models.make(**o), built.data.example())
     state = jax.device_get(built.create())
     before = jax.tree.map(np.copy, state)
-    first, second = (transition(dict(built.options), state, plain) for _ in range(2))
+    first, second = (
+        transition.apply(dict(built.options), state, plain) for _ in range(2)
+    )
     chex.assert_trees_all_equal(state, before)
     assert first[0] == second[0] != built.options
     chex.assert_trees_all_equal(first[1], second[1])

@@ -79,7 +79,7 @@ def filled(case):
 def test_what_belongs_together_is_sliced_together(case):
     _, layers, smaller = CASES[case]
     options, state = filled(case)
-    after, cut = narrow.make(layers, keep=0.5)(dict(options), state, plain())
+    after, cut = narrow.make(layers, keep=0.5).apply(dict(options), state, plain())
     widths = {
         layer: tree.flatten(state.params)[f"{layer}/kernel"].shape[-1] // 2
         for layer in layers
@@ -137,7 +137,7 @@ def test_without_the_filters_that_are_zero_the_network_is_the_same(case):
         return jax.jit(lambda v: net.apply(v, x, train=False)[0])(variables)
 
     state = state._replace(params=params)
-    after, cut = narrow.make(layers)(dict(options), state, plain())
+    after, cut = narrow.make(layers).apply(dict(options), state, plain())
     expected = run(options, state)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(run(after, cut), expected, rtol=1e-4, atol=1e-6)
@@ -154,7 +154,7 @@ def test_without_the_filters_that_are_zero_the_network_is_the_same(case):
 def test_bad_values_are_named(layers, keep, words):
     options, state = filled("a fire's squeeze")
     with pytest.raises(UserError, match=words):
-        narrow.make(layers, keep)(options, state, plain())
+        narrow.make(layers, keep).apply(options, state, plain())
 
 
 def test_a_layer_in_front_of_a_sum_is_refused():
@@ -164,4 +164,4 @@ def test_a_layer_in_front_of_a_sum_is_refused():
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like)
     state = State(np.int32(0), zeros["params"], zeros["batch_stats"], ())
     with pytest.raises(UserError, match="bottleneck3/project"):
-        narrow.make(("bottleneck3/project",))(options, state, plain())
+        narrow.make(("bottleneck3/project",)).apply(options, state, plain())

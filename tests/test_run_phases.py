@@ -145,15 +145,13 @@ def test_bad_phases_are_one_line(tmp_path, phases, words):
             dict(name="prune.narrow", layers=("fire7/squeeze1x1",)),
             "has no layer 'fire7/squeeze1x1'; did you mean",
         ),
-        (dict(name="comm.mean", dtype="float32"), None),
+        (dict(name="comm.mean"), "makes no transition between phases"),
     ],
     ids=["name", "key", "layer", "plug point"],
 )
 def test_a_bad_transition_is_found_before_the_first_phase(tmp_path, begin, words):
-    phases = (dict(steps=2), dict(steps=2, begin=begin))
+    phases = (dict(steps=4), dict(steps=4, begin=begin))
     arguments = ["--job=fit", f"--workdir={tmp_path}", *TINY]
-    if words is None:
-        words = "exchange|makes no transition"
     with pytest.raises(UserError, match=words):
         run_py.main([*arguments, f"--config.phases={phases!r}"])
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

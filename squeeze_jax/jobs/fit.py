@@ -161,7 +161,7 @@ def _transition(built: Built, state: State) -> tuple[Built, State]:
         plain = methods.Plain(
             lambda options: models.make(**options), built.data.example()
         )
-        options, state = transition(dict(options), state, plain)
+        options, state = transition.apply(dict(options), state, plain)
     return _experiment.build(built.whole, index, options), state
 
 

@@ -23,7 +23,7 @@ from squeeze_jax.methods import METHODS, Plain, Transition
 
 
 def make(layers: tuple[str, ...], keep: float = 0.5) -> Transition:
-    """Returns the transition (options, state, plain) → (options, state).
+    """Returns the transition.
 
     Args:
       layers: paths of convolutions and dense layers, such as ("fire2/expand3x3",).
@@ -50,7 +50,7 @@ def make(layers: tuple[str, ...], keep: float = 0.5) -> Transition:
         kept = _kept(variables, removed, plain.make(options), plain.make(after), plain)
         return after, _sliced(state, kept)
 
-    return transition
+    return Transition(transition)
 
 
 def _kernel(params: Mapping[str, Any], layer: str):
