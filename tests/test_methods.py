@@ -83,6 +83,7 @@ LOSSES = {
     "losses.causal_lm": Loss(VOCABULARY),
     "losses.cross_entropy": Loss(CLASSES),
     "losses.masked_lm": Loss(VOCABULARY),
+    "losses.next_token": Loss(VOCABULARY),
     "losses.pretraining_loss": Loss(
         {"masked_lm": VOCABULARY, "next_sentence": (BATCH, 2)}
     ),
@@ -275,6 +276,7 @@ def inputs_of(row):
     tokens = jax.random.randint(keys[3], EVERY, 0, TOKENS)
     batch = {
         "mask": jnp.arange(BATCH) > 0,
+        "fresh": jnp.zeros(BATCH, bool),
         "label": jnp.arange(BATCH) % 2,
         "tokens": tokens,
         "targets": tokens,

@@ -35,7 +35,7 @@ LEVELS = {
     "jobs": 6,
 }
 METHODS = 3  # they know no model, so that they work on all
-OURS = {"squeeze_jax", "configs", "run"}
+OURS = {"squeeze_jax", "configs", "run", "tests"}
 FOREIGN_TO_THE_LIBRARY = {"absl", "ml_collections", "configs", "run", "tests"}
 
 # Distributions that are not called what is imported, and those that nothing of ours imports.

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.train.losses.masked_lm import mean, token_losses
+from squeeze_jax.nn.means import mean
+from squeeze_jax.train.losses.masked_lm import token_losses
 
 
 def make() -> Callable:
