@@ -55,7 +55,15 @@ def load(path, names, *, classes=10, name="mobilenet_v2", **options):
     ("file", "options", "said"),
     [
         ("plain.pth", {}, ["52 counters of batches ignored"]),
-        ("wrapped.pth", {}, ["names without 'module.'", "52 counters"]),
+        (
+            "wrapped.pth",
+            {},
+            [
+                "the weights are the checkpoint's 'state_dict'; epoch left out",
+                "names without 'module.'",
+                "52 counters",
+            ],
+        ),
         ("under.safetensors", {"under": "backbone"}, ["1 arrays outside", "52 count"]),
         ("arrays.npz", {}, ["52 counters of batches ignored"]),
     ],
@@ -95,11 +103,14 @@ def test_what_does_not_fit_is_named(saved):
 
 def test_own_files_are_read_back_to_the_bit(saved, tmp_path):
     _, variables, _ = load(saved / "plain.pth", "torchvision")
-    pretrained.save(tmp_path / "own.safetensors", variables)
-    _, again, lines = load(tmp_path / "own.safetensors", "squeeze_jax")
-    assert lines == []
-    for name, array in tree.flatten(variables).items():
-        np.testing.assert_array_equal(tree.flatten(again)[name], array)
+    for ending in "safetensors", "npz":
+        pretrained.save(tmp_path / f"own.{ending}", variables)
+        _, again, lines = load(tmp_path / f"own.{ending}", "squeeze_jax")
+        assert lines == []
+        for name, array in tree.flatten(variables).items():
+            np.testing.assert_array_equal(tree.flatten(again)[name], array)
+    with pytest.raises(UserError, match=r"use \.safetensors or \.npz"):
+        pretrained.save(tmp_path / "own.pth", variables)
     _, other, lines = load(tmp_path / "own.safetensors", "squeeze_jax", classes=3)
     assert "classifier" not in other["params"]
     assert len(lines) == 2
@@ -202,3 +213,31 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="code in one is not run"):
         load(tmp_path / "hostile.pth", "torchvision")
     assert not (tmp_path / "owned").exists()
+
+
+def test_weights_of_integers_are_refused(saved, tmp_path):
+    with np.load(saved / "arrays.npz") as file:
+        arrays = dict(file)
+    arrays["features.0.0.weight"] = arrays["features.0.0.weight"].astype(np.int8)
+    np.savez(tmp_path / "int8.npz", **arrays)
+    with pytest.raises(
+        UserError, match=r"1 of integers.*features\.0\.0\.weight is int8"
+    ):
+        load(tmp_path / "int8.npz", "torchvision")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}',
+        b'{"a":' + b"[" * 100_000,
+    ],
+    ids=["negative shape", "outside", "nested"],
+)
+def test_a_damaged_header_is_one_line(tmp_path, header):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=r"bad\.safetensors is damaged") as caught:
+        files.read(path)
+    assert "\n" not in str(caught.value)

@@ -1,7 +1,6 @@
 """Named arrays from other projects' weight files: npz, safetensors and PyTorch and Keras checkpoints."""
 
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
+from squeeze_jax import files as atomic
 from squeeze_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -34,8 +34,12 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def read(path: str | Path) -> Arrays:
+def read(path: str | Path, notes: list[str] | None = None) -> Arrays:
     """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin, .h5) says of which kind it is.
+
+    Args:
+      path: of the file.
+      notes: gets a line for what was unwrapped, such as the weights of a training checkpoint.
 
     Raises:
       UserError: no such file, an unknown ending, a file that is damaged or was not fetched, or a checkpoint of something
@@ -49,7 +53,8 @@ def read(path: str | Path) -> Arrays:
                 raise UserError(
                     f"weights file {path} is a pointer of Git LFS, not the weights: run git lfs pull where it was cloned"
                 )
-        return _READERS[path.suffix](path)
+        reader = _READERS[path.suffix]
+        return reader(path, notes) if reader is _torch else reader(path)
     except UserError:
         raise
     except (
@@ -58,6 +63,7 @@ def read(path: str | Path) -> Arrays:
         TypeError,  # a header of other types than it should have
         EOFError,
         OSError,
+        RecursionError,  # a header of a thousand brackets
         zipfile.BadZipFile,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -100,14 +106,18 @@ def _safetensors(path: Path) -> Arrays:
                 f"{name} in {path} is {entry['dtype']}, which is not read: save it in one of"
                 f" {', '.join(_SAFETENSORS_DTYPES)}"
             )
+        if not 0 <= first <= last <= len(content) - start:
+            raise ValueError(f"{name} lies outside of the file")
         flat = np.frombuffer(content[start + first : start + last], dtype)
+        if any(n < 0 for n in entry["shape"]):
+            raise ValueError(f"{name} has the shape {entry['shape']}")
         arrays[name] = flat.reshape(entry["shape"])
     return arrays
 
 
-def write_safetensors(path: str | Path, arrays: Arrays) -> None:
-    """Writes `{name: array}` as a .safetensors file, whole or not at all."""
-    path, dtypes = Path(path), {np.dtype(t): n for n, t in _SAFETENSORS_DTYPES.items()}
+def safetensors(arrays: Arrays) -> bytes:
+    """Returns `{name: array}` as the content of a .safetensors file."""
+    dtypes = {np.dtype(t): n for n, t in _SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for one
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
@@ -118,19 +128,22 @@ def write_safetensors(path: str | Path, arrays: Arrays) -> None:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with new.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).tobytes())
-    new.replace(path)
+    parts = [len(text).to_bytes(8, "little"), text]
+    parts += [np.ascontiguousarray(array).tobytes() for array in arrays.values()]
+    return b"".join(parts)
+
+
+def write_safetensors(path: str | Path, arrays: Arrays) -> None:
+    """Writes `{name: array}` as a .safetensors file, whole or not at all."""
+    atomic.write(path, safetensors(arrays))
 
 
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")
+_WRAPPERS += ("model_ema", "state_dict_ema")
 _WANTED = "it should be what a network's state_dict() gives; save that alone"
 
 
-def _torch(path: Path) -> Arrays:
+def _torch(path: Path, notes: list[str] | None = None) -> Arrays:
     try:
         import torch
     except ImportError:
@@ -147,7 +160,11 @@ def _torch(path: Path) -> Arrays:
         raise ValueError(error) from error
     for wrapper in _WRAPPERS:  # a training checkpoint holds more than weights
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            others = [key for key in state if key != wrapper]
             state = state[wrapper]
+            if notes is not None:
+                left = f"; {', '.join(map(str, others))} left out" if others else ""
+                notes.append(f"the weights are the checkpoint's {wrapper!r}{left}")
             break
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}: {_WANTED}")
@@ -166,6 +183,8 @@ def _hdf5(path: Path) -> Arrays:
 
     def collect(name, item):
         if isinstance(item, h5py.Dataset):
+            if item.external:
+                raise ValueError(f"{name} lies in another file")
             arrays[name.removesuffix(":0")] = np.asarray(item)
 
     with h5py.File(path) as file:

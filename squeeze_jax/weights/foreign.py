@@ -51,7 +51,8 @@ def fit(
       UserError: the names or shapes do not fit; counts what is missing, left over and of another shape, and names the
         first with both shapes.
     """
-    used, problems = set(), {"missing": [], "of another shape": []}
+    used = set()
+    problems = {"missing": [], "of another shape": [], "of integers": []}
 
     def value(name, leaf):
         ours = name.split("/", 1)[1]  # without the collection
@@ -69,6 +70,8 @@ def fit(
             problems["of another shape"].append(
                 f"{ours} should be {tuple(leaf.shape)}, {theirs} is {array.shape}"
             )
+        elif array.dtype.kind not in "fV":
+            problems["of integers"].append(f"{theirs} is {array.dtype}, not floats")
         return array.astype(leaf.dtype)
 
     fitted = tree.map_named(value, like)

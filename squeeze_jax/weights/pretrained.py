@@ -4,6 +4,7 @@ A model file maps its layers to those of a published checkpoint, one function fo
 `timm_names(net)`, `keras_names(net)`, `caffe_names(net)`, all {our layer: their layer}.
 """
 
+import io
 import re
 import types
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import flax.linen as nn
 import numpy as np
 from flax import traverse_util
 
+from squeeze_jax import files as atomic
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.weights import files, foreign
@@ -75,7 +77,9 @@ def load(
     Raises:
       UserError: the file cannot be read; missing, unexpected or misshapen arrays, the first of each by name.
     """
-    arrays, lines = _unwrapped(files.read(path))
+    lines = []
+    arrays, more = _unwrapped(files.read(path, lines))
+    lines += more
     arrays, more = _under(arrays, under, path)
     lines += more
     if names == OWN:
@@ -97,14 +101,30 @@ def load(
 
 
 def save(path: str | Path, variables: Mapping[str, Any]) -> None:
-    """Writes {"params", "batch_stats"} as .safetensors under our own names, such as "params/conv1/kernel"."""
+    """Writes {"params", "batch_stats"} under our own names, such as "params/conv1/kernel".
+
+    Args:
+      path: ends in .safetensors or .npz; missing folders are made.
+      variables: of a network.
+
+    Raises:
+      UserError: another ending, or a place that cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".npz"):
+        raise UserError(f"cannot write weights to {path}: use .safetensors or .npz")
     arrays = {
         name: np.asarray(array)
         for name, array in tree.flatten(
             {k: variables.get(k, {}) for k in ("params", "batch_stats")}
         ).items()
     }
-    files.write_safetensors(path, arrays)
+    if path.suffix == ".npz":
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        atomic.write(path, content.getvalue())
+    else:
+        atomic.write(path, files.safetensors(arrays))
 
 
 def _unwrapped(arrays):
@@ -135,7 +155,7 @@ def _under(arrays, under: str, path):
 def _comparable(array):
     """Half-precision numbers as float32."""
     array = np.asarray(array)
-    return array if array.dtype.kind in "iub" else array.astype(np.float32)
+    return array.astype(np.float32) if array.dtype.kind in "fV" else array
 
 
 def _head(module) -> tuple[str, ...]:
@@ -181,6 +201,11 @@ def _own(arrays, module, like, lines, path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path}: weights do not fit: {'; '.join(problems[:3])}{more}")
+    for name in flat:
+        if arrays[name].dtype.kind not in "fV":
+            raise UserError(
+                f"{path}: {name} is {arrays[name].dtype}, not floats: weights of integers need their scales"
+            )
     taken = {k: np.asarray(arrays[k], flat[k].dtype) for k in flat}
     fitted = traverse_util.unflatten_dict(taken, sep="/")
     return {k: fitted.get(k, {}) for k in wanted}, lines
