@@ -41,6 +41,12 @@ class State(NamedTuple):
         more = {"extra": self.extra} if self.extra else {}
         return found | more | {"step": self.step}
 
+    def plain(self, *, averaged: bool = True) -> dict[str, Any]:
+        """{"params", "batch_stats"} for `model.apply`, of a network that no method changes; averaged if there are any."""
+        found = self.variables(averaged=averaged)
+        params = {k: v for k, v in found["params"].items() if k != METHODS}
+        return {"params": params, "batch_stats": found["batch_stats"]}
+
 
 class Owner(NamedTuple):
     """What a method owns beside the network; see `methods.py`.

@@ -90,7 +90,7 @@ def whole(
     import jax
 
     from squeeze_jax.data import pipeline
-    from squeeze_jax.jobs import fit
+    from squeeze_jax.jobs import _experiment, fit
     from squeeze_jax.train import loop
 
     spent = collections.Counter()
@@ -144,9 +144,9 @@ def whole(
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         # What a run does once, such as compiling checksums, has happened when the blocks begin.
-        short = dataclasses.replace(built.experiment, steps=1)
+        short = _experiment.build(dataclasses.replace(built.whole, steps=1))
         fit.compile_step = lambda *_: compiled
-        fit.run(dataclasses.replace(built, experiment=short), workdir(folder, "short"))
+        fit.run(short, workdir(folder, "short"))
         first_save = spent["save"]
         if prepared:  # after the evaluation that the short run ends with
             pipeline.Batches.__next__ = _always_first(pipeline.Batches.__next__)

@@ -31,6 +31,7 @@ def ours(turn, network, args, lowering="auto") -> None:
     from squeeze_jax import tree
     from squeeze_jax.jobs import fit
     from squeeze_jax.nn import conv
+    from squeeze_jax.train import forward as network
 
     native = conv.lowering("native")
     with native if lowering == "native" else contextlib.nullcontext():
@@ -42,9 +43,7 @@ def ours(turn, network, args, lowering="auto") -> None:
         images = rng.integers(0, 256, shape, np.uint8)
         begin = time.perf_counter()
         if args.inference:
-            forward = jax.jit(
-                lambda v, x: built.model.apply(v, x, train=False)[0],
-            )
+            forward = jax.jit(lambda v, x: network.run(built.network, v, x)[0][0])
             pixels = jnp.asarray(images[:1], jnp.float32)
             compiled = forward.lower(state.variables(), pixels).compile()
         else:
