@@ -238,32 +238,6 @@ def test_a_run_of_own_files_trains_resumes_and_exports(folder, capsys):
     assert "methods" not in begun
 
 
-def test_the_example_of_the_documentation_runs_resumes_and_exports(folder):
-    """Written from docs/methods.md alone: its code, under its own name."""
-    page = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    (folder / "noise.py").write_text(code)
-    config = CONFIG.replace('dict(name="./half.py")', 'dict(name="./noise.py", layer="conv")')  # fmt: skip
-
-    def run(workdir):
-        (folder / "config.py").write_text(config.format(steps=6))
-        run_py.main(["--job=fit", "--config=config.py", f"--workdir={workdir}"])
-        opened = _experiment.opened(folder / workdir, _workdir.read(folder / workdir))
-        return jax.device_get(evaluate.trained(opened, folder / workdir))
-
-    whole = run("whole")
-    assert whole.params["methods"]["noise"]["log_scale"] != np.float32(np.log(0.01))
-    (folder / "part").mkdir()
-    run("part")
-    for step in (folder / "part" / "checkpoints").glob("[56]"):
-        step.rename(folder / f"gone{step.name}")
-    again = run("part")
-    for name, array in tree.flatten(whole).items():
-        np.testing.assert_array_equal(array, tree.flatten(again)[name], err_msg=name)
-    run_py.main(["--job=export", "--workdir=whole"])
-    assert (folder / "whole" / "export" / "model.mine").exists()
-
-
 def test_worker_processes_read_an_own_source(folder):
     source = data.make(source=dict(name="./my_source.py"), size=8, workers=1, threads=1)
     batches = source.train(8, 0)
