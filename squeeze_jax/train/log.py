@@ -7,6 +7,8 @@ import time
 
 import tensorboardX
 
+from squeeze_jax import files
+
 # What each record has, whatever the objective; it is not shown, or in a form of its own.
 EVERY_RECORD = ("loss", "grad_norm", "examples_per_s", "input_wait", "skipped")
 EVERY_RECORD += ("learning_rate", "examples_crc32")
@@ -41,9 +43,7 @@ class Log:
             return
         path = workdir / "metrics.jsonl"
         kept = [r for r in read(path) if r["step"] <= start] if path.exists() else []
-        with open(path.with_suffix(".tmp"), "w") as file:
-            file.writelines(json.dumps(r) + "\n" for r in kept)
-        path.with_suffix(".tmp").replace(path)
+        files.write(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start + 1
