@@ -139,6 +139,7 @@ class Gradients(NamedTuple):
         state as a fourth value.
       init: (key, params) → own parameters.
       state: params → own state; None for no state.
+      options: keyword arguments that it calls the network with, such as ("width",).
       fused: whether `compute` may be traced as a part of one compiled step. If not, it runs as it is between the
         compiled parts of the step, and compiles what it likes itself.
     """
@@ -146,6 +147,7 @@ class Gradients(NamedTuple):
     compute: Callable[..., tuple]
     init: Callable[[jax.Array, Any], Any] | None = None
     state: Callable[[Any], Any] | None = None
+    options: tuple[str, ...] = ()
     fused: bool = True
 
 

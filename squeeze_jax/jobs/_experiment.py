@@ -229,7 +229,7 @@ def check(config: Mapping[str, Any]) -> Experiment:
     jobs = set(_settings.jobs()) - names
     for key in config:
         if key not in names | jobs:
-            choices = names | jobs
+            choices = names | set(_settings.with_settings())
             raise UserError(f"unknown key config.{key}{nearest(key, choices)}")
     keys = {k: v for k, v in config.items() if k in names}
     registry.check(Experiment, keys, "config")
@@ -297,6 +297,7 @@ def build(
         begin = _pretrained.of_file(options, source.example(), **keys)
     model = models.make(**options)
     _fit(options, model, source)
+    _plugs.check_options(plugs.gradients, model, options["name"])
     distill = made(_teachers.Settings, e.distill, "config.distill")
     _teachers.check(distill, source)
     teachers = tuple(

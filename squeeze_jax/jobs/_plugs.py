@@ -1,5 +1,6 @@
 """The methods that a config names, made and bound to the network: what fills the five plug points of a step."""
 
+import inspect
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -155,6 +156,17 @@ def _compatible(e, plugs: Plugs) -> None:
             f"config.accumulate = {e.accumulate}: {name!r} compiles its gradients in pieces and takes whole batches: set"
             " it to 1"
         )
+
+
+def check_options(gradients: Named | None, model: nn.Module, name: str) -> None:
+    """Raises a UserError for gradients that call the network with an argument that it does not take."""
+    call = inspect.signature(type(getattr(model, "net", model)).__call__)
+    for option in gradients.method.options if gradients else ():
+        if option not in call.parameters:
+            raise UserError(
+                f"config.gradients: {gradients.name} runs the network at several values of {option}, which {name!r} does not"
+                " take: choose a network whose call has it"
+            )
 
 
 def bound_taps(

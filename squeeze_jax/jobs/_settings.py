@@ -20,6 +20,12 @@ def jobs() -> list[str]:
     return registry.names(JOBS)
 
 
+def with_settings() -> list[str]:
+    """The names of the jobs that a config may have a section for."""
+    loaded = {name: importlib.import_module(f"{JOBS}.{name}") for name in jobs()}
+    return [name for name, module in loaded.items() if hasattr(module, "Settings")]
+
+
 def sections(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of each job that a config has a section for.
 

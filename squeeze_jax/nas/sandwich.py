@@ -64,7 +64,7 @@ def make(
             metrics["random"] = sum(others[1:]) / random
         return grads, stats, metrics
 
-    return Gradients(compute, fused=False)
+    return Gradients(compute, options=("width",), fused=False)
 
 
 def _teacher(passes, width, temperature, params, stats, batch, key):
