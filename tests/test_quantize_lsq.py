@@ -43,17 +43,27 @@ def test_values_and_gradients_are_the_papers(low, high):
     s = np.float32(0.01)
     g = 1 / np.sqrt(x.size * high)
 
-    def ours(x, s):
-        return jnp.sum(up * lsq.fake(x, lsq._scaled(s, x.size, high), low, high))
+    def ours(x, theta):
+        return jnp.sum(
+            up * lsq.fake(x, lsq.step_size(s, theta, x.size, high), low, high)
+        )
 
-    value, grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, s)
+    value, grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, jnp.float32(0))
     tx = torch.tensor(x, requires_grad=True)
     ts = torch.tensor(s, requires_grad=True)
     theirs = (torch.tensor(up) * Round.apply(tx, ts, low, high, g)).sum()
     theirs.backward()
     np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
     np.testing.assert_allclose(grads[0], tx.grad.numpy(), rtol=1e-6)
-    np.testing.assert_allclose(grads[1], ts.grad.item(), rtol=1e-4)
+    # A descent on θ changes s by the share that one on s with the paper's gradient does.
+    np.testing.assert_allclose(grads[1], ts.grad.item() / s, rtol=1e-4)
+
+
+def test_the_largest_weight_stands_inside_of_the_range():
+    """Its gradient is 1, as of every weight that is not clipped."""
+    kernel = jnp.array([[0.3, -7.0], [0.1, 2.0], [-0.2, 0.1]])
+    grad = jax.grad(lambda w: lsq.quantized_weight(w, jnp.zeros(2), 8).sum())(kernel)
+    np.testing.assert_allclose(grad, np.ones((3, 2)), rtol=1e-6)
 
 
 def test_a_kernel_by_hand():

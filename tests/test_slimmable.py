@@ -126,6 +126,7 @@ def test_the_drawn_widths_are_a_function_of_the_key():
     ("arguments", "words"),
     [
         (dict(widths=(1.0,)), "should be two or more"),
+        (dict(widths=(0.5, 0.5, 1.0)), "each once"),
         (dict(widths=(0.5, 1.0)), "random = 2, but 0 widths lie between"),
         (dict(widths=WIDTHS, temperature=0), "temperature = 0 should be above"),
     ],
@@ -135,7 +136,16 @@ def test_bad_values_are_named(arguments, words):
         sandwich.make(**arguments)
 
 
-@pytest.mark.parametrize("switches", [(), (0.5,), (0.0, 1.0)])
+def test_roundings_that_differ_are_named():
+    """8 channels times 0.7 are 6, of which a quarter are 2; 8 times 0.175 are 1."""
+    _, variables, _ = filled()
+    with pytest.raises(UserError, match=r"8 channels times 0\.7 times 0\.25"):
+        slimmable.extract(dict(OPTIONS, width=0.7), variables, 0.25)
+
+
+@pytest.mark.parametrize(
+    "switches", [(), (0.5,), (0.0, 1.0), (0.25, 0.251, 1.0), (1.0, 1.0)]
+)
 def test_switches_out_of_range_are_named(switches):
     with pytest.raises(UserError, match="switches = "):
         slimmable.make("tiny", switches=switches)

@@ -179,6 +179,10 @@ def make(
     Raises:
       UserError: unknown variant, or switches out of range.
     """
+    if len({percent(width) for width in switches}) < len(switches):
+        raise UserError(
+            f"switches = {switches} has two of the same percentage: each width has normalisations of its own, norm25 and so on"
+        )
     row = registry.row(VARIANTS, variant, "variant of slimmable")
     if not switches or max(switches) != 1 or min(switches) <= 0:
         raise UserError(
@@ -205,7 +209,18 @@ def extract(options: dict, variables: dict, width: float) -> tuple[dict, dict]:
       options: of `make`.
       variables: {"params", "batch_stats"} of the slimmable network.
       width: one of its switches.
+
+    Raises:
+      UserError: channels that the option `width` and this width together round to another number.
     """
+    row = registry.row(VARIANTS, options.get("variant", "small"), "variant")
+    base = options.get("width", 1.0)
+    for channels in (row.stem, *(c for c, _ in row.blocks)):
+        if scaled(scaled(channels, base), width) != scaled(channels, base * width):
+            raise UserError(
+                f"width = {width}: {channels} channels times {base} times {width} do not round to what the slimmable network"
+                " uses; make it with width=1.0"
+            )
     plain = {**options, "width": options.get("width", 1.0) * width, "switches": (1.0,)}
     net = make(**{k: v for k, v in plain.items() if k != "name"})
     channels = variables["params"]["stem"]["conv"]["kernel"].shape[2]

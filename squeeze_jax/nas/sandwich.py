@@ -30,9 +30,11 @@ def make(
     Raises:
       UserError: fewer than two widths, more random ones than there are between the ends, or a temperature of 0 or below.
     """
-    ordered = sorted(set(widths))
-    if len(ordered) < 2:
-        raise UserError(f"nas.sandwich: widths = {widths} should be two or more")
+    ordered = sorted(widths)
+    if len(set(ordered)) < max(len(ordered), 2):
+        raise UserError(
+            f"nas.sandwich: widths = {widths} should be two or more, each once"
+        )
     if not 0 <= random <= len(ordered) - 2:
         raise UserError(
             f"nas.sandwich: random = {random}, but {len(ordered) - 2} widths lie between the smallest and the largest"

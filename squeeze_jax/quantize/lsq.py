@@ -28,6 +28,7 @@ from squeeze_jax.methods import METHODS, Forward, Own, Tap
 
 WEIGHTS = (("kernel$", True),)
 ACTIVATIONS = (("/inputs$", True),)
+_BORDER = 1e-3  # of a level: float32 does not put the largest weight exactly on the highest one
 
 
 def make(
@@ -43,7 +44,8 @@ def make(
     Args:
       bits: of weights, 2 to 16.
       activation_bits: of activations, 2 to 16; 0 leaves activations as they are.
-      start: the first step that quantizes; steps count from the begin of the phase.
+      start: the first step that quantizes; steps count from the begin of the phase, so a later phase that should go on
+        quantizing has a `start` of 0.
       observe: steps before `start` over which the ranges of activations are observed, at least 0; the step `start` itself
         observes too.
       weights: (regex, whether to quantize) over parameter names, first match wins, no match means no.
@@ -145,9 +147,9 @@ def quantized_weight(weight: jax.Array, theta: jax.Array, bits: int) -> jax.Arra
     """
     top = 2 ** (bits - 1) - 1
     largest = jnp.max(jnp.abs(weight), tuple(range(weight.ndim - 1)))
-    observed = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1.0)) / top
+    observed = jnp.where(largest > 0, largest, 1.0) / top
     count = weight.size // weight.shape[-1]
-    return fake(weight, _scaled(observed * jnp.exp(theta), count, top), -top, top)
+    return fake(weight, step_size(observed, theta, count, top), -top, top)
 
 
 def quantized_activation(
@@ -167,21 +169,37 @@ def quantized_activation(
     observed = width / top
     zero = jnp.clip(jnp.round(-jnp.where(jnp.isfinite(low), low, 0.0) / observed), 0, top)  # fmt: skip
     count = math.prod(x.shape[1:])
-    step = _scaled(observed * jnp.exp(theta), count, top)
+    step = step_size(observed, theta, count, top)
     return fake(x.astype(jnp.float32), step, -zero, top - zero).astype(x.dtype)
 
 
 def fake(x: jax.Array, step: jax.Array, low, high) -> jax.Array:
-    """round(clip(x / step, low, high)) step; the gradient passes the rounding."""
-    levels = jnp.clip(x / step, low, high)
-    rounded = levels + jax.lax.stop_gradient(jnp.round(levels) - levels)
-    return rounded * step
+    """round(clip(x / step, low, high)) step; the gradient passes the rounding.
+
+    A value at the border of the range counts as inside: of each channel the largest weight stands there.
+    """
+    levels = x / step
+    inside = (levels > low - _BORDER) & (levels < high + _BORDER)
+    clipped = jax.lax.stop_gradient(jnp.clip(levels, low, high))
+    levels = jnp.where(inside, levels, clipped)
+    return (levels + jax.lax.stop_gradient(jnp.round(clipped) - levels)) * step
 
 
-def _scaled(step, count: int, top: int):
-    """A step size whose gradient is scaled by 1 / sqrt(N Qp)."""
+def step_size(observed: jax.Array, theta: jax.Array, count: int, top: int) -> jax.Array:
+    """Returns s = s0 exp(θ), with the gradient of LSQ.
+
+    A step of gradient descent changes s by the same share as one on s itself would with the gradient g dL/ds: dL/dθ is
+    g dL/ds / s.
+
+    Args:
+      observed: s0.
+      theta: θ, of the same shape.
+      count: numbers that share a step size, N.
+      top: the highest level, Qp.
+    """
+    step = jax.lax.stop_gradient(observed * jnp.exp(theta))
     g = 1 / math.sqrt(count * top)
-    return g * step + jax.lax.stop_gradient((1 - g) * step)
+    return step + (theta - jax.lax.stop_gradient(theta)) * g / step
 
 
 def _observed(x, known, due):

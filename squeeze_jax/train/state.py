@@ -162,6 +162,12 @@ def handed_over(before: State, fresh: State) -> tuple[State, list[str]]:
         return new
 
     params = tree.overlaid(fresh.params, before.params)
+    owned = tree.flatten(before.params.get(METHODS, {}))
+    for name, value in tree.flatten(fresh.params.get(METHODS, {})).items():
+        if name in owned and owned[name].shape != value.shape:
+            lines.append(
+                f"the parameter {name} of a method begins anew: its shape is another"
+            )
     stats = tree.overlaid(fresh.stats, before.stats)
     ema = None
     if fresh.ema is not None:
