@@ -36,6 +36,7 @@ def make(
     activation_bits: int = 8,
     start: int = 0,
     observe: int = 20,
+    rate: float = 1.0,
     weights: tuple = WEIGHTS,
     activations: tuple = ACTIVATIONS,
 ) -> Forward:
@@ -48,13 +49,15 @@ def make(
         quantizing has a `start` of 0.
       observe: steps before `start` over which the ranges of activations are observed, at least 0; the step `start` itself
         observes too.
+      rate: learning rate of the step sizes, as a share of the weights'. The paper trains 8 bits with a rate of 1e-3 for both
+        (section 2.3); where weights learn at 0.1, 0.01 keeps the step sizes at that.
       weights: (regex, whether to quantize) over parameter names, first match wins, no match means no.
       activations: the same over names of taps, such as "fire2/squeeze1x1/inputs"; see `nn/intercept.py`.
 
     Raises:
       UserError: values out of range; when it gets the network, a rule that matches nothing.
     """
-    _check(bits, activation_bits, start, observe)
+    _check(bits, activation_bits, start, observe, rate)
 
     def chosen_weights(params):
         network = {k: v for k, v in params.items() if k != METHODS}
@@ -91,7 +94,7 @@ def make(
         def leaf(name, weight):
             if name not in names:
                 return weight
-            rounded = quantized_weight(weight, own.params[_step(name)], bits)
+            rounded = quantized_weight(weight, own.params[_step(name)], bits, rate)
             return jnp.where(own.step >= start, rounded, weight)
 
         return tree.map_named(leaf, params)
@@ -104,7 +107,7 @@ def make(
             due = (own.step >= start - observe) & (own.step <= start)
             known = _observed(x, known, due)
         theta = own.params[_step(tap.name)]
-        rounded = quantized_activation(x, theta, known, activation_bits)
+        rounded = quantized_activation(x, theta, known, activation_bits, rate)
         # A range that nobody has observed quantizes nothing.
         active = (own.step >= start) & (known["high"] >= known["low"])
         changes = {tap.name: known} if own.train else {}
@@ -120,7 +123,9 @@ def make(
     )
 
 
-def _check(bits, activation_bits, start, observe) -> None:
+def _check(bits, activation_bits, start, observe, rate) -> None:
+    if not rate >= 0:
+        raise UserError(f"quantize.lsq: rate = {rate} should not be negative")
     if not 2 <= bits <= 16:
         raise UserError(f"quantize.lsq: bits = {bits} should lie in 2..16")
     if activation_bits and not 2 <= activation_bits <= 16:
@@ -137,23 +142,30 @@ def _step(name: str) -> str:
     return f"{name}_step"
 
 
-def quantized_weight(weight: jax.Array, theta: jax.Array, bits: int) -> jax.Array:
+def quantized_weight(
+    weight: jax.Array, theta: jax.Array, bits: int, rate: float = 1.0
+) -> jax.Array:
     """Fake quantization of a kernel [..., c] with symmetric ranges.
 
     Args:
       weight: float array.
       theta: [c], logarithm of the learned factor.
       bits: levels run from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1.
+      rate: see `make`.
     """
     top = 2 ** (bits - 1) - 1
     largest = jnp.max(jnp.abs(weight), tuple(range(weight.ndim - 1)))
     observed = jnp.where(largest > 0, largest, 1.0) / top
     count = weight.size // weight.shape[-1]
-    return fake(weight, step_size(observed, theta, count, top), -top, top)
+    return fake(weight, step_size(observed, theta, count, top, rate), -top, top)
 
 
 def quantized_activation(
-    x: jax.Array, theta: jax.Array, known: Mapping[str, Any], bits: int
+    x: jax.Array,
+    theta: jax.Array,
+    known: Mapping[str, Any],
+    bits: int,
+    rate: float = 1.0,
 ) -> jax.Array:
     """Fake quantization of activations with one step size and a zero point.
 
@@ -162,6 +174,7 @@ def quantized_activation(
       theta: [], logarithm of the learned factor.
       known: {"low", "high"}, float32 [] each, the observed range; zero is always in it.
       bits: levels run from -z to 2^bits - 1 - z, z the zero point.
+      rate: see `make`.
     """
     top = 2**bits - 1
     low, high = jnp.minimum(known["low"], 0.0), jnp.maximum(known["high"], 0.0)
@@ -169,7 +182,7 @@ def quantized_activation(
     observed = width / top
     zero = jnp.clip(jnp.round(-jnp.where(jnp.isfinite(low), low, 0.0) / observed), 0, top)  # fmt: skip
     count = math.prod(x.shape[1:])
-    step = step_size(observed, theta, count, top)
+    step = step_size(observed, theta, count, top, rate)
     return fake(x.astype(jnp.float32), step, -zero, top - zero).astype(x.dtype)
 
 
@@ -185,7 +198,9 @@ def fake(x: jax.Array, step: jax.Array, low, high) -> jax.Array:
     return (levels + jax.lax.stop_gradient(jnp.round(clipped) - levels)) * step
 
 
-def step_size(observed: jax.Array, theta: jax.Array, count: int, top: int) -> jax.Array:
+def step_size(
+    observed: jax.Array, theta: jax.Array, count: int, top: int, rate: float = 1.0
+) -> jax.Array:
     """Returns s = s0 exp(θ), with the gradient of LSQ.
 
     A step of gradient descent changes s by the same share as one on s itself would with the gradient g dL/ds: dL/dθ is
@@ -196,9 +211,10 @@ def step_size(observed: jax.Array, theta: jax.Array, count: int, top: int) -> ja
       theta: θ, of the same shape.
       count: numbers that share a step size, N.
       top: the highest level, Qp.
+      rate: factor of the gradient.
     """
     step = jax.lax.stop_gradient(observed * jnp.exp(theta))
-    g = 1 / math.sqrt(count * top)
+    g = rate / math.sqrt(count * top)
     return step + (theta - jax.lax.stop_gradient(theta)) * g / step
 
 
