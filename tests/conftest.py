@@ -51,6 +51,15 @@ def optimized(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(autouse=True)
+def unlocked():
+    """Unlocks the work directories of a test, which a process otherwise locks until it ends."""
+    yield
+    if workdirs := sys.modules.get("squeeze_jax.jobs._workdir"):
+        while workdirs._locks:
+            workdirs._locks.popitem()[1].close()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data, weights and reference material."""

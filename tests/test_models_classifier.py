@@ -7,7 +7,10 @@ import pytest
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 
-NAMES = registry.names("squeeze_jax.models")
+ALL = registry.names("squeeze_jax.models")
+WITHOUT_CLASSES = ("lstm",)  # its outputs are a vocabulary's
+DENSE = ("fcn",)  # they score each pixel, at several sizes
+NAMES = [name for name in ALL if name not in WITHOUT_CLASSES]
 LENGTH = 5
 # What belongs to the classifier though its shape does not depend on the classes: BERT's pooler, and the layer of its own
 # that a classifier has in those without a pooler.
@@ -17,6 +20,7 @@ HEAD_LAYERS = {
     "bert": POOLER,
     "distilbert": TRANSFORM,
     "efficientnet": set(),
+    "fcn": set(),
     "electra": TRANSFORM,
     "gpt2": set(),
     "mobilebert": POOLER,
@@ -71,7 +75,7 @@ def filled(net, x):
 
 
 def test_every_network_has_a_row():
-    assert sorted(HEAD_LAYERS) == NAMES
+    assert sorted([*HEAD_LAYERS, *WITHOUT_CLASSES]) == sorted(ALL)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,7 +97,9 @@ def test_the_classifier_is_what_depends_on_the_classes_and_the_head(name):
         assert without == {n: s for n, s in five.items() if n not in under}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not encodes(n)])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if not encodes(n) and n not in DENSE]
+)
 def test_the_features_of_an_image_are_what_the_classifier_reads(name):
     options = {"conv10_relu": False} if name == "squeezenet" else {}
     x, whole = batch(name), built(name, num_classes=7, **options)
@@ -139,3 +145,22 @@ def test_a_pooler_stays_where_it_is_asked_for():
 def test_a_network_without_a_head_is_saved_as_features_alone(tmp_path):
     with pytest.raises(UserError, match=r"no head.*task='features'"):
         models.save(tmp_path, built("bert", num_classes=None), {})
+
+
+def test_a_language_model_for_another_vocabulary_changes_its_last_layer():
+    module = registry.load("squeeze_jax.models", "lstm")
+    x = {"tokens": np.zeros((1, 3), np.int32)}
+    few, many = (
+        shapes(models.make("lstm", variant="tiny", vocabulary=n), x) for n in (5, 9)
+    )
+    changed = {n for n in few if few[n] != many[n]}
+    (layer,) = module.CLASSIFIER
+    assert {n for n in few if n.startswith(f"{layer}/")} == changed - {
+        n for n in changed if n.startswith("embedding")
+    }
+
+
+def test_a_network_of_maps_without_classes_returns_its_last_stage():
+    x, net = batch("fcn"), built("fcn", num_classes=None)
+    features, endpoints = jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0]
+    assert features.shape == endpoints["stage5"].shape == (2, 1, 1, 16)

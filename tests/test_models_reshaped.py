@@ -173,6 +173,18 @@ ROWS = {
         "block1",
         "^block1/unit2/norm100/(scale|bias)",
     ),
+    # 3x3 convolutions with strides 2 of 3, 8 and 8 channels: 8x8 and 4x4 positions.
+    "fcn": Row(
+        {"variant": "tiny"},
+        "stage1/conv1",
+        7,
+        9 * 3 + 2 + 9 * 8,
+        64 * 9 * 3 + 16 * 9 * 8,
+        {"^stage1/conv1(_norm)?/": (-1, [3])},
+        {"^stage2/conv1/kernel": (-2, [3])},
+        "",  # it has no residual blocks
+        "",
+    ),
     "bert": encoder({}),
     "roberta": encoder({}),
     "distilbert": encoder({}),
@@ -210,11 +222,20 @@ ROWS = {
         identity=r"^discriminator/(layer1/ffn_norm|layer2/\w+_norm)/",
     ),
 }
-NAMES = registry.names("squeeze_jax.models")
+FIXED = {"lstm"}  # what it carries has the width of its options
+NAMES = [name for name in registry.names("squeeze_jax.models") if name not in FIXED]
 
 
 def test_every_network_has_a_row():
     assert sorted(ROWS) == NAMES
+
+
+def test_what_cannot_be_narrowed_says_so():
+    x = {"tokens": np.zeros((1, 3), np.int32)}
+    for layer in "lstm1", "output":
+        net = models.make("lstm", variant="tiny", widths={layer: 3})
+        with pytest.raises(UserError, match=f"widths: .*{layer}"):
+            jax.eval_shape(net.init, jax.random.key(0), x)
 
 
 def batch(name, size=2):
@@ -325,7 +346,7 @@ def test_channels_that_nobody_reads_can_be_cut_off(name):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if ROWS[name].block])
 def test_an_absent_block_is_one_that_adds_nothing(name):
     row, x = ROWS[name], batch(name)
     options = row.options | ({"bypass": "simple"} if name == "squeezenet" else {})

@@ -321,7 +321,7 @@ def test_a_run_is_the_checkpoint_that_it_says(place, tmp_path, use):
         assert evaluate.trained(built, tmp_path).step == 1
     with skipped if other == "newest" else contextlib.nullcontext():
         begun = glue(place, "cola", init=dict(workdir=str(tmp_path)))
-        assert begun.given()["params"].keys() == state.variables()["params"].keys()
+        assert begun.given()["params"].keys() == state.plain()["params"].keys()
 
 
 @pytest.mark.parametrize("content", ["{", '{"name": "bert"}'])

@@ -166,7 +166,7 @@ def test_seeds_are_compared(place, tmp_path, capsys):
 
 def leaves(built, workdir):
     state = jax.device_get(evaluate.trained(built, workdir))
-    return tree.flatten(state.variables()["params"])
+    return tree.flatten(state.plain()["params"])
 
 
 def assert_equal(left, right):
@@ -209,7 +209,7 @@ def test_a_run_begins_with_what_a_regular_expression_finds(trained, place):
 
 def test_a_run_begins_with_a_folder_of_transformers(trained, place, tmp_path):
     workdir, built = trained
-    variables = jax.device_get(evaluate.trained(built, workdir).variables())
+    variables = jax.device_get(evaluate.trained(built, workdir).plain())
     models.save(tmp_path / "saved", built.model, variables)
     given = config(place, init=dict(folder=str(tmp_path / "saved"))) | dict(model={})
     begun = _experiment.build(_experiment.check(given))
@@ -260,7 +260,7 @@ def test_a_run_becomes_a_folder_of_transformers(trained, place, transformers, ca
     # The same numbers.
     state = evaluate.trained(built, workdir)
     batch = next(built.data.eval(16))
-    ours, _ = built.model.apply(state.variables(), built.data.inputs(batch))
+    ours, _ = built.model.apply(state.plain(), built.data.inputs(batch))
     names = dict(input_ids="tokens", attention_mask="attended")
     names |= dict(token_type_ids="segments")
     given = {k: torch.tensor(batch[v]).long() for k, v in names.items()}
@@ -316,22 +316,22 @@ def test_a_student_learns_from_a_teacher(taught):
     assert found[-1]["hidden"] < found[0]["hidden"]
     # Projections are learnt, and are no part of the network.
     state = evaluate.trained(built, workdir)
-    assert set(state.params["objective"]) == {"hidden"}
+    assert set(state.params["methods"]) == {"hidden"}
     begin = jax.device_get(built.create().params["methods"])
     for name, leaf in tree.flatten(begin).items():
-        moved = tree.flatten(state.params["objective"])[name]
+        moved = tree.flatten(state.params["methods"])[name]
         assert leaf.shape == (16, 32)
         assert np.abs(np.asarray(moved) - leaf).max() > 1e-4
-    assert "objective" not in state.variables()["params"]
+    assert "methods" not in state.plain()["params"]
 
 
 def test_a_student_is_evaluated_without_its_teacher(taught, place):
     """Neither the losses nor the teachers nor the optimizer of the training are needed."""
     workdir, built = taught
-    optim = dict(name="sgd", lr=1.0, freeze=("^objective/hidden/",))
+    optim = dict(name="sgd", lr=1.0, freeze=("^methods/hidden/",))
     given = config(place, **student((workdir,)), optim=optim)
     begun = {"init": {"folder": "gone"}, "distill": {"teachers": ({"folder": "gone"},)}}
-    alone = _pretrained.alone(workdir, given | begun)
+    alone, *_ = _pretrained.alone(workdir, given | begun)
     bare = _experiment.build(_experiment.check(_workdir.tuples(alone)))
     assert bare.options == built.options
     assert_equal(leaves(bare, workdir), leaves(built, workdir))

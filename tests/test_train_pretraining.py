@@ -13,13 +13,8 @@ import torch
 
 from squeeze_jax import data, models, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.train import (
-    causal_lm,
-    masked_lm,
-    optim,
-    pretraining_loss,
-    replaced,
-)
+from squeeze_jax.train import optim
+from squeeze_jax.train.losses import causal_lm, masked_lm, pretraining_loss, replaced
 from squeeze_jax.train.metrics import pretraining
 
 # Quick to compile: the numbers are the same to rounding, and here compiling takes all the time.

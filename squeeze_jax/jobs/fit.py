@@ -465,6 +465,8 @@ def on_the_wire(built: Built, step: "Steps") -> str:
         return wire.describe(wire.compiled_wire(step.largest)).removeprefix("wire ")
     spec = built.data.specs(built.experiment.batch)[-1]
     pieces, arguments = traceable(built, spec, step.lessons)
+    if not pieces.fused:
+        return "not known: the gradients are compiled in pieces"
     sent = wire.wire(steps.whole(pieces), *arguments)
     return wire.describe(sent).removeprefix("wire ")
 

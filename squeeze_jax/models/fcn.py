@@ -22,6 +22,7 @@ from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.width import scaled
 
 INPUTS = "images"
+CLASSIFIER = ("score3", "score4", "score5")  # the layers that other classes change
 
 
 class Row(NamedTuple):
@@ -71,7 +72,7 @@ class FCN(nn.Module):
     """The net; attributes as in `make`. Endpoints: stage1 … stage5, and score5 … (before interpolation)."""
 
     row: Row
-    num_classes: int
+    num_classes: int | None
     dilated: int
 
     @nn.compact
@@ -89,6 +90,8 @@ class FCN(nn.Module):
                 features, depth, strides, first, dilation, name=f"stage{number}"
             )
             endpoints[f"stage{number}"] = x = stage(x, train=train)
+        if self.num_classes is None:
+            return x, endpoints
         total = None
         for number in self.row.scored:
             scores = Conv(
@@ -107,7 +110,7 @@ class FCN(nn.Module):
 def make(
     variant: str = "8s",
     *,
-    num_classes: int = 21,
+    num_classes: int | None = 21,
     width: float = 1.0,
     dilated: int = 0,
 ) -> FCN:
@@ -115,7 +118,8 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: channels of the logits; 21 are those of PASCAL VOC, which the paper reports.
+      num_classes: channels of the logits; 21 are those of PASCAL VOC, which the paper reports. None for no scores: the last
+        stage's map comes in place of logits.
       width: multiplies the features of all stages.
       dilated: how many of the last stages keep the size of the map and dilate their kernels instead: 0, 1 or 2.
 

@@ -25,6 +25,7 @@ from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.embed import Embed, text
 
 INPUTS = "tokens"
+CLASSIFIER = ("output",)  # the layer that another vocabulary changes
 
 
 class Row(NamedTuple):
