@@ -302,10 +302,18 @@ class Compiled:
           built: the phase.
           say: prints a line.
         """
+        steps_of_phase = self._of(built)
+        steps_of_phase.prepare(say)
+        return steps_of_phase
+
+    def evaluate(self, built: Built, state: State) -> dict[str, float]:
+        """The scores of a state of a phase; see `evaluator`."""
+        return self._of(built).evaluate(state)
+
+    def _of(self, built: Built) -> "Steps":
         key = built.phase.index, repr(built.options)
         if key not in self._steps:
             self._steps[key] = self._open.enter_context(Steps(built))
-        self._steps[key].prepare(say)
         return self._steps[key]
 
 

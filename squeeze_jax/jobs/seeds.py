@@ -43,9 +43,11 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             one = built.with_seed(seed)
             folder = _of(workdir, seed)
             _workdir.begin(folder, _workdir.tuples(experiment.config()))
-            fit.to_the_end(one, folder, compiled)
-            trained = _experiment.opened(folder, experiment.config())
-            found[seed] = fit.evaluator(trained)(evaluate.trained(trained, folder))
+            trained = fit.to_the_end(one, folder, compiled)
+            if trained.whole.phases:  # the best may be of another phase than the last
+                trained = _experiment.opened(folder, experiment.config())
+            state = evaluate.trained(trained, folder)
+            found[seed] = compiled.evaluate(trained, state)
     if jax.process_index() == 0:
         headline = built.metric.headline
         best = built.metric.better(headline)

@@ -301,7 +301,7 @@ def _updated(state, computed, examples, key, update, ema, first):
     )
     average = state.ema
     if ema:
-        t = (state.step - first).astype(jnp.float32)
+        t = state.step.astype(jnp.float32)  # the average goes on over the phases
         decay = jnp.minimum(ema, (1 + t) / (10 + t))
         fresh = {"params": params, "stats": computed.stats}
         average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, fresh)
