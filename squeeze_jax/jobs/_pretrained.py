@@ -256,12 +256,6 @@ def note(
     files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
 
 
-def settings_changed(workdir: pathlib.Path, checkpoint: Mapping[str, Any]) -> None:
-    """Notes other settings of `Checkpoints` for a run that was begun with others."""
-    noted = _noted(workdir)
-    note(workdir, noted["model"], checkpoint)
-
-
 def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What `note` wrote; None where it did not."""
     path = workdir / MODEL
@@ -280,7 +274,8 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 def _options(saved: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
     """What the network of a checkpoint was made with: in a run of several phases each has options of its own."""
-    return saved["options"] if saved.get("phase") else noted["model"]
+    phased = saved.get("config", {}).get("phases")
+    return saved["options"] if phased else noted["model"]
 
 
 def _saved(workdir: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,10 +58,8 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
         built, restored = resumed(built, checkpoints)
         say(plan(built, workdir))
         given = {} if restored else built.given()
-        if main and not restored:
+        if main:
             _pretrained.note(workdir, built.options, settings)
-        elif main:
-            _pretrained.settings_changed(workdir, settings)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps:
             say("trained    already, to the last step")
