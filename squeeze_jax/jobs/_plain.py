@@ -47,14 +47,14 @@ def write(
         "params": forward.parameters(abstract.params),
         "batch_stats": abstract.stats,
     }
-    found = {k: variables.get(k, {}) for k in expected}
-    if problems := tree.differences(expected, found):
+    arrays = {k: variables.get(k, {}) for k in expected}
+    if problems := tree.differences(expected, arrays):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"the variables do not fit the network {options.get('name')!r}: {'; '.join(problems[:3])}{more}"
         )
     state = built.create(
-        tree.map_named(lambda name, a: np.asarray(a, np.float32), found)
+        tree.map_named(lambda name, a: np.asarray(a, np.float32), arrays)
     )
     _workdir.begin(workdir, config)
     directory, settings = workdir / "checkpoints", built.checkpoints

@@ -117,25 +117,25 @@ def _transforms(e) -> list[methods.Update]:
             f"config.update = {e.update!r} should list methods and, once, {OPTIMIZER!r}, which stands for config.optim:"
             ' such as ("optim", {"name": "prune.magnitude", ...})'
         )
-    found = []
+    transforms = []
     for number, section in enumerate(e.update):
         if section == OPTIMIZER:
-            found.append(methods.Update(optim.make(steps=e.steps, **e.optim)))
+            transforms.append(methods.Update(optim.make(steps=e.steps, **e.optim)))
         else:
             where = f"config.update[{number}]"
             value = method(section, where)
-            found.append(methods.update(value, _named(section, where)))
-    return found
+            transforms.append(methods.update(value, _named(section, where)))
+    return transforms
 
 
 def forward_methods(sections: Sequence, taken: set[str]) -> dict[str, methods.Forward]:
     """Makes the methods of `config.forward` by name."""
-    found = {}
+    forwards = {}
     for number, section in enumerate(sections):
         where = f"config.forward[{number}]"
         value = methods.forward(method(section, where), _named(section, where))
-        found[short_name(section, taken)] = value
-    return found
+        forwards[short_name(section, taken)] = value
+    return forwards
 
 
 def _named(section, where):
@@ -192,7 +192,7 @@ def owners(
     plugs: Plugs, taps: Mapping[str, tuple], terms: Sequence[Term], devices: int
 ) -> dict[str, Owner]:
     """What the methods own beside the network, by name."""
-    found = {
+    by_name = {
         name: Owner(
             f.init and (lambda key, params, f=f, t=taps[name]: f.init(key, params, t)),
             f.state and (lambda params, f=f, t=taps[name]: f.state(params, t)),
@@ -200,14 +200,14 @@ def owners(
         for name, f in plugs.forwards.items()
     }
     for term in terms:
-        found[term.name] = Owner(term.objective.init, term.objective.state)
+        by_name[term.name] = Owner(term.objective.init, term.objective.state)
     if plugs.gradients is not None:
         name, value = plugs.gradients
-        found[name] = Owner(value.init, value.state)
+        by_name[name] = Owner(value.init, value.state)
     if plugs.exchange is not None:
         name, value = plugs.exchange
-        found[name] = Owner(None, value.state, devices)
-    return {name: owner for name, owner in found.items() if owner.init or owner.state}
+        by_name[name] = Owner(None, value.state, devices)
+    return {name: owner for name, owner in by_name.items() if owner.init or owner.state}
 
 
 def check_state(extra: Mapping[str, Any] | None) -> None:

@@ -37,15 +37,15 @@ class State(NamedTuple):
     def variables(self, *, averaged: bool = True) -> dict[str, Any]:
         """The variables of `forward.run`, to evaluate and export; averaged weights if there are any."""
         source = self.ema if averaged and self.ema else self._asdict()
-        found = {"params": source["params"], "batch_stats": source["stats"]}
-        more = {"extra": self.extra} if self.extra else {}
-        return found | more | {"step": self.step}
+        variables = {"params": source["params"], "batch_stats": source["stats"]}
+        extra = {"extra": self.extra} if self.extra else {}
+        return variables | extra | {"step": self.step}
 
     def plain(self, *, averaged: bool = True) -> dict[str, Any]:
         """{"params", "batch_stats"} for `model.apply`, of a network that no method changes; averaged if there are any."""
-        found = self.variables(averaged=averaged)
-        params = {k: v for k, v in found["params"].items() if k != METHODS}
-        return {"params": params, "batch_stats": found["batch_stats"]}
+        whole = self.variables(averaged=averaged)
+        params = {k: v for k, v in whole["params"].items() if k != METHODS}
+        return {"params": params, "batch_stats": whole["batch_stats"]}
 
 
 class Owner(NamedTuple):
