@@ -147,6 +147,13 @@ def test_ignored_labels_become_255(pairs):
     np.testing.assert_array_equal(batch["target"], stored)
 
 
+@pytest.mark.parametrize("label", [-1, 300])
+def test_ignored_labels_out_of_range_are_named(pairs, label):
+    source = dict(name="pairs", root=str(pairs), classes=("a", "b", "c"))
+    with pytest.raises(UserError, match=f"ignored has {label}: labels are 0 to 255"):
+        data.make("segmentation", source=source | dict(ignored=(label,)), size=16)
+
+
 def test_a_zip_holds_the_same(pairs, tmp_path):
     path = tmp_path / "all.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -178,7 +178,7 @@ def test_the_exchange_keeps_each_devices_residual(tmp_path):
 
 
 def test_learned_step_sizes_continue_and_export(tmp_path):
-    forward = "--config.forward=({'name': 'quantize.lsq', 'start': 8, 'observe': 4},)"
+    forward = "--config.forward=({'name': 'quantize.lsq', 'start': 8, 'observe': 4, 'rate': 0.01},)"
     arguments = (config_of("digits_qat"), *TINY, forward)
     state = check_continues(tmp_path, arguments)
     ranges = state.extra["lsq"]

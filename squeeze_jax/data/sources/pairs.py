@@ -29,12 +29,17 @@ def make(
     Args:
       root: a folder, or a zip archive; `~` is expanded.
       classes: names of the classes in the order of their numbers, or a text file with one name per line.
-      ignored: labels beside 255 that do not count.
+      ignored: labels beside 255 that do not count, 0 to 255; the number of a class leaves that class out.
       train, eval: folders of the two splits; `annot` is appended for the folders of their targets.
 
     Raises:
       UserError: no such folder or split, an image without a target, fewer than two classes.
     """
+    for label in ignored:
+        if not 0 <= label <= 255:
+            raise UserError(
+                f"config.data.source.ignored has {label}: labels are 0 to 255"
+            )
     files = Zip(root) if str(root).endswith(".zip") else Folder(root)
     splits = (train, eval)
     listed = files.names()

@@ -8,9 +8,9 @@ class Metric(NamedTuple):
     """An evaluation; a file of `metrics/` has `make(data) -> Metric`.
 
     Attributes:
-      measure: (logits, batch) → (sums, rows), jnp under jit. Sums are float32 scalars to be added up over batches, over
-        the examples that `batch["mask"]` counts, and have "examples", how many these are; rows are arrays [b, ...] that
-        are kept for every example.
+      measure: (logits, batch) → (sums, rows), jnp under jit. Sums are scalars or arrays, such as a confusion
+        matrix, to be added up over batches, over the examples that `batch["mask"]` counts, and have "examples", how many
+        these are; rows are arrays [b, ...] that are kept for every example.
       score: (sums, rows) → {"eval_loss": …, "eval_accuracy": …}, numpy on the host; rows are those of all examples that
         count, and "index" says which each is.
       headline: the score that says which of two networks is better.
