@@ -11,25 +11,12 @@ a weight of 1e-4, none does. Half a minute on 2 CPU cores.
     python run.py --config=configs/digits_group_lasso.py
 """
 
-import ml_collections
+from configs import digits
 
 
 def get_config():
-    config = ml_collections.ConfigDict()
-    config.steps = 600
-    config.batch = 64
-    config.data = dict(source=dict(name="digits"), size=16, crop="pad", pad=2)
-    config.model = dict(
-        name="squeezenet",
-        variant="1.1",
-        width=0.5,
-        stem_strides=1,
-        bypass="simple",
-        norm=True,
-        dropout=0.1,
-        conv10_relu=False,
-    )
-    config.optim = dict(name="sgd", lr=0.1, warmup=0.1, nesterov=True)
+    config = digits.get_config()
+    config.optim.decay = 0.0  # the penalty takes its place
     config.objective = (
         dict(name="losses.cross_entropy"),
         dict(
@@ -39,5 +26,4 @@ def get_config():
             rules=(("^conv10/", False), ("kernel$", True)),
         ),
     )
-    config.eval_every = 200
     return config

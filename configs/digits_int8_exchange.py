@@ -9,25 +9,10 @@ is 0.003). Half a minute on 2 CPU cores. On several simulated devices of one CPU
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python run.py --config=configs/digits_int8_exchange.py
 """
 
-import ml_collections
+from configs import digits
 
 
 def get_config():
-    config = ml_collections.ConfigDict()
-    config.steps = 600
-    config.batch = 64
-    config.data = dict(source=dict(name="digits"), size=16, crop="pad", pad=2)
-    config.model = dict(
-        name="squeezenet",
-        variant="1.1",
-        width=0.5,
-        stem_strides=1,
-        bypass="simple",
-        norm=True,
-        dropout=0.1,
-        conv10_relu=False,
-    )
-    config.optim = dict(name="sgd", lr=0.1, warmup=0.1, decay=1e-4, nesterov=True)
+    config = digits.get_config()
     config.exchange = dict(name="comm.int8", rounding="nearest", block=256)
-    config.eval_every = 200
     return config

@@ -9,25 +9,11 @@ Result: test accuracy 0.983 against 0.986 of configs/digits.py (one seed; one im
     python run.py --config=configs/digits_pruned.py
 """
 
-import ml_collections
+from configs import digits
 
 
 def get_config():
-    config = ml_collections.ConfigDict()
-    config.steps = 600
-    config.batch = 64
-    config.data = dict(source=dict(name="digits"), size=16, crop="pad", pad=2)
-    config.model = dict(
-        name="squeezenet",
-        variant="1.1",
-        width=0.5,
-        stem_strides=1,
-        bypass="simple",
-        norm=True,
-        dropout=0.1,
-        conv10_relu=False,
-    )
-    config.optim = dict(name="sgd", lr=0.1, warmup=0.1, decay=1e-4, nesterov=True)
+    config = digits.get_config()
     config.update = (
         "optim",
         dict(
@@ -39,5 +25,4 @@ def get_config():
             rules=(("^conv1/|^conv10/", False), ("kernel$", True)),
         ),
     )
-    config.eval_every = 200
     return config

@@ -51,6 +51,16 @@ def optimized(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Processes that run the same program read from disk what the first of them compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("compiled"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def unlocked():
     """Unlocks the work directories of a test, which a process otherwise locks until it ends."""

@@ -23,6 +23,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, predict
 from squeeze_jax.train import log
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
 TINY = (
@@ -37,16 +38,6 @@ TINY = (
     "--config.eval_every=0",
     "--config.ema=0.9",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Processes that run the same program read from disk what the first of them compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("compiled"))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 def start(*arguments, devices=1, more=(), **options):

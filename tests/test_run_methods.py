@@ -18,32 +18,16 @@ from squeeze_jax.jobs import _experiment, _workdir
 from squeeze_jax.prune import group_lasso, magnitude
 from squeeze_jax.train import log
 from squeeze_jax.train.checkpoint import Checkpoints
+from tests import test_run
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = 4  # of this process, see conftest.py
 STEPS, KILL_AT = 20, 12
-TINY = (
-    '--config.model={"name": "squeezenet", "variant": "tiny", "norm": True, "stem_strides": 1, "conv10_relu": False}',
-    f"--config.steps={STEPS}",
-    "--config.batch=16",
-    "--config.data.size=8",
-    "--config.data.pad=1",
-    "--config.optim.warmup=2",
-    "--config.log_every=1",
-    "--config.save_every=5",
-    "--config.eval_every=0",
-    "--config.ema=0.9",
+TINY = tuple(
+    f"--config.steps={STEPS}" if flag.startswith("--config.steps=") else flag
+    for flag in test_run.TINY
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Processes that run the same program read from disk what the first of them compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("compiled"))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 def fit(workdir, arguments, devices, kill_at=None):

@@ -16,6 +16,7 @@ from squeeze_jax.train.checkpoint import Checkpoints
 from tests import test_run_methods
 from tests.test_run_methods import config_of
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 PHASES = (
     dict(steps=12),
     dict(

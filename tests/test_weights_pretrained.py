@@ -118,9 +118,9 @@ def test_own_files_are_read_back_to_the_bit(saved, tmp_path):
         load(tmp_path / "own.safetensors", "squeeze_jax", name="squeezenet")
 
 
-@pytest.mark.parametrize("layout", ["legacy", "3"])
+@pytest.mark.parametrize("layout", ["legacy", "flat"])
 def test_keras_kernels_are_as_ours(tmp_path, layout):
-    """A convolution, a depthwise one and a dense layer by hand, in both layouts of Keras' files."""
+    """A convolution, a depthwise one and a dense layer by hand, in Keras' legacy layout and in one without a group for each layer."""
     rng = np.random.default_rng(0)
     arrays = {
         "conv/kernel": rng.normal(size=(3, 3, 2, 4)),
@@ -241,3 +241,74 @@ def test_a_damaged_header_is_one_line(tmp_path, header):
     with pytest.raises(UserError, match=r"bad\.safetensors is damaged") as caught:
         files.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_shapes_that_no_file_holds_are_one_line(tmp_path):
+    torch.save({"w": torch.zeros(1).expand(2**45)}, tmp_path / "huge.pth")
+    with h5py.File(tmp_path / "huge.h5", "w") as file:
+        file.create_dataset("w", (2**40,), "f4", chunks=(2**10,))
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["w"] = h5py.ExternalLink("elsewhere.h5", "w")
+    header = (2**62).to_bytes(8, "little") + b"{}"
+    (tmp_path / "long.safetensors").write_bytes(header)
+    (tmp_path / "page.npz").write_text("<html>not found</html>")
+    for name, words in (
+        ("huge.pth", "not stored whole"),
+        ("huge.h5", "is not stored"),
+        ("link.h5", "link to another place"),
+        ("long.safetensors", "header is cut off"),
+        ("page.npz", "no archive of plain arrays"),
+    ):
+        with pytest.raises(UserError, match=rf"{name} is damaged .*{words}") as caught:
+            files.read(tmp_path / name)
+        assert "pickle" not in str(caught.value)
+
+
+def test_weights_in_two_wrappers_are_read_and_named(saved, mobilenet, tmp_path):
+    """As training with an average leaves them."""
+    inner = {"module": mobilenet.state_dict()}
+    torch.save({"model_ema": inner, "epoch": 3}, tmp_path / "ema.pth")
+    _, variables, lines = load(tmp_path / "ema.pth", "torchvision")
+    assert lines[0].endswith("'model_ema'; epoch left out")
+    assert lines[1].endswith("'module'")
+    first = mobilenet.state_dict()["features.0.0.weight"].numpy()
+    np.testing.assert_array_equal(
+        variables["params"]["conv1"]["kernel"], first.transpose(2, 3, 1, 0)
+    )
+
+
+def test_numbers_that_are_not_finite_are_named(saved, tmp_path):
+    with np.load(saved / "arrays.npz") as file:
+        arrays = dict(file)
+    arrays["features.0.0.weight"][0] = np.nan
+    np.savez(tmp_path / "nan.npz", **arrays)
+    _, _, lines = load(tmp_path / "nan.npz", "torchvision")
+    assert "1 arrays are not finite, features.0.0.weight first" in lines
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name", "options"),
+    [
+        ("mobilenet_v3_small", "mobilenet_v3", {"variant": "small"}),
+        ("resnet18", "resnet", {"variant": "18"}),
+        ("squeezenet1_1", "squeezenet", {"variant": "1.1"}),
+        ("efficientnet_b0", "efficientnet", {"variant": "b0"}),
+    ],
+)
+def test_other_networks_give_torchvisions_logits(
+    torchvision, tmp_path, theirs, name, options
+):
+    torch.manual_seed(0)
+    peer = getattr(torchvision.models, theirs)(weights=None, num_classes=10).eval()
+    torch.save(peer.state_dict(), tmp_path / "w.pth")
+    net = models.make(name, num_classes=10, **options)
+    x = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+    like = foreign.shapes(net, jnp.zeros(x.shape))
+    module = registry.load("squeeze_jax.models", name)
+    variables, _ = pretrained.load(
+        str(tmp_path / "w.pth"), "torchvision", net, module, like
+    )
+    with torch.no_grad():
+        expected = peer(torch.tensor(x).permute(0, 3, 1, 2)).numpy()
+    logits = jax.jit(lambda v: net.apply(v, x)[0])(variables)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())  # fmt: skip

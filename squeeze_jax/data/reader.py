@@ -11,7 +11,7 @@ import numpy as np
 
 from squeeze_jax.data import target, vision
 from squeeze_jax.data.pipeline import Batch
-from squeeze_jax.data.source import IGNORED, Example, Examples
+from squeeze_jax.data.source import IGNORED, Example, Examples, Source
 from squeeze_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -209,3 +209,34 @@ def _table(num_classes: int, ignored: Sequence[int]) -> np.ndarray:
     table[:num_classes] = np.arange(num_classes)
     table[[*ignored, IGNORED]] = IGNORED
     return table
+
+
+def readers(
+    source: Source,
+    view: vision.View,
+    *,
+    workers: int,
+    cache_mb: int,
+    corrupt: str,
+    ignored: Sequence[int] | None = None,
+) -> tuple[Reader, Reader]:
+    """Returns the readers of the training and of the evaluation split.
+
+    Args:
+      source: the data set.
+      view: how images are looked at.
+      workers: worker processes, which cannot share decoded images.
+      cache_mb: decoded images are kept in memory if all of them take no more MiB than this.
+      corrupt: "skip" skips a training image that cannot be decoded; "raise" makes it an error.
+      ignored: see `Reader`.
+    """
+    height, width, channels = view.shape
+    depth = channels + (ignored is not None)  # a target is one byte a pixel
+    images = len(source.train) + len(source.eval)
+    cached = workers == 0 and images * height * width * depth / 2**20 <= cache_mb
+    same = dict(cached=cached, ignored=ignored)
+    classes = len(source.label_names)
+    return (
+        Reader(source.train, classes, view, skip=corrupt == "skip", **same),
+        Reader(source.eval, classes, view, skip=False, **same),
+    )

@@ -12,7 +12,6 @@ Each section of the config is splatted into exactly one function, whose signatur
 
 import dataclasses
 import functools
-import inspect
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from squeeze_jax import data, models, registry
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import (
     _compilation,
+    _model,
     _objective,
     _phases,
     _plugs,
@@ -291,20 +291,22 @@ def build(
     if begin is not None:
         wanted = e.model.get("name")
         begin = _pretrained.suited(begin, source.model.get("task"), wanted)
-    options = _options(e, source, begin) if options is None else dict(options)
+    options = _model.options(e, source, begin) if options is None else dict(options)
     if e.init.get("file"):
         keys = {k: e.init[k] for k in ("file", "names", "under") if k in e.init}
         begin = _pretrained.of_file(options, source.example(), **keys)
     model = models.make(**options)
-    _fit(options, model, source)
+    _model.check_fit(options, model, source)
     _plugs.check_options(plugs.gradients, model, options["name"])
     distill = made(_teachers.Settings, e.distill, "config.distill")
     _teachers.check(distill, source)
     teachers = tuple(
-        _pretrained.teacher(section, source, f"config.distill.teachers[{n}]", e.dtype)
+        _teachers.teacher(section, source, f"config.distill.teachers[{n}]", e.dtype)
         for n, section in enumerate(distill.teachers)
     )
-    losses = plugs.losses or _objective.parts(source.objective, _plugs.method)
+    losses = plugs.losses or _objective.parts(
+        source.objective, _plugs.method, plugs.names
+    )
     objective = _bound(losses, model, teachers, source)
     example = source.example()
     taps = _plugs.bound_taps(model, example, plugs.forwards)
@@ -363,63 +365,6 @@ def _check_built(built: Built) -> None:
         state,
     )
     _settings.check(built)
-
-
-def _options(e: Experiment, source: data.Data, begin) -> dict[str, Any]:
-    """What the model is made of: what the data decide, what a trained network has, what the config says."""
-    whole = begin is not None and not (e.init.get("only") or e.init.get("layers"))
-    there = begin.options if whole else {}
-    name = e.model.get("name", there.get("name"))
-    if name is None:
-        raise UserError("missing key config.model.name: add it to the config")
-    if whole and name != there["name"]:
-        raise UserError(
-            f"config.model.name = {name!r}, but {begin.where} holds {there['name']!r}: leave the key out, or take only"
-            " what fits by config.init.only"
-        )
-    if whole and "variant" in e.model and "variant" not in there:
-        raise UserError(
-            f"config.model.variant = {e.model['variant']!r}: the sizes are those of {begin.where}; leave the key out"
-        )
-    network = registry.load("squeeze_jax.models", name, "model")
-    reads = getattr(network, "INPUTS", "images")
-    if reads != source.reads:
-        raise UserError(
-            f"config.model.name = {name!r} reads {reads}, but config.data gives {source.reads}: choose a network for"
-            f" {source.reads}"
-        )
-    known = inspect.signature(network.make).parameters
-    decided = {k: v for k, v in source.model.items() if k in known}
-    options = {"name": name} | dict(there) | decided | dict(e.model)
-    models.check(options, "config.model")
-    return options
-
-
-def _fit(options: Mapping[str, Any], model: nn.Module, source: data.Data) -> None:
-    """Raises a UserError where a network has too few classes or tokens for the data, or another task."""
-    classes, needed = options.get("num_classes"), source.model.get("num_classes")
-    if classes is not None and needed is not None and classes < needed:
-        raise UserError(
-            f"config.model.num_classes = {classes}, but the data's labels go up to {needed - 1}; leave the key out or set"
-            f" it to {needed}"
-        )
-    task = source.model.get("task")
-    own = getattr(model, "task", task)
-    if task is not None and own != task:
-        if "task" not in options:
-            raise UserError(
-                f"config.model.name = {options['name']!r} is for {own!r}, but config.data is for {task!r}: choose another"
-                " network"
-            )
-        raise UserError(
-            f"config.model.task = {own!r}, but config.data is for {task!r}: leave the key out"
-        )
-    words = getattr(source, "vocabulary", None)
-    if words is not None and not _pretrained.reads(model, words):
-        raise UserError(
-            f"the tokenizer has {words:,} tokens, the model's embedding {model.row.vocabulary:,}: give the tokenizer that"
-            f" the network was trained with, or set config.model.vocabulary={words}"
-        )
 
 
 def _bound(losses, model, teachers, source) -> _objective.Objective:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from squeeze_jax import methods, tree
+from squeeze_jax import methods
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import forward
 from squeeze_jax.train.step import Term
@@ -149,8 +149,3 @@ def teacher(
         return jax.lax.stop_gradient(tuple(told))
 
     return teach
-
-
-def size(variables) -> int:
-    """Parameters of the teachers."""
-    return sum(tree.size(each["params"]) for each in variables)

@@ -40,6 +40,12 @@ class Plugs(NamedTuple):
     gradients: Named | None
     exchange: Named | None
 
+    @property
+    def names(self) -> set[str]:
+        """The names of the methods, under which their parameters and state stand."""
+        others = [named.name for named in (self.gradients, self.exchange) if named]
+        return {*self.forwards, *others}
+
 
 def method(section: Mapping, where: str) -> Any:
     """Makes the method that a section names: `{"name": "package.file", **arguments of its make}`.

@@ -5,7 +5,6 @@ gives the part's options of `models.make` and a function from the whole network'
 """
 
 import contextlib
-import inspect
 import json
 import pathlib
 import re
@@ -18,8 +17,6 @@ import numpy as np
 from flax import traverse_util
 
 from squeeze_jax import files, models, registry, tree
-from squeeze_jax.data import Data
-from squeeze_jax.data.tasks import images
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _plugs
 from squeeze_jax.jobs._settings import tuples
@@ -403,67 +400,6 @@ def _chosen(params, layers, where):
             )
     kept = {k: v for k, v in params.items() if not re.fullmatch(r"layer\d+", k)}
     return kept | {f"layer{n}": params[f"layer{of}"] for n, of in enumerate(layers, 1)}
-
-
-def teacher(
-    section: Mapping[str, Any], source: Data, where: str, dtype: str = "float32"
-) -> tuple[forward.Network, Callable[[jax.Array | None], dict[str, Any]], str]:
-    """A network to learn from, a function that reads its variables (see `Network.read`), and where it is.
-
-    Args:
-      section: {"folder": …} or {"workdir": …}.
-      source: the data; they decide the task of a folder's network.
-      where: the section's name in the config.
-      dtype: of the computation.
-
-    Raises:
-      UserError: no network, or one that does not read the data.
-    """
-    if not isinstance(section, Mapping):
-        raise UserError(
-            f'{where} = {section!r} should be {{"workdir": DIR}} or {{"folder": DIR}}'
-        )
-    registry.check(find, section, where, given=("where",))
-    network = suited(find(**section, where=where), source.model.get("task"))
-    name = network.options["name"]
-    module = registry.load("squeeze_jax.models", name, "model")
-    if (inputs := getattr(module, "INPUTS", "images")) != source.reads:
-        raise UserError(
-            f"{where} = {network.where} holds {name!r}, which reads {inputs}, but config.data gives {source.reads}: choose"
-            f" a teacher of {source.reads}"
-        )
-    if hasattr(module, "fine_tuned"):
-        raise UserError(
-            f"{where} = {network.where}: {name!r} draws tokens of its own and cannot say anything of a student's: choose"
-            " another teacher"
-        )
-    _same_pixels(section, source, where)
-    options = {**source.model, **network.options}
-    net = models.make(**options)
-    words = getattr(source, "vocabulary", None)
-    if words is not None and not reads(net, words):
-        raise UserError(
-            f"the tokenizer has {words:,} tokens, {where} = {network.where} {net.row.vocabulary:,}: student and teacher"
-            " need the same"
-        )
-    as_run = network.as_run(net, source.example(), dtype)
-    return as_run, lambda key: network.read(options, key), network.where
-
-
-def _same_pixels(section: Mapping[str, Any], source: Data, where: str) -> None:
-    """Raises a UserError where a run was trained on images that were normalised otherwise."""
-    path = pathlib.Path(section.get("workdir", "")) / "config.json"
-    if source.reads != "images" or not path.is_file():
-        return
-    begun = json.loads(path.read_text())["data"]
-    known = inspect.signature(images.make).parameters
-    for key in "mean", "std":
-        theirs, ours = begun.get(key, known[key].default), getattr(source, key)
-        if not np.array_equal(*np.broadcast_arrays(theirs, ours)):
-            raise UserError(
-                f"{where}.workdir = {section['workdir']!r} was trained with config.data.{key} = {tuple(theirs)}, and a teacher"
-                f" sees what the student sees: set the key to that, not {ours}"
-            )
 
 
 def reads(net: nn.Module, words: int) -> bool:

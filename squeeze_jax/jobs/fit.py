@@ -8,26 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from squeeze_jax import methods, models, tree
-from squeeze_jax.cost import count, wire
+from squeeze_jax.cost import wire
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _compilation,
-    _experiment,
     _phases,
-    _plugs,
+    _plan,
     _pretrained,
-    _settings,
     _teachers,
+    _transitions,
 )
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.train import forward, loop, optim, sharding
+from squeeze_jax.train import loop, optim, sharding
 from squeeze_jax.train import step as steps
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
 from squeeze_jax.train.log import Log
-from squeeze_jax.train.state import State, handed_over
+from squeeze_jax.train.state import State
 
 RUN = "begins"  # where the work directory holds none yet
 
@@ -55,8 +52,8 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
     settings = built.checkpoints
     directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
-        built, restored = resumed(built, checkpoints)
-        say(plan(built, workdir))
+        built, restored = _transitions.resumed(built, checkpoints)
+        say(_plan.plan(built, workdir))
         given = {} if restored else built.given()
         if main:
             _pretrained.note(workdir, built.options, settings)
@@ -64,13 +61,13 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
         if start == built.whole.steps:
             say("trained    already, to the last step")
             return built
-        for line in rehearsed(built):
+        for line in _transitions.rehearsed(built):
             say(line)
         begin = restored
         while True:
             if begin is None or start < built.phase.end:
                 step = compiled.of(built, say)
-                say(f"memory     {memory(step.largest)}")
+                say(f"memory     {_plan.memory(step.largest)}")
                 if jax.device_count() > 1:
                     say(f"wire       {on_the_wire(built, step)}")
                 say("")
@@ -82,85 +79,9 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
                 end = begin.state
             if built.phase.end == built.whole.steps:
                 return built
-            built, state = next_phase(built, end, say)
+            built, state = _transitions.next_phase(built, end, say)
             begin, restored, start = Restored(state, 0), None, built.phase.first
-            say(f"\n{plan(built, workdir)}")
-
-
-def resumed(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | None]:
-    """The experiment in the phase of the newest whole checkpoint, and that checkpoint; as it is if there is none."""
-    current = [built]
-
-    def like(note):
-        phase, options = note.get("phase", 0), note.get("options")
-        current[0] = built
-        if phase != built.phase.index:
-            current[0] = _experiment.build(
-                built.whole, phase, _settings.tuples(options)
-            )
-        return current[0].abstract()
-
-    restored = checkpoints.restore(like)
-    return current[0], restored
-
-
-def next_phase(built: Built, state: State, say: Callable) -> tuple[Built, State]:
-    """The experiment in its next phase, and the state that it begins with.
-
-    Args:
-      built: the phase that has ended.
-      state: its last state.
-      say: prints a line.
-    """
-    after, changed = _transition(built, fetched(state))
-    shapes = forward.parameters(changed.params)
-    fresh = after.create({"params": shapes, "batch_stats": changed.stats})
-    begun, lines = handed_over(changed, jax.device_get(fresh))
-    for line in lines:
-        say(f"{after.phase.label}  {line}")
-    placed = jax.tree.map(lambda x: x.sharding, after.abstract())
-    return after, jax.device_put(begun, placed)
-
-
-def fetched(state: State) -> State:
-    """A state on the host, whole on every process."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(state, tiled=True)
-    return jax.device_get(state)
-
-
-def rehearsed(built: Built) -> list[str]:
-    """Goes through the later phases on zeros, so that what does not fit is known before the first has trained.
-
-    Returns:
-      A line for each of them.
-    """
-    lines = []
-    while built.phase.end < built.whole.steps:
-        shapes = built.abstract()
-        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-        built, _ = _transition(built, zeros)
-        size = tree.size(forward.parameters(built.abstract().params))
-        begin = built.whole.phases[built.phase.index].get("begin")
-        how = f", begins with {begin['name']}" if begin else ""
-        lines.append(
-            f"{'later':<10} {built.phase.label}: {built.phase.steps:,} steps{how}, {size:,} parameters"
-        )
-    return lines
-
-
-def _transition(built: Built, state: State) -> tuple[Built, State]:
-    """The experiment in its next phase, and the state as the transition changes it; host arrays."""
-    index = built.phase.index + 1
-    section, options = built.whole.phases[index].get("begin"), built.options
-    if section is not None:
-        where = f"config.phases[{index}].begin"
-        transition = methods.transition(_plugs.method(section, where), where)
-        plain = methods.Plain(
-            lambda options: models.make(**options), built.data.example()
-        )
-        options, state = transition.apply(dict(options), state, plain)
-    return _experiment.build(built.whole, index, options), state
+            say(f"\n{_plan.plan(built, workdir)}")
 
 
 def train(
@@ -426,45 +347,6 @@ def traceable(built: Built, spec, lessons: _teachers.Lessons) -> tuple:
     return pieces, (abstract, batch, key, *frozen)
 
 
-def plan(built: Built, workdir: pathlib.Path) -> str:
-    """What is about to be done, a line for each part."""
-    e, data, mesh = built.experiment, built.data, built.mesh
-    shapes = built.abstract()
-    params = forward.parameters(shapes.params)
-    macs = count.macs(
-        lambda v, x: forward.run(built.network, v, x)[0][0],
-        shapes.variables(),
-        data.example(),
-    ).total
-    variant = f" {built.options['variant']}" if "variant" in built.options else ""
-    devices = jax.devices()
-    local = e.batch // sharding.batch_shards(mesh)
-    epochs = e.steps * e.batch / data.num_train
-    optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
-    rows = {
-        "work dir": str(workdir),
-        "data": data.describe,
-        "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
-        "mesh": f"{len(devices)} x {devices[0].device_kind}: "
-        + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
-        "batch": f"{e.batch} = {local} a device"
-        + (f", in {e.accumulate} parts" if e.accumulate > 1 else ""),
-        "training": f"{e.steps:,} steps ({epochs:.1f} epochs), {optimizer}, {e.dtype}",
-    }
-    if built.phase.label:
-        last = built.phase.end
-        rows["phase"] = (
-            f"{built.phase.label}: to step {last:,} of {built.whole.steps:,}"
-        )
-    if used := _methods(e):
-        rows["methods"] = used
-    if built.begin is not None:
-        rows["begins with"] = built.begin.described
-    if built.teachers:
-        rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
-    return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
-
-
 def on_the_wire(built: Built, step: "Steps") -> str:
     """What each device sends in a step: of an exchange as it is written, else as the compiler makes it."""
     if built.plugs.exchange is None and hasattr(step.largest, "as_text"):
@@ -475,31 +357,3 @@ def on_the_wire(built: Built, step: "Steps") -> str:
         return "not known: the gradients are compiled in pieces"
     sent = wire.wire(steps.whole(pieces), *arguments)
     return wire.describe(sent).removeprefix("wire ")
-
-
-def _methods(e) -> str:
-    """The methods of the plug points, as the config names them."""
-    named = []
-    for plug in ("update", "forward", "gradients", "exchange"):
-        sections = getattr(e, plug) or ()
-        sections = (sections,) if isinstance(sections, Mapping) else sections
-        names = [s["name"] for s in sections if isinstance(s, Mapping)]
-        named += [f"{plug} {', '.join(names)}"] if names else []
-    return " · ".join(named)
-
-
-def memory(compiled) -> str:
-    """XLA's own estimate of what the compiled step holds on each device."""
-    if not hasattr(compiled, "memory_analysis"):
-        return "not known: the gradients are compiled in pieces"
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return "not known on this backend"
-    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    total = (
-        arguments
-        + temporary
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-    ) / 2**20
-    return f"{total:,.0f} MiB a device: state and batch {arguments / 2**20:,.0f}, intermediate {temporary / 2**20:,.0f}"

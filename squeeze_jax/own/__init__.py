@@ -1,3 +1,5 @@
-"""Where Python files of the user's own are imported to, also in worker processes; see `registry.load`."""
+"""Python files of the user's own are modules of this package, also in worker processes; see `registry.load`."""
 
-from squeeze_jax import registry  # noqa: F401, it finds them
+from squeeze_jax import registry
+
+__all__ = ["registry"]  # its import installs what finds the files

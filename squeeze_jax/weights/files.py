@@ -5,6 +5,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import ml_dtypes
@@ -63,6 +64,7 @@ def read(path: str | Path, notes: list[str] | None = None) -> Arrays:
         TypeError,  # a header of other types than it should have
         EOFError,
         OSError,
+        MemoryError,  # a shape beyond all memory
         RecursionError,  # a header of a thousand brackets
         zipfile.BadZipFile,
     ) as error:
@@ -84,14 +86,20 @@ def check(path: str | Path) -> None:
 
 
 def _npz(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except ValueError:
+        # NumPy's own message tells how to run the code in a file.
+        raise ValueError("it is no archive of plain arrays") from None
 
 
 def _safetensors(path: Path) -> Arrays:
     """The length of the header (8 bytes), the header as JSON, the bytes of all tensors."""
     content = memoryview(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
+    if start > len(content):
+        raise ValueError("its header is cut off")
     header = json.loads(bytes(content[8:start]))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
@@ -139,7 +147,7 @@ def write_safetensors(path: str | Path, arrays: Arrays) -> None:
 
 
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")
-_WRAPPERS += ("model_ema", "state_dict_ema")
+_WRAPPERS += ("model_ema", "state_dict_ema", "module")
 _WANTED = "it should be what a network's state_dict() gives; save that alone"
 
 
@@ -158,37 +166,56 @@ def _torch(path: Path, notes: list[str] | None = None) -> Arrays:
         raise ValueError(reason) from None
     except Exception as error:  # its own errors are of many kinds
         raise ValueError(error) from error
-    for wrapper in _WRAPPERS:  # a training checkpoint holds more than weights
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            others = [key for key in state if key != wrapper]
-            state = state[wrapper]
-            if notes is not None:
-                left = f"; {', '.join(map(str, others))} left out" if others else ""
-                notes.append(f"the weights are the checkpoint's {wrapper!r}{left}")
-            break
+    state = _unwrapped(state, [] if notes is None else notes)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}: {_WANTED}")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise UserError(f"{path} holds {name!r}, which is no tensor: {_WANTED}")
+        if value.untyped_storage().nbytes() < value.nbytes:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} is not stored whole"
+            )
     return {
         name: (value.float() if value.is_floating_point() else value).detach().numpy()
         for name, value in state.items()
     }
 
 
+def _unwrapped(state: Any, notes: list[str]) -> Any:
+    """Returns the weights inside of a training checkpoint, and notes what they were in and what is left out."""
+    while isinstance(state, dict):
+        wrappers = [k for k in _WRAPPERS if isinstance(state.get(k), dict)]
+        if not wrappers:
+            break
+        others = [str(key) for key in state if key != wrappers[0]]
+        left = f"; {', '.join(others)} left out" if others else ""
+        notes.append(f"the weights are the checkpoint's {wrappers[0]!r}{left}")
+        state = state[wrappers[0]]
+    return state
+
+
 def _hdf5(path: Path) -> Arrays:
     """Keras' weights: datasets by their path; the legacy layout repeats a layer's name, and ends names in ":0"."""
     arrays = {}
 
-    def collect(name, item):
-        if isinstance(item, h5py.Dataset):
-            if item.external:
+    def collect(group, path):
+        for key in group:
+            name = f"{path}{key}"
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise ValueError(f"{name} is a link to another place")
+            item = group[key]
+            if isinstance(item, h5py.Group):
+                collect(item, f"{name}/")
+            elif item.external:
                 raise ValueError(f"{name} lies in another file")
-            arrays[name.removesuffix(":0")] = np.asarray(item)
+            elif item.size and not item.id.get_storage_size():
+                raise ValueError(f"{name} of shape {item.shape} is not stored")
+            else:
+                arrays[name.removesuffix(":0")] = np.asarray(item)
 
     with h5py.File(path) as file:
-        file.get("model_weights", file).visititems(collect)
+        collect(file.get("model_weights", file), "")
     return {_once(name): array for name, array in arrays.items()}
 
 

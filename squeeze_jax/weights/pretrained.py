@@ -78,8 +78,10 @@ def load(
       UserError: the file cannot be read; missing, unexpected or misshapen arrays, the first of each by name.
     """
     lines = []
-    arrays, more = _unwrapped(files.read(path, lines))
+    arrays, more = _unprefixed(files.read(path, lines))
     lines += more
+    if spoiled := [n for n, a in arrays.items() if not _finite(a)]:
+        lines.append(f"{len(spoiled)} arrays are not finite, {spoiled[0]} first")
     arrays, more = _under(arrays, under, path)
     lines += more
     if names == OWN:
@@ -127,8 +129,12 @@ def save(path: str | Path, variables: Mapping[str, Any]) -> None:
         atomic.write(path, files.safetensors(arrays))
 
 
-def _unwrapped(arrays):
-    """Arrays without the prefixes that training left before their names."""
+def _finite(array) -> bool:
+    return array.dtype.kind not in "fV" or bool(np.isfinite(_comparable(array)).all())
+
+
+def _unprefixed(arrays):
+    """Removes the prefix that data-parallel training puts before names; returns the arrays and lines that say so."""
     lines = []
     if arrays and all(name.startswith(_PARALLEL) for name in arrays):
         lines.append(f"names without {_PARALLEL!r} of data-parallel training")

@@ -10,10 +10,9 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from squeeze_jax.data.photos import SUFFIXES
 from squeeze_jax.data.source import IGNORED, Example, Source
 from squeeze_jax.errors import UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif")
 
 
 def make(

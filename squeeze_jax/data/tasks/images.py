@@ -1,8 +1,6 @@
 """Images and their classes: which pixels a network gets, from a source of `data/sources`."""
 
 import dataclasses
-import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -14,7 +12,7 @@ import numpy as np
 from squeeze_jax.data import mix, photos, pipeline, vision
 from squeeze_jax.data.normalise import check_normalisation, normalised
 from squeeze_jax.data.pipeline import Batches
-from squeeze_jax.data.reader import Reader
+from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 
@@ -87,18 +85,14 @@ def make(
     ).items():
         if value < 0:
             raise UserError(f"config.data.{key} = {value} should not be negative")
-    megabytes = (len(opened.train) + len(opened.eval)) * math.prod(view.shape) / 2**20
-    reader = functools.partial(
-        Reader,
-        num_classes=len(opened.label_names),
-        view=view,
-        cached=workers == 0 and megabytes <= cache_mb,
+    train_reader, eval_reader = readers(
+        opened, view, workers=workers, cache_mb=cache_mb, corrupt=corrupt
     )
     return Images(
         label_names=opened.label_names,
         view=view,
-        train_reader=reader(opened.train, skip=corrupt == "skip"),
-        eval_reader=reader(opened.eval, skip=False),
+        train_reader=train_reader,
+        eval_reader=eval_reader,
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
         mixup=mixup,

@@ -2,7 +2,6 @@
 
 import colorsys
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ from PIL import Image
 from squeeze_jax.data import photos, pipeline, vision
 from squeeze_jax.data.normalise import check_normalisation, normalised
 from squeeze_jax.data.pipeline import Batches
-from squeeze_jax.data.reader import Reader
+from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 
@@ -76,20 +75,19 @@ def make(
             raise UserError(f"config.data.{key} = {value} should not be negative")
     if not 0 <= ignore <= 255:
         raise UserError(f"config.data.ignore = {ignore} should be 0 to 255")
-    height, width, depth = view.shape
-    pixels = (len(opened.train) + len(opened.eval)) * height * width
-    reader = functools.partial(
-        Reader,
-        num_classes=len(opened.label_names),
-        view=view,
-        cached=workers == 0 and pixels * (depth + 1) / 2**20 <= cache_mb,
+    train_reader, eval_reader = readers(
+        opened,
+        view,
+        workers=workers,
+        cache_mb=cache_mb,
+        corrupt=corrupt,
         ignored=(*opened.ignored, ignore),
     )
     return Segmentation(
         label_names=opened.label_names,
         view=view,
-        train_reader=reader(opened.train, skip=corrupt == "skip"),
-        eval_reader=reader(opened.eval, skip=False),
+        train_reader=train_reader,
+        eval_reader=eval_reader,
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
         workers=workers,

@@ -1,0 +1,78 @@
+"""The lines that tell what a run is about to do, before it does it."""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+
+from squeeze_jax import tree
+from squeeze_jax.cost import count
+from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.train import forward, sharding
+
+
+def plan(built: Built, workdir: pathlib.Path) -> str:
+    """What is about to be done, a line for each part."""
+    e, data, mesh = built.experiment, built.data, built.mesh
+    shapes = built.abstract()
+    params = forward.parameters(shapes.params)
+    macs = count.macs(
+        lambda v, x: forward.run(built.network, v, x)[0][0],
+        shapes.variables(),
+        data.example(),
+    ).total
+    variant = f" {built.options['variant']}" if "variant" in built.options else ""
+    devices = jax.devices()
+    local = e.batch // sharding.batch_shards(mesh)
+    epochs = e.steps * e.batch / data.num_train
+    optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
+    rows = {
+        "work dir": str(workdir),
+        "data": data.describe,
+        "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
+        "mesh": f"{len(devices)} x {devices[0].device_kind}: "
+        + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
+        "batch": f"{e.batch} = {local} a device"
+        + (f", in {e.accumulate} parts" if e.accumulate > 1 else ""),
+        "training": f"{e.steps:,} steps ({epochs:.1f} epochs), {optimizer}, {e.dtype}",
+    }
+    if built.phase.label:
+        last = built.phase.end
+        rows["phase"] = (
+            f"{built.phase.label}: to step {last:,} of {built.whole.steps:,}"
+        )
+    if used := _methods(e):
+        rows["methods"] = used
+    if built.begin is not None:
+        rows["begins with"] = built.begin.described
+    if built.teachers:
+        rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
+    return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
+
+
+def _methods(e) -> str:
+    """The methods of the plug points, as the config names them."""
+    named = []
+    for plug in ("update", "forward", "gradients", "exchange"):
+        sections = getattr(e, plug) or ()
+        sections = (sections,) if isinstance(sections, Mapping) else sections
+        names = [s["name"] for s in sections if isinstance(s, Mapping)]
+        named += [f"{plug} {', '.join(names)}"] if names else []
+    return " · ".join(named)
+
+
+def memory(compiled) -> str:
+    """XLA's own estimate of what the compiled step holds on each device."""
+    if not hasattr(compiled, "memory_analysis"):
+        return "not known: the gradients are compiled in pieces"
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "not known on this backend"
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    total = (
+        arguments
+        + temporary
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    ) / 2**20
+    return f"{total:,.0f} MiB a device: state and batch {arguments / 2**20:,.0f}, intermediate {temporary / 2**20:,.0f}"
