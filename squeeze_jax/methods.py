@@ -28,7 +28,7 @@ METHODS = "methods"  # the key in `params` of the parameters that methods own
 
 
 class Own(NamedTuple):
-    """What a method has to itself when the step calls it.
+    """A method's parameters, state, random key and step number, handed over at each call.
 
     Attributes:
       params: its own parameters; {} if it has none.
@@ -113,7 +113,7 @@ class Objective(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """What a `Gradients` method computes with. All functions are pure.
+    """The functions that a `Gradients` method computes with; all are pure.
 
     `stats` is an opaque dict of everything that a forward pass changes: running statistics, the methods' own state, a
     recurrent network's carry. Each pass takes the stats that the one before it returned.
@@ -178,7 +178,7 @@ class Plain(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """What stands between two phases of a run.
+    """A change of network and training state between two phases of a run.
 
     Attributes:
       apply: (options, state, Plain) → (options, state): the options of `models.make` and the training state that the next

@@ -103,7 +103,7 @@ def quantize(
 
 
 def _mean(blocks, axis_names, key):
-    """The quantized mean over devices of blocks [count, block], and this device's new residual."""
+    """Returns the quantized mean over devices of blocks [count, block], and this device's new residual."""
     n = jax.lax.axis_size(axis_names)
     count, block = blocks.shape
     rows = -(-count // n)
@@ -123,7 +123,7 @@ def _mean(blocks, axis_names, key):
 
 
 def _blocks(values, block):
-    """Arrays by name as one of [blocks, block]; each is padded with zeros to whole blocks."""
+    """Joins arrays to one of [blocks, block]; pads each with zeros to whole blocks."""
     rows = [
         jnp.pad(value.reshape(-1), (0, -value.size % block)).reshape(-1, block)
         for value in values.values()
@@ -132,7 +132,7 @@ def _blocks(values, block):
 
 
 def _values(blocks, like):
-    """The arrays of `_blocks` again, by name."""
+    """Takes what `_blocks` returns apart into arrays by name."""
     block, start, result = blocks.shape[1], 0, {}
     for name, value in like.items():
         stop = start + -(-value.size // block)

@@ -115,14 +115,14 @@ _KNOWN = PRODUCTS | _FREE | program.KERNELS
 
 
 def operation_macs(op: Operation) -> int:
-    """The MACs of an operation on one device."""
+    """Returns the MACs of an operation on one device."""
     if op.name == "conv_general_dilated":
         return _conv(op.eqn)
     return _dot(op.eqn) if op.name == "dot_general" else 0
 
 
 def _uncounted(op: Operation) -> str | None:
-    """What of an operation the rules do not cover."""
+    """Describes the part of an operation that the rules do not count."""
     if op.name == "while":
         return "while loop, counted as one iteration,"
     return None if op.name in _KNOWN else _describe(op.eqn)

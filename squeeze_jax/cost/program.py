@@ -314,7 +314,7 @@ def _rename(program: Program, prefix: str) -> None:
 
 def _value(v, weights: Iterable[str] | None) -> Value:
     names = None if weights is None else frozenset(weights)
-    aval = v.aval  # that of a token has no shape
+    aval = v.aval  # a token's abstract value has no shape
     return Value(getattr(aval, "shape", ()), getattr(aval, "dtype", None), names)
 
 

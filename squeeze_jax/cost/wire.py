@@ -1,7 +1,7 @@
 """Bytes on the wire: what each device sends in one call of a function, by collective and dtype.
 
 Two numbers describe a collective among n devices. The payload, which no algorithm changes, is the size of the array that
-the collective works on. The bytes sent are those of ring algorithms, which send the least that large arrays need
+the collective works on. The bytes sent are counted for ring algorithms; for large arrays no algorithm sends fewer
 (Patarasuk and Yuan 2009, JPDC 69):
 
     collective        payload                                 bytes that each device sends
@@ -182,7 +182,7 @@ def _primitive(op: Operation) -> str:
 
 
 def _parts(op: Operation) -> list[_Part]:
-    """The arrays that an operation sends: none where it is no collective, or among one device alone."""
+    """Returns the arrays that an operation sends; none if it is no collective or runs on one device."""
     name = _primitive(op)
     # A primitive of the same name in other versions changes the replication alone, and has no source.
     kind = "broadcast" if name == "pbroadcast" and "source" in op.params else None
@@ -203,7 +203,7 @@ def _parts(op: Operation) -> list[_Part]:
 
 
 def _group(op: Operation) -> int:
-    """How many devices a collective is among."""
+    """Returns the number of devices that take part in a collective."""
     if groups := op.params.get("axis_index_groups"):
         return len(groups[0])
     names = op.params.get("axes", op.params.get("axis_name"))
@@ -213,7 +213,7 @@ def _group(op: Operation) -> int:
 
 
 def _nbytes(v: program.Value) -> int:
-    """Bytes of an array whose numbers of less than 8 bits are packed."""
+    """Returns the bytes of an array; numbers of less than 8 bits are packed."""
     for kind, info in (jnp.integer, jnp.iinfo), (jnp.floating, jnp.finfo):
         if jnp.issubdtype(v.dtype, kind):
             return -(-math.prod(v.shape) * info(v.dtype).bits // 8)
@@ -254,14 +254,14 @@ def _compiled_parts(
 
 
 def _called(each) -> str | None:
-    """The computation that an instruction calls; the function that a reduction applies does not count."""
+    """Returns the computation that an instruction calls, but not the function that a reduction applies."""
     if each.opcode == "call":
         return re.search(r"to_apply=%?([\w.-]+)", each.attributes)[1]
     return each.calls
 
 
 def _operands(kind, each, inside, devices, unknown) -> Iterator[_Part]:
-    """The arrays that an instruction sends."""
+    """Yields the arrays that an instruction sends."""
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", each.attributes)
     if kind == "permute":
         moved = re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else "")
@@ -279,7 +279,7 @@ def _operands(kind, each, inside, devices, unknown) -> Iterator[_Part]:
 
 
 def _compiled_group(attributes: str, devices: int) -> int | None:
-    """How many devices a collective is among; None if it says so in another notation than these.
+    """Returns the number of devices that take part in a collective; None for a notation other than these.
 
     replica_groups={{0,1},{2,3}}                         lists; {} is all devices
     replica_groups=[2,4]<=[8]                            2 groups of 4

@@ -116,7 +116,7 @@ def compare(
 def same_answers(
     live: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """The agreement of each example [n], 0..1, where outputs are scores of classes.
+    """Returns the agreement of each example [n], 0..1, for outputs that are class scores.
 
     It is whether the top class, the argmax of the last axis, is the same; of several positions, as of a map of classes, the
     share where it is; of several outputs the product, so that a span agrees where both of its ends do. Of a regression,

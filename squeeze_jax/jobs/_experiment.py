@@ -63,7 +63,7 @@ class Experiment:
       gradients: how gradients are computed, by method file; None for one forward pass.
       exchange: gradient exchange between devices, by method file; None leaves it to the compiler.
       distill: networks that losses compare with.
-      phases: parts of the run with settings of their own, see `_phases`; () for one.
+      phases: settings that change during the run, see `_phases`; () for a run of one phase.
       sharding: sizes of the mesh's axes and the parameters' rules.
       checkpoint: how many to keep.
       compilation: where compiled programs are kept, see `_compilation.enable`.
@@ -98,7 +98,7 @@ class Experiment:
     jobs: dict = dataclasses.field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
-        """The config that `check` makes this experiment of, with all defaults."""
+        """Returns the config of this experiment with all defaults; `check` makes the same experiment from it."""
         keys = dataclasses.asdict(self)
         sections = keys.pop("jobs")
         if self.phases:
@@ -143,7 +143,7 @@ class Built:
 
     @property
     def checkpoints(self) -> dict[str, Any]:
-        """The settings of `Checkpoints`: which are kept, and which of them is the trained network."""
+        """Returns the arguments of `Checkpoints`: which checkpoints are kept, and which one is the trained network."""
         settings = {"best": self.metric.headline} | self.experiment.checkpoint
         lowest = settings["best"] in self.metric.lower
         return settings | ({"lowest": True} if lowest else {})
@@ -155,7 +155,7 @@ class Built:
         return contiguous and hasattr(self.model, "initial_carry")
 
     def with_seed(self, seed: int) -> "Built":
-        """The same with another seed."""
+        """Returns the same experiment with another seed."""
         changed = dataclasses.replace(self.experiment, seed=seed)
         whole = dataclasses.replace(self.whole, seed=seed)
         return dataclasses.replace(self, experiment=changed, whole=whole)
@@ -272,7 +272,7 @@ def build(
 
     Args:
       experiment: the whole one.
-      phase: which of its phases, from 0.
+      phase: index of the phase, from 0.
       options: of `models.make`, where a phase before has changed them.
     """
     e, where = _phases.of(experiment, phase)
@@ -337,7 +337,7 @@ def build(
 
 
 def opened(workdir: pathlib.Path, config: Mapping[str, Any]) -> Built:
-    """Builds the experiment of a work directory as its trained network is: of which phase, and of which options."""
+    """Builds the experiment of a work directory in the phase, and with the network options, of its trained network."""
     config, phase, options = _pretrained.alone(workdir, config)
     return build(check(config), phase, options)
 
@@ -353,7 +353,7 @@ def _check_sections(e: Experiment) -> None:
 
 
 def _check_built(built: Built) -> None:
-    """Raises a UserError for what fits no network of these shapes: examples, rules, methods, the best score."""
+    """Raises a UserError for examples, rules, methods or a best score that do not fit the network."""
     _best(built)
     state = built.abstract()
     _plugs.check_state(state.extra)
@@ -368,7 +368,7 @@ def _check_built(built: Built) -> None:
 
 
 def _bound(losses, model, teachers, source) -> _objective.Objective:
-    """The losses, for the shapes of the student's and the teachers' outputs."""
+    """Binds the losses to the shapes of the student's and the teachers' outputs."""
     if not _objective.needs_teacher(losses) and not teachers:
         return _objective.bind(losses, {}, ())
     x = source.example()

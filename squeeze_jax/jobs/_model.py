@@ -12,7 +12,7 @@ from squeeze_jax.jobs import _pretrained
 
 
 def options(e, source: data.Data, begin) -> dict[str, Any]:
-    """What the model is made of: what the data decide, what a trained network has, what the config says."""
+    """Returns the options of `models.make`: those of a trained network, then those that the data decide, then the config's."""
     whole = begin is not None and not (e.init.get("only") or e.init.get("layers"))
     there = begin.options if whole else {}
     name = e.model.get("name", there.get("name"))
@@ -42,7 +42,7 @@ def options(e, source: data.Data, begin) -> dict[str, Any]:
 
 
 def check_fit(options: Mapping[str, Any], model: nn.Module, source: data.Data) -> None:
-    """Raises a UserError where a network has too few classes or tokens for the data, or another task."""
+    """Raises a UserError if a network has too few classes or tokens for the data, or another task."""
     classes, needed = options.get("num_classes"), source.model.get("num_classes")
     if classes is not None and needed is not None and classes < needed:
         raise UserError(

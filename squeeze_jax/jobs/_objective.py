@@ -105,7 +105,7 @@ def bind(parts: Sequence[Part], student, teachers: Sequence) -> Objective:
 
 
 def _compared(name, bound) -> methods.Objective:
-    """A loss that compares with teachers, as every other loss is called."""
+    """Wraps a bound distillation loss as an `Objective`."""
 
     def loss(logits, endpoints, batch, params, own):
         del params

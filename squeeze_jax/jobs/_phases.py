@@ -1,4 +1,4 @@
-"""The phases of a run: each is the loop with its own overrides of the config, and begins with a transition.
+"""The phases of a run: each phase runs the training loop with its own overrides of the config.
 
     phases = (
         dict(steps=300),
@@ -20,7 +20,7 @@ OVERRIDES += ("exchange", "accumulate", "ema", "dtype")
 OVERRIDES += ("log_every", "eval_every", "save_every")
 MERGED = ("optim", "data")  # sections of settings; the others name methods
 
-# The stream of each phase's data is shuffled by a seed of its own.
+# Each phase shuffles its data by a different seed.
 _SEED = 0x9E3779B1
 
 
@@ -41,12 +41,12 @@ class Phase(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The step, counted over all phases, that it ends with."""
+        """Returns the phase's last step, counted over all phases."""
         return self.first + self.steps
 
     @property
     def label(self) -> str:
-        """Such as "phase 1/2"; empty for a run of one phase."""
+        """Returns a label such as "phase 1/2"; "" for a run of one phase."""
         return f"phase {self.index + 1}/{self.count}" if self.count > 1 else ""
 
 
@@ -86,7 +86,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def total(phases) -> int:
-    """The steps of all phases."""
+    """Returns the number of steps of all phases."""
     return sum(phase["steps"] for phase in phases)
 
 
@@ -114,5 +114,5 @@ def of(experiment, index: int):
 
 
 def data_seed(seed: int, phase: Phase) -> int:
-    """The seed of a phase's order of examples; the run's own in the first."""
+    """Returns the seed that shuffles a phase's examples; in the first phase it is the run's seed."""
     return (seed + phase.index * _SEED) % 2**32

@@ -1,4 +1,7 @@
-"""A plain network as a work directory: what shrinking, extraction or another program made, from which every job goes on."""
+"""Writes a plain network as a work directory, so that every job goes on from it.
+
+The network may come from shrinking, from the extraction of a sub-network, or from another program.
+"""
 
 import contextlib
 import pathlib
@@ -34,7 +37,7 @@ def write(
       variables: {"params", "batch_stats"} of the network.
 
     Raises:
-      UserError: the work directory holds a run already, or the variables are not those of the network.
+      UserError: the work directory holds a run already, or the variables do not fit the network.
     """
     workdir = pathlib.Path(workdir)
     if any((workdir / "checkpoints").glob("[0-9]*")):

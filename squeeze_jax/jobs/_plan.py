@@ -12,7 +12,7 @@ from squeeze_jax.train import forward, sharding
 
 
 def plan(built: Built, workdir: pathlib.Path) -> str:
-    """What is about to be done, a line for each part."""
+    """Describes what the run will do, one line for each part."""
     e, data, mesh = built.experiment, built.data, built.mesh
     shapes = built.abstract()
     params = forward.parameters(shapes.params)
@@ -51,7 +51,7 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
 
 
 def _methods(e) -> str:
-    """The methods of the plug points, as the config names them."""
+    """Lists the methods of the plug points by the names in the config."""
     named = []
     for plug in ("update", "forward", "gradients", "exchange"):
         sections = getattr(e, plug) or ()

@@ -1,4 +1,4 @@
-"""The methods that a config names, made and bound to the network: what fills the five plug points of a step."""
+"""Makes the methods that a config names and binds them to the network, for the five plug points of a step."""
 
 import inspect
 import pathlib
@@ -25,7 +25,7 @@ OPTIMIZER = "optim"  # stands for the optimizer's chain in `config.update`
 
 
 class Plugs(NamedTuple):
-    """What fills the plug points.
+    """The methods of the plug points.
 
     Attributes:
       update: the gradient transforms, the optimizer among them.
@@ -79,7 +79,7 @@ def method(section: Mapping, where: str) -> Any:
 
 
 def short_name(section: Mapping, taken: set[str]) -> str:
-    """The name of a method in records, parameters and state: its file's, with underscores until it is unique."""
+    """Returns a method's name in records, parameters and state: its file's name, with underscores until it is unique."""
     name = section["name"]
     name = (
         pathlib.Path(name).stem if registry.is_path(name) else name.rpartition(".")[2]
@@ -178,7 +178,7 @@ def check_options(gradients: Named | None, model: nn.Module, name: str) -> None:
 def bound_taps(
     model: nn.Module, example: Any, forwards: Mapping[str, methods.Forward]
 ) -> dict[str, tuple]:
-    """The taps that each method accepts.
+    """Returns the taps that each method accepts.
 
     Raises:
       UserError: a method that intercepts and finds nothing to intercept.
@@ -197,7 +197,7 @@ def bound_taps(
 def owners(
     plugs: Plugs, taps: Mapping[str, tuple], terms: Sequence[Term], devices: int
 ) -> dict[str, Owner]:
-    """What the methods own beside the network, by name."""
+    """Returns what each method owns beside the network, by name."""
     by_name = {
         name: Owner(
             f.init and (lambda key, params, f=f, t=taps[name]: f.init(key, params, t)),

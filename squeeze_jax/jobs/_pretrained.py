@@ -48,7 +48,7 @@ class Network(NamedTuple):
     first: int = 0
 
     def as_run(self, model: nn.Module, example: Any, dtype: str) -> forward.Network:
-        """A module with everything that changes it as it is run."""
+        """Returns a module together with the methods that change how it is run."""
         changes = _plugs.forward_methods(self.forwards, set())
         return forward.make(
             model, example, forwards=changes, dtype=dtype, first=self.first
@@ -57,7 +57,7 @@ class Network(NamedTuple):
     def plain(
         self, options: Mapping[str, Any], key: jax.Array | None
     ) -> dict[str, Any]:
-        """The weights that the network runs with: {"params", "batch_stats"}, numpy; interceptions are left out."""
+        """Returns the weights that the network runs with: {"params", "batch_stats"}, numpy; interceptions are left out."""
         variables = self.read(options, key)
         if not self.forwards:
             return {
@@ -71,7 +71,7 @@ class Network(NamedTuple):
 
     @property
     def described(self) -> str:
-        """Where it is, and what has changed its weights."""
+        """Describes where the network is, and which methods changed its weights."""
         if not self.forwards:
             return self.where
         names = ", ".join(section["name"] for section in self.forwards)
@@ -160,7 +160,7 @@ def of_file(
     names: str = "squeeze_jax",
     under: str = "",
 ) -> Network:
-    """The network that a config names, with the weights of a file.
+    """Returns the network that a config names, with the weights of a file.
 
     Args:
       options: of `models.make`.
@@ -270,13 +270,13 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _options(saved: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
-    """What the network of a checkpoint was made with: in a run of several phases each has options of its own."""
+    """Returns the network options of a checkpoint; in a run of several phases each checkpoint has its own."""
     phased = saved.get("config", {}).get("phases")
     return saved["options"] if phased else noted["model"]
 
 
 def _saved(workdir: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The note of the checkpoint that a run's trained network is; {} if there is none that can be read."""
+    """Returns the note of the checkpoint that holds a run's trained network; {} if none can be read."""
     directory, saved = workdir / "checkpoints", None
     if directory.is_dir():
         opened = Checkpoints(directory, **settings, read_only=True)
@@ -377,7 +377,7 @@ def begin(
 
 
 def _head(model: str) -> tuple[str, ...]:
-    """How the names of the parameters begin that a network for other classes initialises anew."""
+    """Returns the prefixes of the classifier's parameters, which a network for other classes initialises anew."""
     module = registry.load("squeeze_jax.models", model, "model")
     return tuple(f"{layer}/" for layer in getattr(module, "CLASSIFIER", ()))
 

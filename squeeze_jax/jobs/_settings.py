@@ -16,18 +16,18 @@ JOBS = "squeeze_jax.jobs"
 
 
 def jobs() -> list[str]:
-    """The names of all jobs; each may be a section of a config."""
+    """Returns the names of all jobs."""
     return registry.names(JOBS)
 
 
 def with_settings() -> list[str]:
-    """The names of the jobs that a config may have a section for."""
+    """Returns the names of the jobs that have settings, which a config may have a section for."""
     loaded = {name: importlib.import_module(f"{JOBS}.{name}") for name in jobs()}
     return [name for name, module in loaded.items() if hasattr(module, "Settings")]
 
 
 def sections(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of each job that a config has a section for.
+    """Returns the settings of each job that a config has a section for.
 
     Raises:
       UserError: a job without settings, an unknown key, a value of another type.
@@ -45,7 +45,7 @@ def sections(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of(built, kind: type):
-    """The settings of a job, as the config has them, or its defaults.
+    """Returns the settings of a job from the config, or their defaults.
 
     Args:
       built: the experiment.
@@ -88,7 +88,7 @@ def tuples(value):
 
 
 def current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of an earlier version by today's names, so that its work directory opens."""
+    """Renames the keys of an earlier version's config, so that its work directory opens."""
     now = dict(config)
     if "transforms" in now:
         transforms = tuple(now.pop("transforms"))
@@ -102,7 +102,7 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loss_names(objective):
-    """Losses were found in train before they had a folder of their own."""
+    """Renames losses: they were called "train.x" before they had their own folder."""
     if not isinstance(objective, Mapping):
         return tuple(_loss_names(section) for section in objective)
     name = objective.get("name", "")

@@ -1,4 +1,4 @@
-"""From one phase of a run to the next: the transition's change, the state that goes on, and a rehearsal before training."""
+"""Leads a run from one phase to the next, and rehearses that before training."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from squeeze_jax.train.state import State, handed_over
 
 
 def resumed(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | None]:
-    """The experiment in the phase of the newest whole checkpoint, and that checkpoint; as it is if there is none."""
+    """Returns the experiment in the phase of the newest whole checkpoint, and that checkpoint or None."""
     current = [built]
 
     def like(note):
@@ -32,7 +32,7 @@ def resumed(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | N
 
 
 def next_phase(built: Built, state: State, say: Callable) -> tuple[Built, State]:
-    """The experiment in its next phase, and the state that it begins with.
+    """Returns the experiment in its next phase, and the state that the phase begins with.
 
     Args:
       built: the phase that has ended.
@@ -50,7 +50,7 @@ def next_phase(built: Built, state: State, say: Callable) -> tuple[Built, State]
 
 
 def fetched(state: State) -> State:
-    """A state on the host, whole on every process."""
+    """Copies a state to the host, whole on every process."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(state, tiled=True)
     return jax.device_get(state)
@@ -77,7 +77,7 @@ def rehearsed(built: Built) -> list[str]:
 
 
 def _transition(built: Built, state: State) -> tuple[Built, State]:
-    """The experiment in its next phase, and the state as the transition changes it; host arrays."""
+    """Applies the next phase's transition; returns the experiment in that phase, and the changed state as host arrays."""
     index = built.phase.index + 1
     section, options = built.whole.phases[index].get("begin"), built.options
     if section is not None:

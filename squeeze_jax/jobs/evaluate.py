@@ -55,7 +55,7 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
 
 
 def _abstract(built: Built, note: Mapping[str, Any]) -> State:
-    """The shapes of a checkpoint, if it is of the phase that the experiment was built for."""
+    """Returns the shapes of a checkpoint; raises a UserError if it belongs to another phase than the experiment."""
     if note.get("phase", 0) != built.phase.index:
         raise UserError(
             f"the checkpoint of step {note['step']} is of phase {note['phase'] + 1} of the run, not of phase"

@@ -39,7 +39,7 @@ class Settings:
 
 
 def check(settings: Settings, built: Built) -> None:
-    """Raises a UserError for a format that there is not."""
+    """Raises a UserError for an unknown format."""
     del built
     for key in settings.formats:
         registry.load("squeeze_jax.export.formats", key, "export format")
@@ -108,7 +108,7 @@ def live(built: Built, state: State, *, endpoints: bool = False, integer: bool =
 
 
 def on_host(built: Built, state: State) -> tuple[forward.Network, dict]:
-    """The trained network and its variables as they are computed with, numpy; in float32 whatever the training used."""
+    """Returns the trained network with its weights as it runs with them: numpy, float32 whatever the training used."""
     network = built.network._replace(dtype="float32")
     network, variables = forward.folded(network, jax.device_get(state.variables()))
     return network, jax.device_get(variables)

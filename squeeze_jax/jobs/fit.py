@@ -46,7 +46,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
 
 
 def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Built:
-    """Trains, see `run`; what is `compiled` may have served runs that differ in nothing but their seeds."""
+    """Trains, see `run`; `compiled` may hold steps that were compiled for the same experiment with another seed."""
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
     settings = built.checkpoints
@@ -190,7 +190,7 @@ def evaluation(
 
 
 def _carried(built: Built, step: Callable, rows: int) -> Callable:
-    """An evaluation step that hands what a recurrent network carries from one batch to the next."""
+    """Returns an evaluation step that hands a recurrent network's carry from one batch to the next."""
     over = sharding.over_batch(built.mesh)
     carry = jax.jit(lambda: built.model.initial_carry(rows), out_shardings=over)()
 
@@ -203,7 +203,7 @@ def _carried(built: Built, step: Callable, rows: int) -> Callable:
 
 
 class Compiled:
-    """The steps of the phases of a run, compiled once; in a `with` statement."""
+    """The training steps of a run's phases, each compiled once; to be used in a `with` statement."""
 
     def __init__(self):
         self._steps, self._open = {}, contextlib.ExitStack()
@@ -215,7 +215,7 @@ class Compiled:
         self._open.close()
 
     def of(self, built: Built, say: Callable[[str], None]) -> "Steps":
-        """The steps of a phase, compiled for the largest shape of batch.
+        """Returns the steps of a phase, compiled for the largest shape of batch.
 
         Args:
           built: the phase.
@@ -226,7 +226,7 @@ class Compiled:
         return steps_of_phase
 
     def evaluate(self, built: Built, state: State) -> dict[str, float]:
-        """The scores of a state of a phase; see `evaluator`."""
+        """Returns the scores of a state; see `evaluator`."""
         return self._of(built).evaluate(state)
 
     def _of(self, built: Built) -> "Steps":
@@ -316,7 +316,7 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
 
 
 def traceable(built: Built, spec, lessons: _teachers.Lessons) -> tuple:
-    """The parts of the step, and the shapes and shardings of its arguments; see `compile_step`."""
+    """Returns the parts of the step, and its arguments' shapes and shardings; see `compile_step`."""
     e, mesh, abstract = built.experiment, built.mesh, built.abstract()
     pieces = steps.parts(
         built.network,
@@ -348,7 +348,7 @@ def traceable(built: Built, spec, lessons: _teachers.Lessons) -> tuple:
 
 
 def on_the_wire(built: Built, step: "Steps") -> str:
-    """What each device sends in a step: of an exchange as it is written, else as the compiler makes it."""
+    """Describes the bytes that each device sends in a step."""
     if built.plugs.exchange is None and hasattr(step.largest, "as_text"):
         return wire.describe(wire.compiled_wire(step.largest)).removeprefix("wire ")
     spec = built.data.specs(built.experiment.batch)[-1]

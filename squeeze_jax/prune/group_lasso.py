@@ -81,7 +81,7 @@ def group_norms(kernel: jax.Array, groups: str) -> jax.Array:
 
 
 def _penalised(params: Mapping[str, Any], rules: tree.Rules) -> dict[str, Any]:
-    """The network's parameters that the rules choose, by name."""
+    """Returns the network's parameters that the rules choose, by name."""
     network = {k: v for k, v in params.items() if k != methods.METHODS}
     chosen = tree.apply_rules(rules, network, default=False, where="group_lasso.rules")
     chosen, values = tree.flatten(chosen), tree.flatten(network)

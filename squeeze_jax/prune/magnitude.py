@@ -141,7 +141,7 @@ def pruned_names(params: Mapping[str, Any], rules: tree.Rules) -> list[str]:
 
 
 def _pruned(masks, weights, shares, number, scope):
-    """Masks with the sparsity of the pruning of this number."""
+    """Returns masks with the sparsity that the schedule has at this pruning."""
     names = list(masks)
     parts = [names] if scope == "global" else [[name] for name in names]
     result = {}
@@ -158,7 +158,7 @@ def _pruned(masks, weights, shares, number, scope):
 
 
 def _key(weight: jax.Array, mask: jax.Array) -> jax.Array:
-    """Integers in the order of the magnitudes, uint32; 0 for weights that are pruned already."""
+    """Returns integers that order weights by magnitude, uint32; 0 for weights that are pruned already."""
     magnitude = jnp.abs(weight.astype(jnp.float32))
     bits = jax.lax.bitcast_convert_type(magnitude, jnp.uint32)
     return jnp.where(mask, bits + 1, 0)

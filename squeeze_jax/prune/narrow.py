@@ -67,7 +67,7 @@ def _kernel(params: Mapping[str, Any], layer: str):
 
 
 def _smallest(kernel, keep: float) -> np.ndarray:
-    """The filters that go, sorted; of equal norms the last ones."""
+    """Returns the indices of the filters to remove, sorted; among equal norms the last ones."""
     norms = np.sqrt(
         np.square(np.asarray(kernel, np.float64)).sum(tuple(range(kernel.ndim - 1)))
     )
@@ -76,7 +76,7 @@ def _smallest(kernel, keep: float) -> np.ndarray:
 
 
 def _kept(variables, removed, before, after, plain: Plain) -> dict:
-    """{array's name: {axis: indices that stay}} of every parameter and statistic that gets smaller."""
+    """Returns {array's name: {axis: indices that stay}} for each parameter and statistic that gets smaller."""
     wanted = jax.eval_shape(
         lambda x: after.init(jax.random.key(0), x, train=False), plain.example
     )
@@ -110,12 +110,12 @@ def _kept(variables, removed, before, after, plain: Plain) -> dict:
 
 
 def _layer(name: str) -> str:
-    """The path of the layer that an array of the variables belongs to."""
+    """Returns the path of the layer that an array belongs to."""
     return name.partition("/")[2].rpartition("/")[0]
 
 
 def _gone(arriving, layer: str, channels: int):
-    """The removed ones among the channels that arrive at a layer, or at the nearest block around it with so many."""
+    """Returns the removed channels among those that arrive at a layer, or at the nearest block around it that has as many."""
     while layer:
         if layer in arriving and len(arriving[layer]) == channels:
             return np.flatnonzero(arriving[layer])
@@ -124,7 +124,7 @@ def _gone(arriving, layer: str, channels: int):
 
 
 def _arriving(net, variables, removed, mixing, example) -> dict[str, np.ndarray]:
-    """{layer: bool [channels]}: which of the channels that arrive at it are removed ones.
+    """Returns {layer: bool [channels]}: which of the channels that arrive at it are removed ones.
 
     Args:
       net: the network before.
@@ -162,7 +162,7 @@ def _arriving(net, variables, removed, mixing, example) -> dict[str, np.ndarray]
 
 
 def _sliced(state: Any, kept: Mapping[str, Mapping[int, np.ndarray]]):
-    """A training state with every array of a parameter or statistic sliced as that is."""
+    """Slices a training state: each array is cut as the parameter or statistic that it belongs to."""
     parameters = tree.flatten({k: v for k, v in state.params.items() if k != METHODS})
     statistics = tree.flatten(state.stats)
 

@@ -138,14 +138,14 @@ def _check(bits, activation_bits, start, observe, rate) -> None:
 
 
 def _step(name: str) -> str:
-    """The name of a step size's parameter; no rule for kernels matches it."""
+    """Returns the name of a step size's parameter; no rule for kernels matches it."""
     return f"{name}_step"
 
 
 def quantized_weight(
     weight: jax.Array, theta: jax.Array, bits: int, rate: float = 1.0
 ) -> jax.Array:
-    """Fake quantization of a kernel [..., c] with symmetric ranges.
+    """Rounds a kernel [..., c] to integer levels of a symmetric range (fake quantization).
 
     Args:
       weight: float array.
@@ -167,7 +167,7 @@ def quantized_activation(
     bits: int,
     rate: float = 1.0,
 ) -> jax.Array:
-    """Fake quantization of activations with one step size and a zero point.
+    """Rounds activations to integer levels with one step size and a zero point (fake quantization).
 
     Args:
       x: float array [b, ...].
@@ -187,7 +187,7 @@ def quantized_activation(
 
 
 def fake(x: jax.Array, step: jax.Array, low, high) -> jax.Array:
-    """round(clip(x / step, low, high)) step; the gradient passes the rounding.
+    """Returns round(clip(x / step, low, high)) step; the gradient passes the rounding.
 
     A value at the border of the range counts as inside: of each channel the largest weight stands there.
     """

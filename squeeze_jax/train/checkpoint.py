@@ -159,7 +159,7 @@ class Checkpoints:
         return self.restore(like) if best is None else self.restore(like, [best])
 
     def _best_step(self) -> int | None:
-        """The step of the best checkpoint; None if the newest is to be used."""
+        """Returns the step of the best checkpoint; None if the newest is to be used."""
         if self._use == "newest":
             return None
         scores = {step: self._manager.metrics(step) for step in self.steps()}
@@ -176,7 +176,7 @@ class Checkpoints:
         return max(scores, key=scores.get)
 
     def note(self) -> Mapping[str, Any] | None:
-        """The note of the checkpoint that the trained network is; None if there is none that can be read."""
+        """Returns the note of the checkpoint that holds the trained network; None if none can be read."""
         best = self._best_step() if self.steps() else None
         for step in self.steps()[::-1] if best is None else [best]:
             # A damaged one is noticed and told of when it is read.
@@ -191,7 +191,7 @@ class Checkpoints:
             return self._manager.restore(step, args=args)["note"] | {"step": step}
 
     def weights(self) -> dict[str, Any] | None:
-        """The trained network's variables for `forward.run`, numpy arrays, whatever it is; None without a checkpoint.
+        """Returns the trained network's variables for `forward.run`, numpy, whatever its shapes; None without a checkpoint.
 
         Of the steps the one that `use` names; averaged weights where the run has them.
 
@@ -227,7 +227,7 @@ class Checkpoints:
         return self.trained(network_of)
 
     def _described(self, sharding, only: int | None = None) -> State | None:
-        """The shapes of a saved state, the newest or of one step, the optimizer's arrays by name; None if unreadable."""
+        """Returns the shapes of a saved state, of one step or the newest, with the optimizer's arrays by name; None if unreadable."""
         for step in self.steps()[::-1] if only is None else [only]:
             # A damaged one is noticed and told of when it is read.
             with contextlib.suppress(Exception):
@@ -381,7 +381,7 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _to_dict(state: State) -> dict[str, Any]:
-    """Orbax stores plain containers only: the optimizer's named tuples and a carry become flat names."""
+    """Turns a state into plain dicts, which Orbax stores: the optimizer's named tuples and a carry become flat names."""
     arrays = {
         "step": state.step,
         "params": state.params,
@@ -414,7 +414,7 @@ def _from_dict(saved: dict[str, Any], like: State) -> State:
 
 
 def _renamed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state as it was saved, the losses' parameters where methods have theirs."""
+    """Renames the arrays of an earlier version: moves the losses' parameters to those of the methods."""
 
     def moved(params):
         if _OBJECTIVE not in params:
@@ -433,7 +433,7 @@ def _renamed(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _old_names(expected: dict[str, Any]) -> dict[str, Any]:
-    """The description of a state by the names of `_renamed`'s argument."""
+    """Renames a state's description to the names of an earlier version, the inverse of `_renamed`."""
 
     def moved(params):
         rest = {k: v for k, v in params.items() if k != METHODS}

@@ -119,7 +119,7 @@ def run(
 def folded(
     network: Network, variables: Mapping[str, Any]
 ) -> tuple[Network, dict[str, Any]]:
-    """Returns the network and its variables with the reparametrizations applied, which it does without from then on.
+    """Applies the reparametrizations; returns a network without them, and its variables.
 
     Where no method intercepts, the result is a plain network: {"params", "batch_stats"} of the module alone.
     """
@@ -140,7 +140,7 @@ def folded(
 
 
 def parameters(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The network's parameters, without those that methods own."""
+    """Returns the network's parameters, without those that methods own."""
     return {name: value for name, value in params.items() if name != METHODS}
 
 
@@ -169,7 +169,7 @@ def taps(
 
 
 def normalisations(model: nn.Module, example: Any) -> frozenset[str]:
-    """The paths of a network's normalisation layers."""
+    """Returns the paths of a network's normalisation layers."""
     paths = set()
 
     def record(call, args, kwargs, context):
@@ -197,7 +197,7 @@ def own(
     train: bool = True,
     key: jax.Array | None = None,
 ) -> Own:
-    """What the method of a name has to itself, from variables as in `run`."""
+    """Returns a method's `Own` from variables as in `run`."""
     params = variables["params"].get(METHODS, {}).get(name, {})
     step = variables.get("step")
     return Own(
@@ -229,7 +229,7 @@ def _reparametrized(network, variables, owns):
 
 
 def _replaced(forwards, owns, changes, tap, x):
-    """The array of a tap after all interceptions; notes the changes of their state."""
+    """Returns a tap's array after all interceptions, and notes the changes of their state."""
     for name in changes:
         if forwards[name].taps(tap.name):
             state = owns[name].state
@@ -240,7 +240,7 @@ def _replaced(forwards, owns, changes, tap, x):
 
 
 def floats(values, dtype):
-    """The floating-point arrays of a pytree in a dtype; others as they are."""
+    """Casts the floating-point arrays of a pytree; leaves others as they are."""
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         values,
@@ -248,7 +248,7 @@ def floats(values, dtype):
 
 
 def cast(params, dtype: str, float32: frozenset[str] = frozenset()):
-    """Weights in the dtype of the computation, but for those of the layers in `float32`."""
+    """Casts weights to the dtype of the computation, except those of the layers in `float32`."""
     if dtype == "float32":
         return params
     return tree.map_named(

@@ -162,7 +162,7 @@ def evaluate(
 
 
 def _total(parts: list[np.ndarray]) -> float | np.ndarray:
-    """The sum over batches: a number, or an array with 64 bits, so that large counts stay exact."""
+    """Adds up over batches: returns a number, or an array with 64 bits, so that large counts stay exact."""
     if np.ndim(parts[0]) == 0:
         return float(np.sum(parts))
     wide = np.int64 if np.issubdtype(parts[0].dtype, np.integer) else np.float64

@@ -67,7 +67,7 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Devices that a batch is divided over."""
+    """Returns the number of devices that a batch is divided over."""
     return math.prod(mesh.shape[a] for a in BATCH)
 
 

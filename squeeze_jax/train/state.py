@@ -35,14 +35,14 @@ class State(NamedTuple):
     carry: Any = None
 
     def variables(self, *, averaged: bool = True) -> dict[str, Any]:
-        """The variables of `forward.run`, to evaluate and export; averaged weights if there are any."""
+        """Returns the variables for `forward.run`, to evaluate and export; averaged weights if there are any."""
         source = self.ema if averaged and self.ema else self._asdict()
         variables = {"params": source["params"], "batch_stats": source["stats"]}
         extra = {"extra": self.extra} if self.extra else {}
         return variables | extra | {"step": self.step}
 
     def plain(self, *, averaged: bool = True) -> dict[str, Any]:
-        """{"params", "batch_stats"} for `model.apply`, of a network that no method changes; averaged if there are any."""
+        """Returns {"params", "batch_stats"} for `model.apply`, for a network that no method changes."""
         whole = self.variables(averaged=averaged)
         params = {k: v for k, v in whole["params"].items() if k != METHODS}
         return {"params": params, "batch_stats": whole["batch_stats"]}
@@ -123,7 +123,7 @@ def _copies(state, devices: int):
 
 
 def _merged(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with the leaves that are given instead."""
+    """Replaces the leaves of a tree by those that are given."""
     return {
         name: _merged(value, given.get(name, {}))
         if isinstance(value, Mapping)
@@ -133,7 +133,7 @@ def _merged(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def handed_over(before: State, fresh: State) -> tuple[State, list[str]]:
-    """The state that a phase begins with, from the state that the one before ended with.
+    """Returns the state that a phase begins with, from the state that the phase before ended with.
 
     Weights, statistics and averages go on; what methods own goes on under the same name and of the same shapes. The
     optimizer's state goes on if it is of the same kind, but learning-rate schedules begin anew.

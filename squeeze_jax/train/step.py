@@ -65,7 +65,7 @@ class Parts(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What the gradients' part hands on: gradients, changed statistics, state and carry, and metrics."""
+    """The result of the part `gradients`: gradients, changed statistics, state and carry, and metrics."""
 
     grads: Any
     stats: Any
@@ -268,7 +268,7 @@ def _computed(network, terms, inputs, gradients):
 
 
 def _in_parts(compute, accumulate, params, stats, carry, batch, key):
-    """Gradients, statistics, carry and metrics of one batch, in `accumulate` parts."""
+    """Computes gradients, statistics, carry and metrics of one batch, in `accumulate` parts."""
     if accumulate == 1:
         return compute(params, stats, carry, batch, key)
 
@@ -295,7 +295,7 @@ def _in_parts(compute, accumulate, params, stats, carry, batch, key):
 
 
 def _updated(state, computed, examples, key, update, ema, first):
-    """The next state, and the metrics."""
+    """Returns the next state and the metrics."""
     params, opt = apply_update(
         update, computed.grads, state.opt, state.params, key, state.step - first
     )
@@ -412,7 +412,7 @@ def _exchanged(compute, exchange: Named, first: int, mesh: Mesh):
 
 
 def _agreed(x):
-    """What devices that hold different values of a statistic go on with: the mean, of counts and flags the largest."""
+    """Reconciles a statistic that differs between devices: by the mean, or by the largest of counts and flags."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jax.lax.pmean(x, BATCH)
     if x.dtype == bool:

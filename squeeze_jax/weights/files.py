@@ -196,7 +196,7 @@ def _unwrapped(state: Any, notes: list[str]) -> Any:
 
 
 def _hdf5(path: Path) -> Arrays:
-    """Keras' weights: datasets by their path; the legacy layout repeats a layer's name, and ends names in ":0"."""
+    """Reads datasets by their path; Keras' legacy layout repeats a layer's name, and ends names in ":0"."""
     arrays = {}
 
     def collect(group, path):
@@ -220,7 +220,7 @@ def _hdf5(path: Path) -> Arrays:
 
 
 def _once(name: str) -> str:
-    """`conv1/conv1/kernel` as `conv1/kernel`, and Keras 3's `layers/conv1/vars/0` as it is."""
+    """Removes a repeated first part: `conv1/conv1/kernel` becomes `conv1/kernel`."""
     first, _, rest = name.partition("/")
     return rest if rest.startswith(f"{first}/") else name
 

@@ -159,7 +159,7 @@ def _under(arrays, under: str, path):
 
 
 def _comparable(array):
-    """Half-precision numbers as float32."""
+    """Casts floats of any width to float32."""
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.kind in "fV" else array
 
@@ -169,7 +169,10 @@ def _head(module) -> tuple[str, ...]:
 
 
 def _without_classifier(arrays, module, like, layers, names):
-    """The shapes without a classifier that the file does not have or has for other classes."""
+    """Leaves out a classifier that the file does not have or has for other classes.
+
+    Returns the shapes of the rest, patterns of the file's names to ignore, and lines that say so.
+    """
     flat, lines, ignored = tree.flatten(like["params"]), [], []
     for layer in _head(module):
         inside = {n: s for n, s in flat.items() if n.startswith(f"{layer}/")}
@@ -192,7 +195,7 @@ def _without_classifier(arrays, module, like, layers, names):
 
 
 def _own(arrays, module, like, lines, path):
-    """Arrays under our own names."""
+    """Fits arrays that have our own names."""
     wanted = {k: like.get(k, {}) for k in ("params", "batch_stats")}
     flat = tree.flatten(wanted)
     head = tuple(f"params/{layer}/" for layer in _head(module))

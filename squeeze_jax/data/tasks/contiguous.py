@@ -88,7 +88,7 @@ def make(
 
 
 def _read(paths: Paths, level: Level) -> list[str]:
-    """The tokens of text files, one file after the other."""
+    """Reads the tokens of text files, one file after the other."""
     paths = [paths] if isinstance(paths, str) else paths
     tokens = []
     for path in paths:
@@ -214,7 +214,7 @@ class Contiguous:
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Stream:
-        """The endless stream of batches; arguments as those of `pipeline.training`.
+        """Returns the endless stream of training batches; takes the arguments of `pipeline.training`.
 
         Raises:
           UserError: as that, or text too short for so many streams.
@@ -243,7 +243,7 @@ class Contiguous:
         return Stream(make, start // batch, None)
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Stream:
-        """Every evaluation window once, see the top of this file; arguments as those of `pipeline.evaluation`."""
+        """Returns each evaluation window once, see the top of this file; takes the arguments of `pipeline.evaluation`."""
         index, count = process
         rows = pipeline.share(batch, count)
         streams = min(batch, self.streams or batch, self.num_eval)
@@ -267,7 +267,7 @@ class Contiguous:
         return Stream(make, 0, before + own)
 
     def _windows(self, text: np.ndarray, begins: np.ndarray) -> pipeline.Batch:
-        """Tokens, targets and which targets there are, of windows that begin at some places."""
+        """Returns "tokens", "targets" and "attended" of the windows that begin at these positions."""
         at = begins[:, None] + np.arange(self.length)
         return {
             "tokens": np.take(text, at, mode="clip"),
@@ -276,7 +276,7 @@ class Contiguous:
         }
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """All batches have one shape."""
+        """Returns the one shape that all batches have."""
         spec, shape = jax.ShapeDtypeStruct, (rows, self.length)
         return [
             {
@@ -289,12 +289,12 @@ class Contiguous:
         ]
 
     def augment(self, key: jax.Array | None, batch: dict) -> dict:
-        """Nothing is random."""
+        """Returns the batch as it is; this task has no augmentation."""
         del key
         return batch
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What a network is called with: tokens and, except for an exported file, which rows begin afresh."""
+        """Returns the network's inputs: "tokens" and, except for an exported file, "fresh"."""
         return {key: batch[key] for key in ("tokens", "fresh") if key in batch}
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -123,7 +123,7 @@ class Segmentation:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of an image."""
+        """Returns (h, w, c) of an image."""
         return self.view.shape
 
     @property
@@ -157,17 +157,17 @@ class Segmentation:
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Batches:
-        """The endless stream of shuffled, augmented batches, see `pipeline.training`."""
+        """Returns the endless stream of shuffled, augmented batches, see `pipeline.training`."""
         how = dict(workers=self.workers, threads=self.threads)
         return pipeline.training(self.train_reader, batch, seed, start, process, **how)
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
-        """Every evaluation image once and in order, see `pipeline.evaluation`."""
+        """Returns each evaluation image once and in order, see `pipeline.evaluation`."""
         how = dict(workers=self.workers, threads=self.threads)
         return pipeline.evaluation(self.eval_reader, batch, process, **how)
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """All batches have one shape."""
+        """Returns the one shape that all batches have."""
         shapes = {
             "image": ((rows, *self.shape), jnp.uint8),
             "target": ((rows, *self.shape[:2]), jnp.uint8),
@@ -176,14 +176,14 @@ class Segmentation:
         return [{k: jax.ShapeDtypeStruct(*spec) for k, spec in shapes.items()}]
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Normalised images, float32 [b, h, w, c]."""
+        """Returns normalised images, float32 [b, h, w, c]."""
         return normalised(batch["image"], self.mean, self.std)
 
     def example(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
 
     def augment(self, key: jax.Array, batch: dict) -> dict:
-        """Changes nothing: images and targets come augmented together."""
+        """Returns the batch as it is: the reader augments images and targets together."""
         del key
         return batch
 
@@ -211,7 +211,7 @@ class Segmentation:
                     yield f"  {shares[label]:6.1%}  {self.name(label)}"
 
     def name(self, label: int) -> str:
-        """A label's name; a network may have more classes than the data name."""
+        """Returns a label's name; a network may have more classes than the data name."""
         names = self.label_names
         return names[label] if label < len(names) else f"class {label}"
 

@@ -57,6 +57,6 @@ def labelled(logits: jax.Array, batch) -> tuple[jax.Array, jax.Array]:
 
 
 def one_hot(label: jax.Array, classes: int) -> jax.Array:
-    """Labels as float32 [..., classes], whether given as integers or mixed already."""
+    """Returns labels as float32 [..., classes], whether given as integers or mixed already."""
     integers = jnp.issubdtype(label.dtype, jnp.integer)
     return jax.nn.one_hot(label, classes) if integers else label

@@ -30,5 +30,5 @@ class Metric(NamedTuple):
     agreement: Callable | None = None
 
     def better(self, score: str) -> Callable:
-        """`max` or `min`: which of several values of a score is the best."""
+        """Returns `max` or `min`, the function that chooses the best of several values of a score."""
         return min if score in self.lower else max

@@ -29,7 +29,7 @@ def make(data) -> Metric:
 
 
 def score(sums, rows):
-    """Means over the tokens that count."""
+    """Returns the means over the tokens that count, and the perplexity."""
     del rows
     tokens = max(sums["tokens"], 1.0)
     loss = sums["loss"] / tokens

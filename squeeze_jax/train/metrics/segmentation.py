@@ -53,7 +53,7 @@ def measure(logits, batch):
 
 
 def score(names, sums, rows):
-    """Scores of the summed matrix; `names` are those of the classes' scores."""
+    """Returns the scores of the summed matrix; `names` are those of the classes' scores."""
     del rows
     confusion = np.asarray(sums["confusion"], np.int64)
     hits, pixels = np.diag(confusion), max(int(confusion.sum()), 1)
