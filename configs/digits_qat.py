@@ -4,7 +4,7 @@ LSQ (Esser et al. 2019, arXiv 1902.08153). Until then the network trains in floa
 observed. The int8 file computes what was trained.
 
 Result: test accuracy 98.6% live and in the int8 file of 253 kB, as configs/digits.py in float (one seed; one image of 360 is
-0.3%); the step sizes have moved by 0.8% on average and by 42% at most. Half a minute on 2 CPU cores.
+0.3%). Half a minute on 2 CPU cores.
 
     python run.py --config=configs/digits_qat.py
 """

@@ -127,3 +127,12 @@ def test_refuses_rules_without_effect(rules, words):
 def test_refuses_values_of_rules_that_are_no_bools():
     with pytest.raises(UserError, match="'kernel' should be True or False, not 2"):
         group_lasso.make(rules=(("kernel", 2),))
+
+
+def test_small_groups_are_counted():
+    """Norms of the filters 1, 0.05 and 0.2 in one kernel, 4 and 0.3 in another: two of five are below a tenth."""
+    first = jnp.array([[1.0, 0.05, 0.2]])
+    second = jnp.array([[4.0, 0.3]])
+    params = {"a": {"kernel": first}, "b": {"kernel": second}}
+    _, metrics = group_lasso.make().loss(None, {}, {}, params, OWN)
+    assert metrics["small_groups"] == pytest.approx(2 / 5)

@@ -1,5 +1,6 @@
 """`run.py` and bad input: one line, before any work; work directories that are another's."""
 
+import json
 import os
 import pathlib
 
@@ -142,3 +143,19 @@ def test_files_of_an_earlier_step_are_not_measured(tmp_path):
         export.find(tmp_path, ["tflite"], 4)
     with pytest.raises(UserError, match=r"no exported file of format stablehlo"):
         export.find(tmp_path, ["stablehlo"], 3)
+
+
+def test_a_config_of_an_earlier_version_reads_by_todays_names(tmp_path):
+    """Losses in train, the losses' parameters under objective, and two keys that have other names now."""
+    old = dict(
+        objective=[dict(name="train.cross_entropy"), dict(name="distill.hidden")],
+        optim=dict(lr=0.1, freeze=["^objective/hidden/", "conv1"]),
+        transforms=[],
+        weights=[dict(name="quantize.lsq")],
+    )
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert _workdir.read(tmp_path) == dict(
+        objective=(dict(name="losses.cross_entropy"), dict(name="distill.hidden")),
+        optim=dict(lr=0.1, freeze=("^methods/hidden/", "conv1")),
+        forward=(dict(name="quantize.lsq"),),
+    )

@@ -6,6 +6,7 @@ function `check(settings, built)`, called before any work starts.
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,7 +99,18 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
         now |= {"forward": weights} if weights else {}
     if now.get("objective"):
         now["objective"] = _loss_names(now["objective"])
+    if now.get("optim"):
+        now["optim"] = {k: _rule_names(v) for k, v in now["optim"].items()}
     return now
+
+
+def _rule_names(value):
+    """Renames the losses' parameters in rules: they stood under "objective" before all methods could own some."""
+    if isinstance(value, tuple):
+        return tuple(map(_rule_names, value))
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w/])objective/", "methods/", value)
+    return value
 
 
 def _loss_names(objective):

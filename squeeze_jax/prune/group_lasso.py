@@ -18,12 +18,16 @@ import jax.numpy as jnp
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
 
+SMALL = 0.1  # of the largest norm of a kernel's groups
+
 
 def make(
     groups: Literal["filters", "channels", "shapes"] = "filters",
     rules: tuple = (("kernel$", True),),
 ) -> methods.Objective:
     """Returns the penalty; its gradient at a group of zeros is zero.
+
+    Its metric "small_groups" is the share of groups whose norm is below a tenth of the largest in their kernel.
 
     Args:
       groups: for a kernel [height, width, inputs, outputs], "filters" has one group per output, "channels" one per
@@ -49,7 +53,10 @@ def make(
     def loss(logits, endpoints, batch, params, own):
         del logits, endpoints, batch, own
         kernels = _penalised(params, rules).values()
-        return sum(penalty(kernel, groups) for kernel in kernels), {}
+        norms = [group_norms(kernel, groups).reshape(-1) for kernel in kernels]
+        small = jnp.concatenate([n < SMALL * jnp.max(n) for n in norms])
+        total = sum(penalty(kernel, groups) for kernel in kernels)
+        return total, {"small_groups": jnp.mean(small, dtype=jnp.float32)}
 
     return methods.Objective(loss, init)
 
