@@ -321,7 +321,7 @@ def test_counts_what_config_forward_computes_in_layers(here, capsys):
     (here / "adapter.py").write_text(ADAPTER)
     alone, _ = called(capsys, TINY)
     macs = int(plain("runs/digits/cost.csv")["conv1"]["macs"])
-    rows, rest = called(capsys, TINY, "--config.forward=({'name': './adapter.py'},)")
+    _, rest = called(capsys, TINY, "--config.forward=({'name': './adapter.py'},)")
     # conv1 of the tiny variant has 7x7 positions; its channels are mixed by a matrix
     channels = int(plain("runs/digits/cost.csv")["conv1"]["parameters"]) // 9
     more = int(plain("runs/digits/cost.csv")["conv1"]["macs"]) - macs
