@@ -5,7 +5,6 @@ import ast
 import importlib.util
 import inspect
 import pathlib
-import signal
 import sys
 
 DESCRIPTION = """\
@@ -179,27 +178,20 @@ def join(args):
     if args.coordinator:
         import jax
 
+        from squeeze_jax import stop
+
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
-
-
-def terminate(number, frame):
-    """Ends as Ctrl-C ends, outside the loop that saves first."""
-    raise KeyboardInterrupt(number)
+        stop.listen_again()
 
 
 if __name__ == "__main__":
+    from squeeze_jax import stop
     from squeeze_jax.errors import Reported
 
-    signal.signal(signal.SIGTERM, terminate)
     try:
-        main()
+        with stop.listening():
+            main()
     except Reported as error:
-        print(
-            f"\n{error}" if error.status > 128 else f"error: {error}", file=sys.stderr
-        )
+        lead = "\n" if error.status > 128 else "error: "
+        print(f"{lead}{error}", file=sys.stderr)
         sys.exit(error.status)
-    except KeyboardInterrupt as stop:
-        print(
-            "\nstopped; the same command goes on from what was saved", file=sys.stderr
-        )
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

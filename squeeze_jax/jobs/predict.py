@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from squeeze_jax import stop
 from squeeze_jax.jobs import evaluate, export
 from squeeze_jax.jobs._experiment import Built
 
@@ -26,4 +27,5 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         return jax.tree.map(np.asarray, answer[0](batch))
 
     for line in built.data.predict(inputs, call):
+        stop.check()
         print(line)
