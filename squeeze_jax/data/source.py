@@ -15,6 +15,7 @@ from squeeze_jax.errors import UserError
 
 SOURCES = "squeeze_jax.data.sources"
 IGNORED = 255  # the label of pixels that do not count, in every batch
+LABELS = "one label per image"  # what a source for classification has
 
 
 class Boxes(NamedTuple):
@@ -69,7 +70,7 @@ class Source:
         """Returns what the images have, in words for an error."""
         if self.most_boxes is not None:
             return "boxes"
-        return "one label per image" if self.ignored is None else "targets"
+        return LABELS if self.ignored is None else "targets"
 
 
 def make(source: Mapping) -> Source:
