@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import types
 import zipfile
 
 import numpy as np
@@ -15,6 +16,7 @@ from squeeze_jax.data.annotations import BoxLists
 from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import Boxes, Example, Source
 from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import predict
 
 CATEGORIES = [
     dict(id=90, name="red"),
@@ -406,6 +408,12 @@ def test_batches_are_what_the_task_promises(coco):
     np.testing.assert_allclose(pixels, batch["image"] / 255, rtol=1e-6)
     assert split.example().shape == (1, *pixels.shape[1:])
     assert split.augment(None, batch) is batch
+
+
+def test_the_job_predict_names_data_without_predictions(coco):
+    built = types.SimpleNamespace(data=opened(coco))
+    with pytest.raises(UserError, match="nothing to print for Detection data"):
+        predict.run(built, coco, ["photo.jpg"])
 
 
 def coco_file(root, **changes):

@@ -183,6 +183,12 @@ def test_mistakes_name_the_file(pairs):
         opened(pairs)
     with pytest.raises(UserError, match="'digits' has one label per image"):
         data.make("segmentation", source={"name": "digits"}, size=8)
+    with pytest.raises(UserError, match="'pairs' has targets and no label per image"):
+        data.make(
+            "images",
+            source=dict(name="pairs", root=str(pairs), classes=("a", "b")),
+            size=8,
+        )
     with pytest.raises(UserError, match=r"config\.data\.randaugment"):
         opened(pairs, randaugment=2)
 

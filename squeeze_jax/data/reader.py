@@ -37,7 +37,7 @@ class Reader:
       annotation: the kind of annotation that moves with the pixels; None for images that have a label.
 
     Raises:
-      UserError: RandAugment, whose operations move no annotation.
+      UserError: RandAugment together with annotations, which it does not move.
     """
 
     draws = vision.DRAWS
@@ -118,7 +118,7 @@ class Reader:
         return batch | {"mask": np.zeros(rows, bool)}
 
     def _rows(self, rows: int) -> Batch:
-        """Images, not set, and labels or annotations that say nothing."""
+        """Returns images of undefined pixels with labels or annotations that are empty."""
         if self._annotation is None:
             labels = {"label": np.zeros(rows, np.int32)}
         else:
@@ -126,7 +126,7 @@ class Reader:
         return {"image": np.empty((rows, *self.view.shape), np.uint8)} | labels
 
     def _decode(self, indices: np.ndarray, draws: np.ndarray | None = None) -> Batch:
-        """Examples as evaluation sees them, or crops of a random area where there are `draws`."""
+        """Returns examples as evaluation sees them, or crops of a random area if there are `draws`."""
         batch = self.empty(len(indices))
         for i, example in enumerate(self.examples.read(indices.tolist())):
             row = None if draws is None else draws[i]

@@ -19,7 +19,7 @@ LABELS = "one label per image"  # what a source for classification has
 
 
 class Boxes(NamedTuple):
-    """The boxes of one image, in pixels of the upright image: EXIF rotation is applied before a box is looked up.
+    """The boxes of one image, in pixels of the upright image: as `vision` decodes it, after its EXIF rotation.
 
     Attributes:
       corners: float32 [n, 4]: left, top, right, bottom; the image spans 0 to its width and 0 to its height.
