@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import pathlib
 import sys
+import warnings
 
 DESCRIPTION = """\
 Runs an experiment from a config to a trained network to files that run on devices.
@@ -184,10 +185,16 @@ def join(args):
         stop.listen_again()
 
 
+def one_line(message, category, filename, lineno, line=None):
+    """A warning as the user sees it."""
+    return f"warning: {message}\n"
+
+
 if __name__ == "__main__":
     from squeeze_jax import stop
     from squeeze_jax.errors import Reported
 
+    warnings.formatwarning = one_line
     try:
         with stop.listening():
             main()

@@ -26,8 +26,8 @@ from squeeze_jax.train import forward
 from squeeze_jax.train.scores import Scores
 from squeeze_jax.train.state import State
 
-for noisy in ("absl", "orbax"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+for noisy in ("absl", "orbax"):  # what they report as errors of a damaged file comes as an exception too
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 # Until methods of all plug points could own parameters, those of the losses stood under this name.

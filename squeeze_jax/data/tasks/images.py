@@ -13,6 +13,7 @@ from squeeze_jax.data import mix, photos, pipeline, vision
 from squeeze_jax.data.normalise import check_normalisation, normalised
 from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.source import LABELS
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 
@@ -68,6 +69,11 @@ def make(
       UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
     """
     opened = open_source(source)
+    if opened.annotation != LABELS:
+        raise UserError(
+            f"config.data.source: {source['name']!r} has {opened.annotation} and no label per image: set config.data.name to"
+            " 'segmentation' for targets, 'detection' for boxes"
+        )
     view = vision.View(
         size=size,
         channels=channels or opened.channels,
