@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
 import warnings
@@ -190,8 +191,20 @@ def one_line(message, category, filename, lineno, line=None):
     return f"warning: {message}\n"
 
 
+def end(error):
+    """Prints an error's line and ends with its status."""
+    from squeeze_jax import files
+
+    lead = "\n" if error.status > 128 else "error: "
+    print(f"{lead}{error}", file=sys.stderr, flush=True)
+    if isinstance(error, files.DiskFull):
+        sys.stdout.flush()
+        os._exit(error.status)  # each thread of a library would report it once more
+    sys.exit(error.status)
+
+
 if __name__ == "__main__":
-    from squeeze_jax import stop
+    from squeeze_jax import files, stop
     from squeeze_jax.errors import Reported
 
     warnings.formatwarning = one_line
@@ -199,6 +212,9 @@ if __name__ == "__main__":
         with stop.listening():
             main()
     except Reported as error:
-        lead = "\n" if error.status > 128 else "error: "
-        print(f"{lead}{error}", file=sys.stderr)
-        sys.exit(error.status)
+        end(error)
+    except OSError as error:
+        if not files.is_full(error):
+            raise
+        where = f" in {error.filename}" if error.filename else ""
+        end(files.DiskFull(f"no space left on the disk{where}"))
