@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
         ValueError,
         KeyError,
         TypeError,  # a header of other types than it should have
+        AttributeError,  # likewise
         EOFError,
         OSError,
         MemoryError,  # a shape beyond all memory
@@ -167,12 +169,15 @@ def _torch(path: Path, notes: list[str], key: str) -> Arrays:
             f"reading {path} needs PyTorch: install it, or save the weights as .npz or .safetensors"
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # Its own message tells how to run the code in a file.
-        reason = "it is no checkpoint of tensors alone, and code in one is not run"
-        raise ValueError(reason) from None
+        with warnings.catch_warnings():  # of pickles that it then refuses
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # its own errors are of many kinds
+        # Some messages tell how to run the code in a file.
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise ValueError(
+                "it is no checkpoint of tensors alone, and code in one is not run"
+            ) from None
         raise ValueError(error) from error
     if key:
         state = _part(state, key, path, notes)
