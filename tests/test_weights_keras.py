@@ -8,6 +8,7 @@ import zipfile
 import h5py
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,15 @@ def logits_agree(model, net, variables, scale=1.0):
             ),
         ),
         # The stem's, two blocks' of three and a shortcut's, another block's four.
-        (resnet, our_resnet, 1, ("12 biases of convolutions subtracted",)),
+        (
+            resnet,
+            our_resnet,
+            1,
+            (
+                "12 biases of convolutions subtracted",
+                "the ImageNet weights of keras expect channels in the order blue, green, red",
+            ),
+        ),
     ],
     ids=["mobilenet_v2", "mobilenet_v3", "efficientnet", "resnet"],
 )
@@ -200,6 +209,21 @@ def test_every_layout_has_the_same_arrays(saved):
         assert arrays.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+
+def test_bfloat16_is_read(keras, tmp_path):
+    inputs = keras.Input((4,))
+    policy = keras.dtype_policies.DTypePolicy("bfloat16")
+    model = keras.Model(inputs, keras.layers.Dense(3, dtype=policy, name="d")(inputs))
+    expected = model.layers[-1].kernel.value.detach().float().numpy()
+    model.save(tmp_path / "w.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save(tmp_path / "w.h5")
+    for ending in "keras", "h5":
+        kernel = files.read(tmp_path / f"w.{ending}")["d/kernel"]
+        assert kernel.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(kernel.astype(np.float32), expected)
 
 
 def unnamed(source, target):

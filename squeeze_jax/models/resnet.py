@@ -24,6 +24,10 @@ Stem = Literal["imagenet", "cifar"]
 Strided = Literal["3x3", "1x1"]
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
+# What published weights expect of their inputs and config.data cannot do.
+EXPECTS = {
+    "keras": "channels in the order blue, green, red, minus (103.939, 116.779, 123.68)"
+}
 
 
 class Row(NamedTuple):

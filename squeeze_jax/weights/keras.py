@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import ml_dtypes
 import numpy as np
 
 from squeeze_jax.errors import UserError
@@ -61,11 +62,11 @@ def _arrays(file: h5py.File, configured: Mapping[str, str], notes: list[str]) ->
         for name, leaf in zip(weights, leaves, strict=True):
             path = f"{layer}/{name}"
             called = _once(path) if inner else f"{layer}/{leaf}"
-            arrays[called.removesuffix(":0")] = np.asarray(datasets[path])
+            arrays[called.removesuffix(":0")] = _array(datasets[path])
             listed.add(path)
     for path, item in datasets.items():
         if path not in listed:
-            arrays[_once(path).removesuffix(":0")] = np.asarray(item)
+            arrays[_once(path).removesuffix(":0")] = _array(item)
     return arrays
 
 
@@ -84,6 +85,12 @@ def _datasets(group: h5py.Group, path: str) -> Iterator[tuple[str, h5py.Dataset]
             raise ValueError(f"{name} of shape {item.shape} is not stored")
         else:
             yield name, item
+
+
+def _array(dataset: h5py.Dataset) -> np.ndarray:
+    """Reads a dataset; HDF5 has no bfloat16, so that Keras stores its two bytes as opaque ones."""
+    array = np.asarray(dataset)
+    return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
 
 
 def _strings(group: h5py.Group, key: str) -> list[str]:
@@ -112,7 +119,7 @@ def _third(file, datasets, configured: Mapping[str, str], notes: list[str]) -> A
         if layer.partition("/")[0] == "optimizer":
             continue
         name = _name(file, layer, configured)
-        found = [np.asarray(variables[n]) for n in sorted(variables, key=int)]
+        found = [_array(variables[n]) for n in sorted(variables, key=int)]
         for leaf, array in zip(_leaves(found), found, strict=True):
             if f"{name}/{leaf}" in arrays:
                 raise UserError(

@@ -120,6 +120,10 @@ def load(
         lines.append(
             f"{biases} biases of convolutions subtracted from the means of the normalisations after them"
         )
+    if expected := getattr(module, "EXPECTS", {}).get(names):
+        lines.append(
+            f"the ImageNet weights of {names} expect {expected}: see docs/methods.md"
+        )
     counters = [n for n in arrays if n.endswith("num_batches_tracked")]
     if counters:
         lines.append(f"{len(counters)} counters of batches ignored")
