@@ -26,8 +26,6 @@ Names = Literal["torchvision", "timm", "keras", "caffe", "squeeze_jax"]
 OWN = "squeeze_jax"
 # What data-parallel training puts before each name.
 _PARALLEL = "module."
-
-
 # Statistics of Keras' layer Normalization, which stands before a network.
 _INPUTS = re.compile(r"^normalization(_\d+)?/(mean|variance|count)$")
 
