@@ -134,7 +134,13 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _compilation, _experiment, _settings, _workdir
+    from squeeze_jax.jobs import (
+        _compilation,
+        _experiment,
+        _pretrained,
+        _settings,
+        _workdir,
+    )
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     path, arguments = file_and_argument(args.config or "digits")
@@ -156,7 +162,8 @@ def main(argv=None):
         _workdir.same(workdir, config)
         built = _experiment.opened(workdir, config)
     else:
-        built = _experiment.build(experiment)
+        begun = use == "begins" and _pretrained.begun(workdir)
+        built = _experiment.build(experiment, begun=begun)
     cache = _compilation.enable(**built.experiment.compilation)
     if use == "begins":
         _workdir.begin(workdir, config)
