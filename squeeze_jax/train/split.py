@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from squeeze_jax import methods
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means, varying
+from squeeze_jax.nn.norm import SHARES
 from squeeze_jax.train.sharding import BATCH
 
 
@@ -123,7 +124,9 @@ def exchanged(compute: Callable, exchange: Named, first: int, mesh: Mesh) -> Cal
         varied = functools.partial(
             jax.tree.map, lambda w: jax.lax.pcast(w, BATCH, to="varying")
         )
-        params, stats = varied(params), stats | {"extra": varied(stats["extra"])}
+        # Running statistics are over all devices, and so are the shares of batches in them.
+        extra = {k: v if k == SHARES else varied(v) for k, v in stats["extra"].items()}
+        params, stats = varied(params), stats | {"extra": extra}
         own_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH))
         step = stats["step"]
         grads, stats, carry, metrics = compute(params, stats, carry, batch, own_key)
