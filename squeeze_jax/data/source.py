@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from squeeze_jax import registry
+from squeeze_jax.data.survey import Survey
 from squeeze_jax.errors import UserError
 
 SOURCES = "squeeze_jax.data.sources"
@@ -39,6 +40,7 @@ class Source:
     """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored.
 
     `ignored` lists the labels of targets that do not count; it is None where images have one label and no target.
+    `survey` counts the stored images' sizes and kinds, where they are known; `notes` are lines about files left out.
     """
 
     label_names: tuple[str, ...]
@@ -46,6 +48,8 @@ class Source:
     train: Examples
     eval: Examples
     ignored: tuple[int, ...] | None = None
+    survey: Survey | None = None
+    notes: tuple[str, ...] = ()
 
 
 def make(source: Mapping) -> Source:

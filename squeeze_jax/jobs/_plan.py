@@ -28,7 +28,7 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
     rows = {
         "work dir": str(workdir),
-        "data": data.describe,
+        "data": "\n           ".join([data.describe, *getattr(data, "notes", ())]),
         "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
         "mesh": f"{len(devices)} x {devices[0].device_kind}: "
         + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
