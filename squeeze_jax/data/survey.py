@@ -74,27 +74,27 @@ def _header(name: str, opened: Callable) -> tuple[tuple[int, int], str, bool] | 
 
 
 def changes(survey: Survey, view: vision.View) -> list[str]:
-    """Returns a sentence for each change of the stored images: their sizes, channels, transparency and depth."""
-    lines = [line for line in (_sizes(survey, view), _channels(survey, view)) if line]
+    """Returns a phrase for each change of the stored images: their sizes, channels, transparency and depth."""
+    phrases = [p for p in (_sizes(survey, view), _channels(survey, view)) if p]
     if survey.transparent:
-        lines.append(f"{survey.transparent:,} with transparency are laid on white")
+        phrases.append(f"{survey.transparent:,} with transparency, laid on white")
     if survey.deep:
-        lines.append(f"{survey.deep:,} with 16 or 32 bits become 8 bits per channel")
+        phrases.append(f"{survey.deep:,} of 16 or 32 bits, turned into 8 bits")
     if survey.unreadable:
-        lines.append(
-            f"{len(survey.unreadable):,} cannot be read as images ({photos.some(survey.unreadable)})"
+        phrases.append(
+            f"{len(survey.unreadable):,} that cannot be read ({photos.some(survey.unreadable)})"
         )
     looked = survey.grey + survey.colour + len(survey.unreadable)
-    if lines and looked < survey.total:
-        lines.append(f"counted in a sample of {looked:,} of {survey.total:,} files")
-    return lines
+    if phrases and looked < survey.total:
+        phrases.append(f"counted in a sample of {looked:,}")
+    return phrases
 
 
 def notes(source, view: vision.View) -> tuple[str, ...]:
     """Returns the lines that a plan prints about a source under a view: changes of its images, and files left out."""
     changed = changes(source.survey, view) if source.survey else []
-    kind = f"{source.survey.total:,} images: " if changed else ""
-    return (*([kind + "; ".join(changed)] if changed else []), *source.notes)
+    lines = [f"{source.survey.total:,} images: {'; '.join(changed)}"] if changed else []
+    return (*lines, *source.notes)
 
 
 def _sizes(survey: Survey, view: vision.View) -> str:
@@ -106,25 +106,21 @@ def _sizes(survey: Survey, view: vision.View) -> str:
     if len(sizes) > 1:
         stored += f" to {sizes[-1][0]}x{sizes[-1][1]} ({len(sizes):,} sizes)"
     wanted = f"{width}x{height}"
-    how = f"are resized to {wanted}"
+    how = f"resized to {wanted}"
     if view.eval_resize:
-        how = f"are resized to a short side of {view.eval_resize} and cropped to {wanted} in the centre"
+        how = f"resized to a short side of {view.eval_resize}, of which the central {wanted} count"
     elif any(w * height != h * width for w, h in sizes):
-        how += ", which changes the aspect ratio of some or all"
+        how += " with another aspect ratio"
     if view.crop == "random_resized":
-        how += f"; in training random crops are resized to {wanted}"
-    return f"{stored} {how}"
+        how += f" (in training random crops, resized to {wanted})"
+    return f"{stored} pixels, {how}"
 
 
 def _channels(survey: Survey, view: vision.View) -> str:
     if view.channels == 1 and survey.colour:
-        return f"{survey.colour:,} in colour become grey" + _beside(survey.grey, "grey")
+        other = f", beside {survey.grey:,} grey" if survey.grey else ""
+        return f"{survey.colour:,} in colour, turned grey{other}"
     if view.channels == 3 and survey.grey:
-        return f"{survey.grey:,} grey get 3 equal channels" + _beside(
-            survey.colour, "in colour"
-        )
+        other = f", beside {survey.colour:,} in colour" if survey.colour else ""
+        return f"{survey.grey:,} grey, turned into 3 equal channels{other}"
     return ""
-
-
-def _beside(count: int, what: str) -> str:
-    return f", beside {count:,} {what}" if count else ""

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from squeeze_jax import files
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.data.survey import Survey
 from squeeze_jax.errors import UserError, nearest
@@ -76,6 +77,7 @@ def _survey(shape: tuple[int | None, ...], total: int) -> Survey:
 def find(dataset: str, data_dir: str) -> Path:
     """Returns the folder `data_dir/name[/config]/version` of a prepared data set, or raises a UserError that says what is there."""
     base = Path(data_dir).expanduser()
+    files.check_utf8(base, "config.data.source.data_dir")
     if not base.is_dir():
         raise UserError(
             f"config.data.source.data_dir = {data_dir!r} is not a folder: prepare {dataset} there, {_recipe(dataset, data_dir)}"
