@@ -5,8 +5,8 @@ import ast
 import importlib.util
 import inspect
 import pathlib
-import signal
 import sys
+import warnings
 
 DESCRIPTION = """\
 Runs an experiment from a config to a trained network to files that run on devices.
@@ -181,28 +181,27 @@ def join(args):
     if args.coordinator:
         import jax
 
+        from squeeze_jax import stop
+
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        stop.listen_again()
 
 
-def terminate(number, frame):
-    """Ends as Ctrl-C ends, outside the loop that saves first."""
-    raise KeyboardInterrupt(number)
+def one_line(message, category, filename, lineno, line=None):
+    """A warning as the user sees it."""
+    return f"warning: {message}\n"
 
 
 if __name__ == "__main__":
+    from squeeze_jax import stop
     from squeeze_jax.errors import Reported, print_any_name
 
-    signal.signal(signal.SIGTERM, terminate)
+    warnings.formatwarning = one_line
     print_any_name()
     try:
-        main()
+        with stop.listening():
+            main()
     except Reported as error:
-        print(
-            f"\n{error}" if error.status > 128 else f"error: {error}", file=sys.stderr
-        )
+        lead = "\n" if error.status > 128 else "error: "
+        print(f"{lead}{error}", file=sys.stderr)
         sys.exit(error.status)
-    except KeyboardInterrupt as stop:
-        print(
-            "\nstopped; the same command goes on from what was saved", file=sys.stderr
-        )
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

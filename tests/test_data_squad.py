@@ -177,7 +177,16 @@ def test_version_2_says_nothing_where_the_odds_are_above_the_threshold(river):
         "none": "",
     }
     assert made[5].predictions(rows)["none"] == "Alps"
-    scores = metric.make(made[5]).score({"loss": 3.0, "examples": 2}, rows)
+    scores = metric.make(made[5]).score(
+        {
+            "examples": 2,
+            "start_loss": 3.0,
+            "start_count": 2,
+            "end_loss": 1.5,
+            "end_count": 1,
+        },
+        rows,
+    )
     assert scores == pytest.approx(
         {
             "eval_loss": 1.5,

@@ -302,3 +302,36 @@ def test_takes_no_files(here):
 def test_other_jobs_still_need_a_run(here):
     with pytest.raises(UserError, match="holds no experiment"):
         run_py.main(["--job=evaluate", TINY])
+
+
+ADAPTER = """
+import jax.numpy as jnp
+from squeeze_jax.methods import Forward
+
+def make(integer: bool = False):
+    def intercept(tap, x, own):
+        return x @ own.params["mixing"], {}
+    def init(key, params, taps):
+        return {"mixing": jnp.eye(taps[0].shape[-1])}
+    return Forward(intercept=intercept, init=init, taps=lambda n: n == "conv1/outputs", integer=integer)
+"""
+
+
+def test_counts_what_config_forward_computes_in_layers(here, capsys):
+    (here / "adapter.py").write_text(ADAPTER)
+    alone, _ = called(capsys, TINY)
+    macs = int(plain("runs/digits/cost.csv")["conv1"]["macs"])
+    _, rest = called(capsys, TINY, "--config.forward=({'name': './adapter.py'},)")
+    # conv1 of the tiny variant has 7x7 positions; its channels are mixed by a matrix
+    channels = int(plain("runs/digits/cost.csv")["conv1"]["parameters"]) // 9
+    more = int(plain("runs/digits/cost.csv")["conv1"]["macs"]) - macs
+    assert more == 7 * 7 * channels * channels
+    assert "config.forward  adapter: counted in its layers" in rest
+    same, rest = called(
+        capsys, TINY, "--config.forward=({'name': './adapter.py', 'integer': True},)"
+    )
+    assert same == alone
+    line = (
+        "config.forward  adapter: not counted, an exported file has it in its weights"
+    )
+    assert line in rest

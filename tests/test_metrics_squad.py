@@ -163,14 +163,18 @@ def test_accuracy_needs_begin_and_end():
 
 
 def test_rows_of_short_batches_are_as_long_as_others():
-    # CE of equal logits over 4 positions is log 4; the second row is padding.
-    logits = {side: jnp.zeros((2, 4)) for side in span.SIDES}
+    # CE of equal logits over 4 positions is log 4; the second row is padding, and the third answer ends beyond the window.
+    logits = {side: jnp.zeros((3, 4)) for side in span.SIDES}
     batch = {
-        "start": jnp.array([1, 0]),
-        "end": jnp.array([2, 0]),
-        "mask": jnp.array([True, False]),
+        "start": jnp.array([1, 0, 3]),
+        "end": jnp.array([2, 0, 5]),
+        "mask": jnp.array([True, False, True]),
     }
     sums, rows = squad.measure(logits, batch, length=6)
-    assert float(sums["loss"]) == pytest.approx(np.log(4))
-    assert float(sums["examples"]) == 1
+    assert float(sums["examples"]) == 2
+    assert float(sums["start_loss"]) == pytest.approx(2 * np.log(4))
+    assert [float(sums[f"{side}_count"]) for side in span.SIDES] == [2, 1]
+    assert float(sums["end_loss"]) == pytest.approx(np.log(4))
+    loss, _ = span.make()(logits, {}, batch)
+    assert float(loss) == pytest.approx(np.log(4))
     np.testing.assert_array_equal(rows["end"][0], [0, 0, 0, 0, -np.inf, -np.inf])

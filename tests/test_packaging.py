@@ -18,6 +18,7 @@ LEVELS = {
     "methods": 0,
     "own": 0,
     "registry": 0,
+    "stop": 0,
     "tree": 0,
     "nn": 1,
     "data": 1,

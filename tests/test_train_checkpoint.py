@@ -60,9 +60,9 @@ def save(directory, *steps, metrics=None, **options):
     states = {}
     for step in steps:
         states[step] = at(make(seed=step)[0], step)
-        checkpoints.save(
-            states[step], 10 * step, {"lr": 0.1}, metrics and metrics[step]
-        )
+        checkpoints.save(states[step], 10 * step, {"lr": 0.1})
+        if metrics:
+            checkpoints.score(step, metrics[step])
     checkpoints.wait()
     checkpoints.close()
     return states
@@ -118,8 +118,8 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         trained = Checkpoints(tmp_path, use=use, read_only=True).trained(like)
         assert trained.state.step == step
     later = Checkpoints(tmp_path, keep=1)
-    later.save(at(make(seed=5)[0], 5), 0, {}, {"eval_accuracy": 0.1})
-    later.wait()
+    later.save(at(make(seed=5)[0], 5), 0, {})
+    later.score(5, {"eval_accuracy": 0.1})
     assert later.steps() == [2, 5]
 
 
@@ -263,7 +263,8 @@ def test_the_best_is_the_lowest_of_what_should_be_low(tmp_path, lowest, scores, 
     checkpoints = Checkpoints(tmp_path, **settings)
     state_, like = make()
     for step, score in enumerate(scores, 1):
-        checkpoints.save(at(state_, step), 0, {}, {"score": score})
+        checkpoints.save(at(state_, step), 0, {})
+        checkpoints.score(step, {"score": score})
     checkpoints.wait()
     assert checkpoints.steps() == sorted({best, 3})
     checkpoints.close()

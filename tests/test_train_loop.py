@@ -22,8 +22,14 @@ class Recorder:
     def __init__(self):
         self.saved, self.trained, self.evaluated = [], [], []
 
-    def save(self, state, position, config, metrics=None, note=None):
-        self.saved.append((int(state.step), position, metrics))
+    def save(self, state, position, config, note=None):
+        self.saved.append((int(state.step), position, None))
+
+    def score(self, step, scores):
+        self.saved = [(s, p, scores if s == step else m) for s, p, m in self.saved]
+
+    def scored(self, step):
+        return False
 
     def steps(self):
         return [s for s, _, _ in self.saved]
@@ -220,3 +226,27 @@ def test_a_terminal_shows_how_far_it_is_between_records(tmp_path, monkeypatch, c
         writer.tick(5)  # at 14.0
     assert "step 5/10 · loss 1.5000 · 7 examples/s" in capsys.readouterr().out
     assert [r["step"] for r in log.read(tmp_path / "metrics.jsonl")] == [4]
+
+
+@pytest.mark.parametrize("what", ["train", "evaluation"])
+def test_a_failing_evaluation_or_log_loses_no_training(monkeypatch, what):
+    """The state is saved first, or all the same."""
+
+    def full(self, step, record):
+        raise OSError(28, "No space left on device")
+
+    saved = []
+    monkeypatch.setattr(Recorder, what, full)
+    monkeypatch.setattr(
+        Recorder, "save", lambda self, state, *rest: saved.append(int(state.step))
+    )
+    with pytest.raises(OSError, match="No space left"):
+        run(log_every=5, eval_every=5)
+    assert saved == [5]
+
+
+def test_what_was_saved_but_not_evaluated_is_evaluated_on_the_way_on():
+    told = run(start=5, eval_every=5)
+    assert [s for s, _ in told.evaluated] == [5, 10]
+    assert [s for s, _ in run(start=4, eval_every=5).evaluated] == [5, 10]
+    assert [s for s, _ in run(start=10).evaluated] == [10]  # nothing else to do

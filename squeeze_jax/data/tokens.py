@@ -14,6 +14,7 @@ from tokenizers import models
 from squeeze_jax.data import files, tokenizer
 from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
+from squeeze_jax.files import write
 
 JSON, WORDPIECE, BPE = "tokenizer.json", "vocab.txt", ("vocab.json", "merges.txt")
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -73,7 +74,7 @@ def save(made: Tokenizer, folder: str | Path) -> None:
         if kind == "WordPiece":
             words = sorted(vocabulary, key=vocabulary.get)
             text = "".join(f"{word}\n" for word in words)
-            (folder / WORDPIECE).write_text(text, encoding="utf-8")
+            write(folder / WORDPIECE, text)
         elif kind == "BPE":
             made.backend.model.save(str(folder))
     except OSError as error:
@@ -277,7 +278,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _write(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(path, json.dumps(content, indent=2) + "\n")
 
 
 def _line(error: Exception) -> str:

@@ -191,11 +191,15 @@ def pad_crop(
     b, h, w, *c = images.shape
     padded = np.full((b, h + 2 * pad, w + 2 * pad, *c), fill, images.dtype)
     padded[:, pad : pad + h, pad : pad + w] = images
-    corners = (draws[:, CORNER] * (2 * pad + 1)).astype(int).tolist()
     out = np.empty_like(images)
-    for i, (y, x) in enumerate(corners):
+    for i, (y, x) in enumerate(pad_corners(pad, draws)):
         out[i] = padded[i, y : y + h, x : x + w]
     return out
+
+
+def pad_corners(pad: int, draws: np.ndarray) -> list[list[int]]:
+    """Returns the [top, left] corner of each crop of `pad_crop` in the padded image; draws [b, DRAWS]."""
+    return (draws[:, CORNER] * (2 * pad + 1)).astype(int).tolist()
 
 
 def augment(images: np.ndarray, view: View, draws: np.ndarray) -> np.ndarray:

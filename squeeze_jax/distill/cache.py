@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from squeeze_jax import tree
+from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -278,9 +278,14 @@ def _check(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
 
 
+def _others(folder: Path) -> list[Path]:
+    """Files of a folder other than a manifest that was being written when its process died."""
+    return [p for p in folder.iterdir() if not p.name.startswith(f".{_MANIFEST}.")]
+
+
 def _start(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Makes the folder with its manifest, which is there as a whole or not at all."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(_others(folder))):
         raise UserError(
             f"{folder} exists and holds no teacher's outputs: give another folder"
         )
@@ -291,10 +296,7 @@ def _start(folder: Path, manifest: Mapping[str, Any]) -> None:
     needed = int(sum(sizes)) * manifest["count"]
     if needed > _free(folder):
         raise _full(folder, needed)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{folder.name}.{_MANIFEST}.part")
-    part.write_text(json.dumps(manifest, indent=1))
-    part.replace(folder / _MANIFEST)
+    files.write(folder / _MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _allocate(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from squeeze_jax import files
+from squeeze_jax import files, stop
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
@@ -117,6 +117,7 @@ def make(
             timeout=timeout,
         )
         for key, module in zip(formats, modules, strict=True):
+            stop.check()
             paths, found = run(module, fn, STEM)
             verdict = compare(live, found, integer=module.INTEGER, **limits)
             if not verdict.agrees:

@@ -12,8 +12,9 @@ from squeeze_jax import methods, registry
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import _objective
 from squeeze_jax.train import forward, optim
+from squeeze_jax.train.split import Named
 from squeeze_jax.train.state import Owner
-from squeeze_jax.train.step import Named, Term
+from squeeze_jax.train.step import Term
 
 # Where methods are found by the first part of their names.
 PACKAGES = {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax import tree
+from squeeze_jax import stop, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import runtime
@@ -64,6 +64,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         )
     ]
     for path in paths:
+        stop.check()
         print(
             f"measuring  {path} on {count:,} test examples, one thread",
             flush=True,

@@ -1,5 +1,6 @@
 """Prints what the config's network costs, layer by layer, before anything is trained, and writes it as CSV and PNG."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -9,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from squeeze_jax import files, tree
 from squeeze_jax.cost import count, layers, memory, program
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _profile, _settings, _workdir, export
 from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.methods import METHODS
 from squeeze_jax.report import costs, table, units
 from squeeze_jax.train import forward
 
@@ -96,22 +99,25 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     _profile.check_cores(settings.cores)
     model = built.model
     example = built.data.example()
-    found = layers.layers(
-        model,
-        example,
-        weight_bits=settings.weight_bits,
-        activation_bits=settings.activation_bits,
-    )
-    peak = memory.peak(model, example, bits=settings.activation_bits)
+    with as_run(built):
+        found = layers.layers(
+            model,
+            example,
+            weight_bits=settings.weight_bits,
+            activation_bits=settings.activation_bits,
+        )
+        peak = memory.peak(model, example, bits=settings.activation_bits)
+        uncounted = unknown(model, example)
+        places = [*where(peak), *elsewhere(model, example)]
     measured = None
     if settings.latency:
         print(f"measuring  {settings.runs} runs of {name}, compiled first", flush=True)
         measured = _profile.run(built, settings)
-    listed = rows(found, peak, unknown(model, example), measured)
+    listed = rows(found, peak, uncounted, measured)
     title = f"{name}, one {built.data.noun} of {sizes(example)}"
     live = "live: the most bytes of activations"
     print(f"{title}, {bits(settings)}; {live}\n\n{text(listed)}\n")
-    lines = [*where(peak), *elsewhere(model, example)]
+    lines = [*places, *methods(built, settings)]
     caption = f"{bits(settings)} · peak at {place(peak)}"
     if measured:
         whole, parts = timing(measured, settings, built.data.noun)
@@ -123,6 +129,37 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         files.write(data, comma_separated(listed))
         costs.write(drawn, listed, title=title, caption=caption)
     print(f"written         {data} and {drawn}")
+
+
+def as_run(built: Built) -> contextlib.AbstractContextManager:
+    """Adds to the module what `config.forward` computes in it, except what integer files do by themselves."""
+    forwards = {k: f for k, f in built.network.forwards.items() if not f.integer}
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _owned(built))
+    return forward.intercepted(built.network._replace(forwards=forwards), zeros)
+
+
+def _owned(built):
+    """The shapes of what methods own, as variables of a network."""
+    state = built.abstract()
+    own = state.params.get(METHODS, {})
+    return {"params": {METHODS: own}, "extra": state.extra or {}}
+
+
+def methods(built: Built, settings: Settings) -> list[str]:
+    """How the methods of `config.forward` count."""
+    counted = [n for n, f in built.network.forwards.items() if not f.integer]
+    inside = [n for n in counted if built.network.forwards[n].intercept]
+    lines = []
+    if inside:
+        lines.append(f"config.forward  {', '.join(inside)}: counted in its layers")
+        if settings.latency:
+            lines.append(f"                the latency is without {', '.join(inside)}")
+    free = [n for n in built.network.forwards if n not in inside]
+    if free:
+        lines.append(
+            f"config.forward  {', '.join(free)}: not counted, an exported file has it in its weights"
+        )
+    return lines
 
 
 def bits(settings: Settings) -> str:

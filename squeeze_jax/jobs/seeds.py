@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from squeeze_jax import files
+from squeeze_jax import files, stop
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, fit
 from squeeze_jax.jobs._experiment import Built
@@ -39,6 +39,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     found = {}
     with fit.Compiled() as compiled:
         for seed in seeds:
+            if jax.process_count() == 1:
+                stop.check()
             experiment = dataclasses.replace(built.whole, seed=seed)
             one = built.with_seed(seed)
             folder = _of(workdir, seed)

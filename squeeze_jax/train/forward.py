@@ -12,7 +12,7 @@ everywhere. Variables are a dict:
 import contextlib
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -114,6 +114,22 @@ def run(
         extra |= {k: extra[k] | change for k, change in changes.items() if change}
     after = {"batch_stats": stats, "extra": extra}
     return (floats(logits, jnp.float32), endpoints), after
+
+
+@contextlib.contextmanager
+def intercepted(network: Network, variables: Mapping[str, Any]) -> Iterator[None]:
+    """Passes what the network's module computes within this context through the interceptions, outside of training.
+
+    For tools that trace a module themselves, such as the counts of costs.
+
+    Args:
+      network: of `make`.
+      variables: see the top of this file.
+    """
+    owns = _owns(network, variables, False, None)
+    changes = {name: {} for name, f in network.forwards.items() if f.intercept}
+    with intercepting(functools.partial(_replaced, network.forwards, owns, changes)):
+        yield
 
 
 def folded(

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from squeeze_jax import methods
-from squeeze_jax.nn import varying
-from squeeze_jax.train import forward
+from squeeze_jax.nn import means
+from squeeze_jax.train import forward, split
 from squeeze_jax.train.forward import Network
 from squeeze_jax.train.sharding import BATCH
+from squeeze_jax.train.split import Named
 from squeeze_jax.train.state import State
 
 
@@ -39,13 +39,6 @@ class Term(NamedTuple):
     name: str
     weight: float
     objective: methods.Objective
-
-
-class Named(NamedTuple):
-    """A method and the name under which its parameters and state stand."""
-
-    name: str
-    method: Any
 
 
 class Parts(NamedTuple):
@@ -132,8 +125,9 @@ def parts(
       gradients: a method of that plug point; None for one forward pass.
       exchange: a method of that plug point, or a plain function; None leaves the mean to the compiler.
       mesh: needed by `exchange`, whose parameters must be replicated.
-      accumulate: split the batch into so many parts, one after the other; a part weighs as much as it has examples
-        that count.
+      accumulate: split the batch into so many parts, one after the other. A mean of the loss by `nn.means.mean` is that
+        of the whole batch, as over the devices of an exchange; whatever else a loss returns is averaged over the parts by
+        their examples that count.
       ema: decay of the averaged weights, 0 for none; it warms up as (1 + t) / (10 + t).
     """
     if not isinstance(network, Network):
@@ -145,10 +139,11 @@ def parts(
     if callable(exchange) and not isinstance(exchange, Named):
         exchange = Named("exchange", methods.exchange(exchange))
     fused = gradients is None or gradients.method.fused
-    compute = _computed(network, tuple(objective), inputs, gradients)
-    compute = functools.partial(_in_parts, compute, accumulate)
+    compute, weigh = _computed(network, tuple(objective), inputs, gradients)
+    axes = BATCH if exchange is not None else ()
+    compute = functools.partial(split.in_parts, compute, weigh, accumulate, axes)
     if exchange is not None:
-        compute = _exchanged(compute, exchange, network.first, mesh)
+        compute = split.exchanged(compute, exchange, network.first, mesh)
 
     def prepared(state, batch, key, *frozen):
         prepare_key, _ = _keys(key, state.step)
@@ -208,7 +203,11 @@ def make_evaluation(
 
 
 def _computed(network, terms, inputs, gradients):
-    """Returns (params, stats, carry, batch, key) → (grads, stats, carry, metrics) of one part of a batch."""
+    """Returns two functions of (params, stats, carry, batch, key), where the batch may be a part of one.
+
+    The first returns (grads, stats, carry, metrics). The second returns by term the sums of weights of the loss' means,
+    in a forward pass that the compiler leaves out, but for what these sums depend on.
+    """
 
     def outputs(params, stats, batch, key, **options):
         if stats.get("carry") is not None:
@@ -221,15 +220,16 @@ def _computed(network, terms, inputs, gradients):
             changed["carry"] = endpoints["carry"]
         return logits, endpoints, stats | changed
 
-    def objective(logits, endpoints, batch, params, key, stats):
+    def objective(logits, endpoints, batch, params, key, stats, terms=terms):
         variables = {"params": params, **stats}
         plain = forward.parameters(params)
         total, records, extra = 0.0, {}, dict(stats["extra"])
         for term in terms:
             own = forward.own(term.name, variables, first=network.first, key=key)
-            value, record, *state = term.objective.loss(
-                logits, endpoints, batch, plain, own
-            )
+            with means.divided(stats.get("divisors", {}).get(term.name)):
+                value, record, *state = term.objective.loss(
+                    logits, endpoints, batch, plain, own
+                )
             if state:
                 extra[term.name] = state[0]
             if len(terms) > 1 or term.weight != 1:
@@ -247,7 +247,7 @@ def _computed(network, terms, inputs, gradients):
 
     def compute(params, stats, carry, batch, key):
         before = stats
-        stats = stats if carry is None else stats | {"carry": carry}
+        stats = _with_carry(stats, carry)
         if gradients is None:
             (_, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
                 params, stats, batch, key
@@ -264,34 +264,22 @@ def _computed(network, terms, inputs, gradients):
         after = {k: stats[k] for k in before}
         return grads, after, jax.lax.stop_gradient(stats.get("carry")), metrics
 
-    return compute
+    def weigh(params, stats, carry, batch, key):
+        stats = _with_carry(stats, carry)
+        logits, endpoints, stats = outputs(params, stats, batch, key)
+        totals = {}
+        for term in terms:
+            one = functools.partial(objective, terms=(term,))
+            with means.recorded() as counts:
+                one(logits, endpoints, batch, params, key, stats)
+            totals[term.name] = tuple(counts)
+        return totals
+
+    return compute, weigh
 
 
-def _in_parts(compute, accumulate, params, stats, carry, batch, key):
-    """Computes gradients, statistics, carry and metrics of one batch, in `accumulate` parts."""
-    if accumulate == 1:
-        return compute(params, stats, carry, batch, key)
-
-    def part(stats, rows):
-        carry, batch, key = rows
-        grads, stats, carry, metrics = compute(params, stats, carry, batch, key)
-        return stats, (grads, metrics), carry
-
-    # [b] → [b / n, n] → [n, b / n]: every part takes rows of every device, so nothing moves between devices.
-    def split(x):
-        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-
-    def joined(x):
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-    batches, carries = jax.tree.map(split, (batch, carry))
-    counts = batches["mask"].sum(1, dtype=jnp.float32)
-    keys = jax.random.split(key, accumulate)
-    shares = counts / jnp.maximum(counts.mean(), 1.0)
-    stats, (grads, metrics), carries = _scan_mean(
-        part, stats, (carries, batches, keys), shares
-    )
-    return grads, stats, jax.tree.map(joined, carries), metrics
+def _with_carry(stats, carry):
+    return stats if carry is None else stats | {"carry": carry}
 
 
 def _updated(state, computed, examples, key, update, ema, first):
@@ -339,82 +327,3 @@ def apply_update(update: methods.Update, grads, opt, params, key, step):
     if update.project is not None:
         params = update.project(params, opt)
     return params, opt
-
-
-def _scan_mean(part, stats, parts, shares):
-    """Runs `part` over the leading axis; returns the last statistics, the mean of what it yields, and its rows.
-
-    A part weighs as much as it has examples that count: `shares` [n], 1 on average.
-    """
-
-    def add(carry, each):
-        (stats, total), (rows, share) = carry, each
-        stats, new, after = part(stats, rows)
-        total = jax.tree.map(lambda t, x: t + share * x, total, new)
-        return (stats, total), after
-
-    shapes = jax.eval_shape(part, stats, jax.tree.map(lambda x: x[0], parts))[1]
-    # Inside shard_map a sum over a device's own rows varies over the devices, and so must what it starts from.
-    zeros = jax.tree.map(
-        lambda s: varying.like(jnp.zeros(s.shape, s.dtype), shares), shapes
-    )
-    (stats, total), rows = jax.lax.scan(add, (stats, zeros), (parts, shares))
-    return stats, jax.tree.map(lambda x: x / len(shares), total), rows
-
-
-def _exchanged(compute, exchange: Named, first: int, mesh: Mesh):
-    """Computes gradients on each device's own rows and reduces them by the exchange."""
-    name, method = exchange
-
-    def local(params, stats, mine, carry, batch, key):
-        # A replicated weight's gradient would be summed over devices already; a varying one's is the device's own.
-        varied = functools.partial(
-            jax.tree.map, lambda w: jax.lax.pcast(w, BATCH, to="varying")
-        )
-        params, stats = varied(params), stats | {"extra": varied(stats["extra"])}
-        own_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH))
-        step = stats["step"]
-        grads, stats, carry, metrics = compute(params, stats, carry, batch, own_key)
-        count = batch["mask"].sum(dtype=jnp.float32)
-        share = count / jnp.maximum(jax.lax.pmean(count, BATCH), 1.0)
-        grads, metrics = jax.tree.map(lambda x: share * x, (grads, metrics))
-        own = methods.Own(
-            params={},
-            state=jax.tree.map(lambda x: x[0], mine),  # [1, ...]: this device's
-            key=jax.random.fold_in(own_key, 1),
-            step=step - first,
-            train=True,
-        )
-        grads, mine = method.exchange(grads, BATCH, own)
-        mine = jax.tree.map(lambda x: x[None], mine)
-        stats = {k: v for k, v in stats.items() if k != "step"}
-        stats = jax.tree.map(_agreed, stats)
-        return grads, stats, mine, carry, jax.lax.pmean(metrics, BATCH)
-
-    mapped = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(), P(), P(BATCH), P(BATCH), P(BATCH), P()),
-        out_specs=(P(), P(), P(BATCH), P(BATCH), P()),
-    )
-
-    def computed(params, stats, carry, batch, key):
-        mine = stats["extra"].get(name)
-        others = {k: v for k, v in stats["extra"].items() if k != name}
-        grads, stats, mine, carry, metrics = mapped(
-            params, stats | {"extra": others}, mine, carry, batch, key
-        )
-        if jax.tree.leaves(mine):
-            stats["extra"] |= {name: mine}
-        return grads, stats, carry, metrics
-
-    return computed
-
-
-def _agreed(x):
-    """Reconciles a statistic that differs between devices: by the mean, or by the largest of counts and flags."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.lax.pmean(x, BATCH)
-    if x.dtype == bool:
-        return jax.lax.pmax(x.astype(jnp.int8), BATCH).astype(bool)
-    return jax.lax.pmax(x, BATCH)

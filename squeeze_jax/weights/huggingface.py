@@ -6,13 +6,13 @@ and the keys of config.json, and the names of its layers; `models.load` and `mod
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from squeeze_jax import files as atomic
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.weights import files
 
@@ -153,11 +153,9 @@ def write(folder: str | Path, config: Mapping[str, Any], arrays: files.Arrays) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_safetensors(folder / WEIGHTS[0], arrays)
-        new = folder / f".{CONFIG}.{os.getpid()}"
-        new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        new.replace(folder / CONFIG)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error}") from None
+    atomic.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def options(

@@ -17,6 +17,7 @@ from squeeze_jax.data.normalise import (
 )
 from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.source import LABELS
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 
@@ -72,6 +73,11 @@ def make(
       UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
     """
     opened = open_source(source)
+    if opened.annotation != LABELS:
+        raise UserError(
+            f"config.data.source: {source['name']!r} has {opened.annotation} and no label per image: set config.data.name to"
+            " 'segmentation' for targets, 'detection' for boxes"
+        )
     if len(opened.label_names) < 2:
         raise UserError(
             f"config.data.source has the one class {''.join(opened.label_names)!r}: a classifier needs two or more"

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from squeeze_jax.data import answering, photos, pipeline, survey, vision
+from squeeze_jax.data.annotations import Maps
 from squeeze_jax.data.normalise import (
     check_normalisation,
     normalised,
@@ -63,7 +64,7 @@ def make(
     opened = open_source(source)
     if opened.ignored is None:
         raise UserError(
-            f"config.data.source: {source['name']!r} has one label per image, and segmentation needs targets: use pairs"
+            f"config.data.source: {source['name']!r} has {opened.annotation}, and segmentation needs targets: use pairs"
         )
     view = vision.View(
         size=size if isinstance(size, int) else tuple(size),
@@ -81,13 +82,14 @@ def make(
             raise UserError(f"config.data.{key} = {value} should not be negative")
     if not 0 <= ignore <= 255:
         raise UserError(f"config.data.ignore = {ignore} should be 0 to 255")
+    maps = Maps(view, len(opened.label_names), (*opened.ignored, ignore))
     train_reader, eval_reader = readers(
         opened,
         view,
         workers=workers,
         cache_mb=cache_mb,
         corrupt=corrupt,
-        ignored=(*opened.ignored, ignore),
+        annotation=maps,
     )
     return Segmentation(
         label_names=opened.label_names,

@@ -31,24 +31,28 @@ def measure(logits, batch, *, length: int):
     """logits: {"start": [b, l], "end": [b, l]}, batch: {"start": int [b], "end": int [b], "mask": bool [b]}, l ≤ length.
 
     Returns:
-      sums "loss", "examples", and rows "start", "end", float32 [b, length]: the logits, -inf beyond l.
+      sums "examples" and of each side "<side>_loss" and "<side>_count", the windows whose position is not beyond l; rows
+      "start", "end", float32 [b, length]: the logits, -inf beyond l.
     """
-    mask, total, rows = batch["mask"].astype(jnp.float32), 0.0, {}
+    mask, rows = batch["mask"].astype(jnp.float32), {}
+    sums = {"examples": jnp.sum(mask)}
     for side in span.SIDES:
         values, inside = span.losses(logits[side], batch[side])
-        total += jnp.sum(values * mask * inside) / len(span.SIDES)
+        sums[f"{side}_loss"] = jnp.sum(values * mask * inside)
+        sums[f"{side}_count"] = jnp.sum(mask * inside)
         x = logits[side].astype(jnp.float32)
         beyond = ((0, 0), (0, length - x.shape[1]))
         rows[side] = jnp.pad(x, beyond, constant_values=-jnp.inf)
-    return {"loss": total, "examples": jnp.sum(mask)}, rows
+    return sums, rows
 
 
 def score(sums, rows, *, data):
-    """Mean loss of a window, and the scores of the answers to all questions."""
+    """Mean loss, as that of `losses.span` over all windows, and the scores of the answers to all questions."""
     found, golds = data.answers(rows), data.golds
     scores = _answers.evaluate(golds, found.texts(data.threshold), data.version2)
     if data.version2:
         scores |= _answers.thresholds(golds, found.texts(), found.odds)
-    return {"eval_loss": float(sums["loss"] / max(sums["examples"], 1))} | {
+    sides = [float(sums[f"{k}_loss"] / max(sums[f"{k}_count"], 1)) for k in span.SIDES]
+    return {"eval_loss": sum(sides) / len(sides)} | {
         f"eval_{name}": value for name, value in scores.items()
     }
