@@ -236,6 +236,12 @@ def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
     return _open(image, load=False).size
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Returns the (width, height) of a picture after its EXIF rotation, which is not carried out."""
+    sideways = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) > 4
+    return picture.size[::-1] if sideways else picture.size
+
+
 def transparent(picture: Image.Image) -> bool:
     """Whether a picture has an alpha channel or a transparent colour, by its header."""
     return picture.has_transparency_data

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from squeeze_jax.data import survey
+from squeeze_jax.data import photos, survey
 from squeeze_jax.data.annotations import checked_boxes
 from squeeze_jax.data.source import Boxes, Example, Source
 from squeeze_jax.data.sources.pairs import Folder, Zip
@@ -80,6 +80,24 @@ def make(
         eval=splits[1],
         most_boxes=max((split.most_boxes() for split in splits), key=lambda m: m[1]),
         survey=surveyed,
+        notes=_notes(files, listed, set(paths), (train_images, eval_images)),
+    )
+
+
+def _notes(
+    files: Folder | Zip, listed: set[str], used: set[str], folders: tuple[str, str]
+) -> tuple[str, ...]:
+    """Returns a line that counts and names the images in the splits' folders that no JSON file lists."""
+    places = {PurePosixPath(folder) for folder in folders}
+    others = [
+        name
+        for name in photos.listed(listed - used).images
+        if PurePosixPath(name).parent in places
+    ]
+    if not others:
+        return ()
+    return (
+        f"left out in {files.root}: {len(others)} images without annotations ({photos.some(others)})",
     )
 
 

@@ -59,7 +59,7 @@ def make(
 def _names(classes: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         try:
-            lines = Path(classes).expanduser().read_text().splitlines()
+            lines = Path(classes).expanduser().read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"config.data.source.classes = {classes!r} is no text file with a name per line: {error}"

@@ -20,6 +20,7 @@ from squeeze_jax.data.normalise import (
 )
 from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.source import Source
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 
@@ -100,8 +101,15 @@ def make(
         std=std,
         workers=workers,
         threads=threads,
-        notes=survey.notes(opened, view),
+        notes=(*survey.notes(opened, view), *_ignored(opened, ignore)),
     )
+
+
+def _ignored(source: Source, ignore: int) -> tuple[str, ...]:
+    """Returns a line that names the classes whose pixels do not count."""
+    numbers = {*source.ignored, ignore}
+    names = [name for n, name in enumerate(source.label_names) if n in numbers]
+    return (f"classes that do not count: {', '.join(names)}",) if names else ()
 
 
 @dataclasses.dataclass(frozen=True)
