@@ -30,5 +30,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def print_any_name() -> None:
     r"""Lets a program print names that its terminal's encoding lacks, and names that are no UTF-8, as escapes (\udce9)."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict":
+        handler = getattr(stream, "errors", None)
+        # In UTF-8, "surrogateescape" prints the bytes of any name; in other encodings it fails for most letters.
+        utf8 = (getattr(stream, "encoding", None) or "").lower() == "utf-8"
+        if handler == "strict" or (handler == "surrogateescape" and not utf8):
             stream.reconfigure(errors="backslashreplace")

@@ -176,7 +176,7 @@ def _instead(left_out: Sequence[str]) -> str:
 def _kind(path: str) -> str:
     name = PurePosixPath(path).name
     if path.endswith("/"):
-        return "hidden folder" if hidden(name) else "link to a folder around it"
+        return "hidden folder" if hidden(name) else "backward link"
     if hidden(name):
         return "hidden file"
     if is_image(path):

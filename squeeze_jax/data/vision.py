@@ -26,7 +26,7 @@ MAX_OPS = (DRAWS - OPS) // 2
 MODES = {1: "L", 3: "RGB"}
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's, more than 8 bits
 GREY = ("1", "L", "LA", "La", *DEEP)
-BITS_PER_SAMPLE = 258  # the TIFF tag
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 PAD = 4
 ASPECT = (3 / 4, 4 / 3)
 ORIENTATION = 0x0112  # the EXIF tag
@@ -266,6 +266,7 @@ def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Returns the grey picture of one with 16 bits, or with floats in 0..1; white where it is transparent."""
     pixels, clear = np.asarray(picture), picture.info.get("transparency")
+    tags = getattr(picture, "tag_v2", {})
     if picture.mode == "F":
         # The comparison is False of NaN, too.
         if not (pixels >= 0).all() or not (pixels <= 1).all():
@@ -279,10 +280,11 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         )
     else:
         # Of formats other than TIFF, mode "I" is 16 bits. A camera's 12 bits arrive as they are, 0 to 4095.
-        tags = getattr(picture, "tag_v2", {})
         bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
         grey = (pixels >> (bits - 8)).clip(0, 255)
     grey = grey.astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow knows of 8 bits only
+        grey = 255 - grey
     if clear is not None:
         grey[pixels == clear] = 255
     shallow = Image.fromarray(grey)
@@ -305,7 +307,9 @@ def decoding() -> Iterator[None]:
 def _in_mode(picture: Image.Image, channels: int) -> Image.Image:
     if picture.mode == MODES[channels] and "transparency" not in picture.info:
         return picture
-    with decoding():  # Pillow cannot convert some modes, such as LAB
+    with decoding():
+        if picture.mode == "LAB":  # Pillow converts it only to RGB
+            picture = picture.convert("RGB")
         if transparent(picture):
             picture = picture.convert("RGBA")
             white = Image.new("RGB", picture.size, "white")
