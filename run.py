@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
 import warnings
@@ -135,7 +136,13 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _compilation, _experiment, _settings, _workdir
+    from squeeze_jax.jobs import (
+        _compilation,
+        _experiment,
+        _pretrained,
+        _settings,
+        _workdir,
+    )
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     path, arguments = file_and_argument(args.config or "digits")
@@ -157,7 +164,8 @@ def main(argv=None):
         _workdir.same(workdir, config)
         built = _experiment.opened(workdir, config)
     else:
-        built = _experiment.build(experiment)
+        begun = use == "begins" and _pretrained.begun(workdir)
+        built = _experiment.build(experiment, begun=begun)
     cache = _compilation.enable(**built.experiment.compilation)
     if use == "begins":
         _workdir.begin(workdir, config)
@@ -192,8 +200,20 @@ def one_line(message, category, filename, lineno, line=None):
     return f"warning: {message}\n"
 
 
+def end(error):
+    """Prints an error's line and ends with its status."""
+    from squeeze_jax import files
+
+    lead = "\n" if error.status > 128 else "error: "
+    print(f"{lead}{error}", file=sys.stderr, flush=True)
+    if isinstance(error, files.DiskFull):
+        sys.stdout.flush()
+        os._exit(error.status)  # each thread of a library would report it once more
+    sys.exit(error.status)
+
+
 if __name__ == "__main__":
-    from squeeze_jax import stop
+    from squeeze_jax import files, stop
     from squeeze_jax.errors import Reported, print_any_name
 
     warnings.formatwarning = one_line
@@ -202,6 +222,9 @@ if __name__ == "__main__":
         with stop.listening():
             main()
     except Reported as error:
-        lead = "\n" if error.status > 128 else "error: "
-        print(f"{lead}{error}", file=sys.stderr)
-        sys.exit(error.status)
+        end(error)
+    except OSError as error:
+        if not files.is_full(error):
+            raise
+        where = f" in {error.filename}" if error.filename else ""
+        end(files.DiskFull(f"no space left on the disk{where}"))

@@ -1,10 +1,29 @@
 """Writing a file so that a reader finds all of it or the one before it, never a part; paths that libraries can open."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
 from squeeze_jax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
+
+
+class DiskFull(UserError):
+    """There is no space left where something is to be written."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, tells of a full disk; libraries wrap the system's error in their own."""
+    if error is None:
+        return False
+    if isinstance(error, DiskFull) or getattr(error, "errno", None) in _FULL:
+        return True
+    if any(words in str(error) for words in _FULL_WORDS):
+        return True
+    return is_full(error.__cause__ or error.__context__)
 
 
 def check_utf8(path: str | Path, key: str) -> None:
@@ -47,5 +66,6 @@ def write(path: str | Path, content: bytes | str) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):  # as where a folder on the way is a file
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        kind = DiskFull if is_full(error) else UserError
+        raise kind(f"cannot write {path}: {error.strerror}") from None
     return path
