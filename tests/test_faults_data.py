@@ -441,6 +441,30 @@ def test_each_text_has_its_line(tmp_path):
     assert error.startswith("2 of 4 texts have no answer, the first because of: 'xyz'")
 
 
+def test_a_folder_that_cannot_be_read_is_named(album, tmp_path, monkeypatch):
+    """Training ends; predict answers the rest."""
+    as_folder(tmp_path / "set", {"x.png": None})
+    closed = {str(tmp_path / "set" / "train" / "b"), str(album / "closed")}
+    put(album, "closed/x.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path) in closed:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    line = line_of(folder.make, str(tmp_path / "set"))
+    assert line == f"cannot read the folder {tmp_path / 'set' / 'train' / 'b'}: Permission denied"  # fmt: skip
+    made = data.make(source={"name": "digits"}, size=8)
+    lines, error = collected(made.predict([str(album)], bright))
+    answers = dict(itertools.pairwise(lines))
+    assert answers[str(album / "closed")].startswith(f"  cannot read {album / 'closed'}: ")  # fmt: skip
+    assert answers[str(album / "a.png")] == "  100.0%  0"
+    # Five files and `closed`; of the set three files and `b`.
+    assert error.startswith("5 of 10 images")
+
+
 @pytest.mark.parametrize(
     ("argument", "line"),
     [

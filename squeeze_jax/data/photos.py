@@ -4,7 +4,7 @@ Training, pairs and the job predict share this list of suffixes and this walk ov
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -45,21 +45,27 @@ def hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Whether a file of that name is an image by its suffix, in upper or lower case."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def walk(folder: Path) -> list[str]:
+def refuse(error: OSError) -> None:
+    """Raises a UserError for a folder that the system does not let us read."""
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
+def walk(folder: Path, unreadable: Callable[[OSError], None] = refuse) -> list[str]:
     """Lists the paths of all files below a folder, links followed; a hidden folder is one path that ends in "/".
 
     A link to one of the folders around it is listed like a hidden folder.
 
-    Raises:
-      UserError: a folder that cannot be read.
+    Args:
+      folder: where to begin.
+      unreadable: is called for a folder that cannot be read, and is a UserError unless given.
     """
     real = folder.resolve()
     around = {str(folder): (real, *real.parents)}
     paths = []
-    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         below = PurePosixPath(Path(place).relative_to(folder).as_posix())
         above = around.pop(place)
         for name in list(folders):
@@ -78,7 +84,7 @@ def listed(paths: Iterable[str]) -> Listing:
     """Separates images from other files; everything below a hidden folder counts as that folder."""
     images, left_out = [], set()
     for path in paths:
-        parts = PurePosixPath(path).parts
+        parts = path.removesuffix("/").split("/")
         cut = next((i for i, part in enumerate(parts) if hidden(part)), None)
         if cut is not None and cut + 1 < len(parts):
             left_out.add("/".join(parts[: cut + 1]) + "/")
@@ -86,10 +92,8 @@ def listed(paths: Iterable[str]) -> Listing:
             images.append(path)
         else:
             left_out.add(path)
-    return Listing(
-        tuple(sorted(images, key=PurePosixPath)),
-        tuple(sorted(left_out, key=PurePosixPath)),
-    )
+    ordered = (sorted(each, key=lambda p: p.split("/")) for each in (images, left_out))
+    return Listing(*map(tuple, ordered))
 
 
 def describe(left_out: Sequence[str]) -> str:
@@ -154,10 +158,13 @@ def find(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
                 raise UserError(f"no such file or folder: {path}")
             files.append(path)
             continue
-        listing = listed(walk(path))
+        closed = []
+        listing = listed(walk(path, closed.append))
+        # A folder that cannot be read has its line among the answers.
+        files += [Path(error.filename) for error in closed]
         if listing.left_out:
             lines.append(f"left out in {path}: {describe(listing.left_out)}")
-        if not listing.images and len(arguments) == 1:
+        if not listing.images and not files and len(arguments) == 1:
             raise UserError(f"{path} holds no image{_instead(listing.left_out)}")
         if not listing.images:
             lines.append(f"{path} holds no image")
@@ -182,7 +189,3 @@ def _kind(path: str) -> str:
     if is_image(path):
         return "misplaced image"
     return f"{PurePosixPath(path).suffix.lower()} file".lstrip()
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
