@@ -53,8 +53,8 @@ class View:
     def __post_init__(self):
         low, high = self.scale
         short = min(self.size) if isinstance(self.size, tuple) else self.size
-        # Of an image that is padded by its own size, a crop may show nothing.
-        most = short - 1 if self.crop == "pad" else max(short - 1, PAD)
+        # Of an image that is padded by its own size, a crop may show nothing; the default is allowed for any size.
+        most = max(short - 1, PAD)
         for key, fine, valid in (
             ("size", len(self.shape) == 3 and short > 0, "positive, one or (h, w)"),
             ("channels", self.channels in MODES, "1 or 3"),
