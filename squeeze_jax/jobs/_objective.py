@@ -33,7 +33,9 @@ class Part(NamedTuple):
 
 
 def parts(
-    sections, method: Callable[[Mapping, str], Any], taken: set[str] | None = None
+    sections,
+    method: Callable[[Mapping, str, Sequence[str]], Any],
+    taken: set[str] | None = None,
 ) -> tuple[Part, ...]:
     """The losses that `config.objective` names, one section or several.
 
@@ -57,7 +59,7 @@ def parts(
             raise UserError(f"{where}.weight = {weight!r} should be a number")
         if weight <= 0:
             raise UserError(f"{where}.weight = {weight} should be positive")
-        made = method(section, where)
+        made = method(section, where, ("weight",))
         if not hasattr(made, "bind"):
             made = methods.objective(made, f"{where}.name = {section['name']!r}")
         name = section["name"].removesuffix(".py").replace("/", ".").rpartition(".")[2]

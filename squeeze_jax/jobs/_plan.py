@@ -41,8 +41,15 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
         rows["phase"] = (
             f"{built.phase.label}: to step {last:,} of {built.whole.steps:,}"
         )
+    if e.objective is not None:
+        rows["objective"] = " + ".join(
+            f"{part.weight:g} {part.name}" if part.weight != 1 else part.name
+            for part in built.objective.terms
+        )
     if used := _methods(e):
         rows["methods"] = used
+    if late := _late(built):
+        rows["warning"] = late
     if built.begin is not None:
         rows["begins with"] = built.begin.described
     if built.teachers:
@@ -70,6 +77,16 @@ def _methods(e) -> str:
         names = [s["name"] for s in sections if isinstance(s, Mapping)]
         named += [f"{plug} {', '.join(names)}"] if names else []
     return " · ".join(named)
+
+
+def _late(built: Built) -> str:
+    """Names the methods whose schedules reach beyond the end of the phase."""
+    steps, plugs = built.experiment.steps, built.plugs
+    scheduled = {"config.update": plugs.update, **plugs.forwards}
+    late = [f"{k} at step {m.until}" for k, m in scheduled.items() if m.until >= steps]
+    if not late or built.phase.end < built.whole.steps:
+        return ""
+    return f"the run ends after {steps} steps, before schedules of methods take full effect: {', '.join(late)}"
 
 
 def memory(compiled) -> str:

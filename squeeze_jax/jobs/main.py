@@ -14,7 +14,11 @@ RUN = "begins"  # where the work directory holds none yet
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again."""
+    """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again.
+
+    Raises:
+      export.Rejected: a file was rejected; the report has the others.
+    """
     if inputs:
         raise UserError(f"{inputs[0]}: files are for --job=predict")
     if jax.process_count() == 1:
@@ -30,5 +34,6 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
                 f"run --job=export and --job=benchmark with --workdir={workdir} in one process"
             )
         return
-    export.run(built, workdir)
+    rejected = export.write(built, workdir)
     benchmark.run(built, workdir)
+    export.report(rejected)

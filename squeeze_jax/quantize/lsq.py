@@ -120,6 +120,7 @@ def make(
         init=init,
         state=state if activation_bits else None,
         integer=True,
+        until=start,
     )
 
 

@@ -16,12 +16,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS
+from squeeze_jax.nn.norm import SHARES
 from squeeze_jax.train import forward
 from squeeze_jax.train.scores import Scores
 from squeeze_jax.train.state import State
@@ -354,6 +356,9 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)["state"]
         if saved is None:
             raise OSError("the state's description is missing")
+        # Earlier versions did not count the batches in running statistics.
+        uncounted = SHARES not in (saved.get("extra") or {})
+        expected, counted = _without_shares(expected) if uncounted else (expected, {})
         self._check_fit(step, expected, _renamed(dict(saved)))
         old = _OBJECTIVE in saved["params"]
         if old:
@@ -369,6 +374,9 @@ class Checkpoints:
         ]
         if wrong:
             raise OSError(f"checksum of {wrong[0]} differs")
+        if counted:
+            whole = {SHARES: jax.tree.map(_one, counted)}
+            restored = restored | {"extra": restored.get("extra", {}) | whole}
         state = _from_dict(_renamed(restored), like)
         return Restored(state, note["position"], note)
 
@@ -386,6 +394,18 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} does not fit the model: {'; '.join(problems[:3])}{more}"
             )
+
+
+def _without_shares(expected: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Splits a state's description into what earlier versions saved and the shares of batches in the statistics."""
+    extra = dict(expected.get("extra", {}))
+    counted = extra.pop(SHARES, {})
+    kept = {k: v for k, v in expected.items() if k != "extra"}
+    return kept | ({"extra": extra} if extra else {}), counted
+
+
+def _one(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(np.ones(shape.shape, shape.dtype), shape.sharding)
 
 
 def _params_first(part: str) -> tuple[bool, str]:
