@@ -121,8 +121,10 @@ def override(config, argument):
     if isinstance(config.get(last), str):
         config[last] = text
         return
+    # Names of files that are no UTF-8 are escaped in their quotes: Python's parser takes UTF-8 only.
+    escaped = text.encode(errors="backslashreplace").decode()
     try:
-        config[last] = ast.literal_eval(text)
+        config[last] = ast.literal_eval(escaped)
     except (ValueError, SyntaxError):
         words = {"true": True, "false": False, "none": None}
         config[last] = words.get(text.lower(), text)
@@ -212,9 +214,10 @@ def end(error):
 
 if __name__ == "__main__":
     from squeeze_jax import files, stop
-    from squeeze_jax.errors import Reported
+    from squeeze_jax.errors import Reported, print_any_name
 
     warnings.formatwarning = one_line
+    print_any_name()
     try:
         with stop.listening():
             main()

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader finds all of it or the one before it, never a part."""
+"""Writing a file so that a reader finds all of it or the one before it, never a part; paths that libraries can open."""
 
 import contextlib
 import errno
@@ -24,6 +24,21 @@ def is_full(error: BaseException | None) -> bool:
     if any(words in str(error) for words in _FULL_WORDS):
         return True
     return is_full(error.__cause__ or error.__context__)
+
+
+def check_utf8(path: str | Path, key: str) -> None:
+    """Raises a UserError for a path that is not UTF-8, which libraries of checkpoints and records cannot open.
+
+    Args:
+      path: as the system gives it; bytes that are not UTF-8 are lone surrogates.
+      key: how the error calls it, such as "--workdir".
+    """
+    try:
+        str(Path(path).absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{key} = {str(path)!r} is not UTF-8: rename the folder or choose another"
+        ) from None
 
 
 def write(path: str | Path, content: bytes | str) -> Path:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from squeeze_jax import registry
+from squeeze_jax.data.survey import Survey
 from squeeze_jax.errors import UserError
 
 SOURCES = "squeeze_jax.data.sources"
@@ -56,6 +57,7 @@ class Source:
 
     `ignored` lists the labels of targets that do not count; it is None where images have no targets.
     `most_boxes` names the image with the most boxes and counts them: (name, count); it is None where images have no boxes.
+    `survey` counts the stored images' sizes and kinds, where they are known; `notes` are lines about files left out.
     """
 
     label_names: tuple[str, ...]
@@ -64,6 +66,8 @@ class Source:
     eval: Examples
     ignored: tuple[int, ...] | None = None
     most_boxes: tuple[str, int] | None = None
+    survey: Survey | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def annotation(self) -> str:

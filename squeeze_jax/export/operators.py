@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from squeeze_jax.cost import timing
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, print_any_name
 from squeeze_jax.export import litert_c, process, runtime
 from squeeze_jax.export.formats.tflite import (
     dequantize,
@@ -326,4 +326,5 @@ def _kind(name: str) -> str | None:
 
 
 if __name__ == "__main__":
+    print_any_name()
     sys.exit(main())

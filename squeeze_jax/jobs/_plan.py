@@ -28,7 +28,7 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
     rows = {
         "work dir": str(workdir),
-        "data": data.describe,
+        "data": "\n           ".join([data.describe, *_notes(built)]),
         "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
         "mesh": f"{len(devices)} x {devices[0].device_kind}: "
         + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
@@ -55,6 +55,17 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     if built.teachers:
         rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
     return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
+
+
+def _notes(built: Built) -> list[str]:
+    """Lists what happens to the data's files, sizes, channels and classes where it changes them."""
+    notes = list(getattr(built.data, "notes", ()))
+    classes, names = built.options.get("num_classes"), built.data.label_names
+    if names and isinstance(classes, int) and classes > len(names):
+        notes.append(
+            f"the network has {classes:,} classes: {classes - len(names):,} have no examples"
+        )
+    return notes
 
 
 def _methods(e) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from squeeze_jax.data import photos, survey
 from squeeze_jax.data.annotations import checked_boxes
 from squeeze_jax.data.source import Boxes, Example, Source
 from squeeze_jax.data.sources.pairs import Folder, Zip
@@ -50,7 +51,7 @@ def make(
         outside its image, a split without boxes, splits with different categories.
     """
     files = Zip(root) if str(root).endswith(".zip") else Folder(root)
-    listed = files.names()
+    listed = set(files.names())
     splits, categories = [], []
     for key, path, folder in (
         ("train", train, train_images),
@@ -68,14 +69,35 @@ def make(
             f"{files.root}: {train} and {eval} have different categories: both should list the same ids and names"
         )
     names = tuple(name for _, name in sorted(categories[0].items()))
+    paths = [image.path for split in splits for image in split.images]
+    surveyed = survey.look(paths, files.open)
     for split in splits:
         split.check(len(names))
     return Source(
         label_names=names,
-        channels=3,
+        channels=surveyed.channels,
         train=splits[0],
         eval=splits[1],
         most_boxes=max((split.most_boxes() for split in splits), key=lambda m: m[1]),
+        survey=surveyed,
+        notes=_notes(files, listed, set(paths), (train_images, eval_images)),
+    )
+
+
+def _notes(
+    files: Folder | Zip, listed: set[str], used: set[str], folders: tuple[str, str]
+) -> tuple[str, ...]:
+    """Returns a line that counts and names the images in the splits' folders that no JSON file lists."""
+    places = {PurePosixPath(folder) for folder in folders}
+    others = [
+        name
+        for name in photos.listed(listed - used).images
+        if PurePosixPath(name).parent in places
+    ]
+    if not others:
+        return ()
+    return (
+        f"left out in {files.root}: {len(others)} images without annotations ({photos.some(others)})",
     )
 
 

@@ -7,9 +7,13 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax.data import pipeline, vision
+from squeeze_jax.data import pipeline, survey, vision
 from squeeze_jax.data.annotations import BoxLists, too_many_boxes
-from squeeze_jax.data.normalise import check_normalisation, normalised
+from squeeze_jax.data.normalise import (
+    check_normalisation,
+    normalised,
+    per_channel,
+)
 from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import make as open_source
@@ -23,8 +27,8 @@ def make(
     max_boxes: int = 100,
     min_visible: float = 0.0,
     channels: Literal[1, 3] | None = None,
-    mean: tuple[float, ...] = (0.5,),
-    std: tuple[float, ...] = (0.5,),
+    mean: float | tuple[float, ...] = 0.5,
+    std: float | tuple[float, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
     pad: int = 4,
     scale: tuple[float, float] = (0.08, 1.0),
@@ -68,6 +72,7 @@ def make(
         flip=flip,
         eval_resize=eval_resize,
     )
+    mean, std = per_channel(mean), per_channel(std)
     check_normalisation(mean, std, view.channels)
     for key, value in dict(workers=workers, threads=threads, cache_mb=cache_mb).items():
         if value < 0:
@@ -93,10 +98,11 @@ def make(
         view=view,
         train_reader=train_reader,
         eval_reader=eval_reader,
-        mean=tuple(map(float, mean)),
-        std=tuple(map(float, std)),
+        mean=mean,
+        std=std,
         workers=workers,
         threads=threads,
+        notes=survey.notes(opened, view),
     )
 
 
@@ -125,6 +131,7 @@ class Detection:
     std: tuple[float, ...]
     workers: int
     threads: int
+    notes: tuple[str, ...] = ()  # lines of the plan before training
 
     @property
     def num_classes(self) -> int:
