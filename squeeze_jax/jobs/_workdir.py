@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs._experiment import Experiment
-from squeeze_jax.jobs._settings import current, jobs, tuples
+from squeeze_jax.jobs._settings import canonical, current, jobs
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
 FREE = (
@@ -111,7 +111,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is no config; restore it or remove the work directory")
-    return current(tuples(config))
+    return current(canonical(config))
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:

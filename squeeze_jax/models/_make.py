@@ -8,12 +8,13 @@ import flax.linen as nn
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.reshaped import reshaped
+from squeeze_jax.ranges import Count
 
 
 def make(
     name: str,
     *,
-    widths: Mapping[str, int] | None = None,
+    widths: Mapping[str, Count] | None = None,
     absent: tuple[str, ...] = (),
     **options,
 ) -> nn.Module:

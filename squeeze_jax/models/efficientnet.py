@@ -25,11 +25,12 @@ from squeeze_jax.nn.blocks import (
     residual_sum,
     stage_strides,
 )
-from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier, Rate, Strides
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
 
@@ -182,13 +183,13 @@ def _unit(row: Row, train: bool):
 def make(
     variant: str = "b0",
     *,
-    num_classes: int | None = 1000,
-    width: float | None = None,
-    depth: float | None = None,
-    strides: tuple[int, ...] | None = None,
-    stem_strides: Pair = 2,
-    dropout: float | None = None,
-    stochastic_depth: float = 0.2,
+    num_classes: Count | None = 1000,
+    width: Multiplier | None = None,
+    depth: Multiplier | None = None,
+    strides: tuple[Strides, ...] | None = None,
+    stem_strides: Strides | tuple[Strides, ...] = 2,
+    dropout: Rate | None = None,
+    stochastic_depth: Rate = 0.2,
 ) -> EfficientNet:
     """Builds an EfficientNet.
 

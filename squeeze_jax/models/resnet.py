@@ -17,6 +17,7 @@ from squeeze_jax.nn.blocks import conv_norm, residual_sum
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -113,9 +114,9 @@ class ResNet(nn.Module):
 def make(
     variant: str = "50",
     *,
-    num_classes: int | None = 1000,
+    num_classes: Count | None = 1000,
     stem: Stem = "imagenet",
-    width: float = 1.0,
+    width: Multiplier = 1.0,
 ) -> ResNet:
     """Builds a ResNet.
 

@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS
+from squeeze_jax.ranges import Count
 from squeeze_jax.train import forward
 from squeeze_jax.train.state import State
 
@@ -58,7 +59,7 @@ class Checkpoints:
         self,
         directory: str | pathlib.Path,
         *,
-        keep: int = 2,
+        keep: Count = 2,
         best: str = "eval_accuracy",
         lowest: bool = False,
         use: Literal["newest", "best"] = "newest",

@@ -14,12 +14,13 @@ from PIL import Image
 
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.ranges import PathStr, Rate
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif")
 EVAL_NAMES = ("test", "val", "validation", "eval")
 
 
-def make(root: str, holdout: float = 0.0) -> Source:
+def make(root: PathStr, holdout: Rate = 0.0) -> Source:
     """Lists the images under `root`.
 
     Args:

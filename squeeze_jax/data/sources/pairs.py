@@ -9,17 +9,19 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 from squeeze_jax.data.photos import SUFFIXES
 from squeeze_jax.data.source import IGNORED, Example, Source
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import PathStr, Range
 
 
 def make(
-    root: str,
-    classes: str | Sequence[str],
+    root: PathStr,
+    classes: PathStr | Sequence[str],
     *,
-    ignored: Sequence[int] = (),
+    ignored: Sequence[Annotated[int, Range(0, 255)]] = (),
     train: str = "train",
     eval: str = "test",
 ) -> Source:

@@ -15,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.ranges import PathStr
 
 FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -22,7 +23,7 @@ VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 def make(
     dataset: str,
-    data_dir: str = "~/tensorflow_datasets",
+    data_dir: PathStr = "~/tensorflow_datasets",
     train: str = "train",
     eval: str = "test",
 ) -> Source:
