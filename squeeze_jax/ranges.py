@@ -36,15 +36,21 @@ class Range(NamedTuple):
         if self.high < INT32:
             return f"should lie in {self}"
         if above:
-            return f"should be at most {self.high:.8g}"
+            return f"should be at most {_number(self.high)}"
         if self.low == 0:
             return "should be positive" if self.open_low else "should not be negative"
-        return f"should be {'above' if self.open_low else 'at least'} {self.low:.8g}"
+        return (
+            f"should be {'above' if self.open_low else 'at least'} {_number(self.low)}"
+        )
 
     def __str__(self) -> str:
         """The interval as mathematicians write it, such as [0, 1)."""
         left, right = "[("[self.open_low], "])"[self.open_high]
-        return f"{left}{self.low:.8g}, {self.high:.8g}{right}"
+        return f"{left}{_number(self.low)}, {_number(self.high)}{right}"
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:.8g}"
 
 
 class Zero:

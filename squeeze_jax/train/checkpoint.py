@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from squeeze_jax import tree
+from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS
 from squeeze_jax.ranges import Count
@@ -78,7 +78,7 @@ class Checkpoints:
         """
         self._use, self._best, self._read_only = use, best, read_only
         self._sign = -1.0 if lowest else 1.0
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = files.path(directory).absolute()
         newest = policies.LatestN(keep)
 
         def score(metrics):

@@ -46,7 +46,7 @@ def read(path: str | Path, notes: list[str] | None = None) -> Arrays:
       UserError: no such file, an unknown ending, a file that is damaged or was not fetched, or a checkpoint of something
         else than tensors by name; names the file.
     """
-    path = Path(path)
+    path = atomic.path(path)
     check(path)
     try:
         with path.open("rb") as file:
@@ -76,7 +76,7 @@ def read(path: str | Path, notes: list[str] | None = None) -> Arrays:
 
 def check(path: str | Path) -> None:
     """Raises a UserError for a file that is not there, or whose ending is unknown."""
-    path = Path(path)
+    path = atomic.path(path)
     if path.suffix not in _READERS:
         raise UserError(
             f"weights {path} have an unknown ending: use {', '.join(_READERS)}"
