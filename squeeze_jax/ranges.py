@@ -31,6 +31,8 @@ class Range(NamedTuple):
             return "should be a finite number"
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
+        if above and below and isinstance(value, int) and abs(value) > INT32:
+            return f"should be written as {value:.0e}: it is no integer of 32 bits"
         if above and below:
             return ""
         if self.high < INT32:

@@ -7,7 +7,7 @@ import io
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _profile, _settings, _workdir, export
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.methods import METHODS
-from squeeze_jax.ranges import Bits, Count, Range, Whole
+from squeeze_jax.ranges import Bits, Count, Whole
 from squeeze_jax.report import costs, table, units
 from squeeze_jax.train import forward
 
@@ -47,7 +47,7 @@ class Settings:
     runs: Count = 100
     warmup: Whole = 10
     batch: Count = 1
-    cores: Annotated[int, Range(1, 4096)] | None = None
+    cores: Count | None = None
 
 
 def check(settings: Settings, built: Built) -> None:

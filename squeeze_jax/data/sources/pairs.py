@@ -22,8 +22,8 @@ def make(
     classes: PathStr | Sequence[str],
     *,
     ignored: Sequence[Annotated[int, Range(0, 255)]] = (),
-    train: str = "train",
-    eval: str = "test",
+    train: PathStr = "train",
+    eval: PathStr = "test",
 ) -> Source:
     """Lists the images under `root` that a target belongs to.
 

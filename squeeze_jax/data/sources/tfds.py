@@ -22,10 +22,10 @@ VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def make(
-    dataset: str,
+    dataset: PathStr,
     data_dir: PathStr = "~/tensorflow_datasets",
-    train: str = "train",
-    eval: str = "test",
+    train: PathStr = "train",
+    eval: PathStr = "test",
 ) -> Source:
     """Opens a prepared data set.
 

@@ -31,8 +31,8 @@ def make(
     data_dir: PathStr | None = None,
     length: Count = 128,
     buckets: tuple[Count, ...] = (),
-    train: str | None = "train",
-    eval: str = "dev",
+    train: PathStr | None = "train",
+    eval: PathStr = "dev",
     limit_train: Whole = 0,
 ) -> "Glue":
     """Reads a task's examples; the parameters are the keys of `config.data`.

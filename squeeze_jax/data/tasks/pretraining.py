@@ -17,7 +17,7 @@ import numpy as np
 from squeeze_jax.data import documents, masking, pipeline, text, tokens
 from squeeze_jax.data.documents import Blocks, Examples, Pairs
 from squeeze_jax.errors import UserError
-from squeeze_jax.ranges import Count, Fraction, Part, PathStr, Share, Threads, Whole
+from squeeze_jax.ranges import Count, Finite, Part, PathStr, Share, Threads, Whole
 
 Kind = Literal["masked", "replaced", "causal"]
 
@@ -27,7 +27,7 @@ def make(
     tokenizer: PathStr,
     length: Count = 128,
     *,
-    eval: PathStr | tuple[PathStr, ...] | Fraction = 0.05,
+    eval: PathStr | tuple[PathStr, ...] | Finite = 0.05,
     kind: Kind = "masked",
     order: Literal["none", "sentence_order", "next_sentence"] = "none",
     sentences: documents.Sentences = "lines",
