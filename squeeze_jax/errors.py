@@ -1,6 +1,7 @@
 """Exceptions whose one line is for the user, the way that line points at a fix, and how any name in it is printed."""
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 
@@ -16,7 +17,32 @@ class Reported(Exception):
 
 
 class UserError(Reported, ValueError):
-    """A mistake in what the user gave (config, file, data), not in the code; names the culprit and the fix."""
+    """A mistake in what the user gave (config, file, data), not in the code; names the culprit and the fix.
+
+    The message is one line: line breaks are written as \\n, and what is too long to read is shortened in its middle.
+    """
+
+    def __init__(self, message: object = ""):
+        text = str(message).encode(errors="backslashreplace").decode()
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        text = re.sub(r"\S{400,}", lambda match: shortened(match[0], 120), text)
+        super().__init__(shortened(text, 1500))
+
+
+def shortened(text: str, longest: int) -> str:
+    """Returns a text, without its middle if it has more than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    first = longest * 2 // 3
+    return f"{text[:first]} … {text[first - longest :]}"
+
+
+def shown(value: object, longest: int = 100) -> str:
+    """Returns how an error shows a value from the user: as Python writes it, shortened."""
+    try:
+        return shortened(repr(value), longest)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"<{type(value).__name__}>"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

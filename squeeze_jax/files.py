@@ -1,11 +1,36 @@
-"""Writing a file so that a reader finds all of it or the one before it, never a part; paths that libraries can open."""
+"""Paths from users and for libraries, and writing a file so that a reader finds all of it or the one before it."""
 
 import contextlib
 import errno
 import os
 from pathlib import Path
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shown
+from squeeze_jax.ranges import Usable
+
+
+def path(text: str | os.PathLike, where: str = "") -> Path:
+    """Returns a path from a user, with ~ and ~name replaced by the home directory; $VARIABLES are not expanded.
+
+    Args:
+      text: as the user wrote it.
+      where: the name of the value in an error, such as "--workdir".
+
+    Raises:
+      UserError: an empty path, no such user, or a path that no system has.
+    """
+    text = os.fspath(text)
+    where = f"{where} = {shown(text)}" if where else shown(text)
+    if wrong := Usable().fault(text):
+        raise UserError(f"{where} {wrong}")
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        user = text.partition("/")[0]
+        raise UserError(
+            f"{where}: there is no home directory {user}; write ./{user} for a folder of this name"
+        )
+    return Path(expanded)
+
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded")

@@ -352,7 +352,7 @@ def test_litert_runs_a_window():
     [
         (dict(variant="smal"), "unknown variant of lstm 'smal'.*'small'"),
         (dict(layer=3), r"config\.model\.layer; did you mean 'layers'"),
-        (dict(layers=0), r"config\.model\.layers = 0 should be a positive number"),
+        (dict(layers=0), r"config\.model\.layers = 0 should lie in \[1, 1000\]"),
         (dict(dropout=1.0), r"config\.model\.dropout = 1.0 should lie in \[0, 1\)"),
         (dict(init=0.0), r"config\.model\.init = 0.0 should be positive"),
     ],

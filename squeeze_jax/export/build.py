@@ -95,7 +95,7 @@ def make(
       process.Crash: a converter or a runtime failed.
     """
     modules = [format_of(key) for key in formats]
-    inputs, directory = specs(inputs), Path(directory)
+    inputs, directory = specs(inputs), files.path(directory)
     check = fitted(check, inputs, "the model")
     live = _live(fn, inputs, check)
     for name, values in live.items():

@@ -16,6 +16,7 @@ process of its own, where a fault is an error and not the end of this one.
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -130,9 +131,10 @@ def main(argv: list[str] | None = None) -> int:
         "squeeze_jax.export.operators", description=__doc__
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", help="a .tflite file")
+    parser.add_argument("file", type=os.path.expanduser, help="a .tflite file")
     parser.add_argument(
         *("--example", "--image"),
+        type=os.path.expanduser,
         help=".npz of an array [1, ...] for each input, or .npy; noise by default, and zeros for integers",
     )
     parser.add_argument(

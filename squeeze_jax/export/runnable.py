@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from squeeze_jax import registry
+from squeeze_jax import files, registry
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.export import listing
 
@@ -64,7 +64,7 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
     Raises:
       UserError: no such file, no such format, or the runtime cannot read it.
     """
-    path = Path(path)
+    path = files.path(path)
     if not path.is_file():
         raise UserError(f"no exported file at {path}: export it first")
     listing.verify(path)

@@ -20,6 +20,7 @@ from squeeze_jax import files, models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _plugs
 from squeeze_jax.jobs._settings import tuples
+from squeeze_jax.ranges import Layers, OptionalPath
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
@@ -78,7 +79,9 @@ class Network(NamedTuple):
         return f"{self.where}, its weights as {names} left them"
 
 
-def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
+def find(
+    folder: OptionalPath = "", workdir: OptionalPath = "", *, where: str
+) -> Network:
     """Looks for a network, without reading its weights.
 
     Args:
@@ -112,14 +115,14 @@ def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
 
 
 def settings(
-    folder: str = "",
-    workdir: str = "",
-    file: str = "",
+    folder: OptionalPath = "",
+    workdir: OptionalPath = "",
+    file: OptionalPath = "",
     names: pretrained.Names = "squeeze_jax",
     under: str = "",
     key: str = "",
     only: str = "",
-    layers: tuple[int, ...] = (),
+    layers: tuple[Layers, ...] = (),
 ) -> Network | None:
     """The network of `config.init`, see `find` and `begin`; the parameters are its keys.
 

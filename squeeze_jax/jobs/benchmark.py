@@ -15,6 +15,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export import runtime
 from squeeze_jax.jobs import _settings, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.ranges import Count, Whole
 from squeeze_jax.report import curves, picture, record, table
 from squeeze_jax.train import forward, loop
 from squeeze_jax.train.state import State
@@ -31,8 +32,8 @@ class Settings:
       warmup: runs before them.
     """
 
-    runs: int = 200
-    warmup: int = 20
+    runs: Count = 200
+    warmup: Whole = 20
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from squeeze_jax.export.runnable import format_of, named
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nn.conv import lowering
+from squeeze_jax.ranges import Count, Distinct, Positive, Share
 from squeeze_jax.report import units
 from squeeze_jax.train import forward
 from squeeze_jax.train.state import State
@@ -31,11 +33,15 @@ class Settings:
       int8_agreement: share of check examples whose top class an integer file must share, 0..1.
     """
 
-    formats: tuple = ("stablehlo", "tflite", "tflite_int8")
-    calibration: int = 256
-    check: int = 128
-    tolerance: float = 1e-4
-    int8_agreement: float = 0.95
+    formats: Annotated[tuple[str, ...], Distinct()] = (
+        "stablehlo",
+        "tflite",
+        "tflite_int8",
+    )
+    calibration: Count = 256
+    check: Count = 128
+    tolerance: Positive = 1e-4
+    int8_agreement: Share = 0.95
 
 
 def check(settings: Settings, built: Built) -> None:

@@ -30,11 +30,12 @@ from squeeze_jax.nn.blocks import (
     residual_sum,
     stage_strides,
 )
-from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
 from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
@@ -196,15 +197,15 @@ def _unit(row: Row, options: UnitOptions, train: bool):
 def make(
     variant: str = "b0",
     *,
-    num_classes: int | None = 1000,
-    width: float | None = None,
-    depth: float | None = None,
-    strides: tuple[int, ...] | None = None,
-    stem_strides: Pair = 2,
-    dropout: float | None = None,
-    stochastic_depth: float = 0.2,
+    num_classes: Count | None = 1000,
+    width: Multiplier | None = None,
+    depth: Multiplier | None = None,
+    strides: tuple[Strides, ...] | None = None,
+    stem_strides: Strides | tuple[Strides, ...] = 2,
+    dropout: Rate | None = None,
+    stochastic_depth: Rate = 0.2,
     padding: Sides = "symmetric",
-    epsilon: float | None = None,
+    epsilon: Positive | None = None,
 ) -> EfficientNet:
     """Builds an EfficientNet.
 

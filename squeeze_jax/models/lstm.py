@@ -23,6 +23,7 @@ from squeeze_jax.nn import recurrent
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.embed import Embed, text
+from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 INPUTS = "tokens"
 CLASSIFIER = ("output",)  # the layer that another vocabulary changes
@@ -149,11 +150,11 @@ def uniform(limit: float):
 def make(
     variant: str = "small",
     *,
-    layers: int | None = None,
-    features: int | None = None,
-    vocabulary: int | None = None,
-    dropout: float | None = None,
-    init: float | None = None,
+    layers: Layers | None = None,
+    features: Count | None = None,
+    vocabulary: Count | None = None,
+    dropout: Rate | None = None,
+    init: Positive | None = None,
     tied: bool = False,
 ) -> Lstm:
     """Builds an LSTM language model.

@@ -27,6 +27,7 @@ from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
 from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
@@ -151,13 +152,13 @@ class MobileNetV2(nn.Module):
 def make(
     variant: str = "1.0",
     *,
-    num_classes: int | None = 1000,
-    width: float | None = None,
-    strides: tuple[int, ...] | None = None,
-    stem_strides: Pair = 2,
-    dropout: float = 0.2,
+    num_classes: Count | None = 1000,
+    width: Multiplier | None = None,
+    strides: tuple[Strides, ...] | None = None,
+    stem_strides: Strides | tuple[Strides, ...] = 2,
+    dropout: Rate = 0.2,
     padding: Sides = "symmetric",
-    epsilon: float = 1e-5,
+    epsilon: Positive = 1e-5,
 ) -> MobileNetV2:
     """Builds a MobileNetV2.
 

@@ -18,6 +18,7 @@ from squeeze_jax.nn.blocks import UNIT, UnitOptions, conv_norm, residual_sum
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier, Positive
 from squeeze_jax.weights import foreign
 
 Stem = Literal["imagenet", "cifar"]
@@ -128,11 +129,11 @@ class ResNet(nn.Module):
 def make(
     variant: str = "50",
     *,
-    num_classes: int | None = 1000,
+    num_classes: Count | None = 1000,
     stem: Stem = "imagenet",
-    width: float = 1.0,
+    width: Multiplier = 1.0,
     strided: Strided = "3x3",
-    epsilon: float = 1e-5,
+    epsilon: Positive = 1e-5,
 ) -> ResNet:
     """Builds a ResNet.
 

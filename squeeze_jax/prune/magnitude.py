@@ -19,6 +19,7 @@ import optax
 
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, Rate, Whole
 
 
 class MagnitudeState(NamedTuple):
@@ -32,12 +33,12 @@ class MagnitudeState(NamedTuple):
 
 
 def make(
-    sparsity: float,
-    begin: int,
-    end: int,
-    every: int,
-    initial: float = 0.0,
-    rules: tuple = (("kernel$", True),),
+    sparsity: Rate,
+    begin: Whole,
+    end: Count,
+    every: Count,
+    initial: Rate = 0.0,
+    rules: tuple[tuple[str, bool], ...] = (("kernel$", True),),
     scope: Literal["global", "layer"] = "global",
 ) -> methods.Update:
     """Returns the transform; list it after "optim" in `config.update`.

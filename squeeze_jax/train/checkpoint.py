@@ -24,6 +24,7 @@ from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS
 from squeeze_jax.nn.norm import SHARES
+from squeeze_jax.ranges import Count
 from squeeze_jax.train import forward
 from squeeze_jax.train.scores import Scores
 from squeeze_jax.train.state import State
@@ -76,7 +77,7 @@ class Checkpoints:
         self,
         directory: str | pathlib.Path,
         *,
-        keep: int = 2,
+        keep: Count = 2,
         best: str = "eval_accuracy",
         lowest: bool = False,
         use: Literal["newest", "best"] = "newest",
@@ -95,7 +96,7 @@ class Checkpoints:
         """
         self._use, self._best, self._read_only = use, best, read_only
         self._keep = keep
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = files.path(directory).absolute()
         self._scores = Scores(self.directory, best, lowest=lowest)
         self._manager = ocp.CheckpointManager(
             self.directory,

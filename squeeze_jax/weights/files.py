@@ -48,7 +48,7 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
       UserError: no such file, an unknown ending, a file that is damaged or was not fetched, or a checkpoint of something
         else than tensors by name; names the file.
     """
-    path = Path(path)
+    path = atomic.path(path)
     check(path, key=key)
     try:
         with path.open("rb") as file:
@@ -80,7 +80,7 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
 
 def check(path: str | Path, *, key: str = "") -> None:
     """Raises a UserError for a file that is not there, whose ending is unknown, or that has no parts to choose by a key."""
-    path = Path(path)
+    path = atomic.path(path)
     if path.suffix not in _READERS:
         raise UserError(
             f"weights {path} have an unknown ending: use {', '.join(_READERS)}"

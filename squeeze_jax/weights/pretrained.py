@@ -144,7 +144,7 @@ def save(path: str | Path, variables: Mapping[str, Any]) -> None:
     Raises:
       UserError: another ending, or a place that cannot be written to.
     """
-    path = Path(path)
+    path = atomic.path(path)
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"cannot write weights to {path}: use .safetensors or .npz")
     arrays = {

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from squeeze_jax.data import photos, survey
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.ranges import PathStr, Rate
 
 EVAL_NAMES = ("test", "val", "validation", "eval")
 # Folders of these names, in upper or lower case, are splits and not classes.
@@ -24,7 +25,7 @@ SPLIT_NAMES = (
 )
 
 
-def make(root: str, holdout: float = 0.0) -> Source:
+def make(root: PathStr, holdout: Rate = 0.0) -> Source:
     """Lists the images under `root`.
 
     Args:

@@ -8,20 +8,21 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Annotated
 
 from squeeze_jax.data import photos, survey
 from squeeze_jax.data.source import IGNORED, Example, Source
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import PathStr, Range
 
 
 def make(
-    root: str,
-    classes: str | Sequence[str],
+    root: PathStr,
+    classes: PathStr | Sequence[str],
     *,
-    ignored: Sequence[int] = (),
-    train: str = "train",
-    eval: str = "test",
+    ignored: Sequence[Annotated[int, Range(0, 255)]] = (),
+    train: PathStr = "train",
+    eval: PathStr = "test",
 ) -> Source:
     """Lists the images under `root` that a target belongs to.
 

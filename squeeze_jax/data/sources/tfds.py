@@ -17,16 +17,17 @@ from squeeze_jax import files
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.data.survey import Survey
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.ranges import PathStr
 
 FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def make(
-    dataset: str,
-    data_dir: str = "~/tensorflow_datasets",
-    train: str = "train",
-    eval: str = "test",
+    dataset: PathStr,
+    data_dir: PathStr = "~/tensorflow_datasets",
+    train: PathStr = "train",
+    eval: PathStr = "test",
 ) -> Source:
     """Opens a prepared data set.
 

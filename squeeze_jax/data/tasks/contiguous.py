@@ -31,6 +31,7 @@ import numpy as np
 from squeeze_jax.data import answering, files, pipeline
 from squeeze_jax.data.text import Stream
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, PathStr, Whole
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -41,13 +42,13 @@ Paths = str | tuple[str, ...]
 
 
 def make(
-    train: Paths,
-    eval: Paths,
-    length: int = 35,
+    train: PathStr | tuple[PathStr, ...],
+    eval: PathStr | tuple[PathStr, ...],
+    length: Count = 35,
     *,
     level: Level = "words",
-    streams: int | None = None,
-    warm_up: int = 4,
+    streams: Count | None = None,
+    warm_up: Whole = 4,
 ) -> "Contiguous":
     """Reads text; the parameters are the keys of `config.data`.
 

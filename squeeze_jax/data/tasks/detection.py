@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,36 @@ from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import (
+    Count,
+    Finite,
+    Part,
+    Pixels,
+    Positive,
+    Range,
+    Share,
+    Threads,
+    Whole,
+)
 
 
 def make(
     source: dict,
-    size: int | tuple[int, int],
+    size: Pixels | tuple[Pixels, Pixels],
     *,
-    max_boxes: int = 100,
-    min_visible: float = 0.0,
+    max_boxes: Count = 100,
+    min_visible: Share = 0.0,
     channels: Literal[1, 3] | None = None,
-    mean: float | tuple[float, ...] = 0.5,
-    std: float | tuple[float, ...] = 0.5,
+    mean: Finite | tuple[Finite, ...] = 0.5,
+    std: Positive | tuple[Positive, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
-    pad: int = 4,
-    scale: tuple[float, float] = (0.08, 1.0),
+    pad: Annotated[int, Range(0, 1024)] = 4,
+    scale: tuple[Part, Part] = (0.08, 1.0),
     flip: bool = False,
-    eval_resize: int = 0,
-    workers: int = 0,
-    threads: int = 2,
-    cache_mb: int = 512,
+    eval_resize: Annotated[int, Range(0, 16384)] = 0,
+    workers: Threads = 0,
+    threads: Threads = 2,
+    cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> "Detection":
     """Opens a data set; the parameters are the keys of `config.data`.

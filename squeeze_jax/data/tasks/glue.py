@@ -15,6 +15,7 @@ from squeeze_jax.data import answering, files, glue, text, tokens
 from squeeze_jax.data.text import Reader, Stream
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, PathStr, Whole
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +25,15 @@ PREDICTED = 32  # texts at a time
 
 def make(
     task: str,
-    tokenizer: str,
+    tokenizer: PathStr,
     *,
-    folder: str | None = None,
-    data_dir: str | None = None,
-    length: int = 128,
-    buckets: tuple[int, ...] = (),
-    train: str | None = "train",
-    eval: str = "dev",
-    limit_train: int = 0,
+    folder: PathStr | None = None,
+    data_dir: PathStr | None = None,
+    length: Count = 128,
+    buckets: tuple[Count, ...] = (),
+    train: PathStr | None = "train",
+    eval: PathStr = "dev",
+    limit_train: Whole = 0,
 ) -> "Glue":
     """Reads a task's examples; the parameters are the keys of `config.data`.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +20,39 @@ from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import LABELS
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import (
+    Finite,
+    NonNegative,
+    Part,
+    Pixels,
+    Positive,
+    Range,
+    Threads,
+    Whole,
+)
 
 PREDICTED = 32  # images at a time
 
 
 def make(
     source: dict,
-    size: int | tuple[int, int],
+    size: Pixels | tuple[Pixels, Pixels],
     *,
     channels: Literal[1, 3] | None = None,
-    mean: float | tuple[float, ...] = 0.5,
-    std: float | tuple[float, ...] = 0.5,
+    mean: Finite | tuple[Finite, ...] = 0.5,
+    std: Positive | tuple[Positive, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
-    pad: int = 4,
-    scale: tuple[float, float] = (0.08, 1.0),
+    pad: Annotated[int, Range(0, 1024)] = 4,
+    scale: tuple[Part, Part] = (0.08, 1.0),
     flip: bool = False,
-    randaugment: int = 0,
-    magnitude: float = 9.0,
-    eval_resize: int = 0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    workers: int = 0,
-    threads: int = 2,
-    cache_mb: int = 512,
+    randaugment: Annotated[int, Range(0, 20)] = 0,
+    magnitude: Annotated[float, Range(0, 30)] = 9.0,
+    eval_resize: Annotated[int, Range(0, 16384)] = 0,
+    mixup: NonNegative = 0.0,
+    cutmix: NonNegative = 0.0,
+    workers: Threads = 0,
+    threads: Threads = 2,
+    cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> "Images":
     """Opens a data set; the parameters are the keys of `config.data`.

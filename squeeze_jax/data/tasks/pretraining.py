@@ -17,25 +17,26 @@ import numpy as np
 from squeeze_jax.data import answering, documents, masking, pipeline, text, tokens
 from squeeze_jax.data.documents import Blocks, Examples, Pairs
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, Finite, Part, PathStr, Share, Threads, Whole
 
 Kind = Literal["masked", "replaced", "causal"]
 
 
 def make(
-    files: str | tuple[str, ...],
-    tokenizer: str,
-    length: int = 128,
+    files: PathStr | tuple[PathStr, ...],
+    tokenizer: PathStr,
+    length: Count = 128,
     *,
-    eval: str | tuple[str, ...] | float = 0.05,
+    eval: PathStr | tuple[PathStr, ...] | Finite = 0.05,
     kind: Kind = "masked",
     order: Literal["none", "sentence_order", "next_sentence"] = "none",
     sentences: documents.Sentences = "lines",
-    share: float = 0.15,
-    predictions: int | None = None,
-    masked: float | None = None,
-    random: float | None = None,
+    share: Part = 0.15,
+    predictions: Whole | None = None,
+    masked: Share | None = None,
+    random: Share | None = None,
     whole_words: bool = False,
-    threads: int = 2,
+    threads: Threads = 2,
 ) -> "Pretraining":
     """Reads and tokenizes text; the parameters are the keys of `config.data`.
 

@@ -4,7 +4,7 @@ import colorsys
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import Source
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Finite, Part, Pixels, Positive, Range, Threads, Whole
 
 ENDING = "_classes.png"  # of the files that the job predict writes
 GOLDEN = 0.618034  # turns of the colour wheel from one class to the next
@@ -30,20 +31,20 @@ GOLDEN = 0.618034  # turns of the colour wheel from one class to the next
 
 def make(
     source: dict,
-    size: int | tuple[int, int],
+    size: Pixels | tuple[Pixels, Pixels],
     *,
     channels: Literal[1, 3] | None = None,
-    mean: float | tuple[float, ...] = 0.5,
-    std: float | tuple[float, ...] = 0.5,
+    mean: Finite | tuple[Finite, ...] = 0.5,
+    std: Positive | tuple[Positive, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
-    pad: int = 4,
-    scale: tuple[float, float] = (0.08, 1.0),
+    pad: Annotated[int, Range(0, 1024)] = 4,
+    scale: tuple[Part, Part] = (0.08, 1.0),
     flip: bool = False,
-    eval_resize: int = 0,
-    ignore: int = 255,
-    workers: int = 0,
-    threads: int = 2,
-    cache_mb: int = 512,
+    eval_resize: Annotated[int, Range(0, 16384)] = 0,
+    ignore: Annotated[int, Range(0, 255)] = 255,
+    workers: Threads = 0,
+    threads: Threads = 2,
+    cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> "Segmentation":
     """Opens a data set; the parameters are the keys of `config.data`.

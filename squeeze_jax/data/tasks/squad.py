@@ -20,6 +20,7 @@ from squeeze_jax.data.answers import SIDES, Answers, Best
 from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.spans import Cutter, Split
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, Finite, PathStr, Whole
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +29,17 @@ SHOWN = 3  # answers to a question of the command line
 
 
 def make(
-    eval: str,
-    tokenizer: str,
+    eval: PathStr,
+    tokenizer: PathStr,
     *,
-    train: str | None = None,
-    length: int = 384,
-    stride: int = 128,
-    max_question: int = 64,
-    buckets: tuple[int, ...] = (),
-    n_best: int = 20,
-    max_answer: int = 30,
-    null_threshold: float = 0.0,
+    train: PathStr | None = None,
+    length: Count = 384,
+    stride: Whole = 128,
+    max_question: Count = 64,
+    buckets: tuple[Count, ...] = (),
+    n_best: Count = 20,
+    max_answer: Count = 30,
+    null_threshold: Finite = 0.0,
 ) -> "Squad":
     """Reads the files; the parameters are the keys of `config.data`.
 
