@@ -140,35 +140,63 @@ def load_config(config):
 
 
 def override(config, argument):
-    """Sets one key from `--config.a.b=value`.
+    """Sets one key from `--config.a.b=value`; a number is a place in a tuple, as in `--config.phases.0.steps=40`.
 
-    What replaces a string is a string; other values are Python where they read as Python.
+    What replaces a string is a string; other values are Python where they read as Python. None leaves a key of the top
+    level out that cannot be None.
     """
-    from squeeze_jax.errors import UserError, shortened
+    from squeeze_jax.errors import UserError
+    from squeeze_jax.jobs import _experiment
 
     key, equals, text = argument.removeprefix("--config.").partition("=")
     if not equals:
         raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
-    *sections, last = key.split(".")
-    if not all((*sections, last)):
+    names = key.split(".")
+    if not all(names):
         raise UserError(f"--config.{key}=... has an empty name between its dots")
-    for section in sections:
-        config = config.setdefault(section, {})
-        if not isinstance(config, dict):
-            raise UserError(f"--config.{key}: {section} is a value, not a section")
-    if isinstance(config.get(last), str):
-        config[last] = text
-        return
+    placed(config, names, f"--config.{key}", text)
+    if len(names) == 1 and config[key] is None and not _experiment.may_be_none(key):
+        del config[key]
+
+
+def placed(holder, names, flag, text):
+    """Sets the entry that names lead to; returns the section, which is a new one if it is a tuple."""
+    from squeeze_jax.errors import UserError
+
+    name, *rest = names
+    if isinstance(holder, tuple | list):
+        if not name.isdecimal() or int(name) >= len(holder):
+            places = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
+            raise UserError(f"{flag}: {name} is no place in a tuple: choose {places}")
+        items, at = list(holder), int(name)
+    elif isinstance(holder, dict):
+        items, at = holder, name
+        if rest:
+            items.setdefault(at, {})
+    else:
+        raise UserError(f"{flag}: {name} is no part of a value, only of a section")
+    if rest:
+        items[at] = placed(items[at], rest, flag, text)
+    else:
+        old = items.get(at) if isinstance(items, dict) else items[at]
+        items[at] = text if isinstance(old, str) else parsed(text, flag)
+    return items if isinstance(holder, dict) else type(holder)(items)
+
+
+def parsed(text, flag):
+    """The value that a text reads as in Python, or the text."""
+    from squeeze_jax.errors import UserError, shortened
+
     # Names of files that are no UTF-8 are escaped in their quotes: Python's parser takes UTF-8 only.
     escaped = text.encode(errors="backslashreplace").decode()
     try:
-        config[last] = ast.literal_eval(escaped)
+        return ast.literal_eval(escaped)
     except (ValueError, SyntaxError):
         words = {"true": True, "false": False, "none": None}
-        config[last] = words.get(text.lower(), text)
+        return words.get(text.lower(), text)
     except (TypeError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"--config.{key}={shortened(text, 100)} is no value of Python ({error or 'too deep'})"
+            f"{flag}={shortened(text, 100)} is no value of Python ({error or 'too deep'})"
         ) from None
 
 

@@ -233,7 +233,15 @@ def test_a_config_file_that_fails_is_one_line(text, words, tmp_path):
         (["--config.data={'a':{1,2}}"], "config.data.a = {1, 2} (set) should be a n"),
         (["--config.steps={[]:1}"], "is no value of Python (unhashable type"),
         (["--config.steps=" + "[" * 5000], "config.steps = '[[["),
-        (["--config.optim.lr.x=1"], "lr is a value, not a section"),
+        (["--config.optim.lr.x=1"], "x is no part of a value, only of a section"),
+        (
+            ["--config.phases=({'steps': 3},)", "--config.phases.1.steps=2"],
+            "1 is no place in a tuple: choose 0 to 0",
+        ),
+        (
+            ["--config.seeds=(1, 2)", "--config.seeds.last=2"],
+            "last is no place in a tuple: choose 0 to 1",
+        ),
         (["--config..x=1"], "has an empty name between its dots"),
         (["--config.data=5"], "config.data = 5 (int) should be dict"),
         (["--config.steps=nan"], "config.steps = 'nan' (str) should be int"),
@@ -426,3 +434,20 @@ def test_the_last_phase_may_become_longer_and_others_not(tmp_path):
         UserError, match=r"config.steps = 4, but .* for 5 steps already"
     ):
         _workdir.same(tmp_path, config | dict(phases=(dict(steps=2), dict(steps=2))))
+
+
+def test_overrides_reach_into_tuples():
+    config = dict(
+        steps=8,
+        update=("optim", dict(name="prune.magnitude", begin=1, end=450)),
+        phases=(dict(steps=400), dict(steps=200)),
+    )
+    for argument in "update.1.end=60", "phases.0.steps=40", "phases.1.steps=20":
+        run.override(config, f"--config.{argument}")
+    run.override(config, "--config.steps=None")
+    assert config == dict(
+        update=("optim", dict(name="prune.magnitude", begin=1, end=60)),
+        phases=(dict(steps=40), dict(steps=20)),
+    )
+    run.override(config, "--config.exchange=None")
+    assert config["exchange"] is None
