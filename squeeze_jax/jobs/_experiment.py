@@ -177,6 +177,7 @@ class Built:
         abstract = self.abstract()
         params = forward.parameters(abstract.params)
         shapes = {"params": params, "batch_stats": abstract.stats}
+        init |= {"classes": self.data.label_names, "example": self.data.example()}
         return _pretrained.begin(self.begin, self.options, shapes, key, **init)
 
     def create(self, given: Mapping[str, Any] | None = None) -> states.State:
@@ -341,7 +342,9 @@ def build(
 def opened(workdir: pathlib.Path, config: Mapping[str, Any]) -> Built:
     """Builds the experiment of a work directory in the phase, and with the network options, of its trained network."""
     config, phase, options = _pretrained.alone(workdir, config)
-    return build(check(config), phase, options)
+    built = build(check(config), phase, options)
+    _pretrained.check_classes(workdir, built.data.label_names)
+    return built
 
 
 def _check_sections(e: Experiment) -> None:

@@ -108,6 +108,7 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
             rejected.append(key)
             continue
         entry = dataclasses.asdict(file) | {"path": file.path.name, "step": step}
+        entry["classes"] = list(built.data.label_names)
         listing.record(folder, key, entry, file.path)
         print(
             f"exported   {file.path} · {units.size(file.bytes)} · largest difference {file.max_difference:.2g} ·"
