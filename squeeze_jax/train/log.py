@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 
 import tensorboardX
 
@@ -12,6 +13,16 @@ from squeeze_jax import files
 # What each record has, whatever the objective; it is not shown, or in a form of its own.
 EVERY_RECORD = ("loss", "grad_norm", "examples_per_s", "input_wait", "skipped")
 EVERY_RECORD += ("learning_rate", "examples_crc32")
+# Accuracies that are further apart get a line with the likely causes.
+FAR = 0.3
+_STATISTICS = (
+    "; batch normalisation's running statistics may be those of older weights: train for more steps, or set"
+    " config.model.norm_momentum=0.9 or lower"
+)
+_OVERFITTED = (
+    "; or the network overfits, or the test data differ: use more data, augmentation or config.optim.decay, and look at"
+    " the test data's images and classes"
+)
 
 
 class Log:
@@ -25,6 +36,7 @@ class Log:
         start: int = 0,
         quiet: bool = False,
         phase: str = "",
+        batch_norm: bool = False,
     ):
         """Opens the files; records after step `start` (from a run that died) are dropped.
 
@@ -33,10 +45,12 @@ class Log:
           steps: length of the run, for the time left.
           start: the step the run continues from.
           quiet: write nothing at all (every process but the first).
+          batch_norm: whether the network has running statistics, for the advice on accuracies that are far apart.
           phase: such as "phase 1/2"; stands before each line, in each record and in TensorBoard's text.
         """
         self.steps, self.start, self.quiet = steps, start, quiet
         self.phase, self._lead = phase, f"{phase} · " if phase else ""
+        self._batch_norm, self._trained = batch_norm, {}
         self._begin = time.monotonic()
         self._live, self._shown, self._line = sys.stdout.isatty(), 0.0, ""
         if quiet:
@@ -64,7 +78,7 @@ class Log:
         ]
         if record["skipped"]:
             parts.append(f"{record['skipped']} examples skipped")
-        self._line = " · ".join(parts)
+        self._line, self._trained = " · ".join(parts), record
         self._write(step, record, self._line)
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:
@@ -74,6 +88,8 @@ class Log:
             f"{self._lead}step {step}/{self.steps} · {scores(record)}",
             keep=True,
         )
+        if step == self.steps and (line := apart(self._trained, record)):
+            self.say(line + (_STATISTICS if self._batch_norm else "") + _OVERFITTED)
 
     def tick(self, step: int) -> None:
         """Shows on a terminal, between records, how far the run is; at most once a second."""
@@ -115,6 +131,19 @@ def scores(record: dict[str, float]) -> str:
     found = {k.removeprefix("eval_"): v for k, v in record.items() if k != "step"}
     found = sorted(found.items(), key=lambda item: item[0] == "loss")
     return "test " + " · ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found)
+
+
+def apart(trained: Mapping[str, float], evaluated: Mapping[str, float]) -> str | None:
+    """Describes a training accuracy that is far above the evaluation's; None if it is not, or there is none.
+
+    Args:
+      trained: a record of training: "accuracy", 0 to 1, of batches that the network has just been trained on.
+      evaluated: a record of an evaluation: "eval_accuracy".
+    """
+    high, low = trained.get("accuracy"), evaluated.get("eval_accuracy")
+    if high is None or low is None or not high - low > FAR:
+        return None
+    return f"warning: training accuracy {high:.3f} and test accuracy {low:.3f} are far apart"
 
 
 def read(path: pathlib.Path) -> list[dict]:
