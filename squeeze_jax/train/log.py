@@ -6,8 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 
-import tensorboardX
-
 from squeeze_jax import files
 
 # What each record has, whatever the objective; it is not shown, or in a form of its own.
@@ -59,9 +57,7 @@ class Log:
         kept = [r for r in read(path) if r["step"] <= start] if path.exists() else []
         files.write(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1
-        )
+        self._board = _writer(workdir / "tensorboard", purge_step=start + 1)
         if phase:
             self._board.add_text("phase", phase, start)
 
@@ -124,6 +120,22 @@ class Log:
                 print()
             self._file.close()
             self._board.close()
+
+
+def _writer(folder: pathlib.Path, **options):
+    """Returns a TensorBoard writer.
+
+    tensorboardX loads PyTorch where it is installed, which takes seconds, to accept tensors that are never passed here.
+    """
+    unused = "torch" not in sys.modules
+    if unused:
+        sys.modules["torch"] = None  # an import of it raises an ImportError
+    try:
+        import tensorboardX
+    finally:
+        if unused:
+            del sys.modules["torch"]
+    return tensorboardX.SummaryWriter(str(folder), **options)
 
 
 def scores(record: dict[str, float]) -> str:
