@@ -2,10 +2,15 @@
 
 import argparse
 import ast
+import collections.abc
+import copy
+import importlib.machinery
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
+import warnings
 
 DESCRIPTION = """\
 Runs an experiment from a config to a trained network to files that run on devices.
@@ -21,12 +26,14 @@ Stop it with Ctrl-C at any time; the same command continues where it was."""
 
 def parse(argv):
     from squeeze_jax import registry
+    from squeeze_jax.errors import UserError, nearest
 
     jobs = registry.names("squeeze_jax.jobs")
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument(
         "inputs", nargs="*", help="files, folders or texts, for --job=predict"
@@ -43,7 +50,7 @@ def parse(argv):
     )
     parser.add_argument(
         "--workdir",
-        help="where everything of the run goes; default: runs/<name of the config>",
+        help="where everything of the run goes; default: runs/<name of the config>, or of the dataset where --config is left out",
     )
     parser.add_argument(
         "--job",
@@ -62,68 +69,135 @@ def parse(argv):
         "--process", type=int, default=0, help="which of them this is, from 0"
     )
     overrides = [a for a in argv if a.startswith("--config.")]
-    return parser.parse_args([a for a in argv if a not in overrides]), overrides
+    try:
+        args, others = parser.parse_known_args([a for a in argv if a not in overrides])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see --help") from None
+    for other in others:
+        if other.startswith("-"):
+            flag = other.partition("=")[0]
+            raise UserError(f"unknown flag {flag}{nearest(flag, parser_flags(parser))}")
+    args.inputs += others
+    return args, overrides
+
+
+def parser_flags(parser):
+    """Returns the flags that a parser knows."""
+    return [flag for action in parser._actions for flag in action.option_strings]
 
 
 def file_and_argument(config):
     """A config file, and what its `get_config` is called with: of "x.py:mrpc" x.py and ("mrpc",), of "x.py" ()."""
-    path, colon, argument = str(config).rpartition(":")
-    if not colon or pathlib.Path(config).is_file():
-        return pathlib.Path(config), ()
+    from squeeze_jax import files
+
+    whole = files.path(config, "--config")
+    path, colon, argument = str(whole).rpartition(":")
+    if not colon or whole.is_file():
+        return whole, ()
     return pathlib.Path(path), (argument,)
 
 
 def load_config(config):
-    """The dict that the `get_config` of a file returns; after a colon may come what it is called with."""
-    from squeeze_jax.errors import UserError, nearest
+    """Returns the dict that the `get_config` of a file returns; after a colon may come its argument."""
+    from squeeze_jax.errors import UserError, nearest, shown
+    from squeeze_jax.registry import blamed
 
     path, arguments = file_and_argument(config)
     if not path.is_file():
-        found = [
-            str(p) for p in sorted(pathlib.Path(__file__).parent.glob("configs/*.py"))
-        ]
-        found = [str(pathlib.Path("configs") / pathlib.Path(p).name) for p in found]
-        raise UserError(f"no config file {path}{nearest(str(path), found)}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+        folder = pathlib.Path(__file__).parent / "configs"
+        names = [f"configs/{p.name}" for p in sorted(folder.glob("*.py"))]
+        what = f"{path} is a folder, not a config file" if path.is_dir() else ""
+        raise UserError(
+            f"{what or f'no config file {path}'}{nearest(str(path), names)}"
+        )
+    name = f"config_{path.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
-    try:
+    with blamed(path):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
-    if not hasattr(module, "get_config"):
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
         raise UserError(f"{path} has no function get_config()")
-    if arguments and not inspect.signature(module.get_config).parameters:
+    with blamed(path):
+        takes = inspect.signature(get_config).parameters
+    if arguments and not takes:
         raise UserError(f"{path} takes no argument: leave out :{arguments[0]}")
+    if not arguments and any(p.default is p.empty for p in takes.values()):
+        name = next(iter(takes))
+        raise UserError(f"{path} needs an argument: --config={path}:{name.upper()}")
     try:
-        config = module.get_config(*arguments)
-    except ValueError as error:
+        with blamed(path, passing=(ValueError,) if arguments else ()):
+            config = get_config(*arguments)
+            config = config.to_dict() if hasattr(config, "to_dict") else config
+    except ValueError as error:  # what the file says of its argument
         raise UserError(f"{path}: {error}") from None
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if not isinstance(config, collections.abc.Mapping):
+        raise UserError(
+            f"{path}: get_config() returned {shown(config)} ({type(config).__name__}), it should return a dict"
+        )
+    return dict(config)
 
 
 def override(config, argument):
-    """Sets one key from `--config.a.b=value`.
+    """Sets one key from `--config.a.b=value`; a number is a place in a tuple, as in `--config.phases.0.steps=40`.
 
-    What replaces a string is a string; other values are Python where they read as Python.
+    What replaces a string is a string; other values are Python where they read as Python. None leaves a key of the top
+    level out that cannot be None.
     """
     from squeeze_jax.errors import UserError
+    from squeeze_jax.jobs import _experiment
 
     key, equals, text = argument.removeprefix("--config.").partition("=")
     if not equals:
         raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
-    *sections, last = key.split(".")
-    for section in sections:
-        config = config.setdefault(section, {})
-        if not isinstance(config, dict):
-            raise UserError(f"--config.{key}: {section} is a value, not a section")
-    if isinstance(config.get(last), str):
-        config[last] = text
-        return
+    names = key.split(".")
+    if not all(names):
+        raise UserError(f"--config.{key}=... has an empty name between its dots")
+    placed(config, names, f"--config.{key}", text)
+    if len(names) == 1 and config[key] is None and not _experiment.may_be_none(key):
+        del config[key]
+
+
+def placed(holder, names, flag, text):
+    """Sets the entry that names lead to; returns the section, which is a new one if it is a tuple."""
+    from squeeze_jax.errors import UserError
+
+    name, *rest = names
+    if isinstance(holder, tuple | list):
+        if not name.isdecimal() or int(name) >= len(holder):
+            places = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
+            raise UserError(f"{flag}: {name} is no place in a tuple: choose {places}")
+        items, at = list(holder), int(name)
+    elif isinstance(holder, dict):
+        items, at = holder, name
+        if rest:
+            items.setdefault(at, {})
+    else:
+        raise UserError(f"{flag}: {name} is no part of a value, only of a section")
+    if rest:
+        items[at] = placed(items[at], rest, flag, text)
+    else:
+        old = items.get(at) if isinstance(items, dict) else items[at]
+        items[at] = text if isinstance(old, str) else parsed(text, flag)
+    return items if isinstance(holder, dict) else type(holder)(items)
+
+
+def parsed(text, flag):
+    """The value that a text reads as in Python, or the text."""
+    from squeeze_jax.errors import UserError, shortened
+
+    # Names of files that are no UTF-8 are escaped in their quotes: Python's parser takes UTF-8 only.
+    escaped = text.encode(errors="backslashreplace").decode()
     try:
-        config[last] = ast.literal_eval(text)
+        return ast.literal_eval(escaped)
     except (ValueError, SyntaxError):
         words = {"true": True, "false": False, "none": None}
-        config[last] = words.get(text.lower(), text)
+        return words.get(text.lower(), text)
+    except (TypeError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"{flag}={shortened(text, 100)} is no value of Python ({error or 'too deep'})"
+        ) from None
 
 
 def main(argv=None):
@@ -132,20 +206,11 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _compilation, _experiment, _settings, _workdir
+    from squeeze_jax.jobs import _compilation, _experiment, _pretrained, _workdir
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
-    path, arguments = file_and_argument(args.config or "digits")
-    name = "_".join((path.stem, *arguments))
-    workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
-    if args.config is None and (workdir / "config.json").exists():
-        config = _workdir.read(workdir)
-    else:
-        default = pathlib.Path(__file__).parent / "configs" / "digits.py"
-        config = load_config(args.config or default)
-    for each in overrides:
-        override(config, each)
-    config = _settings.tuples(config)
+    inputs = list(map(input_of, args.inputs))
+    config, workdir = config_and_workdir(args, overrides)
     experiment = _experiment.check(config)
     join(args)
     # Whether a job begins a run, needs one that was begun, or ignores what the work directory holds.
@@ -154,13 +219,80 @@ def main(argv=None):
         _workdir.same(workdir, config)
         built = _experiment.opened(workdir, config)
     else:
-        built = _experiment.build(experiment)
+        begun = use == "begins" and _pretrained.begun(workdir)
+        built = _experiment.build(experiment, begun=begun)
+    if hasattr(job, "ready"):  # whatever can be refused before a work directory is made
+        job.ready(built, inputs)
     cache = _compilation.enable(**built.experiment.compilation)
     if use == "begins":
         _workdir.begin(workdir, config)
         if args.process == 0:
             print(f"compiled   {cache}")
-    job.run(built, workdir, args.inputs)
+    job.run(built, workdir, inputs)
+
+
+def config_and_workdir(args, overrides):
+    """Returns the whole config that the command line asks for, and the path of the work directory."""
+    from squeeze_jax import files
+    from squeeze_jax.errors import UserError
+    from squeeze_jax.jobs import _workdir
+
+    default = pathlib.Path(__file__).parent / "configs" / "digits.py"
+    if args.workdir is not None:
+        workdir = files.path(args.workdir, "--workdir")
+        begun = args.config is None and (workdir / "config.json").exists()
+        config = (
+            _workdir.read(workdir) if begun else load_config(args.config or default)
+        )
+        return overridden(config, overrides), workdir
+    config = load_config(args.config or default)
+    changed = overridden(config, overrides)
+    if args.config is not None:
+        path, arguments = file_and_argument(args.config)
+        return changed, pathlib.Path("runs") / "_".join((path.stem, *arguments))
+    same = dataset(changed) == dataset(config)
+    workdir = pathlib.Path("runs") / ("digits" if same else dataset(changed))
+    if (workdir / "config.json").exists():
+        begun = _workdir.read(workdir)
+        if dataset(begun) != dataset(changed):
+            raise UserError(
+                f"{workdir} holds a network of the dataset {dataset(begun)}: go on there by --workdir={workdir}, or choose"
+                " another --workdir"
+            )
+        changed = overridden(begun, overrides)
+    return changed, workdir
+
+
+def overridden(config, overrides):
+    """Returns a copy of a config with the values of the command line."""
+    from squeeze_jax.jobs import _settings
+
+    changed = copy.deepcopy(dict(config))
+    for each in overrides:
+        override(changed, each)
+    return _settings.canonical(changed)
+
+
+def dataset(config):
+    """Returns the name of a config's dataset, such as that of its folder of images."""
+    data = config.get("data")
+    data = data if isinstance(data, collections.abc.Mapping) else {}
+    source = data.get("source")
+    source = source if isinstance(source, collections.abc.Mapping) else {}
+    for key in ("root", "path"):
+        if isinstance(source.get(key), str):
+            return pathlib.Path(source[key]).expanduser().resolve().name or "images"
+    name = source.get("dataset") or source.get("name") or data.get("name") or "data"
+    return pathlib.Path(str(name).replace(":", "_")).stem
+
+
+def input_of(text):
+    """Returns a file, folder or text of the command line, with the home directory in place of ~."""
+    from squeeze_jax.errors import UserError
+
+    if not text.strip():
+        raise UserError(f"{text!r} is no file, folder or text: leave it out")
+    return os.path.expanduser(text)
 
 
 def join(args):
@@ -184,14 +316,36 @@ def join(args):
         stop.listen_again()
 
 
-if __name__ == "__main__":
-    from squeeze_jax import stop
-    from squeeze_jax.errors import Reported
+def one_line(message, category, filename, lineno, line=None):
+    """A warning as the user sees it."""
+    return f"warning: {message}\n"
 
+
+def end(error):
+    """Prints an error's line and ends with its status."""
+    from squeeze_jax import files
+
+    lead = "\n" if error.status > 128 else "error: "
+    print(f"{lead}{error}", file=sys.stderr, flush=True)
+    if isinstance(error, files.DiskFull):
+        sys.stdout.flush()
+        os._exit(error.status)  # each thread of a library would report it once more
+    sys.exit(error.status)
+
+
+if __name__ == "__main__":
+    from squeeze_jax import files, stop
+    from squeeze_jax.errors import Reported, print_any_name
+
+    warnings.formatwarning = one_line
+    print_any_name()
     try:
         with stop.listening():
             main()
     except Reported as error:
-        lead = "\n" if error.status > 128 else "error: "
-        print(f"{lead}{error}", file=sys.stderr)
-        sys.exit(error.status)
+        end(error)
+    except OSError as error:
+        if not files.is_full(error):
+            raise
+        where = f" in {error.filename}" if error.filename else ""
+        end(files.DiskFull(f"no space left on the disk{where}"))

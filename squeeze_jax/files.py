@@ -1,10 +1,69 @@
-"""Writing a file so that a reader finds all of it or the one before it, never a part."""
+"""Paths from users and for libraries, and writing a file so that a reader finds all of it or the one before it."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shown
+from squeeze_jax.ranges import Usable
+
+
+def path(text: str | os.PathLike, where: str = "") -> Path:
+    """Returns a path from a user, with ~ and ~name replaced by the home directory; $VARIABLES are not expanded.
+
+    Args:
+      text: as the user wrote it.
+      where: the name of the value in an error, such as "--workdir".
+
+    Raises:
+      UserError: an empty path, no such user, or a path that no system has.
+    """
+    text = os.fspath(text)
+    where = f"{where} = {shown(text)}" if where else shown(text)
+    if wrong := Usable().fault(text):
+        raise UserError(f"{where} {wrong}")
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        user = text.partition("/")[0]
+        raise UserError(
+            f"{where}: there is no home directory {user}; write ./{user} for a folder of this name"
+        )
+    return Path(expanded)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
+
+
+class DiskFull(UserError):
+    """There is no space left where something is to be written."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, tells of a full disk; libraries wrap the system's error in their own."""
+    if error is None:
+        return False
+    if isinstance(error, DiskFull) or getattr(error, "errno", None) in _FULL:
+        return True
+    if any(words in str(error) for words in _FULL_WORDS):
+        return True
+    return is_full(error.__cause__ or error.__context__)
+
+
+def check_utf8(path: str | Path, key: str) -> None:
+    """Raises a UserError for a path that is not UTF-8, which libraries of checkpoints and records cannot open.
+
+    Args:
+      path: as the system gives it; bytes that are not UTF-8 are lone surrogates.
+      key: how the error calls it, such as "--workdir".
+    """
+    try:
+        str(Path(path).absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{key} = {str(path)!r} is not UTF-8: rename the folder or choose another"
+        ) from None
 
 
 def write(path: str | Path, content: bytes | str) -> Path:
@@ -32,5 +91,6 @@ def write(path: str | Path, content: bytes | str) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):  # as where a folder on the way is a file
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        kind = DiskFull if is_full(error) else UserError
+        raise kind(f"cannot write {path}: {error.strerror}") from None
     return path

@@ -5,6 +5,7 @@ signature of the function it will be splatted into, so that a misspelt key or a 
 Wherever a config names a file of the library, the path of a Python file of the user's own does too: "./my_model.py".
 """
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.util
@@ -17,9 +18,9 @@ import traceback
 import types
 import typing
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.errors import UserError, nearest, shown
 
 # The user's own files that this program has imported; worker processes inherit it and import from the same paths.
 _OWN_FILES = "SQUEEZE_JAX_OWN_FILES"
@@ -91,16 +92,33 @@ def _imported(name: str, what: str) -> types.ModuleType:
     known = _own_paths()
     if str(path) not in known:
         os.environ[_OWN_FILES] = "\n".join([*known, str(path)])
-    try:
+    with blamed(path):
         return importlib.import_module(_module_name(path))
-    except UserError:
+
+
+@contextlib.contextmanager
+def blamed(path: str | pathlib.Path, passing: tuple[type, ...] = ()) -> Iterator[None]:
+    """Turns whatever the user's own code raises into a UserError with its file, line and exception.
+
+    Args:
+      path: the file that is imported or called within this context.
+      passing: exceptions that pass as they are.
+    """
+    try:
+        yield
+    except (UserError, *passing):
         raise
     except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from None
-    except Exception as error:  # whatever the user's code raises
+        place = f"{error.filename or path}:{error.lineno or 1}"
+        raise UserError(f"{place}: {error.msg}; mend the file") from None
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        line = next((f.lineno for f in frames[::-1] if f.filename == str(path)), 1)
-        reason = str(error).splitlines()[0] if str(error) else ""
+        own = str(pathlib.Path(path).resolve())
+        lines = [
+            f.lineno for f in frames if str(pathlib.Path(f.filename).resolve()) == own
+        ]
+        line = lines[-1] if lines else 1
+        reason = (str(error).splitlines() or ["no message"])[0]
         raise UserError(
             f"{path}:{line}: {type(error).__name__}: {reason}; mend the file"
         ) from None
@@ -108,7 +126,7 @@ def _imported(name: str, what: str) -> types.ModuleType:
 
 def _module_name(path: pathlib.Path) -> str:
     stem = "".join(c if c.isalnum() else "_" for c in path.stem)
-    return f"{_OWN}.{stem}_{zlib.crc32(str(path).encode()):08x}"
+    return f"{_OWN}.{stem}_{zlib.crc32(os.fsencode(path)):08x}"
 
 
 class _OwnFiles(importlib.abc.MetaPathFinder):
@@ -144,7 +162,7 @@ def options(defaults: typing.Any, without: Sequence[str] = ()) -> Callable:
       defaults: the NamedTuple, whose values are the defaults.
       without: fields that the function does not take.
     """
-    hints = typing.get_type_hints(type(defaults))
+    hints = annotations(type(defaults))
 
     def declare(fn: Callable) -> Callable:
         signature = inspect.signature(fn)
@@ -173,16 +191,16 @@ def check(
     where: str,
     given: Sequence[str] = (),
 ) -> None:
-    """Checks that `fn(**section)` would bind and that every value fits its annotation.
+    """Checks that `fn(**section)` would bind, and that every value has the type and lies in the range of its annotation.
 
     Args:
-      fn: the function or class whose signature is the schema.
+      fn: the function or class whose signature is the schema; `ranges.py` has the types with ranges.
       section: the keyword arguments from the config.
       where: the section's name as the user writes it, such as "config.optim".
       given: parameters that the program supplies itself; the section may not name them.
 
     Raises:
-      UserError: unknown or missing key, or a value of another type.
+      UserError: an unknown or missing key, a value of another type or out of its range.
     """
     parameters = {
         k: p for k, p in inspect.signature(fn).parameters.items() if k not in given
@@ -193,30 +211,98 @@ def check(
         for k, p in parameters.items()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
-    hints = typing.get_type_hints(fn)
+    hints = annotations(fn)
     for key, value in section.items():
+        if not isinstance(key, str):
+            raise UserError(f"{where} has the key {key!r}: keys should be names")
         if key not in parameters:
             if open_ended and key not in given:
                 continue
             raise UserError(f"unknown key {where}.{key}{nearest(key, parameters)}")
-        if key in hints and not fits(value, hints[key]):
-            raise UserError(
-                f"{where}.{key} = {value!r} ({type(value).__name__}) should be {describe(hints[key])}"
-            )
+        if wrong := fault(value, hints.get(key, typing.Any), f"{where}.{key}"):
+            raise UserError(wrong)
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in section:
             raise UserError(f"missing key {where}.{key}: add it to the config")
 
 
+def annotations(fn: Callable) -> dict[str, typing.Any]:
+    """Returns the annotations of the parameters of a function or class, with their ranges."""
+    fields = hasattr(fn, "__dataclass_fields__") or hasattr(fn, "_fields")
+    if isinstance(fn, type) and not fields:
+        fn = fn.__init__
+    return typing.get_type_hints(fn, include_extras=True)
+
+
+def fault(value, hint, where: str) -> str:
+    """Returns a line about a value of another type or out of its range; "" for a value that is right.
+
+    Args:
+      value: from a config.
+      hint: the annotation.
+      where: the value's name as the user writes it.
+    """
+    if not fits(value, hint):
+        value, hint, where = _culprit(value, hint, where)
+        return f"{where} = {shown(value)} ({type(value).__name__}) should be {describe(hint)}"
+    return _outside(value, hint, where)
+
+
+def _culprit(value, hint, where: str) -> tuple:
+    """Returns the innermost item of another type, with its annotation and name."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _culprit(value, args[0], where)
+    if isinstance(value, list | tuple):
+        sequences = [a for a in args if typing.get_origin(a) in (tuple, Sequence)]
+        if origin in (typing.Union, types.UnionType) and len(sequences) == 1:
+            return _culprit(value, sequences[0], where)
+        if args and origin in (tuple, list, Sequence):
+            for number, (item, kind) in enumerate(_items(value, hint)):
+                if not fits(item, kind):
+                    return _culprit(item, kind, f"{where}[{number}]")
+    return value, hint, where
+
+
+def _items(value: Sequence, hint) -> list[tuple]:
+    """Returns the items of a sequence, each with its annotation."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is not tuple or args[-1] is Ellipsis:
+        return [(item, args[0]) for item in value]
+    return list(zip(value, args, strict=False))
+
+
+def _outside(value, hint, where: str) -> str:
+    """Returns a line about a value out of the range that an annotation declares, or about an item of it; or ""."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        for declared in args[1:]:
+            if wrong := declared.fault(value):
+                return f"{where} = {shown(value)} {wrong}"
+        return _outside(value, args[0], where)
+    if origin in (typing.Union, types.UnionType):
+        wrong = [_outside(value, arg, where) for arg in args if fits(value, arg)]
+        return min(wrong, key=bool, default="")
+    items = ()
+    if isinstance(value, Mapping) and len(args) == 2:
+        items = [(v, args[1], f"[{k!r}]") for k, v in value.items() if fits(v, args[1])]
+    elif isinstance(value, list | tuple) and args and origin is not typing.Literal:
+        items = [(v, h, f"[{n}]") for n, (v, h) in enumerate(_items(value, hint))]
+    wrong = (_outside(item, kind, where + index) for item, kind, index in items)
+    return next(filter(None, wrong), "")
+
+
 def fits(value, hint) -> bool:
-    """Whether a config value fits a type annotation; an int fits a float, a list fits a tuple."""
+    """Whether a config value has the type of an annotation; an int fits a float, a list fits a tuple. Ranges are left out."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is typing.Any or isinstance(hint, typing.TypeVar):
         return True
+    if origin is typing.Annotated:
+        return fits(value, args[0])
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, arg) for arg in args)
     if origin is typing.Literal:
-        return value in args
+        return any(value == arg and type(value) is type(arg) for arg in args)
     if hint in (None, type(None)):
         return value is None
     if hint is bool or isinstance(value, bool):
@@ -229,22 +315,25 @@ def fits(value, hint) -> bool:
             return False
         if kind is tuple and args and args[-1] is not Ellipsis:
             return len(value) == len(args) and all(map(fits, value, args))
-        return all(fits(v, args[0]) for v in value) if args else True
+        return not args or all(fits(v, args[0]) for v in value)
     if kind in (dict, Mapping):
         return isinstance(value, Mapping)
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 
 def describe(hint) -> str:
-    """A type annotation as a user reads it: `one of 'sgd', 'adamw'`, `int or None`."""
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(describe(a) for a in typing.get_args(hint))
+    """A type annotation as a user reads it: `one of 'sgd', 'adamw'`, `int or None`, `tuple of float`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return describe(args[0])
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
     if hint is type(None):
         return "None"
-    return (
-        getattr(hint, "__name__", str(hint))
-        if not typing.get_args(hint)
-        else str(hint).replace("typing.", "")
-    )
+    if args and origin in (tuple, list, Sequence):
+        if origin is not tuple or args[-1] is Ellipsis:
+            return f"tuple of {describe(args[0])}"
+        return f"tuple ({', '.join(map(describe, args))})"
+    return getattr(origin or hint, "__name__", str(hint))

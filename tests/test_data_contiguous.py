@@ -199,7 +199,7 @@ def test_the_last_line_needs_no_end(tmp_path):
     ("options", "message"),
     [
         (dict(length=0), r"config\.data\.length = 0 should be at least 1"),
-        (dict(warm_up=-1), r"config\.data\.warm_up = -1 should be at least 0"),
+        (dict(warm_up=-1), r"config\.data\.warm_up = -1 should not be negative"),
         (dict(streams=0), r"config\.data\.streams = 0 should be at least 1"),
         (dict(length=41), r"train has 41 tokens: a window takes length \+ 1 = 42"),
         (dict(lenght=3), r"config\.data\.lenght.*'length'"),

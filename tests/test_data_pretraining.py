@@ -394,7 +394,7 @@ class TestData:
             ({"files": ()}, "no text in no files"),
             ({"eval": 1.5}, r"config\.data\.eval = 1\.5 should be files, or a share"),
             ({"eval": 0.01}, r"eval = 0\.01 of 4 documents is none: name files"),
-            ({"share": 0.0}, r"config\.data\.share = 0\.0 should lie between"),
+            ({"share": 0.0}, r"config\.data\.share = 0\.0 should lie in \(0, 1\]"),
             ({"masked": 0.95}, r"masked = 0\.95 and random = 0\.1 should be shares"),
             ({"predictions": 999}, "predictions = 999 should be 0 to length = 128"),
             (
@@ -402,7 +402,7 @@ class TestData:
                 "order = 'sentence_order' is",
             ),
             ({"length": 2}, "length = 2 leaves no room"),
-            ({"threads": -1}, "threads = -1 should not be negative"),
+            ({"threads": -1}, r"threads = -1 should lie in \[0, 256\]"),
             ({"kind": "casual"}, r"config\.data\.kind = 'casual' .*one of 'masked'"),
             ({"order": "next_sentence"}, "documents: there is one to evaluate on;"),
         ],

@@ -150,7 +150,7 @@ def test_ignored_labels_become_255(pairs):
 @pytest.mark.parametrize("label", [-1, 300])
 def test_ignored_labels_out_of_range_are_named(pairs, label):
     source = dict(name="pairs", root=str(pairs), classes=("a", "b", "c"))
-    with pytest.raises(UserError, match=f"ignored has {label}: labels are 0 to 255"):
+    with pytest.raises(UserError, match=rf"= {label} should lie in \[0, 255\]"):
         data.make("segmentation", source=source | dict(ignored=(label,)), size=16)
 
 
@@ -166,6 +166,12 @@ def test_a_zip_holds_the_same(pairs, tmp_path):
 
 
 def test_mistakes_name_the_file(pairs):
+    with pytest.raises(UserError, match="'pairs' has targets and no label per image"):
+        data.make(
+            "images",
+            source=dict(name="pairs", root=str(pairs), classes=("a", "b")),
+            size=8,
+        )
     annot = pairs / "testannot" / "1.png"
     whole = annot.read_bytes()
     cases = [

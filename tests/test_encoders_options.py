@@ -130,7 +130,7 @@ class TestSqueezeBert:
             ({"ffn_in": 24}, "32 and 64 features .* ffn_in = 24"),
             ({"querry": 4}, "unknown position in groups 'querry'.*'query'"),
             ([4, 4, 4], "2 layers need as many entries"),
-            (0, "groups of query = 0: should be a positive number"),
+            (0, r"config\.model\.groups = 0 should be at least 1"),
         ):
             with pytest.raises(UserError, match=message):
                 toy("squeezebert", layers=2, groups=groups)
@@ -178,7 +178,7 @@ class TestMobileBert:
         ("options", "message"),
         [
             ({"embedding_features": 64}, "embedding_features = 64: should be at most"),
-            ({"stacks": 0}, "stacks = 0: should be a positive number"),
+            ({"stacks": 0}, r"stacks = 0 should lie in \[1, 64\]"),
             ({"attention_input": "wid"}, r"attention_input = 'wid' .*one of 'shared'"),
         ],
     )

@@ -17,6 +17,7 @@ LEVELS = {
     "files": 0,
     "methods": 0,
     "own": 0,
+    "ranges": 0,
     "registry": 0,
     "stop": 0,
     "tree": 0,

@@ -114,7 +114,7 @@ def test_other_jobs_go_on_from_the_narrow_network(whole, tmp_path, capsys):
     [
         ((dict(steps=0),), r"config\.phases\[0\]\.steps = 0 should be an integer"),
         ((dict(steps=2, stps=1),), r"unknown key config\.phases\[0\]\.stps"),
-        ((3,), r"config\.phases\[0\] = 3 should be a dict"),
+        ((3,), r"config\.phases\[0\] = 3 \(int\) should be dict"),
         (
             (dict(steps=2, begin=dict(name="prune.narrow", layers=("a",))),),
             "a transition stands between two phases",

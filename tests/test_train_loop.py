@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import log, loop
 from squeeze_jax.train.state import State
@@ -266,3 +267,23 @@ def test_what_was_saved_but_not_evaluated_is_evaluated_on_the_way_on():
     assert [s for s, _ in told.evaluated] == [5, 10]
     assert [s for s, _ in run(start=4, eval_every=5).evaluated] == [5, 10]
     assert [s for s, _ in run(start=10).evaluated] == [10]  # nothing else to do
+
+
+def test_a_full_disk_under_the_log_is_one_line(tmp_path):
+    written = log.Log(tmp_path, 10)
+    written._file.close()
+    with open("/dev/full", "a", buffering=1) as full:
+        written._file = full
+        with pytest.raises(files.DiskFull, match="No space left on device"):
+            written.train(
+                1, {"loss": 1.0, "examples_per_s": 1, "input_wait": 0, "skipped": 0}
+            )
+        written.close()
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"st'])
+def test_a_damaged_record_ends_the_log_that_goes_on(tmp_path, damage):
+    good = b'{"step": 1, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + damage)
+    log.Log(tmp_path, 10, start=5).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good

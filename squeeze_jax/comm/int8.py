@@ -21,13 +21,14 @@ import jax.numpy as jnp
 
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count
 
 
 def make(
     rounding: Literal["nearest", "stochastic"] = "nearest",
-    block: int = 256,
+    block: Count = 256,
     feedback: bool = True,
-    smallest: int = 1024,
+    smallest: Count = 1024,
 ) -> methods.Exchange:
     """Returns the exchange; all devices get the same mean gradient.
 

@@ -5,15 +5,17 @@ networks' outputs, checks that they fit, and gives the loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.ranges import Range
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
-Layers = str | tuple
+Layer = Annotated[int, Range(-1000, 1000)] | str
+Layers = str | tuple[tuple[Layer, Layer], ...]
 # Patient knowledge distillation's (arXiv 1908.09355) are the last two, which leave the last layer to the logits.
 MAPPINGS = ("uniform", "skip", "last")
 

@@ -7,7 +7,7 @@ layers alone, `layers=((-1, -1),)`.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
+from squeeze_jax.ranges import Range
 
 # A key that may not be seen has the lowest float32 for its score, or -inf where that was kept in less; no other is so low.
 _UNSEEN = -1e30
@@ -25,7 +26,7 @@ def make(
     kind: Literal["scores", "probabilities"] = "scores",
     layers: Layers = "uniform",
     heads: Literal["equal", "mean"] = "equal",
-    teacher: int = 0,
+    teacher: Annotated[int, Range(0, 63)] = 0,
 ) -> Unbound:
     """Returns the loss "attention", summed over pairs of layers.
 

@@ -6,15 +6,17 @@ and the loss weighs in the order of 1000.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax.numpy as jnp
 
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.nn import means
+from squeeze_jax.ranges import Range
 
 
-def make(layers: Layers, teacher: int = 0) -> Unbound:
+def make(layers: Layers, teacher: Annotated[int, Range(0, 63)] = 0) -> Unbound:
     """Returns the loss "attention_transfer", summed over pairs of endpoints.
 
     Args:

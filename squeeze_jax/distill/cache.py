@@ -74,7 +74,7 @@ class Cached:
         Raises:
           UserError: the folder holds something else, or the disk is too small.
         """
-        folder = Path(folder)
+        folder = files.path(folder)
         if dtype not in _DTYPES:
             raise UserError(f"dtype = {dtype!r}: choose 'float16' or 'float32'")
         if count < 1:
@@ -102,7 +102,7 @@ class Cached:
         Raises:
           UserError: no such folder, another fingerprint, or rows are missing.
         """
-        folder = Path(folder)
+        folder = files.path(folder)
         manifest = _manifest(folder)
         expected = fingerprint or manifest["fingerprint"]
         _check(folder, manifest, manifest | {"fingerprint": expected})

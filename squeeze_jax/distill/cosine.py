@@ -5,6 +5,7 @@ h_teacher).
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax.numpy as jnp
 
@@ -12,9 +13,12 @@ from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
+from squeeze_jax.ranges import Range
 
 
-def make(layers: Layers = ((-1, -1),), teacher: int = 0) -> Unbound:
+def make(
+    layers: Layers = ((-1, -1),), teacher: Annotated[int, Range(0, 63)] = 0
+) -> Unbound:
     """Returns the loss "cosine", summed over pairs of layers.
 
     Args:

@@ -7,6 +7,7 @@ and of variance; as published these are squared and absolute. Romero et al. 2014
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
+from squeeze_jax.ranges import NonNegative, Range
 
 # A regressor keeps the size of what it reads.
 _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -23,10 +25,10 @@ _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 def make(
     layers: Layers = "uniform",
     normalise: bool | None = None,
-    mean: float = 0.0,
-    variance: float = 0.0,
+    mean: NonNegative = 0.0,
+    variance: NonNegative = 0.0,
     project: bool | None = None,
-    teacher: int = 0,
+    teacher: Annotated[int, Range(0, 63)] = 0,
 ) -> Unbound:
     """Returns the loss "feature_map": mean over positions and channels, summed over pairs of layers.
 

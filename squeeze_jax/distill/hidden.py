@@ -6,7 +6,7 @@ the first token.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
@@ -14,6 +14,7 @@ from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
+from squeeze_jax.ranges import Range
 
 _INIT = jax.nn.initializers.truncated_normal(0.02)
 
@@ -25,7 +26,7 @@ def make(
     shared: bool = False,
     normalise: bool = False,
     tokens: Literal["all", "first"] = "all",
-    teacher: int = 0,
+    teacher: Annotated[int, Range(0, 63)] = 0,
 ) -> Unbound:
     """Returns the loss "hidden": mean over real tokens and channels of the squared error, summed over pairs of layers.
 

@@ -21,6 +21,7 @@ from squeeze_jax.distill._loss import (
 )
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.means import mean
+from squeeze_jax.ranges import Positive
 
 # Heads whose classes are the positions of the sequence.
 _POSITIONS = ("start", "end")
@@ -29,7 +30,7 @@ _NEVER = -1e30
 
 
 def make(
-    temperature: float = 1.0,
+    temperature: Positive = 1.0,
     kind: Literal["kl", "cross_entropy", "mse"] = "kl",
     positions: Literal["all", "chosen"] = "all",
 ) -> Unbound:

@@ -95,7 +95,7 @@ def make(
       process.Crash: a converter or a runtime failed.
     """
     modules = [format_of(key) for key in formats]
-    inputs, directory = specs(inputs), Path(directory)
+    inputs, directory = specs(inputs), files.path(directory)
     check = fitted(check, inputs, "the model")
     live = _live(fn, inputs, check)
     for name, values in live.items():
@@ -176,11 +176,12 @@ def _blame(endpoints_fn, module, run, tolerance) -> tuple[str | None, str]:
     try:
         _, found = run(module, endpoints_fn, "stages")
     except process.Crash as error:
-        return None, f" (the stages alone could not be run: {error})"
+        return None, f"; the stages alone could not be run: {error}"
     first = first_diverging(live, found, integer=module.INTEGER, tolerance=tolerance)
     if first is None:
         names = list(live)
-        return None, f" (the stages {names[0]} to {names[-1]} agree)"
+        explained = " within what 8 bits explain" if module.INTEGER else ""
+        return None, f"; the stages {names[0]} to {names[-1]} agree{explained}"
     return first[0], f" (largest difference {first[1]:.3g})"
 
 

@@ -8,6 +8,7 @@ one of its own.
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Network:
         self._kept: list[Any] = []  # what the library still points to
         environment, model = self._new(), self._new()
         self._call("CreateEnvironment", 0, None, ctypes.byref(environment))
-        name = ctypes.c_char_p(str(path).encode())
+        name = ctypes.c_char_p(os.fsencode(path))
         self._call("CreateModelFromFile", environment, name, ctypes.byref(model))
         self._compiled, self._profiler = self._new(), self._new()
         self._call(

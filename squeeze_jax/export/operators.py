@@ -16,6 +16,7 @@ process of its own, where a fault is an error and not the end of this one.
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from squeeze_jax.cost import timing
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, print_any_name
 from squeeze_jax.export import litert_c, process, runtime
 from squeeze_jax.export.formats.tflite import (
     dequantize,
@@ -130,9 +131,10 @@ def main(argv: list[str] | None = None) -> int:
         "squeeze_jax.export.operators", description=__doc__
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", help="a .tflite file")
+    parser.add_argument("file", type=os.path.expanduser, help="a .tflite file")
     parser.add_argument(
         *("--example", "--image"),
+        type=os.path.expanduser,
         help=".npz of an array [1, ...] for each input, or .npy; noise by default, and zeros for integers",
     )
     parser.add_argument(
@@ -326,4 +328,5 @@ def _kind(name: str) -> str | None:
 
 
 if __name__ == "__main__":
+    print_any_name()
     sys.exit(main())

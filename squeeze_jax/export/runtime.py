@@ -165,9 +165,12 @@ def main(argv: list[str] | None = None) -> int:
     """The child: prints one line of JSON, and writes the outputs where it is told."""
     parser = argparse.ArgumentParser("squeeze_jax.export.runtime", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", help="a .stablehlo or .tflite file")
+    parser.add_argument(
+        "file", type=os.path.expanduser, help="a .stablehlo or .tflite file"
+    )
     parser.add_argument(
         *("--examples", "--images"),
+        type=os.path.expanduser,
         required=True,
         help=".npz of an array [n, ...] for each input, or .npy, such as pixels [n, h, w, c]",
     )

@@ -22,6 +22,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, PathStr
 
 SECONDS = 0.5  # programs that compile faster are not kept
 LOCK_SECONDS = 5.0  # how long another process may keep the cache to itself at the start
@@ -39,7 +40,7 @@ _WRITTEN = r"Error writing persistent compilation cache entry for '([^']*)': (.*
 
 
 def enable(
-    directory: str | None = None, size_mb: int = 2000, enabled: bool = True
+    directory: PathStr | None = None, size_mb: Count = 2000, enabled: bool = True
 ) -> str:
     """Turns on the cache of compiled programs.
 

@@ -13,8 +13,9 @@ Each section of the config is splatted into exactly one function, whose signatur
 import dataclasses
 import functools
 import pathlib
+import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,8 @@ from squeeze_jax.jobs import (
     _teachers,
 )
 from squeeze_jax.jobs._phases import Phase
-from squeeze_jax.jobs._settings import counts, made
+from squeeze_jax.jobs._settings import made
+from squeeze_jax.ranges import Count, Distinct, Rate, Seed, Whole
 from squeeze_jax.train import forward, sharding
 from squeeze_jax.train import state as states
 from squeeze_jax.train import step as steps
@@ -73,28 +75,28 @@ class Experiment:
 
     data: dict
     optim: dict
-    batch: int
-    steps: int = 0
+    batch: Count
+    steps: Whole = 0
     model: dict = dataclasses.field(default_factory=dict)
     init: dict = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    seeds: tuple[int, ...] = ()
+    seed: Seed = 0
+    seeds: Annotated[tuple[Seed, ...], Distinct()] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    accumulate: int = 1
-    ema: float = 0.0
-    update: tuple = ("optim",)
-    forward: tuple = ()
-    objective: dict | tuple | None = None
+    accumulate: Count = 1
+    ema: Rate = 0.0
+    update: tuple[str | dict, ...] = ("optim",)
+    forward: tuple[dict, ...] = ()
+    objective: dict | tuple[dict, ...] | None = None
     gradients: dict | None = None
     exchange: dict | None = None
     distill: dict = dataclasses.field(default_factory=dict)
-    phases: tuple = ()
+    phases: tuple[dict, ...] = ()
     sharding: dict = dataclasses.field(default_factory=dict)
     checkpoint: dict = dataclasses.field(default_factory=dict)
     compilation: dict = dataclasses.field(default_factory=dict)
-    log_every: int = 50
-    eval_every: int = 0
-    save_every: int = 500
+    log_every: Count = 50
+    eval_every: Whole = 0
+    save_every: Whole = 500
     jobs: dict = dataclasses.field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
@@ -219,12 +221,19 @@ class Built:
         )
 
 
+def may_be_none(key: str) -> bool:
+    """Whether None is a value of a key of the config's top level."""
+    hints = typing.get_type_hints(Experiment, include_extras=True)
+    return key not in hints or not registry.fault(None, hints[key], key)
+
+
 def check(config: Mapping[str, Any]) -> Experiment:
     """Checks the config's top level.
 
     Raises:
       UserError: unknown or missing key, value of another type or out of range.
     """
+    config = _settings.canonical(config)
     names = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
     jobs = set(_settings.jobs()) - names
     for key in config:
@@ -246,27 +255,16 @@ def _check_values(experiment: Experiment) -> None:
     """Raises a UserError for values out of range, in one phase."""
     keys = dataclasses.asdict(experiment)
     registry.check(Experiment, keys, "config")
-    numbers = ("steps", "batch", "accumulate", "log_every")
-    counts({k: getattr(experiment, k) for k in numbers}, "config")
-    for key in ("eval_every", "save_every"):
-        if getattr(experiment, key) < 0:
-            raise UserError(
-                f"config.{key} = {getattr(experiment, key)} should not be negative"
-            )
-    twice = [s for s in experiment.seeds if experiment.seeds.count(s) > 1]
-    if twice:
-        raise UserError(
-            f"config.seeds = {experiment.seeds} names {twice[0]} twice: each once"
-        )
-    for seed in (experiment.seed, *experiment.seeds):
-        if not 0 <= seed < 2**31:
-            raise UserError(f"config.seed = {seed} should lie in [0, 2**31)")
-    if not 0 <= experiment.ema < 1:
-        raise UserError(f"config.ema = {experiment.ema} should lie in [0, 1)")
+    if experiment.steps < 1:
+        raise UserError(f"config.steps = {experiment.steps} should be at least 1")
 
 
 def build(
-    experiment: Experiment, phase: int = 0, options: Mapping[str, Any] | None = None
+    experiment: Experiment,
+    phase: int = 0,
+    options: Mapping[str, Any] | None = None,
+    *,
+    begun: bool = False,
 ) -> Built:
     """Builds everything that can be checked without computing: mesh, data, model, optimizer, methods.
 
@@ -274,6 +272,7 @@ def build(
       experiment: the whole one.
       phase: index of the phase, from 0.
       options: of `models.make`, where a phase before has changed them.
+      begun: whether the run has a checkpoint to continue from, so that it needs no weights file of `config.init`.
     """
     e, where = _phases.of(experiment, phase)
     registry.check(sharding.make_mesh, e.sharding, "config.sharding")
@@ -293,8 +292,11 @@ def build(
         begin = _pretrained.suited(begin, source.model.get("task"), wanted)
     options = _model.options(e, source, begin) if options is None else dict(options)
     if e.init.get("file"):
-        keys = {k: e.init[k] for k in ("file", "names", "under") if k in e.init}
-        begin = _pretrained.of_file(options, source.example(), **keys)
+        named = ("file", "names", "under", "key")
+        keys = {k: e.init[k] for k in named if k in e.init}
+        begin = _pretrained.of_file(
+            options, source.example(), **keys, needed=not (begun or phase)
+        )
     model = models.make(**options)
     _model.check_fit(options, model, source)
     _plugs.check_options(plugs.gradients, model, options["name"])
@@ -347,7 +349,6 @@ def _check_sections(e: Experiment) -> None:
     registry.check(_plugs.optim.make, e.optim, "config.optim", given=("steps",))
     given = ("directory", "read_only", "lowest")
     registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=given)
-    counts(e.checkpoint, "config.checkpoint")
     registry.check(_pretrained.settings, e.init, "config.init")
     registry.check(_compilation.enable, e.compilation, "config.compilation")
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from squeeze_jax import methods
+from squeeze_jax import methods, registry
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Positive
 from squeeze_jax.train import forward
 from squeeze_jax.train.step import Term
 
@@ -33,7 +34,9 @@ class Part(NamedTuple):
 
 
 def parts(
-    sections, method: Callable[[Mapping, str], Any], taken: set[str] | None = None
+    sections,
+    method: Callable[[Mapping, str, Sequence[str]], Any],
+    taken: set[str] | None = None,
 ) -> tuple[Part, ...]:
     """The losses that `config.objective` names, one section or several.
 
@@ -53,11 +56,9 @@ def parts(
         where = "config.objective" + (f"[{number}]" if len(listed) > 1 else "")
         section = dict(section) if isinstance(section, Mapping) else section
         weight = section.pop("weight", 1.0) if isinstance(section, dict) else 1.0
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise UserError(f"{where}.weight = {weight!r} should be a number")
-        if weight <= 0:
-            raise UserError(f"{where}.weight = {weight} should be positive")
-        made = method(section, where)
+        if wrong := registry.fault(weight, Positive, f"{where}.weight"):
+            raise UserError(wrong)
+        made = method(section, where, ("weight",))
         if not hasattr(made, "bind"):
             made = methods.objective(made, f"{where}.name = {section['name']!r}")
         name = section["name"].removesuffix(".py").replace("/", ".").rpartition(".")[2]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from squeeze_jax import tree
+from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _pretrained, _settings, _workdir
 from squeeze_jax.jobs._experiment import Built
@@ -39,11 +39,11 @@ def write(
     Raises:
       UserError: the work directory holds a run already, or the variables do not fit the network.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = files.path(workdir)
     if any((workdir / "checkpoints").glob("[0-9]*")):
         raise UserError(f"{workdir} holds a run already: choose another work directory")
     kept = {k: v for k, v in config.items() if k not in ("model", "init")}
-    config = _settings.tuples(kept | {"model": dict(options)})
+    config = _settings.canonical(kept | {"model": dict(options)})
     built = _experiment.build(_experiment.check(config))
     abstract = built.abstract()
     expected = {

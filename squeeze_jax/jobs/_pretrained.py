@@ -20,6 +20,7 @@ from squeeze_jax import files, models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _plugs
 from squeeze_jax.jobs._settings import tuples
+from squeeze_jax.ranges import Layers, OptionalPath
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
@@ -78,7 +79,9 @@ class Network(NamedTuple):
         return f"{self.where}, its weights as {names} left them"
 
 
-def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
+def find(
+    folder: OptionalPath = "", workdir: OptionalPath = "", *, where: str
+) -> Network:
     """Looks for a network, without reading its weights.
 
     Args:
@@ -112,13 +115,14 @@ def find(folder: str = "", workdir: str = "", *, where: str) -> Network:
 
 
 def settings(
-    folder: str = "",
-    workdir: str = "",
-    file: str = "",
+    folder: OptionalPath = "",
+    workdir: OptionalPath = "",
+    file: OptionalPath = "",
     names: pretrained.Names = "squeeze_jax",
     under: str = "",
+    key: str = "",
     only: str = "",
-    layers: tuple[int, ...] = (),
+    layers: tuple[Layers, ...] = (),
 ) -> Network | None:
     """The network of `config.init`, see `find` and `begin`; the parameters are its keys.
 
@@ -127,6 +131,7 @@ def settings(
       file: of weights, for the network that `config.model` names; see `weights/pretrained.py`.
       names: whose names the file has.
       under: what stands before each of them, such as "backbone".
+      key: which part of a PyTorch checkpoint has the weights, such as "model_ema"; "" for the first that can.
       only, layers: see `begin`.
 
     Returns:
@@ -136,10 +141,10 @@ def settings(
         raise UserError(
             "config.init should name a file of weights, a folder of transformers or a workdir of an earlier run, one of them"
         )
-    if not file and (under or names != "squeeze_jax"):
-        key = "under" if under else "names"
+    changed = {"under": under, "key": key, "names": names != "squeeze_jax"}
+    if unused := [name for name, value in changed.items() if value and not file]:
         raise UserError(
-            f"config.init.{key} has no effect without config.init.file: leave it out"
+            f"config.init.{unused[0]} has no effect without config.init.file: leave it out"
         )
     for layer in layers:
         if layer < 1:
@@ -159,28 +164,31 @@ def of_file(
     file: str,
     names: str = "squeeze_jax",
     under: str = "",
+    key: str = "",
+    *,
+    needed: bool = True,
 ) -> Network:
     """Returns the network that a config names, with the weights of a file.
 
     Args:
       options: of `models.make`.
       example: shapes of the network's inputs.
-      file, names, under: see `settings`.
+      file, names, under, key: see `settings`.
+      needed: whether the file has to exist, see `pretrained.check`.
 
     Raises:
-      UserError: no such file, or names that the network has no map for.
+      UserError: no such file, names that the network has no map for, or options that its weights are not for.
     """
     module = registry.load("squeeze_jax.models", options["name"], "model")
-    pretrained.check(file, names, options["name"], module)
     net = models.make(**options)
+    pretrained.check(file, names, options["name"], module, net, key=key, needed=needed)
 
-    def read(_, key):
-        del key
+    def read(*_):
         shapes = jax.eval_shape(
             lambda x: net.init(jax.random.key(0), x, train=False), example
         )
         variables, lines = pretrained.load(
-            file, names, net, module, shapes, under=under
+            file, names, net, module, shapes, under=under, key=key
         )
         for line in lines:
             print(f"weights    {line}")
@@ -283,6 +291,11 @@ def _saved(workdir: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]
         with contextlib.closing(opened) as checkpoints, contextlib.suppress(UserError):
             saved = checkpoints.note()
     return tuples(dict(saved or {}))
+
+
+def begun(workdir: pathlib.Path) -> bool:
+    """Whether a work directory has a checkpoint that a run would continue from."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def alone(

@@ -4,14 +4,15 @@ A section has the name of its job, and its keys are the class's attributes. A jo
 function `check(settings, built)`, called before any work starts.
 """
 
-import dataclasses
 import importlib
+import numbers
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from squeeze_jax import registry
-from squeeze_jax.errors import UserError
+from squeeze_jax import files, registry
+from squeeze_jax.errors import UserError, shown
 
 JOBS = "squeeze_jax.jobs"
 
@@ -65,20 +66,43 @@ def check(built) -> None:
 
 
 def made(kind: type, section: Any, where: str):
-    """Builds a dataclass of settings from its section; counts start at 1."""
+    """Builds a dataclass of settings from its section."""
     if not isinstance(section, Mapping):
-        raise UserError(f"{where} = {section!r} should be a dict")
+        raise UserError(f"{where} = {shown(section)} should be a dict")
     registry.check(kind, section, where)
-    settings = kind(**section)
-    counts(dataclasses.asdict(settings), where)
-    return settings
+    return kind(**section)
 
 
-def counts(section: Mapping[str, Any], where: str) -> None:
-    """Raises a UserError where an integer is below 1."""
-    for key, value in section.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise UserError(f"{where}.{key} = {value} should be at least 1")
+def canonical(value: Any, where: str = "config"):
+    """Returns a config as it is from Python, JSON and the command line: lists become tuples, ~ the home directory.
+
+    Args:
+      value: a config, or a value inside it.
+      where: its name as the user writes it.
+
+    Raises:
+      UserError: a key that is no name, a value that a file of JSON cannot hold, a home directory of no user.
+    """
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or not key:
+                raise UserError(f"{where} has the key {shown(key)}: keys are names")
+        return {k: canonical(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(canonical(v, f"{where}[{n}]") for n, v in enumerate(value))
+    if isinstance(value, str):
+        home = re.match(r"~[\w.-]*(/|$)", value)
+        return str(files.path(value, where)) if home else value
+    if isinstance(value, os.PathLike):
+        return str(files.path(value, where))
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Real):  # numpy's numbers too
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise UserError(
+        f"{where} = {shown(value)} ({type(value).__name__}) should be a number, a string, True, False, None, a tuple or a"
+        " dict"
+    )
 
 
 def tuples(value):

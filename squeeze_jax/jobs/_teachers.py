@@ -20,6 +20,7 @@ from squeeze_jax.data.tasks import images
 from squeeze_jax.distill.cache import Cached
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _objective, _pretrained
+from squeeze_jax.ranges import OptionalPath
 from squeeze_jax.train import forward, sharding
 
 SECONDS = 10.0  # between lines that tell how far the cache is
@@ -38,8 +39,8 @@ class Settings:
       cache_dtype: of what is kept there; numbers above 65504, which MobileBERT's layers give, need float32.
     """
 
-    teachers: tuple = ()
-    cache: str = ""
+    teachers: tuple[dict, ...] = ()
+    cache: OptionalPath = ""
     cache_dtype: Literal["float16", "float32"] = "float16"
 
 

@@ -14,11 +14,13 @@ from jax.experimental import multihost_utils
 
 from squeeze_jax import files
 from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _phases
 from squeeze_jax.jobs._experiment import Experiment
-from squeeze_jax.jobs._settings import current, jobs, tuples
+from squeeze_jax.jobs._settings import canonical, current, jobs
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
 FREE = (
+    "steps",  # more of them continue the run
     "seeds",
     "checkpoint",
     "compilation",
@@ -36,10 +38,12 @@ _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Makes the work directory of a run that is to train, or continues that of the same experiment.
 
-    A directory without a checkpoint holds nothing yet that another config could harm.
+    A directory without a checkpoint holds nothing yet that another config could harm. Another number of steps continues
+    the same experiment: weights, optimizer state, order of examples and random keys go on exactly, and from there on the
+    learning rate follows the schedule of the new number.
 
     Raises:
-      UserError: not writable, in use by another process, or begun with another config.
+      UserError: not writable, in use by another process, begun with another config, or trained for more steps already.
     """
     if jax.process_index() == 0:
         with contextlib.ExitStack() as undo:
@@ -48,9 +52,9 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
             _hold(lock, workdir)
-            saved = (workdir / "checkpoints").glob("[0-9]*")
-            if (workdir / "config.json").exists() and any(saved):
+            if (workdir / "config.json").exists() and _steps_done(workdir) is not None:
                 same(workdir, config)
+                _say_steps(workdir, config)
             files.write(workdir / "config.json", json.dumps(config, indent=2) + "\n")
             undo.pop_all()
             _locks[workdir.resolve()] = lock
@@ -61,6 +65,7 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def writable(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the directory; what the system refuses in it or inside the block is a UserError."""
+    files.check_utf8(workdir, "--workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         yield
@@ -74,9 +79,15 @@ def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Checks that a work directory was begun with this config, as far as it decides what is learned.
 
     Raises:
-      UserError: there is no run, or keys differ; names the first.
+      UserError: there is no run, keys differ (names the first), or the run has more steps behind it than the config has.
     """
     begun, now = _whole(read(workdir)), _whole(config)
+    done, steps = _steps_done(workdir), now.get("steps")
+    if done is not None and isinstance(steps, int) and steps < done:
+        raise UserError(
+            f"config.steps = {steps}, but {workdir} is trained for {done} steps already: name at least {done}, or choose"
+            " another --workdir"
+        )
     free = (*FREE, *jobs())  # a job's settings are its own
     different = [
         f"{k} = {begun.get(k)!r} there, {now.get(k)!r} here"
@@ -111,16 +122,39 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is no config; restore it or remove the work directory")
-    return current(tuples(config))
+    return current(canonical(config))
+
+
+def _steps_done(workdir: pathlib.Path) -> int | None:
+    """Returns the step of the newest checkpoint; None if there is none."""
+    names = [path.name for path in (workdir / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def _say_steps(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Tells that a run goes on to another number of steps than it was begun with."""
+    before, now = _whole(read(workdir)).get("steps"), _whole(config).get("steps")
+    if before != now:
+        print(
+            f"steps      {now:,} in place of {before:,}: after step {_steps_done(workdir):,} the learning rate follows the"
+            f" schedule of {now:,} steps"
+        )
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1, ...}`, with the defaults of the top level."""
+    """Returns `{"optim": {"lr": 1}}` as `{"optim.lr": 1, ...}`, with the defaults of the top level.
+
+    "steps" is the sum over all phases; the last phase in "phases" is without its own.
+    """
     known = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
     keys = {k: v for k, v in config.items() if k in known}
     required = {"data", "optim", "batch"}
     if required <= keys.keys():
         config = {**Experiment(**keys).config(), **config}
+    if phases := config.get("phases"):
+        *first, last = phases
+        last = {k: v for k, v in last.items() if k != "steps"}
+        config = {**config, "steps": _phases.total(phases), "phases": (*first, last)}
     return _flat(config)
 
 

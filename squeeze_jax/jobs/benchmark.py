@@ -15,6 +15,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export import runtime
 from squeeze_jax.jobs import _settings, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.ranges import Count, Whole
 from squeeze_jax.report import curves, picture, record, table
 from squeeze_jax.train import forward, loop
 from squeeze_jax.train.state import State
@@ -31,8 +32,8 @@ class Settings:
       warmup: runs before them.
     """
 
-    runs: int = 200
-    warmup: int = 20
+    runs: Count = 200
+    warmup: Whole = 20
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
@@ -46,9 +47,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     export.alone("benchmark")
     settings = _settings.of(built, Settings)
     state = evaluate.trained(built, workdir)
-    paths = export.find(
-        workdir, _settings.of(built, export.Settings).formats, int(state.step)
-    )
+    formats = _settings.of(built, export.Settings).formats
+    paths, rejected = export.find(workdir, formats, int(state.step))
     batches = list(built.data.eval(BATCH))
     count = sum(int(batch["mask"].sum()) for batch in batches)
     given = export.examples(built, batches, count)
@@ -77,7 +77,10 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         )
         measured["accuracy"] = score(built, batches, measured["outputs"])
         rows.append(table.row(path.name, measured, **counts))
+    rows += [table.row(f"{key}, rejected", why=why) for key, why in rejected.items()]
     print(f"\n{table.text(rows)}\n")
+    for key, why in rejected.items():
+        print(f"{key} was rejected: {why}\n")
     config = json.loads((workdir / "config.json").read_text())
     data = config["data"].get("source", config["data"])["name"]
     title = f"{built.options['name']} on {data}"

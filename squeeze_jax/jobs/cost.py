@@ -18,6 +18,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _profile, _settings, _workdir, export
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.methods import METHODS
+from squeeze_jax.ranges import Bits, Count, Whole
 from squeeze_jax.report import costs, table, units
 from squeeze_jax.train import forward
 
@@ -40,13 +41,13 @@ class Settings:
         device, and on a CPU on all cores.
     """
 
-    weight_bits: int | tuple = 8
-    activation_bits: int = 8
+    weight_bits: Bits | tuple[tuple[str, Bits], ...] = 8
+    activation_bits: Bits = 8
     latency: bool = False
-    runs: int = 100
-    warmup: int = 10
-    batch: int = 1
-    cores: int | None = None
+    runs: Count = 100
+    warmup: Whole = 10
+    batch: Count = 1
+    cores: Count | None = None
 
 
 def check(settings: Settings, built: Built) -> None:

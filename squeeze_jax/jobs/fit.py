@@ -30,6 +30,22 @@ from squeeze_jax.train.state import State
 RUN = "begins"  # where the work directory holds none yet
 
 
+def ready(built: Built, inputs: Sequence[str] = ()) -> None:
+    """Checks what can be checked before a work directory is made.
+
+    Raises:
+      UserError: files on the command line, or a batch larger than the dataset.
+    """
+    if inputs:
+        raise UserError(f"the job fit takes no files: {inputs[0]}")
+    for index in range(max(1, len(built.whole.phases))):
+        batch, examples = _phases.of(built.whole, index)[0].batch, built.data.num_train
+        if batch > examples:
+            raise UserError(
+                f"config.batch = {batch} is more than the {examples:,} training examples: choose a smaller batch"
+            )
+
+
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
     """Trains to the end; the final state is in the newest checkpoint.
 
@@ -40,8 +56,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
       UserError: the loss is not finite, or the checkpoints or the network to begin with do not fit.
       loop.Interrupted, stop.Stopped: stopped by a signal; what was trained is saved.
     """
-    if inputs:
-        raise UserError(f"the job fit takes no files: {inputs[0]}")
+    ready(built, inputs)
     with Compiled() as compiled:
         return to_the_end(built, workdir, compiled)
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from squeeze_jax import stop
+from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import evaluate, export
 from squeeze_jax.jobs._experiment import Built
 
@@ -15,9 +16,13 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     """Prints what the data make of `inputs` and the network's answers.
 
     Raises:
-      UserError: no input, one that cannot be read, or no checkpoint.
+      UserError: data without predictions, no input, one that cannot be read, or no checkpoint.
     """
     export.alone("predict")
+    if not hasattr(built.data, "predict"):
+        raise UserError(
+            f"the job predict has nothing to print for {type(built.data).__name__} data: their task defines no predict"
+        )
     answer = []  # read and compiled when the first input is known to be one
 
     def call(batch):

@@ -36,6 +36,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         raise UserError(
             f"config.seeds = {seeds} names no seeds to compare: give some, such as (0, 1, 2, 3, 4)"
         )
+    fit.ready(built)
     found = {}
     with fit.Compiled() as compiled:
         for seed in seeds:

@@ -17,6 +17,7 @@ from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.embed import Embeddings, positions, text
 from squeeze_jax.nn.heads import Head, Pooler
+from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 # The layers that another task or other classes change: a pooler learns what a task asks of it.
 CLASSIFIER = ("pooler", "head")
@@ -54,18 +55,18 @@ class Options(NamedTuple):
       dtype: of everything between the embeddings and the logits; parameters and logits are float32.
     """
 
-    num_classes: int | None = 2
-    layers: int | None = None
-    features: int | None = None
-    heads: int | None = None
-    ffn_features: int | None = None
-    vocabulary: int | None = None
-    positions: int | None = None
+    num_classes: Count | None = 2
+    layers: Layers | None = None
+    features: Count | None = None
+    heads: Count | None = None
+    ffn_features: Count | None = None
+    vocabulary: Count | None = None
+    positions: Count | None = None
     activation: str = "gelu"
-    epsilon: float = 1e-12
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    head_dropout: float | None = None
+    epsilon: Positive = 1e-12
+    dropout: Rate = 0.1
+    attention_dropout: Rate = 0.1
+    head_dropout: Rate | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

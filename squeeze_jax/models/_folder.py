@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from squeeze_jax import registry, tree
+from squeeze_jax import files, registry, tree
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.reshaped import Reshaped
 from squeeze_jax.weights import foreign, huggingface
@@ -47,7 +47,7 @@ def load(
     Raises:
       UserError: an unknown architecture or option, no weights, tensors that are missing, left over or of another shape.
     """
-    folder = Path(folder)
+    folder = files.path(folder)
     config = huggingface.read_config(folder)
     module = _module(config, folder)
     family = module.HUGGINGFACE
@@ -75,7 +75,7 @@ def options(folder: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no config.json, or an unknown architecture.
     """
-    folder = Path(folder)
+    folder = files.path(folder)
     config = huggingface.read_config(folder)
     module = _module(config, folder)
     return {"name": module.HUGGINGFACE.model_type, **module.from_huggingface(config)}

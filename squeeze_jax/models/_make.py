@@ -9,14 +9,15 @@ import flax.linen as nn
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.reshaped import reshaped
+from squeeze_jax.ranges import Count, Rate
 
 
 def make(
     name: str,
     *,
-    widths: Mapping[str, int] | None = None,
+    widths: Mapping[str, Count] | None = None,
     absent: tuple[str, ...] = (),
-    norm_momentum: float | None = None,
+    norm_momentum: Rate | None = None,
     **options,
 ) -> nn.Module:
     """Builds the network of `models/<name>.py`, `(x, train) → (logits, endpoints)`; its file says what x is.

@@ -17,6 +17,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.models import _encoder, bert
 from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn.heads import POOLED, Task
+from squeeze_jax.ranges import Count, Layers, Whole
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
@@ -119,9 +120,9 @@ def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    distinct: int = 1,
-    segments: int | None = None,
-    embedding_features: int | None = None,
+    distinct: Layers = 1,
+    segments: Whole | None = None,
+    embedding_features: Count | None = None,
     pooler: bool | None = None,
     **options: Any,
 ) -> Albert:

@@ -17,6 +17,7 @@ from squeeze_jax import registry
 from squeeze_jax.models import _encoder
 from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn.heads import POOLED, Task
+from squeeze_jax.ranges import Whole
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
@@ -122,7 +123,7 @@ def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    segments: int | None = None,
+    segments: Whole | None = None,
     pooler: bool | None = None,
     **options: Any,
 ) -> Bert:

@@ -16,6 +16,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.models import _encoder, bert
 from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn.heads import check
+from squeeze_jax.ranges import Rate
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
@@ -108,7 +109,7 @@ def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    span_dropout: float = 0.1,
+    span_dropout: Rate = 0.1,
     **options: Any,
 ) -> DistilBert:
     """Builds a DistilBERT.

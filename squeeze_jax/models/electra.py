@@ -17,6 +17,7 @@ from squeeze_jax.models import _encoder, bert
 from squeeze_jax.models._encoder import Options, Row, Settings
 from squeeze_jax.nn.embed import Embeddings
 from squeeze_jax.nn.heads import check
+from squeeze_jax.ranges import Count, Whole
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
@@ -140,8 +141,8 @@ def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    segments: int | None = None,
-    embedding_features: int | None = None,
+    segments: Whole | None = None,
+    embedding_features: Count | None = None,
     **options: Any,
 ) -> Electra:
     """Builds an ELECTRA.

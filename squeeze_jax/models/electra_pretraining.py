@@ -19,6 +19,7 @@ from squeeze_jax.models import _encoder, electra
 from squeeze_jax.models._encoder import Row, Settings
 from squeeze_jax.models.electra import Electra
 from squeeze_jax.nn import encoder
+from squeeze_jax.ranges import Count, Part, Whole
 
 INPUTS = "tokens"
 CLASSIFIER = ("generator/head", "discriminator/head")
@@ -128,9 +129,9 @@ _VARIANT = "small"
 def make(
     variant: str = _VARIANT,
     *,
-    generator: float | None = None,
-    segments: int | None = None,
-    embedding_features: int | None = None,
+    generator: Part | None = None,
+    segments: Whole | None = None,
+    embedding_features: Count | None = None,
     **options: Any,
 ) -> ElectraPretraining:
     """Builds both networks.

@@ -10,7 +10,7 @@ fixed. `dilated` keeps the last stages at the size of the stage before them and 
 2016, arXiv 1511.07122), so that outputs see as far at a finer resolution. Images are NHWC.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 
@@ -20,6 +20,7 @@ from squeeze_jax.nn import resize
 from squeeze_jax.nn.blocks import conv_norm
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier, Range
 
 INPUTS = "images"
 CLASSIFIER = ("score3", "score4", "score5")  # the layers that other classes change
@@ -110,9 +111,9 @@ class FCN(nn.Module):
 def make(
     variant: str = "8s",
     *,
-    num_classes: int | None = 21,
-    width: float = 1.0,
-    dilated: int = 0,
+    num_classes: Count | None = 21,
+    width: Multiplier = 1.0,
+    dilated: Annotated[int, Range(0, 2)] = 0,
 ) -> FCN:
     """Builds a fully convolutional network.
 

@@ -24,6 +24,7 @@ from squeeze_jax.models import _encoder
 from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn.heads import check, last_token
 from squeeze_jax.nn.layer_norm import LayerNorm
+from squeeze_jax.ranges import Rate
 from squeeze_jax.weights import files, huggingface
 
 INPUTS = "tokens"
@@ -176,7 +177,7 @@ def make(
     variant: str = "small",
     *,
     task: Task = "causal_lm",
-    embedding_dropout: float | None = None,
+    embedding_dropout: Rate | None = None,
     **options: Any,
 ) -> Gpt2:
     """Builds a GPT-2.

@@ -23,6 +23,7 @@ from squeeze_jax.nn import recurrent
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.embed import Embed, text
+from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 INPUTS = "tokens"
 CLASSIFIER = ("output",)  # the layer that another vocabulary changes
@@ -89,7 +90,9 @@ class Lstm(nn.Module):
         endpoints, after = {"embedding": y}, {}
         for name in self._names():
             y = Dropout(row.dropout)(y, train=train)
-            layer = recurrent.LSTM(row.features, kernel_init=init, name=name)
+            # Tied scores are products with embeddings as wide.
+            fixed = self.tied and name == self._names()[-1]
+            layer = recurrent.LSTM(row.features, fixed, init, name=name)
             y, after[name] = layer(y, None if carry is None else carry[name])
             endpoints[name] = y
         y = Dropout(row.dropout)(y, train=train)
@@ -109,10 +112,18 @@ class Lstm(nn.Module):
         return logits.reshape(*tokens.shape, -1), endpoints
 
     @nn.nowrap
-    def initial_carry(self, rows: int) -> dict[str, recurrent.Carry]:
-        """Returns the state that `rows` texts begin with: {layer: {"hidden", "cell": zeros [rows, d]}}, float32."""
-        size = self.row.features
-        return {name: recurrent.initial_carry(rows, size) for name in self._names()}
+    def initial_carry(
+        self, rows: int, widths: Mapping[str, int] | None = None
+    ) -> dict[str, recurrent.Carry]:
+        """Returns the state that `rows` texts begin with: {layer: {"hidden", "cell": zeros [rows, d]}}, float32.
+
+        Args:
+          rows: number of texts.
+          widths: d of single layers, where an enclosing `Reshaped` has others.
+        """
+        sizes = dict.fromkeys(self._names(), self.row.features)
+        sizes |= {k: v for k, v in (widths or {}).items() if k in sizes}
+        return {k: recurrent.initial_carry(rows, size) for k, size in sizes.items()}
 
     @nn.nowrap
     def _names(self) -> list[str]:
@@ -139,11 +150,11 @@ def uniform(limit: float):
 def make(
     variant: str = "small",
     *,
-    layers: int | None = None,
-    features: int | None = None,
-    vocabulary: int | None = None,
-    dropout: float | None = None,
-    init: float | None = None,
+    layers: Layers | None = None,
+    features: Count | None = None,
+    vocabulary: Count | None = None,
+    dropout: Rate | None = None,
+    init: Positive | None = None,
     tied: bool = False,
 ) -> Lstm:
     """Builds an LSTM language model.

@@ -16,7 +16,7 @@ What to know of the class in `transformers` whose folders are read and written h
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,6 +34,7 @@ from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.heads import Task
 from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.layer_norm import Normalization, norm
+from squeeze_jax.ranges import Count, Positive, Range, Whole
 from squeeze_jax.weights import files, huggingface
 
 INPUTS = "tokens"
@@ -261,15 +262,15 @@ def make(
     variant: str = "base",
     *,
     task: Task = "classification",
-    narrow: int | None = None,
-    stacks: int | None = None,
-    embedding_features: int | None = None,
+    narrow: Count | None = None,
+    stacks: Annotated[int, Range(1, 64)] | None = None,
+    embedding_features: Count | None = None,
     attention_input: AttentionInput | None = None,
     normalization: Normalization | None = None,
-    segments: int | None = None,
+    segments: Whole | None = None,
     trigram: bool = True,
     activation: str | None = None,
-    ffn_epsilon: float | None = None,
+    ffn_epsilon: Positive | None = None,
     pooler: bool | None = None,
     pooler_layer: bool = True,
     **options: Any,

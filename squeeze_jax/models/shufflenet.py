@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.blocks import conv_norm, residual_sum, stage_strides
-from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier, Rate, Strides
 
 Shuffle = Literal["paper", "released"]
 
@@ -174,12 +175,12 @@ class ShuffleNet(nn.Module):
 def make(
     variant: str = "1.0-g3",
     *,
-    num_classes: int | None = 1000,
-    width: float = 1.0,
-    strides: tuple[int, ...] | None = None,
-    stem_strides: Pair = 2,
+    num_classes: Count | None = 1000,
+    width: Multiplier = 1.0,
+    strides: tuple[Strides, ...] | None = None,
+    stem_strides: Strides | tuple[Strides, ...] = 2,
     stem_pool: bool = True,
-    dropout: float = 0.0,
+    dropout: Rate = 0.0,
     shuffle: Shuffle = "paper",
 ) -> ShuffleNet:
     """Builds a ShuffleNet.

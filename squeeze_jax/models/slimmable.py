@@ -20,6 +20,7 @@ from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.reshaped import features
+from squeeze_jax.ranges import Count, Multiplier, Part
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
 
@@ -164,9 +165,9 @@ class Slimmable(nn.Module):
 def make(
     variant: str = "small",
     *,
-    num_classes: int | None = 1000,
-    width: float = 1.0,
-    switches: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0),
+    num_classes: Count | None = 1000,
+    width: Multiplier = 1.0,
+    switches: tuple[Part, ...] = (0.25, 0.5, 0.75, 1.0),
 ) -> Slimmable:
     """Builds a slimmable network.
 

@@ -24,6 +24,7 @@ from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn import encoder
 from squeeze_jax.nn.attention import Groups, check_shuffle
 from squeeze_jax.nn.heads import Task
+from squeeze_jax.ranges import Count, Positive, Whole
 from squeeze_jax.weights import huggingface
 
 INPUTS = "tokens"
@@ -100,10 +101,13 @@ class SqueezeBert(nn.Module):
 def make(
     variant: str = "base",
     *,
-    groups: int | Mapping[str, int] | Sequence[int | Mapping[str, int]] | None = None,
+    groups: Count
+    | Mapping[str, Count]
+    | Sequence[Count | Mapping[str, Count]]
+    | None = None,
     task: Task = "classification",
-    segments: int | None = None,
-    layer_epsilon: float | None = None,
+    segments: Whole | None = None,
+    layer_epsilon: Positive | None = None,
     pooler: bool | None = None,
     shuffle: bool = False,
     **options: Any,

@@ -10,7 +10,7 @@ also the others, through a 1x1 convolution. Images are NHWC.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.blocks import residual_sum
-from squeeze_jax.nn.conv import Conv, Pair, per_axis
+from squeeze_jax.nn.conv import Conv, per_axis
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
+from squeeze_jax.ranges import Count, Multiplier, Range, Rate, Strides
 
 Bypass = Literal["none", "simple", "complex"]
 
@@ -148,14 +149,14 @@ def _unit(x, features, kernel, strides=1, *, padding=0, norm, train, name):
 def make(
     variant: str = "1.1",
     *,
-    num_classes: int | None = 1000,
-    width: float = 1.0,
+    num_classes: Count | None = 1000,
+    width: Multiplier = 1.0,
     bypass: Bypass = "none",
     norm: bool = False,
-    dropout: float = 0.5,
-    stem_strides: Pair = 2,
+    dropout: Rate = 0.5,
+    stem_strides: Strides | tuple[Strides, ...] = 2,
     pools: tuple[str, ...] | None = None,
-    conv10_padding: int = 0,
+    conv10_padding: Annotated[int, Range(0, 16)] = 0,
     conv10_relu: bool = True,
 ) -> SqueezeNet:
     """Builds a SqueezeNet.

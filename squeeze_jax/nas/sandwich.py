@@ -15,10 +15,11 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import Gradients
 from squeeze_jax.nn.means import mean
+from squeeze_jax.ranges import Positive, Whole
 
 
 def make(
-    widths: tuple[float, ...], random: int = 2, temperature: float = 1.0
+    widths: tuple[Positive, ...], random: Whole = 2, temperature: Positive = 1.0
 ) -> Gradients:
     """Returns the method for networks whose call takes `width`, such as `models/slimmable.py`.
 

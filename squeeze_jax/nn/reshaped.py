@@ -6,6 +6,7 @@ to the names of parameters.
 """
 
 import contextvars
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -188,4 +189,7 @@ class Reshaped(nn.Module):
         except AttributeError:
             if name.startswith("__") or "net" not in self.__dict__:
                 raise
-        return getattr(self.net, name)
+        value = getattr(self.net, name)
+        if name == "initial_carry":  # it is as wide as the layers
+            return functools.partial(value, widths=dict(self.widths))
+        return value

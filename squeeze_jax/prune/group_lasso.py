@@ -23,7 +23,7 @@ SMALL = 0.1  # of the largest norm of a kernel's groups
 
 def make(
     groups: Literal["filters", "channels", "shapes"] = "filters",
-    rules: tuple = (("kernel$", True),),
+    rules: tuple[tuple[str, bool], ...] = (("kernel$", True),),
 ) -> methods.Objective:
     """Returns the penalty; its gradient at a group of zeros is zero.
 

@@ -19,6 +19,7 @@ import optax
 
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, Rate, Whole
 
 
 class MagnitudeState(NamedTuple):
@@ -32,12 +33,12 @@ class MagnitudeState(NamedTuple):
 
 
 def make(
-    sparsity: float,
-    begin: int,
-    end: int,
-    every: int,
-    initial: float = 0.0,
-    rules: tuple = (("kernel$", True),),
+    sparsity: Rate,
+    begin: Whole,
+    end: Count,
+    every: Count,
+    initial: Rate = 0.0,
+    rules: tuple[tuple[str, bool], ...] = (("kernel$", True),),
     scope: Literal["global", "layer"] = "global",
 ) -> methods.Update:
     """Returns the transform; list it after "optim" in `config.update`.
@@ -104,7 +105,13 @@ def make(
 
         return tree.map_named(masked, params)
 
-    return methods.Update(optax.GradientTransformationExtraArgs(init, update), project)
+    def metrics(params, state):
+        zeros = [jnp.sum(~mask) for mask in state.masks.values()]
+        count = sum(mask.size for mask in state.masks.values())
+        return {"sparsity": jnp.float32(sum(zeros)) / count}
+
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return methods.Update(tx, project, metrics, until=end)
 
 
 def schedule(

@@ -20,9 +20,10 @@ import numpy as np
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.methods import METHODS, Plain, Transition
+from squeeze_jax.ranges import Fraction
 
 
-def make(layers: tuple[str, ...], keep: float = 0.5) -> Transition:
+def make(layers: tuple[str, ...], keep: Fraction = 0.5) -> Transition:
     """Returns the transition.
 
     Args:

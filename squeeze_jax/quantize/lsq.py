@@ -17,7 +17,7 @@ over the last steps before `start`, s0 of weights is that of the weights as they
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS, Forward, Own, Tap
+from squeeze_jax.ranges import NonNegative, Range, Whole, Zero
 
 WEIGHTS = (("kernel$", True),)
 ACTIVATIONS = (("/inputs$", True),)
@@ -32,13 +33,13 @@ _BORDER = 1e-3  # of a level: float32 does not put the largest weight exactly on
 
 
 def make(
-    bits: int = 8,
-    activation_bits: int = 8,
-    start: int = 0,
-    observe: int = 20,
-    rate: float = 1.0,
-    weights: tuple = WEIGHTS,
-    activations: tuple = ACTIVATIONS,
+    bits: Annotated[int, Range(2, 16)] = 8,
+    activation_bits: Annotated[int, Zero()] | Annotated[int, Range(2, 16)] = 8,
+    start: Whole = 0,
+    observe: Whole = 20,
+    rate: NonNegative = 1.0,
+    weights: tuple[tuple[str, bool], ...] = WEIGHTS,
+    activations: tuple[tuple[str, bool], ...] = ACTIVATIONS,
 ) -> Forward:
     """Returns the change of the forward pass.
 
@@ -120,6 +121,7 @@ def make(
         init=init,
         state=state if activation_bits else None,
         integer=True,
+        until=start,
     )
 
 

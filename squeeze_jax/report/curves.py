@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import log
 
@@ -19,7 +20,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
       UserError: there is no such file.
     """
     try:
-        return log.read(Path(path))
+        return log.read(files.path(path))
     except OSError as error:
         raise UserError(f"cannot read metrics {path}: {error.strerror}") from None
 

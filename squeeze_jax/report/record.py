@@ -47,7 +47,7 @@ def read(path: str | Path) -> dict[str, Any]:
       UserError: no such file, or not such a file.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(files.path(path).read_text())
         content["rows"], content["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the report {path}: {error}") from None

@@ -20,20 +20,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from squeeze_jax import tree
+from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS
 from squeeze_jax.nn.norm import SHARES
+from squeeze_jax.ranges import Count
 from squeeze_jax.train import forward
 from squeeze_jax.train.scores import Scores
 from squeeze_jax.train.state import State
 
-for noisy in ("absl", "orbax"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+for noisy in (
+    "absl",
+    "orbax",
+):  # what they report as errors of a damaged file comes as an exception too
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 # Until methods of all plug points could own parameters, those of the losses stood under this name.
 _OBJECTIVE = "objective"
+
+_BESIDE = 2**18  # bytes of descriptions beside a state's arrays
 
 Like = State | Callable[[Mapping[str, Any]], State]
 
@@ -71,7 +77,7 @@ class Checkpoints:
         self,
         directory: str | pathlib.Path,
         *,
-        keep: int = 2,
+        keep: Count = 2,
         best: str = "eval_accuracy",
         lowest: bool = False,
         use: Literal["newest", "best"] = "newest",
@@ -90,7 +96,7 @@ class Checkpoints:
         """
         self._use, self._best, self._read_only = use, best, read_only
         self._keep = keep
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = files.path(directory).absolute()
         self._scores = Scores(self.directory, best, lowest=lowest)
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -146,17 +152,21 @@ class Checkpoints:
           position: examples consumed in this phase.
           config: of the run.
           note: more to remember, such as {"phase": 0, "options": {...}}.
+
+        Raises:
+          DiskFull: there is no space for it; names the last good checkpoint.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._check_space(step, state)
         note = {
             "position": position,
             "config": config,
             "checksums": checksums(_to_dict(state)),
             **(note or {}),
         }
-        with warnings.catch_warnings():
+        with self._writing(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Orbax warns of its own deprecations
             saved = self._manager.save(
                 step,
@@ -170,10 +180,38 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk under its final name."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    def _check_space(self, step: int, state: State) -> None:
+        """Raises `DiskFull` where a state does not fit; a save that runs out of space in the middle leaves much behind."""
+        arrays = sum(x.nbytes for x in jax.tree.leaves(_to_dict(state)))
+        if shutil.disk_usage(self.directory).free < arrays + _BESIDE:
+            raise self._full(f"step {step}, {(arrays + _BESIDE) / 1e6:.1f} MB")
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # Orbax' own, of many kinds
+            if files.is_full(error):
+                raise self._full("a step") from None
+            raise
+
+    def _full(self, what: str) -> files.DiskFull:
+        saved = self.steps()
+        good = (
+            f"the checkpoint of step {saved[-1]} is whole"
+            if saved
+            else "none was saved"
+        )
+        return files.DiskFull(
+            f"cannot save {what}: no space left in {self.directory}; {good}: make space and run the same command again"
+        )
 
     def trained(self, like: Like) -> Restored | None:
         """Restores the checkpoint that the trained network is, as `use` says; else as `restore`."""

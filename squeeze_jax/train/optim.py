@@ -9,6 +9,16 @@ import optax
 
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import (
+    Count,
+    Finite,
+    Fraction,
+    NonNegative,
+    Part,
+    Positive,
+    Rate,
+    Share,
+)
 
 # Keys that only some optimizers or schedules read: set for another, they would be dead.
 READ_BY = {
@@ -27,22 +37,22 @@ DECAY = (("(kernel|embedding)$", 1.0),)  # none on normalisations and biases
 def make(
     name: Literal["sgd", "adamw", "lamb", "rmsprop"] = "sgd",
     *,
-    steps: int,
-    lr: float,
+    steps: Count,
+    lr: Positive,
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine",
-    warmup: float = 0,
-    end: float = 0.0,
-    boundaries: tuple = (),
-    drop: float = 0.1,
-    momentum: float = 0.9,
+    warmup: NonNegative = 0,
+    end: Share = 0.0,
+    boundaries: tuple[Fraction, ...] = (),
+    drop: Part = 0.1,
+    momentum: Rate = 0.9,
     nesterov: bool = False,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    decay: float = 0.0,
-    decay_rules: tuple = DECAY,
-    clip: float = 0.0,
-    freeze: tuple = (),
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Positive = 1e-8,
+    decay: NonNegative = 0.0,
+    decay_rules: tuple[tuple[str, Finite], ...] = DECAY,
+    clip: NonNegative = 0.0,
+    freeze: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the chain: clip → rule and decay of the optimizer → learning rate.
 
@@ -104,9 +114,17 @@ def chain(transforms: Sequence[methods.Update]) -> methods.Update:
                 params = transform.project(params, state)
         return params
 
+    def metrics(params, states):
+        found = {}
+        for transform, state in zip(transforms, states, strict=True):
+            if transform.metrics is not None:
+                found |= transform.metrics(params, state)
+        return found
+
     tx = optax.chain(*(transform.tx for transform in transforms))
     changes = any(transform.project is not None for transform in transforms)
-    return methods.Update(tx, project if changes else None)
+    until = max((transform.until for transform in transforms), default=0)
+    return methods.Update(tx, project if changes else None, metrics, until)
 
 
 def _no_dead_keys(given: dict) -> None:

@@ -4,6 +4,7 @@ They stand in one file beside the checkpoints, `scores.json`: a state is saved b
 evaluation loses no training.
 """
 
+import contextlib
 import json
 import math
 import warnings
@@ -31,6 +32,12 @@ class Scores:
         self._path, self._best = directory / NAME, best
         self._sign = -1.0 if lowest else 1.0
         self._scores = _read(self._path)
+        for old in directory.glob("[0-9]*/" + "/".join(_OLD)):
+            if not isinstance(_parsed(old), dict):
+                # Orbax, which reads it too, would give up.
+                warnings.warn(f"{old} is damaged and set aside", stacklevel=2)
+                with contextlib.suppress(OSError):
+                    old.parent.rename(old.parent.with_name("damaged-metrics"))
 
     def __contains__(self, step: int) -> bool:
         return self._of(step) is not None

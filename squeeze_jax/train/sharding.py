@@ -9,6 +9,7 @@ Everything below `jax.jit` is told only through `NamedSharding`s; the compiler i
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -17,13 +18,17 @@ from jax.sharding import PartitionSpec as P
 
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Range
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, rules: Sequence = ()
+    data: Annotated[int, Range(-1, 65536)] = -1,
+    fsdp: Annotated[int, Range(-1, 65536)] = 1,
+    tensor: Annotated[int, Range(-1, 65536)] = 1,
+    rules: Sequence[tuple[str, str | tuple[str | None, ...] | None]] = (),
 ) -> Mesh:
     """Arranges all devices of all processes.
 

@@ -90,7 +90,7 @@ def read_config(folder: str | Path) -> Config:
     Raises:
       UserError: no folder, no such file, or no JSON object.
     """
-    path = Path(folder) / CONFIG
+    path = atomic.path(folder) / CONFIG
     if not path.is_file():
         what = "has no" if Path(folder).is_dir() else "is not a folder with a"
         raise UserError(
@@ -111,7 +111,7 @@ def read_arrays(folder: str | Path) -> files.Arrays:
     Raises:
       UserError: no weights, a file of the index that is not there, or a damaged one.
     """
-    folder = Path(folder)
+    folder = atomic.path(folder)
     for name in WEIGHTS:
         if (folder / name).is_file():
             return files.read(folder / name)
@@ -149,7 +149,7 @@ def write(folder: str | Path, config: Mapping[str, Any], arrays: files.Arrays) -
     Raises:
       UserError: the folder cannot be written to.
     """
-    folder = Path(folder)
+    folder = atomic.path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_safetensors(folder / WEIGHTS[0], arrays)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from squeeze_jax.data.source import Source
 from squeeze_jax.data.sources import pairs
+from squeeze_jax.ranges import PathStr
 
 CLASSES = (
     "sky",
@@ -26,7 +27,7 @@ CLASSES = (
 VOID = 11
 
 
-def make(path: str, eval: Literal["test", "val"] = "test") -> Source:
+def make(path: PathStr, eval: Literal["test", "val"] = "test") -> Source:
     """Opens the images in a zip archive or an unpacked folder.
 
     Args:

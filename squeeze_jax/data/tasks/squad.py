@@ -15,11 +15,12 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from squeeze_jax.data import answers, files, questions, spans, text, tokens
+from squeeze_jax.data import answering, answers, files, questions, spans, text, tokens
 from squeeze_jax.data.answers import SIDES, Answers, Best
 from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.spans import Cutter, Split
 from squeeze_jax.errors import UserError
+from squeeze_jax.ranges import Count, Finite, PathStr, Whole
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +29,17 @@ SHOWN = 3  # answers to a question of the command line
 
 
 def make(
-    eval: str,
-    tokenizer: str,
+    eval: PathStr,
+    tokenizer: PathStr,
     *,
-    train: str | None = None,
-    length: int = 384,
-    stride: int = 128,
-    max_question: int = 64,
-    buckets: tuple[int, ...] = (),
-    n_best: int = 20,
-    max_answer: int = 30,
-    null_threshold: float = 0.0,
+    train: PathStr | None = None,
+    length: Count = 384,
+    stride: Whole = 128,
+    max_question: Count = 64,
+    buckets: tuple[Count, ...] = (),
+    n_best: Count = 20,
+    max_answer: Count = 30,
+    null_threshold: Finite = 0.0,
 ) -> "Squad":
     """Reads the files; the parameters are the keys of `config.data`.
 
@@ -273,7 +274,8 @@ class Squad:
           run: see `pipeline.Data`.
 
         Raises:
-          UserError: fewer than two, a file that cannot be read, an empty document or question, or one too long.
+          UserError: fewer than two, a file that cannot be read, an empty document; after all answers, questions that are
+            empty or too long.
         """
         if len(given) < 2:
             raise UserError(
@@ -281,20 +283,36 @@ class Squad:
                 " run.py --job=predict --workdir=DIR FILE.txt 'Who …?'"
             )
         document, asked = _document(given[0]), [each.strip() for each in given[1:]]
-        for each, ids in zip(asked, self._encode(asked), strict=True):
-            if not 0 < len(ids) <= self.cutter.max_question:
-                raise UserError(
-                    f"the question {each!r} has {len(ids)} tokens: it should have 1 to config.data.max_question ="
-                    f" {self.cutter.max_question}"
-                )
-        ids = [str(number) for number in range(len(asked))]
-        rows = [Question(*row, 0, ()) for row in zip(ids, asked, strict=True)]
-        content = Questions([document], rows, self.version2)
-        split = self.cutter.split(content, [None] * len(rows))
-        found = self._read_off(split, _run(split.reader, run))
-        for question in rows:
-            yield question.text
-            yield from self._lines(found, question.id)
+        reasons = self._unfit(asked)
+        if len(asked) == 1:
+            answering.check([*reasons.values()], 1, "question")
+        rows = [
+            Question(str(number), each, 0, ())
+            for number, each in enumerate(asked)
+            if number not in reasons
+        ]
+        if rows:
+            content = Questions([document], rows, self.version2)
+            split = self.cutter.split(content, [None] * len(rows))
+            found = self._read_off(split, _run(split.reader, run))
+        for number, each in enumerate(asked):
+            yield each
+            if number in reasons:
+                yield f"  {reasons[number]}"
+            else:
+                yield from self._lines(found, str(number))
+        answering.check([*reasons.values()], len(asked), "question")
+
+    def _unfit(self, asked: Sequence[str]) -> dict[int, str]:
+        """Returns {index: why it has no answer} of the questions that are empty or too long."""
+        return {
+            number: f"the question {each!r} has {len(ids)} tokens: it should have 1 to config.data.max_question ="
+            f" {self.cutter.max_question}"
+            for number, (each, ids) in enumerate(
+                zip(asked, self._encode(asked), strict=True)
+            )
+            if not 0 < len(ids) <= self.cutter.max_question
+        }
 
     def _encode(self, texts):
         return self.cutter.tokenizer.encode_many(texts)

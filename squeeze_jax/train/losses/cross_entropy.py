@@ -14,9 +14,10 @@ import optax
 from squeeze_jax.data.source import IGNORED
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
+from squeeze_jax.ranges import Rate
 
 
-def make(label_smoothing: float = 0.0) -> Callable:
+def make(label_smoothing: Rate = 0.0) -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`.
 
     The loss takes logits [b, classes] with "label", or logits [b, h, w, classes] with "target", int [b, h, w]; then mean

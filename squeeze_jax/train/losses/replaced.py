@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
+from squeeze_jax.ranges import NonNegative
 from squeeze_jax.train.losses import masked_lm
 from squeeze_jax.train.losses.masked_lm import part
 
 WEIGHT = 50.0
 
 
-def make(discriminator: float = WEIGHT) -> Callable:
+def make(discriminator: NonNegative = WEIGHT) -> Callable:
     """Returns `loss(logits, endpoints, batch) → (loss, metrics)`.
 
     Logits are {"masked_lm": see `masked_lm.scored`, "replaced": [b, l]}, and endpoints have "is_replaced" [b, l], both from

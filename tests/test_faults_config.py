@@ -1,0 +1,453 @@
+"""Config files that fail, values out of range, paths with ~, work directories of own images, and runs with more steps.
+
+Every bad input ends in one line before any work starts, and makes no work directory.
+"""
+
+import inspect
+import json
+import math
+import pathlib
+import types
+import typing
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import run
+from squeeze_jax import data, files, models, registry
+from squeeze_jax.errors import Reported, UserError, shown
+from squeeze_jax.jobs import (
+    _compilation,
+    _experiment,
+    _pretrained,
+    _settings,
+    _teachers,
+    _workdir,
+)
+from squeeze_jax.train import optim, sharding
+from squeeze_jax.train.checkpoint import Checkpoints
+
+PACKAGES = ("models", "data.tasks", "data.sources", "train.losses", "prune", "quantize")
+PACKAGES += ("distill", "comm", "nas", "jobs")
+SCHEMAS = {
+    "config": _experiment.Experiment,
+    "config.data": data.make,
+    "config.model": models.make,
+    "config.optim": optim.make,
+    "config.sharding": sharding.make_mesh,
+    "config.checkpoint": Checkpoints,
+    "config.compilation": _compilation.enable,
+    "config.init": _pretrained.settings,
+    "config.distill": _teachers.Settings,
+    "config.distill.teachers": _pretrained.find,
+}
+for package in PACKAGES:
+    for name in registry.names(f"squeeze_jax.{package}"):
+        module = registry.load(f"squeeze_jax.{package}", name)
+        schema = getattr(module, "Settings" if package == "jobs" else "make", None)
+        if schema is not None:
+            SCHEMAS[f"{package}.{name}"] = schema
+
+CONFIG = """
+def get_config():
+    model = dict(name="squeezenet", variant="tiny", stem_strides=1)
+    return dict(
+        data=dict(source=dict(name="digits"), size=8, crop="none"),
+        model=model, optim=dict(lr=0.01, schedule="constant"), batch=16, steps=4,
+    )
+"""
+
+
+def parameters(fn):
+    """(name, annotation, default) of a schema's parameters."""
+    hints = registry.annotations(fn)
+    for p in inspect.signature(fn).parameters.values():
+        if p.kind is not p.VAR_KEYWORD and p.name in hints:
+            yield p.name, hints[p.name], p.default
+
+
+def leaves(hint, declared=False):
+    """(type, whether a range is declared for it) of all types inside an annotation; a bare container is a leaf."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        yield from leaves(args[0], True)
+    elif origin is typing.Literal:
+        return
+    elif args:
+        for arg in args:
+            if arg is not Ellipsis:
+                yield from leaves(arg, False)
+    else:
+        yield hint, declared
+
+
+def kinds(hint):
+    """The types that a value itself may have, items of containers left out."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return kinds(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*map(kinds, args))
+    return {origin or hint}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_number_in_a_signature_has_a_range(name):
+    without = [
+        key
+        for key, hint, _ in parameters(SCHEMAS[name])
+        for kind, declared in leaves(hint)
+        if kind in (int, float, tuple, list) and not declared
+    ]
+    assert not without
+    signature = inspect.signature(SCHEMAS[name]).parameters.values()
+    named = {p.name for p in signature if p.kind is not p.VAR_KEYWORD}
+    assert named <= set(registry.annotations(SCHEMAS[name]))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_no_number_is_unbounded_and_defaults_are_in_range(name):
+    for key, hint, default in parameters(SCHEMAS[name]):
+        if isinstance(default, str | int | float | tuple | None):
+            assert registry.fault(default, hint, key) == ""
+        if kinds(hint) & {int, float}:
+            for value in (math.nan, math.inf, -math.inf, 1e39, 2**31, -(2**31) - 1):
+                if float in kinds(hint) and value == 2**31:
+                    continue  # a large learning rate is absurd, but a number
+                wrong = registry.fault(value, hint, f"config.{key}")
+                unbounded = (
+                    value == -(2**31) - 1 and registry.fault(-1.0, hint, "") == ""
+                )
+                assert wrong.startswith(f"config.{key} = ") or unbounded, (key, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "words"),
+    [
+        ("config.checkpoint", dict(use="oldest"), "'oldest' (str) should be one of"),
+        ("config.checkpoint", dict(keep=0), "keep = 0 should be at least 1"),
+        ("data.tasks.images", dict(workers=10000), "= 10000 should lie in [0, 256]"),
+        ("data.tasks.images", dict(size=(8, 0)), "size[1] = 0 should lie in [1,"),
+        ("data.tasks.images", dict(mean=(0.5, math.nan)), "mean[1] = nan should be"),
+        ("data.tasks.images", dict(pad=10000), "pad = 10000 should lie in [0, 1024]"),
+        ("jobs.export", dict(formats=("tflite", "tflite")), "names 'tflite' twice"),
+        ("jobs.export", dict(formats=("tflite", 3)), "formats[1] = 3 (int) should be"),
+        ("jobs.export", dict(int8_agreement=2), "= 2 should lie in [0, 1]"),
+        ("jobs.cost", dict(weight_bits=(("a", 65),)), "weight_bits[0][1] = 65 should"),
+        ("jobs.benchmark", dict(runs=-1), "runs = -1 should be at least 1"),
+        ("config.optim", dict(momentum=1.5), "momentum = 1.5 should lie in [0, 1)"),
+        ("config.optim", dict(b1=1.5), "b1 = 1.5 should lie in [0, 1)"),
+        ("config.optim", dict(b2=1.0), "b2 = 1.0 should lie in [0, 1)"),
+        ("config.optim", dict(lr=math.inf), "lr = inf should be a finite number"),
+        ("config.optim", dict(eps=0), "eps = 0 should be positive"),
+        ("config.optim", dict(boundaries=(0.5, 1)), "boundaries[1] = 1 should lie in"),
+        ("config.optim", dict(decay_rules=(("a", "b"),)), "decay_rules[0][1] = 'b'"),
+        ("models.squeezenet", dict(width=0), "width = 0 should lie in (0, 100]"),
+        ("models.squeezenet", dict(dropout=1), "dropout = 1 should lie in [0, 1)"),
+        ("models.bert", dict(dropout=1), "dropout = 1 should lie in [0, 1)"),
+        ("models.bert", dict(layers=0), "layers = 0 should lie in [1, 1000]"),
+        ("models.mobilenet_v3", dict(stem_strides=(2, 0)), "stem_strides[1] = 0"),
+        ("config.model", dict(widths={"a": -3}), "widths['a'] = -3 should be at least"),
+        ("config", dict(steps=-5), "steps = -5 should not be negative"),
+        ("config", dict(seed=2**31), "seed = 2147483648 should be at most 2147483647"),
+        ("config", dict(seeds=(1, 2, 1)), "seeds = (1, 2, 1) names 1 twice"),
+        ("config", dict(ema=1), "ema = 1 should lie in [0, 1)"),
+        ("config", dict(forward=({}, 3)), "forward[1] = 3 (int) should be dict"),
+        ("quantize.lsq", dict(activation_bits=1), "activation_bits = 1 should"),
+        ("prune.narrow", dict(keep=1.0), "keep = 1.0 should lie in (0, 1)"),
+        ("distill.hidden", dict(teacher=-1), "teacher = -1 should lie in [0, 63]"),
+        ("config.init", dict(workdir="a" * 300), "should be a path: names up to 255"),
+        ("data.sources.folder", dict(root=""), "should be a path, not empty"),
+        ("data.sources.folder", dict(root="x/" * 2500), "4095 in all"),
+        ("config.init", {3: 4}, "has the key 3"),
+    ],
+)
+def test_a_value_out_of_range_is_one_line(name, section, words):
+    with pytest.raises(UserError) as caught:
+        registry.check(SCHEMAS[name], section, name)
+    line = str(caught.value)
+    assert words in line
+    assert line.startswith(name)
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("jobs.export", dict(int8_agreement=0)),
+        ("quantize.lsq", dict(activation_bits=0)),
+        ("config.optim", dict(lr=1, momentum=0, clip=0, decay_rules=[["k", 0]])),
+        ("config.model", dict(name="x", widths={"a": 1})),
+        ("config.init", dict(workdir="")),
+        ("models.squeezebert", dict(groups=({"query": 4}, 2))),
+    ],
+)
+def test_the_ends_of_ranges_are_valid(name, section):
+    registry.check(SCHEMAS[name], section, name, given=("steps",))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import no_such_module", ":1: ModuleNotFoundError: No module named 'no_such"),
+        ("\nraise RuntimeError('sorry\\nthere')", ":2: RuntimeError: sorry"),
+        ("def get_config():\n    return 1 / 0", ":2: ZeroDivisionError: division by"),
+        ("def get_config():\n  x = {}\n  return x.a", ":3: AttributeError: 'dict'"),
+        ("def get_config():\n    raise SystemExit(3)", ":2: SystemExit: 3"),
+        ("def get_config():\n    return 5", "get_config() returned 5 (int), it should"),
+        ("def get_config():\n    return [1]", "returned [1] (list), it should return"),
+        ("def get_config():\n    pass", "returned None (NoneType), it should"),
+        ("def get_config(task):\n    return {}", "needs an argument: --config="),
+        ("get_config = 3", "has no function get_config()"),
+        ("", "has no function get_config()"),
+        ("def get_config(:", ":1: invalid syntax"),
+        ('{"data": true}', ":1: NameError: name 'true' is not defined"),
+        ("def f():\n    f()\nf()", "RecursionError"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "mend the file"),
+        (b"\x00\x00\x00", "mend the file"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line(text, words, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        run.load_config(str(path))
+    line = str(caught.value)
+    assert str(path) in line
+    assert words in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=."], ". is a folder, not a config file"),
+        (["--config=" + "x" * 5000], "should be a path: names up to 255 bytes"),
+        (["--config="], "--config = '' should be a path, not empty"),
+        (["--config=~nobody-here/x.py"], "there is no home directory ~nobody-here"),
+        (["--config.weights=({'name':5},)"], "unknown key config.weights"),
+        (["--config.forward=({'name':5},)"], "with a name such as 'comm.mean'"),
+        (["--config.data={1:2}"], "config.data has the key 1"),
+        (["--config.data={'a':{1,2}}"], "config.data.a = {1, 2} (set) should be a n"),
+        (["--config.steps={[]:1}"], "is no value of Python (unhashable type"),
+        (["--config.steps=" + "[" * 5000], "config.steps = '[[["),
+        (["--config.optim.lr.x=1"], "x is no part of a value, only of a section"),
+        (
+            ["--config.phases=({'steps': 3},)", "--config.phases.1.steps=2"],
+            "1 is no place in a tuple: choose 0 to 0",
+        ),
+        (
+            ["--config.seeds=(1, 2)", "--config.seeds.last=2"],
+            "last is no place in a tuple: choose 0 to 1",
+        ),
+        (["--config..x=1"], "has an empty name between its dots"),
+        (["--config.data=5"], "config.data = 5 (int) should be dict"),
+        (["--config.steps=nan"], "config.steps = 'nan' (str) should be int"),
+        (["--config.optim.momentum=1.5"], "config.optim.momentum = 1.5 should lie in"),
+        (["--config.checkpoint.use=oldest"], "config.checkpoint.use = 'oldest' (str)"),
+        (["--config.model.width=0"], "config.model.width = 0 should lie in (0, 100]"),
+        (["--config.export.int8_agreement=2"], "= 2 should lie in [0, 1]"),
+        (["--config.objective={'name':'losses.cross_entropy','weight':-1}"], "-1"),
+        (
+            ["--config.batch=2000"],
+            "config.batch = 2000 is more than the 1,437 training",
+        ),
+        (["--job=fit", "photo.jpg"], "the job fit takes no files: photo.jpg"),
+        (["photo.jpg"], "photo.jpg: files are for --job=predict"),
+        (["--job=predict", ""], "'' is no file, folder or text: leave it out"),
+        (["--job=predict", " "], "' ' is no file, folder or text: leave it out"),
+        (["--wrkdir=x"], "unknown flag --wrkdir; did you mean '--workdir'"),
+        (["-x"], "unknown flag -x"),
+        (["--processes=two"], "argument --processes: invalid int value: 'two'"),
+        (["--workdir"], "argument --workdir: expected one argument"),
+        (["--workdir="], "--workdir = '' should be a path, not empty"),
+        (["--workdir=" + "w" * 256], "should be a path: names up to 255 bytes"),
+        (["--job=" + "j" * 5000], "unknown job 'jjj"),
+        (["--config.model.name=" + "m" * 5000], "unknown model 'mmm"),
+        (["--config.optim.name=" + "o p" * 2000], "config.optim.name = 'o po p"),
+        (
+            ["--config.data.source.name=line\nbreak"],
+            "unknown data source 'line\\nbreak'",
+        ),
+    ],
+    ids=lambda v: v[-1][:40] if isinstance(v, list) else "",
+)
+def test_a_bad_command_line_is_one_line_and_makes_no_folder(
+    arguments, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Reported) as caught:
+        run.main(arguments)
+    line = str(caught.value)
+    assert words in line
+    assert "\n" not in line
+    assert len(line) < 900
+    assert caught.value.status == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_show_long_values_in_short():
+    assert shown("short") == "'short'"
+    assert len(shown("x" * 5000)) < 110
+    assert shown(10**5000) == "<int>"
+    line = str(UserError(f"no file {'y' * 5000}: look elsewhere\nplease"))
+    assert len(line) < 200
+    assert line.startswith("no file yyy")
+    assert line.endswith("yyy: look elsewhere\\nplease")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home directory and, beside it, an empty current one."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_the_home_directory_is_expanded_wherever_paths_enter(home):
+    (home / "mine.py").write_text(CONFIG)
+    run.main(["--job=cost", "--config=~/mine.py", "--workdir=~/runs/a"])
+    assert list((home / "runs" / "a").iterdir())
+    assert not list(pathlib.Path.cwd().iterdir())
+    assert run.input_of("~/a.jpg") == f"{home}/a.jpg"
+    assert run.input_of("~ 5 degrees") == "~ 5 degrees"
+    config = dict(
+        init=dict(workdir="~/runs/a"),
+        distill=dict(teachers=[dict(folder="~/t")], cache="~/cache"),
+        data=dict(files=("~", pathlib.Path("~/b"), "$HOME/c", "a~b")),
+        forward=[dict(name="~/noise.py", scale=np.float32(0.5), bits=np.int64(4))],
+    )
+    assert _settings.canonical(config) == dict(
+        init=dict(workdir=f"{home}/runs/a"),
+        distill=dict(teachers=(dict(folder=f"{home}/t"),), cache=f"{home}/cache"),
+        data=dict(files=(f"{home}", f"{home}/b", "$HOME/c", "a~b")),
+        forward=(dict(name=f"{home}/noise.py", scale=0.5, bits=4),),
+    )
+    with pytest.raises(UserError, match=r"config.a\[0\] = '~nobody-here/x': there is"):
+        _settings.canonical(dict(a=("~nobody-here/x",)))
+
+
+def test_a_work_directory_with_a_tilde_in_its_config_is_the_same_experiment(home):
+    """Earlier versions kept ~ as it was written."""
+    kept = dict(data=dict(source=dict(name="folder", root="~/photos")))
+    (home / "config.json").write_text(json.dumps(kept))
+    now = _settings.canonical(kept)
+    assert _workdir.read(home) == now
+    _workdir.same(home, now)
+
+
+def test_the_librarys_functions_expand_the_home_directory(home):
+    assert files.path("~/a") == home / "a"
+    assert files.path(pathlib.Path("~/a")) == home / "a"
+    with pytest.raises(UserError, match=f"{home}/none"):
+        models.load("~/none")
+    with pytest.raises(UserError, match="no-such-model"):
+        models.options("~/no-such-model")
+
+
+def resolved(*arguments):
+    """The config's source of images and the work directory of a command line."""
+    config, workdir = run.config_and_workdir(*run.parse(list(arguments)))
+    return config["data"]["source"], str(workdir)
+
+
+def test_own_images_have_a_work_directory_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = dict(name="folder", root="x/flowers/")
+    override = f"--config.data.source={own}"
+    assert resolved(override) == (own, "runs/flowers")
+    assert resolved() == (dict(name="digits"), "runs/digits")
+    tfds = dict(name="tfds", dataset="cifar10")
+    assert resolved(f"--config.data.source={tfds}") == (tfds, "runs/cifar10")
+    (tmp_path / "mine.py").write_text(CONFIG)
+    assert resolved("--config=mine.py", override) == (own, "runs/mine")
+    here = dict(name="folder", root=".")
+    assert resolved(f"--config.data.source={here}") == (here, f"runs/{tmp_path.name}")
+
+
+def test_a_bare_command_does_not_go_on_with_own_images(tmp_path, monkeypatch):
+    """Earlier versions put own images into runs/digits."""
+    monkeypatch.chdir(tmp_path)
+    config, _ = run.config_and_workdir(*run.parse([]))
+    begun = json.loads(json.dumps(config))
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    path = tmp_path / "runs" / "digits" / "config.json"
+    path.write_text(json.dumps(begun | {"steps": 7}))
+    assert run.config_and_workdir(*run.parse([]))[0]["steps"] == 7
+    begun["data"]["source"] = dict(name="folder", root="flowers")
+    path.write_text(json.dumps(begun))
+    with pytest.raises(UserError, match="holds a network of the dataset flowers: go"):
+        run.main([])
+    source, workdir = resolved("--workdir=runs/digits")
+    assert source["root"] == "flowers"
+    assert workdir == "runs/digits"
+
+
+def newest(workdir):
+    """The newest checkpoint of a run: its step and all arrays of its state."""
+    built = _experiment.build(_experiment.check(_workdir.read(workdir)))
+    opened = Checkpoints(workdir / "checkpoints", best="eval_accuracy", read_only=True)
+    restored = opened.restore(lambda note: built.abstract())
+    opened.close()
+    return jax.device_get(restored.state)
+
+
+def test_more_steps_continue_the_run_to_the_bit(tmp_path, monkeypatch, capsys):
+    """With a constant learning rate, 3 steps and then 5 are 5 steps at once; the last phase may grow too."""
+    (tmp_path / "mine.py").write_text(CONFIG)
+
+    def fit(folder, steps):
+        common = [f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / folder}"]
+        run.main(["--job=fit", *common, f"--config.steps={steps}"])
+        while _workdir._locks:
+            _workdir._locks.popitem()[1].close()
+        return capsys.readouterr().out
+
+    fit("whole", 5)
+    fit("parts", 3)
+    printed = fit("parts", 5)
+    assert "steps      5 in place of 3: after step 3 the learning rate" in printed
+    assert "continuing from the checkpoint of step 3" in printed
+    state = newest(tmp_path / "parts")
+    assert int(state.step) == 5
+    chex.assert_trees_all_equal(state, newest(tmp_path / "whole"))
+    with pytest.raises(
+        UserError, match=r"= 4, but .*parts is trained for 5 steps alre"
+    ):
+        fit("parts", 4)
+    assert _workdir.read(tmp_path / "parts")["steps"] == 5
+
+
+def test_the_last_phase_may_become_longer_and_others_not(tmp_path):
+    config = dict(data={}, optim={}, batch=4, phases=(dict(steps=2), dict(steps=3)))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    _workdir.same(tmp_path, config)
+    _workdir.same(tmp_path, config | dict(phases=(dict(steps=2), dict(steps=9))))
+    with pytest.raises(UserError, match="holds another experiment: phases = "):
+        _workdir.same(tmp_path, config | dict(phases=(dict(steps=4), dict(steps=3))))
+    with pytest.raises(
+        UserError, match=r"config.steps = 4, but .* for 5 steps already"
+    ):
+        _workdir.same(tmp_path, config | dict(phases=(dict(steps=2), dict(steps=2))))
+
+
+def test_overrides_reach_into_tuples():
+    config = dict(
+        steps=8,
+        update=("optim", dict(name="prune.magnitude", begin=1, end=450)),
+        phases=(dict(steps=400), dict(steps=200)),
+    )
+    for argument in "update.1.end=60", "phases.0.steps=40", "phases.1.steps=20":
+        run.override(config, f"--config.{argument}")
+    run.override(config, "--config.steps=None")
+    assert config == dict(
+        update=("optim", dict(name="prune.magnitude", begin=1, end=60)),
+        phases=(dict(steps=40), dict(steps=20)),
+    )
+    run.override(config, "--config.exchange=None")
+    assert config["exchange"] is None
