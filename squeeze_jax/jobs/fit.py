@@ -127,7 +127,14 @@ def train(
     start = int(begin.state.step)
     with (
         contextlib.closing(
-            Log(workdir, built.whole.steps, start=start, quiet=quiet, phase=phase.label)
+            Log(
+                workdir,
+                built.whole.steps,
+                start=start,
+                quiet=quiet,
+                phase=phase.label,
+                batch_norm=bool(jax.tree.leaves(begin.state.stats)),
+            )
         ) as log,
         contextlib.closing(
             built.data.train(e.batch, seed, begin.position, process)
