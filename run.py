@@ -9,8 +9,8 @@ import importlib.util
 import inspect
 import os
 import pathlib
-import signal
 import sys
+import warnings
 
 DESCRIPTION = """\
 Runs an experiment from a config to a trained network to files that run on devices.
@@ -140,30 +140,84 @@ def load_config(config):
 
 
 def override(config, argument):
-    """Sets one key from `--config.a.b=value`.
+    """Sets one key from `--config.a.b=value`; an integer in place of a name is an item of a tuple.
 
-    What replaces a string is a string; other values are Python where they read as Python.
+    What replaces a string is a string; other values are Python where they read as Python. None removes a key that cannot
+    be None.
     """
-    from squeeze_jax.errors import UserError, shortened
+    from squeeze_jax.errors import UserError
+    from squeeze_jax.jobs import _schemas
 
     key, equals, text = argument.removeprefix("--config.").partition("=")
     if not equals:
         raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
-    *sections, last = key.split(".")
-    if not all((*sections, last)):
+    names = key.split(".")
+    if not all(names):
         raise UserError(f"--config.{key}=... has an empty name between its dots")
-    for section in sections:
-        config = config.setdefault(section, {})
-        if not isinstance(config, dict):
-            raise UserError(f"--config.{key}: {section} is a value, not a section")
-    if isinstance(config.get(last), str):
-        config[last] = text
-        return
+    declared = _schemas.find(config, names) if text == "None" else None
+
+    def change(before):
+        return None if declared else value_of(key, text, before)
+
+    config.update(changed(config, names, change, f"--config.{key}"))
+    if declared and not declared.optional:
+        *sections, last = names
+        section = config[sections[0]] if sections else config
+        del section[last]
+        print(f"without    config.{key}, which falls back to {declared.fallback}")
+
+
+def changed(value, names, change, where):
+    """Returns a copy of a section or tuple in which the value of a key is `change(the one before)`.
+
+    Args:
+      value: the section or tuple.
+      names: of the key, from here on.
+      change: value before, or None → new value.
+      where: the key in an error.
+    """
+    from squeeze_jax.errors import UserError
+
+    name, *rest = names
+    if isinstance(value, list | tuple):
+        index = int(name) if name.isascii() and name.isdigit() else len(value)
+        if index >= len(value):
+            valid = f"0 to {len(value) - 1}" if value else "none: the tuple is empty"
+            raise UserError(
+                f"{where}: {name} is no item of a tuple, whose items are {valid}"
+            )
+        items = list(value)
+        items[index] = changed_item(items[index], rest, change, where, name)
+        return tuple(items)
+    return {**value, name: changed_item(value.get(name), rest, change, where, name)}
+
+
+def changed_item(before, names, change, where, name):
+    """Returns the item of a section or tuple, see `changed`."""
+    from squeeze_jax.errors import UserError
+
+    if not names:
+        return change(before)
+    if before is None:
+        before = {}
+    if not isinstance(before, dict | list | tuple):
+        raise UserError(f"{where}: {name} is a value, not a section")
+    return changed(before, names, change, where)
+
+
+def value_of(key, text, before):
+    """Returns the value that a text of the command line stands for; `before` is the value that it replaces, or None."""
+    from squeeze_jax.errors import UserError, shortened
+
+    if isinstance(before, str):
+        return text
+    # Names of files that are no UTF-8 are escaped in their quotes: Python's parser takes UTF-8 only.
+    escaped = text.encode(errors="backslashreplace").decode()
     try:
-        config[last] = ast.literal_eval(text)
+        return ast.literal_eval(escaped)
     except (ValueError, SyntaxError):
         words = {"true": True, "false": False, "none": None}
-        config[last] = words.get(text.lower(), text)
+        return words.get(text.lower(), text)
     except (TypeError, RecursionError, MemoryError) as error:
         raise UserError(
             f"--config.{key}={shortened(text, 100)} is no value of Python ({error or 'too deep'})"
@@ -176,7 +230,7 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _compilation, _experiment, _workdir
+    from squeeze_jax.jobs import _compilation, _experiment, _pretrained, _workdir
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     inputs = list(map(input_of, args.inputs))
@@ -189,7 +243,8 @@ def main(argv=None):
         _workdir.same(workdir, config)
         built = _experiment.opened(workdir, config)
     else:
-        built = _experiment.build(experiment)
+        begun = use == "begins" and _pretrained.begun(workdir)
+        built = _experiment.build(experiment, begun=begun)
     if hasattr(job, "ready"):  # whatever can be refused before a work directory is made
         job.ready(built, inputs)
     cache = _compilation.enable(**built.experiment.compilation)
@@ -279,27 +334,42 @@ def join(args):
     if args.coordinator:
         import jax
 
+        from squeeze_jax import stop
+
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        stop.listen_again()
 
 
-def terminate(number, frame):
-    """Ends as Ctrl-C ends, outside the loop that saves first."""
-    raise KeyboardInterrupt(number)
+def one_line(message, category, filename, lineno, line=None):
+    """A warning as the user sees it."""
+    return f"warning: {message}\n"
+
+
+def end(error):
+    """Prints an error's line and ends with its status."""
+    from squeeze_jax import files
+
+    lead = "\n" if error.status > 128 else "error: "
+    print(f"{lead}{error}", file=sys.stderr, flush=True)
+    if isinstance(error, files.DiskFull):
+        sys.stdout.flush()
+        os._exit(error.status)  # each thread of a library would report it once more
+    sys.exit(error.status)
 
 
 if __name__ == "__main__":
-    from squeeze_jax.errors import Reported
+    from squeeze_jax import files, stop
+    from squeeze_jax.errors import Reported, print_any_name
 
-    signal.signal(signal.SIGTERM, terminate)
+    warnings.formatwarning = one_line
+    print_any_name()
     try:
-        main()
+        with stop.listening():
+            main()
     except Reported as error:
-        print(
-            f"\n{error}" if error.status > 128 else f"error: {error}", file=sys.stderr
-        )
-        sys.exit(error.status)
-    except KeyboardInterrupt as stop:
-        print(
-            "\nstopped; the same command goes on from what was saved", file=sys.stderr
-        )
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+        end(error)
+    except OSError as error:
+        if not files.is_full(error):
+            raise
+        where = f" in {error.filename}" if error.filename else ""
+        end(files.DiskFull(f"no space left on the disk{where}"))

@@ -1,7 +1,8 @@
-"""Exceptions whose one line is for the user, and the way that line points at a fix."""
+"""Exceptions whose one line is for the user, the way that line points at a fix, and how any name in it is printed."""
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 
 
@@ -50,3 +51,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} choose from {', '.join(choices) or '(nothing)'}"
+
+
+def print_any_name() -> None:
+    r"""Lets a program print names that its terminal's encoding lacks, and names that are no UTF-8, as escapes (\udce9)."""
+    for stream in (sys.stdout, sys.stderr):
+        handler = getattr(stream, "errors", None)
+        # In UTF-8, "surrogateescape" prints the bytes of any name; in other encodings it fails for most letters.
+        utf8 = (getattr(stream, "encoding", None) or "").lower() == "utf-8"
+        if handler == "strict" or (handler == "surrogateescape" and not utf8):
+            stream.reconfigure(errors="backslashreplace")

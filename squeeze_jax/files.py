@@ -1,6 +1,7 @@
-"""Paths from users, and writing a file so that a reader finds all of it or the one before it, never a part."""
+"""Paths from users that libraries can open, and writing a file so that a reader finds it whole, never a part."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -31,6 +32,40 @@ def path(text: str | os.PathLike, where: str = "") -> Path:
     return Path(expanded)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
+
+
+class DiskFull(UserError):
+    """There is no space left where something is to be written."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, tells of a full disk; libraries wrap the system's error in their own."""
+    if error is None:
+        return False
+    if isinstance(error, DiskFull) or getattr(error, "errno", None) in _FULL:
+        return True
+    if any(words in str(error) for words in _FULL_WORDS):
+        return True
+    return is_full(error.__cause__ or error.__context__)
+
+
+def check_utf8(path: str | Path, key: str) -> None:
+    """Raises a UserError for a path that is not UTF-8, which libraries of checkpoints and records cannot open.
+
+    Args:
+      path: as the system gives it; bytes that are not UTF-8 are lone surrogates.
+      key: how the error calls it, such as "--workdir".
+    """
+    try:
+        str(Path(path).absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{key} = {str(path)!r} is not UTF-8: rename the folder or choose another"
+        ) from None
+
+
 def write(path: str | Path, content: bytes | str) -> Path:
     """Writes a file under a temporary name on the same disk, then renames it.
 
@@ -56,5 +91,6 @@ def write(path: str | Path, content: bytes | str) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):  # as where a folder on the way is a file
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        kind = DiskFull if is_full(error) else UserError
+        raise kind(f"cannot write {path}: {error.strerror}") from None
     return path

@@ -69,10 +69,14 @@ class Update(NamedTuple):
       tx: the optax transform; its own state stands in `State.opt`.
       project: (params, state of tx) → params; applied to the weights after each update and to the averaged weights, so
         that both are weights of the network as it is run (masked weights are zero in both). None if all weights are.
+      metrics: (params, state of tx) → {name: scalar} of the weights after an update, for the training log.
+      until: the step of the phase at which its schedule has taken full effect; a run that ends before it says so.
     """
 
     tx: optax.GradientTransformation
     project: Callable[[Any, Any], Any] | None = None
+    metrics: Callable[[Any, Any], Mapping[str, jax.Array]] | None = None
+    until: int = 0
 
 
 class Forward(NamedTuple):
@@ -85,6 +89,7 @@ class Forward(NamedTuple):
       init: (key, params, taps) → own parameters; `params` are the network's and `taps` the accepted ones.
       state: (params, taps) → own state, nested dicts of arrays; None for no state.
       integer: whether integer files do what `intercept` does by themselves, so that they are made without it.
+      until: the step of the phase at which its schedule has taken full effect; a run that ends before it says so.
     """
 
     reparametrize: Callable[[Any, Own], Any] | None = None
@@ -93,6 +98,7 @@ class Forward(NamedTuple):
     init: Callable[[jax.Array, Any, tuple[Tap, ...]], Any] | None = None
     state: Callable[[Any, tuple[Tap, ...]], Any] | None = None
     integer: bool = False
+    until: int = 0
 
 
 class Objective(NamedTuple):
@@ -155,8 +161,8 @@ class Exchange(NamedTuple):
     """How devices exchange gradients, inside `jax.shard_map`.
 
     Attributes:
-      exchange: (grads, axis_names, own) → (grads, state): from a device's own gradients to those that all devices
-        share. `own.key` differs from device to device.
+      exchange: (grads, axis_names, own) → (grads, state): from a device's own gradients to their mean over the devices,
+        which all devices share, such as `jax.lax.pmean(grads, axis_names)`. `own.key` differs from device to device.
       state: params → state of one device, such as the error that was not sent; None for no state. It is kept for each
         device: `State.extra[name]` has one more leading axis, over the devices.
     """

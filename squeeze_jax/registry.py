@@ -126,7 +126,7 @@ def blamed(path: str | pathlib.Path, passing: tuple[type, ...] = ()) -> Iterator
 
 def _module_name(path: pathlib.Path) -> str:
     stem = "".join(c if c.isalnum() else "_" for c in path.stem)
-    return f"{_OWN}.{stem}_{zlib.crc32(str(path).encode()):08x}"
+    return f"{_OWN}.{stem}_{zlib.crc32(os.fsencode(path)):08x}"
 
 
 class _OwnFiles(importlib.abc.MetaPathFinder):

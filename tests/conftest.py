@@ -21,6 +21,15 @@ import pytest
 from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+NEEDING = pytest.StashKey[int]()  # how many tests were left out for want of it
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole-notebooks",
+        action="store_true",
+        help="run the notebooks with their own values instead of small ones",
+    )
 
 
 def pytest_configure(config):
@@ -39,6 +48,25 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"{SHARED} is absent: CI must run the tests needing it")
     config.hook.pytest_deselected(items=needing)
     items[:] = [item for item in items if item not in needing]
+    config.stash[NEEDING] = len(needing)
+    if hasattr(config, "workeroutput"):  # of pytest-xdist
+        config.workeroutput["needing"] = len(needing)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Each worker of pytest-xdist collects all tests; the process that reports collects none."""
+    needing = getattr(node, "workeroutput", {}).get("needing", 0)
+    node.config.stash[NEEDING] = max(node.config.stash.get(NEEDING, 0), needing)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Says how many tests were left out, and why."""
+    if needing := config.stash.get(NEEDING, 0):
+        terminalreporter.write_line(
+            f"{needing} tests were left out: they need the folder of real data and weights {SHARED}, which is not there",
+            yellow=True,
+        )
 
 
 @pytest.fixture

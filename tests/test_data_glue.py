@@ -326,12 +326,12 @@ def test_texts_of_the_command_line(make, tmp_path):
         ("sst2", ["a ||| b"], r"'a \|\|\| b': 2 texts where sst2 takes one"),
         ("rte", ["a"], r"'a': 1 texts where rte takes two, as 'a \|\|\| b'"),
         ("rte", ["a ||| "], r"1 texts where rte takes two"),
-        ("rte", ["FILE"], r"file.txt:3: 1 texts where rte takes two"),
+        ("rte", ["FILE"], r"file.txt:2: 1 texts where rte takes two"),
         ("rte", ["EMPTY"], r"empty.txt holds no text"),
     ],
 )  # fmt: skip
 def test_texts_that_do_not_fit(make, tmp_path, task, given, message):
-    (tmp_path / "file.txt").write_text("a ||| b\n\nc\n")
+    (tmp_path / "file.txt").write_text("\nc\n")
     (tmp_path / "empty.txt").write_text("\n")
     names = {"FILE": "file.txt", "EMPTY": "empty.txt"}
     given = [str(tmp_path / names[each]) if each in names else each for each in given]

@@ -166,6 +166,12 @@ def test_a_zip_holds_the_same(pairs, tmp_path):
 
 
 def test_mistakes_name_the_file(pairs):
+    with pytest.raises(UserError, match="'pairs' has targets and no label per image"):
+        data.make(
+            "images",
+            source=dict(name="pairs", root=str(pairs), classes=("a", "b")),
+            size=8,
+        )
     annot = pairs / "testannot" / "1.png"
     whole = annot.read_bytes()
     cases = [

@@ -109,8 +109,8 @@ def test_folder_holdout_depends_on_each_file_alone(photos, tmp_path):
 
 
 def test_folder_of_grey_images_has_one_channel(tmp_path):
-    for split in "train", "test":
-        path = tmp_path / split / "only"
+    for place in "train/a", "train/b", "test/a":
+        path = tmp_path / place
         path.mkdir(parents=True)
         Image.new("L", (9, 9), 77).save(path / "a.png")
     source = {"name": "folder", "root": str(tmp_path)}

@@ -426,3 +426,73 @@ def test_the_last_phase_may_become_longer_and_others_not(tmp_path):
         UserError, match=r"config.steps = 4, but .* for 5 steps already"
     ):
         _workdir.same(tmp_path, config | dict(phases=(dict(steps=2), dict(steps=2))))
+
+
+def overridden(config, *arguments):
+    return run.overridden(config, [f"--config.{a}" for a in arguments])
+
+
+def test_items_of_tuples_are_keys_too(capsys):
+    phases = (dict(steps=300, optim=dict(lr=0.1)), dict(steps=300))
+    pruning = dict(name="prune.magnitude", end=450)
+    config = dict(phases=phases, update=("optim", pruning), steps=600, optim={"lr": 1})
+    changed = overridden(
+        config, "update.1.end=60", "phases.0.steps=40", "phases.0.optim.lr=0.5"
+    )
+    assert changed["update"] == ("optim", dict(name="prune.magnitude", end=60))
+    assert changed["phases"] == (dict(steps=40, optim=dict(lr=0.5)), dict(steps=300))
+    assert phases[0]["steps"] == 300
+    assert overridden(config, "phases.1.optim.lr=2")["phases"][1]["optim"] == {"lr": 2}
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("phases.2.steps=1", "--config.phases.2.steps: 2 is no item of a tuple, whose"),
+        ("phases.-1.steps=1", "-1 is no item of a tuple, whose items are 0 to 1"),
+        ("phases.steps=1", "steps is no item of a tuple, whose items are 0 to 1"),
+        ("seeds.0=1", "0 is no item of a tuple, whose items are none: the tuple is"),
+        ("phases.0.steps.x=1", "--config.phases.0.steps.x: steps is a value, not a"),
+    ],
+)
+def test_items_that_a_tuple_does_not_have_are_one_line(argument, words):
+    config = dict(phases=(dict(steps=1), dict(steps=2)), seeds=())
+    with pytest.raises(UserError) as caught:
+        overridden(config, argument)
+    assert words in str(caught.value)
+
+
+def test_none_removes_a_key_that_cannot_be_none(capsys):
+    config = dict(
+        data=dict(name="glue", task="mrpc", train="train"),
+        model=dict(name="squeezenet", variant="1.1", pools=()),
+        optim=dict(lr=0.1, clip=1.0),
+        steps=600,
+        objective={"name": "losses.span"},
+        export=dict(check=8),
+    )
+    changed = overridden(
+        config,
+        "phases=({'steps':40},)",
+        "steps=None",
+        "optim.clip=None",
+        "model.variant=None",
+        "model.pools=None",
+        "data.train=None",
+        "objective=None",
+        "export.check=None",
+    )
+    assert changed == dict(
+        data=dict(name="glue", task="mrpc", train=None),
+        model=dict(name="squeezenet", pools=None),
+        optim=dict(lr=0.1),
+        phases=(dict(steps=40),),
+        objective=None,
+        export={},
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "without    config.steps, which falls back to the sum over config.phases",
+        "without    config.optim.clip, which falls back to its default, 0.0",
+        "without    config.model.variant, which falls back to its default, '1.1'",
+        "without    config.export.check, which falls back to its default, 128",
+    ]

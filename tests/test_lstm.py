@@ -368,3 +368,39 @@ def test_outputs_that_do_not_fit_the_loss_are_named():
         next_token.scored(np.zeros((2, 5, 9)), {"tokens": batch["targets"]})
     with pytest.raises(UserError, match=r"for targets \(2, 5\), .* returns \(2, 9\)"):
         next_token.scored(np.zeros((2, 9)), batch)
+
+
+def test_without_a_dead_unit_a_layer_is_narrower():
+    """Unit 3's candidate g is tanh(0), so its cell and its hidden state stay 0."""
+    net, narrow = tiny(), tiny(widths={"lstm1": 7})
+    tokens = {"tokens": np.array([[1, 5, 2, 8], [0, 3, 3, 9]])}
+    params = jax.jit(net.init)(jax.random.key(0), tokens)["params"]
+    size, dead = 8, 3
+    gates = np.arange(4) * size + dead
+
+    def cut(layer, name, axis, where):
+        return np.delete(np.asarray(params[layer][name]), where, axis)
+
+    candidate = 2 * size + dead
+    for name in "kernel", "recurrent_kernel", "bias":
+        params["lstm1"][name] = params["lstm1"][name].at[..., candidate].set(0)
+    fewer = params | {
+        "lstm1": {
+            "kernel": cut("lstm1", "kernel", 1, gates),
+            "recurrent_kernel": np.delete(
+                cut("lstm1", "recurrent_kernel", 1, gates), dead, 0
+            ),
+            "bias": cut("lstm1", "bias", 0, gates),
+        },
+        "lstm2": params["lstm2"] | {"kernel": cut("lstm2", "kernel", 0, dead)},
+    }
+    carry = narrow.initial_carry(2)
+    assert carry["lstm1"]["cell"].shape == (2, 7)
+    assert carry["lstm2"]["cell"].shape == (2, 8)
+    logits, ends = net.apply({"params": params}, tokens, carry=net.initial_carry(2))
+    found, narrower = narrow.apply({"params": fewer}, tokens, carry=carry)
+    np.testing.assert_allclose(found, logits, atol=1e-6)
+    hidden = ends["carry"]["lstm1"]["hidden"]
+    np.testing.assert_allclose(
+        narrower["carry"]["lstm1"]["hidden"], np.delete(hidden, dead, 1), atol=1e-6
+    )

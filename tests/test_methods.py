@@ -14,7 +14,7 @@ import pytest
 
 from squeeze_jax import methods, models, registry, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _objective, _plugs
+from squeeze_jax.jobs import _experiment, _objective, _plan, _plugs
 from squeeze_jax.train import sharding, step
 
 BATCH = 8
@@ -319,3 +319,28 @@ def test_a_loss_is_a_scalar_with_scalar_metrics(name):
     assert any(np.any(g != 0) for g in jax.tree.leaves(grads))
     again = compiled(logits, endpoints, params, jnp.int32(1))
     chex.assert_trees_all_equal(((value, metrics), grads), again)
+
+
+@pytest.mark.parametrize(
+    ("section", "end"),
+    [
+        (CONFIGS["prune.magnitude"], "config.update at step 2"),
+        (CONFIGS["quantize.lsq"], "lsq at step 1"),
+    ],
+    ids=["update", "forward"],
+)
+def test_a_run_that_ends_before_a_schedule_says_so(section, end, tmp_path):
+    built = [
+        _experiment.build(_experiment.check(BASE | section | {"steps": steps}))
+        for steps in (1, 3)
+    ]
+    short, long = (_plan.plan(each, tmp_path) for each in built)
+    assert f"before schedules of methods take full effect: {end}" in short
+    assert "warning" not in long
+
+
+def test_the_plan_shows_the_weights_of_losses(tmp_path):
+    section = CONFIGS["prune.group_lasso"]
+    built = _experiment.build(_experiment.check(BASE | section))
+    plan = _plan.plan(built, tmp_path)
+    assert "objective  cross_entropy + 0.001 group_lasso" in plan

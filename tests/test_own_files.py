@@ -379,3 +379,10 @@ def test_names_of_the_library_stay_what_they_are():
         UserError, match=r"did you mean 'squeezenet'.* path of a Python"
     ):
         registry.load("squeeze_jax.models", "squeznet", "model")
+
+
+def test_a_loss_may_not_take_the_list_s_own_key(folder):
+    (folder / "bad.py").write_text("def make(weight: float = 0.5):\n    return print\n")
+    section = dict(name="./bad.py", weight=0.1)
+    with pytest.raises(UserError, match=r"has a parameter 'weight'.*rename"):
+        _plugs.method(section, "config.objective[1]", ("weight",))

@@ -19,6 +19,7 @@ LEVELS = {
     "own": 0,
     "ranges": 0,
     "registry": 0,
+    "stop": 0,
     "tree": 0,
     "nn": 1,
     "data": 1,

@@ -238,6 +238,28 @@ def test_predict_prints_five_labels_of_each_image(whole, tmp_path):
     assert len({label for _, label in rows[:5]}) == 5
 
 
+def test_predict_prints_names_that_are_not_utf_8_and_ends_with_a_status(
+    whole, tmp_path
+):
+    """One image has an answer and one has none, on a terminal that takes ASCII only."""
+    for name, image in (b"caf\xe9.png", True), ("é.png".encode(), False):
+        path = tmp_path / os.fsdecode(name)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+        if not image:
+            path.write_bytes(b"no image")
+    strict = {"PYTHONIOENCODING": "ascii:strict"}
+    arguments = ("--job=predict", f"--workdir={whole}", tmp_path)
+    status, printed = run(*arguments, more=strict)
+    assert status == 1
+    assert rf"{tmp_path}/caf\udce9.png" in printed
+    assert rf"cannot decode image {tmp_path}/\xe9.png" in printed
+    assert len(re.findall(r"^ +\d+\.\d%  \d$", printed, re.MULTILINE)) == 5
+    assert re.search(
+        r"^error: 1 of 2 images have no answer, .*$", printed, re.MULTILINE
+    )
+    assert "Traceback" not in printed
+
+
 def test_a_finished_run_is_not_run_again_and_cadences_and_exports_may_change(whole):
     status, printed = run(
         *fit(whole, "--config.log_every=7", "--config.export.check=32")

@@ -8,7 +8,7 @@ import pytest
 
 import run as run_py
 from squeeze_jax.errors import Reported, UserError
-from squeeze_jax.export import Exported
+from squeeze_jax.export import build, listing, parity, runnable
 from squeeze_jax.jobs import _workdir, export
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -131,18 +131,48 @@ def test_a_notebook_may_begin_its_work_directory_again(tmp_path, monkeypatch):
     assert not _workdir._locks
 
 
+def listed(workdir, key, name, step):
+    """An exported file and its entry in the listing."""
+    folder = workdir / "export"
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(bytes(range(256)))
+    listing.record(folder, key, {"path": name, "step": step}, path)
+    return path
+
+
 def test_files_of_an_earlier_step_are_not_measured(tmp_path):
-    (tmp_path / "export").mkdir()
-    made = Exported("tflite", tmp_path / "export" / "model.tflite", 1, 0.0, 1.0)
-    made.path.touch()
-    export.note(tmp_path, made, step=3)
-    assert export.find(tmp_path, ["tflite"], 3) == [made.path]
+    path = listed(tmp_path, "tflite", "model.tflite", 3)
+    assert export.find(tmp_path, ["tflite"], 3) == ([path], {})
     with pytest.raises(
         UserError, match=r"model.tflite is of step 3, the trained network of step 4"
     ):
         export.find(tmp_path, ["tflite"], 4)
     with pytest.raises(UserError, match=r"no exported file of format stablehlo"):
         export.find(tmp_path, ["stablehlo"], 3)
+
+
+@pytest.mark.parametrize("suffix", ["tflite", "stablehlo"])
+def test_a_flipped_bit_of_an_exported_file_is_noticed(tmp_path, suffix):
+    path = listed(tmp_path, suffix, f"model.{suffix}", 3)
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged: its checksum is not that of"):
+        export.find(tmp_path, [suffix], 3)
+    with pytest.raises(UserError, match=r"is damaged: its checksum is not that of"):
+        runnable.opened(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"tflite": 1}', b"\xff"])
+def test_a_damaged_listing_is_written_anew(tmp_path, content):
+    path = listed(tmp_path, "tflite", "model.tflite", 3)
+    (tmp_path / "export" / "files.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"files.json is damaged; run --job=export"):
+        export.find(tmp_path, ["tflite"], 3)
+    with pytest.warns(UserWarning, match=r"files.json is damaged and written anew"):
+        listed(tmp_path, "tflite", "model.tflite", 3)
+    assert export.find(tmp_path, ["tflite"], 3) == ([path], {})
 
 
 def test_a_config_of_an_earlier_version_reads_by_todays_names(tmp_path):
@@ -159,3 +189,35 @@ def test_a_config_of_an_earlier_version_reads_by_todays_names(tmp_path):
         optim=dict(lr=0.1, freeze=("^methods/hidden/", "conv1")),
         forward=(dict(name="quantize.lsq"),),
     )
+
+
+def test_a_rejected_file_does_not_end_the_main_job(tmp_path, capsys, monkeypatch):
+    """No file agrees by 200%: the integer one is rejected, the other is exported and measured."""
+
+    def compare(*args, int8_agreement, **more):
+        return parity.compare(*args, int8_agreement=2.0, **more)
+
+    monkeypatch.setattr(build, "compare", compare)
+    arguments = [
+        f"--workdir={tmp_path}",
+        '--config.model={"name": "squeezenet", "variant": "tiny"}',
+        "--config.steps=4",
+        "--config.batch=16",
+        "--config.export.formats=('tflite_int8', 'tflite')",
+        "--config.benchmark.runs=3",
+    ]
+    with pytest.raises(export.Rejected, match="tflite_int8 rejected") as ended:
+        run_py.main(arguments)
+    assert ended.value.status == 4
+    printed = capsys.readouterr().out
+    assert "rejected   model_int8.tflite disagrees with the live model" in printed
+    assert "tflite_int8, rejected" in printed
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["model"] for row in rows[1:]] == [
+        "model.tflite",
+        "tflite_int8, rejected",
+    ]
+    assert rows[1]["latency_ms"]["p50"] > 0
+    assert "at least 200.0% wanted" in rows[2]["why"]
+    run_py.main([*arguments, "--job=benchmark"])
+    assert "tflite_int8, rejected" in capsys.readouterr().out

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 import run as run_py
+from squeeze_jax import models
 from squeeze_jax.jobs import _experiment, _workdir
 from squeeze_jax.prune import group_lasso, magnitude
 from squeeze_jax.train import log
 from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.weights import pretrained
 from tests import test_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -60,24 +62,27 @@ def fit(workdir, arguments, devices, kill_at=None):
 def final(workdir):
     """The whole state of the newest checkpoint, on the host."""
     config = _workdir.read(workdir) | {"sharding": {"data": DEVICES}}
-    built = _experiment.build(_experiment.check(config))
+    built = _experiment.build(_experiment.check(config), begun=True)
     with contextlib.closing(
         Checkpoints(workdir / "checkpoints", read_only=True)
     ) as checkpoints:
         return jax.device_get(checkpoints.restore(built.abstract()).state)
 
 
-def check_continues(folder, arguments, devices=1):
+def check_continues(folder, arguments, devices=1, file=None):
     """Checks that a run that is killed once ends with the bits of an undisturbed one; returns the final state.
 
     Args:
       folder: for the work directories "whole" and "killed".
       arguments: of run.py, without --job and --workdir; the run takes more than `KILL_AT` steps and saves every few.
       devices: simulated ones; as many as this process has where a method has a state for each of them.
+      file: of the weights that the run begins with; it is deleted before the killed run continues.
     """
     whole, killed = folder / "whole", folder / "killed"
     fit(whole, arguments, devices)
     fit(killed, arguments, devices, kill_at=KILL_AT)
+    if file:
+        file.unlink()
     printed = fit(killed, arguments, devices)
     assert "continuing from the checkpoint of step" in printed
     states = [final(workdir) for workdir in (whole, killed)]
@@ -102,11 +107,18 @@ def losses(workdir):
 
 
 def test_pruned_weights_are_zero_in_the_average_and_the_file_too(tmp_path):
+    """The run begins with a file of weights, which is gone when the killed one continues."""
+    options = dict(variant="tiny", norm=True, stem_strides=1, conv10_relu=False)
+    net = models.make("squeezenet", num_classes=10, **options)
+    init = jax.jit(lambda key: net.init(key, np.zeros((1, 8, 8, 1), np.float32)))
+    file = tmp_path / "begin.safetensors"
+    pretrained.save(file, init(jax.random.key(7)))
+    begin = f'--config.init={{"file": "{file}"}}'
     sections = run_py.load_config(ROOT / "configs" / "digits_pruned.py")["update"]
     pruning = dict(sections[1]) | dict(sparsity=0.75, begin=4, end=16, every=4)
     update = f"--config.update={('optim', pruning)!r}"
-    arguments = (config_of("digits_pruned"), *TINY, update)
-    state = check_continues(tmp_path, arguments)
+    arguments = (config_of("digits_pruned"), *TINY, update, begin)
+    state = check_continues(tmp_path, arguments, file=file)
     for params in state.params, state.ema["params"]:
         kernels = {
             name: (np.sum(np.asarray(layer["kernel"]) == 0), layer["kernel"].size)

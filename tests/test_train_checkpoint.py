@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sys
 
 import chex
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.files import DiskFull
 from squeeze_jax.train import sharding, state
 from squeeze_jax.train.checkpoint import Checkpoints, checksums
 
@@ -60,9 +62,9 @@ def save(directory, *steps, metrics=None, **options):
     states = {}
     for step in steps:
         states[step] = at(make(seed=step)[0], step)
-        checkpoints.save(
-            states[step], 10 * step, {"lr": 0.1}, metrics and metrics[step]
-        )
+        checkpoints.save(states[step], 10 * step, {"lr": 0.1})
+        if metrics:
+            checkpoints.score(step, metrics[step])
     checkpoints.wait()
     checkpoints.close()
     return states
@@ -118,8 +120,8 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         trained = Checkpoints(tmp_path, use=use, read_only=True).trained(like)
         assert trained.state.step == step
     later = Checkpoints(tmp_path, keep=1)
-    later.save(at(make(seed=5)[0], 5), 0, {}, {"eval_accuracy": 0.1})
-    later.wait()
+    later.save(at(make(seed=5)[0], 5), 0, {})
+    later.score(5, {"eval_accuracy": 0.1})
     assert later.steps() == [2, 5]
 
 
@@ -176,6 +178,74 @@ def test_a_damaged_newest_is_skipped_with_a_warning(tmp_path, harm):
     again = Checkpoints(tmp_path, read_only=True).restore(make()[1])
     chex.assert_trees_all_equal(jax.device_get(again.state), jax.device_get(states[2]))
     assert (tmp_path / "damaged-2").exists()
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("harm", [truncate, empty])
+def test_every_file_of_the_newest_is_damaged(tmp_path, harm, caplog):
+    states = save(tmp_path, 1, 2, metrics={1: {"eval_accuracy": 0.5}, 2: {}})
+    for path in [p for p in (tmp_path / "2").rglob("*") if p.is_file()]:
+        harm(path)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match=r"/2 is damaged and skipped"):
+        restored = checkpoints.restore(make()[1])
+    chex.assert_trees_all_equal(
+        jax.device_get(restored.state), jax.device_get(states[1])
+    )
+    assert not caplog.records  # the libraries' own words
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"x": {}}', b"\xff\xfe"])
+def test_damaged_scores_are_said_and_written_anew(tmp_path, content):
+    metrics = {s: {"eval_accuracy": a} for s, a in {1: 0.9, 2: 0.5}.items()}
+    save(tmp_path, 1, 2, metrics=metrics)
+    (tmp_path / "scores.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"scores.json is damaged"):
+        checkpoints = Checkpoints(tmp_path, use="best")
+    assert not checkpoints.scored(1)
+    checkpoints.score(2, {"eval_accuracy": 0.5})
+    checkpoints.close()
+    later = Checkpoints(tmp_path, use="best", read_only=True)
+    assert later.trained(make()[1]).state.step == 2
+
+
+def test_scores_of_earlier_versions_count(tmp_path):
+    """They stand in a file of each checkpoint."""
+    save(tmp_path, 1, 2)
+    for step, accuracy in (1, b'{"eval_accuracy": 0.9}'), (2, b""):
+        (tmp_path / f"{step}/metrics").mkdir()
+        (tmp_path / f"{step}/metrics/metrics").write_bytes(accuracy)
+    with pytest.warns(UserWarning, match=r"2/metrics/metrics is damaged"):
+        checkpoints = Checkpoints(tmp_path, use="best", read_only=True)
+    assert [checkpoints.scored(step) for step in (1, 2)] == [True, False]
+    assert checkpoints.trained(make()[1]).state.step == 1
+
+
+def test_a_full_disk_is_one_line_that_names_what_is_safe(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    saved, like = make()
+    checkpoints.save(at(saved, 1), 10, {})
+    checkpoints.wait()
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(DiskFull, match=r"cannot save step 2.* of step 1 is whole"):
+            checkpoints.save(at(saved, 2), 20, {})
+
+    def full():
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: ... [OS error 28: No space left on device]"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "wait_until_finished", full)
+        with pytest.raises(DiskFull, match=r"no space left in .* of step 1 is whole"):
+            checkpoints.wait()
+    checkpoints.close()
+    assert Checkpoints(tmp_path, read_only=True).restore(like).state.step == 1
 
 
 def test_all_damaged_is_an_error(tmp_path):
@@ -263,7 +333,8 @@ def test_the_best_is_the_lowest_of_what_should_be_low(tmp_path, lowest, scores, 
     checkpoints = Checkpoints(tmp_path, **settings)
     state_, like = make()
     for step, score in enumerate(scores, 1):
-        checkpoints.save(at(state_, step), 0, {}, {"score": score})
+        checkpoints.save(at(state_, step), 0, {})
+        checkpoints.score(step, {"score": score})
     checkpoints.wait()
     assert checkpoints.steps() == sorted({best, 3})
     checkpoints.close()

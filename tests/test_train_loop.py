@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import log, loop
 from squeeze_jax.train.state import State
@@ -22,8 +23,14 @@ class Recorder:
     def __init__(self):
         self.saved, self.trained, self.evaluated = [], [], []
 
-    def save(self, state, position, config, metrics=None, note=None):
-        self.saved.append((int(state.step), position, metrics))
+    def save(self, state, position, config, note=None):
+        self.saved.append((int(state.step), position, None))
+
+    def score(self, step, scores):
+        self.saved = [(s, p, scores if s == step else m) for s, p, m in self.saved]
+
+    def scored(self, step):
+        return False
 
     def steps(self):
         return [s for s, _, _ in self.saved]
@@ -220,3 +227,47 @@ def test_a_terminal_shows_how_far_it_is_between_records(tmp_path, monkeypatch, c
         writer.tick(5)  # at 14.0
     assert "step 5/10 · loss 1.5000 · 7 examples/s" in capsys.readouterr().out
     assert [r["step"] for r in log.read(tmp_path / "metrics.jsonl")] == [4]
+
+
+@pytest.mark.parametrize("what", ["train", "evaluation"])
+def test_a_failing_evaluation_or_log_loses_no_training(monkeypatch, what):
+    """The state is saved first, or all the same."""
+
+    def full(self, step, record):
+        raise OSError(28, "No space left on device")
+
+    saved = []
+    monkeypatch.setattr(Recorder, what, full)
+    monkeypatch.setattr(
+        Recorder, "save", lambda self, state, *rest: saved.append(int(state.step))
+    )
+    with pytest.raises(OSError, match="No space left"):
+        run(log_every=5, eval_every=5)
+    assert saved == [5]
+
+
+def test_what_was_saved_but_not_evaluated_is_evaluated_on_the_way_on():
+    told = run(start=5, eval_every=5)
+    assert [s for s, _ in told.evaluated] == [5, 10]
+    assert [s for s, _ in run(start=4, eval_every=5).evaluated] == [5, 10]
+    assert [s for s, _ in run(start=10).evaluated] == [10]  # nothing else to do
+
+
+def test_a_full_disk_under_the_log_is_one_line(tmp_path):
+    written = log.Log(tmp_path, 10)
+    written._file.close()
+    with open("/dev/full", "a", buffering=1) as full:
+        written._file = full
+        with pytest.raises(files.DiskFull, match="No space left on device"):
+            written.train(
+                1, {"loss": 1.0, "examples_per_s": 1, "input_wait": 0, "skipped": 0}
+            )
+        written.close()
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"st'])
+def test_a_damaged_record_ends_the_log_that_goes_on(tmp_path, damage):
+    good = b'{"step": 1, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + damage)
+    log.Log(tmp_path, 10, start=5).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good

@@ -139,6 +139,13 @@ def test_exchange_sees_each_devices_own_gradient():
     )
 
 
+def test_an_exchange_that_shares_nothing_is_one_line():
+    with pytest.raises(
+        UserError, match="differ between the devices: return their mean"
+    ):
+        train(Plain(), four(data=4), steps=1, exchange=lambda key, grads, axes: grads)
+
+
 @pytest.mark.parametrize("exchange", [None, mean.make()], ids=["compiler", "exchange"])
 def test_accumulation_equals_the_whole_batch(exchange):
     whole, _ = train(Plain())

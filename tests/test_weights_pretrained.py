@@ -1,6 +1,6 @@
 """Published weights of images' networks, from files of other projects and through a config."""
 
-import os
+import functools
 
 import h5py
 import jax
@@ -51,6 +51,11 @@ def load(path, names, *, classes=10, name="mobilenet_v2", **options):
     return net, *pretrained.load(str(path), names, net, module, like, **options)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(net, variables, x):
+    return net.apply(variables, x)[0]
+
+
 @pytest.mark.parametrize(
     ("file", "options", "said"),
     [
@@ -77,7 +82,7 @@ def test_every_kind_of_file_gives_torchvisions_logits(
     x = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
     with torch.no_grad():
         expected = mobilenet(torch.tensor(x).permute(0, 3, 1, 2)).numpy()
-    logits = jax.jit(lambda v: net.apply(v, x)[0])(variables)
+    logits = run(net, variables, x)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())  # fmt: skip
 
 
@@ -186,7 +191,13 @@ def test_a_config_begins_with_them(saved, mobilenet, capsys):
     ("init", "words"),
     [
         (dict(file="nowhere.pth", names="torchvision"), "no weights file nowhere.pth"),
-        (dict(file="plain.pth", names="keras"), "knows the names of torchvision, sq"),
+        (
+            dict(file="plain.pth", names="caffe"),
+            "knows the names of keras, timm, torchvision, sq",
+        ),
+        (dict(file="plain.pth", names="keras"), r"set config\.model\.padding = 'same'"),
+        (dict(file="arrays.npz", key="model"), "only PyTorch's checkpoints have parts"),
+        (dict(key="model_ema"), r"config\.init\.key has no effect without"),
         (dict(file="plain.pth", names="tochvision"), "should be one of 'torchvision'"),
         (dict(file="notes.txt"), "unknown ending"),
         (dict(file="plain.pth", workdir="x"), "one of them"),
@@ -198,21 +209,6 @@ def test_a_bad_init_is_one_line_before_any_work(saved, monkeypatch, init, words)
     with pytest.raises(UserError, match=words) as caught:
         build(saved, **init)
     assert "\n" not in str(caught.value)
-
-
-class Code:
-    """What a hostile pickle does."""
-
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
-
-
-def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weight": Code()}, tmp_path / "hostile.pth")
-    with pytest.raises(UserError, match="code in one is not run"):
-        load(tmp_path / "hostile.pth", "torchvision")
-    assert not (tmp_path / "owned").exists()
 
 
 def test_weights_of_integers_are_refused(saved, tmp_path):
@@ -275,6 +271,33 @@ def test_weights_in_two_wrappers_are_read_and_named(saved, mobilenet, tmp_path):
     np.testing.assert_array_equal(
         variables["params"]["conv1"]["kernel"], first.transpose(2, 3, 1, 0)
     )
+
+
+def test_a_key_chooses_between_two_networks_in_one_file(saved, mobilenet, tmp_path):
+    state = mobilenet.state_dict()
+    average = {"module": {name: 2 * array for name, array in state.items()}}
+    parts = {"model": state, "model_ema": average, "epoch": 3}
+    torch.save(parts, tmp_path / "both.pth")
+    first = state["features.0.0.weight"].numpy().transpose(2, 3, 1, 0)
+    takes = "{}; {}, epoch left out (config.init.key = {} takes that)"
+    for key, taken, left, factor in (
+        ("", "model", "model_ema", 1),
+        ("model", "model", "model_ema", 1),
+        ("model_ema", "model_ema", "model", 2),
+    ):
+        arrays = files.read(tmp_path / "both.pth", notes := [], key=key)
+        kernel = arrays["features.0.0.weight"].transpose(2, 3, 1, 0)
+        np.testing.assert_array_equal(kernel, factor * first)
+        line = takes.format(repr(taken), left, repr(left))
+        assert notes[0] == f"the weights are the checkpoint's {line}"
+    init = dict(file=str(tmp_path / "both.pth"), names="torchvision")
+    built = build(saved, **init, key="model_ema")
+    kernel = built.given()["params"]["conv1"]["kernel"]
+    np.testing.assert_array_equal(kernel, 2 * first)
+    with pytest.raises(UserError, match=r"key = 'ema': .* there is model, model_ema$"):
+        files.read(tmp_path / "both.pth", key="ema")
+    with pytest.raises(UserError, match=r"key = 'ema': .* no such part: leave it out$"):
+        files.read(saved / "plain.pth", key="ema")
 
 
 def test_numbers_that_are_not_finite_are_named(saved, tmp_path):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, print_any_name
 
 VERSION = "1.0.0"
 
@@ -232,4 +232,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_any_name()
     sys.exit(main())

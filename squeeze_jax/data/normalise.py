@@ -7,6 +7,12 @@ import jax.numpy as jnp
 from squeeze_jax.errors import UserError
 
 
+def per_channel(numbers: float | Sequence[float]) -> tuple[float, ...]:
+    """Returns one number, or one for each channel, as a tuple of floats."""
+    one = isinstance(numbers, int | float)
+    return (float(numbers),) if one else tuple(map(float, numbers))
+
+
 def check_normalisation(
     mean: Sequence[float], std: Sequence[float], channels: int
 ) -> None:

@@ -64,6 +64,7 @@ class Data(Protocol):
       objective: the loss that fits, as a section of a config: {"name": "losses.cross_entropy"}.
       fixed: whether a training example is the same each time it comes.
       metrics: the evaluation that fits, a file of `train/metrics`.
+      notes: lines of the plan about files left out and changes of the stored examples; may be missing.
       exported: {name: shape without the batch axis} of what an exported file takes, names as in a batch.
     """
 

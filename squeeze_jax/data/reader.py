@@ -1,29 +1,28 @@
 """Images of a split by index: read, decode, check, keep the decoded ones in memory if asked to, and transform.
 
-An image has either a label or a target, a map with a label for each pixel. Both are checked against the classes.
+An image has one label, or an annotation that moves with its pixels: a target or boxes, see `annotations.py`.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from squeeze_jax.data import target, vision
+from squeeze_jax.data import vision
+from squeeze_jax.data.annotations import Annotation
 from squeeze_jax.data.pipeline import Batch
-from squeeze_jax.data.source import IGNORED, Example, Examples, Source
+from squeeze_jax.data.source import Example, Examples, Source
 from squeeze_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 UNKNOWN, GOOD, BAD = 0, 1, 2
-OUTSIDE = 254  # in a table of labels: no class and not ignored
 
 
 class _Cache(NamedTuple):
     state: np.ndarray  # uint8 [n]: UNKNOWN, GOOD or BAD
-    images: np.ndarray  # uint8 [n, h, w, c]
-    labels: np.ndarray  # int32 [n], or uint8 [n, h, w] of targets
+    rows: Batch  # images and their labels or annotations, without "mask"
 
 
 class Reader:
@@ -35,7 +34,10 @@ class Reader:
       view: how images are looked at.
       skip: whether an image that cannot be decoded is skipped; otherwise it is an error.
       cached: whether to keep decoded images in memory. A worker process gets a copy without them.
-      ignored: labels of targets that do not count and become `IGNORED`; None for images that have a label.
+      annotation: the kind of annotation that moves with the pixels; None for images that have a label.
+
+    Raises:
+      UserError: RandAugment together with annotations, which it does not move.
     """
 
     draws = vision.DRAWS
@@ -48,22 +50,22 @@ class Reader:
         *,
         skip: bool,
         cached: bool,
-        ignored: Sequence[int] | None = None,
+        annotation: Annotation | None = None,
     ):
+        if annotation is not None and view.randaugment:
+            raise UserError(
+                f"config.data.randaugment = {view.randaugment} shears and rotates images without their targets or boxes:"
+                " set it to 0"
+            )
         self.examples, self.num_classes, self.view = examples, num_classes, view
         self.skip = skip
         self._skipped = set()
-        self._table = None if ignored is None else _table(num_classes, ignored)
-        self._key = "label" if ignored is None else "target"
+        self._annotation = annotation
         # A random crop of a random area is cut from the original, which has any size.
         self._cache = None
         if cached and view.crop != "random_resized":
-            n = len(examples)
-            self._cache = _Cache(
-                np.zeros(n, np.uint8),
-                np.empty((n, *view.shape), np.uint8),
-                self._labels(n),
-            )
+            rows = self._rows(len(examples))
+            self._cache = _Cache(np.zeros(len(examples), np.uint8), rows)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -72,92 +74,79 @@ class Reader:
         return self.__dict__ | {"_cache": None}
 
     def still(self, indices: np.ndarray) -> Batch:
-        """Evaluation images: "image" uint8 [b, h, w, c], "label" int32 [b] or "target" uint8 [b, h, w], "mask" bool [b].
+        """Evaluation images: "image" uint8 [b, h, w, c], "mask" bool [b], and "label" int32 [b] or what is annotated.
 
         Those not decoded are black.
 
         Raises:
-          UserError: a label outside the classes, a target that cannot be decoded or has another size than its image or,
-            unless they are skipped, an image that cannot be decoded.
+          UserError: a label outside the classes, a wrong annotation or, unless they are skipped, an image that cannot be
+            decoded.
         """
         if self._cache is None:
-            return self._still(indices)
-        state, images, labels = self._cache
+            return self._decode(indices)
+        state, rows = self._cache
         new = np.unique(indices[state[indices] == UNKNOWN])
         if len(new):
-            decoded = self._still(new)
-            images[new], labels[new] = decoded["image"], decoded[self._key]
+            decoded = self._decode(new)
+            for key, values in rows.items():
+                values[new] = decoded[key]
             state[new] = np.where(decoded["mask"], GOOD, BAD)
-        return {
-            "image": images[indices],
-            self._key: labels[indices],
-            "mask": state[indices] == GOOD,
-        }
+        batch = {key: values[indices] for key, values in rows.items()}
+        return batch | {"mask": state[indices] == GOOD}
 
     def random(self, indices: np.ndarray, draws: np.ndarray) -> Batch:
         """Training images, as `still`, under the random transforms that `draws` [b, vision.DRAWS] decide."""
-        view = self.view
+        view, annotation = self.view, self._annotation
         if view.crop == "random_resized":
-            batch = self._decode(
-                indices,
-                lambda image, i: vision.random_resized(image, view, draws[i]),
-                lambda labels, i: target.random_resized(labels, view, draws[i]),
-            )
-            images = batch["image"]
+            batch = self._decode(indices, draws)
         else:
             batch = self.still(indices)
-            images = batch["image"]
-            if view.crop == "pad":
-                images = vision.pad_crop(images, view.pad, draws)
-                if self._table is not None:
-                    batch["target"] = target.pad_crop(batch["target"], view.pad, draws)
-        images = vision.augment(images, view, draws)
-        if self._table is not None and view.flip:
-            target.flip(batch["target"], draws)
+        if view.crop == "pad":
+            batch["image"] = vision.pad_crop(batch["image"], view.pad, draws)
+            if annotation is not None:
+                annotation.pad_crop(batch, draws)
+        images = vision.augment(batch["image"], view, draws)
+        if annotation is not None and view.flip:
+            annotation.flip(batch, draws)
         images[~batch["mask"]] = 0
         return batch | {"image": images}
 
     def empty(self, rows: int) -> Batch:
         """Black images that do not count."""
-        return {
-            "image": np.zeros((rows, *self.view.shape), np.uint8),
-            self._key: self._labels(rows),
-            "mask": np.zeros(rows, bool),
-        }
+        batch = self._rows(rows)
+        batch["image"][:] = 0
+        return batch | {"mask": np.zeros(rows, bool)}
 
-    def _labels(self, rows: int) -> np.ndarray:
-        if self._table is None:
-            return np.zeros(rows, np.int32)
-        return np.full((rows, *self.view.shape[:2]), IGNORED, np.uint8)
+    def _rows(self, rows: int) -> Batch:
+        """Returns images of undefined pixels with labels or annotations that are empty."""
+        if self._annotation is None:
+            labels = {"label": np.zeros(rows, np.int32)}
+        else:
+            labels = self._annotation.empty(rows)
+        return {"image": np.empty((rows, *self.view.shape), np.uint8)} | labels
 
-    def _still(self, indices: np.ndarray) -> Batch:
-        return self._decode(
-            indices,
-            lambda image, i: vision.still(image, self.view),
-            lambda labels, i: target.still(labels, self.view),
-        )
-
-    def _decode(
-        self,
-        indices: np.ndarray,
-        transform: Callable[[bytes | np.ndarray, int], np.ndarray],
-        move: Callable[[np.ndarray, int], np.ndarray],
-    ) -> Batch:
-        images = np.zeros((len(indices), *self.view.shape), np.uint8)
-        labels = self._labels(len(indices))
-        good = np.ones(len(indices), bool)
+    def _decode(self, indices: np.ndarray, draws: np.ndarray | None = None) -> Batch:
+        """Returns examples as evaluation sees them, or crops of a random area if there are `draws`."""
+        batch = self.empty(len(indices))
         for i, example in enumerate(self.examples.read(indices.tolist())):
-            if self._table is None:
-                labels[i] = self._label(example)
+            row = None if draws is None else draws[i]
+            if self._annotation is None:
+                batch["label"][i] = self._label(example)
             try:
-                images[i] = transform(example.image, i)
-                if self._table is not None:
+                batch["image"][i] = self._pixels(example.image, row)
+                if self._annotation is not None:
                     size = vision.size_of(example.image)
-                    labels[i] = move(self._target(example, size), i)
+                    for key, value in self._annotation.read(example, size, row).items():
+                        batch[key][i] = value
+                batch["mask"][i] = True
             except vision.Undecodable as error:
                 self._undecodable(example, error)
-                good[i] = False
-        return {"image": images, self._key: labels, "mask": good}
+        return batch
+
+    def _pixels(self, image: bytes | np.ndarray, row: np.ndarray | None) -> np.ndarray:
+        if row is None:
+            return vision.still(image, self.view)
+        return vision.random_resized(image, self.view, row)
 
     def _label(self, example: Example) -> int:
         if not 0 <= example.label < self.num_classes:
@@ -165,28 +154,6 @@ class Reader:
                 f"{example.name} has label {example.label}, outside the data set's {self.num_classes} classes"
             )
         return example.label
-
-    def _target(self, example: Example, size: tuple[int, int]) -> np.ndarray:
-        """The labels of an image of that (width, height), uint8 [h, w]."""
-        name = f"the target of {example.name}"
-        try:
-            stored = target.read(example.target)
-        except vision.Undecodable as error:
-            raise UserError(
-                f"cannot decode {name}: {error}; replace or remove it"
-            ) from None
-        if stored.shape[::-1] != size:
-            w, h = stored.shape[::-1]
-            raise UserError(
-                f"{name} has {w}x{h} pixels, the image {size[0]}x{size[1]}: each pixel needs one label"
-            )
-        labels = self._table[stored]
-        if (labels == OUTSIDE).any():
-            wrong = int(stored[labels == OUTSIDE][0])
-            raise UserError(
-                f"{name} has label {wrong}, outside the data set's {self.num_classes} classes and not ignored"
-            )
-        return labels
 
     def _undecodable(self, example: Example, error: vision.Undecodable):
         line = f"cannot decode image {example.name}: {error}"
@@ -199,18 +166,6 @@ class Reader:
             log.warning("%s; skipped", line)
 
 
-def _table(num_classes: int, ignored: Sequence[int]) -> np.ndarray:
-    """Returns what each stored label becomes, uint8 [256]."""
-    if num_classes > OUTSIDE:
-        raise UserError(
-            f"a target has 8-bit labels, at most {OUTSIDE} classes, not {num_classes}"
-        )
-    table = np.full(256, OUTSIDE, np.uint8)
-    table[:num_classes] = np.arange(num_classes)
-    table[[*ignored, IGNORED]] = IGNORED
-    return table
-
-
 def readers(
     source: Source,
     view: vision.View,
@@ -218,7 +173,7 @@ def readers(
     workers: int,
     cache_mb: int,
     corrupt: str,
-    ignored: Sequence[int] | None = None,
+    annotation: Annotation | None = None,
 ) -> tuple[Reader, Reader]:
     """Returns the readers of the training and of the evaluation split.
 
@@ -228,13 +183,14 @@ def readers(
       workers: worker processes, which cannot share decoded images.
       cache_mb: decoded images are kept in memory if all of them take no more MiB than this.
       corrupt: "skip" skips a training image that cannot be decoded; "raise" makes it an error.
-      ignored: see `Reader`.
+      annotation: see `Reader`.
     """
-    height, width, channels = view.shape
-    depth = channels + (ignored is not None)  # a target is one byte a pixel
+    size = math.prod(view.shape)
+    if annotation is not None:
+        size += sum(array.nbytes for array in annotation.empty(1).values())
     images = len(source.train) + len(source.eval)
-    cached = workers == 0 and images * height * width * depth / 2**20 <= cache_mb
-    same = dict(cached=cached, ignored=ignored)
+    cached = workers == 0 and images * size / 2**20 <= cache_mb
+    same = dict(cached=cached, annotation=annotation)
     classes = len(source.label_names)
     return (
         Reader(source.train, classes, view, skip=corrupt == "skip", **same),

@@ -5,13 +5,12 @@ with has the label `IGNORED`. Functions get the random numbers of the image, and
 """
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from squeeze_jax.data import vision
-from squeeze_jax.data.source import IGNORED
+from squeeze_jax.data.source import IGNORED, Boxes
 
 MODES = ("1", "L", "P")
 
@@ -84,20 +83,11 @@ def _cropped(target: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     return out
 
 
-class Boxes(NamedTuple):
-    """Boxes of one image.
-
-    Attributes:
-      corners: float32 [n, 4]: left, top, right, bottom in pixels.
-      labels: int [n].
-    """
-
-    corners: np.ndarray
-    labels: np.ndarray
-
-
 def crop_boxes(
-    boxes: Boxes, area: tuple[float, float, float, float], size: tuple[int, int]
+    boxes: Boxes,
+    area: tuple[float, float, float, float],
+    size: tuple[int, int],
+    min_visible: float = 0.0,
 ) -> tuple[Boxes, int]:
     """Moves boxes into a crop that is resized, and clips them there.
 
@@ -105,16 +95,20 @@ def crop_boxes(
       boxes: in the image.
       area: (left, top, right, bottom) of the crop in the image; it may reach beyond it.
       size: (width, height) that the crop is resized to.
+      min_visible: the share of a box's area that has to be inside the crop, 0 to 1.
 
     Returns:
-      The boxes with an area inside the crop, and how many are dropped because they have none.
+      The boxes with an area inside the crop that is large enough, and how many are dropped.
     """
     left, top, right, bottom = area
     scale = np.array([size[0] / (right - left), size[1] / (bottom - top)] * 2)
     moved = (boxes.corners - np.array([left, top] * 2)) * scale
-    moved = moved.clip(0, np.array(size * 2)).astype(np.float32)
-    full = (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
-    return Boxes(moved[full], boxes.labels[full]), int((~full).sum())
+    clipped = moved.clip(0, np.array(size * 2))
+    corners = clipped.astype(np.float32)
+    kept = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
+    # Scaling may round a box that ends at the border to a hair beyond it: that is no loss of area.
+    kept &= _areas(clipped) >= min_visible * _areas(moved) * (1 - 1e-6)
+    return Boxes(corners[kept], boxes.labels[kept]), int((~kept).sum())
 
 
 def flip_boxes(boxes: Boxes, width: int) -> Boxes:
@@ -123,3 +117,34 @@ def flip_boxes(boxes: Boxes, width: int) -> Boxes:
     return boxes._replace(
         corners=np.stack([width - right, top, width - left, bottom], 1)
     )
+
+
+def still_boxes(
+    boxes: Boxes, size: tuple[int, int], view: vision.View, min_visible: float = 0.0
+) -> tuple[Boxes, int]:
+    """Moves the boxes of an image of that (width, height) as `vision.still` moves its pixels; returns as `crop_boxes`."""
+    height, width, _ = view.shape
+    if not view.eval_resize:
+        return crop_boxes(boxes, (0, 0, *size), (width, height), min_visible)
+    resized = vision.resized(size, view.eval_resize)
+    boxes, lost = crop_boxes(boxes, (0, 0, *size), resized)
+    area = vision.centre(resized, (width, height))
+    boxes, outside = crop_boxes(boxes, area, (width, height), min_visible)
+    return boxes, lost + outside
+
+
+def random_resized_boxes(
+    boxes: Boxes,
+    size: tuple[int, int],
+    view: vision.View,
+    draws: np.ndarray,
+    min_visible: float = 0.0,
+) -> tuple[Boxes, int]:
+    """Moves the boxes of an image as `vision.random_resized` does with the same numbers; returns as `crop_boxes`."""
+    height, width, _ = view.shape
+    area = vision.box(*size, view.scale, draws)
+    return crop_boxes(boxes, area, (width, height), min_visible)
+
+
+def _areas(corners: np.ndarray) -> np.ndarray:
+    return (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])

@@ -4,6 +4,9 @@ Random transforms take their randomness as uniform numbers in [0, 1), one row of
 functions that work on whole batches. The random crops are those of GoogLeNet (arXiv 1409.4842, section 6) for
 "random_resized" and of ResNet (arXiv 1512.03385, section 4.2) for "pad". Evaluation rounds and interpolates as torchvision
 does, so that published weights see the pixels that their accuracies were measured on.
+
+What is not 8-bit grey or RGB: transparency is laid on white; 16 bits are divided by 256, so that 65535 becomes 255; floats are
+0 to 1; of an animation the first frame counts; CMYK and other colours are converted without their profile.
 """
 
 import contextlib
@@ -21,6 +24,10 @@ from squeeze_jax.errors import UserError
 FLIP, CORNER, ATTEMPTS, OPS, DRAWS = 0, slice(1, 3), slice(3, 23), 24, 64
 MAX_OPS = (DRAWS - OPS) // 2
 MODES = {1: "L", 3: "RGB"}
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's, more than 8 bits
+GREY = ("1", "L", "LA", "La", *DEEP)
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
+PAD = 4
 ASPECT = (3 / 4, 4 / 3)
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -36,7 +43,7 @@ class View:
     size: int | tuple[int, int]
     channels: int
     crop: str = "none"
-    pad: int = 4
+    pad: int = PAD
     scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = False
     randaugment: int = 0
@@ -46,10 +53,13 @@ class View:
     def __post_init__(self):
         low, high = self.scale
         short = min(self.size) if isinstance(self.size, tuple) else self.size
+        # Of an image that is padded by its own size, a crop may show nothing; the default is allowed for any size.
+        most = max(short - 1, PAD)
         for key, fine, valid in (
             ("size", len(self.shape) == 3 and short > 0, "positive, one or (h, w)"),
             ("channels", self.channels in MODES, "1 or 3"),
             ("pad", self.pad >= 0, "0 or more"),
+            ("pad", self.pad <= most, f"at most {most} for images of this size"),
             ("scale", 0 < low <= high <= 1, "0 < low <= high <= 1"),
             ("randaugment", 0 <= self.randaugment <= MAX_OPS, f"0 to {MAX_OPS}"),
             (
@@ -181,11 +191,15 @@ def pad_crop(
     b, h, w, *c = images.shape
     padded = np.full((b, h + 2 * pad, w + 2 * pad, *c), fill, images.dtype)
     padded[:, pad : pad + h, pad : pad + w] = images
-    corners = (draws[:, CORNER] * (2 * pad + 1)).astype(int).tolist()
     out = np.empty_like(images)
-    for i, (y, x) in enumerate(corners):
+    for i, (y, x) in enumerate(pad_corners(pad, draws)):
         out[i] = padded[i, y : y + h, x : x + w]
     return out
+
+
+def pad_corners(pad: int, draws: np.ndarray) -> list[list[int]]:
+    """Returns the [top, left] corner of each crop of `pad_crop` in the padded image; draws [b, DRAWS]."""
+    return (draws[:, CORNER] * (2 * pad + 1)).astype(int).tolist()
 
 
 def augment(images: np.ndarray, view: View, draws: np.ndarray) -> np.ndarray:
@@ -222,17 +236,60 @@ def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
     return _open(image, load=False).size
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Returns the (width, height) of a picture after its EXIF rotation, which is not carried out."""
+    sideways = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) > 4
+    return picture.size[::-1] if sideways else picture.size
+
+
+def transparent(picture: Image.Image) -> bool:
+    """Whether a picture has an alpha channel or a transparent colour, by its header."""
+    return picture.has_transparency_data
+
+
 def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
     """A picture, upright; of a file without EXIF rotation only the header is read unless `load`."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     with decoding():
         picture = Image.open(io.BytesIO(image))
-        if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1:
+        turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1
+        if picture.mode in DEEP:
+            picture = _eight_bits(picture)
+        if turned:
             return ImageOps.exif_transpose(picture)
         if load:
             picture.load()
         return picture
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Returns the grey picture of one with 16 bits, or with floats in 0..1; white where it is transparent."""
+    pixels, clear = np.asarray(picture), picture.info.get("transparency")
+    tags = getattr(picture, "tag_v2", {})
+    if picture.mode == "F":
+        # The comparison is False of NaN, too.
+        if not (pixels >= 0).all() or not (pixels <= 1).all():
+            raise Undecodable(
+                f"its float pixels are {pixels.min():g} to {pixels.max():g}, not 0 to 1: scale them, or save 8 or 16 bits"
+            )
+        grey = np.rint(pixels * 255)
+    elif picture.mode == "I" and picture.format == "TIFF":
+        raise Undecodable(
+            "its pixels are 32-bit integers, which have no fixed white: save 8 or 16 bits"
+        )
+    else:
+        # Of formats other than TIFF, mode "I" is 16 bits. A camera's 12 bits arrive as they are, 0 to 4095.
+        bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
+        grey = (pixels >> (bits - 8)).clip(0, 255)
+    grey = grey.astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow knows of 8 bits only
+        grey = 255 - grey
+    if clear is not None:
+        grey[pixels == clear] = 255
+    shallow = Image.fromarray(grey)
+    shallow.getexif().update(picture.getexif())  # for its rotation
+    return shallow
 
 
 @contextlib.contextmanager
@@ -248,14 +305,17 @@ def decoding() -> Iterator[None]:
 
 
 def _in_mode(picture: Image.Image, channels: int) -> Image.Image:
-    mode = picture.mode
-    if mode == MODES[channels]:
+    if picture.mode == MODES[channels] and "transparency" not in picture.info:
         return picture
-    if mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip at 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype("u1"))
-    elif "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    return picture.convert(MODES[channels])
+    with decoding():
+        if picture.mode == "LAB":  # Pillow converts it only to RGB
+            picture = picture.convert("RGB")
+        if transparent(picture):
+            picture = picture.convert("RGBA")
+            white = Image.new("RGB", picture.size, "white")
+            white.paste(picture.convert("RGB"), mask=picture.getchannel("A"))
+            picture = white
+        return picture.convert(MODES[channels])
 
 
 def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from squeeze_jax import files
+from squeeze_jax import files, stop
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
@@ -117,6 +117,7 @@ def make(
             timeout=timeout,
         )
         for key, module in zip(formats, modules, strict=True):
+            stop.check()
             paths, found = run(module, fn, STEM)
             verdict = compare(live, found, integer=module.INTEGER, **limits)
             if not verdict.agrees:
@@ -175,11 +176,12 @@ def _blame(endpoints_fn, module, run, tolerance) -> tuple[str | None, str]:
     try:
         _, found = run(module, endpoints_fn, "stages")
     except process.Crash as error:
-        return None, f" (the stages alone could not be run: {error})"
+        return None, f"; the stages alone could not be run: {error}"
     first = first_diverging(live, found, integer=module.INTEGER, tolerance=tolerance)
     if first is None:
         names = list(live)
-        return None, f" (the stages {names[0]} to {names[-1]} agree)"
+        explained = " within what 8 bits explain" if module.INTEGER else ""
+        return None, f"; the stages {names[0]} to {names[-1]} agree{explained}"
     return first[0], f" (largest difference {first[1]:.3g})"
 
 

@@ -8,6 +8,7 @@ one of its own.
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,27 @@ class _Event(ctypes.Structure):
 
 
 class Network:
-    """A `.tflite` file with one signature, opened in LiteRT with its profiler; it lives as its process.
+    """A `.tflite` file opened in LiteRT with its profiler; it lives as its process.
 
     Args:
       path: the file.
+      signature: position of the signature to run. A file without signatures has one, with the names of its tensors.
 
     Attributes:
-      inputs, outputs: their names, in the file's order.
+      inputs, outputs: their names, in the signature's order; without one in the file's.
 
     Raises:
       UserError: ai-edge-litert of another version, or without its library.
       RuntimeError: a call is refused.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, signature: int = 0):
+        self._signature = ctypes.c_size_t(signature)
         self._loaded = ctypes.CDLL(str(library()))
         self._kept: list[Any] = []  # what the library still points to
         environment, model = self._new(), self._new()
         self._call("CreateEnvironment", 0, None, ctypes.byref(environment))
-        name = ctypes.c_char_p(str(path).encode())
+        name = ctypes.c_char_p(os.fsencode(path))
         self._call("CreateModelFromFile", environment, name, ctypes.byref(model))
         self._compiled, self._profiler = self._new(), self._new()
         self._call(
@@ -68,9 +71,7 @@ class Network:
         if not self._profiler:
             raise RuntimeError("LiteRT gave no profiler")
         signature = self._new()
-        self._call(
-            "GetModelSignature", model, ctypes.c_size_t(0), ctypes.byref(signature)
-        )
+        self._call("GetModelSignature", model, self._signature, ctypes.byref(signature))
 
         self.inputs = self._names(signature, "Input")
         self.outputs = self._names(signature, "Output")
@@ -88,21 +89,21 @@ class Network:
         """Runs it once."""
         self._call(
             "RunCompiledModel",
-            *(self._compiled, ctypes.c_size_t(0)),
+            *(self._compiled, self._signature),
             *(ctypes.c_size_t(len(self._inputs)), self._inputs),
             *(ctypes.c_size_t(len(self._outputs)), self._outputs),
         )
 
-    def write(self, name: str, values: np.ndarray) -> None:
-        """Copies an input in, of the dtype and size that it has in the file."""
+    def write(self, position: int, values: np.ndarray) -> None:
+        """Copies an input in, of the dtype and size that it has in the file; `position` is in `inputs`."""
         values = np.ascontiguousarray(values)
-        buffer = self._inputs[self.inputs.index(name)]
+        buffer = self._inputs[position]
         self._locked(buffer, WRITE, values.nbytes, values.ctypes.data)
 
-    def read(self, name: str, shape, dtype) -> np.ndarray:
-        """Returns a copy of an output."""
+    def read(self, position: int, shape, dtype) -> np.ndarray:
+        """Returns a copy of an output; `position` is in `outputs`."""
         values = np.empty(shape, dtype)
-        buffer = self._outputs[self.outputs.index(name)]
+        buffer = self._outputs[position]
         self._locked(buffer, READ, values.nbytes, values.ctypes.data)
         return values
 
@@ -118,7 +119,8 @@ class Network:
         count = ctypes.c_int()
         self._call("GetNumProfilerEvents", self._profiler, ctypes.byref(count))
         events = (_Event * count.value)()
-        self._call("GetProfilerEvents", self._profiler, count, events)
+        if count.value:  # of none it would be refused
+            self._call("GetProfilerEvents", self._profiler, count, events)
         found = []
         for event in events:
             name = (event.tag or b"").decode(errors="replace")
@@ -126,7 +128,8 @@ class Network:
                 name = name.removeprefix("Delegate/")
                 found.append((name, None, event.elapsed_us))
             elif event.type == OPERATOR and not name.startswith(DELEGATE):
-                found.append((name, event.index, event.elapsed_us))
+                index = None if event.subgraph else event.index  # of a loop's body
+                found.append((name, index, event.elapsed_us))
         self._call("ResetProfiler", self._profiler)
         self.start()  # a reset has stopped it
         return found
@@ -157,7 +160,7 @@ class Network:
 
     def _buffer(self, environment, signature, side: str, index: int):
         """Memory for an input or an output."""
-        at, zero = ctypes.c_size_t(index), ctypes.c_size_t(0)
+        at = ctypes.c_size_t(index)
         tensor, needed, made = self._new(), self._new(), self._new()
         kind = ctypes.create_string_buffer(1024)  # more than a tensor's type takes
         self._call(
@@ -166,7 +169,7 @@ class Network:
         self._call("GetRankedTensorType", tensor, kind)
         self._call(
             f"GetCompiledModel{side}BufferRequirements",
-            *(self._compiled, zero, at, ctypes.byref(needed)),
+            *(self._compiled, self._signature, at, ctypes.byref(needed)),
         )
         self._call(
             "CreateManagedTensorBufferFromRequirements",

@@ -27,9 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from squeeze_jax.cost import timing
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, print_any_name
 from squeeze_jax.export import litert_c, process, runtime
-from squeeze_jax.export.formats.tflite import dequantize, quantize, signature
+from squeeze_jax.export.formats.tflite import (
+    dequantize,
+    quantize,
+    shares_batch,
+    signature,
+    signature_of,
+)
 from squeeze_jax.export.runnable import Spec, fitted, opened
 
 # kinds of operators: their names in the file, and how XNNPACK's names of them begin
@@ -143,6 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return process.USER_ERROR
+    except RuntimeError as error:  # LiteRT refuses a call
+        print(f"{args.file} cannot be profiled: {error}", file=sys.stderr)
+        return process.USER_ERROR
     if args.outputs:
         np.savez(args.outputs, **results)
         print(json.dumps(found | {"core": cores[0] if cores else None}))
@@ -175,10 +184,19 @@ def _measured(path, example, runs, warmup) -> tuple[dict, dict]:
         raise UserError("operators are timed on one example: give arrays [1, ...]")
     from ai_edge_litert.interpreter import Interpreter
 
-    entries, exits = signature(Interpreter(str(path)))
-    network = litert_c.Network(Path(path))
+    interpreter = Interpreter(str(path))
+    entries, exits = signature(interpreter)
+    batched = shares_batch(entries, exits)
+    chosen = signature_of(interpreter)
+    network = litert_c.Network(Path(path), chosen[0] if chosen else 0)
+    places, ends = (
+        # Without a signature the names are our own, and the file's order is kept.
+        {name: names.index(name) if chosen else i for i, name in enumerate(side)}
+        for side, names in ((entries, network.inputs), (exits, network.outputs))
+    )
     for name, entry in entries.items():
-        network.write(name, quantize(given[name], entry))
+        values = quantize(given[name] if batched else given[name][0], entry)
+        network.write(places[name], np.broadcast_to(values, entry["shape"]))
     timing.times(network.run, warmup)
     plain = timing.times(network.run, runs)
     network.start()
@@ -189,9 +207,10 @@ def _measured(path, example, runs, warmup) -> tuple[dict, dict]:
         times += timing.times(network.run, 1)
         events.append(network.events())
     results = {
-        name: dequantize(network.read(name, e["shape"], e["dtype"]), e)
+        name: dequantize(network.read(ends[name], e["shape"], e["dtype"]), e)
         for name, e in exits.items()
     }
+    results = {name: y[:1] if batched else y[None] for name, y in results.items()}
     names = [(name, index) for name, index, _ in events[0]]
     taken = np.mean([[us for *_, us in each] for each in events], axis=0) / 1e3
     layers = matched(names, in_file(path))
@@ -228,10 +247,13 @@ def in_file(path: str | Path) -> list[tuple[str, str | None]]:
     for i in range(graph.OperatorsLength()):
         op = graph.Operators(i)
         code = model.OperatorCodes(op.OpcodeIndex())
-        kind = codes[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
+        kind = codes.get(number, f"OPERATOR_{number}")  # newer than the schema
         # A result of the network bears its own name; the weights still tell.
-        tensors = [op.Outputs(0), *op.InputsAsNumpy()[1:]]
-        names = [graph.Tensors(t).Name().decode() for t in tensors if t >= 0]
+        tensors = [op.Outputs(i) for i in range(op.OutputsLength())][:1]
+        tensors += [op.Inputs(i) for i in range(1, op.InputsLength())]
+        names = [graph.Tensors(t).Name() or b"" for t in tensors if t >= 0]
+        names = [name.decode(errors="replace") for name in names]
         found.append((kind, next(filter(None, map(layer_of, names)), None)))
     return found
 
@@ -306,4 +328,5 @@ def _kind(name: str) -> str | None:
 
 
 if __name__ == "__main__":
+    print_any_name()
     sys.exit(main())

@@ -26,9 +26,9 @@ class Disagreement(Reported, RuntimeError):
         self.difference, self.index = verdict.difference, verdict.index
         self.output, self.agreement = verdict.output, verdict.agreement
         self.stage = stage
-        first = f"; first diverging output: {stage or verdict.output}{why}"
+        first = f"; the first diverging output is {stage}{why}" if stage else why
         remedy = (
-            "; train longer, or lower config.export.int8_agreement"
+            "; train longer, with a larger config.steps, or lower config.export.int8_agreement"
             if verdict.integer
             else ""
         )

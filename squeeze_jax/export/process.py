@@ -8,11 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from squeeze_jax import stop
 from squeeze_jax.errors import Reported, UserError
 
 USER_ERROR = 3  # exit status of a child whose last line on stderr is for the user
+LOOK = 0.5  # seconds between looks whether to stop
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,32 +37,50 @@ def python(module: str, *args: object, what: str, timeout: float) -> str:
     Raises:
       UserError: the child ended with the status `USER_ERROR`.
       Crash: it ended with any other status but 0, by a signal, or not in time.
+      stop.Stopped: this process was asked to stop; the child is killed.
     """
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     mine = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and k[:4] != "JAX_"}
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *map(str, args)],
-            env=mine | threads | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired:
-        raise Crash(f"{what} gave no answer within {timeout:g} s") from None
-    if done.returncode == 0:
-        return done.stdout
-    reason = _reason(done.stderr)
-    if done.returncode == USER_ERROR:
+    child = subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, args)],
+        env=mine | threads | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    stop.children.add(child.pid)
+    with child:
+        try:
+            out, err = _communicate(child, what, timeout)
+        finally:
+            child.kill()
+            stop.children.discard(child.pid)
+    stop.check()  # Ctrl-C on a terminal ends the child too
+    if child.returncode == 0:
+        return out
+    reason = _reason(err)
+    if child.returncode == USER_ERROR:
         raise UserError(reason)
-    if done.returncode < 0:
-        died = f"was killed by {signal.Signals(-done.returncode).name}"
+    if child.returncode < 0:
+        died = f"was killed by {signal.Signals(-child.returncode).name}"
     else:
-        died = f"ended with status {done.returncode}"
+        died = f"ended with status {child.returncode}"
     raise Crash(f"{what} {died}: {reason}")
+
+
+def _communicate(child, what: str, timeout: float) -> tuple[str, str]:
+    """What a child prints until it ends."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return child.communicate(timeout=LOOK)
+        except subprocess.TimeoutExpired:
+            stop.check()
+            if time.monotonic() > end:
+                raise Crash(f"{what} gave no answer within {timeout:g} s") from None
 
 
 def _reason(stderr: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from squeeze_jax import files, registry
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.export import listing
 
 FORMATS = "squeeze_jax.export.formats"
 
@@ -66,6 +67,7 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
     path = files.path(path)
     if not path.is_file():
         raise UserError(f"no exported file at {path}: export it first")
+    listing.verify(path)
     extension = path.suffix.removeprefix(".")
     # A method or a model of the user's own may be called as a format of the library, so that the library's comes first.
     loaders = registry.own_files() | {key: key for key in registry.names(FORMATS)}

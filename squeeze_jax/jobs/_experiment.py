@@ -253,7 +253,11 @@ def _check_values(experiment: Experiment) -> None:
 
 
 def build(
-    experiment: Experiment, phase: int = 0, options: Mapping[str, Any] | None = None
+    experiment: Experiment,
+    phase: int = 0,
+    options: Mapping[str, Any] | None = None,
+    *,
+    begun: bool = False,
 ) -> Built:
     """Builds everything that can be checked without computing: mesh, data, model, optimizer, methods.
 
@@ -261,6 +265,7 @@ def build(
       experiment: the whole one.
       phase: index of the phase, from 0.
       options: of `models.make`, where a phase before has changed them.
+      begun: whether the run has a checkpoint to continue from, so that it needs no weights file of `config.init`.
     """
     e, where = _phases.of(experiment, phase)
     registry.check(sharding.make_mesh, e.sharding, "config.sharding")
@@ -280,8 +285,11 @@ def build(
         begin = _pretrained.suited(begin, source.model.get("task"), wanted)
     options = _model.options(e, source, begin) if options is None else dict(options)
     if e.init.get("file"):
-        keys = {k: e.init[k] for k in ("file", "names", "under") if k in e.init}
-        begin = _pretrained.of_file(options, source.example(), **keys)
+        named = ("file", "names", "under", "key")
+        keys = {k: e.init[k] for k in named if k in e.init}
+        begin = _pretrained.of_file(
+            options, source.example(), **keys, needed=not (begun or phase)
+        )
     model = models.make(**options)
     _model.check_fit(options, model, source)
     _plugs.check_options(plugs.gradients, model, options["name"])

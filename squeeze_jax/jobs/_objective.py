@@ -34,7 +34,9 @@ class Part(NamedTuple):
 
 
 def parts(
-    sections, method: Callable[[Mapping, str], Any], taken: set[str] | None = None
+    sections,
+    method: Callable[[Mapping, str, Sequence[str]], Any],
+    taken: set[str] | None = None,
 ) -> tuple[Part, ...]:
     """The losses that `config.objective` names, one section or several.
 
@@ -56,7 +58,7 @@ def parts(
         weight = section.pop("weight", 1.0) if isinstance(section, dict) else 1.0
         if wrong := registry.fault(weight, Positive, f"{where}.weight"):
             raise UserError(wrong)
-        made = method(section, where)
+        made = method(section, where, ("weight",))
         if not hasattr(made, "bind"):
             made = methods.objective(made, f"{where}.name = {section['name']!r}")
         name = section["name"].removesuffix(".py").replace("/", ".").rpartition(".")[2]

@@ -28,7 +28,7 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
     rows = {
         "work dir": str(workdir),
-        "data": data.describe,
+        "data": "\n           ".join([data.describe, *_notes(built)]),
         "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
         "mesh": f"{len(devices)} x {devices[0].device_kind}: "
         + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
@@ -41,13 +41,31 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
         rows["phase"] = (
             f"{built.phase.label}: to step {last:,} of {built.whole.steps:,}"
         )
+    if e.objective is not None:
+        rows["objective"] = " + ".join(
+            f"{part.weight:g} {part.name}" if part.weight != 1 else part.name
+            for part in built.objective.terms
+        )
     if used := _methods(e):
         rows["methods"] = used
+    if late := _late(built):
+        rows["warning"] = late
     if built.begin is not None:
         rows["begins with"] = built.begin.described
     if built.teachers:
         rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
     return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
+
+
+def _notes(built: Built) -> list[str]:
+    """Lists what happens to the data's files, sizes, channels and classes where it changes them."""
+    notes = list(getattr(built.data, "notes", ()))
+    classes, names = built.options.get("num_classes"), built.data.label_names
+    if names and isinstance(classes, int) and classes > len(names):
+        notes.append(
+            f"the network has {classes:,} classes: {classes - len(names):,} have no examples"
+        )
+    return notes
 
 
 def _methods(e) -> str:
@@ -59,6 +77,16 @@ def _methods(e) -> str:
         names = [s["name"] for s in sections if isinstance(s, Mapping)]
         named += [f"{plug} {', '.join(names)}"] if names else []
     return " · ".join(named)
+
+
+def _late(built: Built) -> str:
+    """Names the methods whose schedules reach beyond the end of the phase."""
+    steps, plugs = built.experiment.steps, built.plugs
+    scheduled = {"config.update": plugs.update, **plugs.forwards}
+    late = [f"{k} at step {m.until}" for k, m in scheduled.items() if m.until >= steps]
+    if not late or built.phase.end < built.whole.steps:
+        return ""
+    return f"the run ends after {steps} steps, before schedules of methods take full effect: {', '.join(late)}"
 
 
 def memory(compiled) -> str:

@@ -48,13 +48,18 @@ class Plugs(NamedTuple):
         return {*self.forwards, *others}
 
 
-def method(section: Mapping, where: str) -> Any:
+def method(section: Mapping, where: str, reserved: Sequence[str] = ()) -> Any:
     """Makes the method that a section names: `{"name": "package.file", **arguments of its make}`.
 
     The name may also be the path of a Python file, such as "./my_method.py".
 
+    Args:
+      section: see above.
+      where: how errors call it.
+      reserved: keys of the section that are not for `make`.
+
     Raises:
-      UserError: no such file, or arguments that its `make` does not take.
+      UserError: no such file, arguments that its `make` does not take, or a `make` with a reserved parameter.
     """
     if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
         raise UserError(
@@ -74,6 +79,12 @@ def method(section: Mapping, where: str) -> Any:
         raise UserError(
             f"{where}.name = {name!r} is no method: that file has no function make"
         )
+    for key in ("name", *reserved):
+        if key in inspect.signature(module.make).parameters:
+            raise UserError(
+                f"{where}: {section['name']!r} has a parameter {key!r}, but {where}.{key} is a key of its own: rename the"
+                " parameter"
+            )
     arguments = {k: v for k, v in section.items() if k != "name"}
     registry.check(module.make, arguments, where)
     return module.make(**arguments)

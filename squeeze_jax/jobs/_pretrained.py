@@ -120,6 +120,7 @@ def settings(
     file: OptionalPath = "",
     names: pretrained.Names = "squeeze_jax",
     under: str = "",
+    key: str = "",
     only: str = "",
     layers: tuple[Layers, ...] = (),
 ) -> Network | None:
@@ -130,6 +131,7 @@ def settings(
       file: of weights, for the network that `config.model` names; see `weights/pretrained.py`.
       names: whose names the file has.
       under: what stands before each of them, such as "backbone".
+      key: which part of a PyTorch checkpoint has the weights, such as "model_ema"; "" for the first that can.
       only, layers: see `begin`.
 
     Returns:
@@ -139,10 +141,10 @@ def settings(
         raise UserError(
             "config.init should name a file of weights, a folder of transformers or a workdir of an earlier run, one of them"
         )
-    if not file and (under or names != "squeeze_jax"):
-        key = "under" if under else "names"
+    changed = {"under": under, "key": key, "names": names != "squeeze_jax"}
+    if unused := [name for name, value in changed.items() if value and not file]:
         raise UserError(
-            f"config.init.{key} has no effect without config.init.file: leave it out"
+            f"config.init.{unused[0]} has no effect without config.init.file: leave it out"
         )
     for layer in layers:
         if layer < 1:
@@ -162,28 +164,31 @@ def of_file(
     file: str,
     names: str = "squeeze_jax",
     under: str = "",
+    key: str = "",
+    *,
+    needed: bool = True,
 ) -> Network:
     """Returns the network that a config names, with the weights of a file.
 
     Args:
       options: of `models.make`.
       example: shapes of the network's inputs.
-      file, names, under: see `settings`.
+      file, names, under, key: see `settings`.
+      needed: whether the file has to exist, see `pretrained.check`.
 
     Raises:
-      UserError: no such file, or names that the network has no map for.
+      UserError: no such file, names that the network has no map for, or options that its weights are not for.
     """
     module = registry.load("squeeze_jax.models", options["name"], "model")
-    pretrained.check(file, names, options["name"], module)
     net = models.make(**options)
+    pretrained.check(file, names, options["name"], module, net, key=key, needed=needed)
 
-    def read(_, key):
-        del key
+    def read(*_):
         shapes = jax.eval_shape(
             lambda x: net.init(jax.random.key(0), x, train=False), example
         )
         variables, lines = pretrained.load(
-            file, names, net, module, shapes, under=under
+            file, names, net, module, shapes, under=under, key=key
         )
         for line in lines:
             print(f"weights    {line}")
@@ -286,6 +291,11 @@ def _saved(workdir: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]
         with contextlib.closing(opened) as checkpoints, contextlib.suppress(UserError):
             saved = checkpoints.note()
     return tuples(dict(saved or {}))
+
+
+def begun(workdir: pathlib.Path) -> bool:
+    """Whether a work directory has a checkpoint that a run would continue from."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def alone(

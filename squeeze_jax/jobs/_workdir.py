@@ -65,6 +65,7 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def writable(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the directory; what the system refuses in it or inside the block is a UserError."""
+    files.check_utf8(workdir, "--workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         yield

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax import tree
+from squeeze_jax import stop, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import runtime
@@ -47,9 +47,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     export.alone("benchmark")
     settings = _settings.of(built, Settings)
     state = evaluate.trained(built, workdir)
-    paths = export.find(
-        workdir, _settings.of(built, export.Settings).formats, int(state.step)
-    )
+    formats = _settings.of(built, export.Settings).formats
+    paths, rejected = export.find(workdir, formats, int(state.step))
     batches = list(built.data.eval(BATCH))
     count = sum(int(batch["mask"].sum()) for batch in batches)
     given = export.examples(built, batches, count)
@@ -65,6 +64,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         )
     ]
     for path in paths:
+        stop.check()
         print(
             f"measuring  {path} on {count:,} test examples, one thread",
             flush=True,
@@ -77,7 +77,10 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         )
         measured["accuracy"] = score(built, batches, measured["outputs"])
         rows.append(table.row(path.name, measured, **counts))
+    rows += [table.row(f"{key}, rejected", why=why) for key, why in rejected.items()]
     print(f"\n{table.text(rows)}\n")
+    for key, why in rejected.items():
+        print(f"{key} was rejected: {why}\n")
     config = json.loads((workdir / "config.json").read_text())
     data = config["data"].get("source", config["data"])["name"]
     title = f"{built.options['name']} on {data}"

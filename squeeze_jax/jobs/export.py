@@ -1,7 +1,6 @@
 """Exports the trained network to files for devices; each runs again and must agree with the live model."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,8 +8,9 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from squeeze_jax import export, files, registry
-from squeeze_jax.errors import UserError
+from squeeze_jax import export, registry, stop
+from squeeze_jax.errors import Reported, UserError
+from squeeze_jax.export import listing, process
 from squeeze_jax.export.runnable import format_of, named
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
@@ -51,41 +51,70 @@ def check(settings: Settings, built: Built) -> None:
         registry.load("squeeze_jax.export.formats", key, "export format")
 
 
+class Rejected(Reported):
+    """Some files were rejected, the others are written."""
+
+    status = 4
+
+
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Writes the files of `config.export.formats` to `workdir/export` and prints how closely each agrees.
 
     Raises:
       UserError: there is no checkpoint, or several processes.
-      export.Disagreement: a file does not compute what the live model computes.
+      Rejected: a file does not compute what the live model computes, or could not be made; the others are written.
     """
     if inputs:
         raise UserError(f"the job export takes no files: {inputs[0]}")
+    report(write(built, workdir))
+
+
+def report(rejected: Sequence[str]) -> None:
+    """Raises `Rejected` where a format was rejected."""
+    if rejected:
+        raise Rejected(
+            f"{', '.join(rejected)} rejected, see above; the other files are written"
+        )
+
+
+def write(built: Built, workdir: pathlib.Path) -> list[str]:
+    """Writes the files, see `run`; returns the formats that were rejected."""
     alone("export")
     state = evaluate.trained(built, workdir)
     settings = _settings.of(built, Settings)
     check = examples(built, built.data.eval(settings.check), settings.check)
     training = built.data.train(built.experiment.batch, built.experiment.seed)
     calibration = examples(built, training, settings.calibration)
+    folder, step, rejected = workdir / "export", int(state.step), []
     for key in settings.formats:
+        stop.check()
         integer = format_of(key).INTEGER
-        (file,) = export.make(
-            live(built, state, integer=integer),
-            built.data.exported,
-            workdir / "export",
-            formats=(key,),
-            calibration=calibration,
-            check=check,
-            endpoints_fn=live(built, state, endpoints=True, integer=integer),
-            tolerance=settings.tolerance,
-            int8_agreement=settings.int8_agreement,
-            agreement=built.metric.agreement,
-        )
-        note(workdir, file, int(state.step))
+        try:
+            (file,) = export.make(
+                live(built, state, integer=integer),
+                built.data.exported,
+                folder,
+                formats=(key,),
+                calibration=calibration,
+                check=check,
+                endpoints_fn=live(built, state, endpoints=True, integer=integer),
+                tolerance=settings.tolerance,
+                int8_agreement=settings.int8_agreement,
+                agreement=built.metric.agreement,
+            )
+        except (export.Disagreement, process.Crash) as error:
+            print(f"rejected   {error}", flush=True)
+            listing.record(folder, key, {"step": step, "rejected": str(error)})
+            rejected.append(key)
+            continue
+        entry = dataclasses.asdict(file) | {"path": file.path.name, "step": step}
+        listing.record(folder, key, entry, file.path)
         print(
             f"exported   {file.path} · {units.size(file.bytes)} · largest difference {file.max_difference:.2g} ·"
             f" agreement {file.agreement:.1%}",
             flush=True,
         )
+    return rejected
 
 
 def live(built: Built, state: State, *, endpoints: bool = False, integer: bool = False):
@@ -120,39 +149,34 @@ def on_host(built: Built, state: State) -> tuple[forward.Network, dict]:
     return network, jax.device_get(variables)
 
 
-def note(workdir: pathlib.Path, file: export.Exported, step: int) -> None:
-    """Adds a file to `export/files.json`: of which step it is, and how closely it agrees."""
-    path = workdir / "export" / "files.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[file.format] = dataclasses.asdict(file) | {
-        "path": file.path.name,
-        "step": step,
-    }
-    files.write(path, json.dumps(known, indent=2) + "\n")
-
-
 def find(
     workdir: pathlib.Path, formats: Sequence[str], step: int
-) -> list[pathlib.Path]:
-    """The exported files of these formats.
+) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """Returns the exported files of these formats, and why the others were rejected, by format.
 
     Raises:
-      UserError: one is missing, or of another step than the trained network.
+      UserError: one is missing, damaged, or of another step than the trained network.
     """
-    path = workdir / "export" / "files.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    folder = workdir / "export"
+    known, paths, rejected = listing.read(folder), [], {}
     again = f"run --job=export --workdir={workdir} first"
+    if known is None:
+        raise UserError(f"{folder / listing.NAME} is damaged; {again}")
     for key in formats:
-        if key not in known or not (path.parent / known[key]["path"]).exists():
+        entry = known.get(key, {})
+        if entry.get("step") == step and "rejected" in entry:
+            rejected[key] = entry["rejected"]
+            continue
+        if "path" not in entry or not (folder / entry["path"]).exists():
+            raise UserError(f"no exported file of format {key} in {folder}; {again}")
+        path = folder / entry["path"]
+        if entry["step"] != step:
             raise UserError(
-                f"no exported file of format {key} in {path.parent}; {again}"
+                f"{path} is of step {entry['step']}, the trained network of step {step}; {again}"
             )
-        if known[key]["step"] != step:
-            raise UserError(
-                f"{path.parent / known[key]['path']} is of step {known[key]['step']}, the trained network of step {step};"
-                f" {again}"
-            )
-    return [path.parent / known[key]["path"] for key in formats]
+        listing.verify(path)
+        paths.append(path)
+    return paths, rejected
 
 
 def examples(built: Built, batches, count: int) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax import stop
 from squeeze_jax.cost import wire
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
@@ -53,7 +54,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
 
     Raises:
       UserError: the loss is not finite, or the checkpoints or the network to begin with do not fit.
-      loop.Interrupted: stopped by a signal, and saved.
+      loop.Interrupted, stop.Stopped: stopped by a signal; what was trained is saved.
     """
     ready(built, inputs)
     with Compiled() as compiled:
@@ -73,14 +74,18 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
         if main:
             _pretrained.note(workdir, built.options, settings)
         start = int(restored.state.step) if restored else 0
-        if start == built.whole.steps:
+        if start == built.whole.steps and checkpoints.scored(start):
             say("trained    already, to the last step")
             return built
         for line in _transitions.rehearsed(built):
             say(line)
         begin = restored
         while True:
-            if begin is None or start < built.phase.end:
+            if (
+                begin is None
+                or start < built.phase.end
+                or not checkpoints.scored(start)
+            ):
                 step = compiled.of(built, say)
                 say(f"memory     {_plan.memory(step.largest)}")
                 if jax.device_count() > 1:
@@ -89,6 +94,8 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
                 if restored:
                     say(f"continuing from the checkpoint of step {start}")
                 begin = begin or Restored(built.create(given), 0)
+                if jax.process_count() == 1:
+                    stop.check()
                 end = train(built, step, begin, workdir, checkpoints, quiet=not main)
             else:
                 end = begin.state

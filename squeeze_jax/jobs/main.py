@@ -28,7 +28,11 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again."""
+    """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again.
+
+    Raises:
+      export.Rejected: a file was rejected; the report has the others.
+    """
     ready(built, inputs)
     built = fit.run(built, workdir)
     if built.whole.phases:  # the best checkpoint may be of another phase than the last
@@ -40,5 +44,6 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
                 f"run --job=export and --job=benchmark with --workdir={workdir} in one process"
             )
         return
-    export.run(built, workdir)
+    rejected = export.write(built, workdir)
     benchmark.run(built, workdir)
+    export.report(rejected)

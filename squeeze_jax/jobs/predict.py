@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from squeeze_jax import stop
+from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import evaluate, export
 from squeeze_jax.jobs._experiment import Built
 
@@ -14,9 +16,13 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     """Prints what the data make of `inputs` and the network's answers.
 
     Raises:
-      UserError: no input, one that cannot be read, or no checkpoint.
+      UserError: data without predictions, no input, one that cannot be read, or no checkpoint.
     """
     export.alone("predict")
+    if not hasattr(built.data, "predict"):
+        raise UserError(
+            f"the job predict has nothing to print for {type(built.data).__name__} data: their task defines no predict"
+        )
     answer = []  # read and compiled when the first input is known to be one
 
     def call(batch):
@@ -26,4 +32,5 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         return jax.tree.map(np.asarray, answer[0](batch))
 
     for line in built.data.predict(inputs, call):
+        stop.check()
         print(line)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from squeeze_jax import files
+from squeeze_jax import files, stop
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, fit
 from squeeze_jax.jobs._experiment import Built
@@ -40,10 +40,12 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     found = {}
     with fit.Compiled() as compiled:
         for seed in seeds:
+            if jax.process_count() == 1:
+                stop.check()
             experiment = dataclasses.replace(built.whole, seed=seed)
             one = built.with_seed(seed)
             folder = _of(workdir, seed)
-            _workdir.begin(folder, _workdir.tuples(experiment.config()))
+            _workdir.begin(folder, _workdir.canonical(experiment.config()))
             trained = fit.to_the_end(one, folder, compiled)
             if trained.whole.phases:  # the best may be of another phase than the last
                 trained = _experiment.opened(folder, experiment.config())

@@ -19,8 +19,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
+from squeeze_jax.errors import UserError
+from squeeze_jax.models import _timm
 from squeeze_jax.nn.blocks import (
+    UNIT,
+    Sides,
     SqueezeExcite,
+    UnitOptions,
     conv_norm,
     residual_sum,
     stage_strides,
@@ -30,7 +35,8 @@ from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
-from squeeze_jax.ranges import Count, Multiplier, Rate, Strides
+from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
 
@@ -103,10 +109,11 @@ class MBConv(nn.Module):
     strides: int
     skip: float
     residual: bool
+    options: UnitOptions
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = _unit(self.row, train)
+        unit = _unit(self.row, self.options, train)
         stage, y = self.stage, x
         if stage.expand != 1:
             y = unit(y, self.inputs * stage.expand, 1, name="expand")
@@ -129,6 +136,7 @@ class EfficientNet(nn.Module):
     num_classes: int | None
     stochastic_depth: float
     stem_strides: tuple[int, int]
+    options: UnitOptions = UNIT
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
@@ -137,7 +145,7 @@ class EfficientNet(nn.Module):
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
         row, number = self.row, 0
-        unit = _unit(row, train)
+        unit = _unit(row, self.options, train)
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
         endpoints, channels = {"conv1": y}, row.stem
         blocks = sum(stage.blocks for stage in row.stages)
@@ -147,9 +155,16 @@ class EfficientNet(nn.Module):
                 skip = self.stochastic_depth * number / blocks
                 name = f"stage{index}_{block + 1}"
                 residual = strides == 1 and channels == stage.features
-                y = MBConv(row, stage, channels, strides, skip, residual, name=name)(
-                    y, train=train
-                )
+                y = MBConv(
+                    row,
+                    stage,
+                    channels,
+                    strides,
+                    skip,
+                    residual,
+                    self.options,
+                    name=name,
+                )(y, train=train)
                 number, channels = number + 1, stage.features
             endpoints[f"stage{index}"] = y
         y = endpoints["head"] = unit(y, row.head, 1, name="head")
@@ -169,13 +184,12 @@ class EfficientNet(nn.Module):
         return classifier(y), endpoints
 
 
-def _unit(row: Row, train: bool):
+def _unit(row: Row, options: UnitOptions, train: bool):
     """`conv_norm` as a variant has it."""
     return partial(
         conv_norm,
         activation=nn.relu6 if row.lite else nn.swish,
-        momentum=row.momentum,
-        epsilon=row.epsilon,
+        options=options,
         train=train,
     )
 
@@ -190,6 +204,8 @@ def make(
     stem_strides: Strides | tuple[Strides, ...] = 2,
     dropout: Rate | None = None,
     stochastic_depth: Rate = 0.2,
+    padding: Sides = "symmetric",
+    epsilon: Positive | None = None,
 ) -> EfficientNet:
     """Builds an EfficientNet.
 
@@ -203,6 +219,8 @@ def make(
       dropout: rate before the classifier instead of the variant's, 0 to 1; needs the rng "dropout" in training.
       stochastic_depth: rate at which a block behind the last would be left out, 0 to 1; 0 at the first block and
         linear between. Drawn for each sample from the rng "dropout".
+      padding, epsilon: see `UnitOptions`; None for the variant's epsilon. Weights of Keras, and those of timm whose names
+        begin with tf_, need "same" and 1e-3.
 
     Raises:
       UserError: unknown variant, or not one stride for each stage.
@@ -226,11 +244,16 @@ def make(
         head=row.head if row.lite else scaled(row.head, width),
         stages=tuple(stages),
     )
-    return EfficientNet(row, num_classes, stochastic_depth, per_axis(stem_strides))
+    epsilon = row.epsilon if epsilon is None else epsilon
+    options = UnitOptions(padding, epsilon, row.momentum)
+    stem_strides = per_axis(stem_strides)
+    return EfficientNet(row, num_classes, stochastic_depth, stem_strides, options)
 
 
 def torchvision_names(net: EfficientNet) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}."""
+    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=net.row.epsilon)
+    foreign.check_options("torchvision", net.options._asdict(), published)
     names = {"classifier": "classifier.1"}
 
     def add(ours, theirs):
@@ -253,20 +276,43 @@ def torchvision_names(net: EfficientNet) -> dict[str, str]:
 
 
 def timm_names(net: EfficientNet) -> dict[str, str]:
-    """Returns {our layer: its name in timm's checkpoints, which Lite has too}."""
-    names = dict(conv1="conv_stem", conv1_norm="bn1", head="conv_head", head_norm="bn2")
-    names["classifier"] = "classifier"
+    """Returns {our layer: its name in timm's checkpoints, also of Lite}; a UserError for other padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-5)
+    converted = dict(padding="same", epsilon=1e-3)  # those called tf_efficientnet
+    foreign.check_options("timm", net.options._asdict(), published, converted)
+    names = _timm.stem_and_head()
     for index, stage in enumerate(net.row.stages):
-        units = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl"}
-        if stage.expand == 1:
-            units = {"depthwise": "conv_dw", "project": "conv_pw"}
         for block in range(stage.blocks):
-            ours, theirs = f"stage{index + 2}_{block + 1}", f"blocks.{index}.{block}"
-            for at, (unit, conv) in enumerate(units.items(), 1):
-                names[f"{ours}/{unit}"] = f"{theirs}.{conv}"
-                names[f"{ours}/{unit}_norm"] = f"{theirs}.bn{at}"
-            if not net.row.lite:
-                for unit in ("reduce", "expand"):
-                    excite = f"{ours}/squeeze_excite/{unit}"
-                    names[excite] = f"{theirs}.se.conv_{unit}"
+            names |= _timm.bottleneck(
+                f"stage{index + 2}_{block + 1}",
+                f"blocks.{index}.{block}",
+                expand=stage.expand != 1,
+                excite=not net.row.lite,
+            )
+    return names
+
+
+def keras_names(net: EfficientNet) -> dict[str, str]:
+    """Returns {our layer: its name in Keras' files}; a UserError for Lite, which Keras does not have, and other options."""
+    if net.row.lite:
+        raise UserError(
+            "config.init.names = 'keras': Keras has no EfficientNet Lite: use a variant b0 to b7"
+        )
+    published = dict(padding="same", epsilon=1e-3)
+    foreign.check_options("keras", net.options._asdict(), published)
+    names = dict(conv1="stem_conv", conv1_norm="stem_bn", head="top_conv")
+    names |= dict(head_norm="top_bn", classifier="predictions")
+    for index, stage in enumerate(net.row.stages):
+        for block in range(stage.blocks):
+            ours = f"stage{index + 2}_{block + 1}"
+            theirs = f"block{index + 1}{chr(ord('a') + block)}_"
+            units = {"depthwise": ("dwconv", "bn")}
+            units["project"] = ("project_conv", "project_bn")
+            if stage.expand != 1:
+                units["expand"] = ("expand_conv", "expand_bn")
+            for unit, (conv, norm) in units.items():
+                names[f"{ours}/{unit}"] = theirs + conv
+                names[f"{ours}/{unit}_norm"] = theirs + norm
+            for unit in ("reduce", "expand"):
+                names[f"{ours}/squeeze_excite/{unit}"] = f"{theirs}se_{unit}"
     return names

@@ -90,7 +90,9 @@ class Lstm(nn.Module):
         endpoints, after = {"embedding": y}, {}
         for name in self._names():
             y = Dropout(row.dropout)(y, train=train)
-            layer = recurrent.LSTM(row.features, kernel_init=init, name=name)
+            # Tied scores are products with embeddings as wide.
+            fixed = self.tied and name == self._names()[-1]
+            layer = recurrent.LSTM(row.features, fixed, init, name=name)
             y, after[name] = layer(y, None if carry is None else carry[name])
             endpoints[name] = y
         y = Dropout(row.dropout)(y, train=train)
@@ -110,10 +112,18 @@ class Lstm(nn.Module):
         return logits.reshape(*tokens.shape, -1), endpoints
 
     @nn.nowrap
-    def initial_carry(self, rows: int) -> dict[str, recurrent.Carry]:
-        """Returns the state that `rows` texts begin with: {layer: {"hidden", "cell": zeros [rows, d]}}, float32."""
-        size = self.row.features
-        return {name: recurrent.initial_carry(rows, size) for name in self._names()}
+    def initial_carry(
+        self, rows: int, widths: Mapping[str, int] | None = None
+    ) -> dict[str, recurrent.Carry]:
+        """Returns the state that `rows` texts begin with: {layer: {"hidden", "cell": zeros [rows, d]}}, float32.
+
+        Args:
+          rows: number of texts.
+          widths: d of single layers, where an enclosing `Reshaped` has others.
+        """
+        sizes = dict.fromkeys(self._names(), self.row.features)
+        sizes |= {k: v for k, v in (widths or {}).items() if k in sizes}
+        return {k: recurrent.initial_carry(rows, size) for k, size in sizes.items()}
 
     @nn.nowrap
     def _names(self) -> list[str]:

@@ -13,13 +13,22 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.blocks import conv_norm, residual_sum, stage_strides
+from squeeze_jax.models import _timm
+from squeeze_jax.nn.blocks import (
+    UNIT,
+    Sides,
+    UnitOptions,
+    conv_norm,
+    residual_sum,
+    stage_strides,
+)
 from squeeze_jax.nn.conv import Pair, per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
-from squeeze_jax.ranges import Count, Multiplier, Rate, Strides
+from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
 
@@ -73,10 +82,13 @@ class Bottleneck(nn.Module):
     features: int
     strides: Pair
     residual: bool
+    options: UnitOptions
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = partial(conv_norm, activation=nn.relu6, train=train)
+        unit = partial(
+            conv_norm, activation=nn.relu6, options=self.options, train=train
+        )
         y = x
         if self.expand is not None:
             y = unit(y, self.expand, 1, name="expand")
@@ -93,6 +105,7 @@ class MobileNetV2(nn.Module):
     num_classes: int | None
     dropout: float
     stem_strides: tuple[int, int]
+    options: UnitOptions = UNIT
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
@@ -102,7 +115,9 @@ class MobileNetV2(nn.Module):
         """
         row, number = self.row, 0
         endpoints = {}
-        unit = partial(conv_norm, activation=nn.relu6, train=train)
+        unit = partial(
+            conv_norm, activation=nn.relu6, options=self.options, train=train
+        )
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
         endpoints["conv1"], channels = y, row.stem
         for index, stage in enumerate(row.stages, 1):
@@ -114,6 +129,7 @@ class MobileNetV2(nn.Module):
                     stage.features,
                     strides,
                     residual=strides == 1 and channels == stage.features,
+                    options=self.options,
                     name=f"bottleneck{number}",
                 )(y, train=train)
                 channels = stage.features
@@ -141,6 +157,8 @@ def make(
     strides: tuple[Strides, ...] | None = None,
     stem_strides: Strides | tuple[Strides, ...] = 2,
     dropout: Rate = 0.2,
+    padding: Sides = "symmetric",
+    epsilon: Positive = 1e-5,
 ) -> MobileNetV2:
     """Builds a MobileNetV2.
 
@@ -151,6 +169,7 @@ def make(
       strides: strides of each stage instead of (1, 2, 2, 2, 1, 2, 1); fewer for small images.
       stem_strides: strides of the first convolution.
       dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+      padding, epsilon: see `UnitOptions`; Keras' weights need "same" and 1e-3.
 
     Raises:
       UserError: unknown variant, or not one stride for each stage.
@@ -163,11 +182,14 @@ def make(
         for stage, s in zip(row.stages, strides, strict=True)
     )
     row = Row(width, scaled(row.stem, width), scaled(row.head, max(1.0, width)), stages)
-    return MobileNetV2(row, num_classes, dropout, per_axis(stem_strides))
+    options = UnitOptions(padding, epsilon)
+    return MobileNetV2(row, num_classes, dropout, per_axis(stem_strides), options)
 
 
 def torchvision_names(net: MobileNetV2) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}."""
+    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-5)
+    foreign.check_options("torchvision", net.options._asdict(), published)
     blocks = [s.expand for s in net.row.stages for _ in range(s.blocks)]
     names = {"classifier": "classifier.1"}
 
@@ -184,4 +206,33 @@ def torchvision_names(net: MobileNetV2) -> dict[str, str]:
         add(f"{ours}/project", f"{theirs}.{last}", f"{theirs}.{last + 1}")
     head = f"features.{len(blocks) + 1}"
     add("head", f"{head}.0", f"{head}.1")
+    return names
+
+
+def timm_names(net: MobileNetV2) -> dict[str, str]:
+    """Returns {our layer: its name in timm's checkpoints}; a UserError for other padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-5)
+    foreign.check_options("timm", net.options._asdict(), published)
+    names, number = _timm.stem_and_head(), 0
+    for index, stage in enumerate(net.row.stages):
+        for block in range(stage.blocks):
+            number += 1
+            ours, theirs = f"bottleneck{number}", f"blocks.{index}.{block}"
+            expand = stage.expand != 1
+            names |= _timm.bottleneck(ours, theirs, expand=expand, excite=False)
+    return names
+
+
+def keras_names(net: MobileNetV2) -> dict[str, str | tuple[str, ...]]:
+    """Returns {our layer: its name in Keras' files}; a UserError for other padding or epsilon."""
+    published = dict(padding="same", epsilon=1e-3)
+    foreign.check_options("keras", net.options._asdict(), published)
+    names = dict(conv1="Conv1", conv1_norm="bn_Conv1", head="Conv_1")
+    names |= {"head_norm": "Conv_1_bn", "classifier": ("predictions", "Logits")}
+    expands = [s.expand != 1 for s in net.row.stages for _ in range(s.blocks)]
+    for number, expand in enumerate(expands):
+        block = f"block_{number}" if number else "expanded_conv"
+        for unit in ["expand"] * expand + ["depthwise", "project"]:
+            names[f"bottleneck{number + 1}/{unit}"] = f"{block}_{unit}"
+            names[f"bottleneck{number + 1}/{unit}_norm"] = f"{block}_{unit}_BN"
     return names

@@ -15,8 +15,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
+from squeeze_jax.models import _timm
 from squeeze_jax.nn.blocks import (
+    UNIT,
+    Sides,
     SqueezeExcite,
+    UnitOptions,
     conv_norm,
     residual_sum,
     stage_strides,
@@ -26,7 +30,8 @@ from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
-from squeeze_jax.ranges import Count, Multiplier, Rate, Strides
+from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
 
@@ -108,14 +113,14 @@ class Bottleneck(nn.Module):
     excite: bool
     activation: Callable
     residual: bool
+    options: UnitOptions
 
     @nn.compact
     def __call__(self, x, *, train: bool):
         unit = partial(
             conv_norm,
-            momentum=0.99,
-            epsilon=1e-3,
             activation=self.activation,
+            options=self.options,
             train=train,
         )
         y = x
@@ -138,6 +143,7 @@ class MobileNetV3(nn.Module):
     num_classes: int | None
     dropout: float
     stem_strides: tuple[int, int]
+    options: UnitOptions = UNIT
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
@@ -148,9 +154,8 @@ class MobileNetV3(nn.Module):
         row, endpoints = self.row, {}
         unit = partial(
             conv_norm,
-            momentum=0.99,
-            epsilon=1e-3,
             activation=row.activation,
+            options=self.options,
             train=train,
         )
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")
@@ -168,6 +173,7 @@ class MobileNetV3(nn.Module):
                     stage.excite,
                     stage.activation,
                     residual=strides == 1 and channels == stage.features,
+                    options=self.options,
                     name=name,
                 )(y, train=train)
                 endpoints[name], strides, channels = y, 1, stage.features
@@ -190,6 +196,8 @@ def make(
     strides: tuple[Strides, ...] | None = None,
     stem_strides: Strides | tuple[Strides, ...] = 2,
     dropout: Rate = 0.2,
+    padding: Sides = "symmetric",
+    epsilon: Positive = 1e-3,
 ) -> MobileNetV3:
     """Builds a MobileNetV3.
 
@@ -201,6 +209,7 @@ def make(
         (2, 2, 2, 1, 2) of Small; fewer for small images.
       stem_strides: strides of the first convolution.
       dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+      padding, epsilon: see `UnitOptions`; Keras' weights need "same" and 1e-3, timm's "symmetric" and 1e-5.
 
     Raises:
       UserError: unknown variant, or not one stride for each stage.
@@ -227,11 +236,14 @@ def make(
         hidden=scaled(row.hidden, max(1.0, width)),
         stages=tuple(stages),
     )
-    return MobileNetV3(row, num_classes, dropout, per_axis(stem_strides))
+    options = UnitOptions(padding, epsilon, momentum=0.99)
+    return MobileNetV3(row, num_classes, dropout, per_axis(stem_strides), options)
 
 
 def torchvision_names(net: MobileNetV3) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}."""
+    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-3)
+    foreign.check_options("torchvision", net.options._asdict(), published)
     names = {"hidden": "classifier.0", "classifier": "classifier.3"}
 
     def add(ours, theirs):
@@ -254,4 +266,54 @@ def torchvision_names(net: MobileNetV3) -> dict[str, str]:
                     add(ours, theirs)
             inputs = stage.features
     add("head", f"features.{number + 1}")
+    return names
+
+
+def timm_names(net: MobileNetV3) -> dict[str, str]:
+    """Returns {our layer: its name in timm's checkpoints}; a UserError for other padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-5)
+    converted = dict(padding="same", epsilon=1e-3)  # those called tf_mobilenetv3
+    foreign.check_options("timm", net.options._asdict(), published, converted)
+    names, number, inputs = _timm.stem_and_head(), 0, net.row.stem
+    last = len(net.row.stages)
+    names |= {"head": f"blocks.{last}.0.conv", "head_norm": f"blocks.{last}.0.bn1"}
+    names["hidden"] = "conv_head"
+    for index, stage in enumerate(net.row.stages):
+        for block, expand in enumerate(stage.expand):
+            number += 1
+            names |= _timm.bottleneck(
+                f"bottleneck{number}",
+                f"blocks.{index}.{block}",
+                expand=expand != inputs,
+                excite=stage.excite,
+            )
+            inputs = stage.features
+    return names
+
+
+def keras_names(net: MobileNetV3) -> dict[str, tuple[str, ...]]:
+    """Returns {our layer: its names in Keras' files, of version 3 and before}; a UserError for other padding or epsilon."""
+    published = dict(padding="same", epsilon=1e-3)
+    foreign.check_options("keras", net.options._asdict(), published)
+    names = {"hidden": ("conv_2", "Conv_2"), "classifier": ("logits", "Logits")}
+
+    def add(ours, theirs, before):
+        names[ours] = (theirs, before)
+        names[f"{ours}_norm"] = (f"{theirs}_bn", f"{before}/BatchNorm")
+
+    add("conv1", "conv", "Conv")
+    number, inputs = 0, net.row.stem
+    for stage in net.row.stages:
+        for expand in stage.expand:
+            ours = f"bottleneck{number + 1}"
+            block = f"expanded_conv_{number}" if number else "expanded_conv"
+            for unit in ["expand"] * (expand != inputs) + ["depthwise", "project"]:
+                add(f"{ours}/{unit}", f"{block}_{unit}", f"{block}/{unit}")
+            for unit, end in (("reduce", ""), ("expand", "_1")) if stage.excite else ():
+                excite = (f"_squeeze_excite_conv{end}", f"/squeeze_excite/Conv{end}")
+                names[f"{ours}/squeeze_excite/{unit}"] = tuple(
+                    block + name for name in excite
+                )
+            number, inputs = number + 1, stage.features
+    add("head", "conv_1", "Conv_1")
     return names

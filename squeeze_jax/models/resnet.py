@@ -2,8 +2,8 @@
 
 He, Zhang, Ren, Sun 2015, arXiv 1512.03385. A block adds what it computes to its input, so that depth does not hinder
 training. Variants differ in the number of blocks of each stage and in the block: two 3x3 convolutions, or a bottleneck
-of 1x1, 3x3, 1x1. As in torchvision's checkpoints, the bottleneck's strides are in its 3x3 convolution (called v1.5),
-where the paper has them in the first 1x1. Images are NHWC.
+of 1x1, 3x3, 1x1. As in torchvision's checkpoints, the bottleneck's strides are in its 3x3 convolution (called v1.5);
+`strided="1x1"` puts them in the first 1x1, where the paper and Keras have them. Images are NHWC.
 """
 
 from functools import partial
@@ -13,15 +13,22 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from squeeze_jax import registry
-from squeeze_jax.nn.blocks import conv_norm, residual_sum
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.blocks import UNIT, UnitOptions, conv_norm, residual_sum
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
-from squeeze_jax.ranges import Count, Multiplier
+from squeeze_jax.ranges import Count, Multiplier, Positive
+from squeeze_jax.weights import foreign
 
 Stem = Literal["imagenet", "cifar"]
+Strided = Literal["3x3", "1x1"]
 
 CLASSIFIER = ("classifier",)  # the layers that other classes change
+# What published weights expect of their inputs and config.data cannot do.
+EXPECTS = {
+    "keras": "channels in the order blue, green, red, minus (103.939, 116.779, 123.68)"
+}
 
 
 class Row(NamedTuple):
@@ -43,19 +50,23 @@ VARIANTS = {  # Table 1
 
 
 class Block(nn.Module):
-    """The convolutions (features, kernel) in turn, the first of the widest kernel with the strides; Figure 5.
+    """The convolutions (features, kernel) in turn; Figure 5.
 
-    `residual`: whether the input is added as it is, else through a 1x1 convolution.
+    `strided`: the kernel of the convolution with the strides, the first such; `residual`: whether the input is added as it
+    is, else through a 1x1 convolution.
     """
 
     convs: tuple[tuple[int, int], ...]
     strides: int
     residual: bool
+    strided: Strided
+    options: UnitOptions
 
     @nn.compact
     def __call__(self, x, *, train: bool):
-        unit = partial(conv_norm, train=train)
-        strided = next(i for i, (_, kernel) in enumerate(self.convs) if kernel == 3)
+        unit = partial(conv_norm, options=self.options, train=train)
+        kernels = [f"{kernel}x{kernel}" for _, kernel in self.convs]
+        strided = kernels.index(self.strided)
         last, y = len(self.convs) - 1, x
         for i, (features, kernel) in enumerate(self.convs):
             strides = self.strides if i == strided else 1
@@ -72,6 +83,8 @@ class ResNet(nn.Module):
     row: Row
     num_classes: int | None
     stem: Stem
+    strided: Strided = "3x3"
+    options: UnitOptions = UNIT
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
@@ -81,7 +94,8 @@ class ResNet(nn.Module):
         """
         row, endpoints = self.row, {}
         kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
-        y = conv_norm(x, row.features, kernel, strides, train=train, name="conv1")
+        unit = partial(conv_norm, options=self.options, train=train)
+        y = unit(x, row.features, kernel, strides, name="conv1")
         y = endpoints["conv1"] = nn.relu(y)
         channels = row.features
         if self.stem == "imagenet":
@@ -95,7 +109,8 @@ class ResNet(nn.Module):
                 strides = 2 if stage and not block else 1
                 name = f"conv{stage + 2}_{block + 1}"
                 residual = strides == 1 and channels == convs[-1][0]
-                y = Block(convs, strides, residual, name=name)(y, train=train)
+                how = (strides, residual, self.strided, self.options)
+                y = Block(convs, *how, name=name)(y, train=train)
                 channels = convs[-1][0]
             endpoints[f"conv{stage + 2}"] = y
         y = global_mean(y)
@@ -117,6 +132,8 @@ def make(
     num_classes: Count | None = 1000,
     stem: Stem = "imagenet",
     width: Multiplier = 1.0,
+    strided: Strided = "3x3",
+    epsilon: Positive = 1e-5,
 ) -> ResNet:
     """Builds a ResNet.
 
@@ -125,24 +142,74 @@ def make(
       num_classes: outputs of the classifier; None for no classifier.
       stem: "imagenet" is a 7x7 convolution of strides 2 and max pooling; "cifar" a 3x3 convolution, for small images.
       width: multiplies all channel counts but the classes'.
+      strided: which convolution of a bottleneck has its strides, the 3x3 or the first 1x1; Keras' weights need "1x1".
+      epsilon: of the normalisations; Keras' weights need 1.001e-5.
 
     Raises:
-      UserError: unknown variant.
+      UserError: unknown variant, or strides in a 1x1 convolution where blocks have none.
     """
     row = registry.row(VARIANTS, variant, "variant of resnet")
-    return ResNet(row._replace(features=scaled(row.features, width)), num_classes, stem)
+    if strided == "1x1" and not row.bottleneck:
+        raise UserError(
+            f"strided = '1x1': the blocks of variant {variant!r} have no 1x1 convolution: use '3x3', or variant '50'"
+        )
+    row = row._replace(features=scaled(row.features, width))
+    return ResNet(row, num_classes, stem, strided, UnitOptions(epsilon=epsilon))
 
 
 def torchvision_names(net: ResNet) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}; blocks without a shortcut have none there either."""
+    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other strides or epsilon."""
+    _check("torchvision", net, "3x3", 1e-5)
     names = {"conv1": "conv1", "conv1_norm": "bn1", "classifier": "fc"}
-    for stage, blocks in enumerate(net.row.blocks):
-        for block in range(blocks):
-            ours, theirs = f"conv{stage + 2}_{block + 1}", f"layer{stage + 1}.{block}"
-            for n in range(1, 4 if net.row.bottleneck else 3):
-                names[f"{ours}/conv{n}"] = f"{theirs}.conv{n}"
-                names[f"{ours}/conv{n}_norm"] = f"{theirs}.bn{n}"
-            if block == 0 and (stage or net.row.bottleneck):
-                names[f"{ours}/shortcut"] = f"{theirs}.downsample.0"
-                names[f"{ours}/shortcut_norm"] = f"{theirs}.downsample.1"
+    for ours, stage, block in _blocks(net):
+        theirs = f"layer{stage + 1}.{block}"
+        for n in range(1, 4 if net.row.bottleneck else 3):
+            names[f"{ours}/conv{n}"] = f"{theirs}.conv{n}"
+            names[f"{ours}/conv{n}_norm"] = f"{theirs}.bn{n}"
+        if block == 0 and (stage or net.row.bottleneck):
+            names[f"{ours}/shortcut"] = f"{theirs}.downsample.0"
+            names[f"{ours}/shortcut_norm"] = f"{theirs}.downsample.1"
     return names
+
+
+def timm_names(net: ResNet) -> dict[str, str]:
+    """Returns {our layer: its name in timm's checkpoints}, which are torchvision's names; the same UserError."""
+    _check("timm", net, "3x3", 1e-5)
+    return torchvision_names(net)
+
+
+def keras_names(net: ResNet) -> dict[str, str]:
+    """Returns {our layer: its name in Keras' files}; a UserError for basic blocks, which Keras does not have, and other options."""
+    if not net.row.bottleneck:
+        raise UserError(
+            "config.init.names = 'keras': Keras has no ResNet without bottlenecks: use variant '50', '101' or '152'"
+        )
+    _check("keras", net, "1x1", 1.001e-5)
+    names = dict(conv1="conv1_conv", conv1_norm="conv1_bn", classifier="predictions")
+    for ours, stage, block in _blocks(net):
+        units = {"conv1": 1, "conv2": 2, "conv3": 3}
+        if block == 0:
+            units["shortcut"] = 0
+        for unit, number in units.items():
+            theirs = f"conv{stage + 2}_block{block + 1}_{number}"
+            names[f"{ours}/{unit}"] = f"{theirs}_conv"
+            names[f"{ours}/{unit}_norm"] = f"{theirs}_bn"
+    return names
+
+
+def _blocks(net: ResNet):
+    """Returns the name of each block with the numbers of its stage and of the block in it, from 0."""
+    return [
+        (f"conv{stage + 2}_{block + 1}", stage, block)
+        for stage, blocks in enumerate(net.row.blocks)
+        for block in range(blocks)
+    ]
+
+
+def _check(names: str, net: ResNet, strided: Strided, epsilon: float) -> None:
+    options = {"strided": net.strided, "epsilon": net.options.epsilon}
+    published = {"strided": strided, "epsilon": epsilon}
+    if not net.row.bottleneck:  # which have no choice of strides
+        options.pop("strided")
+        published.pop("strided")
+    foreign.check_options(names, options, published)

@@ -1,6 +1,7 @@
 """Blocks that several architectures share."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,25 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, Pair
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
+
+Sides = Literal["symmetric", "same"]
+
+
+class UnitOptions(NamedTuple):
+    """How every `conv_norm` of a network pads and normalises; weights compute as published with the options of their training.
+
+    Attributes:
+      padding: "symmetric" adds half the extent of the dilated kernel on all sides, as PyTorch's networks do. "same" pads
+        as TensorFlow does: where strides leave an odd number of zeros, one more after the image than before it.
+      epsilon, momentum: of the normalisation, see `BatchNorm`.
+    """
+
+    padding: Sides = "symmetric"
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+
+
+UNIT = UnitOptions()
 
 
 def conv_norm(
@@ -20,36 +40,44 @@ def conv_norm(
     groups: int = 1,
     dilation: int = 1,
     activation: Callable | None = None,
-    momentum: float = 0.9,
-    epsilon: float = 1e-5,
+    options: UnitOptions = UNIT,
     train: bool,
     name: str,
 ) -> jax.Array:
     """Convolution without bias, batch normalisation, and an activation where one is given.
 
-    Creates `name` and `name_norm` in the module that calls it. The padding is symmetric, half the extent of the dilated
-    kernel; kernels begin normal, with a variance of 2 / (positions * features) (arXiv 1502.01852).
+    Creates `name` and `name_norm` in the module that calls it. Kernels begin normal, with a variance of
+    2 / (positions * features) (arXiv 1502.01852).
 
     Args:
       x: [b, h, w, c].
       features, kernel, strides, groups, dilation: of the convolution, see `Conv`.
-      momentum, epsilon, train: of the normalisation, see `BatchNorm`.
+      options: padding and normalisation.
+      train: whether the normalisation uses the batch's statistics.
 
     Returns:
       [b, h', w', features].
+
+    Raises:
+      UserError: an epsilon that is not positive.
     """
+    if options.epsilon <= 0:
+        raise UserError(f"epsilon = {options.epsilon} should be positive")
+    half = (dilation * (kernel - 1) + 1) // 2
     x = Conv(
         features,
         kernel,
         strides,
         groups,
         dilation,
-        padding=(dilation * (kernel - 1) + 1) // 2,
+        padding="SAME" if options.padding == "same" else half,
         use_bias=False,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         name=name,
     )(x)
-    x = BatchNorm(momentum, epsilon, name=f"{name}_norm")(x, train=train)
+    x = BatchNorm(options.momentum, options.epsilon, name=f"{name}_norm")(
+        x, train=train
+    )
     return activation(x) if activation else x
 
 

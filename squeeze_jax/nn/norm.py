@@ -10,8 +10,9 @@ XLA makes two of what differentiating the operations gives it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,11 @@ from jax.interpreters import ad, batching
 
 from squeeze_jax.nn import primitives, varying
 from squeeze_jax.nn.conv import native_is_best
+from squeeze_jax.nn.reshaped import norm_momentum
 from squeeze_jax.nn.sums import totals
+
+# The collection that counts the batches in running statistics: {layer: {"share": []}}. See `BatchNorm`.
+SHARES = "batch_shares"
 
 
 class BatchNorm(nn.Module):
@@ -32,8 +37,13 @@ class BatchNorm(nn.Module):
     `jax.shard_map` that of all devices along the axes x varies over (which needs its default `check_vma=True`).
     The running variance is fed with the unbiased one, as PyTorch does and Flax does not.
 
+    Where the collection `SHARES` holds the share of batches in the running statistics, 1 - momentum^k after k updates,
+    mean and var are corrected for their initial values 0 and 1, as Adam corrects its averages (arXiv 1412.6980, section
+    3): they are the weighted mean of the batches' statistics alone. Without it they are PyTorch's.
+
     Attributes:
-      momentum: share of the old running statistics kept in an update, 0 to 1; PyTorch's `momentum` is one minus this.
+      momentum: share of the old running statistics kept in an update, 0 to 1, unless an enclosing `Reshaped` has
+        another; PyTorch's `momentum` is one minus this.
       epsilon: added to the variance; PyTorch's default.
     """
 
@@ -54,14 +64,46 @@ class BatchNorm(nn.Module):
             ab = _affine(mean.value, var.value, scale, bias, self.epsilon)
             return _scaled(x, ab)
         batch_mean, batch_var, count = moments(x)
+        momentum = norm_momentum(self, self.momentum)
         if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
-            keep = self.momentum
+            keep = self._kept(momentum)
             unbiased = batch_var * (count / max(count - 1, 1))
             mean.value = keep * mean.value + (1 - keep) * batch_mean
             var.value = keep * var.value + (1 - keep) * unbiased
         ab = _affine(batch_mean, batch_var, scale, bias, self.epsilon)
         ab = varying.like(jnp.stack(ab), x)
         return _scaled(x, ab) if native_is_best() else _scaled_once.bind(x, ab)
+
+    def _kept(self, momentum: float):
+        """Returns the share of the stored statistics that an update keeps, and counts the update."""
+        if momentum == 1 or not self.has_variable(SHARES, "share"):
+            return momentum
+        before = self.get_variable(SHARES, "share")
+        share = momentum * before + (1 - momentum)
+        self.put_variable(SHARES, "share", share)
+        # What is stored is corrected: sum / before, which becomes (momentum * sum + (1 - momentum) * batch) / share.
+        return momentum * before / share
+
+
+def shares(
+    stats: Mapping[str, Any], known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the collection `SHARES` for a network's statistics: 1 for a layer whose statistics are known, else 0.
+
+    Args:
+      stats: the collection batch_stats.
+      known: the part of it that does not begin at the initial values, such as pretrained statistics.
+    """
+    known, result = known or {}, {}
+    for name, value in stats.items():
+        if not isinstance(value, Mapping):
+            continue
+        if {"mean", "var"} <= value.keys():
+            share = 1.0 if "mean" in known.get(name, {}) else 0.0
+            result[name] = {"share": jnp.full((), share, jnp.float32)}
+        elif below := shares(value, known.get(name)):
+            result[name] = below
+    return result
 
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array, int]:

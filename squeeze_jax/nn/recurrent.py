@@ -49,11 +49,13 @@ class LSTM(nn.Module):
 
     Attributes:
       features: d, the size of the hidden state and of the cell.
+      fixed: whether an enclosing `Reshaped` may not change it.
       kernel_init: initializer of both kernels.
       bias_init: initializer of the bias.
     """
 
     features: int
+    fixed: bool = False
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros_init()
 
@@ -70,7 +72,7 @@ class LSTM(nn.Module):
         Returns:
           Hidden states [b, l, d] in the dtype of `x`, and the carry.
         """
-        size = features(self, self.features, fixed=True)
+        size = features(self, self.features, fixed=self.fixed)
         shapes = {
             "kernel": (x.shape[-1], 4 * size),
             "recurrent_kernel": (size, 4 * size),

@@ -1,10 +1,12 @@
-"""Networks with single layers of other widths and with residual blocks left out.
+"""Networks with single layers of other widths, with residual blocks left out, or with another momentum of BatchNorm.
 
-`Conv` and `Dense` ask `features` how many output channels they have, by the path that their parameters have. `Reshaped`
-answers while the network inside it runs, and passes over absent blocks. It adds nothing to the names of parameters.
+`Conv` and `Dense` ask `features` how many output channels they have, by the path that their parameters have. `BatchNorm`
+asks `norm_momentum`. `Reshaped` answers while the network inside it runs, and passes over absent blocks. It adds nothing
+to the names of parameters.
 """
 
 import contextvars
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +16,14 @@ from squeeze_jax.errors import UserError, nearest
 
 
 class _Shape(NamedTuple):
-    """The widths and absent blocks in force, by full paths, and the names that the running network has."""
+    """The widths, absent blocks and momentum in force, by full paths, and the names that the running network has."""
 
     widths: Mapping[str, int]
     absent: frozenset[str]
+    momentum: float | None
     layers: set[str]
     blocks: set[str]
+    norms: set[str]
 
 
 _shape = contextvars.ContextVar("shape", default=None)
@@ -49,13 +53,30 @@ def features(module: nn.Module, planned: int, *, fixed: bool = False) -> int:
     return width
 
 
+def norm_momentum(module: nn.Module, planned: float) -> float:
+    """Returns the momentum of a BatchNorm: that of the enclosing `Reshaped`, else the planned one.
+
+    Args:
+      module: the layer, bound.
+      planned: its momentum by the network's options.
+    """
+    shape = _shape.get()
+    if shape is None:
+        return planned
+    shape.norms.add("/".join(module.path))
+    return planned if shape.momentum is None else shape.momentum
+
+
 def reshaped(
-    net: nn.Module, widths: Mapping[str, int], absent: Sequence[str]
+    net: nn.Module,
+    widths: Mapping[str, int],
+    absent: Sequence[str],
+    momentum: float | None = None,
 ) -> nn.Module:
-    """Returns the network with these widths and without these blocks; `net` itself if there are neither.
+    """Returns the network with these widths, without these blocks and with this momentum; `net` itself if none is set.
 
     Raises:
-      UserError: a width that is not a positive integer, or a block that is named twice.
+      UserError: a width that is not a positive integer, a block that is named twice, or a momentum outside [0, 1).
     """
     for name, width in widths.items():
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
@@ -63,13 +84,15 @@ def reshaped(
     for name in absent:
         if list(absent).count(name) > 1:
             raise UserError(f"absent: {name} is there twice: name it once")
-    if not widths and not absent:
+    if momentum is not None and not 0 <= momentum < 1:
+        raise UserError(f"norm_momentum = {momentum} should lie in [0, 1)")
+    if not widths and not absent and momentum is None:
         return net
-    return Reshaped(net, tuple(sorted(widths.items())), tuple(absent))
+    return Reshaped(net, tuple(sorted(widths.items())), tuple(absent), momentum)
 
 
 class Reshaped(nn.Module):
-    """A network with other widths and without some blocks; its parameters have the names of the network's own.
+    """A network with other widths or another momentum, or without some blocks, under the same names of parameters.
 
     A block can be left out if its attribute `residual` is true: its output is its input plus a branch. Attributes that
     this module does not have are those of the network.
@@ -78,11 +101,13 @@ class Reshaped(nn.Module):
       net: the network by its options.
       widths: (path, output channels) of `Conv`s and `Dense`s.
       absent: paths of the blocks that are left out.
+      momentum: of every `BatchNorm`, instead of its own.
     """
 
     net: nn.Module
     widths: tuple[tuple[str, int], ...] = ()
     absent: tuple[str, ...] = ()
+    momentum: float | None = None
 
     def setup(self):
         nn.share_scope(self, self.net)
@@ -91,7 +116,8 @@ class Reshaped(nn.Module):
         """Returns what the network returns.
 
         Raises:
-          UserError: while parameters are initialized: a layer or a block that the network does not have.
+          UserError: while parameters are initialized: a layer or a block that the network does not have, or a momentum
+            for a network without BatchNorm.
         """
         shape = self._shape()
         token = _shape.set(shape)
@@ -115,9 +141,11 @@ class Reshaped(nn.Module):
         widths = {self._name(name): width for name, width in self.widths}
         absent = frozenset(map(self._name, self.absent))
         if outer is None:
-            return _Shape(widths, absent, set(), set())
+            return _Shape(widths, absent, self.momentum, set(), set(), set())
         return outer._replace(
-            widths={**widths, **outer.widths}, absent=absent | outer.absent
+            widths={**widths, **outer.widths},
+            absent=absent | outer.absent,
+            momentum=self.momentum if outer.momentum is None else outer.momentum,
         )
 
     @nn.nowrap
@@ -140,6 +168,10 @@ class Reshaped(nn.Module):
 
     @nn.nowrap
     def _check(self, shape: _Shape) -> None:
+        if self.momentum is not None and not shape.norms:
+            raise UserError(
+                f"norm_momentum = {self.momentum}: the network has no BatchNorm; leave it out"
+            )
         for what, names, known in (
             ("block", map(self._name, self.absent), shape.blocks),
             ("layer", [self._name(name) for name, _ in self.widths], shape.layers),
@@ -157,4 +189,7 @@ class Reshaped(nn.Module):
         except AttributeError:
             if name.startswith("__") or "net" not in self.__dict__:
                 raise
-        return getattr(self.net, name)
+        value = getattr(self.net, name)
+        if name == "initial_carry":  # it is as wide as the layers
+            return functools.partial(value, widths=dict(self.widths))
+        return value

@@ -105,7 +105,13 @@ def make(
 
         return tree.map_named(masked, params)
 
-    return methods.Update(optax.GradientTransformationExtraArgs(init, update), project)
+    def metrics(params, state):
+        zeros = [jnp.sum(~mask) for mask in state.masks.values()]
+        count = sum(mask.size for mask in state.masks.values())
+        return {"sparsity": jnp.float32(sum(zeros)) / count}
+
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return methods.Update(tx, project, metrics, until=end)
 
 
 def schedule(

@@ -121,6 +121,7 @@ def make(
         init=init,
         state=state if activation_bits else None,
         integer=True,
+        until=start,
     )
 
 

@@ -7,7 +7,6 @@ sharding and catches what a file system does not.
 
 import contextlib
 import logging
-import math
 import pathlib
 import shutil
 import sys
@@ -17,23 +16,30 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 
 from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS
+from squeeze_jax.nn.norm import SHARES
 from squeeze_jax.ranges import Count
 from squeeze_jax.train import forward
+from squeeze_jax.train.scores import Scores
 from squeeze_jax.train.state import State
 
-for noisy in ("absl", "orbax"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+for noisy in (
+    "absl",
+    "orbax",
+):  # what they report as errors of a damaged file comes as an exception too
+    logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 # Until methods of all plug points could own parameters, those of the losses stood under this name.
 _OBJECTIVE = "objective"
+
+_BESIDE = 2**18  # bytes of descriptions beside a state's arrays
 
 Like = State | Callable[[Mapping[str, Any]], State]
 
@@ -50,6 +56,18 @@ class Restored(NamedTuple):
     state: State
     position: int
     note: Mapping[str, Any] = {}
+
+
+class _Kept(NamedTuple):
+    """Orbax' question which checkpoints to keep, as a function of their steps."""
+
+    of: Callable[[Sequence[int]], set[int]]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = [each.step for each in checkpoints]
+        kept = self.of(steps)
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -70,26 +88,16 @@ class Checkpoints:
         Args:
           directory: where they live, one sub-directory a step.
           keep: how many of the newest to keep, at least 1.
-          best: the score of evaluations whose best value is kept besides; one that is not a number is never the best.
+          best: the score of evaluations whose best checkpoint is kept besides; one that is not finite is never the best.
           lowest: whether the lowest value is the best, as of a loss; else the highest is.
           use: which of them a trained network is: the newest, or the best by `best`. Training always goes on from the
             newest.
           read_only: for a look while another process may be saving there.
         """
         self._use, self._best, self._read_only = use, best, read_only
-        self._sign = -1.0 if lowest else 1.0
+        self._keep = keep
         self.directory = files.path(directory).absolute()
-        newest = policies.LatestN(keep)
-
-        def score(metrics):
-            value = self._sign * float(metrics[best])
-            return value if math.isfinite(value) else -math.inf
-
-        highest = policies.BestN(
-            get_metric_fn=score,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._scores = Scores(self.directory, best, lowest=lowest)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
@@ -97,8 +105,7 @@ class Checkpoints:
                 "note": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([newest, highest]),
-                best_fn=score,  # makes Orbax write the metrics down
+                preservation_policy=_Kept(self._kept),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
@@ -108,12 +115,34 @@ class Checkpoints:
         """The steps that have a complete checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """Returns which of these steps are kept: the newest ones and the best."""
+        return {*sorted(steps)[-self._keep :], self._scores.best(steps)} & set(steps)
+
+    def scored(self, step: int) -> bool:
+        """Whether the state of a step was evaluated."""
+        return step in self._scores
+
+    def score(self, step: int, scores: Mapping[str, float]) -> None:
+        """Records how the saved state of a step was evaluated, and removes what is the best no longer.
+
+        Raises:
+          UserError: the scores cannot be written down.
+        """
+        self.wait()
+        steps = self.steps()
+        if jax.process_index() == 0:
+            self._scores.record(step, scores, steps)
+        else:
+            self._scores.remember(step, scores)
+        for old in set(steps) - self._kept(steps):
+            self._manager.delete(old)
+
     def save(
         self,
         state: State,
         position: int,
         config: dict,
-        metrics: dict[str, float] | None = None,
         note: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts saving; returns as soon as the arrays are copied off the devices' way.
@@ -122,19 +151,22 @@ class Checkpoints:
           state: what to save.
           position: examples consumed in this phase.
           config: of the run.
-          metrics: scores of an evaluation of this state.
           note: more to remember, such as {"phase": 0, "options": {...}}.
+
+        Raises:
+          DiskFull: there is no space for it; names the last good checkpoint.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._check_space(step, state)
         note = {
             "position": position,
             "config": config,
             "checksums": checksums(_to_dict(state)),
             **(note or {}),
         }
-        with warnings.catch_warnings():
+        with self._writing(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Orbax warns of its own deprecations
             saved = self._manager.save(
                 step,
@@ -142,17 +174,44 @@ class Checkpoints:
                     state=ocp.args.StandardSave(_to_dict(state)),
                     note=ocp.args.JsonSave(note),
                 ),
-                metrics=metrics,
             )
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk under its final name."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    def _check_space(self, step: int, state: State) -> None:
+        """Raises `DiskFull` where a state does not fit; a save that runs out of space in the middle leaves much behind."""
+        arrays = sum(x.nbytes for x in jax.tree.leaves(_to_dict(state)))
+        if shutil.disk_usage(self.directory).free < arrays + _BESIDE:
+            raise self._full(f"step {step}, {(arrays + _BESIDE) / 1e6:.1f} MB")
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # Orbax' own, of many kinds
+            if files.is_full(error):
+                raise self._full("a step") from None
+            raise
+
+    def _full(self, what: str) -> files.DiskFull:
+        saved = self.steps()
+        good = (
+            f"the checkpoint of step {saved[-1]} is whole"
+            if saved
+            else "none was saved"
+        )
+        return files.DiskFull(
+            f"cannot save {what}: no space left in {self.directory}; {good}: make space and run the same command again"
+        )
 
     def trained(self, like: Like) -> Restored | None:
         """Restores the checkpoint that the trained network is, as `use` says; else as `restore`."""
@@ -163,18 +222,13 @@ class Checkpoints:
         """Returns the step of the best checkpoint; None if the newest is to be used."""
         if self._use == "newest":
             return None
-        scores = {step: self._manager.metrics(step) for step in self.steps()}
-        scores = {
-            step: self._sign * m[self._best]
-            for step, m in scores.items()
-            if self._best in (m or {}) and math.isfinite(m[self._best])
-        }
-        if not scores:
+        best = self._scores.best(self.steps())
+        if best is None:
             raise UserError(
                 f"no checkpoint in {self.directory} was evaluated with a finite {self._best}: set config.eval_every, or"
                 " config.checkpoint.use='newest'"
             )
-        return max(scores, key=scores.get)
+        return best
 
     def note(self) -> Mapping[str, Any] | None:
         """Returns the note of the checkpoint that holds the trained network; None if none can be read."""
@@ -303,6 +357,9 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)["state"]
         if saved is None:
             raise OSError("the state's description is missing")
+        # Earlier versions did not count the batches in running statistics.
+        uncounted = SHARES not in (saved.get("extra") or {})
+        expected, counted = _without_shares(expected) if uncounted else (expected, {})
         self._check_fit(step, expected, _renamed(dict(saved)))
         old = _OBJECTIVE in saved["params"]
         if old:
@@ -318,6 +375,9 @@ class Checkpoints:
         ]
         if wrong:
             raise OSError(f"checksum of {wrong[0]} differs")
+        if counted:
+            whole = {SHARES: jax.tree.map(_one, counted)}
+            restored = restored | {"extra": restored.get("extra", {}) | whole}
         state = _from_dict(_renamed(restored), like)
         return Restored(state, note["position"], note)
 
@@ -335,6 +395,18 @@ class Checkpoints:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} does not fit the model: {'; '.join(problems[:3])}{more}"
             )
+
+
+def _without_shares(expected: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Splits a state's description into what earlier versions saved and the shares of batches in the statistics."""
+    extra = dict(expected.get("extra", {}))
+    counted = extra.pop(SHARES, {})
+    kept = {k: v for k, v in expected.items() if k != "extra"}
+    return kept | ({"extra": extra} if extra else {}), counted
+
+
+def _one(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(np.ones(shape.shape, shape.dtype), shape.sharding)
 
 
 def _params_first(part: str) -> tuple[bool, str]:

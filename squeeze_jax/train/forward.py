@@ -5,7 +5,8 @@ everywhere. Variables are a dict:
 
     params        the network's parameters, and under "methods" those that methods own
     batch_stats   running statistics of the normalisations
-    extra         the methods' own state, by name; may be absent
+    extra         the methods' own state, by name, and in training the shares of batches in batch_stats under
+                  "batch_shares", see `BatchNorm`; may be absent
     step          updates done so far; may be absent (a network that no method depends on)
 """
 
@@ -23,7 +24,7 @@ from squeeze_jax import tree
 from squeeze_jax.methods import METHODS, Forward, Own, Tap
 from squeeze_jax.nn.intercept import intercepting
 from squeeze_jax.nn.layer_norm import LayerNorm, NoNorm
-from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.norm import SHARES, BatchNorm
 
 # Layers whose parameters stay float32 in any dtype of the computation.
 NORMALISATIONS = (BatchNorm, LayerNorm, NoNorm)
@@ -97,20 +98,22 @@ def run(
     rngs = {}
     if key is not None:
         rngs = {"dropout": key, "sample": jax.random.fold_in(key, 1)}
+    counted = {SHARES: extra[SHARES]} if train and SHARES in extra else {}
     changes = {name: {} for name, f in network.forwards.items() if f.intercept}
     replace = functools.partial(_replaced, network.forwards, owns, changes)
     with intercepting(replace) if changes else contextlib.nullcontext():
         result, changed = network.model.apply(
-            {"params": params, "batch_stats": stats},
+            {"params": params, "batch_stats": stats, **counted},
             floats(inputs, network.dtype),
             train=train,
-            mutable=["batch_stats"] if train else [],
+            mutable=["batch_stats", *counted] if train else [],
             rngs=rngs,
             **options,
         )
     logits, endpoints = result
     if train:
         stats = changed.get("batch_stats", stats)
+        extra |= {name: changed[name] for name in counted}
         extra |= {k: extra[k] | change for k, change in changes.items() if change}
     after = {"batch_stats": stats, "extra": extra}
     return (floats(logits, jnp.float32), endpoints), after

@@ -1,5 +1,6 @@
 """Metrics of a run: a progress line for eyes, JSON lines for programs, TensorBoard for browsers."""
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -8,6 +9,7 @@ import time
 import tensorboardX
 
 from squeeze_jax import files
+from squeeze_jax.errors import UserError
 
 # What each record has, whatever the objective; it is not shown, or in a form of its own.
 EVERY_RECORD = ("loss", "grad_norm", "examples_per_s", "input_wait", "skipped")
@@ -93,10 +95,14 @@ class Log:
         if self.quiet:
             return
         phase = {"phase": self.phase} if self.phase else {}
-        self._file.write(json.dumps({"step": step, **phase, **record}) + "\n")
-        for key, value in record.items():
-            if isinstance(value, float):  # counts and checksums are for programs
-                self._board.add_scalar(key, value, step)
+        try:
+            self._file.write(json.dumps({"step": step, **phase, **record}) + "\n")
+            for key, value in record.items():
+                if isinstance(value, float):  # counts and checksums are for programs
+                    self._board.add_scalar(key, value, step)
+        except OSError as error:
+            kind = files.DiskFull if files.is_full(error) else UserError
+            raise kind(f"cannot write {self._file.name}: {error.strerror}") from None
         if self._live and not keep:
             print("\r\033[K" + text, end="", flush=True)
         else:
@@ -106,8 +112,9 @@ class Log:
         if not self.quiet:
             if self._live:
                 print()
-            self._file.close()
-            self._board.close()
+            for each in self._file, self._board:
+                with contextlib.suppress(OSError):  # a full disk was reported already
+                    each.close()
 
 
 def scores(record: dict[str, float]) -> str:
@@ -118,13 +125,16 @@ def scores(record: dict[str, float]) -> str:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The records of a `metrics.jsonl`; a last line cut short by a crash is dropped."""
+    """The records of a `metrics.jsonl`; those from a damaged line on are dropped."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # no JSON, or no text
             break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
     return records
 
 

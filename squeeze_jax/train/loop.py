@@ -3,7 +3,6 @@
 A run is one or more phases; `run` is called once for each.
 """
 
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from squeeze_jax import stop
 from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.log import Log
@@ -74,17 +74,20 @@ def run(
     Each record of training tells, in `examples_crc32`, which examples this process has seen since the one before: two
     runs that saw the same examples in the same order have the same records.
 
+    A state is saved before it is evaluated; an evaluation that fails loses no training.
+
     Raises:
       UserError: the loss is not finite; names the step and the last good checkpoint.
       Interrupted: SIGINT or SIGTERM came; everything is saved.
     """
     pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
-    begun, evaluated = int(state.step), None
+    begun = int(state.step)
 
-    def flush(at: int):
+    def flushed(at: int) -> dict[str, float]:
+        """The record of the pending steps, or {}; raises a UserError where they diverged."""
         nonlocal pending, waited, digest, since
         if not pending:
-            return
+            return {}
         means = _means(jax.device_get(pending), at - len(pending) + 1, checkpoints)
         spent = time.perf_counter() - since
         missing = len(pending) * (batch - means.pop("examples"))
@@ -96,13 +99,20 @@ def run(
         if learning_rate is not None:
             record["learning_rate"] = float(learning_rate(at - 1 - first))
         record["examples_crc32"] = digest
-        log.train(at, record)
         pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
+        return record
 
     def due(at: int, every: int) -> bool:
         return at == steps or (every > 0 and at % every == 0)
 
-    with _Signals() as signals:
+    def scored(at: int) -> None:
+        evaluated = evaluate(state)
+        log.evaluation(at, evaluated)
+        checkpoints.score(at, evaluated)
+
+    with stop.listening():
+        if begun > first and due(begun, eval_every) and not checkpoints.scored(begun):
+            scored(begun)  # the run ended between saving and evaluating
         for at in range(begun + 1, steps + 1):
             begin = time.perf_counter()
             rows = next(batches)
@@ -114,24 +124,26 @@ def run(
             if len(pending) > RUN_AHEAD:
                 jax.block_until_ready(pending[-1 - RUN_AHEAD])
             log.tick(at)
-            stop = signals.agreed(at % log_every == 0 or at == begun + 1)
-            if due(at, log_every) or due(at, eval_every) or due(at, save_every) or stop:
-                flush(at)
-            if due(at, eval_every):
-                evaluated = evaluate(state)
-                log.evaluation(at, evaluated)
-            if due(at, save_every) or due(at, eval_every) or stop:
-                fresh = evaluated if due(at, eval_every) else None
-                position = (at - first) * batch
-                checkpoints.save(state, position, config, fresh, note)
-            if due(at, eval_every) or due(at, save_every):
-                since = time.perf_counter()  # the next rate is of training alone
-            if stop:
+            number = _agreed(at % log_every == 0 or at == begun + 1)
+            saving = due(at, save_every) or due(at, eval_every) or number
+            if saving or due(at, log_every):
+                record = flushed(at)
+                try:
+                    if record:
+                        log.train(at, record)
+                finally:  # a full disk must not lose the training
+                    if saving:
+                        checkpoints.save(state, (at - first) * batch, config, note)
+            if number:
                 checkpoints.wait()
-                raise Interrupted(stop, at)
+                raise Interrupted(number, at)
+            if due(at, eval_every):
+                scored(at)
+            if saving:
+                since = time.perf_counter()  # the next rate is of training alone
         checkpoints.wait()
-        if stop := signals.agreed(meeting=True):  # during the last evaluation, say
-            raise Interrupted(stop, steps)
+        if number := _agreed(meeting=True):  # during the last evaluation, say
+            raise Interrupted(number, steps)
     return state
 
 
@@ -151,7 +163,12 @@ def evaluate(
       put: places a batch on the devices.
       score: see `metrics._metric.Metric`.
     """
-    found = jax.device_get([step(variables, put(batch)) for batch in batches])
+    found = []
+    for batch in batches:
+        if jax.process_count() == 1:
+            stop.check()
+        found.append(step(variables, put(batch)))
+    found = jax.device_get(found)
     sums = {k: _total([s[k] for s, _ in found]) for k in found[0][0]}
     rows = {
         k: np.concatenate([r[k][r["mask"]] for _, r in found])
@@ -194,32 +211,10 @@ def _means(
     return {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
 
 
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into a flag; the second SIGINT interrupts at once."""
-
-    def __enter__(self):
-        self.received = 0
-        self._old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._note)
-        except ValueError:  # not in the main thread: the caller handles signals
-            pass
-        return self
-
-    def __exit__(self, *exc):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def agreed(self, meeting: bool) -> int:
-        """The signal to stop for, the same on every process; several processes compare notes only at meetings."""
-        if jax.process_count() == 1:
-            return self.received
-        if not meeting:
-            return 0
-        return int(np.max(multihost_utils.process_allgather(np.int32(self.received))))
+def _agreed(meeting: bool) -> int:
+    """The signal to stop for, the same on every process; several processes compare notes only at meetings."""
+    if jax.process_count() == 1:
+        return stop.requested()
+    if not meeting:
+        return 0
+    return int(np.max(multihost_utils.process_allgather(np.int32(stop.requested()))))

@@ -114,9 +114,17 @@ def chain(transforms: Sequence[methods.Update]) -> methods.Update:
                 params = transform.project(params, state)
         return params
 
+    def metrics(params, states):
+        found = {}
+        for transform, state in zip(transforms, states, strict=True):
+            if transform.metrics is not None:
+                found |= transform.metrics(params, state)
+        return found
+
     tx = optax.chain(*(transform.tx for transform in transforms))
     changes = any(transform.project is not None for transform in transforms)
-    return methods.Update(tx, project if changes else None)
+    until = max((transform.until for transform in transforms), default=0)
+    return methods.Update(tx, project if changes else None, metrics, until)
 
 
 def _no_dead_keys(given: dict) -> None:

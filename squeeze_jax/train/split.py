@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from squeeze_jax import methods
+from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means, varying
+from squeeze_jax.nn.norm import SHARES
 from squeeze_jax.train.sharding import BATCH
 
 
@@ -122,7 +124,9 @@ def exchanged(compute: Callable, exchange: Named, first: int, mesh: Mesh) -> Cal
         varied = functools.partial(
             jax.tree.map, lambda w: jax.lax.pcast(w, BATCH, to="varying")
         )
-        params, stats = varied(params), stats | {"extra": varied(stats["extra"])}
+        # Running statistics are over all devices, and so are the shares of batches in them.
+        extra = {k: v if k == SHARES else varied(v) for k, v in stats["extra"].items()}
+        params, stats = varied(params), stats | {"extra": extra}
         own_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH))
         step = stats["step"]
         grads, stats, carry, metrics = compute(params, stats, carry, batch, own_key)
@@ -137,6 +141,7 @@ def exchanged(compute: Callable, exchange: Named, first: int, mesh: Mesh) -> Cal
             train=True,
         )
         grads, mine = method.exchange(grads, BATCH, own)
+        _check_shared(grads, name)
         mine = jax.tree.map(lambda x: x[None], mine)
         stats = {k: v for k, v in stats.items() if k != "step"}
         stats = jax.tree.map(_agreed, stats)
@@ -160,6 +165,15 @@ def exchanged(compute: Callable, exchange: Named, first: int, mesh: Mesh) -> Cal
         return grads, stats, carry, metrics
 
     return computed
+
+
+def _check_shared(grads, name: str) -> None:
+    """Raises a UserError for gradients that still differ between the devices."""
+    if any(varying.axes(g) for g in jax.tree.leaves(grads)):
+        raise UserError(
+            f"config.exchange: {name} returns gradients that differ between the devices: return their mean over the"
+            " devices, such as jax.lax.pmean(grads, axis_names)"
+        )
 
 
 def _agreed(x):

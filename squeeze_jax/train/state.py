@@ -11,6 +11,7 @@ import optax
 
 from squeeze_jax import tree
 from squeeze_jax.methods import METHODS
+from squeeze_jax.nn.norm import SHARES, shares
 
 
 class State(NamedTuple):
@@ -22,7 +23,8 @@ class State(NamedTuple):
       stats: running statistics of the normalisations, in float32; may be empty.
       opt: the state of the optax chain.
       ema: `{"params", "stats"}` averaged over the steps, or None.
-      extra: state that methods own, by name, or None; that of the exchange has a leading axis over the devices.
+      extra: state that methods own, by name, or None; that of the exchange has a leading axis over the devices. Under
+        "batch_shares" the shares of batches in `stats`, see `nn.norm.BatchNorm`.
       carry: what a recurrent network carries from batch to batch, [batch, ...], or None.
     """
 
@@ -100,6 +102,8 @@ def create(
         if jax.tree.leaves(state):
             extra[name] = _copies(state, owner.devices)
     owned = {name: value for name, value in owned.items() if jax.tree.leaves(value)}
+    if counted := shares(stats, begin.get("batch_stats")):
+        extra[SHARES] = counted
     if owned:
         params[METHODS] = _merged(owned, begin.get("params", {}).get(METHODS, {}))
     average = jax.tree.map(jnp.copy, {"params": params, "stats": stats})
@@ -187,7 +191,10 @@ def handed_over(before: State, fresh: State) -> tuple[State, list[str]]:
     extra = {
         name: continued(f"state of {name}", old.get(name), value)
         for name, value in (fresh.extra or {}).items()
+        if name != SHARES
     }
+    if counted := (fresh.extra or {}).get(SHARES):
+        extra[SHARES] = tree.overlaid(counted, old.get(SHARES, {}))
     carry = continued("carry", before.carry, fresh.carry)
     return (
         State(before.step, params, stats, opt, ema, extra or None, carry),

@@ -299,6 +299,8 @@ def _updated(state, computed, examples, key, update, ema, first):
         "grad_norm": optax.tree.norm(computed.grads),
         "examples": examples,
     }
+    if update.metrics is not None:
+        metrics |= update.metrics(params, opt)
     after = State(
         step=state.step + 1,
         params=params,

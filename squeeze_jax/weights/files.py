@@ -2,17 +2,18 @@
 
 import json
 import pickle
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import ml_dtypes
 import numpy as np
 
 from squeeze_jax import files as atomic
 from squeeze_jax.errors import UserError
+from squeeze_jax.weights import keras
 
 Arrays = dict[str, np.ndarray]
 # How a file begins that Git's extension for large ones left in a clone instead of the content.
@@ -35,33 +36,36 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def read(path: str | Path, notes: list[str] | None = None) -> Arrays:
-    """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin, .h5) says of which kind it is.
+def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> Arrays:
+    """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin, .h5, .keras) says of which kind it is.
 
     Args:
       path: of the file.
       notes: gets a line for what was unwrapped, such as the weights of a training checkpoint.
+      key: which of a PyTorch checkpoint's parts has the weights, such as "model_ema"; "" for the first that can.
 
     Raises:
       UserError: no such file, an unknown ending, a file that is damaged or was not fetched, or a checkpoint of something
         else than tensors by name; names the file.
     """
     path = atomic.path(path)
-    check(path)
+    check(path, key=key)
     try:
         with path.open("rb") as file:
             if file.read(len(_POINTER)) == _POINTER:
                 raise UserError(
                     f"weights file {path} is a pointer of Git LFS, not the weights: run git lfs pull where it was cloned"
                 )
+        notes = [] if notes is None else notes
         reader = _READERS[path.suffix]
-        return reader(path, notes) if reader is _torch else reader(path)
+        return reader(path, notes, key) if reader is _torch else reader(path, notes)
     except UserError:
         raise
     except (
         ValueError,
         KeyError,
         TypeError,  # a header of other types than it should have
+        AttributeError,  # likewise
         EOFError,
         OSError,
         MemoryError,  # a shape beyond all memory
@@ -74,8 +78,8 @@ def read(path: str | Path, notes: list[str] | None = None) -> Arrays:
         ) from error
 
 
-def check(path: str | Path) -> None:
-    """Raises a UserError for a file that is not there, or whose ending is unknown."""
+def check(path: str | Path, *, key: str = "") -> None:
+    """Raises a UserError for a file that is not there, whose ending is unknown, or that has no parts to choose by a key."""
     path = atomic.path(path)
     if path.suffix not in _READERS:
         raise UserError(
@@ -83,9 +87,14 @@ def check(path: str | Path) -> None:
         )
     if not path.is_file():
         raise UserError(f"no weights file {path}: check the path")
+    if key and _READERS[path.suffix] is not _torch:
+        raise UserError(
+            f"config.init.key = {key!r}: only PyTorch's checkpoints have parts, and {path} is none: leave it out"
+        )
 
 
-def _npz(path: Path) -> Arrays:
+def _npz(path: Path, notes: list[str]) -> Arrays:
+    del notes
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -94,8 +103,9 @@ def _npz(path: Path) -> Arrays:
         raise ValueError("it is no archive of plain arrays") from None
 
 
-def _safetensors(path: Path) -> Arrays:
+def _safetensors(path: Path, notes: list[str]) -> Arrays:
     """The length of the header (8 bytes), the header as JSON, the bytes of all tensors."""
+    del notes
     content = memoryview(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
     if start > len(content):
@@ -151,7 +161,7 @@ _WRAPPERS += ("model_ema", "state_dict_ema", "module")
 _WANTED = "it should be what a network's state_dict() gives; save that alone"
 
 
-def _torch(path: Path, notes: list[str] | None = None) -> Arrays:
+def _torch(path: Path, notes: list[str], key: str) -> Arrays:
     try:
         import torch
     except ImportError:
@@ -159,14 +169,19 @@ def _torch(path: Path, notes: list[str] | None = None) -> Arrays:
             f"reading {path} needs PyTorch: install it, or save the weights as .npz or .safetensors"
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # Its own message tells how to run the code in a file.
-        reason = "it is no checkpoint of tensors alone, and code in one is not run"
-        raise ValueError(reason) from None
+        with warnings.catch_warnings():  # of pickles that it then refuses
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # its own errors are of many kinds
+        # Some messages tell how to run the code in a file.
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise ValueError(
+                "it is no checkpoint of tensors alone, and code in one is not run"
+            ) from None
         raise ValueError(error) from error
-    state = _unwrapped(state, [] if notes is None else notes)
+    if key:
+        state = _part(state, key, path, notes)
+    state = _unwrapped(state, notes)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}: {_WANTED}")
     for name, value in state.items():
@@ -182,54 +197,42 @@ def _torch(path: Path, notes: list[str] | None = None) -> Arrays:
     }
 
 
+def _part(state: Any, key: str, path: Path, notes: list[str]) -> Any:
+    """Returns the part of a checkpoint that a key names, and notes what is left out."""
+    parts = state if isinstance(state, dict) else {}
+    parts = [str(k) for k, part in parts.items() if isinstance(part, dict)]
+    if key not in parts:
+        there = f"there is {', '.join(parts)}" if parts else "leave it out"
+        raise UserError(f"config.init.key = {key!r}: {path} has no such part: {there}")
+    _note(state, key, notes)
+    return state[key]
+
+
+def _note(state: Mapping[str, Any], key: str, notes: list[str]) -> None:
+    others = [str(other) for other in state if other != key]
+    left = f"; {', '.join(others)} left out" if others else ""
+    rivals = [k for k in _WRAPPERS if k != key and isinstance(state.get(k), dict)]
+    choice = f" (config.init.key = {rivals[0]!r} takes that)" if rivals else ""
+    notes.append(f"the weights are the checkpoint's {key!r}{left}{choice}")
+
+
 def _unwrapped(state: Any, notes: list[str]) -> Any:
     """Returns the weights inside of a training checkpoint, and notes what they were in and what is left out."""
     while isinstance(state, dict):
         wrappers = [k for k in _WRAPPERS if isinstance(state.get(k), dict)]
         if not wrappers:
             break
-        others = [str(key) for key in state if key != wrappers[0]]
-        left = f"; {', '.join(others)} left out" if others else ""
-        notes.append(f"the weights are the checkpoint's {wrappers[0]!r}{left}")
+        _note(state, wrappers[0], notes)
         state = state[wrappers[0]]
     return state
 
 
-def _hdf5(path: Path) -> Arrays:
-    """Reads datasets by their path; Keras' legacy layout repeats a layer's name, and ends names in ":0"."""
-    arrays = {}
-
-    def collect(group, path):
-        for key in group:
-            name = f"{path}{key}"
-            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-                raise ValueError(f"{name} is a link to another place")
-            item = group[key]
-            if isinstance(item, h5py.Group):
-                collect(item, f"{name}/")
-            elif item.external:
-                raise ValueError(f"{name} lies in another file")
-            elif item.size and not item.id.get_storage_size():
-                raise ValueError(f"{name} of shape {item.shape} is not stored")
-            else:
-                arrays[name.removesuffix(":0")] = np.asarray(item)
-
-    with h5py.File(path) as file:
-        collect(file.get("model_weights", file), "")
-    return {_once(name): array for name, array in arrays.items()}
-
-
-def _once(name: str) -> str:
-    """Removes a repeated first part: `conv1/conv1/kernel` becomes `conv1/kernel`."""
-    first, _, rest = name.partition("/")
-    return rest if rest.startswith(f"{first}/") else name
-
-
-_READERS: dict[str, Callable[[Path], Arrays]] = {
+_READERS: dict[str, Callable[..., Arrays]] = {
     ".npz": _npz,
     ".safetensors": _safetensors,
     ".pt": _torch,
     ".pth": _torch,
     ".bin": _torch,
-    ".h5": _hdf5,
+    ".h5": keras.hdf5,
+    ".keras": keras.archive,
 }

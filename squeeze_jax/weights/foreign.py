@@ -5,7 +5,8 @@ name and the order of axes are the same for every network of a framework, and sa
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,8 +24,8 @@ ENDINGS = {
     "embedding": (".weight",),
     "recurrent_kernel": (".recurrent_weight",),
 }
-# What carries no weights: PyTorch's counter of batches.
-NO_WEIGHTS = (r"\.num_batches_tracked$",)
+# What carries no weights: PyTorch's counter of batches, and the state of Keras' random numbers.
+NO_WEIGHTS = (r"\.num_batches_tracked$", r"(^|/)seed_generator")
 
 
 def fit(
@@ -38,7 +39,8 @@ def fit(
     """Returns variables as `like` with the values of `arrays`.
 
     Convolutions [out, in, kh, kw] become [kh, kw, in, out] and [out, in, k] [k, in, out]; matrices [out, in] become
-    [in, out], or [1, in, out] where the layer is a convolution of sequences.
+    [in, out], or [1, in, out] where the layer is a convolution of sequences. A 1x1 convolution becomes a matrix where the
+    layer is dense.
 
     Args:
       arrays: `{their name: array}`, such as a PyTorch state dict or what `files.read` returns.
@@ -63,9 +65,7 @@ def fit(
             problems["missing"].append(f"{ours} {tuple(leaf.shape)} needs {found}")
             return leaf
         used.add(theirs)
-        array = _our_layout(
-            np.asarray(arrays[theirs]), end, len(leaf.shape), channels_last, theirs
-        )
+        array = _our_layout(np.asarray(arrays[theirs]), end, leaf.shape, channels_last)
         if array.shape != tuple(leaf.shape):
             problems["of another shape"].append(
                 f"{ours} should be {tuple(leaf.shape)}, {theirs} is {array.shape}"
@@ -84,6 +84,75 @@ def fit(
     if any(problems.values()):
         raise UserError(_message(problems))
     return fitted
+
+
+def check_options(
+    names: str, options: Mapping[str, Any], *published: Mapping[str, Any]
+) -> None:
+    """Checks that a network computes as those did whose weights it gets, where the weights cannot show the difference.
+
+    Args:
+      names: whose weights, such as "keras".
+      options: the network's, such as {"padding": "symmetric", "epsilon": 1e-5}.
+      *published: the same of the published networks; several if there are several kinds.
+
+    Raises:
+      UserError: the options are of none of them; says which to set.
+    """
+    if any(all(options[k] == v for k, v in each.items()) for each in published):
+        return
+    wanted = [
+        " and ".join(f"config.model.{k} = {v!r}" for k, v in each.items())
+        for each in published
+    ]
+    own = " and ".join(f"{k} = {options[k]!r}" for k in published[0])
+    raise UserError(
+        f"config.init.names = {names!r}: the weights are of a network with other options than {own}: set {', or '.join(wanted)}"
+    )
+
+
+def present(
+    names: Mapping[str, str | tuple[str, ...]], arrays: Iterable[str]
+) -> dict[str, str]:
+    """Returns {our layer: their layer} where versions of a framework call a layer differently.
+
+    Args:
+      names: {our layer: their layer, or several names of it}.
+      arrays: the names of a file's arrays; they decide. A layer that none of them belongs to keeps its first name.
+    """
+    layers = {name.rpartition("/")[0] for name in arrays}
+    chosen = {}
+    for ours, theirs in names.items():
+        choices = (theirs,) if isinstance(theirs, str) else theirs
+        chosen[ours] = next((c for c in choices if c in layers), choices[0])
+    return chosen
+
+
+def without_biases(
+    arrays: Mapping[str, np.ndarray], like, names: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], int]:
+    """Subtracts the biases of convolutions that have none here from the running means of the normalisations after them.
+
+    A normalised output is the same: (w x + b - mean) / s = (w x - (mean - b)) / s. In training a batch's mean contains the
+    bias, which so has no effect.
+
+    Args:
+      arrays, like, names: as in `fit`; the normalisation after "conv1" is "conv1_norm".
+
+    Returns:
+      The arrays without these biases, and how many they were.
+    """
+    arrays, count = dict(arrays), 0
+    params = tree.flatten(like["params"])
+    for layer, theirs in names.items():
+        bias = _find(arrays, theirs, "bias")
+        mean = _find(arrays, names.get(f"{layer}_norm"), "mean")
+        if not (bias and mean) or f"{layer}/bias" in params:
+            continue
+        if arrays[bias].shape == arrays[mean].shape:
+            arrays[mean] = arrays[mean] - arrays.pop(bias)
+            count += 1
+    return arrays, count
 
 
 def state(
@@ -141,23 +210,26 @@ def misfit(
         name = _find(arrays, layer, end)
         if name is None:
             return f"the file has no {end} of {layer}"
-        array = _our_layout(np.asarray(arrays[name]), end, len(shape), channels_last, name)  # fmt: skip
+        array = _our_layout(np.asarray(arrays[name]), end, shape, channels_last)
         if array.shape != tuple(shape):
             return f"{name} is {array.shape}, should be {tuple(shape)}"
     return ""
 
 
 def _our_layout(
-    array: np.ndarray, end: str, axes: int, channels_last: bool, name: str
+    array: np.ndarray, end: str, shape: Sequence[int], channels_last: bool
 ) -> np.ndarray:
     if end not in ("kernel", "recurrent_kernel"):
         return array
-    if channels_last:
-        depthwise = name.endswith("/depthwise_kernel")
-        return array.swapaxes(2, 3) if depthwise and array.ndim == 4 else array
-    if array.ndim == 2 and axes == 3:
-        return array.T[None]
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    if not channels_last:
+        if array.ndim == 2 and len(shape) == 3:
+            return array.T[None]
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    elif array.ndim == len(shape) == 4 and array.shape[3] == shape[2] == 1:
+        array = array.swapaxes(2, 3)  # a depthwise kernel, [kh, kw, c, 1]
+    if array.ndim == 4 and len(shape) == 2 and array.shape[:2] == (1, 1):
+        return array[0, 0]
+    return array
 
 
 def _message(problems: Mapping[str, list[str]]) -> str:

@@ -1,7 +1,8 @@
 """Published weights for our networks: from a file of another project to {"params", "batch_stats"}.
 
 A model file maps its layers to those of a published checkpoint, one function for each naming: `torchvision_names(net)`,
-`timm_names(net)`, `keras_names(net)`, `caffe_names(net)`, all {our layer: their layer}.
+`timm_names(net)`, `keras_names(net)`, `caffe_names(net)`, all {our layer: their layer, or a tuple of names that versions
+of the framework gave it}. They raise a UserError for a network that pads or normalises differently from the published one.
 """
 
 import io
@@ -25,9 +26,20 @@ Names = Literal["torchvision", "timm", "keras", "caffe", "squeeze_jax"]
 OWN = "squeeze_jax"
 # What data-parallel training puts before each name.
 _PARALLEL = "module."
+# Statistics of Keras' layer Normalization, which stands before a network.
+_INPUTS = re.compile(r"^normalization(_\d+)?/(mean|variance|count)$")
 
 
-def check(path: str, names: str, model: str, module: types.ModuleType) -> None:
+def check(
+    path: str,
+    names: str,
+    model: str,
+    module: types.ModuleType,
+    net: nn.Module,
+    *,
+    key: str = "",
+    needed: bool = True,
+) -> None:
     """Checks what can be known without reading the weights.
 
     Args:
@@ -35,11 +47,16 @@ def check(path: str, names: str, model: str, module: types.ModuleType) -> None:
       names: whose names it has.
       model: the network's name, for errors.
       module: the network's file.
+      net: the network.
+      key: see `load`.
+      needed: whether the file has to exist; a run that continues from a checkpoint does not read it again.
 
     Raises:
-      UserError: no such file, an unknown ending, or names that the network has no map for.
+      UserError: no such file, an unknown ending, names that the network has no map for, or a network that computes
+        differently from the one whose weights they are.
     """
-    files.check(path)
+    if needed:
+        files.check(path, key=key)
     known = [
         each.removesuffix("_names")
         for each in vars(module)
@@ -49,6 +66,8 @@ def check(path: str, names: str, model: str, module: types.ModuleType) -> None:
         raise UserError(
             f"config.init.names = {names!r}: {model} knows the names of {', '.join([*sorted(known), OWN])}; choose one"
         )
+    if names != OWN:
+        getattr(module, f"{names}_names")(net)
 
 
 def load(
@@ -59,16 +78,18 @@ def load(
     like: Mapping[str, Any],
     *,
     under: str = "",
+    key: str = "",
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads a network's weights from a file.
 
     Args:
-      path: .safetensors, .pth, .pt, .bin, .npz or .h5; code in a file is never run.
+      path: .safetensors, .pth, .pt, .bin, .npz, .h5 or .keras; code in a file is never run.
       names: whose names the file has: "torchvision", "timm", "keras", "caffe", or "squeeze_jax" as `save` writes them.
       net: the network.
       module: its file, for the map of names and the classifier.
       like: {"params", "batch_stats"}, the shapes of its variables.
       under: what stands before each name in the file, such as "backbone".
+      key: which part of a PyTorch checkpoint has the weights, such as "model_ema"; "" for the first that can.
 
     Returns:
       {"params", "batch_stats"} as in `like`, but for a classifier of other classes; and a line for each thing that was
@@ -78,7 +99,7 @@ def load(
       UserError: the file cannot be read; missing, unexpected or misshapen arrays, the first of each by name.
     """
     lines = []
-    arrays, more = _unprefixed(files.read(path, lines))
+    arrays, more = _unprefixed(files.read(path, lines, key=key))
     lines += more
     if spoiled := [n for n, a in arrays.items() if not _finite(a)]:
         lines.append(f"{len(spoiled)} arrays are not finite, {spoiled[0]} first")
@@ -86,10 +107,21 @@ def load(
     lines += more
     if names == OWN:
         return _own(arrays, module, like, lines, path)
-    layers = getattr(module, f"{names}_names")(net)
+    layers = foreign.present(getattr(module, f"{names}_names")(net), arrays)
+    arrays, more = _without_inputs(arrays) if names == "keras" else (arrays, [])
+    lines += more
     arrays = {name: _comparable(array) for name, array in arrays.items()}
     like, ignored, more = _without_classifier(arrays, module, like, layers, names)
     lines += more
+    arrays, biases = foreign.without_biases(arrays, like, layers)
+    if biases:
+        lines.append(
+            f"{biases} biases of convolutions subtracted from the means of the normalisations after them"
+        )
+    if expected := getattr(module, "EXPECTS", {}).get(names):
+        lines.append(
+            f"the ImageNet weights of {names} expect {expected}: see docs/methods.md"
+        )
     counters = [n for n in arrays if n.endswith("num_batches_tracked")]
     if counters:
         lines.append(f"{len(counters)} counters of batches ignored")
@@ -156,6 +188,17 @@ def _under(arrays, under: str, path):
         )
     left = len(arrays) - len(inside)
     return inside, [f"{left} arrays outside of {start!r} left out"] if left else []
+
+
+def _without_inputs(arrays):
+    """Removes the statistics that a Keras network normalises its inputs with, and says what they are."""
+    inside = {n: a for n, a in arrays.items() if _INPUTS.match(n)}
+    lines = [
+        f"{name} = {np.ravel(array).tolist()} left out: config.data.mean and .std normalise the inputs"
+        for name, array in inside.items()
+        if not name.endswith("/count")
+    ]
+    return {n: a for n, a in arrays.items() if n not in inside}, lines
 
 
 def _comparable(array):

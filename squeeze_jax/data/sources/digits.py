@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from squeeze_jax.data.source import Example, Source
+from squeeze_jax.data.survey import Survey
 
 
 def make() -> Source:
@@ -28,6 +29,7 @@ def make() -> Source:
         channels=1,
         train=_Arrays("digits train", images[train], digits.target[train]),
         eval=_Arrays("digits eval", images[test], digits.target[test]),
+        survey=Survey(len(images), {(8, 8): len(images)}, grey=len(images)),
     )
 
 

@@ -1,23 +1,28 @@
 """A folder of image files, one folder a class.
 
 Two layouts: `root/train/CLASS/*.jpg` beside `root/test/CLASS/*.jpg` (or `val`, `validation`, `eval`), or `root/CLASS/*.jpg` of
-which a fixed share is held out for evaluation. Classes are numbered in the order of their sorted names.
+which a fixed share is held out for evaluation. Classes are numbered in the order of their sorted names. Hidden files and
+folders, and files that are no images by their suffix, are left out, counted and named. The images are grey if all are grey,
+otherwise in colour.
 """
 
 import dataclasses
+import functools
 import hashlib
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
+from squeeze_jax.data import photos, survey
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.ranges import PathStr, Rate
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif")
 EVAL_NAMES = ("test", "val", "validation", "eval")
+# Folders of these names, in upper or lower case, are splits and not classes.
+SPLIT_NAMES = (
+    *("train", "training", "val", "valid", "validation"),
+    *("dev", "eval", "evaluation", "test", "testing"),
+)
 
 
 def make(root: PathStr, holdout: Rate = 0.0) -> Source:
@@ -39,75 +44,116 @@ def make(root: PathStr, holdout: Rate = 0.0) -> Source:
             raise UserError(
                 f"config.data.source.holdout = {holdout}: {base} has its own split folders; leave holdout out"
             )
-        classes, train = _scan(base / "train")
-        second = next((n for n in EVAL_NAMES if (base / n).is_dir()), None)
-        if second is None:
-            raise UserError(
-                f"{base} has a train folder but no {' or '.join(EVAL_NAMES)} folder beside it"
-            )
-        found, test = _scan(base / second)
+        second = _second(base)
+        classes, train, notes = _scan(base, "train")
+        found, test, more = _scan(base, second)
+        notes += more
+        if unused := set(_splits(base)) - {"train", second}:
+            notes.append(f"not read: {', '.join(sorted(unused))} in {base}")
         for name in found:
             if name not in classes:
                 raise UserError(
                     f"{base / second / name}: class {name!r} is not in {base / 'train'}{nearest(name, classes)}"
                 )
     else:
+        _check_no_split(base)
         if not 0 < holdout < 1:
             raise UserError(
                 f"{base} has no train folder: add one, or hold out a share with config.data.source.holdout=0.1"
                 + (f" (it is {holdout}, not between 0 and 1)" if holdout else "")
             )
-        classes, files = _scan(base)
+        classes, files, notes = _scan(base, "")
         train = [f for f in files if _share(f) >= holdout]
         test = [f for f in files if _share(f) < holdout]
     for what, files in ("training", train), ("evaluation", test):
         if not files:
             raise UserError(f"{base}: no image is left for {what}")
+        present = {file[0] for file in files}
+        if absent := [name for name in classes if name not in present]:
+            notes.append(f"without an image for {what}: {photos.some(absent)}")
     label = {name: i for i, name in enumerate(classes)}
+    paths = [str(path) for _, _, path in train + test]
+    surveyed = survey.look(paths, functools.partial(open, mode="rb"))
     return Source(
         label_names=tuple(classes),
-        channels=_channels(train[0]),
+        channels=surveyed.channels,
         train=_Files(tuple((str(f), label[c]) for c, _, f in train)),
         eval=_Files(tuple((str(f), label[c]) for c, _, f in test)),
+        survey=surveyed,
+        notes=tuple(notes),
     )
 
 
-def _scan(base: Path) -> tuple[list[str], list[tuple[str, str, Path]]]:
-    """Returns the sorted class names and `(class, name inside the class, path)` of every image."""
+def _second(base: Path) -> str:
+    """Returns the name of the folder of the evaluation split."""
+    second = next((n for n in EVAL_NAMES if (base / n).is_dir()), None)
+    if second is None:
+        similar = [n for n in _splits(base) if n != "train"]
+        raise UserError(
+            f"{base} has a train folder but no {' or '.join(EVAL_NAMES)} folder beside it"
+            + (f": rename {similar[0]}" if similar else "")
+        )
+    return second
+
+
+def _check_no_split(base: Path) -> None:
+    """Raises a UserError if a folder has splits of other names than train, which would become classes."""
+    splits = _splits(base)
+    if splits:
+        raise UserError(
+            f"{base} has a folder {splits[0]}, a split and not a class: rename the splits to train and test, and leave"
+            " config.data.source.holdout out; or, if it is a class, put all class folders into"
+            f" {base / 'train'} and {base / 'test'}"
+        )
+
+
+def _splits(base: Path) -> list[str]:
+    folders = sorted(p.name for p in base.iterdir() if p.is_dir())
+    return [name for name in folders if name.lower() in SPLIT_NAMES]
+
+
+def _scan(
+    base: Path, split: str
+) -> tuple[list[str], list[tuple[str, str, Path]], list[str]]:
+    """Returns the sorted class names, `(class, name inside the class, path)` of every image, and lines of what is left out."""
+    place = base / split
+    listing = photos.listed(photos.walk(place))
     classes = sorted(
-        p.name for p in base.iterdir() if p.is_dir() and not p.name.startswith(".")
+        p.name for p in place.iterdir() if p.is_dir() and not photos.hidden(p.name)
     )
     if not classes:
-        raise UserError(f"{base} holds no folders: put each class's images in a folder")
-    files = []
-    for name in classes:
-        paths = sorted(
-            Path(folder, file)
-            for folder, _, found in os.walk(base / name, followlinks=True)
-            for file in found
-            if Path(file).suffix.lower() in SUFFIXES and not file.startswith(".")
+        raise UserError(
+            f"{place} holds no folders: put each class's images in a folder"
         )
-        if not paths:
+    if all(name.lower() in SPLIT_NAMES for name in classes):
+        raise UserError(
+            f"{place} holds splits and not classes ({', '.join(classes)}): move them up, or name the folder above them"
+        )
+    files, misplaced = [], []
+    for path in map(PurePosixPath, listing.images):
+        if len(path.parts) == 1:
+            misplaced.append(str(path))
+        else:
+            name = path.parts[0]
+            files.append((name, path.relative_to(name).as_posix(), place / path))
+    left_out = [*listing.left_out, *misplaced]
+    present = {file[0] for file in files}
+    for name in classes:
+        if name not in present:
+            others = [path for path in left_out if path.startswith(f"{name}/")]
             raise UserError(
-                f"{base / name} holds no images ({' '.join(SUFFIXES)}): fill or remove it"
+                f"{place / name} holds no images ({' '.join(photos.SUFFIXES)}): fill or remove it"
+                + (f" (it has {photos.describe(others)})" if others else "")
             )
-        files += [(name, p.relative_to(base / name).as_posix(), p) for p in paths]
-    return classes, files
+    notes = [f"left out in {place}: {photos.describe(left_out)}"] if left_out else []
+    return classes, files, notes
 
 
 def _share(file: tuple[str, str, Path]) -> float:
     """A fixed pseudo-random number in [0, 1) for a file of a class."""
-    digest = hashlib.sha256(f"{file[0]}/{file[1]}".encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64
-
-
-def _channels(file: tuple[str, str, Path]) -> int:
-    """1 for grey, 3 for anything else; an unreadable first image is met again, and named, when it is decoded."""
-    try:
-        with Image.open(file[2]) as image:
-            return 1 if image.mode in ("1", "L", "I;16") else 3
-    except OSError:
-        return 3
+    # A name that is no UTF-8 is hashed by its bytes.
+    name = f"{file[0]}/{file[1]}".encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,13 @@ A target is a PNG of one 8-bit channel: the class number of each pixel. 255 mark
 """
 
 import dataclasses
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import IO, Annotated
 
-from squeeze_jax.data.photos import SUFFIXES
+from squeeze_jax.data import photos, survey
 from squeeze_jax.data.source import IGNORED, Example, Source
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import PathStr, Range
@@ -28,7 +27,7 @@ def make(
     """Lists the images under `root` that a target belongs to.
 
     Args:
-      root: a folder, or a zip archive; `~` is expanded.
+      root: a folder, or a zip archive; `~` is expanded. Hidden and other files are left out, counted and named.
       classes: names of the classes in the order of their numbers, or a text file with one name per line.
       ignored: labels beside 255 that do not count, 0 to 255; the number of a class leaves that class out.
       train, eval: folders of the two splits; `annot` is appended for the folders of their targets.
@@ -43,21 +42,25 @@ def make(
             )
     files = Zip(root) if str(root).endswith(".zip") else Folder(root)
     splits = (train, eval)
-    listed = files.names()
-    pairs = {split: _pairs(files, listed, split) for split in splits}
+    names = files.names()
+    pairs = {split: _pairs(files, set(names), split) for split in splits}
+    images = [image for image, _ in pairs[train] + pairs[eval]]
+    surveyed = survey.look(images, files.open)
     return Source(
         label_names=_names(classes),
-        channels=3,
+        channels=surveyed.channels,
         train=_Pairs(files, pairs[train]),
         eval=_Pairs(files, pairs[eval]),
         ignored=(*ignored, IGNORED),
+        survey=surveyed,
+        notes=_notes(files, names, pairs),
     )
 
 
 def _names(classes: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         try:
-            lines = Path(classes).expanduser().read_text().splitlines()
+            lines = Path(classes).expanduser().read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"config.data.source.classes = {classes!r} is no text file with a name per line: {error}"
@@ -73,15 +76,14 @@ def _names(classes: str | Sequence[str]) -> tuple[str, ...]:
 
 def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
     """Returns (image, target) of every image of a split, sorted."""
-    images = sorted(
+    images = [
         name
-        for name in listed
+        for name in photos.listed(listed).images
         if PurePosixPath(name).parent == PurePosixPath(split)
-        and PurePosixPath(name).suffix.lower() in SUFFIXES
-    )
+    ]
     if not images:
         raise UserError(
-            f"{files.root} has no images in {split}/ ({' '.join(SUFFIXES)})"
+            f"{files.root} has no images in {split}/ ({' '.join(photos.SUFFIXES)})"
         )
     pairs = []
     for image in images:
@@ -92,6 +94,30 @@ def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
             )
         pairs.append((image, target))
     return tuple(pairs)
+
+
+def _notes(files, names: Sequence[str], pairs: dict[str, tuple]) -> tuple[str, ...]:
+    """Returns lines that count and name targets without an image, and what else is left out in the splits' folders."""
+    used = {name for split in pairs.values() for pair in split for name in pair}
+    targets = {PurePosixPath(f"{split}annot") for split in pairs}
+    folders = {PurePosixPath(split) for split in pairs} | targets
+
+    def concerns(name: str) -> bool:
+        path = PurePosixPath(name)
+        return bool(folders & set(path.parents)) or photos.hidden(path.parts[0])
+
+    listing = photos.listed(n for n in names if n not in used and concerns(n))
+    alone = [n for n in listing.images if PurePosixPath(n).parent in targets]
+    misplaced = [n for n in listing.images if PurePosixPath(n).parent not in targets]
+    others = [*listing.left_out, *misplaced]
+    notes = []
+    if alone:
+        notes.append(
+            f"left out in {files.root}: {len(alone)} target{'s' if len(alone) > 1 else ''} without an image ({photos.some(alone)})"
+        )
+    if others:
+        notes.append(f"left out in {files.root}: {photos.describe(others)}")
+    return tuple(notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +149,11 @@ class Folder:
                 f"config.data.source.root = {root!r} is neither a folder nor a zip archive"
             )
 
-    def names(self) -> set[str]:
-        return {
-            Path(folder, file).relative_to(self.root).as_posix()
-            for folder, _, files in os.walk(self.root, followlinks=True)
-            for file in files
-        }
+    def names(self) -> list[str]:
+        return photos.walk(self.root)
+
+    def open(self, name: str) -> IO[bytes]:
+        return open(self.root / name, "rb")
 
     def read(self, name: str) -> bytes:
         try:
@@ -153,13 +178,17 @@ class Zip:
         self.root = state["root"]
         self._open()
 
-    def names(self) -> set[str]:
-        return set(self._archive.namelist())
+    def names(self) -> list[str]:
+        return [name for name in self._archive.namelist() if not name.endswith("/")]
+
+    def open(self, name: str) -> IO[bytes]:
+        return self._archive.open(name)
 
     def read(self, name: str) -> bytes:
         try:
             return self._archive.read(name)  # zipfile locks the file among threads
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            # Encrypted files and unknown compressions are a RuntimeError.
             raise UserError(f"cannot read {name} in {self.root}: {error}") from None
 
     def _open(self):

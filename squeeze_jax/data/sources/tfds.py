@@ -13,7 +13,9 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from squeeze_jax import files
 from squeeze_jax.data.source import Example, Source
+from squeeze_jax.data.survey import Survey
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.ranges import PathStr
 
@@ -51,17 +53,32 @@ def make(
             f"{dataset} is not an image classification set: its features are {', '.join(features)}"
         )
     image, label = keys
+    splits = tuple(
+        _Records(_open(builder, split), image, label, f"{dataset} {split}")
+        for split in (train, eval)
+    )
     return Source(
         label_names=tuple(features[label].names),
         channels=3 if features[image].shape[-1] != 1 else 1,
-        train=_Records(_open(builder, train), image, label, f"{dataset} {train}"),
-        eval=_Records(_open(builder, eval), image, label, f"{dataset} {eval}"),
+        train=splits[0],
+        eval=splits[1],
+        survey=_survey(features[image].shape, sum(map(len, splits))),
     )
+
+
+def _survey(shape: tuple[int | None, ...], total: int) -> Survey:
+    """Counts the images by the (h, w, c) that the data set's metadata tell; None where it differs."""
+    height, width, channels = shape
+    sizes = {(width, height): total} if height and width else {}
+    grey = total if channels == 1 else 0
+    transparent = total if channels in (2, 4) else 0
+    return Survey(total, sizes, grey, total - grey, transparent)
 
 
 def find(dataset: str, data_dir: str) -> Path:
     """Returns the folder `data_dir/name[/config]/version` of a prepared data set, or raises a UserError that says what is there."""
     base = Path(data_dir).expanduser()
+    files.check_utf8(base, "config.data.source.data_dir")
     if not base.is_dir():
         raise UserError(
             f"config.data.source.data_dir = {data_dir!r} is not a folder: prepare {dataset} there, {_recipe(dataset, data_dir)}"

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.data import files, pipeline
+from squeeze_jax.data import answering, files, pipeline
 from squeeze_jax.data.text import Stream
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count, PathStr, Whole
@@ -305,26 +305,36 @@ class Contiguous:
         """Yields the perplexity of each text and the likeliest next tokens; reads only the end of a long text.
 
         Raises:
-          UserError: no text, an empty one, or tokens that the vocabulary lacks.
+          UserError: no text; after all answers, texts that are empty or have tokens that the vocabulary lacks.
         """
         if not given:
             raise UserError("the job predict needs texts: run.py --job=predict TEXT")
+        reasons = []
         for prompt in given:
-            if not prompt.strip():
-                raise UserError(
-                    f"{prompt!r} is an empty text: there is nothing to tell"
-                )
-            ids = self.words.encode(self.words.split(prompt), repr(prompt))[
-                -self.length :
-            ]
-            tokens = np.zeros((1, self.length), np.int32)
-            tokens[0, : len(ids)] = ids
-            logits = jnp.asarray(run({"tokens": tokens})[0, : len(ids)], jnp.float32)
-            shares = np.asarray(jax.nn.softmax(logits))
-            yield prompt
-            if len(ids) > 1:
-                losses = -np.log(shares[np.arange(len(ids) - 1), ids[1:]])
-                yield f"  perplexity {np.exp(losses.mean()):.1f} of {len(losses)} {self.words.level}"
-            best = np.argsort(-shares[-1], kind="stable")[:LIKELIEST]
-            names = (f"{self.words.tokens[i]!r} {shares[-1, i]:.1%}" for i in best)
-            yield "  next " + ", ".join(names)
+            ids, reason = answering.attempt(self._ids, prompt)
+            if not reason:
+                yield from self._told(prompt, ids, run)
+            elif len(given) > 1:
+                yield reason
+            reasons += [reason] if reason else []
+        answering.check(reasons, len(given), "text")
+
+    def _ids(self, prompt: str) -> np.ndarray:
+        """Returns the last tokens of a text, int [l], or raises a UserError."""
+        if not prompt.strip():
+            raise UserError(f"{prompt!r} is an empty text: there is nothing to tell")
+        ids = self.words.encode(self.words.split(prompt), repr(prompt))
+        return ids[-self.length :]
+
+    def _told(self, prompt: str, ids: np.ndarray, run: Callable) -> Iterator[str]:
+        tokens = np.zeros((1, self.length), np.int32)
+        tokens[0, : len(ids)] = ids
+        logits = jnp.asarray(run({"tokens": tokens})[0, : len(ids)], jnp.float32)
+        shares = np.asarray(jax.nn.softmax(logits))
+        yield prompt
+        if len(ids) > 1:
+            losses = -np.log(shares[np.arange(len(ids) - 1), ids[1:]])
+            yield f"  perplexity {np.exp(losses.mean()):.1f} of {len(losses)} {self.words.level}"
+        best = np.argsort(-shares[-1], kind="stable")[:LIKELIEST]
+        names = (f"{self.words.tokens[i]!r} {shares[-1, i]:.1%}" for i in best)
+        yield "  next " + ", ".join(names)

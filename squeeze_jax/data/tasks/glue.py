@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from squeeze_jax import registry
-from squeeze_jax.data import files, glue, text, tokens
+from squeeze_jax.data import answering, files, glue, text, tokens
 from squeeze_jax.data.text import Reader, Stream
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
@@ -259,24 +259,40 @@ class Glue:
         return Reader(found, self.length, self.buckets, self.tokenizer.pad or 0)
 
     def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
-        """The label of each text with its probability, or the number; texts are sentences, pairs "a ||| b", or files of
-        them, one a line."""
-        texts = [each for one in given for each in self._texts(one)]
-        if not texts:
+        """Yields the label of each text with its probability, or the number, or why a text has no answer.
+
+        Texts are sentences, pairs "a ||| b", or files of them, one a line.
+
+        Raises:
+          UserError: no text; after all answers, texts or files that have none.
+        """
+        tried = [each for word in given for each in self._texts(word)]
+        if not tried:
             form = f"'A SENTENCE. {BETWEEN} ANOTHER.'" if self._pair else "'A SENTENCE.'"  # fmt: skip
             raise UserError(
                 f"the job predict needs texts, or files of them: run.py --job=predict --workdir=DIR {form}"
             )
-        for begin in range(0, len(texts), PREDICTED):
-            some = texts[begin : begin + PREDICTED]
-            columns = tuple(list(column) for column in zip(*some, strict=True))
-            reader = self._reader(glue.Split(columns, None, {}))
-            reader = dataclasses.replace(reader, buckets=())
-            batch = next(reader.eval(len(some)))
-            batch = {name: batch[name].astype(np.int32) for name in text.READ}
-            logits = np.asarray(run(batch), np.float32)
-            for row, words in zip(logits, some, strict=True):
-                yield f"{self._said(row)}  {f' {BETWEEN} '.join(words)}"
+        reasons = [reason for _, reason in tried if reason]
+        if len(tried) == 1:
+            answering.check(reasons, 1, "text")
+        for begin in range(0, len(tried), PREDICTED):
+            some = tried[begin : begin + PREDICTED]
+            good = [words for words, reason in some if not reason]
+            rows = iter(self._logits(good, run) if good else ())
+            for words, reason in some:
+                yield (
+                    reason or f"{self._said(next(rows))}  {f' {BETWEEN} '.join(words)}"
+                )
+        answering.check(reasons, len(tried), "text")
+
+    def _logits(self, texts: Sequence[tuple[str, ...]], run: Callable) -> np.ndarray:
+        """Returns float32 [b, ...] of texts, one or two parts each."""
+        columns = tuple(list(column) for column in zip(*texts, strict=True))
+        reader = self._reader(glue.Split(columns, None, {}))
+        reader = dataclasses.replace(reader, buckets=())
+        batch = next(reader.eval(len(texts)))
+        batch = {name: batch[name].astype(np.int32) for name in text.READ}
+        return np.asarray(run(batch), np.float32)
 
     def _said(self, logits: np.ndarray) -> str:
         if not self.label_names:
@@ -286,26 +302,32 @@ class Glue:
         names = self.label_names
         return f"{names[best] if best < len(names) else f'class {best}'} {share:.1%}"
 
-    def _texts(self, given: str) -> Iterator[tuple[str, ...]]:
-        """The texts, one or two each, that a word of the command line stands for."""
-        lines = [given]
+    def _texts(self, given: str) -> list[tuple[tuple[str, ...] | None, str]]:
+        """Returns (parts, "") or (None, why it cannot be used) of each text that a word of the command line stands for."""
         try:
             is_file = Path(given).is_file()
         except OSError:  # a long sentence is no name of a file
             is_file = False
-        if is_file:
-            lines = files.text(Path(given)).split("\n")
-            if not any(line.strip() for line in lines):
-                raise UserError(f"{given} holds no text")
-        for number, line in enumerate(lines, 1):
-            if is_file and not line.strip():
-                continue
-            where = f"{given}:{number}" if is_file else repr(given)
-            between = BETWEEN if BETWEEN in line else "\t"
-            words = tuple(part.strip() for part in line.split(between))
-            if len(words) != len(self.kind.columns) or not all(words):
-                wanted = f"two, as 'a {BETWEEN} b'" if self._pair else "one"
-                raise UserError(
-                    f"{where}: {len([w for w in words if w])} texts where {self.task} takes {wanted}"
-                )
-            yield words
+        if not is_file:
+            return [answering.attempt(self._parts, given, repr(given))]
+        content, reason = answering.attempt(files.text, Path(given))
+        if not reason and not content.strip():
+            reason = f"{given} holds no text"
+        if reason:
+            return [(None, reason)]
+        return [
+            answering.attempt(self._parts, line, f"{given}:{number}")
+            for number, line in enumerate(content.split("\n"), 1)
+            if line.strip()
+        ]
+
+    def _parts(self, line: str, where: str) -> tuple[str, ...]:
+        """Returns the one or two texts of a line, or raises a UserError that names the line by `where`."""
+        between = BETWEEN if BETWEEN in line else "\t"
+        words = tuple(part.strip() for part in line.split(between))
+        if len(words) != len(self.kind.columns) or not all(words):
+            wanted = f"two, as 'a {BETWEEN} b'" if self._pair else "one"
+            raise UserError(
+                f"{where}: {len([w for w in words if w])} texts where {self.task} takes {wanted}"
+            )
+        return words

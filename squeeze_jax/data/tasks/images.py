@@ -9,10 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.data import mix, photos, pipeline, vision
-from squeeze_jax.data.normalise import check_normalisation, normalised
+from squeeze_jax.data import answering, mix, photos, pipeline, survey, vision
+from squeeze_jax.data.normalise import (
+    check_normalisation,
+    normalised,
+    per_channel,
+)
 from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.source import LABELS
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import (
@@ -34,8 +39,8 @@ def make(
     size: Pixels | tuple[Pixels, Pixels],
     *,
     channels: Literal[1, 3] | None = None,
-    mean: tuple[Finite, ...] = (0.5,),
-    std: tuple[Positive, ...] = (0.5,),
+    mean: Finite | tuple[Finite, ...] = 0.5,
+    std: Positive | tuple[Positive, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
     pad: Annotated[int, Range(0, 1024)] = 4,
     scale: tuple[Part, Part] = (0.08, 1.0),
@@ -55,7 +60,7 @@ def make(
     Args:
       source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "..."}.
       size: images become size x size pixels, or (height, width).
-      channels: 1 or 3; None keeps what the source has.
+      channels: 1 or 3; None keeps what the source has: 1 if all images are grey, otherwise 3.
       mean, std: of the pixels in units of 0..1, one number or one a channel; `normalise` gives (x / 255 - mean) / std.
       crop: of training images. "none": as for evaluation; "pad": the evaluation image, padded by `pad` black pixels on each
         side and cropped back at random; "random_resized": a crop of a random `scale` share of the original's area and an aspect
@@ -78,6 +83,15 @@ def make(
       UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
     """
     opened = open_source(source)
+    if opened.annotation != LABELS:
+        raise UserError(
+            f"config.data.source: {source['name']!r} has {opened.annotation} and no label per image: set config.data.name to"
+            " 'segmentation' for targets, 'detection' for boxes"
+        )
+    if len(opened.label_names) < 2:
+        raise UserError(
+            f"config.data.source has the one class {''.join(opened.label_names)!r}: a classifier needs two or more"
+        )
     view = vision.View(
         size=size,
         channels=channels or opened.channels,
@@ -89,6 +103,7 @@ def make(
         magnitude=magnitude,
         eval_resize=eval_resize,
     )
+    mean, std = per_channel(mean), per_channel(std)
     check_normalisation(mean, std, view.channels)
     for key, value in dict(
         mixup=mixup, cutmix=cutmix, workers=workers, threads=threads, cache_mb=cache_mb
@@ -103,12 +118,13 @@ def make(
         view=view,
         train_reader=train_reader,
         eval_reader=eval_reader,
-        mean=tuple(map(float, mean)),
-        std=tuple(map(float, std)),
+        mean=mean,
+        std=std,
         mixup=mixup,
         cutmix=cutmix,
         workers=workers,
         threads=threads,
+        notes=survey.notes(opened, view),
     )
 
 
@@ -135,6 +151,7 @@ class Images:
     cutmix: float
     workers: int
     threads: int
+    notes: tuple[str, ...] = ()  # lines of the plan before training
 
     @property
     def num_classes(self) -> int:
@@ -230,17 +247,36 @@ class Images:
         return photos.decode(image, self.view, name)
 
     def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
-        """The five likeliest labels of each image file, also in folders."""
-        files = photos.find(given)
-        images = [self.decode(path) for path in files]
+        """Yields the five likeliest labels of each image file, also in folders, or why it has no answer.
+
+        Raises:
+          UserError: no file; after all answers, files that have none.
+        """
+        files, left_out = photos.find(given)
+        yield from left_out
+        reasons = []
         for begin in range(0, len(files), PREDICTED):
-            some = slice(begin, begin + PREDICTED)
-            logits = jnp.asarray(run({"image": np.stack(images[some])}), jnp.float32)
-            probabilities = np.asarray(jax.nn.softmax(logits))
-            for path, row in zip(files[some], probabilities, strict=True):
+            some = files[begin : begin + PREDICTED]
+            tried = [answering.attempt(self.decode, path) for path in some]
+            reasons += [reason for _, reason in tried if reason]
+            if reasons and len(files) == 1:  # the error says it
+                break
+            good = [image for image, reason in tried if not reason]
+            rows = iter(self._probabilities(good, run) if good else ())
+            for path, (_, reason) in zip(some, tried, strict=True):
                 yield str(path)
+                if reason:
+                    yield f"  {reason}"
+                    continue
+                row = next(rows)
                 for label in np.argsort(-row)[:5]:
                     yield f"  {row[label]:6.1%}  {self.name(label)}"
+        answering.check(reasons, len(files), "image")
+
+    def _probabilities(self, images: Sequence[np.ndarray], run: Callable) -> np.ndarray:
+        """Returns float32 [b, num_classes] of decoded images."""
+        logits = jnp.asarray(run({"image": np.stack(images)}), jnp.float32)
+        return np.asarray(jax.nn.softmax(logits))
 
     def name(self, label: int) -> str:
         """A label's name; a network may have more classes than the data name."""

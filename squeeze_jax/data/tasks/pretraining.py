@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.data import documents, masking, pipeline, text, tokens
+from squeeze_jax.data import answering, documents, masking, pipeline, text, tokens
 from squeeze_jax.data.documents import Blocks, Examples, Pairs
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count, Finite, Part, PathStr, Share, Threads, Whole
@@ -251,29 +251,45 @@ class Pretraining:
         Of a text that is too long the end is left out, or the beginning where the question is what comes after it.
 
         Raises:
-          UserError: no text, an empty one, or one without a masked token.
+          UserError: no text; after all answers, texts that are empty or lack a masked token.
         """
         if not given:
             raise UserError("the job predict needs texts: run.py --job=predict TEXT")
+        reasons = []
         for each in given:
-            ids, _ = self.tokenizer.encode(each)
-            if not len(ids):
-                raise UserError(f"{each!r} is an empty text: there is nothing to tell")
-            row, segments = ids[-self.length :], np.zeros(self.length, np.int32)
-            if self.kind != "causal":
-                row, _ = self.tokenizer.single(ids, self.length)
-            if self.kind == "masked" and self.tokenizer.mask not in row:
-                mask = self.tokenizer.token(self.tokenizer.mask)
-                raise UserError(
-                    f"{each!r} has no {mask} within {self.length} tokens: write it where a token shall be found"
-                )
-            filled = np.full(self.length, self.tokenizer.pad or 0, np.int32)
-            filled[: len(row)] = row
-            attended = (np.arange(self.length) < len(row)).astype(np.int32)
-            batch = {"tokens": filled, "segments": segments, "attended": attended}
-            logits = run({key: array[None] for key, array in batch.items()})
-            yield each
-            yield from self._told(row, logits)
+            row, reason = answering.attempt(self._row, each)
+            if not reason:
+                logits = self._logits(row, run)
+                yield each
+                yield from self._told(row, logits)
+            elif len(given) > 1:
+                yield reason
+            reasons += [reason] if reason else []
+        answering.check(reasons, len(given), "text")
+
+    def _row(self, given: str) -> np.ndarray:
+        """Returns the tokens that the network reads of a text, int [l], or raises a UserError."""
+        ids, _ = self.tokenizer.encode(given)
+        if not len(ids):
+            raise UserError(f"{given!r} is an empty text: there is nothing to tell")
+        row = ids[-self.length :]
+        if self.kind != "causal":
+            row, _ = self.tokenizer.single(ids, self.length)
+        if self.kind == "masked" and self.tokenizer.mask not in row:
+            mask = self.tokenizer.token(self.tokenizer.mask)
+            raise UserError(
+                f"{given!r} has no {mask} within {self.length} tokens: write it where a token shall be found"
+            )
+        return row
+
+    def _logits(self, row: np.ndarray, run: Callable) -> Any:
+        """Returns what the network answers to one row of tokens, padded to the length of the data."""
+        filled = np.full(self.length, self.tokenizer.pad or 0, np.int32)
+        filled[: len(row)] = row
+        attended = (np.arange(self.length) < len(row)).astype(np.int32)
+        segments = np.zeros(self.length, np.int32)
+        batch = {"tokens": filled, "segments": segments, "attended": attended}
+        return run({key: array[None] for key, array in batch.items()})
 
     def _told(self, row, logits) -> Iterator[str]:
         if self.kind == "replaced":

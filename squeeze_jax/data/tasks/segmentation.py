@@ -3,6 +3,7 @@
 import colorsys
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -10,10 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from squeeze_jax.data import photos, pipeline, vision
-from squeeze_jax.data.normalise import check_normalisation, normalised
+from squeeze_jax.data import answering, photos, pipeline, survey, vision
+from squeeze_jax.data.annotations import Maps
+from squeeze_jax.data.normalise import (
+    check_normalisation,
+    normalised,
+    per_channel,
+)
 from squeeze_jax.data.pipeline import Batches
 from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.source import Source
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Finite, Part, Pixels, Positive, Range, Threads, Whole
@@ -27,8 +34,8 @@ def make(
     size: Pixels | tuple[Pixels, Pixels],
     *,
     channels: Literal[1, 3] | None = None,
-    mean: tuple[Finite, ...] = (0.5,),
-    std: tuple[Positive, ...] = (0.5,),
+    mean: Finite | tuple[Finite, ...] = 0.5,
+    std: Positive | tuple[Positive, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
     pad: Annotated[int, Range(0, 1024)] = 4,
     scale: tuple[Part, Part] = (0.08, 1.0),
@@ -59,7 +66,7 @@ def make(
     opened = open_source(source)
     if opened.ignored is None:
         raise UserError(
-            f"config.data.source: {source['name']!r} has one label per image, and segmentation needs targets: use pairs"
+            f"config.data.source: {source['name']!r} has {opened.annotation}, and segmentation needs targets: use pairs"
         )
     view = vision.View(
         size=size if isinstance(size, int) else tuple(size),
@@ -70,30 +77,40 @@ def make(
         flip=flip,
         eval_resize=eval_resize,
     )
+    mean, std = per_channel(mean), per_channel(std)
     check_normalisation(mean, std, view.channels)
     for key, value in dict(workers=workers, threads=threads, cache_mb=cache_mb).items():
         if value < 0:
             raise UserError(f"config.data.{key} = {value} should not be negative")
     if not 0 <= ignore <= 255:
         raise UserError(f"config.data.ignore = {ignore} should be 0 to 255")
+    maps = Maps(view, len(opened.label_names), (*opened.ignored, ignore))
     train_reader, eval_reader = readers(
         opened,
         view,
         workers=workers,
         cache_mb=cache_mb,
         corrupt=corrupt,
-        ignored=(*opened.ignored, ignore),
+        annotation=maps,
     )
     return Segmentation(
         label_names=opened.label_names,
         view=view,
         train_reader=train_reader,
         eval_reader=eval_reader,
-        mean=tuple(map(float, mean)),
-        std=tuple(map(float, std)),
+        mean=mean,
+        std=std,
         workers=workers,
         threads=threads,
+        notes=(*survey.notes(opened, view), *_ignored(opened, ignore)),
     )
+
+
+def _ignored(source: Source, ignore: int) -> tuple[str, ...]:
+    """Returns a line that names the classes whose pixels do not count."""
+    numbers = {*source.ignored, ignore}
+    names = [name for n, name in enumerate(source.label_names) if n in numbers]
+    return (f"classes that do not count: {', '.join(names)}",) if names else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +134,7 @@ class Segmentation:
     std: tuple[float, ...]
     workers: int
     threads: int
+    notes: tuple[str, ...] = ()  # lines of the plan before training
 
     @property
     def num_classes(self) -> int:
@@ -192,24 +210,63 @@ class Segmentation:
         """Writes each image's classes to NAME_classes.png beside it, and tells their shares of the pixels.
 
         The PNG has a palette, the class numbers as its pixels, and the size that the network sees.
+
+        Raises:
+          UserError: no file; after all answers, files that have none.
         """
-        for path in photos.find(files):
-            if path.name.endswith(ENDING):
-                continue
-            image = photos.decode(path, self.view)
-            labels = np.asarray(run({"image": image[None]}))[0].argmax(-1)
-            picture = Image.fromarray(labels.astype(np.uint8))
-            picture.putpalette(palette(self.num_classes))
-            written = path.with_name(path.stem + ENDING)
-            try:
-                picture.save(written)
-            except OSError as error:
-                raise UserError(f"cannot write {written}: {error.strerror}") from None
-            yield f"{path} -> {written}"
-            shares = np.bincount(labels.reshape(-1)) / labels.size
-            for label in np.argsort(-shares, kind="stable"):
-                if shares[label]:
-                    yield f"  {shares[label]:6.1%}  {self.name(label)}"
+        found, left_out = photos.find(files)
+        written = [path for path in found if path.name.endswith(ENDING)]
+        if written:
+            names = photos.some([str(path) for path in written])
+            left_out.append(f"left out: {len(written)} *{ENDING} files ({names})")
+        yield from left_out
+        paths = [path for path in found if path not in set(written)]
+        reasons, pictures = [], {}
+        for path in paths:
+            image, reason = answering.attempt(photos.decode, path, self.view)
+            if not reason:
+                logits = np.asarray(run({"image": image[None]}))[0]
+                arguments = (path, logits.argmax(-1), pictures)
+                lines, reason = answering.attempt(self._write, *arguments)
+            if not reason:
+                yield from lines
+            elif len(paths) > 1:
+                yield str(path)
+                yield f"  {reason}"
+            reasons += [reason] if reason else []
+        answering.check(reasons, len(paths), "image")
+
+    def _write(
+        self, path: Path, labels: np.ndarray, pictures: dict[Path, Path]
+    ) -> list[str]:
+        """Writes the classes of one image, int [h, w], and returns the lines about them.
+
+        Args:
+          path: the image.
+          labels: of its pixels.
+          pictures: {written file: its image}, which grows by this one.
+
+        Raises:
+          UserError: a file that cannot be written or that holds the classes of another image.
+        """
+        written = path.with_name(path.stem + ENDING)
+        if written in pictures:
+            raise UserError(
+                f"{written} holds the classes of {pictures[written]}: rename one of the images"
+            )
+        picture = Image.fromarray(labels.astype(np.uint8))
+        picture.putpalette(palette(self.num_classes))
+        try:
+            picture.save(written)
+        except OSError as error:
+            raise UserError(f"cannot write {written}: {error.strerror}") from None
+        pictures[written] = path
+        lines = [f"{path} -> {written}"]
+        shares = np.bincount(labels.reshape(-1)) / labels.size
+        for label in np.argsort(-shares, kind="stable"):
+            if shares[label]:
+                lines.append(f"  {shares[label]:6.1%}  {self.name(label)}")
+        return lines
 
     def name(self, label: int) -> str:
         """Returns a label's name; a network may have more classes than the data name."""

@@ -15,7 +15,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from squeeze_jax.data import answers, files, questions, spans, text, tokens
+from squeeze_jax.data import answering, answers, files, questions, spans, text, tokens
 from squeeze_jax.data.answers import SIDES, Answers, Best
 from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.spans import Cutter, Split
@@ -274,7 +274,8 @@ class Squad:
           run: see `pipeline.Data`.
 
         Raises:
-          UserError: fewer than two, a file that cannot be read, an empty document or question, or one too long.
+          UserError: fewer than two, a file that cannot be read, an empty document; after all answers, questions that are
+            empty or too long.
         """
         if len(given) < 2:
             raise UserError(
@@ -282,20 +283,36 @@ class Squad:
                 " run.py --job=predict --workdir=DIR FILE.txt 'Who …?'"
             )
         document, asked = _document(given[0]), [each.strip() for each in given[1:]]
-        for each, ids in zip(asked, self._encode(asked), strict=True):
-            if not 0 < len(ids) <= self.cutter.max_question:
-                raise UserError(
-                    f"the question {each!r} has {len(ids)} tokens: it should have 1 to config.data.max_question ="
-                    f" {self.cutter.max_question}"
-                )
-        ids = [str(number) for number in range(len(asked))]
-        rows = [Question(*row, 0, ()) for row in zip(ids, asked, strict=True)]
-        content = Questions([document], rows, self.version2)
-        split = self.cutter.split(content, [None] * len(rows))
-        found = self._read_off(split, _run(split.reader, run))
-        for question in rows:
-            yield question.text
-            yield from self._lines(found, question.id)
+        reasons = self._unfit(asked)
+        if len(asked) == 1:
+            answering.check([*reasons.values()], 1, "question")
+        rows = [
+            Question(str(number), each, 0, ())
+            for number, each in enumerate(asked)
+            if number not in reasons
+        ]
+        if rows:
+            content = Questions([document], rows, self.version2)
+            split = self.cutter.split(content, [None] * len(rows))
+            found = self._read_off(split, _run(split.reader, run))
+        for number, each in enumerate(asked):
+            yield each
+            if number in reasons:
+                yield f"  {reasons[number]}"
+            else:
+                yield from self._lines(found, str(number))
+        answering.check([*reasons.values()], len(asked), "question")
+
+    def _unfit(self, asked: Sequence[str]) -> dict[int, str]:
+        """Returns {index: why it has no answer} of the questions that are empty or too long."""
+        return {
+            number: f"the question {each!r} has {len(ids)} tokens: it should have 1 to config.data.max_question ="
+            f" {self.cutter.max_question}"
+            for number, (each, ids) in enumerate(
+                zip(asked, self._encode(asked), strict=True)
+            )
+            if not 0 < len(ids) <= self.cutter.max_question
+        }
 
     def _encode(self, texts):
         return self.cutter.tokenizer.encode_many(texts)

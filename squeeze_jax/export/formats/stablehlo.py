@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from squeeze_jax.errors import UserError
 from squeeze_jax.export.runnable import Runnable, Spec, named
 
 SUFFIX = ".stablehlo"
@@ -66,7 +67,14 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
     exported = export.deserialize(bytearray(Path(path).read_bytes()))
     (given,), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     alone = not isinstance(given, dict)
-    call = jax.jit(exported.call)
+    compiled = jax.jit(exported.call)
+
+    def call(x):
+        try:
+            return compiled(x)
+        except jax.errors.JaxRuntimeError as error:  # it is read at the first call
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be run as stablehlo: {reason}") from error
 
     def entry(x):
         return x[ALONE] if alone else dict(x)

@@ -10,11 +10,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from squeeze_jax.errors import UserError
 from squeeze_jax.export import process
 from squeeze_jax.export.runnable import Runnable, Spec, named
 
@@ -93,27 +95,39 @@ def flatbuffer(
 def load(path: str | Path, threads: int | None = None) -> Runnable:
     """Opens a float or an integer file in LiteRT's interpreter; integer inputs and outputs are (de)quantized here.
 
+    The first axis of all inputs and outputs is that of examples. A file whose tensors do not share a first axis, or have
+    none, runs once for each example; the shapes of its inputs and outputs are then whole.
+
     Args:
       path: the file.
       threads: CPU threads, all cores by default.
+
+    Raises:
+      UserError: an input or an output holds strings.
     """
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
     interpreter.allocate_tensors()
     entries, exits = signature(interpreter)
+    for name, each in (entries | exits).items():
+        if np.dtype(each["dtype"]).kind not in "biuf":
+            raise UserError(f"{path} cannot be run: {name} holds {each['dtype']}")
+    batched = shares_batch(entries, exits)
 
     def feed(x):
         for name, entry in entries.items():
-            interpreter.set_tensor(entry["index"], quantize(x[name], entry))
+            values = x[name] if batched else x[name][0]
+            interpreter.set_tensor(entry["index"], quantize(values, entry))
 
     def run(x):
         feed(x)
         interpreter.invoke()
-        return {
+        found = {
             name: dequantize(interpreter.get_tensor(e["index"]), e)
             for name, e in exits.items()
         }
+        return found if batched else {name: y[None] for name, y in found.items()}
 
     def timed(x):
         feed(x)
@@ -122,16 +136,21 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
     version = importlib.metadata.version("ai-edge-litert")
     shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
     inputs = {
-        name: Spec(shape[1:], real(entries[name])) for name, shape in shapes.items()
+        name: Spec(shape[batched:], real(entries[name]))
+        for name, shape in shapes.items()
     }
-    batch = next(iter(shapes.values()))[0]
+    batch = next(iter(shapes.values()))[0] if batched else 1
     return Runnable(inputs, batch, run, timed, f"ai-edge-litert {version}")
 
 
 def signature(interpreter) -> tuple[dict[str, dict], dict[str, dict]]:
-    """({name: details of an input}, {name: of an output}); a file without names has the inputs image and outputs logits."""
-    if interpreter.get_signature_list():
-        runner = interpreter.get_signature_runner()
+    """Returns ({name: details of an input}, {name: of an output}) of the graph that `Interpreter.invoke` runs.
+
+    The names are those of its signature. In a file without one, one input is called image and one output logits, and
+    several input_0, … and output_0, …
+    """
+    if at := signature_of(interpreter):
+        runner = interpreter.get_signature_runner(at[1])
         return runner.get_input_details(), runner.get_output_details()
     entries, exits = interpreter.get_input_details(), interpreter.get_output_details()
     if len(entries) == len(exits) == 1:
@@ -141,6 +160,25 @@ def signature(interpreter) -> tuple[dict[str, dict], dict[str, dict]]:
         {f"{side}_{i}": detail for i, detail in enumerate(details)}
         for side, details in sides
     )
+
+
+def signature_of(interpreter) -> tuple[int, str] | None:
+    """Returns (position in the file, name) of the first signature of the graph that `Interpreter.invoke` runs."""
+    mine = {each["index"] for each in interpreter.get_input_details()}
+    exits = {each["index"] for each in interpreter.get_output_details()}
+    for position, name in enumerate(interpreter.get_signature_list()):
+        runner = interpreter.get_signature_runner(name)
+        sides = runner.get_input_details(), runner.get_output_details()
+        if [{e["index"] for e in side.values()} for side in sides] == [mine, exits]:
+            return position, name
+    return None
+
+
+def shares_batch(entries: Mapping[str, Any], exits: Mapping[str, Any]) -> bool:
+    """Whether the first axis of all inputs and outputs is as long, as that of examples is."""
+    tensors = (*entries.values(), *exits.values())
+    first = {tuple(each["shape"])[:1] for each in tensors}
+    return len(first) == 1 and () not in first
 
 
 def real(detail) -> np.dtype:
