@@ -140,10 +140,10 @@ def load_config(config):
 
 
 def override(config, argument):
-    """Sets one key from `--config.a.b=value`; an integer in place of a name is an item of a tuple.
+    """Sets one key from `--config.a.b=value`; a number is a place in a tuple, as in `--config.phases.0.steps=40`.
 
-    What replaces a string is a string; other values are Python where they read as Python. None removes a key that cannot
-    be None.
+    What replaces a string is a string; other values are Python where they read as Python. None leaves a key out that
+    cannot be None.
     """
     from squeeze_jax.errors import UserError
     from squeeze_jax.jobs import _schemas
@@ -155,62 +155,43 @@ def override(config, argument):
     if not all(names):
         raise UserError(f"--config.{key}=... has an empty name between its dots")
     declared = _schemas.find(config, names) if text == "None" else None
-
-    def change(before):
-        return None if declared else value_of(key, text, before)
-
-    config.update(changed(config, names, change, f"--config.{key}"))
-    if declared and not declared.optional:
-        *sections, last = names
-        section = config[sections[0]] if sections else config
-        del section[last]
-        print(f"without    config.{key}, which falls back to {declared.fallback}")
+    placed(config, names, f"--config.{key}", text)
+    if declared is not None:
+        section = config[names[0]] if names[1:] else config
+        section[names[-1]] = None
+        if not declared.optional:
+            del section[names[-1]]
+            print(f"without    config.{key}, which falls back to {declared.fallback}")
 
 
-def changed(value, names, change, where):
-    """Returns a copy of a section or tuple in which the value of a key is `change(the one before)`.
-
-    Args:
-      value: the section or tuple.
-      names: of the key, from here on.
-      change: value before, or None → new value.
-      where: the key in an error.
-    """
+def placed(holder, names, flag, text):
+    """Sets the entry that names lead to; returns the section, which is a new one if it is a tuple."""
     from squeeze_jax.errors import UserError
 
     name, *rest = names
-    if isinstance(value, list | tuple):
-        index = int(name) if name.isascii() and name.isdigit() else len(value)
-        if index >= len(value):
-            valid = f"0 to {len(value) - 1}" if value else "none: the tuple is empty"
-            raise UserError(
-                f"{where}: {name} is no item of a tuple, whose items are {valid}"
-            )
-        items = list(value)
-        items[index] = changed_item(items[index], rest, change, where, name)
-        return tuple(items)
-    return {**value, name: changed_item(value.get(name), rest, change, where, name)}
+    if isinstance(holder, tuple | list):
+        if not name.isdecimal() or int(name) >= len(holder):
+            places = f"0 to {len(holder) - 1}" if holder else "none, it is empty"
+            raise UserError(f"{flag}: {name} is no place in a tuple: choose {places}")
+        items, at = list(holder), int(name)
+    elif isinstance(holder, dict):
+        items, at = holder, name
+        if rest:
+            items.setdefault(at, {})
+    else:
+        raise UserError(f"{flag}: {name} is no part of a value, only of a section")
+    if rest:
+        items[at] = placed(items[at], rest, flag, text)
+    else:
+        old = items.get(at) if isinstance(items, dict) else items[at]
+        items[at] = text if isinstance(old, str) else parsed(text, flag)
+    return items if isinstance(holder, dict) else type(holder)(items)
 
 
-def changed_item(before, names, change, where, name):
-    """Returns the item of a section or tuple, see `changed`."""
-    from squeeze_jax.errors import UserError
-
-    if not names:
-        return change(before)
-    if before is None:
-        before = {}
-    if not isinstance(before, dict | list | tuple):
-        raise UserError(f"{where}: {name} is a value, not a section")
-    return changed(before, names, change, where)
-
-
-def value_of(key, text, before):
-    """Returns the value that a text of the command line stands for; `before` is the value that it replaces, or None."""
+def parsed(text, flag):
+    """The value that a text reads as in Python, or the text."""
     from squeeze_jax.errors import UserError, shortened
 
-    if isinstance(before, str):
-        return text
     # Names of files that are no UTF-8 are escaped in their quotes: Python's parser takes UTF-8 only.
     escaped = text.encode(errors="backslashreplace").decode()
     try:
@@ -220,7 +201,7 @@ def value_of(key, text, before):
         return words.get(text.lower(), text)
     except (TypeError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"--config.{key}={shortened(text, 100)} is no value of Python ({error or 'too deep'})"
+            f"{flag}={shortened(text, 100)} is no value of Python ({error or 'too deep'})"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Paths from users that libraries can open, and writing a file so that a reader finds it whole, never a part."""
+"""Paths from users and for libraries, and writing a file so that a reader finds all of it or the one before it."""
 
 import contextlib
 import errno

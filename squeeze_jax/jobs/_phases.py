@@ -81,7 +81,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise UserError("missing key config.steps: add it to the config")
     if phases and steps not in (None, total(phases)):
         raise UserError(
-            f"config.steps = {steps}, but the steps of config.phases add up to {total(phases)}: set config.phases.0.steps and so on, and leave config.steps out"
+            f"config.steps = {steps}, but the steps of config.phases add up to {total(phases)}: leave it out"
+            ", and set config.phases.0.steps and so on"
         )
 
 

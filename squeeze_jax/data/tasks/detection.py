@@ -19,6 +19,7 @@ from squeeze_jax.data.reader import Reader, readers
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import (
+    Count,
     Finite,
     Part,
     Pixels,
@@ -34,7 +35,7 @@ def make(
     source: dict,
     size: Pixels | tuple[Pixels, Pixels],
     *,
-    max_boxes: Annotated[int, Range(1, 100000)] = 100,
+    max_boxes: Count = 100,
     min_visible: Share = 0.0,
     channels: Literal[1, 3] | None = None,
     mean: Finite | tuple[Finite, ...] = 0.5,
