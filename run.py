@@ -142,11 +142,11 @@ def load_config(config):
 def override(config, argument):
     """Sets one key from `--config.a.b=value`; a number is a place in a tuple, as in `--config.phases.0.steps=40`.
 
-    What replaces a string is a string; other values are Python where they read as Python. None leaves a key of the top
-    level out that cannot be None.
+    What replaces a string is a string; other values are Python where they read as Python. None leaves a key out that
+    cannot be None.
     """
     from squeeze_jax.errors import UserError
-    from squeeze_jax.jobs import _experiment
+    from squeeze_jax.jobs import _schemas
 
     key, equals, text = argument.removeprefix("--config.").partition("=")
     if not equals:
@@ -154,9 +154,14 @@ def override(config, argument):
     names = key.split(".")
     if not all(names):
         raise UserError(f"--config.{key}=... has an empty name between its dots")
+    declared = _schemas.find(config, names) if text == "None" else None
     placed(config, names, f"--config.{key}", text)
-    if len(names) == 1 and config[key] is None and not _experiment.may_be_none(key):
-        del config[key]
+    if declared is not None:
+        section = config[names[0]] if names[1:] else config
+        section[names[-1]] = None
+        if not declared.optional:
+            del section[names[-1]]
+            print(f"without    config.{key}, which falls back to {declared.fallback}")
 
 
 def placed(holder, names, flag, text):

@@ -5,7 +5,6 @@ end of an error's sentence, such as "should lie in [0, 1)", or "" for a value in
 """
 
 import math
-import os
 from typing import Annotated, NamedTuple
 
 INT32 = 2**31 - 1
@@ -103,8 +102,8 @@ class Usable(NamedTuple):
             return "should be a path, without the character 0"
         if not value.isprintable() and "\n" in value:
             return "should be a path of one line"
-        name = max(map(len, map(os.fsencode, value.split("/"))))
-        if name > 255 or len(os.fsencode(value)) > 4095:
+        encoded = value.encode(errors="surrogatepass")
+        if len(encoded) > 4095 or max(map(len, encoded.split(b"/"))) > 255:
             return "should be a path: names up to 255 bytes, 4095 in all"
         return ""
 

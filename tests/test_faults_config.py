@@ -451,3 +451,43 @@ def test_overrides_reach_into_tuples():
     )
     run.override(config, "--config.exchange=None")
     assert config["exchange"] is None
+
+
+def overridden(config, *arguments):
+    return run.overridden(config, [f"--config.{a}" for a in arguments])
+
+
+def test_none_removes_a_key_that_cannot_be_none(capsys):
+    config = dict(
+        data=dict(name="glue", task="mrpc", train="train"),
+        model=dict(name="squeezenet", variant="1.1", pools=()),
+        optim=dict(lr=0.1, clip=1.0),
+        steps=600,
+        objective={"name": "losses.span"},
+        export=dict(check=8),
+    )
+    changed = overridden(
+        config,
+        "phases=({'steps':40},)",
+        "steps=None",
+        "optim.clip=None",
+        "model.variant=None",
+        "model.pools=None",
+        "data.train=None",
+        "objective=None",
+        "export.check=None",
+    )
+    assert changed == dict(
+        data=dict(name="glue", task="mrpc", train=None),
+        model=dict(name="squeezenet", pools=None),
+        optim=dict(lr=0.1),
+        phases=(dict(steps=40),),
+        objective=None,
+        export={},
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "without    config.steps, which falls back to the sum over config.phases",
+        "without    config.optim.clip, which falls back to its default, 0.0",
+        "without    config.model.variant, which falls back to its default, '1.1'",
+        "without    config.export.check, which falls back to its default, 128",
+    ]

@@ -130,5 +130,5 @@ class TestFCN:
         for dilated, sizes in (1, (28, 14, 14)), (2, (28, 28, 28)):
             found = shapes(models.make("fcn", dilated=dilated), 224)
             assert tuple(found[f"stage{n}"] for n in (3, 4, 5)) == sizes
-        with pytest.raises(UserError, match="dilated = 3 should be 0, 1 or 2"):
+        with pytest.raises(UserError, match=r"dilated = 3 should lie in \[0, 2\]"):
             models.make("fcn", dilated=3)

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
         checkpoint=dict(keep=3),
         export=dict(formats=("stablehlo", "tflite"), check=8, calibration=8),
     )
-    built = _experiment.build(_experiment.check(_workdir.tuples(config)))
+    built = _experiment.build(_experiment.check(_workdir.canonical(config)))
     fit.run(built, root / "run")
     return root / "run", built
 

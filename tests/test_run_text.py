@@ -82,7 +82,7 @@ def config(place, **changes):
             made[key] = made[key] | value
         else:
             made[key] = value
-    return _workdir.tuples(made)
+    return _workdir.canonical(made)
 
 
 def build(place, **changes):
@@ -332,7 +332,7 @@ def test_a_student_is_evaluated_without_its_teacher(taught, place):
     given = config(place, **student((workdir,)), optim=optim)
     begun = {"init": {"folder": "gone"}, "distill": {"teachers": ({"folder": "gone"},)}}
     alone, *_ = _pretrained.alone(workdir, given | begun)
-    bare = _experiment.build(_experiment.check(_workdir.tuples(alone)))
+    bare = _experiment.build(_experiment.check(_workdir.canonical(alone)))
     assert bare.options == built.options
     assert_equal(leaves(bare, workdir), leaves(built, workdir))
 

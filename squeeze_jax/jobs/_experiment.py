@@ -13,7 +13,6 @@ Each section of the config is splatted into exactly one function, whose signatur
 import dataclasses
 import functools
 import pathlib
-import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -220,12 +219,6 @@ class Built:
             ema=self.experiment.ema > 0,
             carry_rows=self.experiment.batch if self.carries else 0,
         )
-
-
-def may_be_none(key: str) -> bool:
-    """Whether None is a value of a key of the config's top level."""
-    hints = typing.get_type_hints(Experiment, include_extras=True)
-    return key not in hints or not registry.fault(None, hints[key], key)
 
 
 def check(config: Mapping[str, Any]) -> Experiment:

@@ -45,7 +45,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             experiment = dataclasses.replace(built.whole, seed=seed)
             one = built.with_seed(seed)
             folder = _of(workdir, seed)
-            _workdir.begin(folder, _workdir.tuples(experiment.config()))
+            _workdir.begin(folder, _workdir.canonical(experiment.config()))
             trained = fit.to_the_end(one, folder, compiled)
             if trained.whole.phases:  # the best may be of another phase than the last
                 trained = _experiment.opened(folder, experiment.config())

@@ -21,6 +21,7 @@ from squeeze_jax.data.annotations import checked_boxes
 from squeeze_jax.data.source import Boxes, Example, Source
 from squeeze_jax.data.sources.pairs import Folder, Zip
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.ranges import PathStr
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,12 @@ LISTS = ("images", "categories", "annotations")
 
 
 def make(
-    root: str,
+    root: PathStr,
     *,
-    train: str = "annotations/instances_train2017.json",
-    train_images: str = "train2017",
-    eval: str = "annotations/instances_val2017.json",
-    eval_images: str = "val2017",
+    train: PathStr = "annotations/instances_train2017.json",
+    train_images: PathStr = "train2017",
+    eval: PathStr = "annotations/instances_val2017.json",
+    eval_images: PathStr = "val2017",
 ) -> Source:
     """Reads the annotations of both splits and checks them against the images that are there.
 
