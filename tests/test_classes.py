@@ -173,3 +173,22 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
         files = ["photos/test/aqua/0.png"] if job == "predict" else []
         with pytest.raises(UserError, match=words):
             run_py.main([f"--job={job}", "--workdir=run", *files])
+    for split in "train", "test":
+        shutil.move(f"photos/{split}/aqua", f"photos/{split}/red")
+    capsys.readouterr()
+    # Without the data predict answers as with them, and a float file is exported again.
+    shutil.move("photos", "moved")
+    run_py.main(["--job=predict", "--workdir=run", "moved/test/red/0.png"])
+    without = capsys.readouterr().out.splitlines()
+    assert "data       not opened: " in without[0]
+    moved = "--config.data.source.root=moved"
+    run_py.main(["--job=predict", "--workdir=run", moved, "moved/test/red/0.png"])
+    assert without[1:] == capsys.readouterr().out.splitlines()
+    run_py.main(["--job=export", "--workdir=run"])
+    assert "agreement" in capsys.readouterr().out
+    integer = "--config.export.formats=('tflite_int8',)"
+    with pytest.raises(UserError, match="tflite_int8 needs the run's images"):
+        run_py.main(["--job=export", "--workdir=run", integer])
+    with pytest.raises(UserError, match="photos"):
+        run_py.main(["--job=evaluate", "--workdir=run"])
+    run_py.main(["--job=evaluate", "--workdir=run", moved])

@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from squeeze_jax import files, models, registry, tree
+from squeeze_jax.data import Data
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _classes, _plugs
 from squeeze_jax.jobs._settings import tuples
@@ -253,7 +254,7 @@ def note(
     workdir: pathlib.Path,
     options: Mapping[str, Any],
     checkpoint: Mapping[str, Any],
-    classes: Sequence[str] = (),
+    source: Data | None = None,
 ) -> None:
     """Writes what others need to begin with a run's network or to learn from it.
 
@@ -261,10 +262,18 @@ def note(
       workdir: of the run.
       options: what `models.make` made the network of; checkpoints of later phases have options of their own.
       checkpoint: settings of `Checkpoints`.
-      classes: their names, by number.
+      source: the data.
     """
     noted = {"model": dict(options), "checkpoint": dict(checkpoint)}
-    noted["classes"] = list(classes)
+    if source is not None:
+        noted["classes"] = list(source.label_names)
+    if source is not None and source.label_names and source.reads == "images":
+        channels = source.example().shape[-1]
+        noted["source"] = dict(
+            name="absent", classes=noted["classes"], channels=channels
+        )
+        if source.metrics == "segmentation":
+            noted["source"]["ignored"] = []
     files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
 
 
@@ -282,6 +291,16 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not {"model", "checkpoint"} <= found.keys():
         raise UserError(f"{path} is of another version: run the job fit there again")
     return found
+
+
+def without_examples(
+    workdir: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Returns a run's config with noise in place of its images; None where a run does not know enough of them."""
+    source = (_noted(workdir) or {}).get("source")
+    if source is None or "source" not in config.get("data", {}):
+        return None
+    return dict(config) | {"data": dict(config["data"]) | {"source": dict(source)}}
 
 
 def check_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:

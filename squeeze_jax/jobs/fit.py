@@ -72,10 +72,9 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
         say(_plan.plan(built, workdir))
         given = {} if restored else built.given()
         if main:
-            classes = built.data.label_names
             if restored:
-                _pretrained.check_classes(workdir, classes)
-            _pretrained.note(workdir, built.options, settings, classes)
+                _pretrained.check_classes(workdir, built.data.label_names)
+            _pretrained.note(workdir, built.options, settings, built.data)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps and checkpoints.scored(start):
             say("trained    already, to the last step")
