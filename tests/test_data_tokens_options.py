@@ -1,0 +1,104 @@
+"""What stands beside a tokenizer.json counts as it does for transformers: the same ids for every option."""
+
+import json
+import shutil
+
+import pytest
+
+from squeeze_jax.data import tokens
+from squeeze_jax.errors import UserError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cafe", "café", "##s", "un", "##able", "北", "京", "北京", "a", "B", "b", "!", "##B", "<x>", "x"]  # fmt: skip
+TEXTS = (
+    "The Cafés",
+    "THE café unable",
+    "北京 a",
+    "a <x> B!",
+    "The cafe\u0301",
+    "[MASK] a x",
+    "  a  b ",
+)
+ADDED = dict(content="<x>", lstrip=False, rstrip=False, normalized=False)
+OPTIONS = (
+    {},
+    {"do_lower_case": False},
+    {"do_lower_case": True},
+    {"strip_accents": False},
+    {"strip_accents": True, "do_lower_case": False},
+    {"tokenize_chinese_chars": False},
+    {"do_basic_tokenize": False},
+    {"never_split": ["<x>"]},
+    {"unk_token": "a"},
+    {"cls_token": "B"},
+    {"sep_token": "!", "pad_token": "x"},
+    {"added_tokens_decoder": {"20": ADDED | dict(single_word=False, special=True)}},
+    {"additional_special_tokens": ["<x>"]},
+    {"extra_special_tokens": ["<x>"]},
+    {"model_max_length": 4},
+    {"add_prefix_space": True},
+    {"clean_up_tokenization_spaces": False},
+    {"wordpieces_prefix": "@@"},
+    {"padding_side": "left"},
+    {"tokenizer_class": "PreTrainedTokenizerFast"},
+    {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},
+    {"tokenizer_class": "TokenizersBackend", "do_lower_case": False, "unk_token": "a"},
+)
+LETTERS = [*"ab<>x", "Ġ", "Ġa", "ab", "<|endoftext|>", "<s>", "</s>", "<unk>", "<pad>", "<mask>"]  # fmt: skip
+
+
+def ids(tokenizer, text):
+    return tokenizer.single(tokenizer.encode_many([text])[0], 99)[0].tolist()
+
+
+def changed(folder, copy, options):
+    """A copy of a tokenizer's folder with other options."""
+    shutil.copytree(folder, copy)
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def bert(transformers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert") / "base"
+    vocabulary = {word: n for n, word in enumerate(WORDS)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_wordpieces(bert, transformers, tmp_path, options):
+    folder = changed(bert, tmp_path / "copy", options)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = tokens.load(folder)
+    for text in TEXTS:
+        assert ids(ours, text) == theirs(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("space", [True, False])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "RobertaTokenizer"])
+def test_bytes(transformers, tmp_path, kind, space):
+    gpt2 = kind == "GPT2Tokenizer"  # whose vocabulary has no other special token
+    known = [t for t in LETTERS if not gpt2 or t[1:-1] not in ("s", "/s")]
+    vocabulary = {token: n for n, token in enumerate(known)}
+    made = getattr(transformers, kind)(
+        vocab=vocabulary, merges=[("Ġ", "a"), ("a", "b")], add_prefix_space=not space
+    )
+    made.save_pretrained(tmp_path / "base")
+    options = {"add_prefix_space": space}
+    folder = changed(tmp_path / "base", tmp_path / "copy", options)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = tokens.load(folder)
+    for text in "ab a", " ab", "a <x> b":
+        assert ids(ours, text) == theirs(text)["input_ids"], text
+
+
+def test_what_a_tokenizer_cannot_follow_is_one_line(bert, tmp_path):
+    folder = changed(bert, tmp_path / "copy", {"do_lower_case": True})
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"do_lower_case = True, but tokenizer\.json keeps"
+    ):
+        tokens.load(folder)
