@@ -222,7 +222,8 @@ def main(argv=None):
     use = getattr(job, "RUN", "needs")
     if use == "needs":
         _workdir.same(workdir, config)
-        built = _experiment.opened(workdir, config)
+        examples = getattr(job, "EXAMPLES", True)
+        built = _experiment.opened(workdir, config, examples=examples)
     else:
         begun = use == "begins" and _pretrained.begun(workdir)
         built = _experiment.build(experiment, begun=begun)

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 import run
+from squeeze_jax import models
 from squeeze_jax.data import glue
 from squeeze_jax.errors import UserError
 
@@ -74,3 +75,8 @@ def test_a_colon_may_be_part_of_a_files_name(tmp_path):
     path = tmp_path / "a:b.py"
     path.write_text(BEGINS)
     assert run.load_config(path)["data"]["source"]["name"] == "digits"
+
+
+def test_a_key_called_options_is_unknown_as_any_other():
+    with pytest.raises(UserError, match=r"unknown key config\.model\.options"):
+        models.check({"name": "squeezenet", "options": 1})

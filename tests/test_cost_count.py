@@ -47,6 +47,67 @@ def test_a_transposed_convolution_counts_from_its_input():
     assert macs(run, ones(1, 5, 5, 3), ones(3, 3, 3, 4)).total == 25 * 3 * 9 * 4
 
 
+def patches(x, window, **options):
+    return jax.lax.conv_general_dilated_patches(
+        x, window, options.pop("strides", (1, 1)), "VALID", **options
+    )
+
+
+NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+@pytest.mark.parametrize(
+    ("window", "options"),
+    [
+        ((2, 2), {}),
+        ((3, 3), NHWC),
+        ((3, 2), {**NHWC, "strides": (2, 1), "rhs_dilation": (2, 2)}),
+        ((1, 1), NHWC),
+    ],
+)
+def test_patches_move_numbers_and_multiply_none(window, options):
+    """Neither do they in a gradient, which adds each number up where it came from; nor inside of a loop."""
+
+    def run(x):
+        return patches(x, window, **options)
+
+    def summed(x):
+        return (run(x) ** 2).sum()
+
+    def looped(x):
+        return jax.lax.scan(lambda _, x: (None, run(x)), None, x[None])[1]
+
+    for fn in run, jax.jit(run), summed, jax.grad(summed), looped:
+        assert macs(fn, ones(2, 9, 9, 6)) == (0, {}, ())
+
+
+def test_a_local_convolution_counts_its_product_alone():
+    """7x7 outputs of 5 channels, each the product of its own 3x3 window of 6 channels."""
+
+    def run(x, k):
+        return jax.lax.conv_general_dilated_local(
+            x, k, (1, 1), "VALID", (3, 3), dimension_numbers=NHWC["dimension_numbers"]
+        )
+
+    assert macs(run, ones(1, 9, 9, 6), ones(7, 7, 54, 5)).total == 49 * 54 * 5
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        lambda: jnp.ones((3, 3, 1, 6)),  # sums of windows are computed as products
+        lambda: 2 * jnp.eye(9).reshape(3, 3, 1, 9)[..., :6],
+        lambda: jnp.tri(9)[:, :6].reshape(3, 3, 1, 6),
+        lambda: jnp.tile(jnp.eye(3)[:, :, None, None], (1, 1, 1, 6)),
+    ],
+)
+def test_other_constant_kernels_count(kernel):
+    def run(x):
+        return conv(x, kernel(), groups=6, padding=0)
+
+    assert macs(run, ones(1, 9, 9, 6)).total == 49 * 9 * 6
+
+
 def test_products():
     assert macs(jnp.matmul, ones(2, 7, 3, 4), ones(2, 7, 4, 5)).total == 14 * 3 * 4 * 5
 

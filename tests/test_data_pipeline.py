@@ -333,11 +333,11 @@ def test_normalise():
         (dict(source="digits"), "config.data.source = 'digits' (str) should be dict"),
         (
             dict(source={}),
-            "config.data.source = {} lacks a name; choose from camvid, coco, digits",
+            "config.data.source = {} lacks a name; choose from absent, camvid, coco, digits",
         ),
         (
             dict(source={"name": "digit"}),
-            "unknown data source 'digit'; did you mean 'digits'? choose from camvid, coco, digits, ",
+            "unknown data source 'digit'; did you mean 'digits'? choose from absent, camvid, coco, digits, ",
         ),
         (
             dict(source={"name": "digits", "dir": "x"}),

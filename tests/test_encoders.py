@@ -137,7 +137,7 @@ def test_inputs_that_do_not_fit_are_named(name):
         run({"tokens": longer[:, :0]})
     with pytest.raises(UserError, match=r"array of integers \[b, l\], not float32"):
         run({"tokens": longer[:, :40].astype(np.float32)})
-    with pytest.raises(UserError, match=r"num_classes = 0: should be a positive num"):
+    with pytest.raises(UserError, match=r"num_classes = 0 should be at least 1"):
         run({"tokens": longer[:, :40]}, num_classes=0)
     with pytest.raises(UserError, match=r"mask has the shape \(1, 40\), tokens have"):
         run({"tokens": longer, "mask": longer[:, 1:]})

@@ -78,6 +78,8 @@ def shrink(notebook, values):
         for target in node.targets
     }
     assert values.keys() <= assigned
+    if not values:
+        return
     source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(source))
 
@@ -114,6 +116,8 @@ def test_runs_to_the_end(name, kernel, tmp_path, request):
         "JAX_PLATFORMS": "cpu",
         "IPYTHONDIR": str(tmp_path / "ipython"),
     }
+    if whole:  # as users run it
+        del environment["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     started_in = {"metadata": {"path": str(FOLDER)}}
     client = NotebookClient(
         notebook,

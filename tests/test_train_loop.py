@@ -3,6 +3,8 @@
 import contextlib
 import json
 import pathlib
+import subprocess
+import sys
 import types
 
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import log, loop
 from squeeze_jax.train.state import State
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Recorder:
@@ -203,6 +207,18 @@ def test_tensorboard_gets_the_numbers(tmp_path):
         (7, "examples_per_s"): 1.0,
         (7, "input_wait"): 0.25,
     }
+
+
+def test_logging_loads_no_pytorch_and_leaves_it_importable(tmp_path):
+    code = (
+        "import pathlib, sys; from squeeze_jax.train import log;"
+        f" log.Log(pathlib.Path({str(tmp_path)!r}), 1).close();"
+        " assert 'torch' not in sys.modules; import torch; print(torch.ones(2).sum())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.stdout == "tensor(2.)\n", ran.stderr
 
 
 @pytest.mark.parametrize(

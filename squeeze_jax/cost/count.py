@@ -3,7 +3,8 @@
 The rules, which give the published counts of torchvision's networks to the digit:
   * One MAC is one multiplication and one addition: two FLOPs.
   * Convolutions and matrix products count; normalisation, bias, activations, pooling and elementwise work do not.
-  * A convolution counts full windows, also where they reach into the padding.
+  * A convolution counts full windows, also where they reach into the padding; one that only moves numbers, as
+    `lax.conv_general_dilated_patches` does, counts nothing.
   * Loops count each iteration, a conditional its costliest branch, `jax.shard_map` the work of all its devices.
   * Every convolution is counted in its native form, whatever lowering the backend would choose.
 What cannot be counted (loops of unknown length, kernels and calls from outside JAX, factorizations) is named in
@@ -20,7 +21,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from squeeze_jax import tree
-from squeeze_jax.cost import program
+from squeeze_jax.cost import program, selection
 from squeeze_jax.cost.program import Operation
 
 
@@ -117,7 +118,7 @@ _KNOWN = PRODUCTS | _FREE | program.KERNELS
 def operation_macs(op: Operation) -> int:
     """Returns the MACs of an operation on one device."""
     if op.name == "conv_general_dilated":
-        return _conv(op.eqn)
+        return 0 if selection.selects(op) else _conv(op.eqn)
     return _dot(op.eqn) if op.name == "dot_general" else 0
 
 

@@ -87,7 +87,7 @@ def layers(
     for op, times, macs in program.runs(
         traced, lambda op: count.operation_macs(op) * op.devices
     ):
-        if op.name in count.PRODUCTS:
+        if op.name in count.PRODUCTS and macs:
             row = rows.get(op.layer, Layer(op.layer))
             left, right = op.inputs
             moved = sum(v.nbytes(wide(v)) for v in (left, right, *op.outputs))

@@ -54,11 +54,13 @@ class Value:
       shape, dtype: of the array.
       weights: names of the weights that it is made of, empty for a constant; None for an activation, which depends
         on the inputs.
+      source: of a constant that the program itself makes, the operation that does.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     weights: frozenset[str] | None = None
+    source: "Operation | None" = None
 
     def nbytes(self, bits: int | None) -> int:
         """Bytes at so many bits a floating-point number; integers, and all with None, have those of their dtype."""
@@ -231,6 +233,9 @@ def _flatten(jaxpr: core.Jaxpr, env: dict, scope: str, axes: Mapping, into: list
             into.append(Operation(name, layer, inputs, made, eqn, bodies, axes))
             if name in ("jit", "pjit"):
                 into[-1].name = eqn.params["name"]
+            if names == frozenset():
+                for value in made:
+                    value.source = into[-1]
         env.update(zip(eqn.outvars, made, strict=True))
 
 

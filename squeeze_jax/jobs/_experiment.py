@@ -176,6 +176,7 @@ class Built:
         abstract = self.abstract()
         params = forward.parameters(abstract.params)
         shapes = {"params": params, "batch_stats": abstract.stats}
+        init |= {"classes": self.data.label_names, "example": self.data.example()}
         return _pretrained.begin(self.begin, self.options, shapes, key, **init)
 
     def create(self, given: Mapping[str, Any] | None = None) -> states.State:
@@ -331,10 +332,27 @@ def build(
     return built
 
 
-def opened(workdir: pathlib.Path, config: Mapping[str, Any]) -> Built:
-    """Builds the experiment of a work directory in the phase, and with the network options, of its trained network."""
+def opened(
+    workdir: pathlib.Path, config: Mapping[str, Any], *, examples: bool = True
+) -> Built:
+    """Builds the experiment of a work directory in the phase, and with the network options, of its trained network.
+
+    Args:
+      workdir: of the run.
+      config: as it was begun, with changes of what is free.
+      examples: whether the data's examples are needed; if not, noise stands in for images that cannot be opened.
+    """
     config, phase, options = _pretrained.alone(workdir, config)
-    return build(check(config), phase, options)
+    try:
+        built = build(check(config), phase, options)
+    except UserError as error:
+        without = None if examples else _pretrained.without_examples(workdir, config)
+        if without is None:
+            raise
+        built = build(check(without), phase, options)
+        print(f"data       not opened: {error}; the classes are those of the run")
+    _pretrained.check_classes(workdir, built.data.label_names)
+    return built
 
 
 def _check_sections(e: Experiment) -> None:

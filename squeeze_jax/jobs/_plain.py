@@ -66,5 +66,5 @@ def write(
         note["forward"] = built.experiment.forward
         checkpoints.save(state, 0, built.whole.config(), note=note)
         checkpoints.wait()
-    _pretrained.note(workdir, built.options, settings)
+    _pretrained.note(workdir, built.options, settings, built.data)
     return built

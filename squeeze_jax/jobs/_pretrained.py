@@ -8,7 +8,7 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,8 +17,9 @@ import numpy as np
 from flax import traverse_util
 
 from squeeze_jax import files, models, registry, tree
+from squeeze_jax.data import Data
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _plugs
+from squeeze_jax.jobs import _classes, _plugs
 from squeeze_jax.jobs._settings import tuples
 from squeeze_jax.ranges import Layers, OptionalPath
 from squeeze_jax.train import forward
@@ -40,6 +41,7 @@ class Network(NamedTuple):
       where: how an error calls it.
       forwards: what changes it as it is run, sections of `config.forward`.
       first: the step at which its last phase began.
+      classes: names of the classes of its head, by number; None where nothing names them.
     """
 
     options: dict[str, Any]
@@ -47,6 +49,7 @@ class Network(NamedTuple):
     where: str
     forwards: tuple = ()
     first: int = 0
+    classes: tuple[str, ...] | None = None
 
     def as_run(self, model: nn.Module, example: Any, dtype: str) -> forward.Network:
         """Returns a module together with the methods that change how it is run."""
@@ -97,7 +100,8 @@ def find(
             f"{where} should name a folder of transformers or a workdir of an earlier run, one of them"
         )
     if folder:
-        return Network(models.options(folder), _folder_reader(folder), folder)
+        options, classes = models.options(folder), models.class_names(folder)
+        return Network(options, _folder_reader(folder), folder, classes=classes)
     noted = _noted(pathlib.Path(workdir))
     if noted is None:
         raise UserError(
@@ -111,6 +115,7 @@ def find(
         workdir,
         saved.get("forward", ()),
         saved.get("first", 0),
+        noted.get("classes"),
     )
 
 
@@ -249,6 +254,7 @@ def note(
     workdir: pathlib.Path,
     options: Mapping[str, Any],
     checkpoint: Mapping[str, Any],
+    source: Data | None = None,
 ) -> None:
     """Writes what others need to begin with a run's network or to learn from it.
 
@@ -256,8 +262,18 @@ def note(
       workdir: of the run.
       options: what `models.make` made the network of; checkpoints of later phases have options of their own.
       checkpoint: settings of `Checkpoints`.
+      source: the data.
     """
     noted = {"model": dict(options), "checkpoint": dict(checkpoint)}
+    if source is not None:
+        noted["classes"] = list(source.label_names)
+    if source is not None and source.label_names and source.reads == "images":
+        channels = source.example().shape[-1]
+        noted["source"] = dict(
+            name="absent", classes=noted["classes"], channels=channels
+        )
+        if source.metrics == "segmentation":
+            noted["source"]["ignored"] = []
     files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
 
 
@@ -275,6 +291,22 @@ def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not {"model", "checkpoint"} <= found.keys():
         raise UserError(f"{path} is of another version: run the job fit there again")
     return found
+
+
+def without_examples(
+    workdir: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Returns a run's config with noise in place of its images; None where a run does not know enough of them."""
+    source = (_noted(workdir) or {}).get("source")
+    if source is None or "source" not in config.get("data", {}):
+        return None
+    return dict(config) | {"data": dict(config["data"]) | {"source": dict(source)}}
+
+
+def check_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:
+    """Raises a UserError for data whose classes are not those that a run's network was trained on."""
+    noted = _noted(workdir) or {}
+    _classes.check_same(noted.get("classes"), names, str(workdir))
 
 
 def _options(saved: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,6 +374,8 @@ def begin(
     *,
     only: str = "",
     layers: tuple[int, ...] = (),
+    classes: Sequence[str] = (),
+    example: Any = None,
 ) -> dict[str, Any]:
     """The variables that a run begins with: of a trained network, where they fit; of another task's without its head.
 
@@ -352,9 +386,12 @@ def begin(
       key: for what of the head the trained network does not have.
       only: takes the parameters whose names this regular expression finds, and leaves the others as initialised.
       layers: takes these of the trained network's layers, counted from 1, as the first, second, …
+      classes: names of the data's classes; a trained head for the same classes is put into their order.
+      example: shapes of the network's inputs, for that.
 
     Raises:
-      UserError: parameters are missing or of other shapes, but for the head's; names the first.
+      UserError: parameters are missing or of other shapes, but for the head's, or a head for as many other classes; names
+        the first.
     """
     whole = not only and not layers
     given = network.plain(
@@ -366,6 +403,10 @@ def begin(
     if layers:
         given = given | {"params": _chosen(given["params"], layers, network.where)}
     head, fitted = _head(options["name"]), {}
+    if _takes_head(given["params"], shapes["params"], head, only):
+        given = given | {
+            "params": _in_order(network, given["params"], options, classes, example)
+        }
     for collection, wanted in shapes.items():
         have = tree.flatten(given.get(collection, {}))
         want = tree.flatten(wanted)
@@ -387,6 +428,29 @@ def begin(
                 )
         fitted[collection] = traverse_util.unflatten_dict(taken, sep="/")
     return fitted
+
+
+def _takes_head(given, wanted, head, only) -> bool:
+    """Whether a run begins with the whole head of a trained network."""
+    have, want = tree.flatten(given), tree.flatten(wanted)
+    names = [n for n in want if n.startswith(head) and (not only or re.search(only, n))]
+    return bool(names) and all(np.shape(have.get(n)) == want[n].shape for n in names)
+
+
+def _in_order(network, params, options, classes, example):
+    """The parameters with the head's classes in the order of the data's."""
+    if network.classes is None and classes:
+        print(
+            f"classes    {network.where} does not name its classes: its classifier is taken to be in the order of the data's"
+        )
+    remedy = "leave the head out by config.init.only, a regular expression over names"
+    places = _classes.order(network.classes, classes, network.where, remedy)
+    if places is None:
+        return params
+    print(
+        f"classes    the classifier of {network.where} is put into the order of the data"
+    )
+    return _classes.reordered(params, options, example, places)
 
 
 def _head(model: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from squeeze_jax.data import Data
 from squeeze_jax.data.tasks import images
 from squeeze_jax.distill.cache import Cached
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _objective, _pretrained
+from squeeze_jax.jobs import _classes, _objective, _pretrained
 from squeeze_jax.ranges import OptionalPath
 from squeeze_jax.train import forward, sharding
 
@@ -270,14 +270,26 @@ def teacher(
     _same_pixels(section, source, where)
     options = {**source.model, **network.options}
     net = models.make(**options)
+    classes = _classes_of(network, options, source)
     words = getattr(source, "vocabulary", None)
     if words is not None and not _pretrained.reads(net, words):
         raise UserError(
             f"the tokenizer has {words:,} tokens, {where} = {network.where} {net.row.vocabulary:,}: student and teacher"
             " need the same"
         )
+    if classes is not None:
+        net = _classes.Placed(net, classes)
     as_run = network.as_run(net, source.example(), dtype)
     return as_run, lambda key: network.read(options, key), network.where
+
+
+def _classes_of(network, options, source) -> tuple[int, ...] | None:
+    """The places of the data's classes in a teacher's head; None if they are the same."""
+    if options.get("num_classes") != source.model.get("num_classes"):
+        return None
+    remedy = "choose a teacher of the same classes"
+    names = source.label_names
+    return _classes.order(network.classes, names, network.where, remedy)
 
 
 def _same_pixels(section: Mapping[str, Any], source: Data, where: str) -> None:

@@ -30,6 +30,7 @@ FREE = (
     "save_every",
 )
 FREE += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
+FREE += ("data.source.root", "data.source.path", "data.folder")  # not the classes
 FREE += ("distill.cache", "distill.cache_dtype")
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends

@@ -20,6 +20,8 @@ from squeeze_jax.report import units
 from squeeze_jax.train import forward
 from squeeze_jax.train.state import State
 
+EXAMPLES = False  # of the data are needed by integer formats alone
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -85,6 +87,7 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
     check = examples(built, built.data.eval(settings.check), settings.check)
     training = built.data.train(built.experiment.batch, built.experiment.seed)
     calibration = examples(built, training, settings.calibration)
+    _check_calibration(built, settings)
     folder, step, rejected = workdir / "export", int(state.step), []
     for key in settings.formats:
         stop.check()
@@ -108,6 +111,7 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
             rejected.append(key)
             continue
         entry = dataclasses.asdict(file) | {"path": file.path.name, "step": step}
+        entry["classes"] = list(built.data.label_names)
         listing.record(folder, key, entry, file.path)
         print(
             f"exported   {file.path} · {units.size(file.bytes)} · largest difference {file.max_difference:.2g} ·"
@@ -115,6 +119,18 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
             flush=True,
         )
     return rejected
+
+
+def _check_calibration(built: Built, settings: Settings) -> None:
+    """Raises a UserError for an integer format where noise stands in for the images, see `data/sources/absent.py`."""
+    if built.experiment.data.get("source", {}).get("name") != "absent":
+        return
+    for key in settings.formats:
+        if format_of(key).INTEGER:
+            raise UserError(
+                f"the format {key} needs the run's images, to measure ranges and to compare answers: restore them, or leave"
+                " the format out of config.export.formats"
+            )
 
 
 def live(built: Built, state: State, *, endpoints: bool = False, integer: bool = False):

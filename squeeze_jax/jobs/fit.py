@@ -72,7 +72,9 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
         say(_plan.plan(built, workdir))
         given = {} if restored else built.given()
         if main:
-            _pretrained.note(workdir, built.options, settings)
+            if restored:
+                _pretrained.check_classes(workdir, built.data.label_names)
+            _pretrained.note(workdir, built.options, settings, built.data)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps and checkpoints.scored(start):
             say("trained    already, to the last step")
@@ -124,7 +126,14 @@ def train(
     start = int(begin.state.step)
     with (
         contextlib.closing(
-            Log(workdir, built.whole.steps, start=start, quiet=quiet, phase=phase.label)
+            Log(
+                workdir,
+                built.whole.steps,
+                start=start,
+                quiet=quiet,
+                phase=phase.label,
+                batch_norm=bool(jax.tree.leaves(begin.state.stats)),
+            )
         ) as log,
         contextlib.closing(
             built.data.train(e.batch, seed, begin.position, process)

@@ -11,6 +11,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import evaluate, export
 from squeeze_jax.jobs._experiment import Built
 
+EXAMPLES = False  # of the data are not needed
+
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Prints what the data make of `inputs` and the network's answers.

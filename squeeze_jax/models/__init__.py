@@ -1,6 +1,6 @@
 """The model zoo: one architecture a file, the file's name is the key."""
 
-from squeeze_jax.models._folder import load, options, save
+from squeeze_jax.models._folder import class_names, load, options, save
 from squeeze_jax.models._make import check, make
 
-__all__ = ["check", "load", "make", "options", "save"]
+__all__ = ["check", "class_names", "load", "make", "options", "save"]

@@ -81,6 +81,22 @@ def options(folder: str | Path) -> dict[str, Any]:
     return {"name": module.HUGGINGFACE.model_type, **module.from_huggingface(config)}
 
 
+def class_names(folder: str | Path) -> tuple[str, ...] | None:
+    """The names of the classes of a folder's head; None where it has no head for classes, or does not name them.
+
+    Raises:
+      UserError: no config.json, an unknown architecture, or labels that are no names by number.
+    """
+    folder = files.path(folder)
+    config = huggingface.read_config(folder)
+    task = huggingface.task(config, _module(config, folder).HUGGINGFACE)
+    return (
+        huggingface.class_names(config)
+        if task in ("classification", "tokens")
+        else None
+    )
+
+
 def save(
     folder: str | Path,
     net: nn.Module,

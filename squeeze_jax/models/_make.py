@@ -56,6 +56,7 @@ def check(options: Mapping[str, Any], where: str = "config.model") -> None:
     """
     registry.check(make, options, where)
     module = registry.load(__package__, options["name"], "model")
-    shared = inspect.signature(make).parameters
+    shared = inspect.getfullargspec(make)
+    shared = {*shared.args, *shared.kwonlyargs}
     own = {k: v for k, v in options.items() if k not in shared}
     registry.check(module.make, own, where)

@@ -56,6 +56,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """x: [..., c] → the same shape and dtype; in training updates batch_stats where they are mutable."""
         shape = x.shape[-1:]
+        momentum = norm_momentum(self, self.momentum)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
@@ -64,7 +65,6 @@ class BatchNorm(nn.Module):
             ab = _affine(mean.value, var.value, scale, bias, self.epsilon)
             return _scaled(x, ab)
         batch_mean, batch_var, count = moments(x)
-        momentum = norm_momentum(self, self.momentum)
         if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
             keep = self._kept(momentum)
             unbiased = batch_var * (count / max(count - 1, 1))

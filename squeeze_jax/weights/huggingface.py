@@ -236,6 +236,26 @@ def labels(config: Mapping[str, Any]) -> int:
     return len(names or ()) or (2 if count is None else count)
 
 
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of a folder's classes by their numbers; None where it has none, or the usual LABEL_0, LABEL_1, …
+
+    Raises:
+      UserError: labels that are no mapping of the numbers from 0 on to names.
+    """
+    count, names = labels(config), config.get("id2label")
+    if not names:
+        return None
+    try:
+        numbered = {int(number): str(name) for number, name in names.items()}
+        ordered = tuple(numbered[n] for n in range(count))
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{CONFIG}: id2label = {names!r} should name the classes 0 to {count - 1}"
+        ) from None
+    usual = all(name == f"LABEL_{n}" for n, name in enumerate(ordered))
+    return None if usual else ordered
+
+
 def without_prefix(arrays: files.Arrays, family: Family) -> files.Arrays:
     """The arrays named alike, whether they come from an encoder with a head or without."""
     start = f"{family.prefix}."

@@ -1,0 +1,194 @@
+"""Classes keep their names: a trained head is matched with the data by name, never by number alone."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import run as run_py
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _classes, _experiment, _settings, _teachers
+from squeeze_jax.train import forward
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dull", "fine", "film")
+ORDERS = {
+    "equal": ({0: "negative", 1: "positive"}, [0, 1], None),
+    "swapped": ({0: "Positive", 1: "NEGATIVE"}, [1, 0], "is put into the order"),
+    "generic": ({0: "LABEL_0", 1: "LABEL_1"}, [0, 1], "does not name its classes"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A vocabulary and the sentences of SST-2's two splits."""
+    root = tmp_path_factory.mktemp("place")
+    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (root / "glue" / "SST-2").mkdir(parents=True)
+    rows = "".join(f"a {WORDS[6 + n % 2]} film\t{n % 2}\n" for n in range(16))
+    for split in "train", "dev":
+        file = root / "glue" / "SST-2" / f"{split}.tsv"
+        file.write_text(f"sentence\tlabel\n{rows}")
+    return root
+
+
+def build(place, **changes):
+    data = dict(name="glue", task="sst2", folder=str(place / "glue"), length=12)
+    config = dict(
+        data=data | dict(tokenizer=str(place / "vocab.txt")),
+        optim=dict(name="adamw", lr=1e-2),
+        batch=8,
+        steps=1,
+    )
+    checked = _experiment.check(_settings.tuples(config | changes))
+    return _experiment.build(checked)
+
+
+@pytest.fixture
+def bert(transformers, tmp_path):
+    """Saves a random classifier of transformers under names of classes; returns the network and its folder."""
+
+    def save(names):
+        config = transformers.BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=12,
+            id2label=names,
+            label2id={name: n for n, name in names.items()},
+        )
+        torch.manual_seed(0)
+        net = transformers.BertForSequenceClassification(config).eval()
+        net.save_pretrained(tmp_path / "bert")
+        return net, tmp_path / "bert"
+
+    return save
+
+
+def expected(net, batch):
+    """The logits of transformers for a batch."""
+    with torch.no_grad():
+        return net(
+            input_ids=torch.tensor(batch["tokens"]).long(),
+            attention_mask=torch.tensor(batch["attended"]).long(),
+            token_type_ids=torch.tensor(batch["segments"]).long(),
+        ).logits.numpy()
+
+
+@pytest.mark.parametrize("names", ORDERS)
+def test_a_head_begins_in_the_order_of_the_data(place, bert, names, capsys):
+    id2label, places, said = ORDERS[names]
+    net, folder = bert(id2label)
+    built = build(place, init=dict(folder=str(folder)))
+    given = built.given()
+    printed = capsys.readouterr().out
+    assert (said in printed) if said else not printed
+    batch = next(built.data.eval(8))
+    inputs = jax.tree.map(jnp.asarray, built.data.inputs(batch))
+    (logits, _), _ = forward.run(built.network, given, inputs)
+    np.testing.assert_allclose(logits, expected(net, batch)[:, places], atol=1e-5)
+
+
+def test_a_teacher_answers_in_the_order_of_the_data(place, bert):
+    net, folder = bert(ORDERS["swapped"][0])
+    source = build(place, model=dict(name="bert", variant="toy", vocabulary=9)).data
+    network, read, _ = _teachers.teacher(dict(folder=str(folder)), source, "here")
+    batch = next(source.eval(8))
+    inputs = jax.tree.map(jnp.asarray, source.inputs(batch))
+    (logits, _), _ = forward.run(network, read(None), inputs)
+    np.testing.assert_allclose(logits, expected(net, batch)[:, [1, 0]], atol=1e-5)
+
+
+def test_other_classes_are_one_line(place, bert):
+    _, folder = bert({0: "entailment", 1: "not_entailment"})
+    words = r"was trained on the classes \(entailment, not_entailment\), config.data"
+    with pytest.raises(UserError, match=words + ".*config.init.only"):
+        build(place, init=dict(folder=str(folder))).given()
+    teachers = dict(teachers=(dict(folder=str(folder)),))
+    with pytest.raises(UserError, match=words + ".*choose a teacher"):
+        build(place, model=dict(name="bert", variant="toy"), distill=teachers)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "places"),
+    [
+        (("a", "b"), ("a", "b"), None),
+        (("c", "a", "b"), ("a", "b", "c"), (1, 2, 0)),
+        ((" A", "b "), ("B", "a"), (1, 0)),
+        (None, ("a",), None),
+        (("a",), (), None),
+    ],
+)
+def test_places_of_names(theirs, ours, places):
+    assert _classes.order(theirs, ours, "it", "") == places
+
+
+@pytest.mark.parametrize("theirs", [("a", "c"), ("a",), ("a", "a", "b")])
+def test_names_that_differ(theirs):
+    with pytest.raises(UserError, match="was trained on the classes"):
+        _classes.order(theirs, ("a", "b"), "it", "")
+
+
+def photos(root, *classes):
+    rng = np.random.default_rng(0)
+    for split in "train", "test":
+        for number, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for n in range(8):
+                pixels = rng.integers(0, 60, (8, 8, 3)) + 60 * number
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{n}.png")
+
+
+def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos", "blue", "red")
+    arguments = [
+        "--workdir=run",
+        "--config.data.source={'name': 'folder', 'root': 'photos'}",
+        "--config.data.size=8",
+        "--config.data.pad=0",
+        '--config.model={"name": "squeezenet", "variant": "tiny", "stem_strides": 1}',
+        "--config.steps=2",
+        "--config.batch=8",
+        "--config.export.formats=('stablehlo',)",
+        "--config.export.check=8",
+    ]
+    run_py.main(["--job=fit", *arguments])
+    run_py.main(["--job=export", "--workdir=run"])
+    listed = json.loads((tmp_path / "run/export/files.json").read_text())
+    assert listed["stablehlo"]["classes"] == ["blue", "red"]
+    for split in "train", "test":
+        shutil.move(f"photos/{split}/red", f"photos/{split}/aqua")
+    words = (
+        r"run was trained on the classes \(blue, red\), config.data has \(aqua, blue\)"
+    )
+    for job in "evaluate", "predict", "export", "fit":
+        files = ["photos/test/aqua/0.png"] if job == "predict" else []
+        with pytest.raises(UserError, match=words):
+            run_py.main([f"--job={job}", "--workdir=run", *files])
+    for split in "train", "test":
+        shutil.move(f"photos/{split}/aqua", f"photos/{split}/red")
+    capsys.readouterr()
+    # Without the data predict answers as with them, and a float file is exported again.
+    shutil.move("photos", "moved")
+    run_py.main(["--job=predict", "--workdir=run", "moved/test/red/0.png"])
+    without = capsys.readouterr().out.splitlines()
+    assert "data       not opened: " in without[0]
+    moved = "--config.data.source.root=moved"
+    run_py.main(["--job=predict", "--workdir=run", moved, "moved/test/red/0.png"])
+    assert without[1:] == capsys.readouterr().out.splitlines()
+    run_py.main(["--job=export", "--workdir=run"])
+    assert "agreement" in capsys.readouterr().out
+    integer = "--config.export.formats=('tflite_int8',)"
+    with pytest.raises(UserError, match="tflite_int8 needs the run's images"):
+        run_py.main(["--job=export", "--workdir=run", integer])
+    with pytest.raises(UserError, match="photos"):
+        run_py.main(["--job=evaluate", "--workdir=run"])
+    run_py.main(["--job=evaluate", "--workdir=run", moved])
