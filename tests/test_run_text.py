@@ -402,10 +402,10 @@ def test_a_teacher_from_disk_says_the_same(trained, taught, place, tmp_path):
         ),
         (
             dict(distill=dict(teachers=("x",))),
-            "config.distill.teachers[0] = 'x' should be ",
+            "config.distill.teachers[0] = 'x' (str) should be dict",
         ),
         (dict(checkpoint=dict(best="eval_f1")), "config.checkpoint.best = 'eval_f1'"),
-        (dict(seeds=(1, -2)), "config.seed = -2 should lie in"),
+        (dict(seeds=(1, -2)), "config.seeds[1] = -2 should not be negative"),
         (dict(seeds=(1, 0, 1)), "config.seeds = (1, 0, 1) names 1 twice"),
         (
             dict(distill=dict(cache="x")),
