@@ -341,9 +341,9 @@ def test_an_own_source_that_promises_boxes_has_to_have_them():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("max_boxes", 0, "max_boxes = 0 should be 1 or more"),
+        ("max_boxes", 0, "max_boxes = 0 should be at least 1"),
         ("max_boxes", 1, r"train/0\.png has 2 boxes, more than .*max_boxes = 1: raise"),
-        ("min_visible", 1.5, "min_visible = 1.5 should be 0 to 1"),
+        ("min_visible", 1.5, "min_visible = 1.5 should lie in"),
         ("threads", -1, r"config\.data\.threads = -1"),
         ("size", 0, r"config\.data\.size = 0"),
     ],

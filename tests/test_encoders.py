@@ -117,7 +117,7 @@ def test_unknown_variants_and_options_are_named(name):
         models.make(name, activation="gelo")
     with pytest.raises(UserError, match=r"= \d+ .*do not divide into heads = 7"):
         models.make(name, heads=7)
-    with pytest.raises(UserError, match="layers = 0: should be a positive number"):
+    with pytest.raises(UserError, match="layers = 0 should lie in"):
         models.make(name, layers=0)
 
 

@@ -313,8 +313,8 @@ def test_dropout_is_where_it_is_in_transformers(tmp_path, name):
     tested = list(rates)[: 1 if name in ("albert", "distilbert") else None]
     x, given = batch(name, "features")
     for rate in tested:
-        # At a rate of one nothing is left to chance.
-        net = theirs(name, "features", **rates | {rate: 1.0})
+        # At a rate of almost one nothing is left to chance.
+        net = theirs(name, "features", **rates | {rate: 1 - 2**-24})
         with torch.no_grad():
             whole, expected = (n(**given)[0] for n in map(net.train, (False, True)))
         assert (whole - expected).abs().max() > 0.1

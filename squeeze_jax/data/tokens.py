@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from squeeze_jax.data import files, tokenizer
+from squeeze_jax.data import files, token_options, tokenizer
 from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
 from squeeze_jax.files import write
@@ -44,6 +44,7 @@ def load(path: str | Path) -> Tokenizer:
     elif not path.is_file():
         raise UserError(f"no tokenizer {path}: there is no such folder or file")
     config = _config(path.parent)
+    token_options.check(config, path.parent)
     if path.suffix == ".txt" and path.name != BPE[1]:
         return _wordpiece(path, config)
     if path.name in BPE:
@@ -189,13 +190,14 @@ def _wordpiece(path: Path, config: dict) -> Tokenizer:
         words = vocabulary.keys() - set(special.values())
         lower = all(w == w.lower() for w in words if not w.startswith("["))
     _demand(vocabulary, [special[k] for k in BERT if k != "mask"], path)
-    return tokenizer.bert(
+    read = tokenizer.bert(
         vocabulary,
         special,
         lower=lower,
         accents=config.get("strip_accents"),
-        chinese=config.get("tokenize_chinese_chars", True),
+        chinese=config.get("tokenize_chinese_chars") is not False,
     )
+    return _added(read, special, config, path)
 
 
 def _byte_level(folder: Path, config: dict) -> Tokenizer:
@@ -217,7 +219,14 @@ def _byte_level(folder: Path, config: dict) -> Tokenizer:
     _demand(vocabulary, [special[role] for role in needed], folder / BPE[0])
     space = bool(config.get("add_prefix_space", False))
     trim = config.get("trim_offsets", True)
-    return tokenizer.byte_level(model, vocabulary, special, space=space, trim=trim)
+    read = tokenizer.byte_level(model, vocabulary, special, space=space, trim=trim)
+    return _added(read, special, config, folder / BPE[0])
+
+
+def _added(read: Tokenizer, special: dict, config: dict, path: Path) -> Tokenizer:
+    """The tokenizer with the tokens that its configuration adds."""
+    token_options.add(read.backend, config, _names(config), path)
+    return tokenizer.wrap(read.backend, special)
 
 
 def _from_json(path: Path, config: dict) -> Tokenizer:
@@ -231,6 +240,8 @@ def _from_json(path: Path, config: dict) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     named = _names(config)
+    token_options.adapt(backend, config, named, path)
+    token_options.add(backend, config, named, path)
     special = {}
     for role, (_, usual) in ROLES.items():
         candidates = [named[role]] if role in named else usual
