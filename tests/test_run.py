@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -364,3 +365,18 @@ def test_predict_answers_from_the_reparametrized_weights(whole, capsys, tmp_path
         dataclasses.replace(built, network=network), whole, [tmp_path / "a.png"]
     )
     assert capsys.readouterr().out.count(" 10.0%") == 5
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+@pytest.mark.parametrize("name", ["config.json", "model.json"])
+def test_a_damaged_side_file_is_read_from_the_checkpoint(
+    whole, tmp_path, name, content, capsys
+):
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole, workdir)
+    run_py.main(["--job=evaluate", f"--workdir={workdir}"])
+    expected = capsys.readouterr().out
+    (workdir / name).write_text(content)
+    with pytest.warns(UserWarning, match=rf"{name} is .*the newest checkpoint's"):
+        run_py.main(["--job=evaluate", f"--workdir={workdir}"])
+    assert capsys.readouterr().out == expected

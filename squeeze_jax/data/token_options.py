@@ -12,10 +12,17 @@ from squeeze_jax.errors import UserError, shortened
 
 # These classes of `transformers` take a tokenizer.json as it is.
 GENERIC = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
-FLAGS = (
-    "do_lower_case strip_accents tokenize_chinese_chars add_prefix_space split_special_tokens add_bos_token add_eos_token"
-    " keep_accents trim_offsets"
-).split()
+FLAGS = [
+    "do_lower_case",
+    "strip_accents",
+    "tokenize_chinese_chars",
+    "add_prefix_space",
+    "split_special_tokens",
+    "add_bos_token",
+    "add_eos_token",
+    "keep_accents",
+    "trim_offsets",
+]
 TOKEN = ("single_word", "lstrip", "rstrip", "normalized")
 
 

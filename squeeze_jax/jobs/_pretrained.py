@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -264,6 +265,16 @@ def note(
       checkpoint: settings of `Checkpoints`.
       source: the data.
     """
+    noted = noted_of(options, checkpoint, source)
+    files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
+
+
+def noted_of(
+    options: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    source: Data | None = None,
+) -> dict[str, Any]:
+    """Returns what `note` writes; each checkpoint's note has it too."""
     noted = {"model": dict(options), "checkpoint": dict(checkpoint)}
     if source is not None:
         noted["classes"] = list(source.label_names)
@@ -274,23 +285,35 @@ def note(
         )
         if source.metrics == "segmentation":
             noted["source"]["ignored"] = []
-    files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
+    return noted
 
 
 def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """What `note` wrote; None where it did not."""
+    """What `note` wrote, or if that is damaged what the newest checkpoint has of it; None where there is neither."""
     path = workdir / MODEL
     try:
-        found = tuples(json.loads(path.read_text()))
+        found = tuples(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}): run the job fit there again"
-        ) from None
+        found, wrong = None, f"{path} is not valid JSON ({error})"
+    else:
+        wrong = f"{path} is of another version"
     if not isinstance(found, dict) or not {"model", "checkpoint"} <= found.keys():
-        raise UserError(f"{path} is of another version: run the job fit there again")
+        found = _of_checkpoint(workdir / "checkpoints")
+        if found is None:
+            raise UserError(f"{wrong}: run the job fit there again")
+        warnings.warn(f"{wrong}; the newest checkpoint's is taken", stacklevel=2)
     return found
+
+
+def _of_checkpoint(directory: pathlib.Path) -> dict[str, Any] | None:
+    """What the newest checkpoint has of `note`; None if it has none."""
+    if not directory.is_dir():
+        return None
+    with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+        noted = dict(checkpoints.note() or {}).get("noted")
+    return None if noted is None else tuples(noted)
 
 
 def without_examples(

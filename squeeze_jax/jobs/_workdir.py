@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -17,6 +18,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _phases
 from squeeze_jax.jobs._experiment import Experiment
 from squeeze_jax.jobs._settings import canonical, current, jobs
+from squeeze_jax.train.checkpoint import Checkpoints
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
 FREE = (
@@ -105,25 +107,37 @@ def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any]:
-    """The config a work directory was begun with.
+    """The config a work directory was begun with; a damaged one is read from the newest checkpoint, which has it too.
 
     Raises:
       UserError: there is none, or it cannot be read.
     """
     path = workdir / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
+        wrong = "" if isinstance(config, dict) else f"{path} is no config"
     except FileNotFoundError:
         raise UserError(
             f"{workdir} holds no experiment (no config.json); run the job fit there first"
         ) from None
     except ValueError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); restore it or remove the work directory"
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no config; restore it or remove the work directory")
+        wrong = f"{path} is not valid JSON ({error})"
+    if wrong:
+        config = newest_note(workdir).get("config")
+        if not isinstance(config, dict):
+            raise UserError(f"{wrong}; restore it or remove the work directory")
+        warnings.warn(f"{wrong}; the newest checkpoint's is taken", stacklevel=2)
     return current(canonical(config))
+
+
+def newest_note(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the note of the newest checkpoint that has a readable one; {} if there is none."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        return {}
+    opened = Checkpoints(directory, read_only=True)
+    with contextlib.closing(opened) as checkpoints:
+        return dict(checkpoints.note() or {})
 
 
 def _steps_done(workdir: pathlib.Path) -> int | None:

@@ -156,6 +156,9 @@ def train(
                 "first": phase.first,
                 "options": built.options,
                 "forward": e.forward,
+                "noted": _pretrained.noted_of(
+                    built.options, built.checkpoints, built.data
+                ),
             },
             first=phase.first,
             log_every=e.log_every,
