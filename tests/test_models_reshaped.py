@@ -538,7 +538,7 @@ def test_all_layers_of_a_residual_stream_change_together():
         (
             "bert",
             {"widths": {"layer1/ffn_in": 0}},
-            "layer1/ffn_in = 0 should be a positive",
+            r"'layer1/ffn_in'\] = 0 should be at least 1",
         ),
         ("bert", {"absent": ("layer1", "layer1")}, "absent: layer1 is there twice"),
     ],
