@@ -98,7 +98,5 @@ def test_what_a_tokenizer_cannot_follow_is_one_line(bert, tmp_path):
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}
     path.write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match=r"do_lower_case = True, but tokenizer\.json keeps"
-    ):
+    with pytest.raises(UserError, match="do_lower_case = true beside it contradicts"):
         tokens.load(folder)

@@ -55,7 +55,7 @@ def adapt(
     kind = content["model"].get("type")
     if isinstance(backend.normalizer, normalizers.BertNormalizer):
         _normalize(backend, config)
-    elif kind == "Unigram":
+    else:
         _demand_same(content["normalizer"], config, where)
     space = config.get("add_prefix_space")
     if space is not None and isinstance(

@@ -236,7 +236,6 @@ def _from_json(path: Path, config: dict) -> Tokenizer:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no tokenizer.json: {_line(error)}") from None
-    backend = _configured(backend, config, path)
     backend.no_truncation()
     backend.no_padding()
     named = _names(config)
@@ -249,87 +248,6 @@ def _from_json(path: Path, config: dict) -> Tokenizer:
         if found:
             special[role] = found[0]
     return tokenizer.wrap(backend, special)
-
-
-# Options of a tokenizer_config.json, and what of a tokenizer.json they decide.
-NORMALIZER = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
-
-
-def _configured(backend, config: dict, path: Path) -> tokenizers.Tokenizer:
-    """Applies the options beside a tokenizer.json that change ids, as transformers does.
-
-    Raises:
-      UserError: an option that this kind of tokenizer.json cannot follow.
-    """
-    content = json.loads(backend.to_str())
-    normalizer, pre = content["normalizer"] or {}, content["pre_tokenizer"] or {}
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    # A tokenizer without a class of its own is its tokenizer.json, whatever stands beside it.
-    own = config.get("tokenizer_class") not in (
-        "PreTrainedTokenizerFast",
-        "TokenizersBackend",
-    )
-    if own and normalizer.get("type") == "BertNormalizer":
-        named = {k: config[k] for k in NORMALIZER if config.get(k) is not None}
-        normalizer |= {NORMALIZER[k]: value for k, value in named.items()}
-    elif own and config.get("do_lower_case") is not None:
-        lowers = '"Lowercase"' in json.dumps(normalizer)
-        if lowers != config["do_lower_case"]:
-            raise UserError(
-                f"{path.parent / CONFIG}: do_lower_case = {config['do_lower_case']}, but {path.name}"
-                f" {'lower-cases' if lowers else 'keeps capitals'}: make both say the same"
-            )
-    if own and pre.get("type") == "ByteLevel" and "add_prefix_space" in config:
-        pre["add_prefix_space"] = bool(config["add_prefix_space"])
-    named = {r: t for r, t in _names(config).items() if t in vocabulary}
-    if own and "unknown" in named and "unk_token" in content["model"]:
-        content["model"]["unk_token"] = named["unknown"]
-    around = [t for piece in _special_of(content["post_processor"]) for t in piece]
-    if (
-        own
-        and around
-        and any(named.get(r, around[0]) not in around for r in ("cls", "sep"))
-    ):
-        content["post_processor"] = None  # made anew from the names
-    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    tokens = list(_added(config, named))
-    backend.add_special_tokens([t for t in tokens if t.special])
-    backend.add_tokens([t for t in tokens if not t.special])
-    return backend
-
-
-def _special_of(processor: dict | None) -> Iterator[list[str]]:
-    """The tokens that a tokenizer.json puts around texts."""
-    processor = processor or {}
-    for each in processor.get("processors", ()):
-        yield from _special_of(each)
-    for role in "cls", "sep":
-        if role in processor:
-            yield [processor[role][0]]
-    for each in processor.get("special_tokens", {}).values():
-        yield each["tokens"]
-
-
-def _added(config: dict, named: dict[str, str]) -> Iterator[tokenizers.AddedToken]:
-    """The tokens that a configuration adds to those of its tokenizer.json."""
-    for key in "additional_special_tokens", "extra_special_tokens":
-        found = config.get(key) or ()
-        for token in found.values() if isinstance(found, dict) else found:
-            text = token["content"] if isinstance(token, dict) else token
-            yield tokenizers.AddedToken(text, special=True, normalized=False)
-    for token in named.values():
-        yield tokenizers.AddedToken(
-            token, special=True, normalized=False, lstrip=token == ROBERTA["mask"]
-        )
-    for token in (config.get("added_tokens_decoder") or {}).values():
-        known = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        yield tokenizers.AddedToken(
-            token["content"], **{k: token[k] for k in known if k in token}
-        )
 
 
 def _config(folder: Path) -> dict:
