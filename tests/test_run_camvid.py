@@ -22,6 +22,7 @@ TINY = (
     '--config.model={"name": "fcn", "variant": "tiny", "dilated": 2}',
     "--config.data.size=(24, 32)",
     "--config.steps=24",
+    "--config.export.int8_agreement=0.9",
     "--config.batch=4",
     "--config.optim.warmup=2",
     "--config.log_every=1",
