@@ -30,6 +30,7 @@ OPTIONS = (
     {"never_split": ["<x>"]},
     {"unk_token": "a"},
     {"cls_token": "B"},
+    {"cls_token": "B", "sep_token": None},
     {"sep_token": "!", "pad_token": "x"},
     {"added_tokens_decoder": {"20": ADDED | dict(single_word=False, special=True)}},
     {"additional_special_tokens": ["<x>"]},

@@ -55,7 +55,7 @@ def adapt(
     kind = content["model"].get("type")
     if isinstance(backend.normalizer, normalizers.BertNormalizer):
         _normalize(backend, config)
-    else:
+    elif kind != "BPE":  # whose classes ignore these options
         _demand_same(content["normalizer"], config, where)
     space = config.get("add_prefix_space")
     if space is not None and isinstance(
@@ -127,9 +127,9 @@ def _rename(backend, named, where) -> None:
     """Puts a BERT tokenizer's unknown token and its tokens around texts at their places."""
     if "unknown" in named:
         backend.model.unk_token = named["unknown"]
-    around = [named.get(role) for role in ("cls", "sep")]
-    if None in around:
+    if not {"cls", "sep"} & named.keys():
         return
+    around = [named.get("cls", "[CLS]"), named.get("sep", "[SEP]")]
     cls, sep = around
     ids = [backend.token_to_id(token) for token in around]
     if None in ids:
