@@ -139,6 +139,25 @@ def test_exchange_sees_each_devices_own_gradient():
     )
 
 
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda x: (x.mean(-1), {}), r"returns float32 \[16\]: return one float"),
+        (lambda x: (jnp.int32(3), {}), r"returns int32 \[\]: return one float"),
+        (lambda x: x.mean(), r"returns a .*: return \(scalar, metrics\)"),
+        (lambda x: (x.mean(), {"each": x}), "metrics that are no dict of scalars"),
+        (lambda x: (x.mean(), x.mean()), "metrics that are no dict of scalars"),
+    ],
+)
+def test_a_loss_that_is_none_is_one_line(returned, words):
+    with pytest.raises(UserError, match=f"the loss objective {words}|{words}"):
+        train(
+            Plain(),
+            steps=1,
+            objective=lambda logits, endpoints, batch: returned(logits),
+        )
+
+
 def test_an_exchange_that_shares_nothing_is_one_line():
     with pytest.raises(
         UserError, match="differ between the devices: return their mean"

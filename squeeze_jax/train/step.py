@@ -10,7 +10,7 @@ Sharding stays outside: the arrays that come in carry it. Only an explicit gradi
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from squeeze_jax import methods
+from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.nn import means
 from squeeze_jax.train import forward, split
 from squeeze_jax.train.forward import Network
@@ -227,9 +228,8 @@ def _computed(network, terms, inputs, gradients):
         for term in terms:
             own = forward.own(term.name, variables, first=network.first, key=key)
             with means.divided(stats.get("divisors", {}).get(term.name)):
-                value, record, *state = term.objective.loss(
-                    logits, endpoints, batch, plain, own
-                )
+                found = term.objective.loss(logits, endpoints, batch, plain, own)
+            value, record, *state = _checked(term.name, found)
             if state:
                 extra[term.name] = state[0]
             if len(terms) > 1 or term.weight != 1:
@@ -276,6 +276,24 @@ def _computed(network, terms, inputs, gradients):
         return totals
 
     return compute, weigh
+
+
+def _checked(name: str, found: Any) -> tuple:
+    """What a loss returned; a UserError if that is not (scalar, metrics) or (scalar, metrics, state)."""
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
+        raise UserError(
+            f"the loss {name} returns a {type(found).__name__}: return (scalar, metrics), or (scalar, metrics, state)"
+        )
+    value, record, *_ = found
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise UserError(
+            f"the loss {name} returns {jnp.result_type(value)} {list(jnp.shape(value))}: return one float, such as the mean"
+        )
+    if not isinstance(record, Mapping) or any(jnp.shape(m) for m in record.values()):
+        raise UserError(
+            f"the loss {name} returns metrics that are no dict of scalars: {shortened(repr(record), 100)}"
+        )
+    return found
 
 
 def _with_carry(stats, carry):
