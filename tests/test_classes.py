@@ -12,7 +12,7 @@ from PIL import Image
 
 import run as run_py
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _classes, _experiment, _settings, _teachers
+from squeeze_jax.jobs import _classes, _experiment, _pretrained, _settings, _teachers
 from squeeze_jax.train import forward
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dull", "fine", "film")
@@ -192,3 +192,20 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="photos"):
         run_py.main(["--job=evaluate", "--workdir=run"])
     run_py.main(["--job=evaluate", "--workdir=run", moved])
+    # A run on "RED" and "blue", in this order, begins with the head for "blue" and "red".
+    for split in "train", "test":
+        shutil.move(f"moved/{split}/red", f"moved/{split}/RED")
+    source = dict(name="folder", root="moved")
+    config = dict(
+        data=dict(source=source, size=8, pad=0),
+        optim=dict(lr=0.1),
+        batch=8,
+        steps=1,
+        init=dict(workdir="run"),
+    )
+    begun = _experiment.build(_experiment.check(config))
+    assert begun.data.label_names == ("RED", "blue")
+    given = begun.given()["params"]["conv10"]
+    trained = _pretrained.checkpoint("run")["params"]["conv10"]
+    for name in "kernel", "bias":
+        np.testing.assert_array_equal(given[name], trained[name][..., [1, 0]])

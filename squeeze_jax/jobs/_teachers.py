@@ -297,7 +297,10 @@ def _same_pixels(section: Mapping[str, Any], source: Data, where: str) -> None:
     path = pathlib.Path(section.get("workdir", "")) / "config.json"
     if source.reads != "images" or not path.is_file():
         return
-    begun = json.loads(path.read_text())["data"]
+    try:
+        begun = json.loads(path.read_bytes())["data"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: run the job fit there again") from None
     known = inspect.signature(images.make).parameters
     for key in "mean", "std":
         theirs, ours = begun.get(key, known[key].default), getattr(source, key)

@@ -1,7 +1,6 @@
 """Runs every exported file on the whole test set in its own runtime, on one thread, and prints one table."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +12,7 @@ from squeeze_jax import stop, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import runtime
-from squeeze_jax.jobs import _settings, evaluate, export, fit
+from squeeze_jax.jobs import _settings, _workdir, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.ranges import Count, Whole
 from squeeze_jax.report import curves, picture, record, table
@@ -81,7 +80,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     print(f"\n{table.text(rows)}\n")
     for key, why in rejected.items():
         print(f"{key} was rejected: {why}\n")
-    config = json.loads((workdir / "config.json").read_text())
+    config = _workdir.read(workdir)
     data = config["data"].get("source", config["data"])["name"]
     title = f"{built.options['name']} on {data}"
     written = record.write(workdir / "report.json", rows, config=config, title=title)

@@ -47,8 +47,6 @@ def in_parts(
       axes: mesh axes over whose devices the batch is split besides, inside `jax.shard_map`; () for none.
       params, stats, carry, batch, key: of `compute`.
     """
-    if accumulate == 1 and not axes:
-        return compute(params, stats, carry, batch, key)
     examples = _over(axes, batch["mask"].sum(dtype=jnp.float32))
 
     def part(totals, stats, carry, batch, key):

@@ -141,8 +141,9 @@ def parts(
         exchange = Named("exchange", methods.exchange(exchange))
     fused = gradients is None or gradients.method.fused
     compute, weigh = _computed(network, tuple(objective), inputs, gradients)
-    axes = BATCH if exchange is not None else ()
-    compute = functools.partial(split.in_parts, compute, weigh, accumulate, axes)
+    if accumulate > 1 or exchange is not None:
+        axes = BATCH if exchange is not None else ()
+        compute = functools.partial(split.in_parts, compute, weigh, accumulate, axes)
     if exchange is not None:
         compute = split.exchanged(compute, exchange, network.first, mesh)
 
