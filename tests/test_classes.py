@@ -12,7 +12,14 @@ from PIL import Image
 
 import run as run_py
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _classes, _experiment, _pretrained, _settings, _teachers
+from squeeze_jax.jobs import (
+    _classes,
+    _experiment,
+    _pretrained,
+    _settings,
+    _teachers,
+    _transitions,
+)
 from squeeze_jax.train import forward
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dull", "fine", "film")
@@ -209,3 +216,24 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
     trained = _pretrained.checkpoint("run")["params"]["conv10"]
     for name in "kernel", "bias":
         np.testing.assert_array_equal(given[name], trained[name][..., [1, 0]])
+
+
+def test_a_later_phase_has_the_same_classes(tmp_path):
+    """Said before the first phase trains."""
+    photos(tmp_path / "first", "blue", "red")
+    photos(tmp_path / "second", "aqua", "red")
+
+    def source(name):
+        return dict(name="folder", root=str(tmp_path / name))
+
+    config = dict(
+        data=dict(source=source("first"), size=8, pad=0),
+        model=dict(name="squeezenet", variant="tiny", stem_strides=1),
+        optim=dict(lr=0.1),
+        batch=8,
+        phases=(dict(steps=1), dict(steps=1, data=dict(source=source("second")))),
+    )
+    built = _experiment.build(_experiment.check(config))
+    words = r"phase 1/2 was trained on the classes \(blue, red\).*\(aqua, red\)"
+    with pytest.raises(UserError, match=words):
+        _transitions.rehearsed(built)

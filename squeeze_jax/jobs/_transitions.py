@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from squeeze_jax import methods, models, tree
-from squeeze_jax.jobs import _experiment, _plugs, _settings
+from squeeze_jax.jobs import _classes, _experiment, _plugs, _settings
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
@@ -87,4 +87,7 @@ def _transition(built: Built, state: State) -> tuple[Built, State]:
             lambda options: models.make(**options), built.data.example()
         )
         options, state = transition.apply(dict(options), state, plain)
-    return _experiment.build(built.whole, index, options), state
+    after = _experiment.build(built.whole, index, options)
+    before, now = built.data.label_names, after.data.label_names
+    _classes.check_same(before, now, built.phase.label)
+    return after, state
