@@ -122,7 +122,8 @@ class Passes(NamedTuple):
     """The functions that a `Gradients` method computes with; all are pure.
 
     `stats` is an opaque dict of everything that a forward pass changes: running statistics, the methods' own state, a
-    recurrent network's carry. Each pass takes the stats that the one before it returned.
+    recurrent network's carry. Each pass takes the stats that the one before it returned, unless both read the batch as one
+    pass, as the two of SAM do: then both take the step's own, and those of one of them are returned.
 
     Attributes:
       outputs: (params, stats, batch, key, **options) → (logits, endpoints, stats): one forward pass in training mode;
