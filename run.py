@@ -189,7 +189,7 @@ def placed(holder, names, flag, text):
 
 
 def parsed(text, flag):
-    """The value that a text reads as in Python, or the text."""
+    """Returns the value that a text reads as in Python, or the text."""
     from squeeze_jax.errors import UserError, shortened
 
     # Names of files that are no UTF-8 are escaped in their quotes: Python's parser takes UTF-8 only.
@@ -323,7 +323,7 @@ def join(args):
 
 
 def one_line(message, category, filename, lineno, line=None):
-    """A warning as the user sees it."""
+    """Returns a warning as the user sees it."""
     return f"warning: {message}\n"
 
 

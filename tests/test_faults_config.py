@@ -491,3 +491,10 @@ def test_none_removes_a_key_that_cannot_be_none(capsys):
         "without    config.model.variant, which falls back to its default, '1.1'",
         "without    config.export.check, which falls back to its default, 128",
     ]
+
+
+def test_a_config_that_contains_itself_is_one_line():
+    config = dict(steps=1)
+    config["optim"] = dict(lr=0.1, more=config)
+    with pytest.raises(UserError, match="config contains itself"):
+        _settings.canonical(config)

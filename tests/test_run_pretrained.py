@@ -12,7 +12,7 @@ from squeeze_jax import data, models, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _experiment,
-    _pretrained,
+    _noted,
     _settings,
     _teachers,
     evaluate,
@@ -217,7 +217,7 @@ def test_a_network_for_pretraining_is_none_for_a_task(place):
     ],
 )
 def test_teachers_that_cannot_teach_are_named_at_once(place, tmp_path, noted, message):
-    _pretrained.note(tmp_path, noted, {})
+    _noted.write(tmp_path, noted, {})
     with pytest.raises(UserError, match=message) as error:
         taught(place, tmp_path, objective=dict(name="distill.soft_logits"))
     assert "\n" not in str(error.value)
@@ -225,7 +225,7 @@ def test_teachers_that_cannot_teach_are_named_at_once(place, tmp_path, noted, me
 
 def test_a_teacher_of_other_classes_teaches_what_lies_below(place, tmp_path):
     """The head is its own, whatever the data of the student."""
-    _pretrained.note(tmp_path, dict(STUDENT, num_classes=3), {})
+    _noted.write(tmp_path, dict(STUDENT, num_classes=3), {})
     ((net, _, _),) = taught(place, tmp_path).teachers
     assert net.model.num_classes == 3
 
@@ -268,7 +268,7 @@ def test_a_teacher_sees_pixels_as_in_its_training(tmp_path):
     net = dict(name="squeezenet", variant="tiny", stem_strides=1)
     losses = dict(name="distill.soft_logits")
     teachers = dict(teachers=(dict(workdir=str(tmp_path)),))
-    _pretrained.note(tmp_path, dict(net, num_classes=10), {})
+    _noted.write(tmp_path, dict(net, num_classes=10), {})
     (tmp_path / "config.json").write_text(json.dumps(dict(data=data)))
     build(data | dict(mean=(0.1,)), model=net, objective=losses, distill=teachers)
     data.pop("mean")
@@ -312,7 +312,7 @@ def test_a_run_is_the_checkpoint_that_it_says(place, tmp_path, use):
         steps=2,
     )
     fit.run(again, tmp_path)
-    noted = json.loads((tmp_path / _pretrained.MODEL).read_text())["checkpoint"]
+    noted = json.loads((tmp_path / _noted.MODEL).read_text())["checkpoint"]
     assert noted == {"best": "eval_matthews", "use": other, "keep": 3}
     # The newest is damaged: nothing tells of what it is.
     (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").unlink()
@@ -326,7 +326,7 @@ def test_a_run_is_the_checkpoint_that_it_says(place, tmp_path, use):
 
 @pytest.mark.parametrize("content", ["{", '{"name": "bert"}'])
 def test_a_damaged_note_is_named(place, tmp_path, content):
-    (tmp_path / _pretrained.MODEL).write_text(content)
+    (tmp_path / _noted.MODEL).write_text(content)
     with pytest.raises(UserError, match=r"model\.json is .*: run the job fit there"):
         glue(place, init=dict(workdir=str(tmp_path)))
 
@@ -337,7 +337,7 @@ def test_what_is_on_disk_is_of_the_same_data_and_teacher(place, tmp_path):
     shutil.copytree(place, root)
     net = STUDENT | dict(dtype="bfloat16")
     fit.run(glue(root, model=net, steps=1), teacher)
-    noted = json.loads((teacher / _pretrained.MODEL).read_text())
+    noted = json.loads((teacher / _noted.MODEL).read_text())
 
     def opened(dtype="float32", **settings):
         distill = dict(teachers=(dict(workdir=str(teacher)),), cache=str(cache))
@@ -353,7 +353,7 @@ def test_what_is_on_disk_is_of_the_same_data_and_teacher(place, tmp_path):
     other = r"cache/0 holds .*, not .*: give another folder"
     for activation in "relu", "gelu":
         noted["model"]["activation"] = activation
-        (teacher / _pretrained.MODEL).write_text(json.dumps(noted))
+        (teacher / _noted.MODEL).write_text(json.dumps(noted))
         if activation == "relu":
             with pytest.raises(UserError, match=other):
                 opened()

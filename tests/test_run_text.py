@@ -14,6 +14,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export import Disagreement
 from squeeze_jax.jobs import (
     _experiment,
+    _noted,
     _pretrained,
     _teachers,
     _workdir,
@@ -448,7 +449,7 @@ def test_a_network_that_does_not_fit_is_named(trained, place):
 
 
 def test_a_run_without_a_checkpoint_is_named(place, tmp_path):
-    _pretrained.note(tmp_path, config(place)["model"], {})
+    _noted.write(tmp_path, config(place)["model"], {})
     built = build(place, init=dict(workdir=str(tmp_path)))
     with pytest.raises(
         UserError, match=f"no checkpoint in {tmp_path}: train there first"

@@ -72,7 +72,7 @@ def python(module: str, *args: object, what: str, timeout: float) -> str:
 
 
 def _communicate(child, what: str, timeout: float) -> tuple[str, str]:
-    """What a child prints until it ends."""
+    """Returns what a child prints until it ends: (stdout, stderr)."""
     end = time.monotonic() + timeout
     while True:
         try:

@@ -25,6 +25,7 @@ from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import (
     _compilation,
     _model,
+    _noted,
     _objective,
     _phases,
     _plugs,
@@ -346,12 +347,12 @@ def opened(
     try:
         built = build(check(config), phase, options)
     except UserError as error:
-        without = None if examples else _pretrained.without_examples(workdir, config)
+        without = None if examples else _noted.without_examples(workdir, config)
         if without is None:
             raise
         built = build(check(without), phase, options)
         print(f"data       not opened: {error}; the classes are those of the run")
-    _pretrained.check_classes(workdir, built.data.label_names)
+    _noted.check_classes(workdir, built.data.label_names)
     return built
 
 

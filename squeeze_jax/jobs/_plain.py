@@ -12,7 +12,7 @@ import numpy as np
 
 from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _pretrained, _settings, _workdir
+from squeeze_jax.jobs import _experiment, _noted, _settings, _workdir
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
@@ -66,5 +66,5 @@ def write(
         note["forward"] = built.experiment.forward
         checkpoints.save(state, 0, built.whole.config(), note=note)
         checkpoints.wait()
-    _pretrained.note(workdir, built.options, settings, built.data)
+    _noted.write(workdir, built.options, settings, built.data)
     return built

@@ -5,10 +5,8 @@ gives the part's options of `models.make` and a function from the whole network'
 """
 
 import contextlib
-import json
 import pathlib
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,18 +15,14 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from squeeze_jax import files, models, registry, tree
-from squeeze_jax.data import Data
+from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _classes, _plugs
-from squeeze_jax.jobs._settings import tuples
+from squeeze_jax.jobs import _classes, _noted, _plugs
 from squeeze_jax.ranges import Layers, OptionalPath
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
 
-# In a work directory: what its network was made with, and which of its checkpoints is the trained one.
-MODEL = "model.json"
 LAYER = re.compile(r"^layer(\d+)/")
 
 
@@ -103,13 +97,13 @@ def find(
     if folder:
         options, classes = models.options(folder), models.class_names(folder)
         return Network(options, _folder_reader(folder), folder, classes=classes)
-    noted = _noted(pathlib.Path(workdir))
+    noted = _noted.read(pathlib.Path(workdir))
     if noted is None:
         raise UserError(
-            f"{where}.workdir = {workdir!r} holds no trained network (no {MODEL}): train one there first"
+            f"{where}.workdir = {workdir!r} holds no trained network (no {_noted.MODEL}): train one there first"
         )
     settings = noted["checkpoint"]
-    saved = _saved(pathlib.Path(workdir), settings)
+    saved = _noted.of_checkpoint(pathlib.Path(workdir), **settings)
     return Network(
         _options(saved, noted),
         lambda options, key: checkpoint(workdir, **settings),
@@ -251,101 +245,10 @@ def checkpoint(workdir: str, **settings) -> dict[str, Any]:
     raise UserError(f"no checkpoint in {workdir}: train there first")
 
 
-def note(
-    workdir: pathlib.Path,
-    options: Mapping[str, Any],
-    checkpoint: Mapping[str, Any],
-    source: Data | None = None,
-) -> None:
-    """Writes what others need to begin with a run's network or to learn from it.
-
-    Args:
-      workdir: of the run.
-      options: what `models.make` made the network of; checkpoints of later phases have options of their own.
-      checkpoint: settings of `Checkpoints`.
-      source: the data.
-    """
-    noted = noted_of(options, checkpoint, source)
-    files.write(workdir / MODEL, json.dumps(noted, indent=2) + "\n")
-
-
-def noted_of(
-    options: Mapping[str, Any],
-    checkpoint: Mapping[str, Any],
-    source: Data | None = None,
-) -> dict[str, Any]:
-    """Returns what `note` writes; each checkpoint's note has it too."""
-    noted = {"model": dict(options), "checkpoint": dict(checkpoint)}
-    if source is not None:
-        noted["classes"] = list(source.label_names)
-    if source is not None and source.label_names and source.reads == "images":
-        channels = source.example().shape[-1]
-        noted["source"] = dict(
-            name="absent", classes=noted["classes"], channels=channels
-        )
-        if source.metrics == "segmentation":
-            noted["source"]["ignored"] = []
-    return noted
-
-
-def _noted(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """What `note` wrote, or if that is damaged what the newest checkpoint has of it; None where there is neither."""
-    path = workdir / MODEL
-    try:
-        found = tuples(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        found, wrong = None, f"{path} is not valid JSON ({error})"
-    else:
-        wrong = f"{path} is of another version"
-    if not isinstance(found, dict) or not {"model", "checkpoint"} <= found.keys():
-        found = _of_checkpoint(workdir / "checkpoints")
-        if found is None:
-            raise UserError(f"{wrong}: run the job fit there again")
-        warnings.warn(f"{wrong}; the newest checkpoint's is taken", stacklevel=2)
-    return found
-
-
-def _of_checkpoint(directory: pathlib.Path) -> dict[str, Any] | None:
-    """What the newest checkpoint has of `note`; None if it has none."""
-    if not directory.is_dir():
-        return None
-    with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
-        noted = dict(checkpoints.note() or {}).get("noted")
-    return None if noted is None else tuples(noted)
-
-
-def without_examples(
-    workdir: pathlib.Path, config: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Returns a run's config with noise in place of its images; None where a run does not know enough of them."""
-    source = (_noted(workdir) or {}).get("source")
-    if source is None or "source" not in config.get("data", {}):
-        return None
-    return dict(config) | {"data": dict(config["data"]) | {"source": dict(source)}}
-
-
-def check_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:
-    """Raises a UserError for data whose classes are not those that a run's network was trained on."""
-    noted = _noted(workdir) or {}
-    _classes.check_same(noted.get("classes"), names, str(workdir))
-
-
 def _options(saved: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the network options of a checkpoint; in a run of several phases each checkpoint has its own."""
     phased = saved.get("config", {}).get("phases")
     return saved["options"] if phased else noted["model"]
-
-
-def _saved(workdir: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the note of the checkpoint that holds a run's trained network; {} if none can be read."""
-    directory, saved = workdir / "checkpoints", None
-    if directory.is_dir():
-        opened = Checkpoints(directory, **settings, read_only=True)
-        with contextlib.closing(opened) as checkpoints, contextlib.suppress(UserError):
-            saved = checkpoints.note()
-    return tuples(dict(saved or {}))
 
 
 def begun(workdir: pathlib.Path) -> bool:
@@ -366,11 +269,11 @@ def alone(
       The config without what only training needs, such as teachers; the phase that the trained network is of; its
       options, or None where no training has begun.
     """
-    noted, rest = _noted(workdir), dict(config)
+    noted, rest = _noted.read(workdir), dict(config)
     if noted is None:
         return rest, 0, None
     settings = noted["checkpoint"] | config.get("checkpoint", {})
-    saved = _saved(workdir, settings)
+    saved = _noted.of_checkpoint(workdir, **settings)
     options, phase = _options(saved, noted), saved.get("phase", 0)
     for key in "init", "distill":
         rest.pop(key, None)
@@ -461,7 +364,7 @@ def _takes_head(given, wanted, head, only) -> bool:
 
 
 def _in_order(network, params, options, classes, example):
-    """The parameters with the head's classes in the order of the data's."""
+    """Returns the parameters with the head's classes in the order of the data's."""
     if network.classes is None and classes:
         print(
             f"classes    {network.where} does not name its classes: its classifier is taken to be in the order of the data's"

@@ -81,15 +81,25 @@ def canonical(value: Any, where: str = "config"):
       where: its name as the user writes it.
 
     Raises:
-      UserError: a key that is no name, a value that a file of JSON cannot hold, a home directory of no user.
+      UserError: a key that is no name, a value that a file of JSON cannot hold, a home directory of no user, or a config
+        that contains itself.
     """
+    try:
+        return _canonical(value, where)
+    except RecursionError:
+        raise UserError(
+            f"{where} contains itself, or is nested too deep: leave that part out"
+        ) from None
+
+
+def _canonical(value: Any, where: str):
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or not key:
                 raise UserError(f"{where} has the key {shown(key)}: keys are names")
-        return {k: canonical(v, f"{where}.{k}") for k, v in value.items()}
+        return {k: _canonical(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(canonical(v, f"{where}[{n}]") for n, v in enumerate(value))
+        return tuple(_canonical(v, f"{where}[{n}]") for n, v in enumerate(value))
     if isinstance(value, str):
         home = re.match(r"~[\w.-]*(/|$)", value)
         return str(files.path(value, where)) if home else value

@@ -15,10 +15,9 @@ from jax.experimental import multihost_utils
 
 from squeeze_jax import files
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _phases
+from squeeze_jax.jobs import _noted, _phases
 from squeeze_jax.jobs._experiment import Experiment
 from squeeze_jax.jobs._settings import canonical, current, jobs
-from squeeze_jax.train.checkpoint import Checkpoints
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
 FREE = (
@@ -123,21 +122,11 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         wrong = f"{path} is not valid JSON ({error})"
     if wrong:
-        config = newest_note(workdir).get("config")
+        config = _noted.of_checkpoint(workdir).get("config")
         if not isinstance(config, dict):
             raise UserError(f"{wrong}; restore it or remove the work directory")
         warnings.warn(f"{wrong}; the newest checkpoint's is taken", stacklevel=2)
     return current(canonical(config))
-
-
-def newest_note(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns the note of the newest checkpoint that has a readable one; {} if there is none."""
-    directory = workdir / "checkpoints"
-    if not directory.is_dir():
-        return {}
-    opened = Checkpoints(directory, read_only=True)
-    with contextlib.closing(opened) as checkpoints:
-        return dict(checkpoints.note() or {})
 
 
 def _steps_done(workdir: pathlib.Path) -> int | None:

@@ -14,9 +14,9 @@ from squeeze_jax.cost import wire
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _compilation,
+    _noted,
     _phases,
     _plan,
-    _pretrained,
     _teachers,
     _transitions,
 )
@@ -73,8 +73,8 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
         given = {} if restored else built.given()
         if main:
             if restored:
-                _pretrained.check_classes(workdir, built.data.label_names)
-            _pretrained.note(workdir, built.options, settings, built.data)
+                _noted.check_classes(workdir, built.data.label_names)
+            _noted.write(workdir, built.options, settings, built.data)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps and checkpoints.scored(start):
             say("trained    already, to the last step")
@@ -156,9 +156,7 @@ def train(
                 "first": phase.first,
                 "options": built.options,
                 "forward": e.forward,
-                "noted": _pretrained.noted_of(
-                    built.options, built.checkpoints, built.data
-                ),
+                "noted": _noted.of(built.options, built.checkpoints, built.data),
             },
             first=phase.first,
             log_every=e.log_every,

@@ -84,7 +84,7 @@ def run(
     begun = int(state.step)
 
     def flushed(at: int) -> dict[str, float]:
-        """The record of the pending steps, or {}; raises a UserError where they diverged."""
+        """Returns the record of the pending steps, or {}; raises a UserError where they diverged."""
         nonlocal pending, waited, digest, since
         if not pending:
             return {}
@@ -212,7 +212,7 @@ def _means(
 
 
 def _agreed(meeting: bool) -> int:
-    """The signal to stop for, the same on every process; several processes compare notes only at meetings."""
+    """Returns the signal to stop for, the same on every process; several processes compare notes only at meetings."""
     if jax.process_count() == 1:
         return stop.requested()
     if not meeting:

@@ -115,11 +115,11 @@ def chain(transforms: Sequence[methods.Update]) -> methods.Update:
         return params
 
     def metrics(params, states):
-        found = {}
+        values = {}
         for transform, state in zip(transforms, states, strict=True):
             if transform.metrics is not None:
-                found |= transform.metrics(params, state)
-        return found
+                values |= transform.metrics(params, state)
+        return values
 
     tx = optax.chain(*(transform.tx for transform in transforms))
     changes = any(transform.project is not None for transform in transforms)

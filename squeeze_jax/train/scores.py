@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[int, Mapping[str, float]]:
 
 
 def _parsed(path: Path):
-    """The content of a JSON file; None if it is damaged."""
+    """Returns the content of a JSON file; None if it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -229,8 +229,8 @@ def _computed(network, terms, inputs, gradients):
         for term in terms:
             own = forward.own(term.name, variables, first=network.first, key=key)
             with means.divided(stats.get("divisors", {}).get(term.name)):
-                found = term.objective.loss(logits, endpoints, batch, plain, own)
-            value, record, *state = _checked(term.name, found)
+                returned = term.objective.loss(logits, endpoints, batch, plain, own)
+            value, record, *state = _checked(term.name, returned)
             if state:
                 extra[term.name] = state[0]
             if len(terms) > 1 or term.weight != 1:
@@ -279,13 +279,13 @@ def _computed(network, terms, inputs, gradients):
     return compute, weigh
 
 
-def _checked(name: str, found: Any) -> tuple:
-    """What a loss returned; a UserError if that is not (scalar, metrics) or (scalar, metrics, state)."""
-    if not isinstance(found, tuple) or len(found) not in (2, 3):
+def _checked(name: str, returned: Any) -> tuple:
+    """Returns what a loss returned; raises a UserError if that is not (scalar, metrics) or (scalar, metrics, state)."""
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         raise UserError(
-            f"the loss {name} returns a {type(found).__name__}: return (scalar, metrics), or (scalar, metrics, state)"
+            f"the loss {name} returns a {type(returned).__name__}: return (scalar, metrics), or (scalar, metrics, state)"
         )
-    value, record, *_ = found
+    value, record, *_ = returned
     if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise UserError(
             f"the loss {name} returns {jnp.result_type(value)} {list(jnp.shape(value))}: return one float, such as the mean"
@@ -294,7 +294,7 @@ def _checked(name: str, found: Any) -> tuple:
         raise UserError(
             f"the loss {name} returns metrics that are no dict of scalars: {shortened(repr(record), 100)}"
         )
-    return found
+    return returned
 
 
 def _with_carry(stats, carry):
