@@ -35,7 +35,7 @@ def test_convolutions(x, kernel, options, expected):
 
 
 def test_a_forced_lowering_of_a_layer_does_not_change_its_count():
-    layer = Conv(8, 3, groups=4, lowering="split")
+    layer = Conv(8, (3, 3), feature_group_count=4, lowering="split")
     assert macs(layer, ones(1, 9, 9, 4)).total == 81 * 9 * 8
 
 

@@ -24,9 +24,9 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = Conv(4, 3, use_bias=False, name="first")(x)
-        y = nn.relu(BatchNorm(name="norm")(y))
-        y = Conv(4, 3, 2, groups=4, name="depth")(y)
+        y = Conv(4, (3, 3), use_bias=False, name="first")(x)
+        y = nn.relu(BatchNorm(True, name="norm")(y))
+        y = Conv(4, (3, 3), 2, feature_group_count=4, name="depth")(y)
         y = y * self.param("gain", nn.initializers.ones, (4,))
         return nn.Dense(10, name="head")(global_mean(y)), {"y": y}
 

@@ -49,10 +49,10 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = Conv(4, 3, use_bias=False, name="first")(x)
-        y = nn.relu6(BatchNorm(name="first_norm")(y))
-        z = nn.relu(Conv(8, 1, name="wide")(y))
-        s = y + Conv(4, 1, name="narrow")(z)
+        y = Conv(4, (3, 3), use_bias=False, name="first")(x)
+        y = nn.relu6(BatchNorm(True, name="first_norm")(y))
+        z = nn.relu(Conv(8, (1, 1), name="wide")(y))
+        s = y + Conv(4, (1, 1), name="narrow")(z)
         m = global_mean(max_pool(s, 2, 2))
         return nn.Dense(10, name="head")(m), {"wide": z}
 
@@ -192,7 +192,7 @@ def test_a_softmax_needs_two_buffers_and_a_column():
 def test_padding_that_tflite_has_not_is_a_copy(
     size, kernel, strides, padding, expected
 ):
-    layer = Conv(3, kernel, strides, padding=padding)
+    layer = Conv(3, (kernel, kernel), strides, padding=padding)
     assert memory.peak(layer, ones(1, size, size, 2)).bytes == expected
 
 

@@ -12,6 +12,8 @@ from jax import export
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, conv, lowering
+from squeeze_jax.nn.norm import BatchNorm
+from squeeze_jax.nn.pool import max_pool, mean_pool
 
 pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
 
@@ -231,7 +233,7 @@ def test_a_symbolic_batch_can_be_exported(name):
 
 def test_the_layer_is_flax_with_other_arithmetic():
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, 6))
-    ours = Conv(12, (3, 5), strides=2, groups=6, dilation=(1, 2))
+    ours = Conv(12, (3, 5), strides=2, feature_group_count=6, kernel_dilation=(1, 2))
     theirs = linen.Conv(
         12, (3, 5), strides=2, feature_group_count=6, kernel_dilation=(1, 2)
     )
@@ -273,7 +275,15 @@ def test_sequences_are_convolved_as_pytorch_does(groups, strides):
         groups=groups,
     ).mT
     close(conv(x, kernel, **arguments), y.numpy())
-    layer = Conv(12, 3, **arguments, use_bias=False)
+    layer = Conv(
+        12,
+        (3,),
+        strides=strides,
+        padding=2,
+        kernel_dilation=2,
+        feature_group_count=groups,
+        use_bias=False,
+    )
     variables = {"params": {"kernel": kernel}}
     close(layer.apply(variables, x), y.numpy())
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
@@ -319,7 +329,7 @@ def test_an_unknown_forced_lowering_is_named():
     ("shape", "count"), [("3, 128, 512", 1), ("4, 128, 512", 4), ("b, 128, 512", 4)]
 )
 def test_groups_of_sequences_are_apart_where_there_are_many_positions(shape, count):
-    layer = Conv(512, 1, groups=4)
+    layer = Conv(512, (1,), feature_group_count=4)
     variables = layer.init(jax.random.key(0), jnp.zeros((1, 1, 512)))
     x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
     exported = export.export(jax.jit(layer.apply))(variables, x)
@@ -327,3 +337,49 @@ def test_groups_of_sequences_are_apart_where_there_are_many_positions(shape, cou
         r"stablehlo\.(?:dot_general|convolution)", exported.mlir_module()
     )
     assert len(products) == count
+
+
+class Pooled(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = Conv(8, (3, 3), use_bias=False)(x)
+        x = BatchNorm(True)(Conv(8, (3, 3), feature_group_count=8, use_bias=False)(x))
+        x = max_pool(Conv(6, (1, 1), feature_group_count=2, use_bias=False)(x), 3, 2)
+        x = mean_pool(x, 2, 1).reshape(x.shape[0], -1, 6)
+        return Conv(4, (3,), use_bias=False)(x)
+
+
+def test_the_platform_that_a_function_is_compiled_for_decides():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 9, 3))
+    variables = jax.jit(Pooled().init)(jax.random.key(1), x)
+
+    def loss(params, x):
+        return jnp.sum(Pooled().apply(variables | {"params": params}, x) ** 2)
+
+    run = jax.jit(jax.grad(loss, (0, 1)))
+    texts = {
+        platform: export.export(run, platforms=[platform])(variables["params"], x)
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    counts = {
+        platform: [
+            exported.mlir_module().count(f"stablehlo.{name}")
+            for name in ("convolution(", "reduce_window", "select_and_scatter")
+        ]
+        for platform, exported in texts.items()
+    }
+    # Four convolutions have three maps each; the maximum has a window, the mean one in each direction.
+    assert counts["tpu"] == counts["cuda"] == [12, 3, 1]
+    assert counts["cpu"][0] < 12
+    assert counts["cpu"][1:] == [0, 0]
+    several = export.export(run, platforms=["tpu", "cpu"])(variables["params"], x)
+    for a, b in zip(
+        jax.tree.leaves(several.call(variables["params"], x)),
+        jax.tree.leaves(run(variables["params"], x)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    kernels = jnp.ones((4, 3, 3, 1, 3))
+    mapped = jax.jit(jax.vmap(lambda k: conv(x, k, groups=3)))
+    text = export.export(mapped, platforms=["tpu"])(kernels).mlir_module()
+    assert "stablehlo.convolution(" in text

@@ -85,8 +85,8 @@ def replacing(role, array):
     ("layer", "x", "kernel"),
     [
         (Dense(2), [[1.0, 2.0]], [[1.0, 0.0], [3.0, 1.0]]),
-        (conv.Conv(2, 1), [[[1.0, 2.0]]], [[[1.0, 0.0], [3.0, 1.0]]]),
-        (conv.Conv(2, 1), [[[[1.0, 2.0]]]], [[[[1.0, 0.0], [3.0, 1.0]]]]),
+        (conv.Conv(2, (1,)), [[[1.0, 2.0]]], [[[1.0, 0.0], [3.0, 1.0]]]),
+        (conv.Conv(2, (1, 1)), [[[[1.0, 2.0]]]], [[[[1.0, 0.0], [3.0, 1.0]]]]),
     ],
     ids=["dense", "sequence", "image"],
 )
@@ -109,7 +109,7 @@ def test_replaced_arrays_reach_the_result(layer, x, kernel):
 
 
 def test_groups_that_stay_apart_are_taps_of_their_own():
-    layer = conv.Conv(2, 1, groups=2)
+    layer = conv.Conv(2, (1,), feature_group_count=2)
     x = jnp.array([[[1.0, 2.0]]])
     variables = {
         "params": {"kernel": jnp.array([[[3.0, 5.0]]]), "bias": jnp.zeros(2)},

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.errors import ModifyScopeVariableError
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,19 +54,19 @@ def torch_norm(x, steps):
 def test_training_and_evaluation_equal_pytorch():
     x = batch()
     y, dx, dscale, dbias, mean, var, evaluated = torch_norm(x, steps=2)
-    layer = BatchNorm()
+    layer = BatchNorm(momentum=0.9, unbiased=True)
     params = {"scale": jnp.linspace(-1, 2, 6), "bias": jnp.linspace(3, 1, 6)}
-    stats = layer.init(jax.random.key(0), x)["batch_stats"]
+    stats = layer.init(jax.random.key(0), x, True)["batch_stats"]
 
     def loss(params, x, stats):
         variables = {"params": params, "batch_stats": stats}
-        y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+        y, new = layer.apply(variables, x, False, mutable=["batch_stats"])
         return jnp.sin(y).sum(), (y, new["batch_stats"])
 
     gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     for _ in range(2):
         (dp, dx_ours), (y_ours, stats) = gradient(params, x, stats)
-    ours = layer.apply({"params": params, "batch_stats": stats}, x)
+    ours = layer.apply({"params": params, "batch_stats": stats}, x, True)
     np.testing.assert_allclose(y_ours, y, atol=2e-5)
     np.testing.assert_allclose(dx_ours, dx, atol=2e-4)
     np.testing.assert_allclose(dp["scale"], dscale, rtol=1e-4, atol=1e-4)
@@ -77,11 +78,11 @@ def test_training_and_evaluation_equal_pytorch():
 
 def test_bfloat16_in_is_bfloat16_out_with_statistics_in_float32():
     x = jnp.bfloat16(batch(shape=(32, 8, 8, 6)))
-    layer = BatchNorm(momentum=0.0)
-    variables = layer.init(jax.random.key(0), x)
+    layer = BatchNorm(momentum=0.0, dtype=jnp.bfloat16, unbiased=True)
+    variables = layer.init(jax.random.key(0), x, True)
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
-    assert y.dtype == layer.apply(variables, x).dtype == jnp.bfloat16
+    y, new = layer.apply(variables, x, False, mutable=["batch_stats"])
+    assert y.dtype == layer.apply(variables, x, True).dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
     mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2), ddof=1)
     np.testing.assert_allclose(new["batch_stats"]["mean"], mean, rtol=1e-5, atol=1e-5)
@@ -93,11 +94,12 @@ def test_gradients_in_bfloat16_are_those_of_pytorch_in_float32():
     x = np.rint(batch(shape=(8, 4, 3, 6)) * 4)
     _, dx, dscale, dbias, *_ = torch_norm(x, steps=1)
     params = {"scale": jnp.linspace(-1, 2, 6), "bias": jnp.linspace(3, 1, 6)}
-    stats = BatchNorm().init(jax.random.key(0), x)["batch_stats"]
+    layer = BatchNorm(False, dtype=jnp.bfloat16)
+    stats = layer.init(jax.random.key(0), x)["batch_stats"]
 
     def loss(params, x):
         variables = {"params": params, "batch_stats": stats}
-        y = BatchNorm().apply(variables, x, train=True)
+        y, _ = layer.apply(variables, x, mutable=["batch_stats"])
         return jnp.sin(y.astype(jnp.float32)).sum()
 
     ours, ours_x = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.bfloat16(x))
@@ -107,23 +109,25 @@ def test_gradients_in_bfloat16_are_those_of_pytorch_in_float32():
     np.testing.assert_allclose(ours["bias"], dbias, atol=0.6)
 
 
-def test_statistics_stay_where_they_may_not_change():
+def test_training_without_mutable_statistics_is_an_error_as_in_flax():
     x = batch()
-    layer = BatchNorm()
-    variables = layer.init(jax.random.key(0), x, train=True)
-    assert not np.any(variables["batch_stats"]["mean"])
-    frozen = layer.apply(variables, x, train=True)
-    np.testing.assert_allclose(frozen.mean((0, 1, 2)), 0, atol=1e-5)
+    for layer in (nn.BatchNorm(False), BatchNorm(False)):
+        variables = layer.init(jax.random.key(0), x)
+        assert not np.any(variables["batch_stats"]["mean"])
+        error = UserError if isinstance(layer, BatchNorm) else ModifyScopeVariableError
+        with pytest.raises(error, match="batch_stats"):
+            layer.apply(variables, x)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 2, 3), (8, 2, 3, 3), (9, 3), (4, 5, 3)])
 def test_derivatives_of_second_order_and_under_vmap_are_those_of_the_formula(shape):
     x = jnp.asarray(batch(shape=shape))
-    layer = BatchNorm()
+    layer = BatchNorm(False)
     variables = layer.init(jax.random.key(0), x)
 
     def ours(x):
-        return jnp.sin(layer.apply(variables, x, train=True)).sum()
+        y, _ = layer.apply(variables, x, mutable=["batch_stats"])
+        return jnp.sin(y).sum()
 
     def formula(x):
         over = range(x.ndim - 1)
@@ -143,9 +147,9 @@ def test_derivatives_of_second_order_and_under_vmap_are_those_of_the_formula(sha
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(BatchNorm()(Conv(8, 1)(x), train=True))
-        x = nn.relu(BatchNorm()(Conv(8, 3, groups=8)(x), train=True))
-        return BatchNorm()(Conv(4, 3, 2, groups=2)(x), train=True)
+        x = nn.relu(BatchNorm(False)(Conv(8, (1, 1))(x)))
+        x = nn.relu(BatchNorm(False)(Conv(8, (3, 3), feature_group_count=8)(x)))
+        return BatchNorm(False)(Conv(4, (3, 3), 2, feature_group_count=2)(x))
 
 
 def test_four_devices_are_one_under_jit_and_inside_shard_map():

@@ -26,8 +26,8 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        y = nn.relu(Conv(self.features, 3, name="conv")(x))
-        return Conv(self.num_classes, 1, name="scores")(y.mean((1, 2), keepdims=True))[:, 0, 0], {"conv": y}
+        y = nn.relu(Conv(self.features, (3, 3), name="conv")(x))
+        return Conv(self.num_classes, (1, 1), name="scores")(y.mean((1, 2), keepdims=True))[:, 0, 0], {"conv": y}
 
 def make(num_classes: int = 10, features: int = 4):
     return Net(num_classes, features)

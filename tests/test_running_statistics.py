@@ -25,11 +25,11 @@ MEANS = np.array([3.0, -1.0, 7.0, 2.0, 2.0], np.float32)
 
 def updated(momentum, means, share=0.0):
     """The running mean, variance and share after batches [2, 1] of mean m: m - 1 and m + 1, whose variance is 2."""
-    layer = BatchNorm(momentum)
-    variables = layer.init(jax.random.key(0), jnp.ones((2, 1)))
+    layer = BatchNorm(momentum=momentum, unbiased=True)
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 1)), True)
     variables |= {SHARES: {"share": jnp.float32(share)}}
     run = jax.jit(
-        lambda v, x: layer.apply(v, x, train=True, mutable=["batch_stats", SHARES])[1]
+        lambda v, x: layer.apply(v, x, False, mutable=["batch_stats", SHARES])[1]
     )
     for m in means:
         x = jnp.array([[m - 1], [m + 1]], jnp.float32)
@@ -76,8 +76,12 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        x = BatchNorm(0.9, name="first_norm")(Dense(4, name="first")(x), train=train)
-        x = BatchNorm(0.9, name="second_norm")(Dense(3, name="second")(x), train=train)
+        x = BatchNorm(not train, momentum=0.9, unbiased=True, name="first_norm")(
+            Dense(4, name="first")(x)
+        )
+        x = BatchNorm(not train, momentum=0.9, unbiased=True, name="second_norm")(
+            Dense(3, name="second")(x)
+        )
         return x, {}
 
 

@@ -97,7 +97,7 @@ class FCN(nn.Module):
         for number in self.row.scored:
             scores = Conv(
                 self.num_classes,
-                1,
+                (1, 1),
                 kernel_init=nn.initializers.normal(0.01),
                 name=f"score{number}",
             )(endpoints[f"stage{number}"])

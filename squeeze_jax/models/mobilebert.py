@@ -189,7 +189,7 @@ class Layer(nn.Module):
 
     def _dense(self, name, features=None):
         init = encoder.KERNEL_INIT
-        return Conv(features or self.features, 1, kernel_init=init, name=name)
+        return Conv(features or self.features, (1,), kernel_init=init, name=name)
 
     def _norm(self, name, epsilon=None):
         epsilon = self.epsilon if epsilon is None else epsilon

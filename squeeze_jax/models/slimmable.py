@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from squeeze_jax import registry, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.nn.blocks import residual_sum
+from squeeze_jax.nn.blocks import batch_norm, residual_sum
 from squeeze_jax.nn.conv import conv
+from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.intercept import tap
-from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.reshaped import features
 from squeeze_jax.ranges import Count, Multiplier, Part
@@ -64,6 +64,7 @@ class Slice(nn.Module):
             init = nn.initializers.he_normal()
             whole = self.param("kernel", init, (*extent, x.shape[-1], outputs))
         outputs = whole.shape[-1] if dense else scaled(whole.shape[-1], width)
+        x = as_float(x)
         kernel = whole[..., : x.shape[-1], :outputs].astype(x.dtype)
         x, kernel = tap(self, "inputs", x), tap(self, "kernel", kernel)
         if not dense:
@@ -84,7 +85,7 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x, width: float, *, train: bool, activate: bool = True):
         y = Slice(self.features, 3, self.strides, name="conv")(x, width)
-        y = BatchNorm(name=f"norm{percent(width)}")(y, train=train)
+        y = batch_norm(y, train=train, name=f"norm{percent(width)}")
         return nn.relu(y) if activate else y
 
 

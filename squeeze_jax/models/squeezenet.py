@@ -17,10 +17,9 @@ import jax.numpy as jnp
 
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError, nearest
-from squeeze_jax.nn.blocks import residual_sum
+from squeeze_jax.nn.blocks import batch_norm, residual_sum
 from squeeze_jax.nn.conv import Conv, per_axis
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Range, Rate, Strides
@@ -79,7 +78,7 @@ class Fire(nn.Module):
         if self.residual:
             return residual_sum(x, y, self, "expand1x1 and expand3x3")
         if self.bypass == "complex":
-            x = Conv(y.shape[-1], 1, fixed=True, name="bypass1x1")(x)
+            x = Conv(y.shape[-1], (1, 1), fixed=True, name="bypass1x1")(x)
             return x + y
         return y
 
@@ -122,7 +121,7 @@ class SqueezeNet(nn.Module):
         y = Dropout(self.dropout)(y, train=train)
         y = Conv(
             self.num_classes,
-            1,
+            (1, 1),
             padding=self.conv10_padding,
             kernel_init=nn.initializers.normal(0.01),
             fixed=True,
@@ -136,14 +135,14 @@ def _unit(x, features, kernel, strides=1, *, padding=0, norm, train, name):
     """Convolution, batch normalisation where asked for, ReLU; creates them in the calling module."""
     x = Conv(
         features,
-        kernel,
+        (kernel, kernel),
         strides,
         padding=padding,
         use_bias=not norm,
         kernel_init=nn.initializers.he_uniform(),
         name=name,
     )(x)
-    return nn.relu(BatchNorm(name=f"{name}_norm")(x, train=train) if norm else x)
+    return nn.relu(batch_norm(x, train=train, name=f"{name}_norm") if norm else x)
 
 
 def make(

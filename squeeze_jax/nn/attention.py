@@ -11,6 +11,7 @@ import numpy as np
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.intercept import tap
 
@@ -61,6 +62,7 @@ def attend(
         raise UserError(
             f"queries have {query.shape[-1]} features and keys {key.shape[-1]}: give both the same width"
         )
+    query, key, value = map(as_float, (query, key, value))
     split = partial(_split, heads=heads)
     head_features = head_features or query.shape[-1] // heads
     scale = np.sqrt(head_features).astype(query.dtype)
@@ -141,13 +143,13 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, Attended]:
         """x: [b, l, d], mask: bool [b, l] → [b, l, d] and what `attend` gave."""
         features = self.features or x.shape[-1]
-        project = partial(Conv, features, 1)
+        project = partial(Conv, features, (1,))
         groups, init = self.groups, self.kernel_init
         alike = len(set(groups[:3])) == 1 and self.heads % groups.query == 0
         query, key, value = (
-            project(groups=getattr(groups, name), kernel_init=init, name=name)(
-                x, whole=not alike
-            )
+            project(
+                feature_group_count=getattr(groups, name), kernel_init=init, name=name
+            )(x, whole=not alike)
             for name in ("query", "key", "value")
         )
         heads = partial(
@@ -160,7 +162,11 @@ class SelfAttention(nn.Module):
         )
         init = self.output_init or init
         output = Conv(
-            x.shape[-1], 1, groups=groups.output, kernel_init=init, name="output"
+            x.shape[-1],
+            (1,),
+            feature_group_count=groups.output,
+            kernel_init=init,
+            name="output",
         )
         if isinstance(query, tuple):  # heads do not mix, so groups stay apart
             each = [

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
@@ -23,13 +24,22 @@ def conv(x: jax.Array, k: jax.Array, g: Geometry, lowering: str = "auto") -> jax
 
     Args:
       g: must fit both shapes.
-      lowering: of `lowerings.possible(g)`, or "auto": the quickest one for each map.
+      lowering: of `lowerings.possible(g)`, or "auto": the quickest one for each map on the platform of the compilation.
     """
     return _maps["forward"].bind(x, k, geometry=g, lowering=lowering)
 
 
 def _run(which: Map, a, b, *, geometry, lowering):
     return lowerings.run(which, lowering, geometry, a, b)
+
+
+def _run_elsewhere(which: Map, a, b, *, geometry, lowering):
+    """As `_run`, for accelerators: there XLA's convolution is the quickest."""
+    return _run(which, a, b, geometry=geometry, lowering=_native(lowering))
+
+
+def _native(lowering: str) -> str:
+    return "native" if lowering == "auto" else lowering
 
 
 # The arguments of a map, and what the derivative with respect to each is: the map and its two arguments, where "ct" is
@@ -66,14 +76,23 @@ def _batched(which: Map, arrays, dims, *, geometry, lowering):
         )
         return out.reshape(n, m, *out.shape[1:]), 0
     axes = tuple(None if d is None else 0 for d in dims)
-    one = partial(lowerings.run, which, lowering, geometry, plain=True)
-    return jax.vmap(one, axes)(a, b), 0
+
+    def mapped(lowering):
+        one = partial(lowerings.run, which, lowering, geometry, plain=True)
+        return jax.vmap(one, axes)
+
+    if lowering != "auto":
+        return mapped(lowering)(a, b), 0
+    elsewhere = mapped(_native(lowering))
+    return lax.platform_dependent(a, b, cpu=mapped(lowering), default=elsewhere), 0
 
 
 def _primitive(which: Map) -> Primitive:
-    run = partial(_run, which)
     primitive = primitives.make(
-        f"conv_{which}", run, lambda a, b, **p: run(a, b, **p | {"lowering": "native"})
+        f"conv_{which}",
+        partial(_run, which),
+        partial(_run_elsewhere, which),
+        like=lambda a, b, **p: _run(which, a, b, **p | {"lowering": "native"}),
     )
     ad.defbilinear(primitive, _transpose(which, 0), _transpose(which, 1))
     batching.primitive_batchers[primitive] = partial(_batched, which)

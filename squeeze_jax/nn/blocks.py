@@ -8,6 +8,7 @@ import jax
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, Pair
+from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
 
@@ -66,19 +67,31 @@ def conv_norm(
     half = (dilation * (kernel - 1) + 1) // 2
     x = Conv(
         features,
-        kernel,
+        (kernel, kernel),
         strides,
-        groups,
-        dilation,
         padding="SAME" if options.padding == "same" else half,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
         use_bias=False,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         name=name,
     )(x)
-    x = BatchNorm(options.momentum, options.epsilon, name=f"{name}_norm")(
-        x, train=train
-    )
+    x = batch_norm(x, options, train=train, name=f"{name}_norm")
     return activation(x) if activation else x
+
+
+def batch_norm(
+    x: jax.Array, options: UnitOptions = UNIT, *, train: bool, name: str
+) -> jax.Array:
+    """Batch normalisation in the dtype of x [..., c], with PyTorch's running variance; creates `name` in the module that calls it."""
+    return BatchNorm(
+        use_running_average=not train,
+        momentum=options.momentum,
+        epsilon=options.epsilon,
+        dtype=x.dtype,
+        unbiased=True,
+        name=name,
+    )(x)
 
 
 def residual_sum(x: jax.Array, y: jax.Array, block: nn.Module, layer: str) -> jax.Array:
@@ -131,10 +144,11 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [b, h, w, c] → the same shape and dtype."""
+        """x: [b, h, w, c] → the same shape and dtype; integers become float32."""
+        x = as_float(x)
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         y = global_mean(x)[:, None, None].astype(x.dtype)
-        y = Conv(self.features, 1, kernel_init=init, name="reduce")(y)
+        y = Conv(self.features, (1, 1), kernel_init=init, name="reduce")(y)
         y = self.activation(y)
-        y = Conv(x.shape[-1], 1, kernel_init=init, fixed=True, name="expand")(y)
+        y = Conv(x.shape[-1], (1, 1), kernel_init=init, fixed=True, name="expand")(y)
         return x * self.gate(y)

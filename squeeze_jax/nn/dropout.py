@@ -18,6 +18,7 @@ from jax.interpreters import ad, batching
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import primitives
+from squeeze_jax.nn.dtypes import as_float
 
 
 class Dropout(nn.Module):
@@ -33,13 +34,14 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """x: any shape → the same."""
+        """x: any shape → the same; in training integers become float32."""
         if not 0 <= self.rate <= 1:
             raise UserError(f"dropout = {self.rate} should lie in [0, 1]")
         if not train or self.rate == 0:
             return x
         if self.rate == 1:
             return jnp.zeros_like(x)
+        x = as_float(x)
         seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         if self.whole:
             shape = [1 if i in self.whole else n for i, n in enumerate(x.shape)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.composite import exported_as
 from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import Normalization, norm
 
@@ -109,6 +110,7 @@ class Embed(nn.Module):
 
     def scores(self, x: jax.Array) -> jax.Array:
         """x: [..., features] → products with every row [..., size], float32."""
+        x = as_float(x)
         table = self.embedding.astype(x.dtype)
         # One matrix product over all positions: on a CPU much quicker than a batched one.
         rows = x.reshape(-1, x.shape[-1])
@@ -178,7 +180,11 @@ class Embeddings(nn.Module):
         if self.token_features is not None:
             init = nn.initializers.truncated_normal(0.02)
             y = Conv(
-                self.features, self.window, kernel_init=init, fixed=True, name="widen"
+                self.features,
+                (self.window,),
+                kernel_init=init,
+                fixed=True,
+                name="widen",
             )(y)
         y = y + where
         if self.segments:

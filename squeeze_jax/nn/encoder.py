@@ -125,12 +125,20 @@ def feed_forward(
     Returns:
       [b, l, d].
     """
-    conv = partial(Conv, kernel=1)
+    conv = partial(Conv, kernel_size=(1,))
     first = conv(
-        features, groups=groups.ffn_in, kernel_init=kernel_init, name=f"{name}_in"
+        features,
+        feature_group_count=groups.ffn_in,
+        kernel_init=kernel_init,
+        name=f"{name}_in",
     )
     init = output_init or kernel_init
-    out = conv(x.shape[-1], groups=groups.ffn_out, kernel_init=init, name=f"{name}_out")
+    out = conv(
+        x.shape[-1],
+        feature_group_count=groups.ffn_out,
+        kernel_init=init,
+        name=f"{name}_out",
+    )
     y = first(x, whole=groups.ffn_in != groups.ffn_out)  # or one array for each group
     return out(jax.tree.map(activations.named(activation), y))
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from squeeze_jax.nn.dtypes import as_float
+
 Normalization = Literal["layer_norm", "no_norm"]
 
 
@@ -23,7 +25,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., c] → the same shape and dtype."""
+        """x: [..., c] → the same shape and dtype; integers become float32."""
+        x = as_float(x)
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
@@ -42,7 +45,8 @@ class NoNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., c] → the same shape and dtype."""
+        """x: [..., c] → the same shape and dtype; integers become float32."""
+        x = as_float(x)
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)

@@ -6,12 +6,14 @@ from functools import partial, reduce
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from squeeze_jax.nn import primitives
-from squeeze_jax.nn.conv import Padding, conv, explicit_padding, native_is_best
+from squeeze_jax.nn.conv import Padding, conv, explicit_padding, native_is_forced
+from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.windows import Geometry, joined, positions, reaching, shifted
 
 
@@ -41,15 +43,6 @@ def max_pool(
             (before, after + _beyond(n, before, after, window, strides))
             for n, (before, after) in zip(x.shape[1:3], pads, strict=True)
         )
-    if native_is_best():
-        return lax.reduce_window(
-            x,
-            -jnp.inf,
-            lax.max,
-            (1, window, window, 1),
-            (1, strides, strides, 1),
-            ((0, 0), *pads, (0, 0)),
-        )
     geometry = Geometry(
         size=x.shape[1:3],
         channels=x.shape[-1],
@@ -60,14 +53,28 @@ def max_pool(
         dilation=(1, 1),
         groups=x.shape[-1],
     )
-    return _largest(geometry, x)
+    return (_whole if native_is_forced() else _largest)(geometry, x)
+
+
+def _lowest(x: jax.Array):
+    """The value that is never the largest."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return -jnp.inf
+    return False if x.dtype == bool else jnp.iinfo(x.dtype).min
+
+
+def _whole(g: Geometry, x: jax.Array) -> jax.Array:
+    """One operation of XLA."""
+    around = ((0, 0), *g.pads, (0, 0))
+    window, strides = (1, *g.kernel, 1), (1, *g.strides, 1)
+    fill = np.array(_lowest(x), x.dtype)  # a constant, which tells XLA the gradient
+    return lax.reduce_window(x, fill, lax.max, window, strides, around)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _largest(g: Geometry, x: jax.Array) -> jax.Array:
-    """The largest of shifted images: on a CPU XLA's own gradient of a window's maximum takes as long as convolutions."""
-    at = shifted(g, x, -jnp.inf)
-    return reduce(jnp.maximum, (at(u, v) for u, v in positions(g)))
+    """On a CPU the largest of shifted images: there XLA's gradient of a window's maximum takes as long as convolutions."""
+    return _maximum.bind(x, geometry=g)
 
 
 @_largest.defjvp
@@ -75,22 +82,34 @@ def _largest_jvp(g, primals, tangents):
     """The derivative follows the first of equally large values, as XLA's and PyTorch's do."""
     (x,), (t,) = primals, tangents
     y = _largest(g, x)
-    at = shifted(g, x, -jnp.inf)
-    # From the last to the first, so that the first stays; 255: none, where a value is no number.
+    # A position does not change with the values.
+    first = _where_first.bind(*lax.stop_gradient((x, y)), geometry=g)
+    return y, _gather.bind(first, x, t, geometry=g)
+
+
+def _shifted_maximum(x, *, geometry):
+    at = shifted(geometry, x, _lowest(x))
+    return reduce(jnp.maximum, (at(u, v) for u, v in positions(geometry)))
+
+
+def _first(x, y, *, geometry):
+    """uint8 [b, h', w', c]: the first position of each window that has its largest value; 255: none, where it is no number."""
+    at = shifted(geometry, x, _lowest(x))
     first = jnp.full(y.shape, 255, jnp.uint8)
-    for i, (u, v) in reversed(list(enumerate(positions(g)))):
+    # From the last to the first, so that the first stays.
+    for i, (u, v) in reversed(list(enumerate(positions(geometry)))):
         first = jnp.where(at(u, v) == y, jnp.uint8(i), first)
-    return y, _gather.bind(first, t, geometry=g)
+    return first
 
 
-def _gathered(first, x, *, geometry):
-    """[b, h, w, c] → [b, h', w', c]: of each window the position `first`."""
-    at = shifted(geometry, x)
+def _gathered(first, x, t, *, geometry):
+    """[b, h, w, c] → [b, h', w', c]: of each window of t the position `first`."""
+    at = shifted(geometry, t)
     taps = enumerate(positions(geometry))
     return sum(jnp.where(first == i, at(u, v), 0) for i, (u, v) in taps)
 
 
-def _spread_out(first, y, *, geometry):
+def _spread_out(first, x, y, *, geometry):
     """The transpose: [b, h', w', c] → [b, h, w, c]: each to the position `first` of its window."""
     at = reaching(geometry, first, fill=255)
     back = reaching(geometry, y)
@@ -103,6 +122,21 @@ def _spread_out(first, y, *, geometry):
     )
 
 
+# On other platforms XLA finds the position itself, in x.
+
+
+def _unneeded_first(x, y, *, geometry):
+    return jnp.zeros_like(y, jnp.uint8)
+
+
+def _whole_gathered(first, x, t, *, geometry):
+    return jax.jvp(partial(_whole, geometry), (x,), (t,))[1]
+
+
+def _whole_spread_out(first, x, y, *, geometry):
+    return jax.vjp(partial(_whole, geometry), x)[1](y)[0]
+
+
 def _batched(primitive, arrays, dims, *, geometry):
     """`vmap`: the axis joins the batch."""
     n = next(a.shape[d] for a, d in zip(arrays, dims, strict=True) if d is not None)
@@ -110,25 +144,41 @@ def _batched(primitive, arrays, dims, *, geometry):
         jnp.broadcast_to(a, (n, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(arrays, dims, strict=True)
     ]
-    first, x = (a.reshape(-1, *a.shape[2:]) for a in arrays)
-    out = primitive.bind(first, x, geometry=geometry)
+    out = primitive.bind(
+        *(a.reshape(-1, *a.shape[2:]) for a in arrays), geometry=geometry
+    )
     return out.reshape(n, -1, *out.shape[1:]), 0
 
 
-def _selection(name: str, run, transposed: Callable[[], Primitive]) -> Primitive:
-    """A primitive that is linear in its second argument, for which `transposed()` is its transpose."""
-    primitive = primitives.make(name, run, run)
-    ad.defjvp(primitive, None, lambda t, first, x, **p: primitive.bind(first, t, **p))
-    ad.primitive_transposes[primitive] = lambda t, first, x, **p: (
-        None,
-        transposed().bind(first, t, **p),
-    )
+def _primitive(name: str, on_cpu, elsewhere) -> Primitive:
+    primitive = primitives.make(name, on_cpu, elsewhere)
     batching.primitive_batchers[primitive] = partial(_batched, primitive)
     return primitive
 
 
-_gather = _selection("max_pool_gather", _gathered, lambda: _spread)
-_spread = _selection("max_pool_spread", _spread_out, lambda: _gather)
+def _selection(name: str, on_cpu, elsewhere, transposed: Callable) -> Primitive:
+    """A primitive that is linear in its last argument, for which `transposed()` is its transpose."""
+    primitive = _primitive(name, on_cpu, elsewhere)
+    ad.defjvp(
+        primitive,
+        None,
+        None,
+        lambda t, first, x, _, **p: primitive.bind(first, x, t, **p),
+    )
+    ad.primitive_transposes[primitive] = lambda t, first, x, _, **p: (
+        None,
+        None,
+        transposed().bind(first, x, t, **p),
+    )
+    return primitive
+
+
+_maximum = _primitive(
+    "max_pool", _shifted_maximum, lambda x, *, geometry: _whole(geometry, x)
+)
+_where_first = _primitive("max_pool_first", _first, _unneeded_first)
+_gather = _selection("max_pool_gather", _gathered, _whole_gathered, lambda: _spread)
+_spread = _selection("max_pool_spread", _spread_out, _whole_spread_out, lambda: _gather)
 
 
 def _beyond(n: int, before: int, after: int, window: int, strides: int) -> int:
@@ -148,13 +198,21 @@ def mean_pool(
       window, strides, padding: as of `max_pool`.
 
     Returns:
-      [b, h', w', c].
+      [b, h', w', c]; of integers float32.
     """
-    if native_is_best():
-        pads = explicit_padding(padding, x.shape[1:3], (window,) * 2, (strides,) * 2)
+    x = as_float(x)
+    pads = explicit_padding(padding, x.shape[1:3], (window,) * 2, (strides,) * 2)
+
+    def whole(x):
         return nn.avg_pool(x, (window, window), (strides, strides), padding=pads)
-    kernel = jnp.full((window, window, 1, x.shape[-1]), window**-2, x.dtype)
-    return conv(x, kernel, strides=strides, padding=padding, groups=x.shape[-1])
+
+    def shifted_sum(x):
+        kernel = jnp.full((window, window, 1, x.shape[-1]), window**-2, x.dtype)
+        return conv(x, kernel, strides=strides, padding=pads, groups=x.shape[-1])
+
+    if native_is_forced():
+        return whole(x)
+    return lax.platform_dependent(x, cpu=shifted_sum, default=whole)
 
 
 def global_mean(x: jax.Array) -> jax.Array:

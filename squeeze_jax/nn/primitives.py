@@ -10,27 +10,37 @@ from jax.interpreters import mlir
 
 
 def make(
-    name: str, run: Callable[..., jax.Array], like: Callable[..., jax.Array]
+    name: str,
+    on_cpu: Callable[..., jax.Array],
+    elsewhere: Callable[..., jax.Array],
+    like: Callable[..., jax.Array] | None = None,
 ) -> Primitive:
     """Returns a primitive without rules for derivatives and `vmap`, which its maker adds.
 
     Args:
       name: as it is called in a jaxpr.
-      run: arrays and hashable keyword parameters → an array; what the primitive is compiled to.
-      like: the same function in few operations. It is traced for the type of the result, so that dtype, sharding and
-        the axes of `jax.shard_map` are what operations make of them.
+      on_cpu: arrays and hashable keyword parameters → an array; what the primitive is compiled to for a CPU.
+      elsewhere: the same function for every other platform.
+      like: the same function in few operations, `elsewhere` by default. It is traced for the type of the result, so that
+        dtype, sharding and the axes of `jax.shard_map` are what operations make of them.
     """
 
     def types(*arrays, **params):
-        return jax.make_jaxpr(partial(like, **params))(*arrays).out_avals[0]
-
-    def alone(*arrays, **params):
-        return jax.jit(run, static_argnames=tuple(params))(*arrays, **params)
+        return jax.make_jaxpr(partial(like or elsewhere, **params))(*arrays).out_avals[
+            0
+        ]
 
     primitive = Primitive(name)
+
+    def alone(*arrays, **params):
+        return jax.jit(primitive.bind, static_argnames=tuple(params))(*arrays, **params)
+
     primitive.def_impl(alone)
     primitive.def_abstract_eval(types)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    # The platform is that of the compilation, which need not be that of this machine.
+    for rule, platform in ((elsewhere, None), (on_cpu, "cpu")):
+        lowered = mlir.lower_fun(rule, multiple_results=False)
+        mlir.register_lowering(primitive, lowered, platform=platform)
     return primitive
 
 

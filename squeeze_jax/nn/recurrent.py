@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeeze_jax.nn import varying
+from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.reshaped import features
 
@@ -70,8 +71,9 @@ class LSTM(nn.Module):
           carry: the state before the first step; None for zeros.
 
         Returns:
-          Hidden states [b, l, d] in the dtype of `x`, and the carry.
+          Hidden states [b, l, d] in the dtype of `x`, float32 for integers, and the carry.
         """
+        x = as_float(x)
         size = features(self, self.features, fixed=self.fixed)
         shapes = {
             "kernel": (x.shape[-1], 4 * size),

@@ -14,6 +14,7 @@ from jax import lax
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.composite import exported_as
+from squeeze_jax.nn.dtypes import as_float
 
 
 def bilinear(
@@ -28,12 +29,12 @@ def bilinear(
         inside.
 
     Returns:
-      [b, h', w', c] in the dtype of `x`.
+      [b, h', w', c] in the dtype of `x`, float32 for integers.
 
     Raises:
       UserError: a size that is not positive.
     """
-    size = _checked(size)
+    size, x = _checked(size), as_float(x)
     if tuple(x.shape[1:3]) == size:
         return x
     plain = partial(_bilinear, size=size, align_corners=align_corners)
