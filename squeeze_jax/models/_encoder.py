@@ -202,7 +202,10 @@ def head(net, **changes: Any) -> Head:
 def project(net, y: jax.Array) -> jax.Array:
     """Takes embeddings to the layers' channels by a fully connected layer, [b, l, e] → [b, l, d]."""
     init = encoder.KERNEL_INIT
-    return Conv(net.row.features, (1,), kernel_init=init, name="project")(y)
+    layer = Conv(
+        net.row.features, (1,), dtype=y.dtype, kernel_init=init, name="project"
+    )
+    return layer(y)
 
 
 def pool(net, y: jax.Array, mask: jax.Array | None) -> jax.Array | None:

@@ -95,12 +95,14 @@ class FCN(nn.Module):
             return x, endpoints
         total = None
         for number in self.row.scored:
+            stage = endpoints[f"stage{number}"]
             scores = Conv(
                 self.num_classes,
                 (1, 1),
+                dtype=stage.dtype,
                 kernel_init=nn.initializers.normal(0.01),
                 name=f"score{number}",
-            )(endpoints[f"stage{number}"])
+            )(stage)
             endpoints[f"score{number}"] = scores
             if total is not None:
                 scores += resize.bilinear(total, scores.shape[1:3])

@@ -156,25 +156,25 @@ class Layer(nn.Module):
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Attended]:
         """x: [b, l, d], mask: bool [b, l], True for real tokens → [b, l, d] and what attention gave."""
-        narrow = self._norm("narrow")(self._dense("narrow")(x))
+        narrow = self._norm("narrow")(self._dense(x, "narrow"))
         query, value = {
             "shared": (x, x),
             "narrow": (narrow, narrow),
             "wide": (x, x),
         }[self.attention_input]
         if self.attention_input == "shared":
-            query = self._norm("shared")(self._dense("shared")(x))
+            query = self._norm("shared")(self._dense(x, "shared"))
         attended = attend(
-            self._dense("query")(query),
-            self._dense("key")(query),
-            self._dense("value")(value),
+            self._dense(query, "query"),
+            self._dense(query, "key"),
+            self._dense(value, "value"),
             heads=self.heads,
             head_features=self.features // self.heads,
             mask=mask,
             drop=partial(Dropout(self.attention_dropout), train=train),
             replace=partial(tap, self),
         )
-        y = self._dense("output")(attended.context)
+        y = self._dense(attended.context, "output")
         y = self._norm("attention")(residual_sum(narrow, y, self, "output"))
         for n in range(1, self.stacks + 1):
             z = encoder.feed_forward(
@@ -184,12 +184,12 @@ class Layer(nn.Module):
             y = residual_sum(y, z, self, f"ffn{n}_out")
             y = self._norm(f"ffn{n}", epsilon)(y)
         drop = partial(Dropout(self.dropout), train=train)
-        y = drop(self._dense("wide", x.shape[-1])(y))
+        y = drop(self._dense(y, "wide", x.shape[-1]))
         return self._norm("wide")(residual_sum(x, y, self, "wide")), attended
 
-    def _dense(self, name, features=None):
-        init = encoder.KERNEL_INIT
-        return Conv(features or self.features, (1,), kernel_init=init, name=name)
+    def _dense(self, x, name, features=None):
+        features, init = features or self.features, encoder.KERNEL_INIT
+        return Conv(features, (1,), dtype=x.dtype, kernel_init=init, name=name)(x)
 
     def _norm(self, name, epsilon=None):
         epsilon = self.epsilon if epsilon is None else epsilon

@@ -20,6 +20,7 @@ from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.blocks import batch_norm, residual_sum
 from squeeze_jax.nn.conv import Conv, per_axis
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.dtypes import float_dtype
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Range, Rate, Strides
@@ -78,7 +79,9 @@ class Fire(nn.Module):
         if self.residual:
             return residual_sum(x, y, self, "expand1x1 and expand3x3")
         if self.bypass == "complex":
-            x = Conv(y.shape[-1], (1, 1), fixed=True, name="bypass1x1")(x)
+            x = Conv(y.shape[-1], (1, 1), dtype=y.dtype, fixed=True, name="bypass1x1")(
+                x
+            )
             return x + y
         return y
 
@@ -123,6 +126,7 @@ class SqueezeNet(nn.Module):
             self.num_classes,
             (1, 1),
             padding=self.conv10_padding,
+            dtype=y.dtype,
             kernel_init=nn.initializers.normal(0.01),
             fixed=True,
             name="conv10",
@@ -139,6 +143,7 @@ def _unit(x, features, kernel, strides=1, *, padding=0, norm, train, name):
         strides,
         padding=padding,
         use_bias=not norm,
+        dtype=float_dtype(x),
         kernel_init=nn.initializers.he_uniform(),
         name=name,
     )(x)

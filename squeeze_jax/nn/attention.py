@@ -11,8 +11,8 @@ import numpy as np
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv
-from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.dtypes import as_float, float_dtype
 from squeeze_jax.nn.intercept import tap
 
 
@@ -143,7 +143,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, Attended]:
         """x: [b, l, d], mask: bool [b, l] → [b, l, d] and what `attend` gave."""
         features = self.features or x.shape[-1]
-        project = partial(Conv, features, (1,))
+        dtype = float_dtype(x)
+        project = partial(Conv, features, (1,), dtype=dtype)
         groups, init = self.groups, self.kernel_init
         alike = len(set(groups[:3])) == 1 and self.heads % groups.query == 0
         query, key, value = (
@@ -165,6 +166,7 @@ class SelfAttention(nn.Module):
             x.shape[-1],
             (1,),
             feature_group_count=groups.output,
+            dtype=dtype,
             kernel_init=init,
             name="output",
         )

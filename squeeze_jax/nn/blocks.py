@@ -1,6 +1,7 @@
 """Blocks that several architectures share."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, Pair
-from squeeze_jax.nn.dtypes import as_float
+from squeeze_jax.nn.dtypes import as_float, float_dtype
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
 
@@ -73,6 +74,7 @@ def conv_norm(
         kernel_dilation=dilation,
         feature_group_count=groups,
         use_bias=False,
+        dtype=float_dtype(x),
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         name=name,
     )(x)
@@ -88,7 +90,7 @@ def batch_norm(
         use_running_average=not train,
         momentum=options.momentum,
         epsilon=options.epsilon,
-        dtype=x.dtype,
+        dtype=float_dtype(x),
         unbiased=True,
         name=name,
     )(x)
@@ -148,7 +150,8 @@ class SqueezeExcite(nn.Module):
         x = as_float(x)
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         y = global_mean(x)[:, None, None].astype(x.dtype)
-        y = Conv(self.features, (1, 1), kernel_init=init, name="reduce")(y)
+        conv = partial(Conv, kernel_size=(1, 1), kernel_init=init, dtype=x.dtype)
+        y = conv(self.features, name="reduce")(y)
         y = self.activation(y)
-        y = Conv(x.shape[-1], (1, 1), kernel_init=init, fixed=True, name="expand")(y)
+        y = conv(x.shape[-1], fixed=True, name="expand")(y)
         return x * self.gate(y)

@@ -29,7 +29,7 @@ from squeeze_jax.nn.reshaped import features
 from squeeze_jax.nn.windows import Geometry
 
 Lowering = Literal[
-    "auto", "native", "taps", "matmul", "patches", "direct", "split", "flat"
+    "auto", "native", "row", "taps", "matmul", "patches", "direct", "split", "flat"
 ]
 Pair = int | tuple[int, ...]
 Groups = tuple[jax.Array, ...]  # of one sequence's channels, in order

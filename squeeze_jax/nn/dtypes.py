@@ -1,4 +1,4 @@
-"""The dtype that a layer computes in."""
+"""The dtype that a layer computes in: the networks of this library take that of their inputs, whatever their parameters have."""
 
 import jax
 import jax.numpy as jnp
@@ -6,4 +6,9 @@ import jax.numpy as jnp
 
 def as_float(x: jax.Array) -> jax.Array:
     """Returns integers and booleans as float32, the type to which they promote with float32 parameters; floats as they are."""
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    return x.astype(float_dtype(x))
+
+
+def float_dtype(x: jax.Array) -> jnp.dtype:
+    """Returns the dtype of `as_float(x)`."""
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.dtype(jnp.float32)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.composite import exported_as
 from squeeze_jax.nn.conv import Conv
-from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.layer_norm import Normalization, norm
 
 
@@ -182,6 +182,7 @@ class Embeddings(nn.Module):
             y = Conv(
                 self.features,
                 (self.window,),
+                dtype=y.dtype,
                 kernel_init=init,
                 fixed=True,
                 name="widen",

@@ -14,6 +14,7 @@ from squeeze_jax.nn.attention import Attended, Groups, SelfAttention
 from squeeze_jax.nn.blocks import residual_sum
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.dtypes import float_dtype
 from squeeze_jax.nn.layer_norm import LayerNorm
 
 DENSE = Groups()
@@ -125,7 +126,7 @@ def feed_forward(
     Returns:
       [b, l, d].
     """
-    conv = partial(Conv, kernel_size=(1,))
+    conv = partial(Conv, kernel_size=(1,), dtype=float_dtype(x))
     first = conv(
         features,
         feature_group_count=groups.ffn_in,

@@ -9,6 +9,7 @@ A convolution y = x * k is linear in the image and in the kernel, and has three 
 A lowering has a function for each; `fastest` says which is taken on a CPU, from measurements of one.
 
   native   `lax.conv_general_dilated` and what JAX makes of its transposes
+  row      sequences: the same with one axis of positions
   taps     depthwise: a sum over kernel positions of a shifted image times that position's weights
   matmul   pointwise (1x1, one group, no padding): one matrix product over all positions
   patches  one group: the window of each output written out as a row, then a matrix product
@@ -23,7 +24,7 @@ Sums of narrow types are kept in float32.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +48,14 @@ MAPS = ("forward", "image", "kernel")
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Beyond this many kernel positions the sum of shifted images is longer to compile than it saves.
 MOST_TAPS = 169
+# Sequences of a batch, and positions of fewer, from which on XLA's convolution of one axis is quicker than that of two.
+FEWEST_ROWS, LONG = 4, 4000
 WIDE = 128  # channels with which matrix products run at full speed
 
 
 def possible(g: Geometry) -> list[str]:
     """The lowerings that a convolution has."""
-    found = ["native"]
+    found = ["native", "row"] if g.row else ["native"]
     if g.depthwise and g.groups > 1:
         found.append("taps")
     pointwise = g.kernel == (1, 1) and not any(map(any, g.pads))
@@ -65,8 +68,8 @@ def possible(g: Geometry) -> list[str]:
     return found
 
 
-def fastest(which: Map, g: Geometry) -> str:
-    """The lowering that a CPU is quickest with.
+def fastest(which: Map, g: Geometry, batch: int | None = None) -> str:
+    """The lowering that a CPU is quickest with, for a batch of so many examples; None for many.
 
     XLA hands a convolution to an optimized routine only where the image, without its padding, is as large as the
     kernel; else it runs a plain loop, up to a hundred times slower. In the gradient for the image the output's gradient
@@ -89,7 +92,14 @@ def fastest(which: Map, g: Geometry) -> str:
         few = math.prod(g.kernel) * g.channels <= 32  # the first layer, of an image
         if which == "forward" and few and g.features < 64:
             return "direct"
-    return "native"
+    return "row" if "row" in there and _row_is_best(which, g, batch) else "native"
+
+
+def _row_is_best(which: Map, g: Geometry, batch: Any) -> bool:
+    """Whether XLA divides the work among cores better with one axis of positions, as it does between examples."""
+    if isinstance(batch, int) and batch < FEWEST_ROWS:
+        return batch > 1 and batch * g.size[1] >= LONG
+    return which != "image" or g.features <= g.channels or g.kernel[1] < 9
 
 
 def run(
@@ -105,7 +115,7 @@ def run(
 
     `plain` is for `vmap`: of operations that stay quick under it and have derivatives of their own.
     """
-    name = fastest(which, g) if lowering == "auto" else lowering
+    name = fastest(which, g, a.shape[0]) if lowering == "auto" else lowering
     if plain and (name, which) == ("taps", "kernel"):
         return _taps_kernel(g, a, b, at_once=False)
     return _LOWERINGS[name][MAPS.index(which)](g, a, b)
@@ -123,14 +133,33 @@ def native(g: Geometry, x: jax.Array, k: jax.Array) -> jax.Array:
     )
 
 
-def _native_image(g, y, k):
-    x = varying.like(jnp.zeros((y.shape[0], *g.size, g.channels), y.dtype), y)
-    return jax.vjp(lambda x: native(g, x, k), x)[1](y)[0]
+def _row(g, x, k):
+    y = lax.conv_general_dilated(
+        x[:, 0],
+        k[0],
+        g.strides[1:],
+        g.pads[1:],
+        rhs_dilation=g.dilation[1:],
+        dimension_numbers=("NHC", "HIO", "NHC"),
+        feature_group_count=g.groups,
+    )
+    return y[:, None]
 
 
-def _native_kernel(g, x, y):
-    k = varying.like(jnp.zeros(g.kernel_shape, x.dtype), x)
-    return jax.vjp(lambda k: native(g, x, k), k)[1](y)[0]
+def _image_of(forward: Callable) -> Callable:
+    def image(g, y, k):
+        x = varying.like(jnp.zeros((y.shape[0], *g.size, g.channels), y.dtype), y)
+        return jax.vjp(lambda x: forward(g, x, k), x)[1](y)[0]
+
+    return image
+
+
+def _kernel_of(forward: Callable) -> Callable:
+    def kernel(g, x, y):
+        k = varying.like(jnp.zeros(g.kernel_shape, x.dtype), x)
+        return jax.vjp(lambda k: forward(g, x, k), k)[1](y)[0]
+
+    return kernel
 
 
 def _matmul(g, x, k):
@@ -257,7 +286,8 @@ def _flat(g, x, k):
 
 
 _LOWERINGS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "native": (native, _native_image, _native_kernel),
+    "native": (native, _image_of(native), _kernel_of(native)),
+    "row": (_row, _image_of(_row), _kernel_of(_row)),
     "taps": (_taps, _taps_image, _taps_kernel),
     "matmul": (_matmul, _matmul_image, _matmul_kernel),
     "patches": (_patches, _patches_image, _patches_kernel),

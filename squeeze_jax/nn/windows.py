@@ -52,6 +52,12 @@ class Geometry(NamedTuple):
         return self.groups == self.channels
 
     @property
+    def row(self) -> bool:
+        """Whether it is a convolution of sequences: there is one row of positions, without padding above and below."""
+        rows = self.size[0], self.kernel[0], self.pads[0]
+        return rows == (1, 1, (0, 0))
+
+    @property
     def kernel_shape(self) -> tuple[int, int, int, int]:
         return (*self.kernel, self.channels // self.groups, self.features)
 

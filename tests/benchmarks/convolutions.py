@@ -67,6 +67,11 @@ def depthwise(network, size, channels, kernel, strides=1, dilation=1) -> Case:
     return Case(network, size, channels, kernel, channels, channels, strides, dilation)
 
 
+def sequences(network, *rows) -> list[Case]:
+    """Rows are (length, channels, kernel, features, groups, strides, dilation); the last three may be left out."""
+    return [Case(network, *row, axes=1) for row in rows]
+
+
 GRID = (
     depthwise("MobileNetV2", 112, 32, 3),
     depthwise("MobileNetV2", 112, 96, 3, strides=2),
@@ -106,6 +111,15 @@ GRID = (
     Case("ResNet", 14, 256, 3, 256),
     Case("ResNet", 7, 512, 3, 512),
     Case("DeepLab", 33, 128, 3, 128, dilation=4),
+    *sequences("TextCNN", (64, 128, 3, 128), (128, 256, 3, 256), (100, 128, 7, 64)),
+    *sequences("TCN", (256, 64, 5, 64), (1024, 32, 3, 32), (60, 40, 5, 100)),
+    *sequences("Conv-TasNet", (1000, 128, 3, 128), (512, 8, 9, 16), (1024, 8, 3, 16)),
+    *sequences(
+        "wav2vec", (4000, 16, 9, 32), (2000, 64, 3, 64, 1, 2), (512, 512, 3, 512)
+    ),
+    *sequences("TCN", (256, 64, 5, 64, 1, 1, 8), (4000, 16, 3, 16, 1, 1, 2)),
+    *sequences("grouped", (256, 64, 5, 64, 4), (128, 256, 3, 256, 8)),
+    *sequences("depthwise", (256, 64, 3, 64, 64), (1000, 128, 3, 128, 128, 1, 4)),
 )
 
 
@@ -242,6 +256,7 @@ def main() -> None:
     )
     kinds = sorted({c.kind for c in GRID})
     parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds)
+    parser.add_argument("--axes", nargs="+", type=int, default=[1, 2], choices=[1, 2])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -251,7 +266,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write JSON")
     args = parser.parse_args()
     load = workload.load()
-    cases = [(c, b) for b in args.batches for c in GRID if c.kind in args.kinds]
+    cases = [
+        (c, b)
+        for b in args.batches
+        for c in GRID
+        if c.kind in args.kinds and c.axes in args.axes
+    ]
     candidates = {"ours": (ours, (cases, args)), "PyTorch": (pytorch, (cases, args))}
     if not args.skip_stock:
         candidates["stock"] = (stock, (cases, args))
