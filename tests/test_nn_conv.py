@@ -17,7 +17,7 @@ from squeeze_jax.nn.pool import max_pool, mean_pool
 
 pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
 
-LOWERINGS = ("native", "taps", "matmul", "patches", "direct", "split", "flat")
+LOWERINGS = ("native", "row", "taps", "matmul", "patches", "direct", "split", "flat")
 KINDS = ("dense", "depthwise", "pointwise", "grouped", "grouped pointwise")
 
 
@@ -216,15 +216,16 @@ def test_a_forced_lowering_also_holds_for_functions_compiled_before():
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_a_symbolic_batch_can_be_exported(name):
     kernels = {"matmul": (1, 1, 6, 4), "split": (3, 3, 2, 6), "patches": (3, 3, 6, 4)}
-    kernels |= {"flat": (1, 1, 3, 4), "direct": (3, 3, 6, 4)}
+    kernels |= {"flat": (1, 1, 3, 4), "direct": (3, 3, 6, 4), "row": (1, 3, 6, 4)}
     kernel = np.ones(kernels.get(name, (3, 3, 1, 6)), np.float32)
     groups = 6 // kernel.shape[2]
     run = jax.jit(
         lambda x: conv(x, kernel, groups=groups, strides=2, padding=0, lowering=name)
     )
-    shape = export.symbolic_shape("b, 9, 9, 6")
+    height = 1 if name == "row" else 9
+    shape = export.symbolic_shape(f"b, {height}, 9, 6")
     exported = export.export(run)(jax.ShapeDtypeStruct(shape, jnp.float32))
-    x = np.random.default_rng(0).normal(size=(3, 9, 9, 6)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(3, height, 9, 6)).astype(np.float32)
     close(
         exported.call(x),
         conv(x, kernel, groups=groups, strides=2, padding=0, lowering="native"),
@@ -260,21 +261,37 @@ def test_mistakes_are_named(arguments, message):
         conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 4, 4)), **arguments)
 
 
-@pytest.mark.parametrize(("groups", "strides"), [(1, 1), (6, 2), (3, 3)])
-def test_sequences_are_convolved_as_pytorch_does(groups, strides):
+@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize(
+    ("groups", "strides", "length"), [(1, 1, 11), (6, 2, 11), (3, 3, 11), (1, 2, 9)]
+)
+def test_sequences_are_convolved_as_pytorch_does(groups, strides, length, batch):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 11, 6)).astype(np.float32)
+    x = rng.normal(size=(batch, length, 6)).astype(np.float32)
     kernel = rng.normal(size=(3, 6 // groups, 12)).astype(np.float32)
     arguments = dict(strides=strides, padding=2, dilation=2, groups=groups)
+    theirs = [torch.tensor(a, requires_grad=True) for a in (x, kernel)]
     y = torch.nn.functional.conv1d(
-        torch.tensor(x).mT,
-        torch.tensor(kernel).permute(2, 1, 0),
+        theirs[0].mT,
+        theirs[1].permute(2, 1, 0),
         stride=strides,
         padding=2,
         dilation=2,
         groups=groups,
     ).mT
-    close(conv(x, kernel, **arguments), y.numpy())
+    (y**2).sum().backward()
+    expected = [a.detach().numpy() for a in (y, theirs[0].grad, theirs[1].grad)]
+    for name in ("auto", "native", "row"):
+
+        @jax.jit
+        def run(x, kernel, name=name):
+            y, pull = jax.vjp(
+                lambda a, k: conv(a, k, lowering=name, **arguments), x, kernel
+            )
+            return y, *pull(2 * y)
+
+        for a, b in zip(run(x, kernel), expected, strict=True):
+            close(a, b)
     layer = Conv(
         12,
         (3,),
@@ -285,9 +302,21 @@ def test_sequences_are_convolved_as_pytorch_does(groups, strides):
         use_bias=False,
     )
     variables = {"params": {"kernel": kernel}}
-    close(layer.apply(variables, x), y.numpy())
+    close(layer.apply(variables, x), expected[0])
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
     assert shapes["params"]["kernel"].shape == kernel.shape
+
+
+def test_sequences_are_one_axis_where_that_is_quicker():
+    def axes(batch, **arguments):
+        run = jax.jit(lambda x, k: conv(x, k, **arguments))
+        text = run.lower(jnp.ones((batch, 16, 9)), jnp.ones((5, 9, 8))).as_text()
+        return re.search(r"dim_numbers = \[b, ([01, ]*)f\]", text).group(1).count(",")
+
+    assert axes(1) == 2
+    assert axes(8) == 1
+    with lowering("native"):  # as files for LiteRT hold it
+        assert axes(8) == 2
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, *, train=False):
         x = nn.Conv(8, (3, 3), use_bias=False, name="conv")(x)
-        x = BatchNorm(not train, momentum=0.9, unbiased=True, name="bn")(x)
+        x = BatchNorm(not train, momentum=0.9, dtype=x.dtype, unbiased=True, name="bn")(
+            x
+        )
         x = nn.relu(x).mean((1, 2))
         return nn.Dense(CLASSES, name="head")(x), {}
 
