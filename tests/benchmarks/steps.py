@@ -31,7 +31,7 @@ def ours(turn, network, args, lowering="auto") -> None:
     from squeeze_jax import tree
     from squeeze_jax.jobs import fit
     from squeeze_jax.nn import conv
-    from squeeze_jax.train import forward as network
+    from squeeze_jax.train import forward
 
     native = conv.lowering("native")
     with native if lowering == "native" else contextlib.nullcontext():
@@ -43,9 +43,9 @@ def ours(turn, network, args, lowering="auto") -> None:
         images = rng.integers(0, 256, shape, np.uint8)
         begin = time.perf_counter()
         if args.inference:
-            forward = jax.jit(lambda v, x: network.run(built.network, v, x)[0][0])
+            predict = jax.jit(lambda v, x: forward.run(built.network, v, x)[0][0])
             pixels = jnp.asarray(images[:1], jnp.float32)
-            compiled = forward.lower(state.variables(), pixels).compile()
+            compiled = predict.lower(state.variables(), pixels).compile()
         else:
             compiled = workload.step(built)
         seconds = time.perf_counter() - begin
