@@ -107,6 +107,7 @@ def exported(subject, pixels, tmp_path_factory):
         INPUTS,
         folder,
         formats=FORMATS,
+        ranges={"image": (0, 255)},
         calibration=pixels,
         check=pixels,
         int8_agreement=0.9,

@@ -12,6 +12,7 @@ from squeeze_jax import export
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import operators, process, runtime
 from squeeze_jax.export.formats import tflite
+from squeeze_jax.export.matching import Node, matched, unmatched
 from squeeze_jax.export.runnable import Spec
 from squeeze_jax.nn import activations
 
@@ -71,10 +72,47 @@ def test_measure(folder, name):
 
 def test_operators_of_a_file(folder):
     found = operators.in_file(folder / "model.tflite")
+    found = [(node.kind, node.layer) for node in found]
     convolutions = [layer for kind, layer in found if kind == "CONV_2D"]
     assert convolutions == ["first", "heavy", "light"]
     assert ("FULLY_CONNECTED", "head") in found  # whose result is called logits
     assert ("MAX_POOL_2D", "Uneven") in found
+
+
+class Divided(nn.Module):
+    """Of 13 M MACs in three layers 12 M are in one; XNNPACK has no cumulative sum, so it gets the graph in two parts."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Conv(16, (1, 1), name="first")(x))
+        left = nn.Dense(8, name="behind")(jnp.cumsum(y, 1).mean((1, 2)))
+        right = nn.Conv(8, (5, 5), name="heavy")(y)
+        return left + right.mean((1, 2))
+
+
+def test_a_graph_in_parts_has_its_times_in_the_right_layers(tmp_path):
+    module = Divided()
+    x = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    variables = jax.device_get(jax.jit(module.init)(jax.random.key(0), x))
+    export.make(
+        lambda x: module.apply(variables, x["x"]),
+        {"x": jax.ShapeDtypeStruct(SHAPE, np.float32)},
+        tmp_path,
+        formats=("tflite",),
+        check={"x": x},
+    )
+    found = operators.measure(tmp_path / "model.tflite", x[:1], runs=20, warmup=3)
+    outside = [name for name, *_ in found.operators if "CUMSUM" in name.upper()]
+    assert outside
+    layers = found.by_layer()
+    assert {"first", "heavy", "behind"} <= layers.keys()
+    assert layers["heavy"] > 3 * layers["first"]
+    assert layers["heavy"] > 20 * layers["behind"]
+    for name, layer, _ in found.operators:
+        assert (layer == "behind") <= (not name.startswith("Convolution")), (
+            name,
+            layer,
+        )
 
 
 @pytest.mark.parametrize(
@@ -93,15 +131,18 @@ def test_layer_of_a_tensor(tensor, layer):
 
 
 FILE = [
-    ("SUB", None),
-    ("CONV_2D", "a"),
-    ("PAD", "b"),
-    ("DEPTHWISE_CONV_2D", "b"),
-    ("ADD", "c"),
-    ("RESHAPE", "d"),
-    ("CONCATENATION", "e"),
-    ("FULLY_CONNECTED", "f"),
-    ("CUMSUM", "g"),
+    Node(*row)
+    for row in (
+        ("SUB", None),
+        ("CONV_2D", "a"),
+        ("PAD", "b"),
+        ("DEPTHWISE_CONV_2D", "b"),
+        ("ADD", "c"),
+        ("RESHAPE", "d"),
+        ("CONCATENATION", "e"),
+        ("FULLY_CONNECTED", "f"),
+        ("CUMSUM", "g"),
+    )
 ]
 
 
@@ -119,12 +160,36 @@ def test_matching_by_hand():
         ("CUMSUM", 8),  # which the delegate does not take
     ]
     expected = [None, "a", "b", "c", "e", "e", None, "f", "g"]
-    assert operators.matched(ran, FILE) == expected
+    assert matched(ran, FILE) == expected
 
 
 def test_no_layers_where_the_products_differ():
     ran = [("Convolution (NHWC, F32) IGEMM", None), ("Add (ND)", None), ("CUMSUM", 8)]
-    assert operators.matched(ran, FILE) == [None, None, "g"]
+    assert matched(ran, FILE) == [None, None, "g"]
+    assert unmatched(ran, FILE) == 1
+
+
+def test_parts_of_a_graph_are_matched_by_their_tensors():
+    """A convolution beside an operator that the delegate lacks runs before it, and one behind it after it."""
+    file = [
+        Node("CONV_2D", "first", (0, 10), (1,)),
+        Node("CUMSUM", "own", (1,), (2,)),
+        Node("FULLY_CONNECTED", "behind", (2, 11), (3,)),
+        Node("CONV_2D", "beside", (1, 12), (4,)),
+        Node("ADD", "sum", (3, 4), (5,)),
+    ]
+    convolution, connected = (
+        "Convolution (NHWC, F32) IGEMM",
+        "Fully Connected (NC, F32)",
+    )
+    ran = [(convolution, None), (convolution, None), ("CUMSUM", 1), (connected, None)]
+    ran.append(("Add (ND)", None))
+    assert matched(ran, file) == ["first", "beside", "own", "behind", "sum"]
+    assert unmatched(ran, file) == 0
+    # A convolution is no fully connected layer, so these are other operators than the file's.
+    other = [(convolution, None), (connected, None), ("CUMSUM", 1), (convolution, None)]
+    assert matched(other, file) == ["first", "beside", "own", None]
+    assert unmatched(other, file) == 1
 
 
 def test_errors(folder, tmp_path, monkeypatch):
@@ -155,7 +220,7 @@ def test_gelu_is_one_operator_of_a_file(tmp_path):
     inputs = {"image": Spec((2, 2, 3), np.dtype(np.float32))}
     (content,) = tflite.convert(lambda x: activations.gelu(x["image"]), inputs).values()
     path.write_bytes(content)
-    assert [kind for kind, _ in operators.in_file(path)] == ["GELU"]
+    assert [node.kind for node in operators.in_file(path)] == ["GELU"]
 
 
 def test_the_table_states_every_operator_and_what_none_took():

@@ -286,12 +286,12 @@ def test_sequences_are_convolved_as_pytorch_does(groups, strides, length, batch)
         @jax.jit
         def run(x, kernel, name=name):
             y, pull = jax.vjp(
-                lambda a, k: conv(a, k, lowering=name, **arguments), x, kernel
+                lambda x, k: conv(x, k, lowering=name, **arguments), x, kernel
             )
             return y, *pull(2 * y)
 
-        for a, b in zip(run(x, kernel), expected, strict=True):
-            close(a, b)
+        for found, wanted in zip(run(x, kernel), expected, strict=True):
+            close(found, wanted)
     layer = Conv(
         12,
         (3,),

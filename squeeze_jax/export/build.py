@@ -8,21 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from squeeze_jax import files, stop
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import process, runtime
+from squeeze_jax.export import checks, process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
 from squeeze_jax.export.runnable import (
     Runnable,
     fitted,
     format_of,
-    named,
     outputs,
     specs,
 )
+from squeeze_jax.nn.conv import lowering
 
 __all__ = ["Disagreement", "Exported", "make"]
 
@@ -55,6 +54,7 @@ def make(
     directory: str | Path,
     *,
     formats: tuple[str, ...] = ("stablehlo", "tflite", "tflite_int8"),
+    ranges: Mapping[str, tuple[float, float]] | None = None,
     calibration: Any = None,
     check: Any,
     endpoints_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
@@ -65,23 +65,27 @@ def make(
 ) -> list[Exported]:
     """Exports a function to each format; a file gets its name only after it ran and agreed with the live function.
 
-    A float file agrees if max |file - live| ≤ tolerance · max(1, max |live|) for each output, an integer file if the
-    share of equal top classes is at least `int8_agreement`, see `parity.compare`. The files are `model.stablehlo` (and
+    A float file agrees if max |file - live| ≤ tolerance · max |live| for each output, an integer file if the share of
+    equal top classes is at least `int8_agreement`, see `parity.compare`. The files are `model.stablehlo` (and
     `model.mlir`, to read), `model.tflite`, `model_int8.tflite`, `model_dynamic.tflite`. Inputs have the names given
-    here, an output that is an array is called logits.
+    here, an output that is an array is called logits, and those of a tuple output_0, output_1, …. Files hold XLA's own
+    convolutions.
 
     Args:
-      fn: {name: [b, ...]} → logits [b, ...], or a mapping of several outputs; closes over parameters that are host
-        arrays. An input called image is float32 pixels 0..255 [b, h, w, c].
+      fn: {name: [b, ...]} → logits [b, ...], or a tuple or a mapping of several outputs; closes over parameters that
+        are host arrays. The outputs of an example may depend on nothing but its inputs: a network in training mode, with
+        the batch's statistics or with dropout, is an error.
       inputs: {name: jax.ShapeDtypeStruct of one example}, such as {"image": float32 (h, w, c)}, or {"tokens": int32
         (l,), "segments": int32 (l,), "attended": int32 (l,)}.
       directory: where the files go.
       formats: registry keys: the names of the files in `export/formats`.
+      ranges: {input: (least, greatest value)} of inputs whose ranges are known, such as {"image": (0, 255)} for pixels,
+        which then go into an integer file as they are; those of others come from the calibration examples.
       calibration: real examples {name: [n, ...]}, for integer formats that measure ranges.
       check: real examples {name: [n, ...]} to compare on.
       endpoints_fn: same inputs → the model's named stages, first to last; tells where a rejected file goes wrong.
-      tolerance: of float formats, relative to an output's largest number where that is above 1.
-      int8_agreement: of integer formats, 0..1.
+      tolerance: of float formats, relative to an output's largest number.
+      int8_agreement: of integer formats, 0..1; of float formats too where `agreement` is given.
       agreement: (live outputs, the file's) → float [n], 0..1, of each check example; None for `parity.same_answers`.
       timeout: seconds for one file to run on the check examples.
 
@@ -90,13 +94,15 @@ def make(
 
     Raises:
       UserError: unknown format, no check or calibration examples or of other names, shapes or dtypes than the inputs,
-        a directory that cannot be written to, or outputs of the live function that are not finite.
+        a directory that cannot be written to, or outputs of the live function that are not finite, that are no arrays of
+        examples, that are random or depend on other examples.
       Disagreement: a file does not agree; it is left as `<name>.rejected`, an earlier one of its name untouched.
       process.Crash: a converter or a runtime failed.
     """
     modules = [format_of(key) for key in formats]
-    inputs, directory = specs(inputs), files.path(directory)
+    inputs, directory = specs(inputs, ranges), files.path(directory)
     check = fitted(check, inputs, "the model")
+    checks.shapes(fn, inputs)
     live = _live(fn, inputs, check)
     for name, values in live.items():
         if not np.isfinite(values).all():
@@ -104,6 +110,7 @@ def make(
             raise UserError(
                 f"the model's {name} for check example {bad} are not finite: export a checkpoint from before it diverged"
             )
+    checks.independent(fn, inputs, check, live, CHECK_BATCH)
     limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
     limits["agreement"] = agreement
     done = []
@@ -137,7 +144,8 @@ def make(
 
 def _converted(module, fn, name, *, folder, inputs, calibration, check, timeout):
     """Converts to files in a folder and runs the first; returns (paths, outputs)."""
-    contents = module.convert(fn, inputs, calibration)
+    with lowering("native"):
+        contents = module.convert(fn, inputs, calibration)
     paths = [files.write(folder / (name + end), data) for end, data in contents.items()]
     try:
         found = runtime.run(paths[0], check, batch=CHECK_BATCH, timeout=timeout)
@@ -151,22 +159,9 @@ def _converted(module, fn, name, *, folder, inputs, calibration, check, timeout)
 
 
 def _live(fn, inputs, check) -> dict[str, np.ndarray]:
-    """Runs a function, outputs in its order; in full float32, also where an accelerator would round products."""
-    names: list[str] = []
-
-    def traced(x):  # jit sorts a mapping's keys; the order of the stages is the model's
-        found = named(fn(x))
-        names[:] = list(found)
-        return found
-
-    call = jax.jit(traced)  # not a trace from before the parameters changed
-    with jax.default_matmul_precision("highest"):
-
-        def run(x):
-            return {name: np.asarray(value) for name, value in call(x).items()}
-
-        live = Runnable(inputs, None, run, None, "")
-        found = outputs(live, check, CHECK_BATCH)
+    """Runs a function, outputs in its order."""
+    run, names = checks.live(fn)
+    found = outputs(Runnable(inputs, None, run, None, ""), check, CHECK_BATCH)
     return {name: found[name] for name in names}
 
 

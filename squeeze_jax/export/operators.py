@@ -11,7 +11,7 @@ process of its own, where a fault is an error and not the end of this one.
     takes less may read 0. What is missing from the whole is stated, never spread over the others; of a network that
     takes some microseconds an operator it is most.
   * An operator's layer is in the names of its file's tensors, where `export.make` has put it. XNNPACK's operators are
-    matched with the file's by kind and order; one that has no counterpart belongs to no layer.
+    matched with the file's as `matching` tells; one that has no counterpart belongs to no layer, and a line counts these.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,28 +36,8 @@ from squeeze_jax.export.formats.tflite import (
     signature,
     signature_of,
 )
+from squeeze_jax.export.matching import Node, matched, unmatched
 from squeeze_jax.export.runnable import Spec, fitted, opened
-
-# kinds of operators: their names in the file, and how XNNPACK's names of them begin
-KINDS = {
-    "product": (
-        ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL"),
-        ("Convolution", "Fully Connected", "Batch Matrix Multiply"),
-    ),
-    "add": (("ADD",), ("Add",)),
-    "subtract": (("SUB",), ("Subtract",)),
-    "multiply": (("MUL",), ("Multiply",)),
-    "pool": (("MAX_POOL_2D", "AVERAGE_POOL_2D"), ("Max Pool", "Average Pool")),
-    "mean": (("MEAN", "SUM"), ("Mean", "Global Average Pool", "Sum", "Reduce")),
-    "concatenate": (("CONCATENATION",), ("Concatenate", "Copy")),
-    "pad": (("PAD", "PADV2"), ("Constant Pad",)),
-    "swish": (("HARD_SWISH",), ("HardSwish", "Hard Swish", "Hardswish")),
-    "sigmoid": (("LOGISTIC",), ("Sigmoid",)),
-    "softmax": (("SOFTMAX",), ("Softmax",)),
-    "quantize": (("QUANTIZE", "DEQUANTIZE"), ("Convert",)),
-    "transpose": (("TRANSPOSE",), ("Transpose",)),
-}
-_BUILTIN = {name: kind for kind, (names, _) in KINDS.items() for name in names}
 
 
 class Operators(NamedTuple):
@@ -71,6 +51,7 @@ class Operators(NamedTuple):
       latency_ms: dict(p50, p90, p99, spread) without it.
       outputs: of the example, {name: [1, ...]}, to compare.
       core: the CPU's that it ran on, or None.
+      unmatched: convolutions and other products whose layer is not to be told, see `matching.unmatched`.
     """
 
     operators: tuple[tuple[str, str | None, float], ...]
@@ -79,6 +60,7 @@ class Operators(NamedTuple):
     latency_ms: dict[str, float]
     outputs: dict[str, np.ndarray]
     core: int | None
+    unmatched: int = 0
 
     def by_layer(self) -> dict[str | None, float]:
         """{layer: ms}, None for what belongs to none."""
@@ -169,6 +151,10 @@ def text(found: dict) -> str:
     wide = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{'operator':{wide[0]}}  {'layer':{wide[1]}}        ms"]
     lines += [f"{n:{wide[0]}}  {layer:{wide[1]}}  {ms:8.4f}" for n, layer, ms in rows]
+    if found.get("unmatched"):
+        lines.append(
+            f"{found['unmatched']} products have no layer: XNNPACK's are not the file's one by one"
+        )
     return "\n".join(lines)
 
 
@@ -213,7 +199,8 @@ def _measured(path, example, runs, warmup) -> tuple[dict, dict]:
     results = {name: y[:1] if batched else y[None] for name, y in results.items()}
     names = [(name, index) for name, index, _ in events[0]]
     taken = np.mean([[us for *_, us in each] for each in events], axis=0) / 1e3
-    layers = matched(names, in_file(path))
+    nodes = in_file(path)
+    layers = matched(names, nodes)
     operators = [
         (name, layer, float(ms))
         for (name, _), layer, ms in zip(names, layers, taken, strict=True)
@@ -224,6 +211,7 @@ def _measured(path, example, runs, warmup) -> tuple[dict, dict]:
         "elsewhere_ms": whole - float(taken.sum()),
         "profiled_ms": whole,
         "times_ms": plain,
+        "unmatched": unmatched(names, nodes),
     }
     return found, results
 
@@ -232,13 +220,13 @@ def noise(inputs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
     """An example of values 0..255; of integers zeros, which every table has a row for."""
     rng = np.random.default_rng(0)
     return {
-        name: rng.uniform(0, 255 * (dtype.kind == "f"), (1, *shape)).astype(dtype)
-        for name, (shape, dtype) in inputs.items()
+        name: rng.uniform(0, 255 * (s.dtype.kind == "f"), (1, *s.shape)).astype(s.dtype)
+        for name, s in inputs.items()
     }
 
 
-def in_file(path: str | Path) -> list[tuple[str, str | None]]:
-    """(kind of operator, layer or None) of each in a `.tflite` file, in the order they run."""
+def in_file(path: str | Path) -> list[Node]:
+    """Returns the operators of a `.tflite` file, in its order."""
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.Model.GetRootAs(Path(path).read_bytes())
@@ -249,12 +237,15 @@ def in_file(path: str | Path) -> list[tuple[str, str | None]]:
         code = model.OperatorCodes(op.OpcodeIndex())
         number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
         kind = codes.get(number, f"OPERATOR_{number}")  # newer than the schema
+        read = [op.Inputs(i) for i in range(op.InputsLength())]
+        written = [op.Outputs(i) for i in range(op.OutputsLength())]
         # A result of the network bears its own name; the weights still tell.
-        tensors = [op.Outputs(i) for i in range(op.OutputsLength())][:1]
-        tensors += [op.Inputs(i) for i in range(1, op.InputsLength())]
-        names = [graph.Tensors(t).Name() or b"" for t in tensors if t >= 0]
+        names = [
+            graph.Tensors(t).Name() or b"" for t in written[:1] + read[1:] if t >= 0
+        ]
         names = [name.decode(errors="replace") for name in names]
-        found.append((kind, next(filter(None, map(layer_of, names)), None)))
+        layer = next(filter(None, map(layer_of, names)), None)
+        found.append(Node(kind, layer, tuple(read), tuple(written)))
     return found
 
 
@@ -270,61 +261,6 @@ def layer_of(tensor: str) -> str | None:
         parts = [p for p in step.split("/")[:-1] if not re.match(r"\w*\(", p)]
         return "/".join(parts[1:] or parts) or None
     return None
-
-
-def matched(
-    ran: Sequence[tuple[str, int | None]], file: Sequence[tuple[str, str | None]]
-) -> list[str | None]:
-    """The layers of operators that ran.
-
-    Those with an index in the file are known. Of a delegate's, convolutions and matrix products are the file's one by
-    one, if they are as many; what lies between two of them is the file's of the same kind there.
-
-    Args:
-      ran: (name, index in the file or None).
-      file: (kind, layer) of each operator in it.
-    """
-    layers = [None if index is None else file[index][1] for _, index in ran]
-    kinds = [_kind(name) if index is None else "" for name, index in ran]
-    outside = {index for _, index in ran}
-    there = [
-        (_BUILTIN.get(kind), layer)
-        for i, (kind, layer) in enumerate(file)
-        if i not in outside
-    ]
-    mine, others = list(_gaps(kinds)), list(_gaps([kind for kind, _ in there]))
-    if len(mine) != len(others):
-        return layers
-    for (at, between), (other, choices) in zip(mine, others, strict=True):
-        if at is not None:
-            layers[at] = there[other][1]
-        left, last = list(choices), {}
-        for i in between:
-            same = [j for j in left if there[j][0] == kinds[i]]
-            if same:
-                last[kinds[i]] = there[same[0]][1]
-                left = [j for j in left if j > same[0]]
-            layers[i] = layers[i] or last.get(kinds[i])
-    return layers
-
-
-def _gaps(
-    kinds: Sequence[str | None],
-) -> Iterator[tuple[int | None, list[int]]]:
-    """Yields (place of a product, places up to the next one); the first is of none."""
-    at, between = None, []
-    for i, kind in enumerate(kinds):
-        if kind == "product":
-            yield at, between
-            at, between = i, []
-        elif kind:
-            between.append(i)
-    yield at, between
-
-
-def _kind(name: str) -> str | None:
-    """The kind of an operator of XNNPACK's."""
-    return next((k for k, (_, begin) in KINDS.items() if name.startswith(begin)), None)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,10 @@ def compare(
       live: {name: float32 [n, ...]}, finite.
       found: the same from the file.
       integer: judge by the agreement instead of the largest difference.
-      tolerance: max |found - live| ≤ tolerance · max(1, max |live|) of each output.
+      tolerance: max |found - live| ≤ tolerance · max |live| of each output; of one that is zero everywhere ≤ tolerance.
       int8_agreement: least mean agreement of the examples, 0..1.
-      agreement: (live, found) → float [n], 0..1, of each example; the task's own, or None for `same_answers`.
+      agreement: (live, found) → float [n], 0..1, of each example; the task's own, which float files have to reach too, or
+        None for `same_answers`, which follows from the difference but for ties.
     """
     shapes = [{k: v.shape for k, v in each.items()} for each in (live, found)]
     if shapes[0] != shapes[1]:
@@ -105,6 +106,8 @@ def compare(
     _, difference, name, index = max(worst)
     limit = int8_agreement if integer else _limit(live[name], tolerance)
     agrees = share >= limit if integer else difference <= limit
+    if not integer and agrees and agreement is not None and share < int8_agreement:
+        agrees, limit, integer = False, int8_agreement, True
     return Verdict(
         finite and agrees,
         *(difference, name, index),
@@ -185,4 +188,5 @@ def first_diverging(
 
 
 def _limit(live: np.ndarray, tolerance: float) -> float:
-    return tolerance * max(1.0, float(np.abs(live).max()))
+    """The largest difference that is allowed: relative to the output's own largest number."""
+    return tolerance * (float(np.abs(live).max(initial=0)) or 1.0)

@@ -9,17 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from squeeze_jax import files, registry
-from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.errors import UserError, nearest, shortened
 from squeeze_jax.export import listing
 
 FORMATS = "squeeze_jax.export.formats"
 
 
 class Spec(NamedTuple):
-    """An input or an output of a file, without the axis of examples, such as ((224, 224, 3), float32)."""
+    """An input or an output of a file, without the axis of examples, such as ((224, 224, 3), float32).
+
+    Attributes:
+      shape, dtype: of one example.
+      range: the least and the greatest value that an input may have, such as (0, 255) of pixels, or None: unknown.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    range: tuple[float, float] | None = None
 
 
 class Runnable(NamedTuple):
@@ -87,17 +93,77 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
         raise UserError(f"{path} cannot be run as {extension}: {reason[0]}") from error
 
 
-def specs(inputs: Mapping[str, Any]) -> dict[str, Spec]:
-    """Inputs as `Spec`s, from whatever has a shape and a dtype, such as `jax.ShapeDtypeStruct`."""
-    return {
+def specs(
+    inputs: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, Spec]:
+    """Returns inputs as `Spec`s.
+
+    Args:
+      inputs: {name: whatever has a shape and a dtype, such as `jax.ShapeDtypeStruct`}, of one example.
+      ranges: {input: (least, greatest value)}, of those whose ranges are known.
+
+    Raises:
+      UserError: inputs that are no such mapping, or a range of an unknown input, of integers, or that is empty.
+    """
+    example = "{'image': jax.ShapeDtypeStruct((224, 224, 3), 'float32')}"
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise UserError(
+            f"inputs should be a dict of one example's shapes, such as {example}, not {shortened(repr(inputs), 100)}"
+        )
+    for name, each in inputs.items():
+        if not hasattr(each, "shape") or not hasattr(each, "dtype"):
+            raise UserError(
+                f"the input {name!r} is {shortened(repr(each), 100)} and should have a shape and a dtype: {example}"
+            )
+    found = {
         name: Spec(tuple(map(int, each.shape)), np.dtype(each.dtype))
         for name, each in inputs.items()
     }
+    for name, ends in (ranges or {}).items():
+        if name not in found:
+            raise UserError(f"ranges: there is no input {name!r}{nearest(name, found)}")
+        if found[name].dtype.kind != "f":
+            raise UserError(
+                f"ranges: the input {name} is {found[name].dtype}: integers stay what they are; leave its range out"
+            )
+        ends = tuple(map(float, ends))
+        if len(ends) != 2 or not ends[0] < ends[1] or not np.isfinite(ends).all():
+            raise UserError(
+                f"ranges: {name} = {ends} should be the least and the greatest value"
+            )
+        found[name] = found[name]._replace(range=ends)
+    return found
 
 
 def named(found: Any) -> dict[str, Any]:
-    """What a function returns as {name: output}; an array is called logits."""
-    return dict(found) if isinstance(found, Mapping) else {"logits": found}
+    """Returns what a function returns as {name: output}: an array is called logits, those of a sequence output_0, ….
+
+    Raises:
+      UserError: it is neither, or an output is no array.
+    """
+    if isinstance(found, Mapping):
+        named_outputs = dict(found)
+    elif isinstance(found, tuple | list) and not hasattr(found, "shape"):
+        nested = next((each for each in found if isinstance(each, Mapping)), None)
+        if nested is not None:
+            raise UserError(
+                "the function returns a tuple of outputs and a dict, as a network does with its endpoints: return the"
+                " outputs alone, such as model.apply(variables, x)[0]"
+            )
+        named_outputs = {f"output_{i}": each for i, each in enumerate(found)}
+    else:
+        named_outputs = {"logits": found}
+    if not named_outputs:
+        raise UserError(
+            "the function returns nothing: it should return an array [b, ...]"
+        )
+    for name, each in named_outputs.items():
+        if not hasattr(each, "shape") or not isinstance(name, str):
+            raise UserError(
+                f"the function's output {name!r} is of type {type(each).__name__}: it should return an array, or a flat dict"
+                " of arrays by name"
+            )
+    return named_outputs
 
 
 def fitted(
@@ -132,7 +198,7 @@ def fitted(
             raise UserError(f"{taker} takes {names}: {name} is missing")
     arrays = {name: np.asarray(examples[name]) for name in inputs}
     for name, array in arrays.items():
-        shape, dtype = inputs[name]
+        shape, dtype, _ = inputs[name]
         if array.shape[1:] != shape or not array.size:
             expected = ", ".join(map(str, ("n", *shape)))
             raise UserError(

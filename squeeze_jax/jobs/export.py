@@ -14,7 +14,6 @@ from squeeze_jax.export import listing, process
 from squeeze_jax.export.runnable import format_of, named
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.nn.conv import lowering
 from squeeze_jax.ranges import Count, Distinct, Positive, Share
 from squeeze_jax.report import units
 from squeeze_jax.train import forward
@@ -31,7 +30,7 @@ class Settings:
       formats: names of files in `export/formats`.
       calibration: training examples that the ranges of integer formats are measured on.
       check: test examples on which each file must agree with the live model.
-      tolerance: largest difference of a float file's logits, relative to the largest logit where that is above 1.
+      tolerance: largest difference of a float file's logits, relative to the largest logit.
       int8_agreement: share of check examples whose top class an integer file must share, 0..1.
     """
 
@@ -98,6 +97,7 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
                 built.data.exported,
                 folder,
                 formats=(key,),
+                ranges=getattr(built.data, "ranges", None),
                 calibration=calibration,
                 check=check,
                 endpoints_fn=live(built, state, endpoints=True, integer=integer),
@@ -136,7 +136,7 @@ def _check_calibration(built: Built, settings: Settings) -> None:
 def live(built: Built, state: State, *, endpoints: bool = False, integer: bool = False):
     """The trained network as it is exported: {name of `data.exported`: [b, ...]} → logits, or its named stages.
 
-    Its convolutions are the native operations whatever the training used, and its weights are on the host.
+    Its weights are on the host.
 
     Args:
       built, state: the experiment and the trained network.
@@ -149,10 +149,7 @@ def live(built: Built, state: State, *, endpoints: bool = False, integer: bool =
         network = network._replace(forwards=kept)
 
     def fn(batch):
-        with lowering("native"):
-            (logits, stages), _ = forward.run(
-                network, variables, built.data.inputs(batch)
-            )
+        (logits, stages), _ = forward.run(network, variables, built.data.inputs(batch))
         return stages | named(logits) if endpoints else logits
 
     return fn

@@ -16,7 +16,7 @@ def _gelu(x):
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
 
 
-gelu = exported_as("aten.gelu.default", _gelu, approximate="none")
+gelu = exported_as("aten.gelu.default", _gelu, elementwise=True, approximate="none")
 gelu.__doc__ = "x P(N(0, 1) < x), exactly; Hendrycks and Gimpel 2016, arXiv 1606.08415. x: any shape → the same."
 
 

@@ -10,8 +10,7 @@ nothing but h U and the gates. In the gradient, too, the product for U is one ov
 would add to an array as large as U at each step.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -24,16 +23,6 @@ from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.reshaped import features
 
 Carry = dict[str, jax.Array]  # {"hidden": [b, d], "cell": [b, d]}, float32
-
-# A user context is part of jit's cache key, so a function is traced again inside `unrolled`.
-_unrolled = jax.make_user_context(False)
-
-
-@contextlib.contextmanager
-def unrolled() -> Iterator[None]:
-    """Unrolls the time steps of recurrent layers that are traced inside, because LiteRT's converter rejects loops."""
-    with _unrolled(True):
-        yield
 
 
 class LSTM(nn.Module):
@@ -196,4 +185,4 @@ recurrence.defvjp(_forward, _backward)
 
 def _scan(step, state, over, reverse=False):
     # Longer turns of the loop were not faster on a CPU: 1 to 35 steps, at 200 and 650 features.
-    return lax.scan(step, state, over, reverse=reverse, unroll=_unrolled.value)
+    return lax.scan(step, state, over, reverse=reverse)

@@ -130,6 +130,7 @@ class Detection:
 
     reads = "images"
     noun = "image"
+    ranges: ClassVar = {"image": (0.0, 255.0)}  # pixels, in files of integers
     objective: ClassVar = {"name": "losses.detection"}
     metrics = "detection"
 

@@ -138,6 +138,7 @@ class Images:
 
     reads = "images"
     noun = "image"
+    ranges: ClassVar = {"image": (0.0, 255.0)}  # pixels, in files of integers
     objective: ClassVar = {"name": "losses.cross_entropy"}
     metrics = "classification"
 

@@ -123,6 +123,7 @@ class Segmentation:
 
     reads = "images"
     noun = "image"
+    ranges: ClassVar = {"image": (0.0, 255.0)}  # pixels, in files of integers
     objective: ClassVar = {"name": "losses.cross_entropy"}
     metrics = "segmentation"
 

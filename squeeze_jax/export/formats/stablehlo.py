@@ -37,10 +37,10 @@ def convert(fn, inputs, calibration=None) -> dict[str, bytes]:
 
     scope = export.SymbolicScope()
     given = {}
-    for name, (shape, dtype) in inputs.items():
-        axes = ", ".join(map(str, ("b", *shape)))
+    for name, spec in inputs.items():
+        axes = ", ".join(map(str, ("b", *spec.shape)))
         symbolic = export.symbolic_shape(axes, scope=scope)
-        given[name] = jax.ShapeDtypeStruct(symbolic, dtype)
+        given[name] = jax.ShapeDtypeStruct(symbolic, spec.dtype)
     if list(given) == [ALONE]:
         called, given = (lambda x: fn({ALONE: x})), given[ALONE]
     else:

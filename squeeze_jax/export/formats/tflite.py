@@ -25,6 +25,8 @@ INTEGER = False
 NEEDS = ("litert-converter", "ai-edge-litert")
 SIGNATURE = "serving_default"
 CONVERTER_SECONDS = 1800.0
+# Advice for what `loops` cannot write out.
+LOOPS = ", or loop a fixed number of turns, 512 at most, by lax.scan or lax.fori_loop"
 
 
 def convert(fn, inputs, calibration=None) -> dict[str, bytes]:
@@ -44,18 +46,21 @@ def converted(key: str, fn, inputs, calibration=None) -> bytes:
     import jax
     from jax import export
 
-    from squeeze_jax.nn import composite, recurrent
+    from squeeze_jax.export import loops
+    from squeeze_jax.nn import composite
 
     given = {
-        name: jax.ShapeDtypeStruct((1, *shape), dtype)
-        for name, (shape, dtype) in inputs.items()
+        name: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype)
+        for name, spec in inputs.items()
     }
-    program = jax.jit(lambda x: named(fn(x)), keep_unused=True)
-    with composite.whole(), recurrent.unrolled():
+    with composite.whole():
+        plain = loops.written_out(lambda x: named(fn(x)), given)
+        program = jax.jit(plain, keep_unused=True)
         exported = export.export(program, platforms=("cpu",))(given)
     found = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     # As jax has them in the program: in the order of their names.
     names = {"inputs": sorted(given), "outputs": sorted(found)}
+    names["ranges"] = {name: s.range for name, s in inputs.items() if s.range}
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch, "in.mlirbc"), Path(scratch, "out.tflite")
         source.write_bytes(exported.mlir_module_serialized)
@@ -63,19 +68,37 @@ def converted(key: str, fn, inputs, calibration=None) -> bytes:
         if calibration is not None:
             more.append(Path(scratch, "calibration.npz"))
             np.savez(more[0], **calibration)
-        process.python(
-            f"squeeze_jax.export.formats.{key}",
-            *(source, target, json.dumps(names), *more),
-            what=f"the conversion to {key}",
-            timeout=CONVERTER_SECONDS,
-        )
+        try:
+            process.python(
+                f"squeeze_jax.export.formats.{key}",
+                *(source, target, json.dumps(names), *more),
+                what=f"the conversion to {key}",
+                timeout=CONVERTER_SECONDS,
+            )
+        except process.Crash:
+            missing = loops.lacking(plain, given)
+            if not missing:
+                raise
+            loop = LOOPS if any("loop" in each for each in missing) else ""
+            raise process.Crash(
+                f"the conversion to {key} failed: LiteRT has no operation for {', '.join(missing)}: compute it otherwise,"
+                f" or outside of the file{loop}"
+            ) from None
         return target.read_bytes()
 
 
 def flatbuffer(
-    stablehlo: bytes, *, inputs: Sequence[str], outputs: Sequence[str]
+    stablehlo: bytes,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    ranges: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Converts portable StableHLO bytecode to a TFLite file's bytes; the names are of its arguments and results."""
+    """Converts portable StableHLO bytecode to a TFLite file's bytes; the names are of its arguments and results.
+
+    `ranges` matter to integer files alone, see `tflite_int8.quantized`.
+    """
+    del ranges
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as api
 

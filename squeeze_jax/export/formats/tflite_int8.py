@@ -1,8 +1,9 @@
 """TFLite in 8-bit integers: weights, activations, input and output, calibrated on real images.
 
 Post-training quantization (Jacob et al. 2018, https://arxiv.org/abs/1712.05877): a real value is r = S (q - Z) with int8 q;
-the ranges of activations come from running the float file on calibration images (`export/ranges.py`). The input is the pixel minus 128
-exactly (S = 1, Z = -128), so a camera's bytes go in without arithmetic. Microcontrollers and NPUs run such files.
+the ranges of activations come from running the float file on calibration examples (`export/ranges.py`). An input whose
+range is stated as 0..255 is the pixel minus 128 exactly (S = 1, Z = -128), so a camera's bytes go in without arithmetic.
+Microcontrollers and NPUs run such files.
 """
 
 import json
@@ -20,7 +21,6 @@ from squeeze_jax.export.runnable import fitted
 SUFFIX = "_int8.tflite"
 INTEGER = True
 NEEDS = (*tflite.NEEDS, "litert-quantizer")
-PIXELS = (0.0, 255.0)
 
 
 def convert(fn, inputs, calibration) -> dict[str, bytes]:
@@ -28,7 +28,8 @@ def convert(fn, inputs, calibration) -> dict[str, bytes]:
 
     Args:
       fn: {name: [1, ...]} → an array or a mapping of arrays.
-      inputs: {name: Spec}; one called image is pixels 0..255, and integers stay what they are.
+      inputs: {name: Spec}; the range of an input is the one it states, else that of the calibration examples, and
+        integers stay what they are.
       calibration: real examples {name: [n, ...]}; 100 or more of all classes are advised.
 
     Raises:
@@ -41,8 +42,18 @@ def convert(fn, inputs, calibration) -> dict[str, bytes]:
     return {SUFFIX: tflite.converted("tflite_int8", fn, inputs, examples)}
 
 
-def quantized(flatbuffer: bytes, calibration: Mapping[str, np.ndarray]) -> bytes:
-    """Quantizes a float TFLite file's bytes with the ranges found on calibration examples {name: [n, ...]}."""
+def quantized(
+    flatbuffer: bytes,
+    calibration: Mapping[str, np.ndarray],
+    ranges_of: Mapping[str, tuple[float, float]],
+) -> bytes:
+    """Quantizes a float TFLite file's bytes.
+
+    Args:
+      flatbuffer: the file.
+      calibration: examples {name: [n, ...]}, on which the ranges of tensors are found.
+      ranges_of: {input: (least, greatest value)} of the inputs whose ranges are known.
+    """
     from litert_quantizer import quantizer, recipe
 
     tool = quantizer.Quantizer(flatbuffer)
@@ -57,8 +68,8 @@ def quantized(flatbuffer: bytes, calibration: Mapping[str, np.ndarray]) -> bytes
     found = ranges.collect(
         lambda row: network.tensors(row, wanted), rows, attending(flatbuffer)
     )
-    if "image" in network.entries:
-        found[network.entries["image"]["name"]] = PIXELS
+    for name, (low, high) in ranges_of.items():
+        found[network.entries[name]["name"]] = min(low, 0.0), max(high, 0.0)
     for name, ends in found.items():
         for key, end in zip(("min", "max"), ends, strict=True):
             wanted[name][key] = np.full_like(wanted[name][key], end)
@@ -115,6 +126,8 @@ class _Network:
 
 if __name__ == "__main__":
     _source, _target, _names, _calibration = sys.argv[1:]
-    _float = tflite.flatbuffer(Path(_source).read_bytes(), **json.loads(_names))
+    _arguments = json.loads(_names)
+    _float = tflite.flatbuffer(Path(_source).read_bytes(), **_arguments)
     with np.load(_calibration) as _examples:
-        Path(_target).write_bytes(quantized(_float, dict(_examples)))
+        _file = quantized(_float, dict(_examples), _arguments["ranges"])
+    Path(_target).write_bytes(_file)
