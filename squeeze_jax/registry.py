@@ -19,6 +19,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from squeeze_jax.errors import UserError, nearest, shown
 
@@ -337,3 +338,24 @@ def describe(hint) -> str:
             return f"tuple of {describe(args[0])}"
         return f"tuple ({', '.join(map(describe, args))})"
     return getattr(origin or hint, "__name__", str(hint))
+
+
+def late(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a package's `__getattr__`, which imports what its names stand for when they are asked for.
+
+    Args:
+      package: its `__name__`.
+      places: {public name: module in the package that has it; "module:other" where it has another name there, "module:." for the
+        module itself}.
+    """
+
+    def load(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}{nearest(name, places)}"
+            )
+        module, _, attribute = places[name].partition(":")
+        loaded = importlib.import_module(f"{package}.{module}")
+        return loaded if attribute == "." else getattr(loaded, attribute or name)
+
+    return load

@@ -31,6 +31,9 @@ def augment(key, batch, *, num_classes: int, mixup: float, cutmix: float):
     images, mask = batch["image"], batch["mask"]
     b, h, w, _ = images.shape
     labels = jax.nn.one_hot(batch["label"], num_classes)
+    # Mixed with others a label that is no class could not be told any more.
+    outside = (batch["label"] < 0) | (batch["label"] >= num_classes)
+    labels = jnp.where((outside & batch["mask"])[:, None], jnp.nan, labels)
     whole = ~(mask & jnp.roll(mask, -1))
     choose, lam_key, box_key = jax.random.split(key, 3)
     blended, pasted = (images, labels), (images, labels)

@@ -1,19 +1,10 @@
 """From a live model to files that run on devices, each run again and compared before it counts."""
 
-_PLACES = {
-    "make": "build",
-    "Exported": "build",
-    "Disagreement": "build",
-    "load": "runtime",
-}
+from squeeze_jax import registry
+
 __all__ = ["Disagreement", "Exported", "load", "make"]
-
-
-def __getattr__(
-    name,
-):  # late, so that a process that runs a TFLite file need not load jax
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+# Late, so that a process that runs a TFLite file need not load jax.
+_PLACES = dict.fromkeys(("make", "Exported", "Disagreement"), "build") | {
+    "load": "runtime"
+}
+__getattr__ = registry.late(__name__, _PLACES)

@@ -31,4 +31,5 @@ def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
       Losses in nats, whether the token is the likeliest, and weights, float32 [b, l - 1] each.
     """
     weights = batch["attended"][:, 1:] * batch["mask"][:, None].astype(jnp.float32)
-    return *token_losses(logits[:, :-1], batch["tokens"][:, 1:]), weights
+    losses, hits = token_losses(logits[:, :-1], batch["tokens"][:, 1:], weights)
+    return losses, hits, weights

@@ -15,6 +15,7 @@ from squeeze_jax.data.source import IGNORED
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import Rate
+from squeeze_jax.train.losses import _labels
 
 
 def make(label_smoothing: Rate = 0.0) -> Callable:
@@ -30,13 +31,36 @@ def make(label_smoothing: Rate = 0.0) -> Callable:
     def loss(logits, endpoints, batch):
         del endpoints
         labels, counts = labelled(logits, batch)
-        target = one_hot(labels, logits.shape[-1])  # [..., classes]
-        target = optax.smooth_labels(target, label_smoothing)
-        losses = optax.softmax_cross_entropy(logits, target)
-        hit = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
-        return mean(losses, counts), {"accuracy": mean(hit, counts)}
+        losses, hits = scored(logits, labels, counts, label_smoothing)
+        return mean(losses, counts), {"accuracy": mean(hits, counts)}
 
     return loss
+
+
+def scored(
+    logits: jax.Array, labels: jax.Array, counts: jax.Array, label_smoothing: float = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Returns losses in nats and whether the label is the likeliest class, float32 [...]; see `_labels.known`.
+
+    Args:
+      logits: [..., classes].
+      labels: int [...], or the share of each class, float [..., classes].
+      counts: [...], which labels count.
+      label_smoothing: see `make`.
+
+    Raises:
+      UserError: labels of another shape, or that are none of the classes.
+    """
+    _labels.check_shapes(logits, labels)
+    classes = logits.shape[-1]
+    target = one_hot(labels, classes)  # [..., classes]
+    losses = optax.softmax_cross_entropy(
+        logits, optax.smooth_labels(target, label_smoothing)
+    )
+    hits = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
+    if labels.ndim == logits.ndim:
+        return losses, hits.astype(jnp.float32)
+    return _labels.known(labels, classes, counts, losses, hits)
 
 
 def labelled(logits: jax.Array, batch) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
+from squeeze_jax.train.losses import _labels
 
 
 def make() -> Callable:
@@ -53,7 +54,7 @@ def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
             " objective and config.data.kind should be of one kind"
         )
     weights = batch["chosen"] * batch["mask"][:, None].astype(jnp.float32)
-    return *token_losses(logits, targets), weights
+    return *token_losses(logits, targets, weights), weights
 
 
 def part(logits, name: str) -> jax.Array:
@@ -71,8 +72,17 @@ def part(logits, name: str) -> jax.Array:
     return logits[name]
 
 
-def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropies in nats and whether the target is the likeliest, float32 [...]; logits [..., vocabulary]."""
+def token_losses(
+    logits: jax.Array, targets: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns cross-entropies in nats and whether the target is the likeliest, float32 [...]; see `_labels.known`.
+
+    Args:
+      logits: [..., vocabulary].
+      targets: int [...].
+      counts: [...], which targets count.
+    """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")
     losses = jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
-    return losses, (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+    hits = jnp.argmax(logits, -1) == targets
+    return _labels.known(targets, logits.shape[-1], counts, losses, hits)

@@ -48,4 +48,4 @@ def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
             f" {shape or type(logits).__name__}: choose a network for the task causal_lm"
         )
     weights = batch["attended"] * batch["mask"][:, None].astype(jnp.float32)
-    return *token_losses(logits, targets), weights
+    return *token_losses(logits, targets, weights), weights

@@ -32,4 +32,4 @@ def make() -> Callable:
 
 def ordered(logits, batch):
     """Cross-entropies and whether the label is the likelier, float32 [b]; logits [b, 2], "label" int [b]."""
-    return masked_lm.token_losses(logits, batch["label"])
+    return masked_lm.token_losses(logits, batch["label"], batch["mask"])

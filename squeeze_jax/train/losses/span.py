@@ -32,11 +32,15 @@ def make() -> Callable:
 
 
 def losses(logits: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropies [b] of logits [b, l] and positions int [b], and which of them count: those not beyond the sequence."""
+    """Cross-entropies [b] of logits [b, l] and positions int [b], and which of them count: those not beyond the sequence.
+
+    That of a negative position is NaN.
+    """
     inside = position < logits.shape[-1]
     label = jnp.where(inside, jnp.maximum(position, 0), 0)
     each = optax.softmax_cross_entropy_with_integer_labels
-    return each(logits.astype(jnp.float32), label), inside
+    values = each(logits.astype(jnp.float32), label)
+    return jnp.where(position < 0, jnp.nan, values), inside
 
 
 def _side(logits, batch, key):

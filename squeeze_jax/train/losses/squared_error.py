@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 
 
@@ -21,5 +22,14 @@ def make() -> Callable:
 
 
 def number(logits: jax.Array) -> jax.Array:
-    """[b, 1] or [b] → float32 [b]."""
+    """[b, 1] or [b] → float32 [b].
+
+    Raises:
+      UserError: more than one number an example.
+    """
+    if logits.shape[1:] not in ((), (1,)):
+        raise UserError(
+            f"a regression needs one number an example, [b, 1], not logits {list(logits.shape)}: make the network with"
+            " num_classes=1"
+        )
     return logits.reshape(logits.shape[0]).astype(jnp.float32)

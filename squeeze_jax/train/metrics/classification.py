@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from squeeze_jax.train.losses.cross_entropy import one_hot
+from squeeze_jax.train.losses._labels import known
+from squeeze_jax.train.losses.cross_entropy import scored
 from squeeze_jax.train.metrics._metric import Metric
 
 
@@ -14,18 +14,22 @@ def make(data=None) -> Metric:
 
 
 def measure(logits, batch):
-    """logits: [b, classes], batch: {"label": int [b], "mask": bool [b]} → sums "loss", "top1", "top5", "examples"."""
+    """logits: [b, classes], batch: {"label": int [b], "mask": bool [b]} → sums "loss", "top1", "top5", "examples".
+
+    A label that is none of the classes makes the sums NaN.
+    """
     logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-    losses = optax.softmax_cross_entropy(
-        logits, one_hot(batch["label"], logits.shape[-1])
-    )
+    losses, _ = scored(logits, batch["label"], batch["mask"])
     # Of equal logits the first counts as the higher, so that a constant network is right by chance alone.
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
     hits = best == batch["label"][:, None]
+    first, five = known(
+        batch["label"], logits.shape[-1], mask, hits[:, 0], hits.any(-1)
+    )
     sums = {
         "loss": jnp.sum(losses * mask),
-        "top1": jnp.sum(hits[:, 0] * mask),
-        "top5": jnp.sum(hits.any(-1) * mask),
+        "top1": jnp.sum(first * mask),
+        "top5": jnp.sum(five * mask),
         "examples": jnp.sum(mask),
     }
     return sums, {}

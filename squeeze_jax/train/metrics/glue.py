@@ -16,9 +16,8 @@ which no one could say that it is the best.
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from squeeze_jax.train.losses.cross_entropy import one_hot
+from squeeze_jax.train.losses.cross_entropy import scored
 from squeeze_jax.train.losses.squared_error import number
 from squeeze_jax.train.metrics._metric import Metric
 
@@ -113,8 +112,7 @@ def f1(prediction: np.ndarray, label: np.ndarray) -> float:
 def _classes(logits, batch):
     """logits: [b, classes], "label": int [b] → rows "prediction", "label" [b]."""
     logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-    target = one_hot(batch["label"], logits.shape[-1])
-    losses = optax.softmax_cross_entropy(logits, target)
+    losses, _ = scored(logits, batch["label"], batch["mask"])
     sums = {"loss": jnp.sum(losses * mask), "examples": jnp.sum(mask)}
     return sums, {"prediction": jnp.argmax(logits, -1), "label": batch["label"]}
 

@@ -10,9 +10,8 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from squeeze_jax.train.losses.cross_entropy import labelled
+from squeeze_jax.train.losses.cross_entropy import labelled, scored
 from squeeze_jax.train.metrics._metric import Metric
 
 HEADLINE = "eval_mean_iou"
@@ -40,12 +39,13 @@ def measure(logits, batch):
     """
     logits, classes = logits.astype(jnp.float32), logits.shape[-1]
     labels, counts = labelled(logits, batch)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses, _ = scored(logits, labels, counts)
     cell = labels * classes + jnp.argmax(logits, -1)
-    cell = jnp.where(counts, cell, classes * classes)  # one cell more, thrown away
+    inside = counts & (labels >= 0) & (labels < classes)
+    cell = jnp.where(inside, cell, classes * classes)  # one cell more, thrown away
     cells = jnp.zeros(classes * classes + 1, jnp.int32).at[cell.reshape(-1)].add(1)
     sums = {
-        "loss": jnp.sum(losses * counts),
+        "loss": jnp.sum(jnp.where(counts, losses, 0)),
         "confusion": cells[:-1].reshape(classes, classes),
         "examples": jnp.sum(batch["mask"].astype(jnp.float32)),
     }
@@ -56,6 +56,9 @@ def score(names, sums, rows):
     """Returns the scores of the summed matrix; `names` are those of the classes' scores."""
     del rows
     confusion = np.asarray(sums["confusion"], np.int64)
+    if np.isnan(sums["loss"]):  # the network's numbers are none, or a label no class
+        names_of_all = ("eval_loss", "eval_pixel_accuracy", HEADLINE)
+        return dict.fromkeys(names_of_all, float("nan"))
     hits, pixels = np.diag(confusion), max(int(confusion.sum()), 1)
     union = confusion.sum(0) + confusion.sum(1) - hits
     present = np.flatnonzero(union)
