@@ -12,6 +12,7 @@ everywhere. Variables are a dict:
 
 import contextlib
 import functools
+import inspect
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax import tree
+from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS, Forward, Own, Tap
 from squeeze_jax.nn.intercept import intercepting
 from squeeze_jax.nn.layer_norm import LayerNorm, NoNorm
@@ -78,6 +80,8 @@ def run(
 ) -> tuple[tuple[Any, Mapping[str, Any]], dict[str, Any]]:
     """Runs the network on a batch.
 
+    A module may return its logits alone, and its call may have no argument `train`, see `mode`.
+
     Args:
       network: of `make`.
       variables: see the top of this file.
@@ -105,18 +109,51 @@ def run(
         result, changed = network.model.apply(
             {"params": params, "batch_stats": stats, **counted},
             floats(inputs, network.dtype),
-            train=train,
+            **mode(network.model, train),
             mutable=["batch_stats", *counted] if train else [],
             rngs=rngs,
             **options,
         )
-    logits, endpoints = result
+    logits, endpoints = parted(result)
     if train:
         stats = changed.get("batch_stats", stats)
         extra |= {name: changed[name] for name in counted}
         extra |= {k: extra[k] | change for k, change in changes.items() if change}
     after = {"batch_stats": stats, "extra": extra}
     return (floats(logits, jnp.float32), endpoints), after
+
+
+def parted(result: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Returns what a module returns as (logits, endpoints).
+
+    Raises:
+      UserError: a tuple of something else.
+    """
+    if not isinstance(result, tuple):
+        return result, {}
+    if len(result) == 2 and isinstance(result[1], Mapping):
+        return result
+    raise UserError(
+        f"the network returns a tuple of {len(result)}: return logits, or (logits, a dict of endpoints)"
+    )
+
+
+def mode(model: nn.Module, train: bool) -> dict[str, bool]:
+    """Returns the argument that tells a module's call whether it is in training: the one of these names that it has.
+
+    `train`, `training` and `is_training`; `deterministic` and `use_running_average`, which say the opposite. None of them
+    is for a module that is the same in both.
+    """
+    parameters = inspect.signature(type(model).__call__).parameters
+    for name in ("train", "training", "is_training"):
+        if name in parameters:
+            return {name: train}
+    for name in ("deterministic", "use_running_average"):
+        if name in parameters:
+            return {name: not train}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return {"train": train}
+    return {}
 
 
 @contextlib.contextmanager
@@ -205,7 +242,7 @@ def _initialised(model, example):
     """Traces the initialisation anew, whatever JAX has cached of it."""
     key = jax.random.key(0)
     rngs = dict.fromkeys(("params", "dropout", "sample"), key)
-    return jax.eval_shape(lambda x: model.init(rngs, x, train=False), example)
+    return jax.eval_shape(lambda x: model.init(rngs, x, **mode(model, False)), example)
 
 
 def own(

@@ -12,6 +12,7 @@ import optax
 from squeeze_jax import tree
 from squeeze_jax.methods import METHODS
 from squeeze_jax.nn.norm import SHARES, shares
+from squeeze_jax.train import forward
 
 
 class State(NamedTuple):
@@ -89,7 +90,7 @@ def create(
       carry_rows: examples of a batch, for a recurrent network's carry; 0 for none.
     """
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example)
-    variables = model.init(key, zeros)
+    variables = model.init(key, zeros, **forward.mode(model, False))
     begin = given or {}
     params = _merged(variables["params"], begin.get("params", {}))
     stats = _merged(variables.get("batch_stats", {}), begin.get("batch_stats", {}))

@@ -9,7 +9,9 @@
 Sharding stays outside: the arrays that come in carry it. Only an explicit gradient exchange needs the mesh.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from squeeze_jax.train import forward, split
 from squeeze_jax.train.forward import Network
 from squeeze_jax.train.sharding import BATCH
 from squeeze_jax.train.split import Named
-from squeeze_jax.train.state import State
+from squeeze_jax.train.state import Owner, State, create
 
 
 class Term(NamedTuple):
@@ -68,15 +70,161 @@ class Computed(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-def make(network: Network, update: Any, objective: Any, **plugs) -> Callable:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """A training step and the state that it begins with, so that settings which must agree are given once.
+
+    Attributes:
+      run: (state, batch, key, *frozen) → (state, metrics).
+      create: (key, batch, given, devices) → state.
+    """
+
+    run: Callable
+    create: Callable
+
+    def __call__(self, state: State, batch: dict, key: jax.Array, *frozen):
+        """Does one step; see `make`."""
+        return self.run(state, batch, key, *frozen)
+
+    def init(
+        self, key: jax.Array, batch: dict, *, given: Mapping[str, Any] | None = None
+    ) -> State:
+        """Creates the state: weights, the optimizer's state, averaged weights, what methods own, a carry.
+
+        Args:
+          key: the seed of the initial weights.
+          batch: one batch, or the shapes of one, {name: [b, ...]}.
+          given: see `state.create`: weights to begin with instead.
+        """
+        return self.create(key, batch, given)
+
+
+def make(network: Network | Any, update: Any, objective: Any, **plugs) -> Step:
     """Builds the whole step as one function; the arguments are those of `parts`.
 
+        step = make(model, optax.adam(1e-3), cross_entropy.make(), ema=0.999)
+        state = step.init(key, batch)
+        step = jax.jit(step)
+        state, metrics = step(state, batch, key)
+
+    A batch is a dict of arrays [b, ...]; "mask", bool [b], says which examples count, by default all. The module's call
+    may return logits alone, and tells training from evaluation by one of the arguments that `forward.mode` names.
+
     Returns:
-      (state, batch, key, *frozen) → (state, metrics); metrics are float32 scalars: "loss", "grad_norm", "examples" (how
-      many counted) and the objective's own. A step whose gradients are compiled in pieces compiles its other parts
-      itself.
+      (state, batch, key, *frozen) → (state, metrics), and `init`. Metrics are float32 scalars: "loss", "grad_norm",
+      "examples" (how many counted) and the objective's own. A step whose gradients are compiled in pieces compiles its
+      other parts itself.
+
+    Raises:
+      UserError: when called, a state that does not fit the step, or a batch whose arrays are not equally long.
     """
-    return whole(parts(network, update, objective, **plugs))
+    creates = functools.partial(_created, network, update, objective, plugs)
+    return Step(whole(parts(network, update, objective, **plugs)), creates)
+
+
+def _created(network, update, objective, plugs, key, batch, given) -> State:
+    network, update, terms = _settled(network, update, objective)
+    exchange, mesh = _exchange(plugs.get("exchange")), plugs.get("mesh")
+    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+    shapes = jax.eval_shape(_with_mask, batch)
+    read = plugs.get("inputs", _image)
+    example = jax.eval_shape(read, shapes)
+    owners = {}
+    if network.forwards:
+        accepted = forward.taps(network.model, example, network.forwards.values())
+        for (name, f), taps in zip(network.forwards.items(), accepted, strict=True):
+            owners[name] = Owner(
+                f.init and (lambda key, params, f=f, t=taps: f.init(key, params, t)),
+                f.state and (lambda params, f=f, t=taps: f.state(params, t)),
+            )
+    for term in terms:
+        owners[term.name] = Owner(term.objective.init, term.objective.state)
+    if plugs.get("gradients") is not None:
+        name, method = plugs["gradients"]
+        owners[name] = Owner(method.init, method.state)
+    if exchange is not None:
+        owners[exchange.name] = Owner(None, exchange.method.state, devices)
+    rows = (
+        jax.tree.leaves(shapes)[0].shape[0]
+        if hasattr(network.model, "initial_carry")
+        else 0
+    )
+    creates = functools.partial(
+        create,
+        network.model,
+        update.tx,
+        example,
+        given=given,
+        owners={name: o for name, o in owners.items() if o.init or o.state},
+        ema=bool(plugs.get("ema")),
+        carry_rows=rows,
+    )
+    return jax.jit(creates)(key)
+
+
+def _settled(network, update, objective) -> tuple[Network, methods.Update, tuple]:
+    """The arguments of `parts` in their full forms.
+
+    Raises:
+      UserError: an optimizer or an objective that is none.
+    """
+    if not isinstance(network, Network):
+        network = Network(network)
+    if callable(objective):
+        objective = (Term("objective", 1.0, methods.objective(objective)),)
+    if isinstance(update, optax.GradientTransformation):
+        update = methods.Update(update)
+    if not isinstance(update, methods.Update):
+        raise UserError(
+            f"the update is {shortened(repr(update), 60)}: give an optax transform, such as optax.adam(1e-3), or"
+            " optim.make(name='adamw', …)"
+        )
+    if isinstance(objective, str) or not all(isinstance(t, Term) for t in objective):
+        raise UserError(
+            f"the objective is {shortened(repr(objective), 60)}: give a loss (logits, endpoints, batch) → (scalar, metrics),"
+            " such as losses.cross_entropy.make(), or a list of Terms"
+        )
+    return network, update, tuple(objective)
+
+
+def _exchange(exchange: Named | Callable | None) -> Named | None:
+    if callable(exchange) and not isinstance(exchange, Named):
+        return Named("exchange", methods.exchange(exchange))
+    return exchange
+
+
+def _image(batch):
+    """What image networks read."""
+    if "image" not in batch:
+        raise UserError(
+            f"the batch has {', '.join(batch)} and no image: tell what the network reads by inputs, such as"
+            " inputs=lambda batch: batch['x']"
+        )
+    return batch["image"]
+
+
+def _with_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a batch with a mask, all true where it has none.
+
+    Raises:
+      UserError: no dict, or arrays that are not equally long.
+    """
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"the batch is a {type(batch).__name__}: give a dict of arrays, such as {{'image': …, 'label': …}}"
+        )
+    lengths = {name: x.shape[0] for name, x in batch.items() if getattr(x, "shape", ())}
+    if not lengths:
+        raise UserError("the batch has no arrays [b, ...]")
+    rows = next(iter(lengths.values()))
+    if "mask" not in batch:
+        batch = {**batch, "mask": jnp.ones(rows, bool)}
+    for name, length in lengths.items():
+        if length != rows:
+            raise UserError(
+                f"the batch's arrays are not equally long: {name} has {length} examples, {next(iter(lengths))} has {rows}"
+            )
+    return dict(batch)
 
 
 def whole(pieces: Parts, **compiled) -> Callable:
@@ -105,7 +253,7 @@ def parts(
     objective: Callable | Sequence[Term],
     *,
     prepare: Callable = lambda key, batch: batch,
-    inputs: Callable = lambda batch: batch["image"],
+    inputs: Callable = _image,
     teach: Callable | None = None,
     gradients: Named | None = None,
     exchange: Named | Callable | None = None,
@@ -131,16 +279,10 @@ def parts(
         their examples that count.
       ema: decay of the averaged weights, 0 for none; it warms up as (1 + t) / (10 + t).
     """
-    if not isinstance(network, Network):
-        network = Network(network)
-    if callable(objective):
-        objective = (Term("objective", 1.0, methods.objective(objective)),)
-    if isinstance(update, optax.GradientTransformation):
-        update = methods.Update(update)
-    if callable(exchange) and not isinstance(exchange, Named):
-        exchange = Named("exchange", methods.exchange(exchange))
+    network, update, objective = _settled(network, update, objective)
+    exchange = _exchange(exchange)
     fused = gradients is None or gradients.method.fused
-    compute, weigh = _computed(network, tuple(objective), inputs, gradients)
+    compute, weigh = _computed(network, objective, inputs, gradients)
     if accumulate > 1 or exchange is not None:
         axes = BATCH if exchange is not None else ()
         compute = functools.partial(split.in_parts, compute, weigh, accumulate, axes)
@@ -148,8 +290,9 @@ def parts(
         compute = split.exchanged(compute, exchange, network.first, mesh)
 
     def prepared(state, batch, key, *frozen):
+        _check_state(state, update, ema)
         prepare_key, _ = _keys(key, state.step)
-        batch = prepare(prepare_key, batch)
+        batch = prepare(prepare_key, _with_mask(batch))
         if teach is not None:
             batch = batch | {"teacher": teach(*frozen, batch)}
         return batch
@@ -173,6 +316,30 @@ def parts(
     return Parts(prepared, computed, updated, fused)
 
 
+def _check_state(state: State, update: methods.Update, ema: float) -> None:
+    """Checks that a state is one of this step's.
+
+    Raises:
+      UserError: it has averaged weights and the step averages none, or the reverse; it is of another optimizer.
+    """
+    if bool(ema) != (state.ema is not None):
+        has, wants = (
+            ("has", "averages none") if not ema else ("has no", "averages them")
+        )
+        raise UserError(
+            f"the state {has} averaged weights and the step {wants}: give ema to step.make alone and create the state by"
+            " step.init"
+        )
+    expected = jax.eval_shape(update.tx.init, state.params)
+    if jax.tree.structure(expected) != jax.tree.structure(state.opt) or any(
+        a.shape != b.shape
+        for a, b in zip(*map(jax.tree.leaves, (expected, state.opt)), strict=True)
+    ):
+        raise UserError(
+            "the optimizer's state in the state is of another optimizer or of other weights: create the state by step.init"
+        )
+
+
 def _keys(key, step):
     return jax.random.split(jax.random.fold_in(key, step))
 
@@ -181,7 +348,7 @@ def make_evaluation(
     network: Network | Any,
     measure: Callable,
     *,
-    inputs: Callable = lambda batch: batch["image"],
+    inputs: Callable = _image,
 ):
     """Builds `(variables, batch) → (sums, rows)`, see `metrics._metric.Metric`; rows get "mask" and "index" too.
 
@@ -195,10 +362,11 @@ def make_evaluation(
         network = Network(network)
 
     def evaluate(variables: dict[str, Any], batch: dict, carry=None):
-        options = {} if carry is None else {"carry": carry}
+        options, batch = {} if carry is None else {"carry": carry}, _with_mask(batch)
         outputs, _ = forward.run(network, variables, inputs(batch), **options)
         sums, rows = measure(outputs[0], batch)
-        scored = sums, rows | {k: batch[k] for k in ("mask", "index") if rows}
+        kept = [k for k in ("mask", "index") if k in batch and rows]
+        scored = sums, rows | {k: batch[k] for k in kept}
         return scored if carry is None else (scored, outputs[1]["carry"])
 
     return evaluate
