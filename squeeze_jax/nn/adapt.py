@@ -57,7 +57,8 @@ class FromNNX(nn.Module):
         }
         values = {name: variable.value for name, variable in stats.items()}
         flat = _filled(source.params, params) | _filled(source.stats, values)
-        module = nnx.merge(source.graph, nnx.from_flat_state(flat | source.rest))
+        streams = {path: v.replace(v[...]) for path, v in source.rest.items()}
+        module = nnx.merge(source.graph, nnx.from_flat_state(flat | streams))
         if train:
             module.train()
             tags = {v.tag for v in source.rest.values() if isinstance(v, nnx.RngKey)}

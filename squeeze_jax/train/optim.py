@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import optax
 
-from squeeze_jax import methods, tree
+from squeeze_jax import methods, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import (
     Count,
@@ -86,20 +86,24 @@ def make(
         if value < 0:
             raise UserError(f"config.optim.{key} = {value} should not be negative")
     weight_decay = decayed_weights(decay, decay_rules)
-    parts = {
-        "sgd": (weight_decay, optax.trace(momentum, nesterov=nesterov)),
-        "adamw": (optax.scale_by_adam(b1, b2, eps), weight_decay),
-        "lamb": (
-            optax.scale_by_adam(b1, b2, eps),
-            weight_decay,
-            optax.scale_by_trust_ratio(),
-        ),
-        "rmsprop": (
-            weight_decay,
-            optax.scale_by_rms(b2, eps, initial_scale=1.0, eps_in_sqrt=True),
-            optax.trace(momentum),
-        ),
-    }[name]
+    parts = registry.row(
+        {
+            "sgd": (weight_decay, optax.trace(momentum, nesterov=nesterov)),
+            "adamw": (optax.scale_by_adam(b1, b2, eps), weight_decay),
+            "lamb": (
+                optax.scale_by_adam(b1, b2, eps),
+                weight_decay,
+                optax.scale_by_trust_ratio(),
+            ),
+            "rmsprop": (
+                weight_decay,
+                optax.scale_by_rms(b2, eps, initial_scale=1.0, eps_in_sqrt=True),
+                optax.trace(momentum),
+            ),
+        },
+        name,
+        "optimizer",
+    )
     clipping = [optax.clip_by_global_norm(clip)] if clip else []
     chain = optax.chain(*clipping, *parts, optax.scale_by_learning_rate(rate))
     return frozen(chain, freeze) if freeze else chain
@@ -173,14 +177,18 @@ def make_schedule(
             f"config.optim.boundaries = {tuple(boundaries)} should increase within (0, 1)"
         )
     rest = steps - warmup
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(lr, rest, alpha=end),
-        "linear": lambda: optax.linear_schedule(lr, lr * end, rest),
-        "step": lambda: optax.piecewise_constant_schedule(
-            lr, {round(b * steps) - warmup: drop for b in boundaries}
-        ),
-        "constant": lambda: optax.constant_schedule(lr),
-    }[schedule]()
+    after = registry.row(
+        {
+            "cosine": lambda: optax.cosine_decay_schedule(lr, rest, alpha=end),
+            "linear": lambda: optax.linear_schedule(lr, lr * end, rest),
+            "step": lambda: optax.piecewise_constant_schedule(
+                lr, {round(b * steps) - warmup: drop for b in boundaries}
+            ),
+            "constant": lambda: optax.constant_schedule(lr),
+        },
+        schedule,
+        "schedule",
+    )()
     if not warmup:
         return after
     return optax.join_schedules(
