@@ -16,6 +16,7 @@ from squeeze_jax import registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.blocks import residual_sum
 from squeeze_jax.nn.conv import conv
+from squeeze_jax.nn.image import images
 from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
@@ -130,6 +131,7 @@ class Slimmable(nn.Module):
         Raises:
           UserError: a width that is none of the switches.
         """
+        x = images(x, type(self).__name__)
         width = max(self.switches) if width is None else width
         if width not in self.switches:
             raise UserError(

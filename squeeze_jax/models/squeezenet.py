@@ -20,6 +20,7 @@ from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.blocks import residual_sum
 from squeeze_jax.nn.conv import Conv, per_axis
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.image import images
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
@@ -102,6 +103,7 @@ class SqueezeNet(nn.Module):
 
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
+        x = images(x, type(self).__name__)
         row, endpoints = self.row, {}
 
         def stage(name, y):
