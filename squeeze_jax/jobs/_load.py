@@ -78,4 +78,11 @@ def _into(net, network, name, example, fresh):
             raise UserError(
                 f"{network.where} does not fit the model: {leaf} {found}, should be {shape.shape}"
             )
-    return _load.completed(net, taken, example, fresh, network.where)
+    layers = sorted(
+        {n.rpartition("/")[0].partition("/")[2] for n in want if n not in taken}
+    )
+    if layers:
+        _log.warning(
+            "%s: %s initialised anew: train it", network.where, ", ".join(layers)
+        )
+    return _load.completed(net, taken, example, fresh)

@@ -86,43 +86,33 @@ def load(
             net = model if made else _make.make(model, **options)
             variables = _of_file(path, net, example, names, under, key, fresh)
     except UserError as error:
-        # The lower functions name the keys of a config.
-        text = str(error).replace("config.init.", "").replace("config.model.", "")
-        raise UserError(text) from None
+        raise UserError(_as_argument(error)) from None
     return variables if made else (net, variables)
 
 
 def completed(
-    net: nn.Module,
-    variables: Mapping[str, Any],
-    example: Any,
-    fresh: jax.Array,
-    where: str | Path,
+    net: nn.Module, loaded: Mapping[str, Any], example: Any, fresh: jax.Array
 ) -> dict[str, Any]:
-    """Initialises the parameters that loaded variables lack, and logs which.
+    """Returns a network's variables from loaded ones, with initial values for those that are not loaded.
 
     Args:
       net: the network.
-      variables: {"params", "batch_stats"} of a part of its parameters, or {name: array}.
+      loaded: {"params", "batch_stats"} without some of the parameters, or {name: array} of them.
       example: see `load`.
       fresh: a key from `jax.random.key`.
-      where: how the log calls the place of the weights.
     """
-    example, loaded = input_of(net, example), tree.flatten(dict(variables))
+    example, arrays = input_of(net, example), tree.flatten(dict(loaded))
     shapes = tree.flatten(dict(foreign.shapes(net, example)))
-    lacking = [name for name in shapes if name not in loaded]
+    lacking = [name for name in shapes if name not in arrays]
     if lacking:
-        layers = dict.fromkeys(name.rpartition("/")[0] for name in lacking)
-        short = ", ".join(name.partition("/")[2] for name in layers)
-        _log.warning("%s: %s is initialised anew: train it", where, short)
 
         @jax.jit
         def init(key):
             initial = tree.flatten(dict(net.init(key, example)))
             return {name: initial[name] for name in lacking}
 
-        loaded |= jax.tree.map(np.asarray, init(fresh))
-    ordered = {name: loaded[name] for name in shapes}
+        arrays |= jax.tree.map(np.asarray, init(fresh))
+    ordered = {name: arrays[name] for name in shapes}
     return traverse_util.unflatten_dict(ordered, sep="/")
 
 
@@ -152,10 +142,15 @@ def _of_file(path, net, example, names, under, key, fresh):
         pretrained.check(path, names, _called(module), module, net)
     like = foreign.shapes(net, input_of(net, example))
     variables, more = pretrained.fit(arrays, names, net, module, like, path)
-    for line in lines + more:
+    for line in map(_as_argument, lines + more):
         counters = line.endswith("counters of batches ignored")
         _log.log(logging.INFO if counters else logging.WARNING, "%s: %s", path, line)
-    return completed(net, variables, example, fresh, path)
+    return completed(net, variables, example, fresh)
+
+
+def _as_argument(message: object) -> str:
+    """Returns a message of functions that read a config with the names of arguments instead of those of its keys."""
+    return str(message).replace("config.init.", "").replace("config.model.", "")
 
 
 def recognised(
