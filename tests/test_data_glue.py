@@ -104,9 +104,9 @@ def test_what_a_network_is_called_with(real):
     assert {s["tokens"].shape for s in made.specs(4)} == {(4, 32), (4, 64)}
     assert all(s["label"].shape == (4,) for s in made.specs(4))
     inputs = jax.jit(made.inputs)(batch)
-    assert set(inputs) == {"tokens", "segments", "mask"}
-    assert inputs["mask"].dtype == bool
-    assert (inputs["mask"] == batch["attended"]).all()
+    assert set(inputs) == {"tokens", "segments", "attended"}
+    assert inputs["attended"].dtype == bool
+    assert (inputs["attended"] == batch["attended"]).all()
     # The exported function gives integers for "attended".
     from_export = made.inputs({k: batch[k].astype(np.int32) for k in made.exported})
     assert all((from_export[k] == inputs[k]).all() for k in inputs)
@@ -114,7 +114,7 @@ def test_what_a_network_is_called_with(real):
     assert {k: (v.shape, v.dtype) for k, v in example.items()} == {
         "tokens": ((1, 64), np.int32),
         "segments": ((1, 64), np.int32),
-        "mask": ((1, 64), bool),
+        "attended": ((1, 64), bool),
     }
     assert made.augment(jax.random.key(0), batch) is batch
 

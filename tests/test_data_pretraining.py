@@ -347,9 +347,9 @@ class TestData:
         made = make(text, vocabulary, length=12)
         batch = {k: np.ones((1, *s.shape), s.dtype) for k, s in made.exported.items()}
         x = made.inputs(batch)
-        assert x.keys() == {"tokens", "segments", "mask"}
+        assert x.keys() == {"tokens", "segments", "attended"}
         assert x["tokens"].tolist() == [[1] * 12]
-        assert x["mask"].dtype == bool
+        assert x["attended"].dtype == bool
         assert made.vocabulary == 217
 
     def test_what_is_said_of_a_text(self, text, vocabulary):

@@ -92,7 +92,7 @@ def test_batches_are_what_the_specs_say(river, tmp_path):
     inputs = data.inputs(batch)
     np.testing.assert_array_equal(inputs["mask"], batch["attended"])
     example = data.example()
-    assert example["mask"].dtype == bool
+    assert example["attended"].dtype == bool
     assert {k: v.shape for k, v in example.items()} == dict.fromkeys(inputs, (1, 24))
     assert (data.num_train, data.vocabulary) == (6, 30522)
 

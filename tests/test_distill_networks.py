@@ -36,7 +36,7 @@ TEXT = {
 ATTENDED = np.arange(6) < np.array([[6], [2], [4]])
 BATCH = {"attended": ATTENDED, "mask": np.array([True, True, False])}
 TOKENS = np.random.default_rng(0).integers(0, 99, (3, 6)).astype(np.int32)
-X = {"tokens": TOKENS, "segments": np.zeros_like(TOKENS), "mask": ATTENDED}
+X = {"tokens": TOKENS, "segments": np.zeros_like(TOKENS), "attended": ATTENDED}
 
 
 def encoder(name, task, **options):
@@ -172,7 +172,7 @@ def test_zero_at_the_teacher_and_no_gradient_to_it(name):
 def test_multiple_choice():
     tokens = np.arange(2 * 3 * 5).reshape(2, 3, 5).astype(np.int32)
     attended = np.arange(5) < np.array([[5, 2, 4], [1, 5, 3]])[..., None]
-    x = {"tokens": tokens, "segments": np.zeros_like(tokens), "mask": attended}
+    x = {"tokens": tokens, "segments": np.zeros_like(tokens), "attended": attended}
     rows = attended.reshape(6, 5)
     same = invented(specs(encoder("bert", "choice"), x), rows)
     # States differ by 1 in the tokens of the first example's three sequences and by 9 in all that does not count.

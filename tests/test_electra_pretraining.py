@@ -45,7 +45,7 @@ def batch(rows=3, gathers=True):
 
 def inputs(batch):
     """What the network is called with, as the data make it of a batch."""
-    return {k: v for k, v in batch.items() if k != "mask"} | {"mask": batch["attended"]}
+    return {k: v for k, v in batch.items() if k != "mask"}
 
 
 def make(**options):
@@ -99,7 +99,7 @@ def test_both_are_as_in_transformers(transformers, tmp_path, run):
         labels[row, at] = x["targets"][row][x["chosen"][row]]
     original = np.where(labels < 0, x["tokens"], labels)[:2]
     corrupted = np.asarray(endpoints["corrupted"])
-    mask = {"attention_mask": torch.tensor(x["mask"][:2]).long()}
+    mask = {"attention_mask": torch.tensor(x["attended"][:2]).long()}
     with torch.no_grad():
         first = theirs["generator"](
             torch.tensor(x["tokens"][:2]).long(),
@@ -222,8 +222,10 @@ def test_without_targets_nothing_is_replaced(run):
 def test_taken_apart_they_are_those_that_were_trained(run):
     net, variables, x, logits, endpoints = run
     discriminator, generator = electra_pretraining.apart(net, variables)
+    x = {k: v for k, v in x.items() if k not in ("targets", "chosen")}
+    plain = {k: v for k, v in x.items() if k != "positions"}
     for part, given, expected in (
-        (discriminator, x | {"tokens": endpoints["corrupted"]}, logits["replaced"]),
+        (discriminator, plain | {"tokens": endpoints["corrupted"]}, logits["replaced"]),
         (generator, x, logits["masked_lm"]),
     ):
         alone, params = part

@@ -139,8 +139,10 @@ def test_inputs_that_do_not_fit_are_named(name):
         run({"tokens": longer[:, :40].astype(np.float32)})
     with pytest.raises(UserError, match=r"num_classes = 0 should be at least 1"):
         run({"tokens": longer[:, :40]}, num_classes=0)
-    with pytest.raises(UserError, match=r"mask has the shape \(1, 40\), tokens have"):
-        run({"tokens": longer, "mask": longer[:, 1:]})
+    with pytest.raises(
+        UserError, match=r"attended has the shape \(1, 40\), tokens have"
+    ):
+        run({"tokens": longer, "attended": longer[:, 1:]})
 
 
 def test_tokens_in_a_list_are_named():
@@ -154,7 +156,7 @@ def test_what_is_left_out_is_real_and_of_the_first_segment(name):
     variables, x = filled(net), batch(2)
     run = jax.jit(lambda x: net.apply(variables, x)[0])
     ones = np.ones((2, LENGTH), bool)
-    given = {"tokens": x["tokens"], "segments": 0 * x["segments"], "mask": ones}
+    given = {"tokens": x["tokens"], "segments": 0 * x["segments"], "attended": ones}
     bare = run({"tokens": x["tokens"]})
     np.testing.assert_allclose(bare, run(given), atol=1e-6)
     assert (np.abs(bare - run(x)).max() > 1e-3) == (net.row.segments > 1)
@@ -166,7 +168,7 @@ def test_padding_changes_nothing(name):
     options = {"trigram": False} if name == "mobilebert" else {}
     net = toy(name, task="tokens", **options)
     variables, x = filled(net), batch(2)
-    x["mask"] = np.ones((2, LENGTH), bool)
+    x["attended"] = np.ones((2, LENGTH), bool)
     run = jax.jit(lambda x: net.apply(variables, x)[0])
     padded = {key: np.pad(array, ((0, 0), (0, 5))) for key, array in x.items()}
     padded["tokens"][:, LENGTH:] = 7
@@ -201,7 +203,7 @@ def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
     def fn(x):
         tokens = x["tokens"]
         with lowering("native"):
-            return net.apply(variables, {"tokens": tokens, "mask": tokens > 3})[0]
+            return net.apply(variables, {"tokens": tokens, "attended": tokens > 3})[0]
 
     from ai_edge_litert.interpreter import Interpreter
 
@@ -225,7 +227,7 @@ def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
     )
     interpreter.set_tensor(entry["index"], x.astype(np.int32))
     interpreter.invoke()
-    expected = net.apply(variables, {"tokens": x, "mask": x > 3})[0]
+    expected = net.apply(variables, {"tokens": x, "attended": x > 3})[0]
     scale = np.abs(expected).max()
     np.testing.assert_allclose(
         interpreter.get_tensor(exit_["index"]), expected, atol=1e-4 * scale
@@ -240,7 +242,7 @@ def test_an_exported_encoder_runs_on_any_batch_and_platform(name):
     @jax.jit
     def fn(tokens):
         with lowering("native"):
-            return net.apply(variables, {"tokens": tokens, "mask": tokens > 3})[0]
+            return net.apply(variables, {"tokens": tokens, "attended": tokens > 3})[0]
 
     (size,) = export.symbolic_shape("b")
     tokens = jax.ShapeDtypeStruct((size, LENGTH), np.int32)

@@ -58,7 +58,7 @@ ALL = [
 
 
 def shapes(length):
-    x = {"tokens": jnp.int32, "segments": jnp.int32, "mask": jnp.bool_}
+    x = {"tokens": jnp.int32, "segments": jnp.int32, "attended": jnp.bool_}
     return {key: jax.ShapeDtypeStruct((1, length), dtype) for key, dtype in x.items()}
 
 

@@ -205,7 +205,7 @@ class TestGpt2:
         np.testing.assert_array_equal(endpoints["pooled"].shape, (2, 32))
         padded = np.pad(x, ((0, 0), (0, 5)), constant_values=7)
         mask = np.broadcast_to(np.arange(LENGTH + 5) < LENGTH, padded.shape)
-        found, _ = run({"tokens": padded, "mask": mask})
+        found, _ = run({"tokens": padded, "attended": mask})
         np.testing.assert_allclose(found, logits, atol=1e-5)
         assert np.abs(run({"tokens": padded})[0] - logits).max() > 1e-3
 
@@ -233,7 +233,7 @@ class TestGpt2:
 def test_groups_apart_compute_the_same(groups, shuffle):
     """To the rounding of sums in another order, also what attention gives."""
     net = toy("squeezebert", groups=groups, shuffle=shuffle, dropout=0.0)
-    variables, x = filled(net), batch(2) | {"mask": batch(2)["tokens"] > 9}
+    variables, x = filled(net), batch(2) | {"attended": batch(2)["tokens"] > 9}
 
     def traced(x):
         with lowering("native"):

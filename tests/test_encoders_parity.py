@@ -100,12 +100,12 @@ def batch(name, task):
         # 1 is padding to RoBERTa, to all others 0.
         "tokens": np.where(mask, rng.integers(2, 99, shape), name == "roberta"),
         "segments": (np.arange(17) >= 6).astype(np.int32) * mask,
-        "mask": mask,
+        "attended": mask,
     }
     keys = {
         "input_ids": "tokens",
         "token_type_ids": "segments",
-        "attention_mask": "mask",
+        "attention_mask": "attended",
     }
     if name in ("distilbert", "gpt2"):
         keys.pop("token_type_ids")

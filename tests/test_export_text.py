@@ -56,7 +56,7 @@ def network(task, model="squeezebert", **options):
     )
 
     def apply(x):
-        x = {k: x[k] for k in ("tokens", "segments")} | {"mask": x["attended"] != 0}
+        x = {k: x[k] for k in ("tokens", "segments")} | {"attended": x["attended"] != 0}
         with lowering("native"):
             return net.apply(variables, x, train=False)
 

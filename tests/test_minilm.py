@@ -29,10 +29,10 @@ def folder():
 
 @pytest.fixture(scope="module")
 def batch(folder):
-    """{"tokens", "segments", "mask"} of [4, 32] by our tokenizer."""
+    """{"tokens", "segments", "attended"} of [4, 32] by our tokenizer."""
     found = text.tokenize(tokens.load(folder), list(SENTENCES), None, LENGTH)
     rows = next(text.Reader(found, LENGTH).eval(len(SENTENCES)))
-    return {k: rows[k] for k in ("tokens", "segments")} | {"mask": rows["attended"]}
+    return {k: rows[k] for k in ("tokens", "segments")} | {"attended": rows["attended"]}
 
 
 def test_its_tokenizer_says_what_transformers_says(folder, batch, transformers):

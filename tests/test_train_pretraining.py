@@ -106,7 +106,7 @@ def given(x):
     names = {
         "input_ids": "tokens",
         "token_type_ids": "segments",
-        "attention_mask": "mask",
+        "attention_mask": "attended",
     }
     return {k: torch.tensor(np.asarray(x[v])).long() for k, v in names.items()}
 
@@ -233,7 +233,9 @@ def test_next_tokens_as_in_transformers(transformers, tmp_path, made):
     assert not batch["attended"].all()
     labels = np.where(batch["attended"], batch["tokens"], -100)
     with torch.no_grad():
-        ids, mask = (torch.tensor(np.asarray(x[k])).long() for k in ("tokens", "mask"))
+        ids, mask = (
+            torch.tensor(np.asarray(x[k])).long() for k in ("tokens", "attended")
+        )
         expected = theirs(
             ids[:-1], attention_mask=mask[:-1], labels=torch.tensor(labels[:-1]).long()
         )

@@ -243,11 +243,11 @@ def exported(length: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What encoders are called with, {"tokens", "segments": int32 [b, l], "mask": bool [b, l]}."""
+    """What encoders are called with, {"tokens", "segments": int32 [b, l], "attended": bool [b, l]}."""
     return {
         "tokens": batch["tokens"],
         "segments": batch["segments"],
-        "mask": batch["attended"] != 0,
+        "attended": batch["attended"] != 0,
     }
 
 

@@ -18,6 +18,8 @@ Layer = Annotated[int, Range(-1000, 1000)] | str
 Layers = str | tuple[tuple[Layer, Layer], ...]
 # Patient knowledge distillation's (arXiv 1908.09355) are the last two, which leave the last layer to the logits.
 MAPPINGS = ("uniform", "skip", "last")
+# Names of the padding mask in a batch: ours, and that of `transformers`.
+_PADDING = ("attended", "attention_mask")
 
 
 class Bound(NamedTuple):
@@ -233,15 +235,48 @@ def image_sizes(
 def example_weights(batch: Mapping, rows: int) -> jax.Array:
     """float32 [rows]: 1 for a row of an example that counts; an example has rows / b of them, choices say."""
     mask = batch["mask"].astype(jnp.float32)
+    if mask.ndim != 1:
+        raise UserError(
+            f"batch['mask'] should be [b], true for examples that count, its shape is {mask.shape}: the padding mask is"
+            " 'attended' (or 'attention_mask'), [b, l]"
+        )
     return jnp.repeat(mask, rows // mask.shape[0])
 
 
 def token_weights(batch: Mapping, rows: int, length: int) -> jax.Array:
     """float32 [rows, length]: 1 for real tokens of examples that count."""
     weights = example_weights(batch, rows)[:, None]
-    if "attended" not in batch:
+    real = attended(batch)
+    if real is None:
         return jnp.repeat(weights, length, 1)
-    return weights * batch["attended"].reshape(rows, length).astype(jnp.float32)
+    if real.size != rows * length:
+        raise UserError(
+            f"the batch's padding mask is {tuple(real.shape)}, the network's outputs are of {rows} sequences of {length}"
+            " tokens: both should be equal"
+        )
+    return weights * real.reshape(rows, length).astype(jnp.float32)
+
+
+def attended(batch: Mapping) -> jax.Array | None:
+    """Returns a batch's padding mask, bool [b, l] with True for real tokens; None if all are real.
+
+    Args:
+      batch: has it as "attended", or as "attention_mask", its name in `transformers`.
+
+    Raises:
+      UserError: both, or neither and an entry that looks like a padding mask under another name.
+    """
+    masks = [key for key in _PADDING if key in batch]
+    if len(masks) > 1:
+        raise UserError(f"the batch has its padding mask twice, as {masks}: give one")
+    if masks:
+        return jnp.asarray(batch[masks[0]]) != 0
+    for key in batch:
+        if key != "mask" and ("mask" in key.split("_") or key.startswith("attend")):
+            raise UserError(
+                f"the batch has {key!r}: a padding mask, true for real tokens, is called {' or '.join(map(repr, _PADDING))}"
+            )
+    return None
 
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:

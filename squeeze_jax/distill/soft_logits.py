@@ -16,6 +16,7 @@ from squeeze_jax.distill._loss import (
     Bound,
     Shapes,
     Unbound,
+    attended,
     example_weights,
     token_weights,
 )
@@ -84,8 +85,8 @@ def make(
             weights = _places(batch, *ours.shape[:2], chosen=positions == "chosen")
         else:
             weights = example_weights(batch, rows)
-        if _spans(name) and "attended" in batch:
-            allowed = batch["attended"].astype(bool)
+        if _spans(name):
+            allowed = attended(batch)
         if kind == "mse" or ours.shape[-1] == 1:
             return mean(squared_error(ours, theirs, allowed), weights)
         entropy = kind == "kl"
@@ -153,7 +154,12 @@ def _places(batch, rows, places, *, chosen):
         return weights * example_weights(batch, rows)[:, None]
     if "positions" not in batch:
         return token_weights(batch, rows, places)
-    weights = token_weights(batch, *batch["attended"].shape)
+    real = attended(batch)
+    if real is None:
+        raise UserError(
+            "the batch has 'positions' without a padding mask: give it as 'attended' [b, l], true for real tokens"
+        )
+    weights = token_weights(batch, *real.shape)
     weights = jnp.take_along_axis(weights, batch["positions"], 1, mode="clip")
     # Where fewer are chosen the other places point to anything.
     return weights * batch["chosen"] if "chosen" in batch else weights

@@ -328,7 +328,7 @@ def begin(
         given = given | {"params": _headless(given["params"], options["name"])}
     if layers:
         given = given | {"params": _chosen(given["params"], layers, network.where)}
-    head, fitted = _head(options["name"]), {}
+    head, fitted = head_names(options["name"]), {}
     if _takes_head(given["params"], shapes["params"], head, only):
         given = given | {
             "params": _in_order(network, given["params"], options, classes, example)
@@ -379,14 +379,14 @@ def _in_order(network, params, options, classes, example):
     return _classes.reordered(params, options, example, places)
 
 
-def _head(model: str) -> tuple[str, ...]:
+def head_names(model: str) -> tuple[str, ...]:
     """Returns the prefixes of the classifier's parameters, which a network for other classes initialises anew."""
     module = registry.load("squeeze_jax.models", model, "model")
     return tuple(f"{layer}/" for layer in getattr(module, "CLASSIFIER", ()))
 
 
 def _headless(params, model):
-    head = _head(model)
+    head = head_names(model)
     return traverse_util.unflatten_dict(
         {k: v for k, v in tree.flatten(params).items() if not k.startswith(head)},
         sep="/",

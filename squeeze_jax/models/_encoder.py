@@ -15,12 +15,14 @@ from squeeze_jax import registry
 from squeeze_jax.nn import activations, encoder, heads
 from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.conv import Conv
-from squeeze_jax.nn.embed import Embeddings, positions, text
+from squeeze_jax.nn.embed import READS, Embeddings, Sizes, named, positions, text
 from squeeze_jax.nn.heads import Head, Pooler
 from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 # The layers that another task or other classes change: a pooler learns what a task asks of it.
 CLASSIFIER = ("pooler", "head")
+# The tasks that score tokens at the input "positions" alone, if there is one.
+_SCORED = ("masked_lm", "pretraining")
 
 
 class Row(NamedTuple):
@@ -235,7 +237,8 @@ def encode(
 
     Args:
       net: the encoder, bound.
-      x: {"tokens", "segments", "mask"} of [b, l], see `embed.text`, and "positions" for masked_lm.
+      x: {"tokens", "segments", "attended", "position_ids"} of [b, l], see `embed.text`, and for the tasks masked_lm and
+        pretraining "positions" [b, p], see `embed.positions`.
       tables, blocks, last: its embeddings, layers and head.
       train: whether dropout acts.
       rows: bool [b, l] or None → each token's row in the table of positions, int [b, l], or None to count tokens.
@@ -248,8 +251,17 @@ def encode(
       attention1, … (probabilities) and scores1, … (before the softmax) [b, heads, l, l], and pooled [b, d] if there is
       one. Without classes the last layer's [b, l, d], float32, stands in place of the logits.
     """
-    tokens, segments, mask = text(x, choices=net.task == "choice")
-    y = widen(net, tables(tokens, segments, at=rows(mask), train=train))
+    network, others = type(net).__name__, ("positions",) * (net.task in _SCORED)
+    tokens, segments, mask, at = text(
+        x,
+        choices=net.task == "choice",
+        sizes=_table_sizes(net, tables),
+        others=others,
+        network=network,
+    )
+    inputs = named(x, (*READS, *others), network)
+    at = rows(mask) if at is None else at
+    y = widen(net, tables(tokens, segments, at=at, train=train))
     endpoints = {"embeddings": y}
     y, others = encoder.stack(blocks, y, mask, train=train)
     endpoints |= others
@@ -263,11 +275,16 @@ def encode(
         y,
         pooled,
         tables.scores,
-        choices=x["tokens"].shape[1],
-        positions=positions(x),
+        choices=inputs["tokens"].shape[1],
+        positions=positions(inputs),
         train=train,
     )
     return logits, endpoints
+
+
+def _table_sizes(net, tables: Embeddings) -> Sizes:
+    row = net.row
+    return Sizes(row.vocabulary, row.segments, tables.before + row.positions)
 
 
 def layer_names(parts: Mapping[str, str], layers: int, start: str) -> dict[str, str]:

@@ -47,6 +47,17 @@ def load(
     Raises:
       UserError: an unknown architecture or option, no weights, tensors that are missing, left over or of another shape.
     """
+    net, variables, _ = loaded(folder, task, fresh, options)
+    return net, variables
+
+
+def loaded(
+    folder: str | Path,
+    task: str | None,
+    fresh: jax.Array | None,
+    options: Mapping[str, Any],
+) -> tuple[nn.Module, dict, tuple[str, ...]]:
+    """As `load`, and returns the layers that are initialised too."""
     folder = files.path(folder)
     config = huggingface.read_config(folder)
     module = _module(config, folder)
@@ -63,7 +74,32 @@ def load(
         given |= module.from_huggingface(config) | options
         registry.check(module.make, given, "options")
         net = module.make(**given)
-        return net, _fitted(net, huggingface.read_arrays(folder), module, fresh)
+        return net, *_fitted(net, huggingface.read_arrays(folder), module, fresh)
+    except UserError as error:
+        where = "" if str(folder) in str(error) else f"{folder}: "
+        raise UserError(f"{where}{error}") from None
+
+
+def fitted(
+    folder: str | Path, net: nn.Module, fresh: jax.Array | None
+) -> tuple[dict, tuple[str, ...]]:
+    """Returns the variables of an encoder that is already made from a folder, and the layers that are initialised.
+
+    Args:
+      folder, fresh: see `load`.
+      net: an encoder of `models`.
+
+    Raises:
+      UserError: the folder holds another architecture, or see `load`.
+    """
+    folder = files.path(folder)
+    module = _module(huggingface.read_config(folder), folder)
+    if sys.modules[type(net).__module__] is not module:
+        raise UserError(
+            f"{folder} holds the network {module.HUGGINGFACE.model_type!r}, not {type(net).__name__}"
+        )
+    try:
+        return _fitted(net, huggingface.read_arrays(folder), module, fresh)
     except UserError as error:
         where = "" if str(folder) in str(error) else f"{folder}: "
         raise UserError(f"{where}{error}") from None
@@ -209,10 +245,11 @@ def _fitted(net, arrays, module, fresh):
         ignore.append(rf"^{re.escape(names[leaf.rpartition('/')[0]])}\.[^.]+$")
     wanted = {k: v for k, v in shapes.items() if k not in lacking}
     like = {"params": traverse_util.unflatten_dict(wanted, sep="/")}
-    fitted = tree.flatten(foreign.fit(arrays, like, names, ignore=ignore)["params"])
+    params = tree.flatten(foreign.fit(arrays, like, names, ignore=ignore)["params"])
     if lacking:
-        fitted |= _initial(net, fresh, lambda name: name in lacking)
-    return {"params": traverse_util.unflatten_dict(fitted, sep="/")}
+        params |= _initial(net, fresh, lambda name: name in lacking)
+    layers = tuple(sorted({name.rpartition("/")[0] for name in lacking}))
+    return {"params": traverse_util.unflatten_dict(params, sep="/")}, layers
 
 
 def _used(arrays, net, names, family):

@@ -33,6 +33,7 @@ from squeeze_jax.nn.blocks import (
 from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
+from squeeze_jax.nn.image import images
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
@@ -144,6 +145,7 @@ class EfficientNet(nn.Module):
 
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
+        x = images(x, type(self).__name__)
         row, number = self.row, 0
         unit = _unit(row, self.options, train)
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")

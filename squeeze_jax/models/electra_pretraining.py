@@ -19,6 +19,7 @@ from squeeze_jax.models import _encoder, electra
 from squeeze_jax.models._encoder import Row, Settings
 from squeeze_jax.models.electra import Electra
 from squeeze_jax.nn import encoder
+from squeeze_jax.nn.embed import READS, named
 from squeeze_jax.ranges import Count, Part, Whole
 
 INPUTS = "tokens"
@@ -30,6 +31,9 @@ VARIANTS = {
 }
 # Of the discriminator's channels, heads and feed-forward channels.
 GENERATORS = {"large": 1 / 4, "base": 1 / 3, "small": 1 / 4, "toy": 1 / 2}
+
+# The inputs that tell the original tokens.
+_TARGETS = ("targets", "chosen")
 
 
 class ElectraPretraining(nn.Module):
@@ -74,12 +78,19 @@ class ElectraPretraining(nn.Module):
         """Logits and endpoints.
 
         Args:
-          x: {"tokens", "segments", "mask"} of [b, l], tokens masked; "targets" int and "chosen" bool, the original tokens and
+          x: {"tokens", "segments", "attended"} of [b, l], tokens masked; "targets" int and "chosen" bool, the original tokens and
             which of the places count, both [b, p] for "positions" int [b, p], or without those [b, l]. Without targets
             the generator scores all tokens and none is replaced.
           train: whether dropout acts. The draws take the rng "sample"; without it they are the same every time.
         """
-        scores, _ = self.generator(x, train=train)
+        x = named(x, (*READS, "positions", *_TARGETS), type(self).__name__)
+        told = [name for name in _TARGETS if name in x]
+        if len(told) == 1:
+            raise UserError(
+                f"inputs have {told[0]!r} alone: give both of {' and '.join(_TARGETS)}, or neither"
+            )
+        plain = {name: array for name, array in x.items() if name not in _TARGETS}
+        scores, _ = self.generator(plain, train=train)
         corrupted, is_replaced = x["tokens"], jnp.zeros(x["tokens"].shape, bool)
         if "targets" in x:
             key = self._key()
@@ -88,11 +99,14 @@ class ElectraPretraining(nn.Module):
                 _put(x, tokens) for tokens in (drawn.astype(jnp.int32), x["targets"])
             )
             is_replaced = corrupted != original
-        told, endpoints = self.discriminator(x | {"tokens": corrupted}, train=train)
+        plain.pop("positions", None)
+        replaced, endpoints = self.discriminator(
+            plain | {"tokens": corrupted}, train=train
+        )
         endpoints |= {"corrupted": corrupted, "is_replaced": is_replaced}
         logits = {
             "masked_lm": scores,
-            "replaced": told,
+            "replaced": replaced,
             "is_replaced": is_replaced.astype(jnp.float32),
         }
         return logits, endpoints

@@ -22,7 +22,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn import recurrent
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.embed import Embed, text
+from squeeze_jax.nn.embed import Embed, Sizes, named, text
 from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 INPUTS = "tokens"
@@ -82,7 +82,11 @@ class Lstm(nn.Module):
           train: whether dropout acts.
           carry: the state before the first token, see `initial_carry`; None for zeros.
         """
-        row, (tokens, *_) = self.row, text(inputs)
+        row = self.row
+        inputs = named(inputs, ("tokens", "fresh"), type(self).__name__)
+        tokens = text(
+            inputs, sizes=Sizes(row.vocabulary), reads=("tokens", "fresh")
+        ).tokens
         carry = self._begin(inputs, carry)
         init = uniform(row.init)
         embed = Embed(row.vocabulary, row.features, init, name="embedding")
@@ -132,9 +136,15 @@ class Lstm(nn.Module):
     @nn.nowrap
     def _begin(self, inputs, carry):
         """The carry with zeros in the rows that begin afresh."""
-        if carry is None or "fresh" not in inputs:
+        fresh, rows = inputs.get("fresh"), inputs["tokens"].shape[:1]
+        if fresh is not None and tuple(fresh.shape) != rows:
+            raise UserError(
+                f"fresh should be [b], true for each row that begins a text: its shape is {tuple(fresh.shape)}, tokens"
+                f" have {rows[0]} rows"
+            )
+        if fresh is None or carry is None:
             return carry
-        keep = ~inputs["fresh"][:, None]
+        keep = fresh[:, None] == 0
         return jax.tree.map(lambda a: jnp.where(keep, a, 0.0), carry)
 
 

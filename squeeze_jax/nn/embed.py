@@ -1,78 +1,202 @@
 """From tokens to vectors, and back to scores of tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.composite import exported_as
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.layer_norm import Normalization, norm
 
+# {the name in `transformers`: ours}.
+NAMES = {
+    "input_ids": "tokens",
+    "token_type_ids": "segments",
+    "attention_mask": "attended",
+}
+READS = ("tokens", "segments", "attended", "position_ids")
+
 
 class Text(NamedTuple):
-    """A batch of token sequences: tokens int [b, l], segments int [b, l] or None, mask bool [b, l] or None."""
+    """A batch of token sequences; all arrays are [b, l], and all but the tokens may be None.
+
+    Attributes:
+      tokens: int.
+      segments: int.
+      attended: bool, the padding mask: True for real tokens.
+      position_ids: int, each token's row in the table of positions.
+    """
 
     tokens: jax.Array
-    segments: jax.Array | None
-    mask: jax.Array | None
+    segments: jax.Array | None = None
+    attended: jax.Array | None = None
+    position_ids: jax.Array | None = None
 
 
-def text(x: Mapping[str, Any], *, choices: bool = False) -> Text:
-    """Takes apart what an encoder is called with.
+class Sizes(NamedTuple):
+    """Rows of the tables of embeddings, which bound the integers that a network reads; None for no bound.
+
+    Attributes:
+      vocabulary, positions: rows.
+      segments: rows; a network with 0 or 1 ignores segments.
+    """
+
+    vocabulary: int | None = None
+    segments: int | None = None
+    positions: int | None = None
+
+
+UNBOUNDED = Sizes()
+
+
+def named(
+    x: Mapping[str, Any], reads: Sequence[str], network: str = "an encoder"
+) -> dict[str, Any]:
+    """Returns a network's inputs under our names, also from those of `transformers`; entries of None are left out.
 
     Args:
-      x: {"tokens": int [b, l], "segments": int [b, l], "mask": bool [b, l]}; the last two may be left out, which means
-        segment 0, and all tokens real.
-      choices: arrays are [b, choices, l]; the result has b * choices sequences.
+      x: {name: array}, such as {"input_ids": [b, l], "attention_mask": [b, l]}.
+      reads: our names of all inputs that the network has.
+      network: what an error calls it.
 
     Raises:
-      UserError: no tokens, no integers, or arrays of other shapes.
+      UserError: no mapping, an unknown name, no tokens, or one input under both names.
     """
-    if not isinstance(x, Mapping) or "tokens" not in x:
+    if not isinstance(x, Mapping):
+        arrays = ", ".join(f'"{name}"' for name in reads)
         raise UserError(
-            'an encoder is called with a mapping {"tokens": int [b, l], "segments": int [b, l], "mask": bool [b, l]}'
+            f"{network} is called with a mapping from names to arrays, of {arrays}, not with {type(x).__name__}"
+        )
+    inputs = {}
+    for key, array in x.items():
+        if array is None:
+            continue
+        name = NAMES.get(key, key)
+        if name not in reads:
+            raise UserError(f"{network} has no input {key!r}{_hint(key, reads)}")
+        if name in inputs:
+            raise UserError(f"inputs have {name!r} twice, once as {key!r}: give one")
+        inputs[name] = array
+    if "tokens" not in inputs:
+        present = ", ".join(map(repr, x)) or "nothing"
+        raise UserError(
+            f"{network} needs the input 'tokens' (or 'input_ids'): there is {present}"
+        )
+    return inputs
+
+
+def _hint(key, reads) -> str:
+    if "mask" in str(key) and "attended" in reads:
+        return (
+            ": the padding mask is 'attended' (or 'attention_mask'), [b, l], true for real tokens;"
+            f" choose from {', '.join(reads)}"
+        )
+    return nearest(key, [*reads, *(k for k, ours in NAMES.items() if ours in reads)])
+
+
+def text(
+    x: Mapping[str, Any],
+    *,
+    choices: bool = False,
+    sizes: Sizes = UNBOUNDED,
+    others: Sequence[str] = (),
+    reads: Sequence[str] = READS,
+    network: str = "an encoder",
+) -> Text:
+    """Checks a network's inputs and returns its token sequences.
+
+    Args:
+      x: {"tokens": int [b, l], "segments": int [b, l], "attended": bool or int [b, l], "position_ids": int [b, l]}, or
+        under the names of `transformers` in `NAMES`. All but the tokens may be left out: segments of 0, all tokens
+        real, positions that count from the first token.
+      choices: arrays are [b, choices, l]; the result has b * choices sequences.
+      sizes: what bounds the integers. Arrays that are traced inside `jax.jit` have no values to check.
+      others: names of inputs that the network reads besides.
+      reads: which of the names in `READS` it has.
+      network: what an error calls it.
+
+    Raises:
+      UserError: see `named`; arrays of other shapes or types, and integers beyond the tables.
+    """
+    inputs = named(x, (*reads, *others), network)
+    if "token_type_ids" in x and sizes.segments == 0:
+        raise UserError(
+            f"{network} has no segments: leave out 'token_type_ids' ('segments' are ignored)"
         )
     axes = "[b, choices, l]" if choices else "[b, l]"
-    dtype = getattr(x["tokens"], "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        kind = type(x["tokens"]).__name__ if dtype is None else dtype
-        raise UserError(f"tokens should be an array of integers {axes}, not {kind}")
-    shape = tuple(x["tokens"].shape)
+    shape = tuple(_integers("tokens", inputs["tokens"], axes).shape)
     if len(shape) != (3 if choices else 2) or 0 in shape:
         raise UserError(f"tokens should be {axes}, their shape is {shape}")
-    arrays = {key: x.get(key) for key in Text._fields}
-    for key, array in arrays.items():
-        if array is not None and tuple(array.shape) != shape:
+    arrays = {name: inputs[name] for name in Text._fields if name in inputs}
+    for name, array in arrays.items():
+        _integers(name, array, axes, also_bool=name == "attended")
+        if tuple(array.shape) != shape:
             raise UserError(
-                f"{key} has the shape {tuple(array.shape)}, tokens have {shape}: they should be equal"
+                f"{name} has the shape {tuple(array.shape)}, tokens have {shape}: they should be equal"
             )
+    _check_range("tokens", arrays, sizes.vocabulary, "vocabulary")
+    # Our batches always have segments: networks with one or none ignore them.
+    several = "token_type_ids" in x or (sizes.segments or 0) > 1
+    _check_range("segments", arrays, sizes.segments if several else None, "segments")
+    _check_range("position_ids", arrays, sizes.positions, "positions")
+    if "attended" in arrays:
+        arrays["attended"] = arrays["attended"] != 0
+    rows = {name: array.reshape(-1, shape[-1]) for name, array in arrays.items()}
+    return Text(**rows)
 
-    def rows(a):
-        return None if a is None else a.reshape(-1, shape[-1])
 
-    return Text(*map(rows, arrays.values()))
+def _integers(name, array, axes, *, also_bool=False):
+    """Returns an array of integers; a UserError names anything else."""
+    kinds = (jnp.integer, jnp.bool_) if also_bool else (jnp.integer,)
+    dtype, what = getattr(array, "dtype", None), type(array).__name__
+    if isinstance(dtype, np.dtype):
+        what = dtype
+        if any(jnp.issubdtype(dtype, kind) for kind in kinds):
+            return array
+    wanted = "integers or booleans" if also_bool else "integers"
+    raise UserError(f"{name} should be an array of {wanted} {axes}, not {what}")
+
+
+def _check_range(name, arrays, size, table) -> None:
+    """Checks the values of an array that has some: an index beyond a table would silently read its last row."""
+    array = arrays.get(name)
+    concrete = not isinstance(array, jax.core.Tracer)
+    if array is None or size is None or not concrete:
+        return
+    if not getattr(array, "is_fully_addressable", True):
+        return
+    low, high = int(np.min(array)), int(np.max(array))
+    if low < 0 or high >= size:
+        raise UserError(
+            f"{name} have {low if low < 0 else high}: the network's {table} are 0 to {size - 1}"
+        )
 
 
 def positions(x: Mapping[str, Any]) -> jax.Array | None:
     """The positions whose tokens alone shall be scored, int [b, p], or None for all.
 
     Args:
-      x: what an encoder is called with; "positions" int [b, p] may be left out.
+      x: what `named` returns; "positions" int [b, p] may be left out.
 
     Raises:
       UserError: an array of another shape.
     """
     array = x.get("positions")
-    if array is not None and (array.ndim != 2 or len(array) != len(x["tokens"])):
+    if array is None:
+        return None
+    _integers("positions", array, "[b, p]")
+    rows = x["tokens"].shape[0]
+    if array.ndim != 2 or array.shape[0] != rows:
         raise UserError(
-            f"positions should be [b, p], a row for each of {len(x['tokens'])} sequences: their shape is {tuple(array.shape)}"
+            f"positions should be [b, p], a row for each of {rows} sequences: their shape is {tuple(array.shape)}"
         )
     return array
 

@@ -157,7 +157,14 @@ def write_safetensors(path: str | Path, arrays: Arrays) -> None:
 
 
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")
-_WRAPPERS += ("model_ema", "state_dict_ema", "module")
+_WRAPPERS += ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "module")
+# What wrappers of a network put before each name.
+_PREFIXES = {
+    "module.": "data-parallel training or an averaged model",
+    "_orig_mod.": "torch.compile",
+    "model.": "a module around the network, such as Lightning's",
+}
+_AVERAGED = "n_averaged"  # torch's AveragedModel counts its updates
 _WANTED = "it should be what a network's state_dict() gives; save that alone"
 
 
@@ -225,6 +232,31 @@ def _unwrapped(state: Any, notes: list[str]) -> Any:
         _note(state, wrappers[0], notes)
         state = state[wrappers[0]]
     return state
+
+
+def unprefixed(arrays: Arrays) -> tuple[Arrays, list[str]]:
+    """Removes the prefixes that wrappers of a network put before all names, and returns a line for each.
+
+    Args:
+      arrays: {name: array}, such as {"module.conv1.weight": …}.
+    """
+    lines, changed = [], True
+    if any(name.startswith("module.") for name in arrays) and _AVERAGED in arrays:
+        arrays = {k: v for k, v in arrays.items() if k != _AVERAGED}
+        lines.append(f"the weights are an average over updates; {_AVERAGED} left out")
+    while changed and arrays:
+        changed = False
+        for prefix, origin in _PREFIXES.items():
+            if all(name.startswith(prefix) for name in arrays):
+                arrays = {k.removeprefix(prefix): v for k, v in arrays.items()}
+                lines.append(f"names without {prefix!r} of {origin}")
+                changed = True
+    # torch.compile of a part of a network puts its prefix inside of names.
+    inside = "._orig_mod."
+    if any(inside in name for name in arrays):
+        arrays = {k.replace(inside, "."): v for k, v in arrays.items()}
+        lines.append("names without '_orig_mod.' of torch.compile")
+    return arrays, lines
 
 
 _READERS: dict[str, Callable[..., Arrays]] = {

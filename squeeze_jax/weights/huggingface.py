@@ -6,6 +6,7 @@ and the keys of config.json, and the names of its layers; `models.load` and `mod
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from squeeze_jax import files as atomic
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.weights import files
 
+_log = logging.getLogger("squeeze_jax")
 Config = dict[str, Any]
 CONFIG = "config.json"
 # In the order in which they are looked for; an index tells which tensor is in which of several files.
@@ -114,7 +116,10 @@ def read_arrays(folder: str | Path) -> files.Arrays:
     folder = atomic.path(folder)
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return files.read(folder / name)
+            arrays, lines = files.unprefixed(files.read(folder / name))
+            for line in lines:
+                _log.warning("%s: %s", folder, line)
+            return arrays
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _sharded(index)

@@ -1,8 +1,8 @@
 """Published weights for our networks: from a file of another project to {"params", "batch_stats"}.
 
 A model file maps its layers to those of a published checkpoint, one function for each naming: `torchvision_names(net)`,
-`timm_names(net)`, `keras_names(net)`, `caffe_names(net)`, all {our layer: their layer, or a tuple of names that versions
-of the framework gave it}. They raise a UserError for a network that pads or normalises differently from the published one.
+`timm_names(net)`, `keras_names(net)`, `caffe_names(net)`, and `released_names(net)` for weights that a paper's authors
+released, all {our layer: their layer, or a tuple of names that versions of the framework gave it}. They raise a UserError for a network that pads or normalises differently from the published one.
 """
 
 import io
@@ -21,11 +21,9 @@ from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.weights import files, foreign
 
-Names = Literal["torchvision", "timm", "keras", "caffe", "squeeze_jax"]
+Names = Literal["torchvision", "timm", "keras", "caffe", "released", "squeeze_jax"]
 
 OWN = "squeeze_jax"
-# What data-parallel training puts before each name.
-_PARALLEL = "module."
 # Statistics of Keras' layer Normalization, which stands before a network.
 _INPUTS = re.compile(r"^normalization(_\d+)?/(mean|variance|count)$")
 
@@ -57,17 +55,18 @@ def check(
     """
     if needed:
         files.check(path, key=key)
-    known = [
-        each.removesuffix("_names")
-        for each in vars(module)
-        if each.endswith("_names") and each.removesuffix("_names") in Names.__args__
-    ]
+    known = namings(module)
     if names != OWN and names not in known:
         raise UserError(
             f"config.init.names = {names!r}: {model} knows the names of {', '.join([*sorted(known), OWN])}; choose one"
         )
     if names != OWN:
         getattr(module, f"{names}_names")(net)
+
+
+def namings(module: types.ModuleType) -> list[str]:
+    """Returns the names of the frameworks whose names a network's file maps, in the order in which they are tried."""
+    return [n for n in Names.__args__ if callable(getattr(module, f"{n}_names", None))]
 
 
 def load(
@@ -84,7 +83,8 @@ def load(
 
     Args:
       path: .safetensors, .pth, .pt, .bin, .npz, .h5 or .keras; code in a file is never run.
-      names: whose names the file has: "torchvision", "timm", "keras", "caffe", or "squeeze_jax" as `save` writes them.
+      names: whose names the file has: "torchvision", "timm", "keras", "caffe", "released" by a paper's authors, or
+        "squeeze_jax" as `save` writes them.
       net: the network.
       module: its file, for the map of names and the classifier.
       like: {"params", "batch_stats"}, the shapes of its variables.
@@ -98,13 +98,58 @@ def load(
     Raises:
       UserError: the file cannot be read; missing, unexpected or misshapen arrays, the first of each by name.
     """
+    arrays, lines = read(path, under=under, key=key)
+    fitted, more = fit(arrays, names, net, module, like, path)
+    return fitted, lines + more
+
+
+def read(
+    path: str | Path, *, under: str = "", key: str = ""
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Reads the arrays of a file without what wrappers put before their names; the arguments are those of `load`.
+
+    Returns:
+      {name: array} and a line for each thing that was unwrapped or left out.
+
+    Raises:
+      UserError: the file cannot be read, or no name begins with `under`.
+    """
     lines = []
-    arrays, more = _unprefixed(files.read(path, lines, key=key))
+    arrays = files.read(path, lines, key=key)
+    if under and not any(name.startswith(f"{under.rstrip('./')}.") for name in arrays):
+        arrays, more = files.unprefixed(arrays)
+        lines += more
+    arrays, more = _under(arrays, under, path)
+    lines += more
+    arrays, more = files.unprefixed(arrays)
     lines += more
     if spoiled := [n for n, a in arrays.items() if not _finite(a)]:
         lines.append(f"{len(spoiled)} arrays are not finite, {spoiled[0]} first")
-    arrays, more = _under(arrays, under, path)
-    lines += more
+    return arrays, lines
+
+
+def fit(
+    arrays: Mapping[str, np.ndarray],
+    names: str,
+    net: nn.Module,
+    module: types.ModuleType,
+    like: Mapping[str, Any],
+    path: str | Path,
+) -> tuple[dict[str, Any], list[str]]:
+    """Fits the arrays that `read` returns into a network's variables.
+
+    Args:
+      arrays: {name: array}.
+      names, net, module, like: see `load`.
+      path: of the file, for errors.
+
+    Returns:
+      As `load`, with the lines of what was converted, ignored or left out here.
+
+    Raises:
+      UserError: see `load`.
+    """
+    lines = []
     if names == OWN:
         return _own(arrays, module, like, lines, path)
     layers = foreign.present(getattr(module, f"{names}_names")(net), arrays)
@@ -163,15 +208,6 @@ def save(path: str | Path, variables: Mapping[str, Any]) -> None:
 
 def _finite(array) -> bool:
     return array.dtype.kind not in "fV" or bool(np.isfinite(_comparable(array)).all())
-
-
-def _unprefixed(arrays):
-    """Removes the prefix that data-parallel training puts before names; returns the arrays and lines that say so."""
-    lines = []
-    if arrays and all(name.startswith(_PARALLEL) for name in arrays):
-        lines.append(f"names without {_PARALLEL!r} of data-parallel training")
-        arrays = {k.removeprefix(_PARALLEL): v for k, v in arrays.items()}
-    return arrays, lines
 
 
 def _under(arrays, under: str, path):

@@ -75,7 +75,7 @@ def network(variant: str, args):
     )
 
     def apply(variables, batch):
-        x = {k: batch[k] for k in NAMES[:2]} | {"mask": batch["attended"] != 0}
+        x = {k: batch[k] for k in NAMES[:2]} | {"attended": batch["attended"] != 0}
         return net.apply(variables, x, train=False)[0]
 
     return apply, variables
