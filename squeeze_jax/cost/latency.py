@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend import core
 
 from squeeze_jax.cost.timing import percentiles, times
 from squeeze_jax.errors import UserError
@@ -33,6 +34,8 @@ def measure(
 ) -> dict[str, float]:
     """Compiles a function, warms up, and times runs until their results are there.
 
+    Arrays that a function without arguments closes over become arguments: else XLA computes the result while it compiles.
+
     Args:
       fn: a jax function of the arguments; jitted here (once more costs nothing).
       *args: arrays and pytrees; they are put on the default device before.
@@ -41,14 +44,37 @@ def measure(
 
     Returns:
       dict(p50, p90, p99, spread): ms, and the spread as in `percentiles`.
+
+    Raises:
+      UserError: no runs, or a function that has no arrays to compute with.
     """
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one timed run is needed")
+    if not jax.tree.leaves(args):
+        fn, args = _of_constants(fn)
     args = jax.device_put(args)
     compiled = jax.jit(fn).lower(*args).compile()
     for _ in range(warmup):
         jax.block_until_ready(compiled(*args))
     return percentiles(_times(lambda: compiled(*args), runs))
+
+
+def _of_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """A function without arguments as one of the arrays that it closes over, and these."""
+    closed = jax.make_jaxpr(lambda: fn())()
+    arrays = [c for c in closed.consts if getattr(c, "shape", None) is not None]
+    if not arrays:
+        raise UserError(
+            "the function has no arguments and no arrays, so XLA computes its result while it compiles: pass the arrays as"
+            " arguments"
+        )
+    body = closed.jaxpr
+    opened = body.replace(
+        constvars=[],
+        invars=[*body.constvars],
+        debug_info=body.debug_info._replace(arg_names=None),
+    )
+    return core.jaxpr_as_fun(core.ClosedJaxpr(opened, ())), tuple(closed.consts)
 
 
 def alternate(

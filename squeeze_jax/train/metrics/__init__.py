@@ -1,5 +1,7 @@
 """Evaluations, one a file: what is measured of each batch, and the scores that come of it."""
 
+from squeeze_jax import registry
 from squeeze_jax.train.metrics._metric import Metric
 
-__all__ = ["Metric"]
+__all__ = ["Metric", *registry.names(__name__)]
+__getattr__ = registry.late(__name__, {name: f"{name}:." for name in __all__})
