@@ -21,8 +21,9 @@ from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 # The layers that another task or other classes change: a pooler learns what a task asks of it.
 CLASSIFIER = ("pooler", "head")
-# The tasks that score tokens at the input "positions" alone, if there is one.
-_SCORED = ("masked_lm", "pretraining")
+# The tasks that score tokens at the input "positions" alone, if there is one, and "features", which has nothing to score
+# but teaches networks that do.
+_SCORED = ("masked_lm", "pretraining", "features")
 
 
 class Row(NamedTuple):
