@@ -24,24 +24,18 @@ from squeeze_jax import methods
 from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.nn import means
 from squeeze_jax.train import forward, split
+from squeeze_jax.train.arguments import (
+    Term,
+    check_state,
+    exchange_of,
+    image,
+    settled,
+    with_mask,
+)
 from squeeze_jax.train.forward import Network
 from squeeze_jax.train.sharding import BATCH
 from squeeze_jax.train.split import Named
 from squeeze_jax.train.state import Owner, State, create
-
-
-class Term(NamedTuple):
-    """One loss of the objective.
-
-    Attributes:
-      name: in records and in `params["methods"]`.
-      weight: its factor in the sum.
-      objective: the method.
-    """
-
-    name: str
-    weight: float
-    objective: methods.Objective
 
 
 class Parts(NamedTuple):
@@ -76,7 +70,7 @@ class Step:
 
     Attributes:
       run: (state, batch, key, *frozen) → (state, metrics).
-      create: (key, batch, given, devices) → state.
+      create: (key, batch, given) → state.
     """
 
     run: Callable
@@ -123,11 +117,11 @@ def make(network: Network | Any, update: Any, objective: Any, **plugs) -> Step:
 
 
 def _created(network, update, objective, plugs, key, batch, given) -> State:
-    network, update, terms = _settled(network, update, objective)
-    exchange, mesh = _exchange(plugs.get("exchange")), plugs.get("mesh")
+    network, update, terms = settled(network, update, objective)
+    exchange, mesh = exchange_of(plugs.get("exchange")), plugs.get("mesh")
     devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
-    shapes = jax.eval_shape(_with_mask, batch)
-    read = plugs.get("inputs", _image)
+    shapes = jax.eval_shape(with_mask, batch)
+    read = plugs.get("inputs", image)
     example = jax.eval_shape(read, shapes)
     owners = {}
     if network.forwards:
@@ -162,71 +156,6 @@ def _created(network, update, objective, plugs, key, batch, given) -> State:
     return jax.jit(creates)(key)
 
 
-def _settled(network, update, objective) -> tuple[Network, methods.Update, tuple]:
-    """The arguments of `parts` in their full forms.
-
-    Raises:
-      UserError: an optimizer or an objective that is none.
-    """
-    if not isinstance(network, Network):
-        network = Network(network)
-    if callable(objective):
-        objective = (Term("objective", 1.0, methods.objective(objective)),)
-    if isinstance(update, optax.GradientTransformation):
-        update = methods.Update(update)
-    if not isinstance(update, methods.Update):
-        raise UserError(
-            f"the update is {shortened(repr(update), 60)}: give an optax transform, such as optax.adam(1e-3), or"
-            " optim.make(name='adamw', …)"
-        )
-    if isinstance(objective, str) or not all(isinstance(t, Term) for t in objective):
-        raise UserError(
-            f"the objective is {shortened(repr(objective), 60)}: give a loss (logits, endpoints, batch) → (scalar, metrics),"
-            " such as losses.cross_entropy.make(), or a list of Terms"
-        )
-    return network, update, tuple(objective)
-
-
-def _exchange(exchange: Named | Callable | None) -> Named | None:
-    if callable(exchange) and not isinstance(exchange, Named):
-        return Named("exchange", methods.exchange(exchange))
-    return exchange
-
-
-def _image(batch):
-    """What image networks read."""
-    if "image" not in batch:
-        raise UserError(
-            f"the batch has {', '.join(batch)} and no image: tell what the network reads by inputs, such as"
-            " inputs=lambda batch: batch['x']"
-        )
-    return batch["image"]
-
-
-def _with_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a batch with a mask, all true where it has none.
-
-    Raises:
-      UserError: no dict, or arrays that are not equally long.
-    """
-    if not isinstance(batch, Mapping):
-        raise UserError(
-            f"the batch is a {type(batch).__name__}: give a dict of arrays, such as {{'image': …, 'label': …}}"
-        )
-    lengths = {name: x.shape[0] for name, x in batch.items() if getattr(x, "shape", ())}
-    if not lengths:
-        raise UserError("the batch has no arrays [b, ...]")
-    rows = next(iter(lengths.values()))
-    if "mask" not in batch:
-        batch = {**batch, "mask": jnp.ones(rows, bool)}
-    for name, length in lengths.items():
-        if length != rows:
-            raise UserError(
-                f"the batch's arrays are not equally long: {name} has {length} examples, {next(iter(lengths))} has {rows}"
-            )
-    return dict(batch)
-
-
 def whole(pieces: Parts, **compiled) -> Callable:
     """Composes the parts of a step, see `make`.
 
@@ -253,7 +182,7 @@ def parts(
     objective: Callable | Sequence[Term],
     *,
     prepare: Callable = lambda key, batch: batch,
-    inputs: Callable = _image,
+    inputs: Callable = image,
     teach: Callable | None = None,
     gradients: Named | None = None,
     exchange: Named | Callable | None = None,
@@ -279,8 +208,8 @@ def parts(
         their examples that count.
       ema: decay of the averaged weights, 0 for none; it warms up as (1 + t) / (10 + t).
     """
-    network, update, objective = _settled(network, update, objective)
-    exchange = _exchange(exchange)
+    network, update, objective = settled(network, update, objective)
+    exchange = exchange_of(exchange)
     fused = gradients is None or gradients.method.fused
     compute, weigh = _computed(network, objective, inputs, gradients)
     if accumulate > 1 or exchange is not None:
@@ -290,9 +219,9 @@ def parts(
         compute = split.exchanged(compute, exchange, network.first, mesh)
 
     def prepared(state, batch, key, *frozen):
-        _check_state(state, update, ema)
+        check_state(state, update, ema)
         prepare_key, _ = _keys(key, state.step)
-        batch = prepare(prepare_key, _with_mask(batch))
+        batch = prepare(prepare_key, with_mask(batch))
         if teach is not None:
             batch = batch | {"teacher": teach(*frozen, batch)}
         return batch
@@ -316,30 +245,6 @@ def parts(
     return Parts(prepared, computed, updated, fused)
 
 
-def _check_state(state: State, update: methods.Update, ema: float) -> None:
-    """Checks that a state is one of this step's.
-
-    Raises:
-      UserError: it has averaged weights and the step averages none, or the reverse; it is of another optimizer.
-    """
-    if bool(ema) != (state.ema is not None):
-        has, wants = (
-            ("has", "averages none") if not ema else ("has no", "averages them")
-        )
-        raise UserError(
-            f"the state {has} averaged weights and the step {wants}: give ema to step.make alone and create the state by"
-            " step.init"
-        )
-    expected = jax.eval_shape(update.tx.init, state.params)
-    if jax.tree.structure(expected) != jax.tree.structure(state.opt) or any(
-        a.shape != b.shape
-        for a, b in zip(*map(jax.tree.leaves, (expected, state.opt)), strict=True)
-    ):
-        raise UserError(
-            "the optimizer's state in the state is of another optimizer or of other weights: create the state by step.init"
-        )
-
-
 def _keys(key, step):
     return jax.random.split(jax.random.fold_in(key, step))
 
@@ -348,7 +253,7 @@ def make_evaluation(
     network: Network | Any,
     measure: Callable,
     *,
-    inputs: Callable = _image,
+    inputs: Callable = image,
 ):
     """Builds `(variables, batch) → (sums, rows)`, see `metrics._metric.Metric`; rows get "mask" and "index" too.
 
@@ -362,7 +267,7 @@ def make_evaluation(
         network = Network(network)
 
     def evaluate(variables: dict[str, Any], batch: dict, carry=None):
-        options, batch = {} if carry is None else {"carry": carry}, _with_mask(batch)
+        options, batch = {} if carry is None else {"carry": carry}, with_mask(batch)
         outputs, _ = forward.run(network, variables, inputs(batch), **options)
         sums, rows = measure(outputs[0], batch)
         kept = [k for k in ("mask", "index") if k in batch and rows]
