@@ -25,7 +25,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS
 from squeeze_jax.nn.norm import SHARES
 from squeeze_jax.ranges import Count
-from squeeze_jax.train import forward
+from squeeze_jax.train import forward, trees
 from squeeze_jax.train.scores import Scores
 from squeeze_jax.train.state import State
 
@@ -41,7 +41,7 @@ _OBJECTIVE = "objective"
 
 _BESIDE = 2**18  # bytes of descriptions beside a state's arrays
 
-Like = State | Callable[[Mapping[str, Any]], State]
+Like = State | Callable[[Mapping[str, Any]], State] | Any
 
 
 class Restored(NamedTuple):
@@ -140,31 +140,44 @@ class Checkpoints:
 
     def save(
         self,
-        state: State,
-        position: int,
-        config: dict,
+        state: State | Any,
+        position: int = 0,
+        config: Mapping[str, Any] | None = None,
         note: Mapping[str, Any] | None = None,
+        *,
+        step: int | None = None,
     ) -> None:
         """Starts saving; returns as soon as the arrays are copied off the devices' way.
 
         Args:
-          state: what to save.
+          state: what to save; or any pytree of arrays, see `trees.packed`.
           position: examples consumed in this phase.
           config: of the run.
           note: more to remember, such as {"phase": 0, "options": {...}}.
+          step: under which a pytree is saved; None for its own `step`.
 
         Raises:
           DiskFull: there is no space for it; names the last good checkpoint.
+          UserError: what a checkpoint cannot hold, or a pytree without a step.
         """
+        if not isinstance(state, State):
+            step = getattr(state, "step", None) if step is None else step
+            if step is None or np.shape(step):
+                raise UserError(
+                    f"a {type(state).__name__} has no step: tell under which it is saved by step="
+                )
+            state = trees.packed(state, int(step))
+        elif isinstance(state.step, int | np.generic):
+            state = state._replace(step=jnp.asarray(state.step, jnp.int32))
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         self._check_space(step, state)
         note = {
             "position": position,
-            "config": config,
+            "config": trees.plain(config or {}),
             "checksums": checksums(_to_dict(state)),
-            **(note or {}),
+            **trees.plain(note or {}, "note"),
         }
         with self._writing(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Orbax warns of its own deprecations
@@ -305,7 +318,8 @@ class Checkpoints:
 
         Args:
           like: a state of ShapeDtypeStructs whose shardings say where the arrays should go; they need not be those
-            of the run that saved it. Or a function from a checkpoint's note to such a state.
+            of the run that saved it. Or a function from a checkpoint's note to such a state. Or a pytree like the one
+            that was saved, which then is the `state` of what is returned.
           steps: the steps to try in turn; all from the newest on by default.
 
         Returns:
@@ -315,6 +329,13 @@ class Checkpoints:
           UserError: the checkpoint is of another model (names the first parameters that differ and both shapes), or
             every checkpoint is damaged.
         """
+        if not isinstance(like, State) and not callable(like):
+            restored = self.restore(trees.packed(like, 0), steps)
+            return restored and restored._replace(
+                state=trees.unpacked(restored.state, like)
+            )
+        if isinstance(like, State) and isinstance(like.step, int | np.generic):
+            like = like._replace(step=jnp.asarray(like.step, jnp.int32))
         steps, damaged = self.steps()[::-1] if steps is None else steps, []
         _hush_abandoned_reads()
         for step in steps:

@@ -1,0 +1,73 @@
+"""Checkpoints of any pytree come back to the bit, with the kinds of their leaves."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.train.state import State
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+TREES = {
+    "dict": {"a": jnp.arange(3.0), "b": [jnp.int8([1, -2])], "half": jnp.bfloat16(1.5)},
+    "numbers": Pair(0.1, {"n": 3, "big": 2**40, "flag": True, "none": None}),
+    "numpy": {"a": np.float64([0.1, 0.2]), "n": np.int64(2**40), "z": np.float32(0.1)},
+    "keys": {"key": jax.random.key(7), "old": jax.random.PRNGKey(7)},
+    "empty": {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)},
+    "optax": TrainState.create(
+        apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.adam(0.1)
+    ),
+    "nnx": nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
+    "state": State(3, {"w": jnp.ones(2)}, {}, ()),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_it_comes_back_to_the_bit(name, tmp_path):
+    tree = TREES[name]
+    config = {"lr": np.float32(0.5), "sizes": (1, np.int64(2)), "name": "a"}
+    step = None if name in ("optax", "state") else 5
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(tree, config=config, step=step)
+    checkpoints.wait()
+    restored = checkpoints.restore(tree)
+    assert restored.note["config"] == {"lr": 0.5, "sizes": [1, 2], "name": "a"}
+    assert jax.tree.structure(restored.state) == jax.tree.structure(tree)
+    for a, b in zip(*map(jax.tree.leaves, (restored.state, tree)), strict=True):
+        if name != "state":
+            assert isinstance(a, jax.Array) == isinstance(b, jax.Array)
+        if hasattr(b, "dtype") and jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+            assert jax.random.key_impl(a) == jax.random.key_impl(b)
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert np.asarray(a).dtype == np.asarray(b).dtype or name == "state"
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("tree", "options", "message"),
+    [
+        ({"a": jnp.ones(2)}, {}, "a dict has no step: .*step="),
+        ({"a": "text"}, {"step": 1}, r"\['a'\] is 'text': a checkpoint holds arrays"),
+        ({}, {"step": 1}, "no arrays to save"),
+        (
+            {"a": jnp.ones(2)},
+            {"step": 1, "config": {"f": {"g": len}}},
+            r"config\.f\.g = .*cannot be saved",
+        ),
+    ],
+)
+def test_what_it_cannot_hold(tree, options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Checkpoints(tmp_path).save(tree, **options)
