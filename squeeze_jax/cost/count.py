@@ -42,11 +42,12 @@ def macs(fn: Callable | nn.Module, *args, **kwargs) -> Macs:
     Args:
       fn: any function that JAX can trace; of a Linen module the forward pass is counted and the layers are named
         without the module's own name, as its parameters are.
-      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables.
+      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables. Arguments
+        without any array are static. A module in training mode, such as with train=True, gets random streams.
     """
     if isinstance(fn, nn.Module):
         return _module_macs(fn, *args, **kwargs)
-    traced = program.trace(lambda a, k: fn(*a, **k), args, kwargs)
+    traced = program.trace(*program.bound(fn, args, kwargs))
     by_layer, unknown = {}, {}
     for op, times, count in program.runs(
         traced, lambda op: operation_macs(op) * op.devices
@@ -64,8 +65,8 @@ def parameters(module: nn.Module, *args, **kwargs) -> int:
 
 
 def _module_macs(module, *args, **kwargs) -> Macs:
-    variables = program.variables(module, *args, **kwargs)
-    count = macs(lambda v, *a: module.apply(v, *a, **kwargs), variables, *args)
+    weights, run, arrays = program.split(module, args, kwargs, first=False)
+    count = macs(run, weights, arrays)
     root = f"{module.name or type(module).__name__}/"
     by_layer = {k.removeprefix(root): n for k, n in count.by_layer.items()}
     return count._replace(by_layer=by_layer)

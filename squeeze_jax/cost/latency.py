@@ -51,7 +51,7 @@ def measure(
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one timed run is needed")
     if not jax.tree.leaves(args):
-        fn, args = _of_constants(fn)
+        fn, args = of_constants(fn)
     args = jax.device_put(args)
     compiled = jax.jit(fn).lower(*args).compile()
     for _ in range(warmup):
@@ -59,8 +59,12 @@ def measure(
     return percentiles(_times(lambda: compiled(*args), runs))
 
 
-def _of_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, ...]]:
-    """A function without arguments as one of the arrays that it closes over, and these."""
+def of_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """Returns a function without arguments as one of the arrays that it closes over, and these.
+
+    Raises:
+      UserError: it closes over none.
+    """
     closed = jax.make_jaxpr(lambda: fn())()
     arrays = [c for c in closed.consts if getattr(c, "shape", None) is not None]
     if not arrays:

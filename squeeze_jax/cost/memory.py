@@ -23,7 +23,7 @@ small EfficientNet, whose SiLU and gates overlap in other ways, 19% more.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -113,6 +113,7 @@ def peak(
     *args,
     bits: int | None = 8,
     in_place: bool = False,
+    weight_argnums: int | Sequence[int] = (),
     **kwargs,
 ) -> Memory:
     """Finds the peak memory of activations of `fn(*args, **kwargs)` without running it.
@@ -124,14 +125,18 @@ def peak(
       **kwargs: passed on as they are, such as `train=False`; no inputs.
       bits: of a floating-point activation, 1 to 64: 8 for int8, 32 for float32; None: those of its dtype, as integers
         have always.
-      in_place: whether elementwise operations write to their input, see above.
+      in_place: whether elementwise operations write to their input, see above. It covers operations of one output on
+        arrays of the same size, in bytes; no convolution, product, pooling, reduction, copy or input of the function.
+      weight_argnums: positions of the arguments of a function that are weights and do not count.
 
     Raises:
       UserError: bits out of range.
     """
     if bits is not None:
         program.check_bits(bits, "bits")
-    traced = program.trace(fn, *args, first=True, **kwargs)
+    traced = program.trace(
+        fn, *args, first=True, weight_argnums=weight_argnums, **kwargs
+    )
     moments = _moments(traced, bits, in_place)
     top = max(moments, key=lambda m: m.bytes)  # the first of equals
     by_layer = {}
@@ -140,7 +145,12 @@ def peak(
     return Memory(*top, by_layer)
 
 
-def compiled(fn: Callable | nn.Module, *args, **kwargs) -> Compiled | None:
+def compiled(
+    fn: Callable | nn.Module,
+    *args,
+    weight_argnums: int | Sequence[int] = (),
+    **kwargs,
+) -> Compiled | None:
     """What XLA needs for `fn(*args, **kwargs)`, compiled for the default device in its own dtypes.
 
     Args as for `peak`. Takes as long as compiling does. XLA fuses more than TFLite and may compute in another order,
@@ -149,7 +159,7 @@ def compiled(fn: Callable | nn.Module, *args, **kwargs) -> Compiled | None:
     Returns:
       Its plan; None where the backend tells none.
     """
-    weights, run = program.split(fn, args, kwargs, first=True)
+    weights, run, args = program.split(fn, args, kwargs, True, weight_argnums)
     abstract = jax.eval_shape(lambda a: a, args)
     with lowering("native"):
         built = jax.jit(run, keep_unused=True).lower(weights, abstract).compile()

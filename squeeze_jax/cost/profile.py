@@ -127,7 +127,7 @@ def measure(
 
 def _compiled(fn, args, kwargs, variables, paths):
     """The compiled program of (variables, args), and these two: of a function that is no module the first is empty."""
-    shapes, run = program.split(fn, args, kwargs, first=True)
+    shapes, run, args = program.split(fn, args, kwargs, first=True)
     if shapes and variables is None:
 
         def init(key):

@@ -115,7 +115,7 @@ def wire(fn: Callable, *args, **kwargs) -> Wire:
         abstract devices. The compiler inserts others later, see `compiled_wire`.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s.
     """
-    traced = program.trace(lambda a, k: fn(*a, **k), args, kwargs)
+    traced = program.trace(*program.bound(fn, args, kwargs))
     parts, unknown = [], {}
 
     def cost(op):
