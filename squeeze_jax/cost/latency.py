@@ -60,7 +60,7 @@ def measure(
 
 
 def of_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, ...]]:
-    """Returns a function without arguments as one of the arrays that it closes over, and these.
+    """Returns a function without arguments as one of the arrays that it closes over, and these; it returns a list.
 
     Raises:
       UserError: it closes over none.
