@@ -112,8 +112,13 @@ def blamed(path: str | pathlib.Path, passing: tuple[type, ...] = ()) -> Iterator
     except SyntaxError as error:
         place = f"{error.filename or path}:{error.lineno or 1}"
         raise UserError(f"{place}: {error.msg}; mend the file") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
+        # Ctrl-C, unless the file itself raises its exception.
+        if isinstance(error, KeyboardInterrupt) and not (
+            frames and (frames[-1].line or "").startswith("raise")
+        ):
+            raise
         own = str(pathlib.Path(path).resolve())
         lines = [
             f.lineno for f in frames if str(pathlib.Path(f.filename).resolve()) == own

@@ -196,6 +196,8 @@ def test_the_ends_of_ranges_are_valid(name, section):
         ("def get_config():\n    return 1 / 0", ":2: ZeroDivisionError: division by"),
         ("def get_config():\n  x = {}\n  return x.a", ":3: AttributeError: 'dict'"),
         ("def get_config():\n    raise SystemExit(3)", ":2: SystemExit: 3"),
+        ("def get_config():\n    raise KeyboardInterrupt", ":2: KeyboardInterrupt: no"),
+        ("raise BaseException('no')", ":1: BaseException: no"),
         ("def get_config():\n    return 5", "get_config() returned 5 (int), it should"),
         ("def get_config():\n    return [1]", "returned [1] (list), it should return"),
         ("def get_config():\n    pass", "returned None (NoneType), it should"),
