@@ -103,14 +103,14 @@ def make(
     inputs, directory = specs(inputs, ranges), files.path(directory)
     check = fitted(check, inputs, "the model")
     checks.shapes(fn, inputs)
-    live = _live(fn, inputs, check)
+    runnable, live = _live(fn, inputs, check)
     for name, values in live.items():
         if not np.isfinite(values).all():
             bad = int(np.argwhere(~np.isfinite(values))[0][0])
             raise UserError(
                 f"the model's {name} for check example {bad} are not finite: export a checkpoint from before it diverged"
             )
-    checks.independent(fn, inputs, check, live, CHECK_BATCH)
+    checks.independent(fn, runnable, check, live, CHECK_BATCH)
     limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
     limits["agreement"] = agreement
     done = []
@@ -158,16 +158,17 @@ def _converted(module, fn, name, *, folder, inputs, calibration, check, timeout)
     return paths, found["outputs"]
 
 
-def _live(fn, inputs, check) -> dict[str, np.ndarray]:
-    """Runs a function, outputs in its order."""
+def _live(fn, inputs, check) -> tuple[Runnable, dict[str, np.ndarray]]:
+    """Runs a function; returns it as a file would be, and its outputs in its order."""
     run, names = checks.live(fn)
-    found = outputs(Runnable(inputs, None, run, None, ""), check, CHECK_BATCH)
-    return {name: found[name] for name in names}
+    runnable = Runnable(inputs, None, run, None, "")
+    found = outputs(runnable, check, CHECK_BATCH)
+    return runnable, {name: found[name] for name in names}
 
 
 def _blame(endpoints_fn, module, run, tolerance) -> tuple[str | None, str]:
     """Exports the stages in the same way and returns (the first that diverges, what to say of it)."""
-    live = _live(endpoints_fn, run.keywords["inputs"], run.keywords["check"])
+    _, live = _live(endpoints_fn, run.keywords["inputs"], run.keywords["check"])
     try:
         _, found = run(module, endpoints_fn, "stages")
     except process.Crash as error:

@@ -66,7 +66,7 @@ def shapes(fn: Callable, inputs: Mapping[str, Spec]) -> None:
 
 def independent(
     fn: Callable,
-    inputs: Mapping[str, Spec],
+    runnable: Runnable,
     check: Mapping[str, np.ndarray],
     expected: Mapping[str, np.ndarray],
     batch: int,
@@ -75,7 +75,7 @@ def independent(
 
     Args:
       fn: the live function.
-      inputs: what it takes.
+      runnable: the same, compiled for `batch` examples.
       check: examples {name: [n, ...]}.
       expected: the function's outputs of them.
       batch: examples that were computed at a time.
@@ -87,8 +87,6 @@ def independent(
     size = max(2, min(batch, count))
     last = {name: array[-1:] for name, array in check.items()}
     copies = {name: np.repeat(row, size, axis=0) for name, row in last.items()}
-    run, _ = live(fn)
-    runnable = Runnable(dict(inputs), None, run, None, "")
     alike = outputs(runnable, copies, size)
     if count == 1:  # alone in its batch; beside zeros statistics are others
         mixed = {
@@ -102,7 +100,7 @@ def independent(
         apart = np.abs(values.astype(np.float64) - row).max(initial=0)
         if apart <= limit:
             continue
-        drawn = _random(fn, inputs)
+        drawn = _random(fn, runnable.inputs)
         why = "random: it draws random numbers, as dropout does" if drawn else ""
         raise UserError(
             f"the output {name} of a check example is {why or 'another one beside other examples'} (by {apart:.2g}): {TRAINING}"
