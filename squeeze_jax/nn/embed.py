@@ -172,7 +172,8 @@ def _check_range(name, arrays, size, table) -> None:
         return
     if not getattr(array, "is_fully_addressable", True):
         return
-    low, high = int(np.min(array)), int(np.max(array))
+    values = np.asarray(array)  # of a jax.Array inside jax.jit, min() would be traced
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high >= size:
         raise UserError(
             f"{name} have {low if low < 0 else high}: the network's {table} are 0 to {size - 1}"
