@@ -280,7 +280,7 @@ def test_a_work_directory_gives_network_and_variables(tmp_path, caplog):
     other, fresh = load(tmp_path / "run", num_classes=3)
     assert "classifier initialised anew" in caplog.text
     assert run(other, fresh, images()).shape == (2, 3)
-    with pytest.raises(UserError, match="run does not fit the model: .* should be"):
+    with pytest.raises(UserError, match=r"run does not fit the model: .* should be"):
         load(tmp_path / "run", "resnet", variant="18")
     with pytest.raises(UserError, match="holds the network 'resnet', not 'squeezenet'"):
         load(tmp_path / "run", "squeezenet")
