@@ -90,7 +90,7 @@ def test_batches_are_what_the_specs_say(river, tmp_path):
     assert {k: v.dtype for k, v in spec.items()} == {k: batch[k].dtype for k in spec}
     assert spec["tokens"].shape == (2, 24)
     inputs = data.inputs(batch)
-    np.testing.assert_array_equal(inputs["mask"], batch["attended"])
+    np.testing.assert_array_equal(inputs["attended"], batch["attended"])
     example = data.example()
     assert example["attended"].dtype == bool
     assert {k: v.shape for k, v in example.items()} == dict.fromkeys(inputs, (1, 24))

@@ -39,7 +39,8 @@ def test_its_tokenizer_says_what_transformers_says(folder, batch, transformers):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     given = theirs(list(SENTENCES), padding="max_length", max_length=LENGTH)
     np.testing.assert_array_equal(batch["tokens"], given["input_ids"])
-    np.testing.assert_array_equal(batch["mask"], np.array(given["attention_mask"]) > 0)
+    attended = np.array(given["attention_mask"]) > 0
+    np.testing.assert_array_equal(batch["attended"], attended)
 
 
 def test_its_outputs_are_those_of_transformers(folder, batch, transformers):
@@ -50,10 +51,10 @@ def test_its_outputs_are_those_of_transformers(folder, batch, transformers):
         expected = theirs(
             input_ids=torch.from_numpy(batch["tokens"]).long(),
             token_type_ids=torch.from_numpy(batch["segments"]).long(),
-            attention_mask=torch.from_numpy(batch["mask"]).long(),
+            attention_mask=torch.from_numpy(batch["attended"]).long(),
         )
     assert tree.size(variables["params"]) == theirs.num_parameters()
-    real = batch["mask"][..., None]
+    real = batch["attended"][..., None]
     difference = abs(np.asarray(ours) - expected.last_hidden_state.numpy()) * real
     assert difference.max() < 1e-4
     pooled = expected.pooler_output.numpy()

@@ -252,7 +252,11 @@ def encode(
       attention1, … (probabilities) and scores1, … (before the softmax) [b, heads, l, l], and pooled [b, d] if there is
       one. Without classes the last layer's [b, l, d], float32, stands in place of the logits.
     """
-    network, others = type(net).__name__, ("positions",) * (net.task in _SCORED)
+    network, others = type(net).__name__, ()
+    if (
+        net.task in _SCORED or net.num_classes is None
+    ):  # which may teach networks that do
+        others = ("positions",)
     tokens, segments, mask, at = text(
         x,
         choices=net.task == "choice",

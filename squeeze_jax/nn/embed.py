@@ -173,7 +173,8 @@ def _check_range(name, arrays, size, table) -> None:
         return
     if not getattr(array, "is_fully_addressable", True):
         return
-    low, high = int(np.min(array)), int(np.max(array))
+    values = np.asarray(array)  # not an operation, which would be traced
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high >= size:
         raise UserError(
             f"{name} have {low if low < 0 else high}: the network's {table} are 0 to {size - 1}"

@@ -36,10 +36,9 @@ def make(discriminator: NonNegative = WEIGHT) -> Callable:
         )
 
     def loss(logits, endpoints, batch):
-        losses, hits, weights = masked_lm.scored(part(logits, "masked_lm"), batch)
-        wrong, right, real = judged(
-            part(logits, "replaced"), endpoints["is_replaced"], batch
-        )
+        generated, judgement = (part(logits, k) for k in ("masked_lm", "replaced"))
+        losses, hits, weights = masked_lm.scored(generated, batch)
+        wrong, right, real = judged(judgement, endpoints["is_replaced"], batch)
         first, second = mean(losses, weights), mean(wrong, real)
         return first + discriminator * second, {
             "accuracy": mean(hits, weights),
