@@ -21,7 +21,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from squeeze_jax import tree
-from squeeze_jax.cost import program, selection
+from squeeze_jax.cost import call, program, selection
 from squeeze_jax.cost.program import Operation
 
 
@@ -43,11 +43,15 @@ def macs(fn: Callable | nn.Module, *args, **kwargs) -> Macs:
       fn: any function that JAX can trace; of a Linen module the forward pass is counted and the layers are named
         without the module's own name, as its parameters are.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables. Arguments
-        without any array are static. A module in training mode, such as with train=True, gets random streams.
+        without any array are static. A module in training mode, such as with train=True, gets random streams, and its
+        statistics may change. The layers of an NNX module have no names.
+
+    Raises:
+      UserError: arguments that do not fit the function.
     """
     if isinstance(fn, nn.Module):
         return _module_macs(fn, *args, **kwargs)
-    traced = program.trace(*program.bound(fn, args, kwargs))
+    traced = program.trace(*call.bound(fn, args, kwargs))
     by_layer, unknown = {}, {}
     for op, times, count in program.runs(
         traced, lambda op: operation_macs(op) * op.devices
@@ -61,11 +65,11 @@ def macs(fn: Callable | nn.Module, *args, **kwargs) -> Macs:
 
 def parameters(module: nn.Module, *args, **kwargs) -> int:
     """Counts the trainable parameters of a Linen module called with these arguments, without making them."""
-    return tree.size(program.variables(module, *args, **kwargs).get("params", {}))
+    return tree.size(call.variables(module, *args, **kwargs).get("params", {}))
 
 
 def _module_macs(module, *args, **kwargs) -> Macs:
-    weights, run, arrays = program.split(module, args, kwargs, first=False)
+    weights, run, arrays = call.split(module, args, kwargs, first=False)
     count = macs(run, weights, arrays)
     root = f"{module.name or type(module).__name__}/"
     by_layer = {k.removeprefix(root): n for k, n in count.by_layer.items()}

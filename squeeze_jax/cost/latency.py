@@ -4,13 +4,14 @@ Wall time varies with everything else the machine does, so percentiles are repor
 by alternating them within one run and taking the median of the ratios, which a slow spell hits alike.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend import core
 
+from squeeze_jax.cost import call
 from squeeze_jax.cost.timing import percentiles, times
 from squeeze_jax.errors import UserError
 
@@ -50,35 +51,14 @@ def measure(
     """
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one timed run is needed")
+    call.check(fn, args, {})
     if not jax.tree.leaves(args):
-        fn, args = of_constants(fn)
+        fn, args = call.hoisted(functools.partial(fn, *args))
     args = jax.device_put(args)
     compiled = jax.jit(fn).lower(*args).compile()
     for _ in range(warmup):
         jax.block_until_ready(compiled(*args))
     return percentiles(_times(lambda: compiled(*args), runs))
-
-
-def of_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, ...]]:
-    """Returns a function without arguments as one of the arrays that it closes over, and these; it returns a list.
-
-    Raises:
-      UserError: it closes over none.
-    """
-    closed = jax.make_jaxpr(lambda: fn())()
-    arrays = [c for c in closed.consts if getattr(c, "shape", None) is not None]
-    if not arrays:
-        raise UserError(
-            "the function has no arguments and no arrays, so XLA computes its result while it compiles: pass the arrays as"
-            " arguments"
-        )
-    body = closed.jaxpr
-    opened = body.replace(
-        constvars=[],
-        invars=[*body.constvars],
-        debug_info=body.debug_info._replace(arg_names=None),
-    )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(opened, ())), tuple(closed.consts)
 
 
 def alternate(

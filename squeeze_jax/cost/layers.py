@@ -13,13 +13,13 @@ what bounds a layer: below the device's MACs a second / bytes a second it is its
 roofline).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 from squeeze_jax import tree
-from squeeze_jax.cost import count, program
+from squeeze_jax.cost import call, count, program
 from squeeze_jax.cost.program import Value
 from squeeze_jax.errors import UserError
 
@@ -54,6 +54,7 @@ def layers(
     *args,
     weight_bits: int | tree.Rules = 8,
     activation_bits: int = 8,
+    weight_argnums: int | Sequence[int] = (),
     **kwargs,
 ) -> tuple[Layer, ...]:
     """Counts what each layer of `fn(*args, **kwargs)` costs, without running it.
@@ -61,28 +62,30 @@ def layers(
     Args:
       fn: any function that JAX can trace; what it closes over are weights. Of a Linen module it is the forward pass,
         and layers are named as its parameters are; only a module has parameters.
-      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables.
+      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables. Arguments
+        without any array, such as `train=False`, are static.
       weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, the first that matches decides,
         32 where none does.
       activation_bits: of floating-point activations.
-      **kwargs: passed on as they are, such as `train=False`; no inputs.
+      weight_argnums: positions of the arguments of a function that are weights.
 
     Returns:
       The layers that have parameters or MACs, in order of use.
 
     Raises:
-      UserError: bits that are no integer from 1 to 64, a rule that matches no parameter, rules without a module.
+      UserError: bits that are no integer from 1 to 64, a rule that matches no parameter, rules without a module, or
+        arguments that do not fit the function.
     """
     program.check_bits(activation_bits, "activation_bits")
     params = {}
     if isinstance(fn, nn.Module):
-        params = tree.flatten(program.variables(fn, *args, **kwargs).get("params", {}))
+        params = tree.flatten(call.variables(fn, *args, **kwargs).get("params", {}))
     bits = _bits(weight_bits, params, isinstance(fn, nn.Module))
 
     def wide(v):
         return _width(v, bits, activation_bits)
 
-    traced = program.trace(fn, *args, **kwargs)
+    traced = program.trace(fn, *args, weight_argnums=weight_argnums, **kwargs)
     rows = {op.layer: Layer(op.layer) for op in traced.operations}
     for op, times, macs in program.runs(
         traced, lambda op: count.operation_macs(op) * op.devices

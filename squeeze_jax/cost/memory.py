@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeeze_jax import tree
-from squeeze_jax.cost import program
+from squeeze_jax.cost import call, program
 from squeeze_jax.cost.program import Operation, Program, Value
 from squeeze_jax.nn.conv import lowering
 
@@ -89,7 +89,7 @@ class Compiled(NamedTuple):
     """What XLA plans for a compiled function, bytes.
 
     Attributes:
-      weights: of the arguments, those that are a module's variables.
+      weights: of the arguments, those that are a module's variables or that `weight_argnums` names.
       inputs: the other arguments.
       outputs: results.
       temporary: between them.
@@ -119,18 +119,20 @@ def peak(
     """Finds the peak memory of activations of `fn(*args, **kwargs)` without running it.
 
     Args:
-      fn: any function that JAX can trace; what it closes over are weights. Of a Linen module it is the forward pass
-        to its result, or to the first of the results where they are a tuple, and its variables are weights.
-      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s; a batch of one is what a device runs.
-      **kwargs: passed on as they are, such as `train=False`; no inputs.
+      fn: any function that JAX can trace; what it closes over are weights. Of a Linen or NNX module it is the forward
+        pass to its result, or to the first of the results if they are a tuple, and its variables are weights.
+      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; a batch of one is what a device runs. Arguments
+        without any array are static. Of a module in training mode it is its forward pass, without its gradients.
       bits: of a floating-point activation, 1 to 64: 8 for int8, 32 for float32; None: those of its dtype, as integers
         have always.
-      in_place: whether elementwise operations write to their input, see above. It covers operations of one output on
-        arrays of the same size, in bytes; no convolution, product, pooling, reduction, copy or input of the function.
+      in_place: whether an elementwise operation (arithmetic, a comparison, a function such as tanh, `where`) writes its
+        result over one of its inputs. It does if the input has as many bytes as the result, no later operation reads
+        it, and it is no input of the function or of a loop's body. Convolutions, products, pooling, reductions,
+        padding, concatenation and transposition never do.
       weight_argnums: positions of the arguments of a function that are weights and do not count.
 
     Raises:
-      UserError: bits out of range.
+      UserError: bits out of range, or arguments that do not fit the function.
     """
     if bits is not None:
         program.check_bits(bits, "bits")
@@ -154,12 +156,16 @@ def compiled(
     """What XLA needs for `fn(*args, **kwargs)`, compiled for the default device in its own dtypes.
 
     Args as for `peak`. Takes as long as compiling does. XLA fuses more than TFLite and may compute in another order,
-    but also transposes and packs for its kernels: neither number bounds the other.
+    but also transposes and packs for its kernels: neither number bounds the other. If no argument is an array, what the
+    function closes over become its weights, or XLA would compute the result while it compiles.
 
     Returns:
       Its plan; None where the backend tells none.
+
+    Raises:
+      UserError: arguments that do not fit the function, or a function of no arrays at all.
     """
-    weights, run, args = program.split(fn, args, kwargs, True, weight_argnums)
+    weights, run, args = call.measured(fn, args, kwargs, weight_argnums)
     abstract = jax.eval_shape(lambda a: a, args)
     with lowering("native"):
         built = jax.jit(run, keep_unused=True).lower(weights, abstract).compile()

@@ -34,7 +34,7 @@ import numpy as np
 from jax.profiler import ProfileData, ProfileOptions, TraceAnnotation
 
 from squeeze_jax import tree
-from squeeze_jax.cost import hlo, program, timing
+from squeeze_jax.cost import call, hlo, program, timing
 from squeeze_jax.errors import UserError
 
 RUN = "squeeze_jax.cost.profile run"  # how a run is marked in the trace
@@ -91,7 +91,7 @@ def measure(
       runs: timed runs of the whole, at least 1.
       traced: recorded runs, at least 1.
       warmup: runs before each of the two.
-      **kwargs: passed on as they are, such as `train=False`; no inputs.
+      **kwargs: arrays are inputs, others are static, such as `train=False`.
 
     Raises:
       UserError: too few runs; or nothing was recorded, as where JAX's profiler cannot on this device, or records for
@@ -101,7 +101,6 @@ def measure(
         raise UserError(
             f"runs = {runs} and traced = {traced}: at least one run of each is needed"
         )
-    args = jax.device_put(args)
     paths = _paths(program.trace(fn, *args, first=True, **kwargs))
     compiled, given = _compiled(fn, args, kwargs, variables, paths)
     root = program.root(fn) if isinstance(fn, nn.Module) else ""
@@ -127,11 +126,13 @@ def measure(
 
 def _compiled(fn, args, kwargs, variables, paths):
     """The compiled program of (variables, args), and these two: of a function that is no module the first is empty."""
-    shapes, run, args = program.split(fn, args, kwargs, first=True)
-    if shapes and variables is None:
+    shapes, run, arrays = call.measured(fn, args, kwargs)
+    if not isinstance(fn, nn.Module):
+        variables = shapes  # arrays: those of an NNX module, or those that a function without arguments closes over
+    elif shapes and variables is None:
 
         def init(key):
-            return fn.init(key, *args, **kwargs)
+            return call.initialised(fn, key, args, kwargs)
 
         # It runs once: on the CPU, optimizing it would take longer than all it computes.
         quick = {"xla_backend_optimization_level": 0}
@@ -146,7 +147,7 @@ def _compiled(fn, args, kwargs, variables, paths):
     # leaves names out but for the function's own.
     names = repr((list(paths), list(tree.flatten(shapes))))
     profiled.__name__ = f"profiled_{zlib.crc32(names.encode()):08x}"
-    given = jax.device_put((variables or {}, args))
+    given = jax.device_put((variables or {}, arrays))
     return jax.jit(profiled).lower(*given).compile(), given
 
 

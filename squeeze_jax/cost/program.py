@@ -16,10 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.extend import core
 
 from squeeze_jax import tree
+from squeeze_jax.cost import call
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import lowering
 
@@ -128,15 +128,14 @@ def trace(
     Args:
       fn: any function that JAX can trace: its arguments are inputs, and what it closes over are constants. Of a Linen
         module it is the forward pass: its variables are weights, called `params/fire2/squeeze1x1/kernel`, and
-        layers are named without the module's own name.
-      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables. An argument without
-        any array, such as a string, a number or a tuple of numbers, is static: it is passed on as it is.
-      **kwargs: passed on as they are, such as `train=False`; no inputs.
+        layers are named without the module's own name. An NNX module's state are weights; its layers have no names.
+      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables. An argument
+        without any array, such as a string, a number or a tuple of numbers, is static: it is passed on as it is.
       first: of a tuple returned by a module keep the first alone, the result that networks return before their
         endpoints.
       weight_argnums: positions of the arguments of a function that are weights, called by their positions: `0/kernel`.
     """
-    weights, run, args = split(fn, args, kwargs, first, weight_argnums)
+    weights, run, args = call.split(fn, args, kwargs, first, weight_argnums)
     prefix = f"{root(fn)}/" if isinstance(fn, nn.Module) else ""
     with lowering("native"):
         jaxpr = jax.make_jaxpr(run)(weights, args).jaxpr
@@ -170,105 +169,6 @@ def runs(
         turns = op.params["length"] if op.name == "scan" else 1
         for inner in op.bodies:
             yield from runs(inner, cost, times * turns)
-
-
-def variables(module: nn.Module, *args, **kwargs) -> dict[str, Any]:
-    """Returns the shapes of a module's variables, without making them."""
-    arrays, whole = _static_apart(args)
-
-    def init(a):
-        return module.init(jax.random.key(0), *whole(a), **kwargs)
-
-    return jax.eval_shape(init, arrays)
-
-
-def split(
-    fn: Callable | nn.Module,
-    args: tuple,
-    kwargs: Mapping,
-    first: bool,
-    weight_argnums: int | Sequence[int] = (),
-) -> tuple[dict[str, Any], Callable, tuple]:
-    """Returns the shapes of the weights, the function of (weights, arguments), and the arguments with arrays; see `trace`.
-
-    Raises:
-      UserError: a position of weights that there is not, or positions for a module, whose variables are its weights.
-    """
-    places = (weight_argnums,) if isinstance(weight_argnums, int) else weight_argnums
-    if isinstance(fn, nn.Module):
-        if places:
-            raise UserError(
-                "weight_argnums is for functions: the weights of a module are its variables"
-            )
-        arrays, whole = _static_apart(args)
-        shapes = variables(fn, *args, **kwargs)
-        training = _trains(fn, shapes, arrays, whole, kwargs)
-
-        def run(weights, a):
-            if training:
-                keys = dict.fromkeys(("params", "dropout", "sample"), jax.random.key(0))
-                # What changes is no result, and so costs nothing.
-                options = {**kwargs, "rngs": keys, "mutable": True}
-                found, _ = fn.apply(weights, *whole(a), **options)
-            else:
-                found = fn.apply(weights, *whole(a), **kwargs)
-            return found[0] if first and isinstance(found, tuple) else found
-
-        return shapes, run, arrays
-    for place in places:
-        if not 0 <= place < len(args):
-            raise UserError(
-                f"weight_argnums = {weight_argnums}: the function is called with {len(args)} arguments, 0 to {len(args) - 1}"
-            )
-    weights = {str(i): args[i] for i in places}
-    rest = tuple(None if i in places else a for i, a in enumerate(args))
-    arrays, whole = _static_apart(rest)
-
-    def run_function(weights, a):
-        given = whole(a)
-        return fn(*(weights.get(str(i), x) for i, x in enumerate(given)), **kwargs)
-
-    return weights, run_function, arrays
-
-
-def bound(fn: Callable, args: tuple, kwargs: Mapping) -> tuple[Callable, tuple, dict]:
-    """Returns a function of the arguments that hold arrays alone, and these: (fn, args, kwargs)."""
-    named = {k: v for k, v in kwargs.items() if _has_arrays(v)}
-    static = {k: v for k, v in kwargs.items() if k not in named}
-    arrays, whole = _static_apart(args)
-    return lambda a, k: fn(*whole(a), **k, **static), arrays, named
-
-
-def _static_apart(args: tuple) -> tuple[tuple, Callable]:
-    """Returns the arguments that hold arrays, and a function that puts the others back among them."""
-    places = [i for i, a in enumerate(args) if _has_arrays(a)]
-
-    def whole(arrays):
-        given = dict(zip(places, arrays, strict=True))
-        return tuple(given.get(i, a) for i, a in enumerate(args))
-
-    return tuple(args[i] for i in places), whole
-
-
-def _has_arrays(argument: Any) -> bool:
-    return any(
-        hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        for leaf in jax.tree.leaves(argument)
-    )
-
-
-def _trains(module: nn.Module, weights, arrays: tuple, whole: Callable, kwargs) -> bool:
-    """Whether a module is called in training mode: some argument is a flag, and its variables change or it draws."""
-    flags = [*kwargs.values(), *whole((None,) * len(arrays))]
-    if not any(isinstance(flag, bool) for flag in flags):
-        return False
-    try:
-        jax.eval_shape(
-            lambda w, a: module.apply(w, *whole(a), **kwargs), weights, arrays
-        )
-    except (ModifyScopeVariableError, InvalidRngError, UserError):
-        return True
-    return False
 
 
 def root(module: nn.Module) -> str:
@@ -419,6 +319,7 @@ def _layer(scope: str, stack: str) -> str:
     stack = re.sub(r"transpose\(jvp\(([^()]*)\)\)/(?=jvp\(\1\))", "", stack)
     while (plain := re.sub(r"\w+\(([^()]*)\)", r"\1", stack)) != stack:
         stack = plain
-    # `jnp.einsum` names its operations by its equation.
-    parts = [p for p in stack.split("/") if p and p not in _REMAT and "->" not in p]
+    # `jnp.einsum` names its operations by its equation: "bc,cd->bd", or "bc,cd".
+    parts = [p for p in stack.split("/") if p and p not in _REMAT]
+    parts = [p for p in parts if "->" not in p and "," not in p]
     return "/".join([scope, *parts] if scope else parts)

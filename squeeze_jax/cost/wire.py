@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from squeeze_jax.cost import hlo, program
+from squeeze_jax.cost import call, hlo, program
 from squeeze_jax.cost.program import Operation
 
 # Primitives, without the "_start" of asynchronous ones. Changes of replication (pvary, pcast) send nothing.
@@ -115,7 +115,7 @@ def wire(fn: Callable, *args, **kwargs) -> Wire:
         abstract devices. The compiler inserts others later, see `compiled_wire`.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s.
     """
-    traced = program.trace(*program.bound(fn, args, kwargs))
+    traced = program.trace(*call.bound(fn, args, kwargs))
     parts, unknown = [], {}
 
     def cost(op):
