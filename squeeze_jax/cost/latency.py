@@ -67,7 +67,8 @@ def alternate(
     """Times candidates in turn, round by round, every other round in reverse order.
 
     Args:
-      thunks: functions of nothing by name; jax results are waited for. The first is what ratios refer to.
+      thunks: functions of nothing by name; jax results are waited for. The first is what ratios refer to. A thunk calls
+        a jitted function with its arrays as arguments: XLA computes what depends on constants alone while it compiles.
       rounds: how often each is timed, at least 1.
       warmup: calls of each before, so that nothing is compiled while timing.
 
