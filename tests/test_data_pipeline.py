@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from squeeze_jax import data
 from squeeze_jax.data import vision
@@ -316,6 +317,28 @@ def test_normalise():
     np.testing.assert_allclose(white, 2.0, atol=1e-6)
 
 
+def test_images_are_cropped_in_training_evaluation_and_prediction(tmp_path):
+    """A red square between two blue ones: the centre is red, and squashed a third of the width."""
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[..., 2] = 255
+    pixels[:, 16:32] = 255, 0, 0
+    for split, label in itertools.product(("train", "test"), "ab"):
+        (tmp_path / split / label).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / label / "0.png")
+    keys = dict(source=dict(name="folder", root=str(tmp_path)), size=16)
+    for resize, red in (dict(), 1.0), (dict(resize="squash"), 1 / 3):
+        opened = data.make(**keys, **resize)
+        seen = [
+            take(opened.train(2, 0), 1)[0]["image"],
+            take(opened.eval(2), 1)[0]["image"],
+            opened.decode(tmp_path / "test" / "a" / "0.png"),
+        ]
+        for images in seen:
+            # Next to an edge the filter mixes both colours: a pixel's width of the squashed square.
+            share = images[..., 0].mean() / 255
+            assert share == 1.0 if red == 1.0 else abs(share - red) < 0.02
+
+
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
@@ -325,6 +348,8 @@ def test_normalise():
         (dict(scale=(0.9, 0.5)), "config.data.scale = (0.9, 0.5) should be 0 < low"),
         (dict(randaugment=21), "config.data.randaugment = 21 should lie in [0, 20]"),
         (dict(magnitude=31.0), "config.data.magnitude = 31.0 should lie in [0, 30]"),
+        (dict(resize="fit"), "config.data.resize = 'fit'"),
+        (dict(resize="squash", eval_resize=9), "config.data.eval_resize = 9 keeps the"),
         (dict(eval_resize=7), "config.data.eval_resize = 7 should be 0 or at least"),
         (dict(mean=(0.1, 0.2)), "config.data.mean has 2 numbers: it should have 1"),
         (dict(std=(0.0,)), "config.data.std[0] = 0.0 should be positive"),

@@ -36,19 +36,76 @@ def smooth(h, w):
     return (np.stack(waves, -1) * 63 + 127).astype(np.uint8)
 
 
-def test_evaluation_is_torchvisions_pixel_for_pixel(shared, torchvision):
+@pytest.mark.parametrize("short", [128, 146])
+def test_evaluation_is_torchvisions_pixel_for_pixel(short, shared, torchvision):
+    """The default is Resize(size) and CenterCrop(size); `eval_resize` gives the short side another length."""
     import torchvision.transforms as T
 
-    theirs = T.Compose([T.Resize(146), T.CenterCrop(128)])
+    theirs = T.Compose([T.Resize(short), T.CenterCrop(128)])
+    keys = dict(eval_resize=short) if short > 128 else dict(resize="crop")
     with zipfile.ZipFile(shared / "data" / "photos" / "imagenet_50.zip") as archive:
         names = [n for n in archive.namelist() if n.endswith(".webp")][:12]
         for name in names:
             data = archive.read(name)
             picture = Image.open(io.BytesIO(data)).convert("RGB")
             for upright in picture, picture.transpose(Image.Transpose.ROTATE_90):
-                found = vision.still(encode(upright), view(128, eval_resize=146))
+                found = vision.still(encode(upright), view(128, **keys))
                 np.testing.assert_array_equal(found, np.asarray(theirs(upright)), name)
     assert len(names) == 12
+
+
+def test_crop_of_one_size_beside_torchvisions_antialiased_tensors(torchvision):
+    """On tensors torchvision interpolates in float32 and rounds once, Pillow after each axis: 1 apart at most."""
+    import torch
+    import torchvision.transforms.functional as F
+
+    pixels = smooth(150, 233)
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    theirs = F.center_crop(F.resize(tensor, [64], antialias=True), [64, 64])
+    found = vision.still(pixels, view(64, resize="crop"))
+    np.testing.assert_allclose(found, theirs.permute(1, 2, 0), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "covers"),
+    [
+        # (width, height) stored, (height, width) of the view, (width, height) before the crop
+        ((100, 50), 20, (40, 20)),
+        ((50, 100), 20, (20, 40)),
+        ((101, 50), 20, (40, 20)),  # 40.4 rounded down, as torchvision does
+        ((100, 50), (20, 30), (40, 20)),
+        ((100, 50), (20, 60), (60, 30)),
+        ((100, 50), (20, 40), (40, 20)),
+        ((10, 10), (20, 60), (60, 60)),
+        ((20, 20), 20, (20, 20)),
+    ],
+)
+def test_an_image_is_resized_until_it_covers_the_view(stored, size, covers):
+    keys = view(size, resize="crop")
+    assert vision.resized_size(stored, keys) == covers
+    pixels = noise(*stored[::-1])
+    whole = Image.fromarray(pixels).resize(covers, Image.Resampling.BILINEAR)
+    height, width, _ = keys.shape
+    left, top = round((covers[0] - width) / 2), round((covers[1] - height) / 2)
+    expected = np.asarray(whole)[top : top + height, left : left + width]
+    np.testing.assert_array_equal(vision.still(pixels, keys), expected)
+
+
+@pytest.mark.parametrize("keys", [dict(resize="crop"), dict(eval_resize=30)])
+def test_a_very_long_image_is_cropped_without_its_ends(keys):
+    """The whole of it, resized to 24 x 96,000,000 pixels, would take 7 GB."""
+    short = keys.get("eval_resize", 24)
+    for shape in (2, 200), (200, 2):
+        pixels = smooth(*shape)
+        size = [n * short // 2 for n in shape[::-1]]
+        whole = np.asarray(Image.fromarray(pixels).resize(size, Image.BILINEAR))
+        top, left = (n // 2 - 12 for n in whole.shape[:2])
+        found = vision.still(pixels, view(24, **keys))
+        expected = whole[top : top + 24, left : left + 24]
+        np.testing.assert_allclose(found, expected, atol=1)
+    long = np.broadcast_to(np.uint8([9, 90, 200]), (1, 4_000_000, 3))
+    found = vision.still(np.ascontiguousarray(long), view(24, **keys))
+    np.testing.assert_array_equal(found, np.broadcast_to(long[:, :24], (24, 24, 3)))
 
 
 def test_direct_resize_is_torchvisions(torchvision):
@@ -62,7 +119,9 @@ def test_direct_resize_is_torchvisions(torchvision):
 def test_an_image_of_the_right_size_is_not_touched():
     for c in 1, 3:
         pixels = noise(16, 16, c).reshape(16, 16, c)
-        np.testing.assert_array_equal(vision.still(pixels, view(16, c)), pixels)
+        for keys in {}, {"resize": "crop"}:
+            found = vision.still(pixels, view(16, c, **keys))
+            np.testing.assert_array_equal(found, pixels)
         data = encode(Image.fromarray(pixels.squeeze()))
         np.testing.assert_array_equal(vision.still(data, view(16, c)), pixels)
 

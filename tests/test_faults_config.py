@@ -335,7 +335,8 @@ def test_the_home_directory_is_expanded_wherever_paths_enter(home):
 
 def test_a_work_directory_with_a_tilde_in_its_config_is_the_same_experiment(home):
     """Earlier versions kept ~ as it was written."""
-    kept = dict(data=dict(source=dict(name="folder", root="~/photos")))
+    source = dict(name="folder", root="~/photos")
+    kept = dict(data=dict(source=source, resize="crop"))
     (home / "config.json").write_text(json.dumps(kept))
     now = _settings.canonical(kept)
     assert _workdir.read(home) == now

@@ -641,6 +641,17 @@ LOOKED = survey.Survey(5, {(28, 28): 5}, grey=5)
             ["20x40 to 28x28 (2 sizes) pixels, resized to 28x28 with another aspect ratio"],
         ),
         (
+            LOOKED._replace(sizes={(28, 28): 3, (20, 40): 2}),
+            dict(size=28, channels=1, resize="crop"),
+            ["20x40 to 28x28 (2 sizes) pixels, resized to a short side of 28, of which the central 28x28 count"],
+        ),
+        (
+            LOOKED._replace(sizes={(20, 40): 5}),
+            dict(size=(20, 28), channels=1, resize="crop"),
+            ["20x40 pixels, resized to cover 28x20, of which the central 28x20 count"],
+        ),
+        (LOOKED, dict(size=16, channels=1, resize="crop"), ["28x28 pixels, resized to 16x16"]),
+        (
             LOOKED,
             dict(size=16, channels=3, eval_resize=20),
             [

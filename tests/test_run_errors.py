@@ -9,7 +9,7 @@ import pytest
 import run as run_py
 from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.export import build, listing, parity, runnable
-from squeeze_jax.jobs import _workdir, export
+from squeeze_jax.jobs import _experiment, _workdir, export
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -189,6 +189,55 @@ def test_a_config_of_an_earlier_version_reads_by_todays_names(tmp_path):
         optim=dict(lr=0.1, freeze=("^methods/hidden/", "conv1")),
         forward=(dict(name="quantize.lsq"),),
     )
+
+
+def images(**keys):
+    return {"source": {"name": "digits"}, "size": 8, **keys}
+
+
+@pytest.mark.parametrize(
+    ("kept", "resize"),
+    [
+        (images(), "squash"),
+        (images(eval_resize=0), "squash"),
+        (images(eval_resize=9), "crop"),
+        (images(resize="crop"), "crop"),
+        (images(name="segmentation"), None),  # maps are resized as before
+        ({"name": "glue", "task": "sst2"}, None),
+    ],
+)
+def test_a_run_of_an_earlier_version_resizes_images_as_it_did(tmp_path, kept, resize):
+    (tmp_path / "config.json").write_text(json.dumps({"data": kept}))
+    config = _workdir.read(tmp_path)
+    assert config["data"].get("resize") == resize
+    assert config["data"] | kept == config["data"]
+
+
+def test_phases_of_an_earlier_version_resize_images_as_they_did(tmp_path):
+    phases = [dict(steps=1), dict(steps=1, data=dict(eval_resize=9)), dict(steps=1)]
+    old = {"data": images(), "phases": phases}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = _workdir.read(tmp_path)
+    assert config["data"]["resize"] == "squash"
+    assert [p.get("data", {}).get("resize") for p in config["phases"]] == [
+        None,
+        "crop",
+        None,
+    ]
+
+
+def test_a_run_keeps_how_its_images_are_resized(tmp_path):
+    """Its config file and its checkpoints say so, whatever the default of a later version is."""
+    config = {"data": images(), "optim": {"lr": 0.1}, "batch": 1, "steps": 1}
+    assert _experiment.check(config).config()["data"]["resize"] == "crop"
+    _workdir.begin(tmp_path, config)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["data"] == images(resize="crop")
+    _workdir.same(tmp_path, config)
+    (tmp_path / "config.json").write_text(json.dumps(config))  # an earlier version's
+    with pytest.raises(UserError, match=r"add --config\.data\.resize=squash to go on"):
+        _workdir.same(tmp_path, config)
+    _workdir.same(tmp_path, config | {"data": images(resize="squash")})
 
 
 def test_a_rejected_file_does_not_end_the_main_job(tmp_path, capsys, monkeypatch):

@@ -107,9 +107,12 @@ def _sizes(survey: Survey, view: vision.View) -> str:
         stored += f" to {sizes[-1][0]}x{sizes[-1][1]} ({len(sizes):,} sizes)"
     wanted = f"{width}x{height}"
     how = f"resized to {wanted}"
-    if view.eval_resize:
-        how = f"resized to a short side of {view.eval_resize}, of which the central {wanted} count"
-    elif any(w * height != h * width for w, h in sizes):
+    other_aspect = any(w * height != h * width for w, h in sizes)
+    short = view.eval_resize or (width if width == height else 0)
+    if view.eval_resize or (other_aspect and view.resize == vision.CROP):
+        to = f"a short side of {short}" if short else f"cover {wanted}"
+        how = f"resized to {to}, of which the central {wanted} count"
+    elif other_aspect:
         how += " with another aspect ratio"
     if view.crop == "random_resized":
         how += f" (in training random crops, resized to {wanted})"

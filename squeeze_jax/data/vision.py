@@ -30,6 +30,8 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 PAD = 4
 ASPECT = (3 / 4, 4 / 3)
 ORIENTATION = 0x0112  # the EXIF tag
+CROP, SQUASH = "crop", "squash"  # the values of `View.resize`
+LONG = 32  # an image that is this many times as long as it is wide
 
 
 class Undecodable(ValueError):
@@ -49,6 +51,7 @@ class View:
     randaugment: int = 0
     magnitude: float = 9.0
     eval_resize: int = 0
+    resize: str = SQUASH
 
     def __post_init__(self):
         low, high = self.scale
@@ -72,6 +75,7 @@ class View:
                 self.eval_resize == 0 or self.eval_resize >= short,
                 f"0 or at least size = {short}",
             ),
+            ("resize", self.resize in (CROP, SQUASH), f"{CROP!r} or {SQUASH!r}"),
         ):
             if not fine:
                 value = getattr(self, key)
@@ -85,7 +89,10 @@ class View:
 
 
 def still(image: bytes | np.ndarray, view: View) -> np.ndarray:
-    """The evaluation transform: short side to `eval_resize`, then centre crop; with `eval_resize` 0 straight to the size.
+    """Returns an image as evaluation sees it: resized to cover the view and cropped in the centre, or squashed into it.
+
+    For a square size this is torchvision's `Resize(size)` and `CenterCrop(size)`; with `eval_resize` it is
+    `Resize(eval_resize)` and `CenterCrop(size)`.
 
     Args:
       image: an encoded file, or uint8 [h, w, c].
@@ -101,10 +108,29 @@ def still(image: bytes | np.ndarray, view: View) -> np.ndarray:
     if raw and view.eval_resize in (0, min(height, width)):
         return image
     picture = _in_mode(_open(image), view.channels)
+    size = resized_size(picture.size, view)
+    if max(size) > LONG * min(size):
+        return _array(_centre_of_long(picture, size, (width, height)))
+    picture = _resize(picture, size)
+    if size != (width, height):
+        picture = picture.crop(centre(size, (width, height)))
+    return _array(picture)
+
+
+def resized_size(size: tuple[int, int], view: View) -> tuple[int, int]:
+    """Returns the (width, height) of an image before its centre is cropped; sizes are (width, height)."""
+    height, width, _ = view.shape
     if view.eval_resize:
-        picture = _resize(picture, resized(picture.size, view.eval_resize))
-        picture = picture.crop(centre(picture.size, (width, height)))
-    return _array(_resize(picture, (width, height)))
+        return resized(size, view.eval_resize)
+    return (width, height) if view.resize == SQUASH else covering(size, (width, height))
+
+
+def covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    """Returns the smallest (width, height) of an image of that size that covers the wanted one at its aspect ratio."""
+    (w, h), (width, height) = size, wanted
+    if width * h >= height * w:
+        return width, width * h // w
+    return height * w // h, height
 
 
 def resized(size: tuple[int, int], short: int) -> tuple[int, int]:
@@ -324,6 +350,25 @@ def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         if picture.size == size
         else picture.resize(size, Image.Resampling.BILINEAR)
     )
+
+
+def _centre_of_long(
+    picture: Image.Image, size: tuple[int, int], wanted: tuple[int, int]
+) -> Image.Image:
+    """Resizes an image and crops its centre, without the ends, which could take more memory than there is.
+
+    Pillow rounds the box to float32, so a pixel may differ by 1 from the crop of the whole.
+    """
+    left, top, right, bottom = centre(size, wanted)
+    x0, y0 = max(left, 0), max(top, 0)
+    x1, y1 = min(right, size[0]), min(bottom, size[1])
+    x, y = (n / m for n, m in zip(picture.size, size, strict=True))
+    part = picture.resize(
+        (x1 - x0, y1 - y0),
+        Image.Resampling.BILINEAR,
+        box=(x0 * x, y0 * y, x1 * x, y1 * y),
+    )
+    return part.crop((left - x0, top - y0, right - x0, bottom - y0))
 
 
 def _array(picture: Image.Image) -> np.ndarray:

@@ -21,6 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from squeeze_jax import data, models, registry
+from squeeze_jax.data import vision
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import (
     _compilation,
@@ -228,7 +229,8 @@ def check(config: Mapping[str, Any]) -> Experiment:
     Raises:
       UserError: unknown or missing key, value of another type or out of range.
     """
-    config = _settings.canonical(config)
+    # With the default as it is today, so that the run's checkpoints keep it.
+    config = _settings.with_resize(_settings.canonical(config), vision.CROP)
     names = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
     jobs = set(_settings.jobs()) - names
     for key in config:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from squeeze_jax import files, registry
+from squeeze_jax.data.vision import CROP, SQUASH
 from squeeze_jax.errors import UserError, shown
 
 JOBS = "squeeze_jax.jobs"
@@ -122,8 +123,25 @@ def tuples(value):
     return tuple(tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+def with_resize(config: Mapping[str, Any], resize: str) -> dict[str, Any]:
+    """Returns a config that says how images of another aspect ratio are resized; only data of images have the key.
+
+    Args:
+      config: with or without the key `data.resize`.
+      resize: its value where the config lacks it.
+    """
+    section = config.get("data")
+    images = isinstance(section, Mapping) and section.get("name", "images") == "images"
+    if not images or "source" not in section or "resize" in section:
+        return dict(config)
+    return {**config, "data": {**section, "resize": resize}}
+
+
 def current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames the keys of an earlier version's config, so that its work directory opens."""
+    """Renames the keys of an earlier version's config, so that its work directory opens.
+
+    Earlier versions squashed images into `data.size` unless `data.eval_resize` was set, and runs of theirs still do.
+    """
     now = dict(config)
     if "transforms" in now:
         transforms = tuple(now.pop("transforms"))
@@ -135,7 +153,26 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
         now["objective"] = _loss_names(now["objective"])
     if now.get("optim"):
         now["optim"] = {k: _rule_names(v) for k, v in now["optim"].items()}
-    return now
+    return _resized_as_before(now)
+
+
+def _resized_as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the key `data.resize`, also to phases that change `data.eval_resize`; a config that has it stays."""
+    resized = with_resize(config, _resize_before(config.get("data")))
+    if resized == config:
+        return config
+    phases = [
+        {**phase, "data": {"resize": _resize_before(phase["data"]), **phase["data"]}}
+        if isinstance(phase, Mapping) and "eval_resize" in phase.get("data", ())
+        else phase
+        for phase in config.get("phases", ())
+    ]
+    return resized | ({"phases": tuple(phases)} if phases else {})
+
+
+def _resize_before(section: Any) -> str:
+    cropped = isinstance(section, Mapping) and section.get("eval_resize")
+    return CROP if cropped else SQUASH
 
 
 def _rule_names(value):

@@ -14,10 +14,11 @@ import jax
 from jax.experimental import multihost_utils
 
 from squeeze_jax import files
+from squeeze_jax.data.vision import CROP, SQUASH
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _noted, _phases
 from squeeze_jax.jobs._experiment import Experiment
-from squeeze_jax.jobs._settings import canonical, current, jobs
+from squeeze_jax.jobs._settings import canonical, current, jobs, with_resize
 
 # Keys that may differ from those a work directory was begun with: they do not change what is learned.
 FREE = (
@@ -57,7 +58,8 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             if (workdir / "config.json").exists() and _steps_done(workdir) is not None:
                 same(workdir, config)
                 _say_steps(workdir, config)
-            files.write(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+            kept = json.dumps(with_resize(config, CROP), indent=2)
+            files.write(workdir / "config.json", kept + "\n")
             undo.pop_all()
             _locks[workdir.resolve()] = lock
     if jax.process_count() > 1:
@@ -97,6 +99,11 @@ def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         if begun.get(k) != now.get(k)
         and not any(k == f or k.startswith(f + ".") for f in free)
     ]
+    if different == [f"data.resize = {SQUASH!r} there, {CROP!r} here"]:
+        raise UserError(
+            f"{workdir} squashes images of another aspect ratio, and this config crops them: add"
+            f" --config.data.resize={SQUASH} to go on there, or choose another --workdir"
+        )
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
@@ -151,6 +158,7 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     "steps" is the sum over all phases; the last phase in "phases" is without its own.
     """
     known = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
+    config = with_resize(config, CROP)
     keys = {k: v for k, v in config.items() if k in known}
     required = {"data", "optim", "batch"}
     if required <= keys.keys():

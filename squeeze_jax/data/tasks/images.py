@@ -48,6 +48,7 @@ def make(
     randaugment: Annotated[int, Range(0, 20)] = 0,
     magnitude: Annotated[float, Range(0, 30)] = 9.0,
     eval_resize: Annotated[int, Range(0, 16384)] = 0,
+    resize: Literal["crop", "squash"] = "crop",
     mixup: NonNegative = 0.0,
     cutmix: NonNegative = 0.0,
     workers: Threads = 0,
@@ -69,7 +70,10 @@ def make(
       flip: mirror half of the training images left to right.
       randaugment: number of RandAugment operations for each training image, 0 to 20.
       magnitude: their strength, 0 to 30.
-      eval_resize: evaluation images are resized to this short side, then cropped in the centre; 0: resized directly.
+      eval_resize: evaluation images are resized to this short side, then cropped in the centre, as torchvision's
+        Resize(256) and CenterCrop(224) do; 0: to the size itself, see resize.
+      resize: what becomes of evaluation images of another aspect ratio. "crop": they are resized until they just cover the
+        size, and their centre is cropped; "squash": they are resized to the size, which changes their aspect ratio.
       mixup, cutmix: α of their Beta distributions, applied by `augment`; 0 is off.
       workers: worker processes that prepare batches; 0 leaves it to threads. Needed only where decoding is slower than the
         training step, as the threads of one process share Python's lock for a part of the work.
@@ -102,7 +106,13 @@ def make(
         randaugment=randaugment,
         magnitude=magnitude,
         eval_resize=eval_resize,
+        resize=resize,
     )
+    if eval_resize and resize == vision.SQUASH:
+        raise UserError(
+            f"config.data.eval_resize = {eval_resize} keeps the aspect ratio, and config.data.resize = 'squash' does not:"
+            " set eval_resize to 0, or resize to 'crop'"
+        )
     mean, std = per_channel(mean), per_channel(std)
     check_normalisation(mean, std, view.channels)
     for key, value in dict(
