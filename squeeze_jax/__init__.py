@@ -5,4 +5,7 @@ from squeeze_jax import _public, registry
 __version__ = "0.1.0"
 __all__ = [*_public.PLACES]
 __getattr__ = registry.late(__name__, _public.PLACES)
-__dir__ = __all__.copy
+
+
+def __dir__():
+    return __all__

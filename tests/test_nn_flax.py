@@ -14,9 +14,9 @@ from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import LayerNorm
 from squeeze_jax.nn.norm import BatchNorm
-from squeeze_jax.nn.pool import max_pool, mean_pool
+from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.recurrent import LSTM
-from squeeze_jax.nn.resize import bilinear
+from squeeze_jax.nn.resize import bilinear, nearest
 
 IMPORT = "from flax.linen import BatchNorm, Conv"
 OURS = """
@@ -238,6 +238,23 @@ def test_the_axes_of_the_kernel_decide():
             jax.eval_shape(Conv(4, size).init, jax.random.key(0), jnp.ones(shape))
     with pytest.raises(UserError, match=r"needs images.*\(6, 5, 3\)"):
         conv(image, jnp.ones((3, 3, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x: max_pool(x, 2, 2),
+        lambda x: mean_pool(x, 2, 2),
+        global_mean,
+        lambda x: bilinear(x, (3, 2)),
+        lambda x: nearest(x, (3, 2)),
+        lambda x: SqueezeExcite(2).init(jax.random.key(0), x),
+    ],
+)
+def test_layers_of_images_refuse_one_image(layer):
+    """Its height would be taken for the examples, and its channels for a width."""
+    with pytest.raises(UserError, match=r"\(6, 5, 3\): write image\[None\]"):
+        layer(jnp.ones((6, 5, 3)))
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def split(
       weight_argnums: positions of the arguments of a function that are weights.
 
     Returns:
-      The weights of a Linen module are shapes; those of an NNX module and of a function are as they are.
+      Weights, function and arrays. The weights are shapes for a Linen module, and arrays for an NNX module or a function.
 
     Raises:
       UserError: a call that does not fit, a position of weights that there is not, or positions for a module.

@@ -128,7 +128,7 @@ def _compiled(fn, args, kwargs, variables, paths):
     """The compiled program of (variables, args), and these two: of a function that is no module the first is empty."""
     shapes, run, arrays = call.measured(fn, args, kwargs)
     if not isinstance(fn, nn.Module):
-        variables = shapes  # arrays: those of an NNX module, or those that a function without arguments closes over
+        variables = shapes  # arrays: an NNX module's state, or what a function without arguments closes over
     elif shapes and variables is None:
 
         def init(key):

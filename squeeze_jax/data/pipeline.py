@@ -65,6 +65,7 @@ class Data(Protocol):
       fixed: whether a training example is the same each time it comes.
       metrics: the evaluation that fits, a file of `train/metrics`.
       notes: lines of the plan about files left out and changes of the stored examples; may be missing.
+      ranges: {name of an exported input: (least, greatest value)}, such as {"image": (0, 255)}; may be missing.
       exported: {name: shape without the batch axis} of what an exported file takes, names as in a batch.
     """
 

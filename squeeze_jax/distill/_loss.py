@@ -18,7 +18,7 @@ Layer = Annotated[int, Range(-1000, 1000)] | str
 Layers = str | tuple[tuple[Layer, Layer], ...]
 # Patient knowledge distillation's (arXiv 1908.09355) are the last two, which leave the last layer to the logits.
 MAPPINGS = ("uniform", "skip", "last")
-# Names of the padding mask in a batch: ours, and that of `transformers`.
+# Names of the padding mask in a batch: ours, and the name in `transformers`.
 _PADDING = ("attended", "attention_mask")
 
 

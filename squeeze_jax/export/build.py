@@ -68,8 +68,8 @@ def make(
     A float file agrees if max |file - live| ≤ tolerance · max |live| for each output, an integer file if the share of
     equal top classes is at least `int8_agreement`, see `parity.compare`. The files are `model.stablehlo` (and
     `model.mlir`, to read), `model.tflite`, `model_int8.tflite`, `model_dynamic.tflite`. Inputs have the names given
-    here, an output that is an array is called logits, and those of a tuple output_0, output_1, …. Files hold XLA's own
-    convolutions.
+    here. An output that is an array is called logits, and the outputs in a tuple are called output_0, output_1, ….
+    Files hold XLA's own convolutions.
 
     Args:
       fn: {name: [b, ...]} → logits [b, ...], or a tuple or a mapping of several outputs; closes over parameters that
@@ -80,7 +80,8 @@ def make(
       directory: where the files go.
       formats: registry keys: the names of the files in `export/formats`.
       ranges: {input: (least, greatest value)} of inputs whose ranges are known, such as {"image": (0, 255)} for pixels,
-        which then go into an integer file as they are; those of others come from the calibration examples.
+        which then go into an integer file as they are. The ranges of other inputs are measured on the calibration
+        examples.
       calibration: real examples {name: [n, ...]}, for integer formats that measure ranges.
       check: real examples {name: [n, ...]} to compare on.
       endpoints_fn: same inputs → the model's named stages, first to last; tells where a rejected file goes wrong.

@@ -59,8 +59,8 @@ def shapes(fn: Callable, inputs: Mapping[str, Spec]) -> None:
         for name, found in jax.eval_shape(lambda x: named(fn(x)), given).items():
             if found.shape[:1] != (batch,):
                 raise UserError(
-                    f"the function's output {name} is {list(found.shape)} for {batch} examples: its first axis should be"
-                    " that of examples, [b, ...]"
+                    f"the function's output {name} is {list(found.shape)} for {batch} examples: its first axis should"
+                    " count the examples, [b, ...]"
                 )
 
 

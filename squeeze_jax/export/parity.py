@@ -48,8 +48,9 @@ class Verdict(NamedTuple):
       live: the live value there.
       found: the file's value there.
       agreement: see `compare`.
-      limit: the largest difference allowed, or for integer files the least agreement.
-      integer: which of the two.
+      limit: the largest difference allowed, or the least agreement.
+      by_agreement: which of the two.
+      integer: whether the file is one of integers.
     """
 
     agrees: bool
@@ -60,6 +61,7 @@ class Verdict(NamedTuple):
     found: float
     agreement: float
     limit: float
+    by_agreement: bool
     integer: bool
 
     def __str__(self):
@@ -68,7 +70,7 @@ class Verdict(NamedTuple):
             f"largest difference {self.difference:.3g} at {self.output}[{place}]"
             f" (live {self.live:.4g}, file {self.found:.4g})"
         )
-        if self.integer:
+        if self.by_agreement:
             same = f"{self.agreement:.1%} agreement on the check examples"
             return f"{same}, at least {self.limit:.1%} wanted; {largest}"
         return f"{largest}, at most {self.limit:.3g} allowed"
@@ -104,15 +106,15 @@ def compare(
         difference, index = largest_difference(values, found[name])
         worst.append((difference / _limit(values, tolerance), difference, name, index))
     _, difference, name, index = max(worst)
-    limit = int8_agreement if integer else _limit(live[name], tolerance)
-    agrees = share >= limit if integer else difference <= limit
-    if not integer and agrees and agreement is not None and share < int8_agreement:
-        agrees, limit, integer = False, int8_agreement, True
+    limit = _limit(live[name], tolerance)
+    near = integer or difference <= limit
+    alike = share >= int8_agreement or not (integer or agreement)
+    by_agreement = integer or (near and not alike)
     return Verdict(
-        finite and agrees,
+        finite and near and alike,
         *(difference, name, index),
         *(float(live[name][index]), float(found[name][index])),
-        *(share, limit, integer),
+        *(share, int8_agreement if by_agreement else limit, by_agreement, integer),
     )
 
 

@@ -136,7 +136,7 @@ def specs(
 
 
 def named(found: Any) -> dict[str, Any]:
-    """Returns what a function returns as {name: output}: an array is called logits, those of a sequence output_0, ….
+    """Returns a function's outputs by name: an array is called logits, and the arrays of a sequence output_0, output_1, ….
 
     Raises:
       UserError: it is neither, or an output is no array.

@@ -21,8 +21,7 @@ from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 # The layers that another task or other classes change: a pooler learns what a task asks of it.
 CLASSIFIER = ("pooler", "head")
-# The tasks that score tokens at the input "positions" alone, if there is one, and "features", which has nothing to score
-# but teaches networks that do.
+# The tasks that score tokens at the input "positions" alone, if there is one, and "features", which teaches such networks.
 _SCORED = ("masked_lm", "pretraining", "features")
 
 
@@ -253,9 +252,8 @@ def encode(
       one. Without classes the last layer's [b, l, d], float32, stands in place of the logits.
     """
     network, others = type(net).__name__, ()
-    if (
-        net.task in _SCORED or net.num_classes is None
-    ):  # which may teach networks that do
+    # A network without a head may teach one that scores tokens, on the same batches.
+    if net.task in _SCORED or net.num_classes is None:
         others = ("positions",)
     tokens, segments, mask, at = text(
         x,

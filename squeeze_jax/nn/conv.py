@@ -1,9 +1,8 @@
 """Convolutions of sequences [b, l, c], images [b, h, w, c] and volumes [b, d, h, w, c], with the arithmetic of each platform.
 
-XLA's convolution is the right one on accelerators and in exported files. On a CPU its grouped and depthwise forms, its
-convolutions of sequences, small images under large kernels, and above all the gradients are many times slower than the
-same sums written with other operations. `lowerings` has those; all give the same numbers and have derivatives of every
-order (`bilinear`).
+XLA's convolution is the right one on accelerators and in exported files. On a CPU its grouped and depthwise forms,
+small images under large kernels, and above all the gradients are many times slower than the same sums written with other
+operations. `lowerings` has those; all give the same numbers and have derivatives of every order (`bilinear`).
 
 `lowering="auto"` is XLA's convolution, but on a CPU the fastest lowering for the shape. The platform is the one that a
 function is compiled for, so `jax.export` for a TPU on a machine without one holds XLA's convolutions. `with
@@ -240,8 +239,9 @@ def _lowered(x, kernel, geometry: Geometry, wanted: str) -> jax.Array:
 class Conv(nn.Module):
     """A convolution with the arguments and the parameters of `flax.linen.Conv`: kernel [kh, kw, c / groups, features], bias.
 
-    It replaces `flax.linen.Conv` by changing the import: outputs, gradients and dtypes are Flax's. Its inputs, its
-    kernel and its outputs pass through taps; see `nn/intercept.py`.
+    It replaces `flax.linen.Conv` by changing the import: outputs, gradients and dtypes are Flax's. Two calls that Flax
+    allows are errors: an integer `kernel_size` on images, and images smaller than the kernel. Its inputs, its kernel and
+    its outputs pass through taps; see `nn/intercept.py`.
 
     Attributes:
       features: output channels.
@@ -409,6 +409,8 @@ def _pads(padding, size, extent, strides):
             advice = nearest(padding.upper(), PADDINGS)
             if padding == "CAUSAL":
                 advice = f": only sequences have an order, not {len(extent)} axes"
+            elif padding in PADDINGS:
+                advice = ": only convolutions have it"
             raise UserError(f"unknown padding {padding!r}{advice}")
         return tuple(map(tuple, lax.padtype_to_pads(size, extent, strides, padding)))
     if isinstance(padding, int):

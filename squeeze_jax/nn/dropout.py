@@ -39,9 +39,9 @@ class Dropout(nn.Module):
             raise UserError(f"dropout = {self.rate} should lie in [0, 1]")
         if not train or self.rate == 0:
             return x
+        x = as_float(x)
         if self.rate == 1:
             return jnp.zeros_like(x)
-        x = as_float(x)
         seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         if self.whole:
             shape = [1 if i in self.whole else n for i, n in enumerate(x.shape)]

@@ -1,4 +1,4 @@
-"""The input of networks that read images."""
+"""The input of networks and layers that read images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from squeeze_jax.errors import UserError
 
 
-def images(x: Any, network: str) -> Any:
+def images(x: Any, reader: str) -> Any:
     """Returns a batch of images after a check.
 
     Args:
       x: an array [b, h, w, c].
-      network: what an error calls the network.
+      reader: what an error calls the network or the layer.
 
     Raises:
       UserError: a mapping, something else that is no array, or an array with other axes.
@@ -19,16 +19,16 @@ def images(x: Any, network: str) -> Any:
     if isinstance(x, Mapping):
         keys = ", ".join(map(repr, x)) or "nothing"
         raise UserError(
-            f"{network} is called with an array of images [b, h, w, c], not with a mapping of {keys}: give the array alone"
+            f"{reader} is called with an array of images [b, h, w, c], not with a mapping of {keys}: give the array alone"
         )
     shape = getattr(x, "shape", None)
     if shape is None:
         raise UserError(
-            f"{network} is called with an array of images [b, h, w, c], not with {type(x).__name__}"
+            f"{reader} is called with an array of images [b, h, w, c], not with {type(x).__name__}"
         )
     if len(shape) != 4:
         raise UserError(
-            f"{network} is called with images [b, h, w, c], their shape is {tuple(shape)}"
+            f"{reader} is called with images [b, h, w, c], their shape is {tuple(shape)}"
             + (": write image[None] for one of them" if len(shape) == 3 else "")
         )
     return x

@@ -87,7 +87,8 @@ class BatchNorm(nn.Module):
         Args:
           x: [..., c].
           use_running_average: as the attribute; one of both is needed.
-          mask: bool, broadcastable to x: which positions count in the statistics of the batch.
+          mask: bool, broadcastable to x: which positions count in the statistics of the batch. Over several devices every
+            position has the same weight, where Flax gives it to every device.
 
         Raises:
           UserError: training without `mutable=["batch_stats"]`, or an axis that x does not have.
@@ -138,6 +139,7 @@ class BatchNorm(nn.Module):
             y = _scaled(x, ab, dtype) if direct else _scaled_once.bind(x, ab)
         return y if last else jnp.moveaxis(y, -1, self.axis)
 
+    @nn.nowrap  # no layer of its own in the names of operations
     def _moments(self, x, mask):
         names, parts = self.axis_name, self.axis_index_groups
         names = () if names is None or self.is_initializing() else names

@@ -14,6 +14,7 @@ from jax.interpreters import ad, batching
 from squeeze_jax.nn import primitives
 from squeeze_jax.nn.conv import Padding, conv, explicit_padding, native_is_forced
 from squeeze_jax.nn.dtypes import as_float
+from squeeze_jax.nn.image import images
 from squeeze_jax.nn.windows import Geometry, joined, positions, reaching, shifted
 
 
@@ -36,7 +37,11 @@ def max_pool(
 
     Returns:
       [b, h', w', c].
+
+    Raises:
+      UserError: x is no batch of images, unknown padding, or an image smaller than the window.
     """
+    images(x, "max_pool")
     pads = explicit_padding(padding, x.shape[1:3], (window,) * 2, (strides,) * 2)
     if ceil:
         pads = tuple(
@@ -200,7 +205,7 @@ def mean_pool(
     Returns:
       [b, h', w', c]; of integers float32.
     """
-    x = as_float(x)
+    x = as_float(images(x, "mean_pool"))
     pads = explicit_padding(padding, x.shape[1:3], (window,) * 2, (strides,) * 2)
 
     def whole(x):
@@ -217,4 +222,5 @@ def mean_pool(
 
 def global_mean(x: jax.Array) -> jax.Array:
     """The mean over positions, in float32: [b, h, w, c] → [b, c]."""
+    images(x, "global_mean")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))

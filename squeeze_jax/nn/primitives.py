@@ -26,9 +26,8 @@ def make(
     """
 
     def types(*arrays, **params):
-        return jax.make_jaxpr(partial(like or elsewhere, **params))(*arrays).out_avals[
-            0
-        ]
+        function = partial(like or elsewhere, **params)
+        return jax.make_jaxpr(function)(*arrays).out_avals[0]
 
     primitive = Primitive(name)
 

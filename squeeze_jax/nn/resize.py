@@ -15,6 +15,7 @@ from jax import lax
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.composite import exported_as
 from squeeze_jax.nn.dtypes import as_float
+from squeeze_jax.nn.image import images
 
 
 def bilinear(
@@ -32,9 +33,9 @@ def bilinear(
       [b, h', w', c] in the dtype of `x`, float32 for integers.
 
     Raises:
-      UserError: a size that is not positive.
+      UserError: a size that is not positive, or x is no batch of images.
     """
-    size, x = _checked(size), as_float(x)
+    size, x = _checked(size), as_float(images(x, "bilinear"))
     if tuple(x.shape[1:3]) == size:
         return x
     plain = partial(_bilinear, size=size, align_corners=align_corners)
@@ -61,9 +62,9 @@ def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
       [b, h', w', c].
 
     Raises:
-      UserError: a size that is not positive.
+      UserError: a size that is not positive, or x is no batch of images.
     """
-    size = _checked(size)
+    size, x = _checked(size), images(x, "nearest")
     for axis, length in enumerate(size, 1):
         n = x.shape[axis]
         if length != n:

@@ -28,8 +28,8 @@ def convert(fn, inputs, calibration) -> dict[str, bytes]:
 
     Args:
       fn: {name: [1, ...]} → an array or a mapping of arrays.
-      inputs: {name: Spec}; the range of an input is the one it states, else that of the calibration examples, and
-        integers stay what they are.
+      inputs: {name: Spec}; if an input states no range, its range is measured on the calibration examples. Integers stay
+        what they are.
       calibration: real examples {name: [n, ...]}; 100 or more of all classes are advised.
 
     Raises:
