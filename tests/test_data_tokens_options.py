@@ -94,6 +94,63 @@ def test_bytes(transformers, tmp_path, kind, space):
         assert ids(ours, text) == theirs(text)["input_ids"], text
 
 
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("ends", [(True, False), (False, True), (True, True)])
+def test_tokens_around_gpt2_texts(transformers, tmp_path, ends, files):
+    vocabulary = {t: n for n, t in enumerate(LETTERS) if t not in ("<s>", "</s>")}
+    made = transformers.GPT2Tokenizer(vocab=vocabulary, merges=[("Ġ", "a")])
+    made.save_pretrained(tmp_path / "base")
+    options = dict(zip(("add_bos_token", "add_eos_token"), ends, strict=True))
+    folder = changed(tmp_path / "base", tmp_path / "copy", options)
+    if files == "vocab.json":
+        made.backend_tokenizer.model.save(str(folder))
+        (folder / "tokenizer.json").unlink()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = tokens.load(folder)
+    assert ids(ours, "ab a") == theirs("ab a")["input_ids"]
+    pair = ours.pair(*ours.encode_many(["ab a", "b"]), 99)[0].tolist()
+    assert pair == theirs("ab a", "b")["input_ids"]
+
+
+MASK = str(LETTERS.index("<mask>"))
+STRIPPED = dict(content="<mask>", lstrip=True, rstrip=False, normalized=False)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask_token": "<mask>"},
+        {"mask_token": STRIPPED | {"__type": "AddedToken"}},
+        {"added_tokens_decoder": {MASK: STRIPPED | {"special": True}}},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_the_space_before_a_masked_word(transformers, tmp_path, options, stored):
+    vocabulary = {token: n for n, token in enumerate(LETTERS)}
+    made = transformers.RobertaTokenizer(
+        vocab=vocabulary,
+        merges=[("Ġ", "a")],
+        mask_token=transformers.AddedToken("<mask>", lstrip=stored),
+    )
+    made.save_pretrained(tmp_path / "base")
+    folder = changed(tmp_path / "base", tmp_path / "copy", options)
+    if not options:
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert ids(tokens.load(folder), "a <mask> a") == theirs("a <mask> a")["input_ids"]
+
+
+def test_a_guess_of_the_case_is_said(bert, tmp_path, caplog):
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    ours = tokens.load(folder)
+    assert ids(ours, "The") == [2, WORDS.index("The"), 3]
+    assert "text keeps its capital letters" in caplog.text
+
+
 def test_what_a_tokenizer_cannot_follow_is_one_line(bert, tmp_path):
     folder = changed(bert, tmp_path / "copy", {"do_lower_case": True})
     path = folder / "tokenizer.json"

@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers, processors
 
+from squeeze_jax.data import tokenizer
 from squeeze_jax.errors import UserError, shortened
 
 # These classes of `transformers` take a tokenizer.json as it is.
@@ -37,11 +38,11 @@ def check(config: Mapping[str, Any], folder: Path) -> None:
 
 def adapt(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named, where: Path
-) -> None:
-    """Changes how the backend of a tokenizer.json splits text to what the options beside it say.
+) -> tokenizers.Tokenizer:
+    """Returns the backend of a tokenizer.json that splits text as the options beside the file say.
 
     Args:
-      backend: of tokenizer.json, changed in place.
+      backend: of tokenizer.json; may be changed in place.
       config: of tokenizer_config.json. A generic "tokenizer_class" takes the backend as it is.
       named: {role: token} of its special tokens.
       where: tokenizer.json.
@@ -50,7 +51,8 @@ def adapt(
       UserError: an option that cannot be put into this backend.
     """
     if config.get("tokenizer_class") in GENERIC:
-        return
+        return backend
+    backend = _with_flags(backend, config, where)
     content = json.loads(backend.to_str())
     kind = content["model"].get("type")
     if isinstance(backend.normalizer, normalizers.BertNormalizer):
@@ -64,17 +66,29 @@ def adapt(
         backend.pre_tokenizer.add_prefix_space = space
     if kind == "WordPiece":
         _rename(backend, named, where)
+    return backend
+
+
+def _with_flags(backend, config, where) -> tokenizers.Tokenizer:
+    """Returns the backend with its added tokens matched as "added_tokens_decoder" says, such as with the space before."""
+    flags = {token.content: token for token in _numbered(config, where)}
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:
+        if token["content"] in flags:
+            for name in TOKEN:
+                token[name] = getattr(flags[token["content"]], name)
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def add(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named, where) -> None:
-    """Adds the tokens that a tokenizer_config.json names, and says whether text may hold special tokens.
+    """Adds the tokens that a tokenizer_config.json names, sets whether text may hold special tokens, and what stands around it.
 
     Args:
       backend: changed in place.
       config, named, where: see `adapt`.
 
     Raises:
-      UserError: tokens that are none, or tokens at the ends of texts that the backend does not add.
+      UserError: an entry that is no token, or a token for the ends of texts that the vocabulary lacks.
     """
     present = {t.content for t in backend.get_added_tokens_decoder().values()}
     new = {}
@@ -83,14 +97,37 @@ def add(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named, where) 
             new.setdefault(token.content, token)
     backend.add_tokens(list(new.values()))
     backend.encode_special_tokens = bool(config.get("split_special_tokens"))
-    if backend.post_processor is None or isinstance(
+    ends = [config.get(name) for name in ("add_bos_token", "add_eos_token")]
+    plain = backend.post_processor is None or isinstance(
         backend.post_processor, processors.ByteLevel
-    ):
-        for name in ("add_bos_token", "add_eos_token"):
-            if config.get(name):
-                raise UserError(
-                    f"{where}: {name} = true beside it is not supported: give a tokenizer.json whose post_processor adds it"
-                )
+    )
+    if plain and any(ends):
+        _surround(backend, config, where)
+
+
+def _surround(backend, config, where) -> None:
+    """Puts the tokens that begin and end a text around each text."""
+    around, ids = {}, {}
+    for name in "bos", "eos":
+        around[name] = ""
+        token = config.get(f"{name}_token", tokenizer.END)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not config.get(f"add_{name}_token") or token is None:
+            continue
+        around[name], ids[token] = token, backend.token_to_id(token)
+        if ids[token] is None:
+            raise UserError(
+                f"{where} lacks the token {token!r} that add_{name}_token = true beside it puts around texts"
+            )
+    first, second = (
+        " ".join(
+            f"{part}:{segment}" for part in (around["bos"], text, around["eos"]) if part
+        )
+        for segment, text in enumerate(("$A", "$B"))
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=first, pair=f"{first} {second}", special_tokens=list(ids.items())
+    )
 
 
 def _normalize(backend, config) -> None:
@@ -146,6 +183,20 @@ def _rename(backend, named, where) -> None:
 
 def _tokens(config, named, where) -> Iterator[tokenizers.AddedToken]:
     """The tokens that a configuration adds, in the order in which `transformers` numbers them."""
+    yield from _numbered(config, where)
+    for role in named:
+        entry = config[tokenizer.ROLES[role][0]]
+        yield _token(
+            entry | {"special": True} if isinstance(entry, dict) else entry, where
+        )
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.get(name) or ()
+        for token in extra.values() if isinstance(extra, dict) else extra:
+            yield _token(token, where)
+
+
+def _numbered(config, where) -> Iterator[tokenizers.AddedToken]:
+    """The tokens of "added_tokens_decoder", in the order of their ids."""
     numbered = config.get("added_tokens_decoder") or {}
     try:
         numbered = sorted((int(id), token) for id, token in numbered.items())
@@ -155,12 +206,6 @@ def _tokens(config, named, where) -> Iterator[tokenizers.AddedToken]:
         ) from None
     for _, token in numbered:
         yield _token(token, where)
-    for token in named.values():
-        yield tokenizers.AddedToken(token, special=True)
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        extra = config.get(name) or ()
-        for token in extra.values() if isinstance(extra, dict) else extra:
-            yield _token(token, where)
 
 
 def _token(token, where) -> tokenizers.AddedToken:

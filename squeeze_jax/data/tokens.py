@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import logging
 import string
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from squeeze_jax.data import files, token_options, tokenizer
 from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
 from squeeze_jax.files import write
+
+log = logging.getLogger(__name__)
 
 JSON, WORDPIECE, BPE = "tokenizer.json", "vocab.txt", ("vocab.json", "merges.txt")
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -189,6 +192,12 @@ def _wordpiece(path: Path, config: dict) -> Tokenizer:
     if lower is None:
         words = vocabulary.keys() - set(special.values())
         lower = all(w == w.lower() for w in words if not w.startswith("["))
+        if not lower:
+            log.warning(
+                "%s has capital letters and no do_lower_case in %s beside it: text keeps its capital letters",
+                path,
+                CONFIG,
+            )
     _demand(vocabulary, [special[k] for k in BERT if k != "mask"], path)
     read = tokenizer.bert(
         vocabulary,
@@ -239,7 +248,7 @@ def _from_json(path: Path, config: dict) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     named = _names(config)
-    token_options.adapt(backend, config, named, path)
+    backend = token_options.adapt(backend, config, named, path)
     token_options.add(backend, config, named, path)
     special = {}
     for role, (_, usual) in ROLES.items():

@@ -21,9 +21,9 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
       UserError: data without predictions, no input, one that cannot be read, or no checkpoint.
     """
     export.alone("predict")
-    if not hasattr(built.data, "predict"):
+    if getattr(built.data, "predict", None) is None:
         raise UserError(
-            f"the job predict has nothing to print for {type(built.data).__name__} data: their task defines no predict"
+            f"the job predict has nothing to print for {built.experiment.data.get('name', 'images')!r} data: their task defines no predict"
         )
     answer = []  # read and compiled when the first input is known to be one
 

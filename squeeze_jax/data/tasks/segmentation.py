@@ -1,25 +1,18 @@
 """Semantic segmentation: images with a class for each pixel, from a source whose examples have targets."""
 
 import colorsys
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from squeeze_jax.data import answering, photos, pipeline, survey, vision
+from squeeze_jax.data import answering, image_set, photos, vision
 from squeeze_jax.data.annotations import Maps
-from squeeze_jax.data.normalise import (
-    check_normalisation,
-    normalised,
-    per_channel,
-)
-from squeeze_jax.data.pipeline import Batches
-from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.image_set import ImageSet, class_name
 from squeeze_jax.data.source import Source
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
@@ -46,7 +39,7 @@ def make(
     threads: Threads = 2,
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
-) -> "Segmentation":
+) -> ImageSet:
     """Opens a data set; the parameters are the keys of `config.data`.
 
     Targets take the nearest pixel where images are interpolated, and the ignored label 255 where images are padded.
@@ -77,32 +70,22 @@ def make(
         flip=flip,
         eval_resize=eval_resize,
     )
-    mean, std = per_channel(mean), per_channel(std)
-    check_normalisation(mean, std, view.channels)
-    for key, value in dict(workers=workers, threads=threads, cache_mb=cache_mb).items():
-        if value < 0:
-            raise UserError(f"config.data.{key} = {value} should not be negative")
-    if not 0 <= ignore <= 255:
-        raise UserError(f"config.data.ignore = {ignore} should be 0 to 255")
-    maps = Maps(view, len(opened.label_names), (*opened.ignored, ignore))
-    train_reader, eval_reader = readers(
+    return image_set.make(
         opened,
         view,
-        workers=workers,
-        cache_mb=cache_mb,
-        corrupt=corrupt,
-        annotation=maps,
-    )
-    return Segmentation(
-        label_names=opened.label_names,
-        view=view,
-        train_reader=train_reader,
-        eval_reader=eval_reader,
         mean=mean,
         std=std,
         workers=workers,
         threads=threads,
-        notes=(*survey.notes(opened, view), *_ignored(opened, ignore)),
+        cache_mb=cache_mb,
+        corrupt=corrupt,
+        annotation=Maps(view, len(opened.label_names), (*opened.ignored, ignore)),
+        arrays={"target": (view.shape[:2], jnp.uint8)},
+        having=" with targets",
+        objective={"name": "losses.cross_entropy"},
+        metrics="segmentation",
+        predict=partial(_predict, view, opened.label_names),
+        notes=_ignored(opened, ignore),
     )
 
 
@@ -113,166 +96,77 @@ def _ignored(source: Source, ignore: int) -> tuple[str, ...]:
     return (f"classes that do not count: {', '.join(names)}",) if names else ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Segmentation:
-    """A data set under one view of its images, see `pipeline.Data`; `make` builds it.
+def _predict(
+    view: vision.View,
+    label_names: Sequence[str],
+    given: Sequence[str],
+    run: Callable,
+) -> Iterator[str]:
+    """Writes each image's classes to NAME_classes.png beside it, and tells their shares of the pixels.
 
-    Batches are dicts of numpy arrays: "image" uint8 [b, h, w, c], "target" uint8 [b, h, w] (255: does not count), "mask"
-    bool [b] (False: padding or a skipped image), "index" int64 [b].
+    The PNG has a palette, the class numbers as its pixels, and the size that the network sees.
+
+    Raises:
+      UserError: no file; after all answers, files that have none.
     """
+    found, left_out = photos.find(given)
+    written = [path for path in found if path.name.endswith(ENDING)]
+    if written:
+        names = photos.some([str(path) for path in written])
+        left_out.append(f"left out: {len(written)} *{ENDING} files ({names})")
+    yield from left_out
+    paths = [path for path in found if path not in set(written)]
+    reasons, pictures = [], {}
+    for path in paths:
+        image, reason = answering.attempt(photos.decode, path, view)
+        if not reason:
+            logits = np.asarray(run({"image": image[None]}))[0]
+            arguments = (path, logits.argmax(-1), label_names, pictures)
+            lines, reason = answering.attempt(_write, *arguments)
+        if not reason:
+            yield from lines
+        elif len(paths) > 1:
+            yield str(path)
+            yield f"  {reason}"
+        reasons += [reason] if reason else []
+    answering.check(reasons, len(paths), "image")
 
-    reads = "images"
-    noun = "image"
-    ranges: ClassVar = {"image": (0.0, 255.0)}  # pixels, in files of integers
-    objective: ClassVar = {"name": "losses.cross_entropy"}
-    metrics = "segmentation"
 
-    label_names: tuple[str, ...]
-    view: vision.View
-    train_reader: Reader
-    eval_reader: Reader
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    workers: int
-    threads: int
-    notes: tuple[str, ...] = ()  # lines of the plan before training
+def _write(
+    path: Path,
+    labels: np.ndarray,
+    label_names: Sequence[str],
+    pictures: dict[Path, Path],
+) -> list[str]:
+    """Writes the classes of one image, int [h, w], and returns the lines about them.
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.label_names)
+    Args:
+      path: the image.
+      labels: of its pixels.
+      label_names: of the classes.
+      pictures: {written file: its image}, which grows by this one.
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Returns (h, w, c) of an image."""
-        return self.view.shape
-
-    @property
-    def model(self) -> dict[str, Any]:
-        return {"num_classes": self.num_classes}
-
-    @property
-    def describe(self) -> str:
-        size = "{}x{}x{}".format(*self.shape)
-        return (
-            f"{self.num_train:,} train + {self.num_eval:,} test images at {size} with targets,"
-            f" {self.num_classes} classes"
+    Raises:
+      UserError: a file that cannot be written or that holds the classes of another image.
+    """
+    written = path.with_name(path.stem + ENDING)
+    if written in pictures:
+        raise UserError(
+            f"{written} holds the classes of {pictures[written]}: rename one of the images"
         )
-
-    @property
-    def fixed(self) -> bool:
-        return self.view.crop == "none" and not self.view.flip
-
-    @property
-    def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
-
-    @property
-    def num_train(self) -> int:
-        return len(self.train_reader)
-
-    @property
-    def num_eval(self) -> int:
-        return len(self.eval_reader)
-
-    def train(
-        self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
-    ) -> Batches:
-        """Returns the endless stream of shuffled, augmented batches, see `pipeline.training`."""
-        how = dict(workers=self.workers, threads=self.threads)
-        return pipeline.training(self.train_reader, batch, seed, start, process, **how)
-
-    def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
-        """Returns each evaluation image once and in order, see `pipeline.evaluation`."""
-        how = dict(workers=self.workers, threads=self.threads)
-        return pipeline.evaluation(self.eval_reader, batch, process, **how)
-
-    def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """Returns the one shape that all batches have."""
-        shapes = {
-            "image": ((rows, *self.shape), jnp.uint8),
-            "target": ((rows, *self.shape[:2]), jnp.uint8),
-            "mask": ((rows,), jnp.bool_),
-        }
-        return [{k: jax.ShapeDtypeStruct(*spec) for k, spec in shapes.items()}]
-
-    def inputs(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns normalised images, float32 [b, h, w, c]."""
-        return normalised(batch["image"], self.mean, self.std)
-
-    def example(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
-
-    def augment(self, key: jax.Array, batch: dict) -> dict:
-        """Returns the batch as it is: the reader augments images and targets together."""
-        del key
-        return batch
-
-    def predict(self, files: Sequence[str], run: Callable) -> Iterator[str]:
-        """Writes each image's classes to NAME_classes.png beside it, and tells their shares of the pixels.
-
-        The PNG has a palette, the class numbers as its pixels, and the size that the network sees.
-
-        Raises:
-          UserError: no file; after all answers, files that have none.
-        """
-        found, left_out = photos.find(files)
-        written = [path for path in found if path.name.endswith(ENDING)]
-        if written:
-            names = photos.some([str(path) for path in written])
-            left_out.append(f"left out: {len(written)} *{ENDING} files ({names})")
-        yield from left_out
-        paths = [path for path in found if path not in set(written)]
-        reasons, pictures = [], {}
-        for path in paths:
-            image, reason = answering.attempt(photos.decode, path, self.view)
-            if not reason:
-                logits = np.asarray(run({"image": image[None]}))[0]
-                arguments = (path, logits.argmax(-1), pictures)
-                lines, reason = answering.attempt(self._write, *arguments)
-            if not reason:
-                yield from lines
-            elif len(paths) > 1:
-                yield str(path)
-                yield f"  {reason}"
-            reasons += [reason] if reason else []
-        answering.check(reasons, len(paths), "image")
-
-    def _write(
-        self, path: Path, labels: np.ndarray, pictures: dict[Path, Path]
-    ) -> list[str]:
-        """Writes the classes of one image, int [h, w], and returns the lines about them.
-
-        Args:
-          path: the image.
-          labels: of its pixels.
-          pictures: {written file: its image}, which grows by this one.
-
-        Raises:
-          UserError: a file that cannot be written or that holds the classes of another image.
-        """
-        written = path.with_name(path.stem + ENDING)
-        if written in pictures:
-            raise UserError(
-                f"{written} holds the classes of {pictures[written]}: rename one of the images"
-            )
-        picture = Image.fromarray(labels.astype(np.uint8))
-        picture.putpalette(palette(self.num_classes))
-        try:
-            picture.save(written)
-        except OSError as error:
-            raise UserError(f"cannot write {written}: {error.strerror}") from None
-        pictures[written] = path
-        lines = [f"{path} -> {written}"]
-        shares = np.bincount(labels.reshape(-1)) / labels.size
-        for label in np.argsort(-shares, kind="stable"):
-            if shares[label]:
-                lines.append(f"  {shares[label]:6.1%}  {self.name(label)}")
-        return lines
-
-    def name(self, label: int) -> str:
-        """Returns a label's name; a network may have more classes than the data name."""
-        names = self.label_names
-        return names[label] if label < len(names) else f"class {label}"
+    picture = Image.fromarray(labels.astype(np.uint8))
+    picture.putpalette(palette(len(label_names)))
+    try:
+        picture.save(written)
+    except OSError as error:
+        raise UserError(f"cannot write {written}: {error.strerror}") from None
+    pictures[written] = path
+    lines = [f"{path} -> {written}"]
+    shares = np.bincount(labels.reshape(-1)) / labels.size
+    for label in np.argsort(-shares, kind="stable"):
+        if shares[label]:
+            lines.append(f"  {shares[label]:6.1%}  {class_name(label_names, label)}")
+    return lines
 
 
 def palette(classes: int) -> list[int]:

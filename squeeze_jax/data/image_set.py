@@ -1,0 +1,208 @@
+"""A set of images under one view: what all tasks of images share.
+
+A task of `data/tasks` makes one `ImageSet`. It says which annotation its images have, which arrays a batch holds beside
+the pixels, and how training batches change and answers are printed.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax.data import photos, pipeline, survey, vision
+from squeeze_jax.data.annotations import Annotation
+from squeeze_jax.data.normalise import check_normalisation, normalised, per_channel
+from squeeze_jax.data.pipeline import Batch, Batches
+from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.source import Source
+
+
+def unchanged(key: jax.Array, batch: dict) -> dict:
+    """Returns a training batch as it is: the reader has augmented it."""
+    del key
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """A data set of images, see `pipeline.Data`; `make` builds it.
+
+    Batches are dicts of numpy arrays: "image" uint8 [b, h, w, c], the `arrays` of the task, "mask" bool [b] (False: padding
+    or a skipped image), "index" int64 [b].
+
+    Attributes:
+      label_names: of the classes.
+      view: how images are looked at.
+      train_reader, eval_reader: the two splits.
+      mean, std: of the pixels, see `inputs`.
+      workers, threads: processes and threads that prepare batches.
+      arrays: {name: (shape of one row, dtype)} of what a batch tells about its images.
+      having: what the images have, for `describe`, such as " with boxes".
+      objective, metrics: see `pipeline.Data`.
+      augment: (key, batch) → batch: random changes of a training batch, under jit.
+      fixed: whether a training example is the same each time it comes.
+      predict: see `pipeline.Data`; None where a task prints no answers.
+      notes: lines of the plan before training.
+    """
+
+    reads = "images"
+    noun = "image"
+    ranges: ClassVar = {"image": (0.0, 255.0)}  # pixels, in files of integers
+
+    label_names: tuple[str, ...]
+    view: vision.View
+    train_reader: Reader
+    eval_reader: Reader
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    workers: int
+    threads: int
+    arrays: Mapping[str, tuple[tuple[int, ...], Any]]
+    having: str
+    objective: Mapping[str, Any]
+    metrics: str
+    augment: Callable[[jax.Array, dict], dict]
+    fixed: bool
+    predict: Callable[[Sequence[str], Callable], Iterator[str]] | None
+    notes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns (h, w, c) of an image."""
+        return self.view.shape
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes}
+
+    @property
+    def describe(self) -> str:
+        size = "{}x{}x{}".format(*self.shape)
+        return (
+            f"{self.num_train:,} train + {self.num_eval:,} test images at {size}{self.having},"
+            f" {self.num_classes} classes"
+        )
+
+    @property
+    def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_reader)
+
+    @property
+    def num_eval(self) -> int:
+        return len(self.eval_reader)
+
+    def train(
+        self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
+    ) -> Batches:
+        """Returns the endless stream of shuffled, augmented batches, see `pipeline.training`."""
+        how = dict(workers=self.workers, threads=self.threads)
+        return pipeline.training(self.train_reader, batch, seed, start, process, **how)
+
+    def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
+        """Returns each evaluation image once and in order, see `pipeline.evaluation`.
+
+        Raises:
+          UserError: also while iterating, for an image that cannot be decoded.
+        """
+        how = dict(workers=self.workers, threads=self.threads)
+        return pipeline.evaluation(self.eval_reader, batch, process, **how)
+
+    def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """Returns the one shape that all batches have."""
+        row = {"image": (self.shape, jnp.uint8), **self.arrays, "mask": ((), jnp.bool_)}
+        return [
+            {
+                k: jax.ShapeDtypeStruct((rows, *s), dtype)
+                for k, (s, dtype) in row.items()
+            }
+        ]
+
+    def inputs(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns (x / 255 - mean) / std of a batch's pixels, float32 [b, h, w, c]."""
+        return normalised(batch["image"], self.mean, self.std)
+
+    def example(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
+
+    def decode(self, image: bytes | str | os.PathLike, name: str = "") -> np.ndarray:
+        """Returns uint8 [h, w, c] of an encoded image, or of a file by its path, as evaluation sees it.
+
+        Raises:
+          UserError: no such file, or no image; calls it by its path, or bytes by `name`.
+        """
+        return photos.decode(image, self.view, name)
+
+
+def make(
+    source: Source,
+    view: vision.View,
+    *,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    workers: int,
+    threads: int,
+    cache_mb: int,
+    corrupt: str,
+    arrays: Mapping[str, tuple[tuple[int, ...], Any]],
+    objective: Mapping[str, Any],
+    metrics: str,
+    annotation: Annotation | None = None,
+    having: str = "",
+    augment: Callable[[jax.Array, Batch], Batch] = unchanged,
+    predict: Callable[[Sequence[str], Callable], Iterator[str]] | None = None,
+    notes: Sequence[str] = (),
+) -> ImageSet:
+    """Puts the images of a source under a view.
+
+    Args:
+      source: the data set.
+      view: how images are looked at.
+      mean, std: of the pixels in units of 0..1, one number or one a channel.
+      workers, threads, cache_mb, corrupt: see `tasks/images.py`.
+      arrays, objective, metrics, having, augment, predict: see `ImageSet`.
+      annotation: the kind of annotation that moves with the pixels; None for images that have a label.
+      notes: lines of the plan, beside those about files left out and changes of the stored images.
+
+    Raises:
+      UserError: another number of means or deviations than channels; a deviation that is not positive.
+    """
+    mean, std = per_channel(mean), per_channel(std)
+    check_normalisation(mean, std, view.channels)
+    reading = dict(workers=workers, cache_mb=cache_mb, corrupt=corrupt)
+    train, evaluated = readers(source, view, annotation=annotation, **reading)
+    still = view.crop == "none" and not view.flip and not view.randaugment
+    return ImageSet(
+        label_names=source.label_names,
+        view=view,
+        train_reader=train,
+        eval_reader=evaluated,
+        mean=mean,
+        std=std,
+        workers=workers,
+        threads=threads,
+        arrays=arrays,
+        having=having,
+        objective=objective,
+        metrics=metrics,
+        augment=augment,
+        fixed=still and augment is unchanged,
+        predict=predict,
+        notes=(*survey.notes(source, view), *notes),
+    )
+
+
+def class_name(label_names: Sequence[str], label: int) -> str:
+    """Returns a label's name; a network may have more classes than the data name."""
+    return label_names[label] if label < len(label_names) else f"class {label}"
