@@ -1,5 +1,8 @@
 """What cannot become a file is said before it is one; ranges and limits are the examples' and the outputs' own."""
 
+import zipfile
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -283,3 +286,29 @@ def test_files_hold_the_converters_own_operations(tmp_path):
     assert (
         text.count("stablehlo.convolution(") == 9
     )  # three, for each of three platforms
+
+
+@pytest.mark.parametrize("key", ["stablehlo", "tflite", "tflite_int8"])
+def test_files_hold_the_names_of_their_classes(x, tmp_path, key):
+    kernel = np.eye(SIZE, dtype=np.float32)
+    names = ("ä b", "cat", "dog")
+
+    def fn(batch):
+        return batch["x"].mean(1) @ kernel
+
+    given = dict(formats=(key,), check=x, calibration=x, classes=names)
+    (file,) = export.make(fn, INPUTS, tmp_path, int8_agreement=0.0, **given)
+    with zipfile.ZipFile(file.path) as archive:
+        assert archive.read("labels.txt").decode().split("\n") == [*names, ""]
+    loaded = export.load(file.path)
+    assert loaded.classes == names
+    np.testing.assert_allclose(loaded(x), x.mean(1), atol=0.05)
+    assert Path(file.path).stat().st_size == file.bytes
+
+    (plain,) = export.make(fn, INPUTS, tmp_path / "plain", int8_agreement=0.0, **given | dict(classes=()))  # fmt: skip
+    content = Path(plain.path).read_bytes()
+    if key != "stablehlo":  # whose program numbers its functions anew
+        assert Path(file.path).read_bytes()[: len(content)] == content
+    assert export.load(plain.path).classes == ()
+    with pytest.raises(UserError, match=r"'a\\nb' has a line break: rename"):
+        export.make(fn, INPUTS, tmp_path, **given | dict(classes=["a\nb", "c", "d"]))

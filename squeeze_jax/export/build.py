@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from squeeze_jax import files, stop
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import checks, process, runtime
+from squeeze_jax.export import checks, class_names, process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
 from squeeze_jax.export.runnable import (
     Runnable,
@@ -61,6 +61,7 @@ def make(
     tolerance: float = 1e-4,
     int8_agreement: float = 0.95,
     agreement: Callable | None = None,
+    classes: Sequence[str] = (),
     timeout: float = 600.0,
 ) -> list[Exported]:
     """Exports a function to each format; a file gets its name only after it ran and agreed with the live function.
@@ -88,18 +89,20 @@ def make(
       tolerance: of float formats, relative to an output's largest number.
       int8_agreement: of integer formats, 0..1; of float formats too where `agreement` is given.
       agreement: (live outputs, the file's) → float [n], 0..1, of each check example; None for `parity.same_answers`.
+      classes: names of the classes, which go into the files as `labels.txt`: `load(path).classes` reads them.
       timeout: seconds for one file to run on the check examples.
 
     Returns:
       One `Exported` a format, in order.
 
     Raises:
-      UserError: unknown format, no check or calibration examples or of other names, shapes or dtypes than the inputs,
+      UserError: unknown format, a class name with a line break, no check or calibration examples or of other names, shapes or dtypes than the inputs,
         a directory that cannot be written to, or outputs of the live function that are not finite, that are no arrays of
         examples, that are random or depend on other examples.
       Disagreement: a file does not agree; it is left as `<name>.rejected`, an earlier one of its name untouched.
       process.Crash: a converter or a runtime failed.
     """
+    class_names.check(classes)
     modules = [format_of(key) for key in formats]
     inputs, directory = specs(inputs, ranges), files.path(directory)
     check = fitted(check, inputs, "the model")
@@ -122,6 +125,7 @@ def make(
             inputs=inputs,
             calibration=calibration,
             check=check,
+            classes=classes,
             timeout=timeout,
         )
         for key, module in zip(formats, modules, strict=True):
@@ -143,10 +147,15 @@ def make(
     return done
 
 
-def _converted(module, fn, name, *, folder, inputs, calibration, check, timeout):
+def _converted(
+    module, fn, name, *, folder, inputs, calibration, check, classes, timeout
+):
     """Converts to files in a folder and runs the first; returns (paths, outputs)."""
     with lowering("native"):
         contents = module.convert(fn, inputs, calibration)
+    if getattr(module, "NAMED", False):
+        runs = next(iter(contents))
+        contents[runs] = class_names.attach(contents[runs], classes)
     paths = [files.write(folder / (name + end), data) for end, data in contents.items()]
     try:
         found = runtime.run(paths[0], check, batch=CHECK_BATCH, timeout=timeout)

@@ -16,13 +16,14 @@ forbidden, the mark since the process began is used, and growth below an earlier
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,39 @@ import numpy as np
 
 from squeeze_jax.cost import timing
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import process
-from squeeze_jax.export.runnable import cast, fitted, opened, outputs
+from squeeze_jax.export import class_names, process
+from squeeze_jax.export.runnable import Runnable, cast, fitted, opened, outputs
 
 MEGABYTE = 1e6
 
 
-def load(
-    path: str | Path, *, batch: int = 64, threads: int | None = None
-) -> Callable[[Any], Any]:
+@dataclasses.dataclass(frozen=True)
+class File:
+    """An exported file, opened by `load`; call it with examples.
+
+    Attributes:
+      runnable: the file in its runtime.
+      batch: examples at a time where the file takes any number.
+      classes: names of the classes, in the order of its logits; () where the file has none.
+    """
+
+    runnable: Runnable
+    batch: int
+    classes: tuple[str, ...]
+
+    def __call__(self, examples: Any) -> np.ndarray | dict[str, np.ndarray]:
+        """Returns the file's output, float32 [n, ...], or {name: output} of several.
+
+        Args:
+          examples: {name: [n, ...]}, or the array alone where the file has one input, such as pixels 0..255 [n, h, w, c].
+
+        Raises:
+          UserError: other examples than the file takes.
+        """
+        return _alone(outputs(self.runnable, examples, self.batch))
+
+
+def load(path: str | Path, *, batch: int = 64, threads: int | None = None) -> File:
     """Opens an exported file in this process.
 
     Args:
@@ -47,18 +72,16 @@ def load(
       threads: CPU threads of LiteRT, all cores by default.
 
     Returns:
-      A function: examples {name: [n, ...]}, or the array alone where the file has one input, such as pixels 0..255 [n,
-      h, w, c] → its output float32 [n, ...], or {name: output} of several.
+      A function of examples, see `File`.
 
     Raises:
-      UserError: the file is missing, damaged or of no known format; when called, other examples than it takes.
+      UserError: the file is missing, damaged or of no known format.
     """
-    runnable = opened(path, threads)
-    return lambda examples: _alone(outputs(runnable, examples, batch))
+    return File(opened(path, threads), batch, class_names.read(path))
 
 
-def _alone(found: dict[str, np.ndarray]):
-    """The array of one output, or all by name."""
+def _alone(found: dict[str, np.ndarray]) -> np.ndarray | dict[str, np.ndarray]:
+    """Returns the array of one output, or all by name."""
     return found if len(found) > 1 else next(iter(found.values()))
 
 

@@ -104,6 +104,7 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
                 tolerance=settings.tolerance,
                 int8_agreement=settings.int8_agreement,
                 agreement=built.metric.agreement,
+                classes=built.data.label_names,
             )
         except (export.Disagreement, process.Crash) as error:
             print(f"rejected   {error}", flush=True)

@@ -14,6 +14,7 @@ from squeeze_jax.export.runnable import Runnable, Spec, named
 
 SUFFIX = ".stablehlo"
 INTEGER = False
+NAMED = True  # class names may follow its bytes
 NEEDS = ()
 PLATFORMS = ("cpu", "cuda", "tpu")
 ALONE = "image"  # an input that needs no mapping

@@ -22,6 +22,7 @@ from squeeze_jax.export.runnable import Runnable, Spec, named
 
 SUFFIX = ".tflite"
 INTEGER = False
+NAMED = True  # class names may follow its bytes
 NEEDS = ("litert-converter", "ai-edge-litert")
 SIGNATURE = "serving_default"
 CONVERTER_SECONDS = 1800.0

@@ -15,6 +15,7 @@ from squeeze_jax.export.formats import tflite, tflite_int8
 
 SUFFIX = "_dynamic.tflite"
 INTEGER = True
+NAMED = tflite.NAMED
 NEEDS = tflite_int8.NEEDS
 
 

@@ -20,6 +20,7 @@ from squeeze_jax.export.runnable import fitted
 
 SUFFIX = "_int8.tflite"
 INTEGER = True
+NAMED = tflite.NAMED
 NEEDS = (*tflite.NEEDS, "litert-quantizer")
 
 
