@@ -12,6 +12,7 @@ from PIL import Image
 
 import run as run_py
 from squeeze_jax.errors import UserError
+from squeeze_jax.export import load
 from squeeze_jax.jobs import (
     _classes,
     _experiment,
@@ -171,6 +172,15 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
     run_py.main(["--job=export", "--workdir=run"])
     listed = json.loads((tmp_path / "run/export/files.json").read_text())
     assert listed["stablehlo"]["classes"] == ["blue", "red"]
+    assert load("run/export/model.stablehlo").classes == ("blue", "red")
+    for split in "train", "test":
+        shutil.copytree(f"photos/{split}/red", f"photos/{split}/sand")
+    words = r"classes \(blue, red\), config.data has \(blue, red, sand\).*config.init"
+    for job in "evaluate", "fit":
+        with pytest.raises(UserError, match=words):
+            run_py.main([f"--job={job}", "--workdir=run"])
+    for split in "train", "test":
+        shutil.rmtree(f"photos/{split}/sand")
     for split in "train", "test":
         shutil.move(f"photos/{split}/red", f"photos/{split}/aqua")
     words = (

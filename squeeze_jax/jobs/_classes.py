@@ -13,6 +13,10 @@ from squeeze_jax.errors import UserError, shortened
 SHOWN = 200  # characters of a list of names in an error
 
 
+class OtherClasses(UserError):
+    """The data have other classes than a trained network."""
+
+
 def order(
     theirs: Sequence[str] | None, ours: Sequence[str], where: str, remedy: str
 ) -> tuple[int, ...] | None:
@@ -27,7 +31,7 @@ def order(
       remedy: ends the error.
 
     Raises:
-      UserError: the names differ.
+      OtherClasses: the names differ.
     """
     if not theirs or not ours:
         return None
@@ -35,17 +39,20 @@ def order(
     if a == b:
         return None
     if sorted(a) != sorted(b) or len(set(a)) < len(a):
-        raise UserError(
+        raise OtherClasses(
             f"{where} was trained on the classes {_shown(theirs)}, config.data has {_shown(ours)}: {remedy}"
         )
     return tuple(a.index(name) for name in b)
 
 
 def check_same(theirs: Sequence[str] | None, ours: Sequence[str], workdir: str) -> None:
-    """Raises a UserError for data whose classes are not those that a work directory's network was trained on."""
-    remedy = "restore their names and their order, or train in another --workdir"
+    """Raises `OtherClasses` for data whose classes are not those that a work directory's network was trained on."""
+    remedy = (
+        "restore their names and their order, or train in another --workdir, which can begin with this network:"
+        f' --config.init=\'{{"workdir": "{workdir}"}}\''
+    )
     if order(theirs, ours, workdir, remedy) is not None:
-        raise UserError(
+        raise OtherClasses(
             f"{workdir} was trained on the classes {_shown(theirs)}, config.data has them in the order {_shown(ours)}:"
             f" {remedy}"
         )

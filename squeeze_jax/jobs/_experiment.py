@@ -24,6 +24,7 @@ from squeeze_jax import data, models, registry
 from squeeze_jax.data import vision
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import (
+    _classes,
     _compilation,
     _model,
     _noted,
@@ -262,6 +263,7 @@ def build(
     options: Mapping[str, Any] | None = None,
     *,
     begun: bool = False,
+    workdir: pathlib.Path | None = None,
 ) -> Built:
     """Builds everything that can be checked without computing: mesh, data, model, optimizer, methods.
 
@@ -270,6 +272,7 @@ def build(
       phase: index of the phase, from 0.
       options: of `models.make`, where a phase before has changed them.
       begun: whether the run has a checkpoint to continue from, so that it needs no weights file of `config.init`.
+      workdir: of the run whose trained network is built; the data must have its classes.
     """
     e, where = _phases.of(experiment, phase)
     registry.check(sharding.make_mesh, e.sharding, "config.sharding")
@@ -284,6 +287,8 @@ def build(
     begin = _pretrained.settings(**e.init) if e.init else None
     registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
+    if workdir is not None:
+        _noted.check_classes(workdir, source.label_names)
     if begin is not None:
         wanted = e.model.get("name")
         begin = _pretrained.suited(begin, source.model.get("task"), wanted)
@@ -347,14 +352,15 @@ def opened(
     """
     config, phase, options = _pretrained.alone(workdir, config)
     try:
-        built = build(check(config), phase, options)
+        return build(check(config), phase, options, workdir=workdir)
+    except _classes.OtherClasses:
+        raise
     except UserError as error:
         without = None if examples else _noted.without_examples(workdir, config)
         if without is None:
             raise
-        built = build(check(without), phase, options)
+        built = build(check(without), phase, options, workdir=workdir)
         print(f"data       not opened: {error}; the classes are those of the run")
-    _noted.check_classes(workdir, built.data.label_names)
     return built
 
 

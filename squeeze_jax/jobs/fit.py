@@ -68,7 +68,13 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
     settings = built.checkpoints
     directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
-        built, restored = _transitions.resumed(built, checkpoints)
+        try:
+            built, restored = _transitions.resumed(built, checkpoints)
+        except (
+            UserError
+        ):  # other classes say more than the shapes that follow from them
+            _noted.check_classes(workdir, built.data.label_names)
+            raise
         say(_plan.plan(built, workdir))
         given = {} if restored else built.given()
         if main:
