@@ -36,7 +36,23 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "shared: needs the folder ../shared")
 
 
+# Files that take a minute and more, the slowest first: they begin first, so that no worker waits for another at the end.
+SLOW = (
+    "test_configs.py",
+    "test_run_methods.py",
+    "test_run_text.py",
+    "test_run_pretrained.py",
+    "test_run.py",
+    "test_notebooks.py",
+    "test_export_text.py",
+    "test_run_phases.py",
+    "test_run_camvid.py",
+)
+
+
 def pytest_collection_modifyitems(config, items):
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.name, len(SLOW)))
     if SHARED.is_dir():
         return
     needing = [

@@ -76,7 +76,7 @@ def test_a_task_as_data(real, transformers, vocabulary):
     assert made.model == {"task": "classification", "num_classes": 2}
     assert made.objective == {"name": "losses.cross_entropy"}
     assert (made.reads, made.metrics, made.vocabulary) == ("tokens", "glue", 30522)
-    assert made.describe == "2,490 train + 277 test pairs of sentences of GLUE's rte, up to 64 tokens"  # fmt: skip
+    assert made.describe == "2,490 train + 277 test pairs of texts of GLUE's rte, up to 64 tokens"  # fmt: skip
     theirs = transformers.BertTokenizer(vocabulary)
     seen = []
     for batch in made.eval(32):
@@ -323,10 +323,10 @@ def test_texts_of_the_command_line(make, tmp_path):
     [
         ("sst2", [], r"predict needs texts, or files of them: run.py .* 'A SENTENCE\.'$"),
         ("rte", [], r"'A SENTENCE\. \|\|\| ANOTHER\.'$"),
-        ("sst2", ["a ||| b"], r"'a \|\|\| b': 2 texts where sst2 takes one"),
-        ("rte", ["a"], r"'a': 1 texts where rte takes two, as 'a \|\|\| b'"),
-        ("rte", ["a ||| "], r"1 texts where rte takes two"),
-        ("rte", ["FILE"], r"file.txt:2: 1 texts where rte takes two"),
+        ("sst2", ["a ||| b"], r"'a \|\|\| b': 2 texts where GLUE.s sst2 takes one"),
+        ("rte", ["a"], r"'a': 1 texts where GLUE.s rte takes two, as 'a \|\|\| b'"),
+        ("rte", ["a ||| "], r"1 texts where GLUE.s rte takes two"),
+        ("rte", ["FILE"], r"file.txt:2: 1 texts where GLUE.s rte takes two"),
         ("rte", ["EMPTY"], r"empty.txt holds no text"),
     ],
 )  # fmt: skip

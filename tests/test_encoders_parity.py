@@ -257,13 +257,16 @@ def test_every_layer_equals_transformers(tmp_path, name):
         )
         np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
         assert not probabilities[1, :, :, 9:].any()  # padding
+        # A softmax changes by up to a quarter of the change of its scores.
+        largest = float(np.abs(scores)[np.asarray(probabilities) > 0].max())
+        limit = TOLERANCE * max(1.0, largest / 4)
         if name == "squeezebert":
             # Those of its class are masked scores, and called attentions all the same.
             close(scores[0], attention[0])
             close(scores[1, ..., :9], attention[1, ..., :9])
-            close(probabilities, attention.softmax(-1))
+            close(probabilities, attention.softmax(-1), limit)
         else:
-            close(probabilities, attention)
+            close(probabilities, attention, limit)
 
 
 @pytest.mark.parametrize("name", huggingface.ACTIVATIONS)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from squeeze_jax.data import tsv
+from squeeze_jax.data.text_set import Split
 from squeeze_jax.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -101,27 +102,6 @@ DIAGNOSTIC = "diagnostic"
 SUBMITTED = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", DIAGNOSTIC: "AX"}
 UNDECIDED = "-"
 SLICE = re.compile(r"(?P<name>[^\[\]]+)\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Examples: texts, one column or two, and labels: int32 [n], float32 [n] for a regression, None in a test set.
-
-    `parts` says how many examples are of what: {"dev_matched": 9815, "dev_mismatched": 9832}.
-    """
-
-    texts: tuple[list[str], ...]
-    labels: np.ndarray | None
-    parts: dict[str, int]
-
-    def __len__(self) -> int:
-        return len(self.texts[0])
-
-    def take(self, indices: Sequence[int]) -> "Split":
-        """Some examples, as one part."""
-        texts = tuple([column[i] for i in indices] for column in self.texts)
-        labels = None if self.labels is None else self.labels[np.asarray(indices, int)]
-        return Split(texts, labels, {"": len(indices)})
 
 
 class Folder(NamedTuple):

@@ -8,6 +8,7 @@ are trained in short batches, all processes see one shape in a step, and still e
 
 import dataclasses
 import functools
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from squeeze_jax.data import pipeline
 from squeeze_jax.data.pipeline import Batch
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 WINDOW = 50  # batches
 CHUNK = 4096  # texts tokenized at a time
@@ -82,19 +85,31 @@ def tokenize(
     length: int,
     **fields: np.ndarray,
 ) -> Sequences:
-    """Sequences of texts, or of pairs of them, with special tokens, cut to `length`; tells on stderr how far it is."""
-    tokenizer.room(length, seconds is not None)
-    done, tell = [], Told("texts", len(firsts))
+    """Returns sequences of texts, or of pairs of texts, with special tokens, cut to `length` tokens.
+
+    Tells on stderr how far it is, and how many texts are cut.
+    """
+    room = tokenizer.room(length, seconds is not None)
+    done, tell, cut = [], Told("texts", len(firsts)), 0
     for begin in range(0, len(firsts), CHUNK):
         some = slice(begin, begin + CHUNK)
         ids = tokenizer.encode_many(firsts[some])
         if seconds is None:
             done += [tokenizer.single(a, length) for a in ids]
+            cut += sum(len(a) > room for a in ids)
         else:
             others = tokenizer.encode_many(seconds[some])
-            pairs = zip(ids, others, strict=True)
+            pairs = list(zip(ids, others, strict=True))
             done += [tokenizer.pair(a, b, length) for a, b in pairs]
+            cut += sum(len(a) + len(b) > room for a, b in pairs)
         tell(len(done))
+    if cut:
+        log.warning(
+            "%s of %s texts have more than config.data.length = %d tokens and are cut off",
+            f"{cut:,}",
+            f"{len(firsts):,}",
+            length,
+        )
     return pack(done, **fields)
 
 

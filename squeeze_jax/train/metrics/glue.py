@@ -39,7 +39,7 @@ def make(data) -> Metric:
     names = NAMES.get(data.task, ("accuracy",))
     if data.task == "mnli" and data.matched in (0, data.num_eval):
         names = ("accuracy",)
-    measure = _regression if data.task == "stsb" else _classes
+    measure = measured_number if data.task == "stsb" else _classes
 
     def score(sums, rows):
         """The table's scores and "eval_loss"."""
@@ -117,8 +117,8 @@ def _classes(logits, batch):
     return sums, {"prediction": jnp.argmax(logits, -1), "label": batch["label"]}
 
 
-def _regression(logits, batch):
-    """logits: [b, 1], "label": float [b] → the same."""
+def measured_number(logits, batch):
+    """logits: [b, 1], "label": float [b] → sums of squared errors, rows "prediction", "label" [b]."""
     found, mask = number(logits), batch["mask"].astype(jnp.float32)
     losses = jnp.square(found - batch["label"])
     sums = {"loss": jnp.sum(losses * mask), "examples": jnp.sum(mask)}

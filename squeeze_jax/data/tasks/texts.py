@@ -1,0 +1,376 @@
+"""Texts of your own, in tables: a .csv, .tsv or .jsonl file with a column of texts, or two, and a column of labels."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from squeeze_jax.data import tables, text_set, tokens
+from squeeze_jax.data.text import check_widths
+from squeeze_jax.data.text_set import Split, TextSet, likeliest, number
+from squeeze_jax.errors import UserError, nearest, shortened
+from squeeze_jax.ranges import Count, PathStr, Share, Whole
+
+SHOWN = 3  # rows that a line of the plan names
+LOSSES = {
+    "class": "cross_entropy",
+    "number": "squared_error",
+    "labels": "binary_cross_entropy",
+}
+METRICS = {"class": "classification", "number": "regression", "labels": "labels"}
+YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
+
+
+class Rows(NamedTuple):
+    """The rows of a table that have texts and labels.
+
+    Attributes:
+      path: the table.
+      texts: one column of n texts, or two.
+      values: n labels as the table holds them; for several columns a tuple each.
+      lines: the line of the table where each row begins.
+      notes: lines of the plan about rows left out.
+    """
+
+    path: Path
+    texts: tuple[list[str], ...]
+    values: list[Any]
+    lines: list[int]
+    notes: tuple[str, ...]
+
+    def take(self, indices: Sequence[int]) -> "Rows":
+        """Returns the rows at `indices`."""
+        return self._replace(
+            texts=tuple([column[i] for i in indices] for column in self.texts),
+            values=[self.values[i] for i in indices],
+            lines=[self.lines[i] for i in indices],
+        )
+
+    def places(self):
+        """Yields (label, "FILE:LINE") of each row."""
+        for value, line in zip(self.values, self.lines, strict=True):
+            yield value, f"{self.path}:{line}"
+
+
+def make(
+    train: PathStr | None,
+    tokenizer: PathStr,
+    *,
+    eval: PathStr | None = None,
+    holdout: Share = 0.1,
+    text: str | tuple[str, ...] = "text",
+    label: str | tuple[str, ...] = "label",
+    target: Literal["class", "number", "labels"] = "class",
+    classes: tuple[str, ...] = (),
+    separator: str | None = None,
+    label_separator: str = ",",
+    length: Count = 128,
+    buckets: tuple[Count, ...] = (),
+    limit_train: Whole = 0,
+) -> TextSet:
+    """Reads the tables; the parameters are the keys of `config.data`.
+
+    Rows without a text or a label are left out, and a line of the plan counts them.
+
+    Args:
+      train: the table to train on: .csv, .tsv or .jsonl, also .gz; see `tables.read`. None for evaluation alone.
+      tokenizer: folder or file, see `tokens.load`.
+      eval: the table to evaluate on; None takes a share of `train`.
+      holdout: that share, 0 to 1. A hash of the text decides, so that rows added later move no other row, and equal texts are
+        on the same side.
+      text: the column of the texts, or two columns for pairs of texts.
+      label: the column of the labels; for target="labels" also several columns of 0 and 1, one for each class.
+      target: "class": each text has one of several classes; "number": a number (regression); "labels": any number of
+        classes, also none.
+      classes: names of the classes in their order; () for those of `train`, sorted.
+      separator: the character between cells, where it is not the comma of .csv or the tab of .tsv.
+      label_separator: for target="labels" with one column, the character between labels; a .jsonl file may have lists.
+      length: tokens of a sequence at most, special tokens included; longer texts are cut off, and a line says how many.
+      buckets: shorter lengths that batches may have, ascending; see `text`.
+      limit_train: number of training examples, drawn at random but always the same; 0 for all.
+
+    Raises:
+      UserError: a table, a column, a label or a tokenizer that is missing or wrong; says in which line.
+    """
+    columns = (text,) if isinstance(text, str) else tuple(text)
+    labels = (label,) if isinstance(label, str) else tuple(label)
+    _check_columns(columns, labels, target)
+    loaded = tokens.load(tokenizer)
+    loaded.room(length, len(columns) == 2)
+    check_widths(length, buckets)
+    if train is None and eval is None:
+        raise UserError(
+            "config.data needs a table to train on or to evaluate on: set train or eval"
+        )
+    unlabelled = target == "labels" and len(labels) == 1  # an empty cell: no label
+    reading = partial(
+        _read,
+        columns=columns,
+        labels=labels,
+        separator=separator,
+        unlabelled=unlabelled,
+    )
+    whole = None if train is None else reading(train)
+    held = reading(eval) if eval is not None else None
+    if held is None:
+        whole, held = _held_out(whole, holdout)
+    rows = held if whole is None else whole
+    if target == "number":
+        names, read = (), _numbers
+    elif target == "labels":
+        separate = partial(_present, columns=labels, separator=label_separator)
+        several = len(labels) > 1
+        names = classes or (labels if several else _label_names(rows, separate))
+        read = partial(_label_matrix, names=names, separate=separate)
+    else:
+        names = classes or _class_names(rows, columns)
+        read = partial(_class_numbers, names=names)
+    evaluated = Split(held.texts, read(held), {str(held.path): len(held.values)})
+    training, notes = None, list(held.notes)
+    if whole is not None:
+        training = Split(whole.texts, read(whole), {str(whole.path): len(whole.values)})
+        notes = [*whole.notes, *(n for n in notes if n not in whole.notes)]
+        text_set.warn_of_overlap(training, evaluated)
+        if 0 < limit_train < len(training):
+            training = training.take(text_set.random_subset(len(training), limit_train))
+    return TextSet(
+        tokenizer=loaded,
+        length=length,
+        buckets=tuple(buckets),
+        train_split=training,
+        eval_split=evaluated,
+        label_names=tuple(names),
+        source=str(rows.path),
+        objective={"name": f"losses.{LOSSES[target]}"},
+        metrics=METRICS[target],
+        answer=_answer(target, tuple(names)),
+        notes=tuple(notes),
+    )
+
+
+def _check_columns(texts: Sequence[str], labels: Sequence[str], target: str) -> None:
+    if len(texts) not in (1, 2):
+        raise UserError(
+            f"config.data.text = {tuple(texts)} should be one column, or two for pairs of texts"
+        )
+    if not labels or (len(labels) > 1 and target != "labels"):
+        raise UserError(
+            f"config.data.label = {tuple(labels)} should be one column; several are for config.data.target = 'labels'"
+        )
+    columns = [*texts, *labels]
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise UserError(
+            f"config.data.text and config.data.label name the column {twice[0]!r} twice"
+        )
+
+
+def _read(path: str, columns, labels, separator, unlabelled: bool) -> Rows:
+    """Returns the rows of a table that have texts and labels."""
+    table = tables.read(Path(path).expanduser(), separator)
+    for key, names in (("text", columns), ("label", labels)):
+        for name in names:
+            table.check_column(name, f"config.data.{key}")
+    texts, values, lines, without = [], [], [], []
+    for row, line in zip(table.rows, table.lines, strict=True):
+        parts = [_words(row.get(name), name, table, line) for name in columns]
+        cells = [row.get(name) for name in labels]
+        lacking = [cell is None or (cell == "" and not unlabelled) for cell in cells]
+        if not all(parts) or all(lacking):
+            without.append(line)
+            continue
+        if any(lacking):
+            name = labels[lacking.index(True)]
+            raise UserError(f"{table.path}:{line} has no {name!r}: write 0 or 1")
+        texts.append(parts)
+        values.append(tuple(cells) if len(cells) > 1 else cells[0])
+        lines.append(line)
+    if not texts:
+        raise UserError(f"{table.path} has no row with a text and a label")
+    notes = []
+    if without:
+        shown = ", ".join(f"line {line}" for line in without[:SHOWN])
+        more = ", ..." if len(without) > SHOWN else ""
+        notes.append(
+            f"{table.path}: {len(without):,} rows without a text or a label left out ({shown}{more})"
+        )
+    if table.quoted:
+        notes.append(
+            f"{table.path}: {table.quoted:,} cells stand in quotation marks, which are a part of a .tsv cell"
+        )
+    columns = tuple(list(column) for column in zip(*texts, strict=True))
+    return Rows(table.path, columns, values, lines, tuple(notes))
+
+
+def _words(cell: Any, column: str, table: tables.Table, line: int) -> str:
+    if cell is None:
+        return ""
+    if not isinstance(cell, str):
+        raise UserError(
+            f"{table.path}:{line} has {shortened(repr(cell), 60)} in the column {column!r}, not a text"
+        )
+    return cell.strip()
+
+
+def _held_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """Returns the rows to train on and those to evaluate on."""
+    held, kept = [], []
+    for index, parts in enumerate(zip(*rows.texts, strict=True)):
+        words = hashlib.sha256("\t".join(parts).encode(errors="replace")).digest()
+        held_out = int.from_bytes(words[:8], "big") < share * 2**64
+        (held if held_out else kept).append(index)
+    if not held or not kept:
+        raise UserError(
+            f"config.data.holdout = {share} leaves {len(kept)} rows to train on and {len(held)} to evaluate on: change it, or"
+            " give a table in config.data.eval"
+        )
+    return rows.take(kept), rows.take(held)
+
+
+def _name(value: Any, where: str) -> str:
+    """Returns a label as the name of a class."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value).strip()
+    raise UserError(
+        f"{where} has the label {shortened(repr(value), 60)}, not a name or a number"
+    )
+
+
+def _sorted(names: set[str]) -> tuple[str, ...]:
+    """Returns names of classes in order: by value if all are integers."""
+    try:
+        return tuple(sorted(names, key=int))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def _class_names(rows: Rows, columns: Sequence[str]) -> tuple[str, ...]:
+    """Returns the classes of a table, sorted.
+
+    Raises:
+      UserError: one class, or labels that are numbers with a fraction.
+    """
+    names = {_name(value, where) for value, where in rows.places()}
+    if len(names) == 1:
+        raise UserError(
+            f"{rows.path} has the one class {shortened(repr(*names), 60)}: a classifier needs two or more"
+        )
+    fractions = [name for name in sorted(names) if _is_fraction(name)]
+    if fractions and all(map(_is_number, names)):
+        raise UserError(
+            f"{rows.path} has labels such as {fractions[0]}: set config.data.target = 'number' for a regression, or name the"
+            " classes by words"
+        )
+    if len(names) == len(rows.values) and len(names) > 2:
+        raise UserError(
+            f"{rows.path} has {len(names):,} classes in as many rows: config.data.label should name the column of the classes"
+        )
+    return _sorted(names)
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
+def _is_fraction(name: str) -> bool:
+    return _is_number(name) and not float(name).is_integer()
+
+
+def _class_numbers(rows: Rows, names: Sequence[str]) -> np.ndarray:
+    """Returns the number of each row's class, int32 [n]."""
+    number_of = {name: n for n, name in enumerate(names)}
+    numbers = []
+    for value, where in rows.places():
+        name = _name(value, where)
+        if name not in number_of:
+            raise UserError(_unknown(name, where, names))
+        numbers.append(number_of[name])
+    return np.array(numbers, np.int32)
+
+
+def _unknown(name: str, where: str, names: Sequence[str]) -> str:
+    shown = shortened(", ".join(names), 200)
+    return f"{where} has the label {shortened(repr(name), 60)}{nearest(name, names)}, none of the classes {shown}"
+
+
+def _numbers(rows: Rows) -> np.ndarray:
+    """Returns the label of each row, float32 [n]."""
+    numbers = []
+    for value, where in rows.places():
+        text_of = str(value).strip()
+        if isinstance(value, bool) or not _is_number(text_of):
+            raise UserError(
+                f"{where} has the label {shortened(repr(value), 60)}, which is not a number"
+            )
+        numbers.append(float(text_of))
+    return np.array(numbers, np.float32)
+
+
+def _present(
+    value: Any, where: str, columns: Sequence[str], separator: str
+) -> list[str]:
+    """Returns the names of the labels of one row."""
+    if len(columns) > 1:
+        return [
+            column
+            for column, cell in zip(columns, value, strict=True)
+            if _is_yes(cell, column, where)
+        ]
+    if isinstance(value, list):
+        return [_name(each, where) for each in value]
+    parts = (part.strip() for part in _name(value, where).split(separator))
+    return [part for part in parts if part]
+
+
+def _is_yes(cell: Any, column: str, where: str) -> bool:
+    word = str(cell).strip().lower()
+    if word not in YES + NO:
+        raise UserError(
+            f"{where} has {shortened(repr(cell), 60)} in the column {column!r}: write 0 or 1"
+        )
+    return word in YES
+
+
+def _label_names(rows: Rows, separate) -> tuple[str, ...]:
+    names = {name for value, where in rows.places() for name in separate(value, where)}
+    if not names:
+        raise UserError(f"{rows.path} has no labels")
+    return _sorted(names)
+
+
+def _label_matrix(rows: Rows, names: Sequence[str], separate) -> np.ndarray:
+    """Returns 1 for the labels of each row and 0 for other classes, float32 [n, classes]."""
+    number_of = {name: n for n, name in enumerate(names)}
+    matrix = np.zeros((len(rows.values), len(names)), np.float32)
+    for row, (value, where) in enumerate(rows.places()):
+        for name in separate(value, where):
+            if name not in number_of:
+                raise UserError(_unknown(name, where, names))
+            matrix[row, number_of[name]] = 1
+    return matrix
+
+
+def _answer(target: str, names: tuple[str, ...]):
+    """Returns the function that prints a network's outputs for one text."""
+    return {
+        "class": partial(likeliest, names),
+        "number": number,
+        "labels": partial(_likely, names),
+    }[target]
+
+
+def _likely(names: Sequence[str], logits: np.ndarray) -> str:
+    """Returns the classes with a probability of one half or more, such as "toxic 93.1%, insult 61.0%"."""
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    order = np.argsort(-probabilities, kind="stable")
+    likely = [f"{names[n]} {probabilities[n]:.1%}" for n in order if logits[n] >= 0]
+    return ", ".join(likely) or "no label"

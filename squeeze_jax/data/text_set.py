@@ -1,0 +1,262 @@
+"""A dataset of texts, or of pairs of texts, with labels: what the tasks `texts` and `glue` share."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from squeeze_jax.data import answering, files, text
+from squeeze_jax.data.text import Reader, Stream
+from squeeze_jax.data.tokens import Tokenizer
+from squeeze_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BETWEEN = "|||"  # separates the two texts of a pair on the command line
+PREDICTED = 32  # texts in one batch of the job predict
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Labelled texts.
+
+    Attributes:
+      texts: one column of n texts, or two columns for pairs.
+      labels: int32 [n] for classes, float32 [n] for a regression, float32 [n, classes] of zeros and ones for several labels
+        per text, None for a test set without labels.
+      parts: how many examples come from each part, in order, such as {"dev_matched": 9815, "dev_mismatched": 9832}.
+    """
+
+    texts: tuple[list[str], ...]
+    labels: np.ndarray | None
+    parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.texts[0])
+
+    def take(self, indices: Sequence[int]) -> "Split":
+        """Returns the examples at `indices`, as one part."""
+        texts = tuple([column[i] for i in indices] for column in self.texts)
+        labels = None if self.labels is None else self.labels[np.asarray(indices, int)]
+        return Split(texts, labels, {"": len(indices)})
+
+
+def random_subset(total: int, count: int) -> list[int]:
+    """Returns `count` of the indices 0 to total - 1, in order; the choice depends on the arguments alone.
+
+    The choice of a smaller count is a part of that of a larger one.
+    """
+    words = np.random.Philox(key=0).random_raw(total)
+    return sorted(np.argsort(words, kind="stable")[:count].tolist())
+
+
+def warn_of_overlap(train: Split, evaluated: Split) -> None:
+    """Logs how many evaluation examples are training examples too."""
+    train_texts = set(zip(*train.texts, strict=True))
+    both = sum(example in train_texts for example in zip(*evaluated.texts, strict=True))
+    if both:
+        log.warning(
+            "config.data.train has %d of the %d examples of config.data.eval",
+            both,
+            len(evaluated),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSet:
+    """Labelled texts under one tokenizer, see `pipeline.Data`.
+
+    Batches are dicts of numpy arrays: "tokens", "segments" int32 [b, l], "attended" bool [b, l] (False: padding), "label" as
+    in `Split`, "mask" bool [b] (False: padding), "index" int64 [b].
+
+    Attributes:
+      tokenizer: turns texts into tokens.
+      length: tokens of a sequence at most.
+      buckets: shorter lengths that batches may have, ascending.
+      train_split, eval_split: the examples; `train_split` is None for evaluation alone.
+      label_names: of the classes; () for a regression.
+      source: what the examples are, in a phrase, such as "GLUE's sst2".
+      objective, metrics: see `pipeline.Data`.
+      answer: float32 [outputs] of one text → the words that the job predict prints.
+      notes: lines of the plan before training.
+    """
+
+    reads = "tokens"
+    noun = "sequence"
+    fixed = True
+
+    tokenizer: Tokenizer
+    length: int
+    buckets: tuple[int, ...]
+    train_split: Split | None
+    eval_split: Split
+    label_names: tuple[str, ...]
+    source: str
+    objective: Mapping[str, Any]
+    metrics: str
+    answer: Callable[[np.ndarray], str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pair(self) -> bool:
+        """Returns whether an example is a pair of texts."""
+        return len(self.eval_split.texts) == 2
+
+    @property
+    def describe(self) -> str:
+        kind = "pairs of texts" if self.pair else "texts"
+        train = f"{self.num_train:,} train + " if self.train_split else ""
+        return f"{train}{self.num_eval:,} test {kind} of {self.source}, up to {self.length} tokens"
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_split) if self.train_split else 0
+
+    @property
+    def num_eval(self) -> int:
+        return len(self.eval_split)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.size
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return {"task": "classification", "num_classes": max(1, len(self.label_names))}
+
+    def train(
+        self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
+    ) -> Stream:
+        """Returns the endless stream of shuffled batches, see `text.Reader.train`.
+
+        Raises:
+          UserError: there is no training split, or what `text.Reader.train` raises.
+        """
+        if self.train_split is None:
+            raise UserError("config.data.train is None: it names no split to train on")
+        return self._train_reader.train(batch, seed, start, process)
+
+    def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Stream:
+        """Returns each evaluation example once, see `text.Reader.eval`."""
+        return self._eval_reader.eval(batch, process)
+
+    def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """Returns the shapes of batches, one dict per length."""
+        labels = {"label": self.eval_split.labels}
+        return text.specs(rows, (*self.buckets, self.length), labels)
+
+    def augment(self, key: jax.Array, batch: dict) -> dict:
+        """Returns the batch as it is."""
+        del key
+        return batch
+
+    def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the inputs of a network, see `text.inputs`."""
+        return text.inputs(batch)
+
+    @property
+    def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return text.exported(self.length)
+
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return text.example(self.length)
+
+    # A split is tokenized when it is first read, because not every job reads every split.
+    @functools.cached_property
+    def _train_reader(self) -> Reader:
+        return self.reader(self.train_split)
+
+    @functools.cached_property
+    def _eval_reader(self) -> Reader:
+        return self.reader(self.eval_split)
+
+    def reader(self, split: Split) -> Reader:
+        """Tokenizes a split and returns its reader."""
+        first, second = (*split.texts, None)[:2]
+        labels = {} if split.labels is None else {"label": split.labels}
+        sequences = text.tokenize(self.tokenizer, first, second, self.length, **labels)
+        return Reader(sequences, self.length, self.buckets, self.tokenizer.pad or 0)
+
+    def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
+        """Yields the answer to each text, or why it has none.
+
+        Texts are words of the command line, pairs "a ||| b", or files with one text or pair a line.
+
+        Raises:
+          UserError: no text; after all answers, texts or files that have none.
+        """
+        tried = [attempt for word in given for attempt in self._texts(word)]
+        if not tried:
+            form = f"'A SENTENCE. {BETWEEN} ANOTHER.'" if self.pair else "'A SENTENCE.'"
+            raise UserError(
+                f"the job predict needs texts, or files of them: run.py --job=predict --workdir=DIR {form}"
+            )
+        reasons = [reason for _, reason in tried if reason]
+        if len(tried) == 1:
+            answering.check(reasons, 1, "text")
+        for begin in range(0, len(tried), PREDICTED):
+            batch = tried[begin : begin + PREDICTED]
+            good = [parts for parts, reason in batch if not reason]
+            rows = iter(self._outputs(good, run) if good else ())
+            for parts, reason in batch:
+                yield (
+                    reason or f"{self.answer(next(rows))}  {f' {BETWEEN} '.join(parts)}"
+                )
+        answering.check(reasons, len(tried), "text")
+
+    def _outputs(self, texts: Sequence[tuple[str, ...]], run: Callable) -> np.ndarray:
+        """Returns the network's outputs for texts or pairs, float32 [b, outputs]."""
+        columns = tuple(list(column) for column in zip(*texts, strict=True))
+        reader = dataclasses.replace(self.reader(Split(columns, None)), buckets=())
+        batch = next(reader.eval(len(texts)))
+        batch = {name: batch[name].astype(np.int32) for name in text.READ}
+        return np.asarray(run(batch), np.float32)
+
+    def _texts(self, word: str) -> list[tuple[tuple[str, ...] | None, str]]:
+        """Returns (parts, "") or (None, why it cannot be used) for each text that a word of the command line names."""
+        try:
+            is_file = Path(word).is_file()
+        except OSError:  # a long sentence is no name of a file
+            is_file = False
+        if not is_file:
+            return [answering.attempt(self._parts, word, repr(word))]
+        content, reason = answering.attempt(files.text, Path(word))
+        if not reason and not content.strip():
+            reason = f"{word} holds no text"
+        if reason:
+            return [(None, reason)]
+        return [
+            answering.attempt(self._parts, line, f"{word}:{number}")
+            for number, line in enumerate(content.split("\n"), 1)
+            if line.strip()
+        ]
+
+    def _parts(self, line: str, where: str) -> tuple[str, ...]:
+        """Returns the one or two texts of a line; `where` names the line in an error."""
+        between = BETWEEN if BETWEEN in line else "\t"
+        parts = tuple(part.strip() for part in line.split(between))
+        if len(parts) != (2 if self.pair else 1) or not all(parts):
+            wanted = f"two, as 'a {BETWEEN} b'" if self.pair else "one"
+            count = len([part for part in parts if part])
+            raise UserError(
+                f"{where}: {count} texts where {self.source} takes {wanted}"
+            )
+        return parts
+
+
+def likeliest(label_names: Sequence[str], logits: np.ndarray) -> str:
+    """Returns the likeliest class and its probability, such as "positive 93.1%"."""
+    best = int(logits.argmax())
+    probability = 1 / np.exp(logits - logits[best]).sum()
+    known = best < len(label_names)
+    return f"{label_names[best] if known else f'class {best}'} {probability:.1%}"
+
+
+def number(outputs: np.ndarray) -> str:
+    """Returns the number of a regression."""
+    return f"{outputs.reshape(-1)[0]:.2f}"

@@ -1,0 +1,50 @@
+"""The loss of several labels per example: the sigmoid cross-entropy of each class, averaged over the classes."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.nn.means import mean
+from squeeze_jax.train.losses import _labels
+
+
+def make() -> Callable:
+    """Returns `loss(logits, endpoints, batch) → (mean loss, {"label_accuracy"})`.
+
+    The loss takes logits [b, classes] and "label" float [b, classes], whose entries are 1 for the labels of an example and 0
+    for the other classes, or probabilities between. "label_accuracy" is the share of entries on the right side of 0.5.
+    """
+
+    def loss(logits, endpoints, batch):
+        del endpoints
+        losses = scored(logits, batch["label"])
+        hits = (logits > 0) == (batch["label"] > 0.5)
+        accuracy = mean(hits.astype(jnp.float32).mean(-1), batch["mask"])
+        return mean(losses, batch["mask"]), {"label_accuracy": accuracy}
+
+    return loss
+
+
+def scored(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the loss of each example in nats, float32 [b]; NaN where a label lies outside 0 to 1.
+
+    Args:
+      logits: [b, classes].
+      labels: float [b, classes], 0 to 1.
+
+    Raises:
+      UserError: labels of another shape or of integers.
+    """
+    if labels.shape != logits.shape or not jnp.issubdtype(labels.dtype, jnp.floating):
+        raise UserError(
+            f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give a float, 0 or 1, for each"
+            " class"
+        )
+    _labels.check_shapes(logits, labels)
+    labels = labels.astype(jnp.float32)
+    inside = ((labels >= 0) & (labels <= 1)).all(-1)
+    losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels)
+    return jnp.where(inside, losses.mean(-1), jnp.nan)
