@@ -11,7 +11,7 @@ from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.models import squeezebert
 from squeeze_jax.nn.attention import Groups
-from squeeze_jax.nn.conv import apart, lowering
+from squeeze_jax.nn.conv import lowering, separate_groups
 
 LENGTH = 11
 
@@ -245,7 +245,7 @@ def test_groups_apart_compute_the_same(groups, shuffle):
         return program.lower().compile()(x), convolutions
 
     expected, plain = run(x)
-    with apart():
+    with separate_groups():
         found, split = run(x)
     assert split > plain
     jax.tree.map(

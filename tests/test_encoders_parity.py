@@ -274,7 +274,7 @@ def test_activations_are_those_that_transformers_calls_so(name):
     from transformers.activations import ACT2FN
 
     x = np.linspace(-6, 6, 97, dtype=np.float32)
-    found = jit(activations.named(huggingface.ACTIVATIONS[name]))(x)
+    found = jit(activations.by_name(huggingface.ACTIVATIONS[name]))(x)
     # The two kinds of GELU are up to 5e-4 apart.
     np.testing.assert_allclose(found, ACT2FN[name](torch.tensor(x)), atol=1e-5)
 

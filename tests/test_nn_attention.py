@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax import registry
-from squeeze_jax.nn.attention import Groups, SelfAttention, attend, shuffled
-from squeeze_jax.nn.composite import whole
+from squeeze_jax.nn.attention import Groups, SelfAttention, attend, shuffle_channels
+from squeeze_jax.nn.composite import keep_composites
 from squeeze_jax.nn.embed import Embed, Embeddings
 
 
@@ -79,7 +79,7 @@ def test_derivatives_are_those_of_the_operations_also_where_they_are_one():
         return (registry.load("squeeze_jax.nn", "activations").gelu(x) ** 2).sum()
 
     expected = jax.jit(jax.grad(loss))(table)
-    with whole():
+    with keep_composites():
         text = str(jax.make_jaxpr(loss)(table))
         found = jax.jit(jax.grad(loss))(table)
     assert text.count("name=aten.gelu.default") == 1
@@ -92,7 +92,7 @@ def test_derivatives_are_those_of_the_operations_also_where_they_are_one():
 def test_a_shuffle_by_hand():
     x = jnp.arange(12).reshape(1, 1, 12)  # of two groups, for three
     expected = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
-    assert shuffled(x, 2, 3)[0, 0].tolist() == expected
+    assert shuffle_channels(x, 2, 3)[0, 0].tolist() == expected
 
 
 def test_a_shuffle_lets_groups_see_each_other():

@@ -105,7 +105,7 @@ def test_devices_share_one_mask():
 
 
 def test_whole_images_share_their_fate():
-    y = np.asarray(drop(jnp.ones((400, 4, 4, 3)), 0.3, whole=(1, 2, 3)))
+    y = np.asarray(drop(jnp.ones((400, 4, 4, 3)), 0.3, broadcast_dims=(1, 2, 3)))
     fates = y.reshape(400, -1)
     assert (fates == fates[:, :1]).all()
     assert abs((fates[:, 0] != 0).mean() - 0.7) < 5 * np.sqrt(0.21 / 400)

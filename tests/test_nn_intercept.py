@@ -118,12 +118,12 @@ def test_groups_that_stay_apart_are_taps_of_their_own():
     def doubled(tap, x):
         return 2 * x if tap.name == "outputs" else x
 
-    with conv.apart():
-        parts = layer.apply(variables, x, whole=False)
-        taps = recorded(lambda x: layer.apply(variables, x, whole=False), x)
+    with conv.separate_groups():
+        parts = layer.apply(variables, x, join_groups=False)
+        taps = recorded(lambda x: layer.apply(variables, x, join_groups=False), x)
         fed = recorded(lambda x: layer.apply(variables, (x[..., :1], x[..., 1:])), x)
         with intercepting(doubled):
-            changed = layer.apply(variables, x, whole=False)
+            changed = layer.apply(variables, x, join_groups=False)
     assert [float(part[0, 0, 0]) for part in parts] == [3, 10]
     assert [float(part[0, 0, 0]) for part in changed] == [6, 20]
     shapes = [(tap.name, tap.shape) for tap in taps]

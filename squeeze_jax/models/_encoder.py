@@ -15,7 +15,14 @@ from squeeze_jax import registry
 from squeeze_jax.nn import activations, encoder, heads
 from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.conv import Conv
-from squeeze_jax.nn.embed import READS, Embeddings, Sizes, named, positions, text
+from squeeze_jax.nn.embed import (
+    TEXT_INPUTS,
+    Embeddings,
+    Sizes,
+    named_inputs,
+    scored_positions,
+    text_inputs,
+)
 from squeeze_jax.nn.heads import Head, Pooler
 from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
@@ -89,7 +96,7 @@ def settings(options: Options) -> Settings:
     Raises:
       UserError: an unknown activation.
     """
-    activations.named(options.activation)
+    activations.by_name(options.activation)
     if options.head_dropout is None:
         options = options._replace(head_dropout=options.dropout)
     return Settings(*(getattr(options, name) for name in Settings._fields))
@@ -103,7 +110,7 @@ def sized(row: Any, options: Options, **sizes: int | None) -> Any:
     """
     shared = ("layers", "features", "heads", "ffn_features", "vocabulary", "positions")
     sizes |= {name: getattr(options, name) for name in shared}
-    return encoder.resized(row, **sizes)
+    return encoder.with_sizes(row, **sizes)
 
 
 def chosen(
@@ -127,7 +134,7 @@ def chosen(
     """
     row = registry.row(variants, variant, f"variant of {model_type}")
     row = sized(row, options, **sizes)
-    encoder.check(row.features, row.ffn_features, row.heads)
+    encoder.check_divisors(row.features, row.ffn_features, row.heads)
     return row, settings(options)
 
 
@@ -138,16 +145,16 @@ def has_pooler(
     tasks: Any = heads.Task,
     need: Sequence[str] = heads.NEED_POOLER,
 ) -> bool:
-    """Whether an encoder has a pooler; see `heads.pooled`. A network without classes has one only if `pooler` is
+    """Whether an encoder has a pooler; see `heads.has_pooler`. A network without classes has one only if `pooler` is
     true.
 
     Raises:
-      UserError: see `heads.pooled`.
+      UserError: see `heads.has_pooler`.
     """
-    heads.check(task, tasks)
+    heads.check_task(task, tasks)
     if num_classes is None:
         return pooler is True
-    return heads.pooled(task, pooler, tasks=tasks, need=need)
+    return heads.has_pooler(task, pooler, tasks=tasks, need=need)
 
 
 def embeddings(net, **changes: Any) -> Embeddings:
@@ -237,8 +244,8 @@ def encode(
 
     Args:
       net: the encoder, bound.
-      x: {"tokens", "segments", "attended", "position_ids"} of [b, l], see `embed.text`, and for the tasks masked_lm and
-        pretraining "positions" [b, p], see `embed.positions`.
+      x: {"tokens", "segments", "attended", "position_ids"} of [b, l], see `embed.text_inputs`, and for the tasks masked_lm and
+        pretraining "positions" [b, p], see `embed.scored_positions`.
       tables, blocks, last: its embeddings, layers and head.
       train: whether dropout acts.
       rows: bool [b, l] or None → each token's row in the table of positions, int [b, l], or None to count tokens.
@@ -255,18 +262,18 @@ def encode(
     # A network without a head may teach one that scores tokens, on the same batches.
     if net.task in _SCORED or net.num_classes is None:
         others = ("positions",)
-    tokens, segments, mask, at = text(
+    tokens, segments, mask, at = text_inputs(
         x,
         choices=net.task == "choice",
         sizes=_table_sizes(net, tables),
         others=others,
         network=network,
     )
-    inputs = named(x, (*READS, *others), network)
+    inputs = named_inputs(x, (*TEXT_INPUTS, *others), network)
     at = rows(mask) if at is None else at
     y = widen(net, tables(tokens, segments, at=at, train=train))
     endpoints = {"embeddings": y}
-    y, others = encoder.stack(blocks, y, mask, train=train)
+    y, others = encoder.run_layers(blocks, y, mask, train=train)
     endpoints |= others
     y = finish(net, y)
     pooled = pool(net, y, mask)
@@ -279,7 +286,7 @@ def encode(
         pooled,
         tables.scores,
         choices=inputs["tokens"].shape[1],
-        positions=positions(inputs),
+        positions=scored_positions(inputs),
         train=train,
     )
     return logits, endpoints

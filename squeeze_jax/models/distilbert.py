@@ -15,7 +15,7 @@ from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.models import _encoder, bert
 from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
-from squeeze_jax.nn.heads import check
+from squeeze_jax.nn.heads import check_task
 from squeeze_jax.ranges import Rate
 from squeeze_jax.weights import huggingface
 
@@ -125,7 +125,7 @@ def make(
     """
     shared = OPTIONS._replace(**options)
     row, settings = _encoder.chosen(VARIANTS, variant, "distilbert", shared)
-    check(task, Task)
+    check_task(task, Task)
     return DistilBert(row, task, shared.num_classes, False, settings, span_dropout)
 
 

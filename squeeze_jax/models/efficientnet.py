@@ -33,7 +33,7 @@ from squeeze_jax.nn.blocks import (
 from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
@@ -126,7 +126,7 @@ class MBConv(nn.Module):
         y = unit(y, stage.features, 1, activation=None, name="project")
         if not self.residual:
             return y
-        y = Dropout(self.skip, whole=(1, 2, 3))(y, train=train)
+        y = Dropout(self.skip, broadcast_dims=(1, 2, 3))(y, train=train)
         return residual_sum(x, y, self, "project")
 
 
@@ -145,7 +145,7 @@ class EfficientNet(nn.Module):
 
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         row, number = self.row, 0
         unit = _unit(row, self.options, train)
         y = unit(x, row.stem, 3, self.stem_strides, name="conv1")

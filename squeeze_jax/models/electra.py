@@ -16,7 +16,7 @@ from squeeze_jax import registry
 from squeeze_jax.models import _encoder, bert
 from squeeze_jax.models._encoder import Options, Row, Settings
 from squeeze_jax.nn.embed import Embeddings
-from squeeze_jax.nn.heads import check
+from squeeze_jax.nn.heads import check_task
 from squeeze_jax.ranges import Count, Whole
 from squeeze_jax.weights import huggingface
 
@@ -159,7 +159,7 @@ def make(
     shared = OPTIONS._replace(**options)
     sizes = {"segments": segments, "embedding_features": embedding_features}
     row, settings = _encoder.chosen(VARIANTS, variant, "electra", shared, **sizes)
-    check(task, Task)
+    check_task(task, Task)
     return Electra(row, task, shared.num_classes, False, settings)
 
 

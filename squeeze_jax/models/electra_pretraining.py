@@ -19,7 +19,7 @@ from squeeze_jax.models import _encoder, electra
 from squeeze_jax.models._encoder import Row, Settings
 from squeeze_jax.models.electra import Electra
 from squeeze_jax.nn import encoder
-from squeeze_jax.nn.embed import READS, named
+from squeeze_jax.nn.embed import TEXT_INPUTS, named_inputs
 from squeeze_jax.ranges import Count, Part, Whole
 
 INPUTS = "tokens"
@@ -83,7 +83,7 @@ class ElectraPretraining(nn.Module):
             the generator scores all tokens and none is replaced.
           train: whether dropout acts. The draws take the rng "sample"; without it they are the same every time.
         """
-        x = named(x, (*READS, "positions", *_TARGETS), type(self).__name__)
+        x = named_inputs(x, (*TEXT_INPUTS, "positions", *_TARGETS), type(self).__name__)
         told = [name for name in _TARGETS if name in x]
         if len(told) == 1:
             raise UserError(
@@ -174,7 +174,7 @@ def make(
         for name in ("features", "heads", "ffn_features")
     }
     small = row._replace(**sizes)
-    encoder.check(small.features, small.ffn_features, small.heads)
+    encoder.check_divisors(small.features, small.ffn_features, small.heads)
     return ElectraPretraining(row, small, settings)
 
 

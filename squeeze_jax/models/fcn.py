@@ -19,7 +19,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn import resize
 from squeeze_jax.nn.blocks import conv_norm
 from squeeze_jax.nn.conv import Conv
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Range
 
@@ -80,7 +80,7 @@ class FCN(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool = False):
         """x: [b, h, w, c] → logits [b, h, w, num_classes], float32, and {name: [b, h', w', c']}."""
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         size, endpoints, dilation = x.shape[1:3], {}, 1
         count = len(self.row.features)
         for number, features, depth in zip(

@@ -22,7 +22,7 @@ import numpy as np
 from squeeze_jax import registry
 from squeeze_jax.models import _encoder
 from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
-from squeeze_jax.nn.heads import check, last_token
+from squeeze_jax.nn.heads import check_task, last_token
 from squeeze_jax.nn.layer_norm import LayerNorm
 from squeeze_jax.ranges import Rate
 from squeeze_jax.weights import files, huggingface
@@ -193,7 +193,7 @@ def make(
     """
     shared = OPTIONS._replace(**options)
     row, settings = _encoder.chosen(VARIANTS, variant, "gpt2", shared)
-    check(task, Task)
+    check_task(task, Task)
     rate = shared.dropout if embedding_dropout is None else embedding_dropout
     return Gpt2(row, task, shared.num_classes, False, settings, rate)
 

@@ -22,7 +22,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn import recurrent
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.embed import Embed, Sizes, named, text
+from squeeze_jax.nn.embed import Embed, Sizes, named_inputs, text_inputs
 from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 INPUTS = "tokens"
@@ -83,8 +83,8 @@ class Lstm(nn.Module):
           carry: the state before the first token, see `initial_carry`; None for zeros.
         """
         row = self.row
-        inputs = named(inputs, ("tokens", "fresh"), type(self).__name__)
-        tokens = text(
+        inputs = named_inputs(inputs, ("tokens", "fresh"), type(self).__name__)
+        tokens = text_inputs(
             inputs, sizes=Sizes(row.vocabulary), reads=("tokens", "fresh")
         ).tokens
         carry = self._begin(inputs, carry)

@@ -22,10 +22,10 @@ from squeeze_jax.nn.blocks import (
     residual_sum,
     stage_strides,
 )
-from squeeze_jax.nn.conv import Pair, per_axis
+from squeeze_jax.nn.conv import PerAxis, per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
 
     expand: int | None
     features: int
-    strides: Pair
+    strides: PerAxis
     residual: bool
     options: UnitOptions
 
@@ -114,7 +114,7 @@ class MobileNetV2(nn.Module):
 
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         row, number = self.row, 0
         endpoints = {}
         unit = partial(

@@ -28,7 +28,7 @@ from squeeze_jax.nn.blocks import (
 from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
@@ -152,7 +152,7 @@ class MobileNetV3(nn.Module):
 
         Without classes the features behind the mean stand in place of the logits, [b, hidden], float32.
         """
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         row, endpoints = self.row, {}
         unit = partial(
             conv_norm,

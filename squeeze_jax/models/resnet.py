@@ -16,7 +16,7 @@ from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.blocks import UNIT, UnitOptions, conv_norm, residual_sum
 from squeeze_jax.nn.dense import Dense
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive
@@ -93,7 +93,7 @@ class ResNet(nn.Module):
 
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         row, endpoints = self.row, {}
         kernel, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
         unit = partial(conv_norm, options=self.options, train=train)

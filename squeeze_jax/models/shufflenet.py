@@ -25,7 +25,7 @@ from squeeze_jax.nn.blocks import conv_norm, residual_sum, stage_strides
 from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean, max_pool, mean_pool
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Rate, Strides
@@ -135,7 +135,7 @@ class ShuffleNet(nn.Module):
 
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         row = self.row
         y = conv_norm(x, row.stem, 3, self.stem_strides, train=train, name="conv1")
         y = nn.relu(y)

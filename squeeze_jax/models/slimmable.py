@@ -17,7 +17,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.blocks import batch_norm, residual_sum
 from squeeze_jax.nn.conv import conv
 from squeeze_jax.nn.dtypes import as_float
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.reshaped import features
@@ -132,7 +132,7 @@ class Slimmable(nn.Module):
         Raises:
           UserError: a width that is none of the switches.
         """
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         width = max(self.switches) if width is None else width
         if width not in self.switches:
             raise UserError(

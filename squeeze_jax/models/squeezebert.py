@@ -132,7 +132,7 @@ def make(
         VARIANTS, variant, "squeezebert", shared, segments=segments
     )
     each = encoder.layer_groups({} if groups is None else groups, GROUPS, row.layers)
-    encoder.check(row.features, row.ffn_features, row.heads, each)
+    encoder.check_divisors(row.features, row.ffn_features, row.heads, each)
     for g in each if shuffle else ():
         check_shuffle(row.features, g.value, g.output)
     return SqueezeBert(

@@ -21,7 +21,7 @@ from squeeze_jax.nn.blocks import batch_norm, residual_sum
 from squeeze_jax.nn.conv import Conv, per_axis
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.dtypes import float_dtype
-from squeeze_jax.nn.image import images
+from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Range, Rate, Strides
@@ -105,7 +105,7 @@ class SqueezeNet(nn.Module):
 
         Without classes the mean of the last map stands in place of the logits, [b, d], float32.
         """
-        x = images(x, type(self).__name__)
+        x = check_images(x, type(self).__name__)
         row, endpoints = self.row, {}
 
         def stage(name, y):

@@ -1,1 +1,1 @@
-"""Building blocks of networks, channels last."""
+"""The layers and building blocks of networks; all arrays have their channels last."""

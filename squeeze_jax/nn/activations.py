@@ -1,4 +1,4 @@
-"""Activations by name, each one operation for LiteRT's converter inside `composite.whole`."""
+"""The activation functions that options name by strings. GELU becomes one operation of an exported LiteRT file."""
 
 import math
 from collections.abc import Callable
@@ -12,16 +12,20 @@ from squeeze_jax.nn.composite import exported_as
 
 
 def _gelu(x):
-    # jax.nn.gelu goes by erfc: more digits far below zero, which PyTorch has not either, and more passes on a CPU.
+    # jax.nn.gelu computes erfc. It has more exact digits far below zero, which PyTorch does not have either, but takes more
+    # passes over memory on a CPU.
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
 
 
 gelu = exported_as("aten.gelu.default", _gelu, elementwise=True, approximate="none")
-gelu.__doc__ = "x P(N(0, 1) < x), exactly; Hendrycks and Gimpel 2016, arXiv 1606.08415. x: any shape → the same."
+gelu.__doc__ = "Returns the exact GELU, x P(N(0, 1) < x), of each number; Hendrycks and Gimpel 2016, arXiv 1606.08415."
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): the older approximation of `gelu`, which some were trained with."""
+    """Returns 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), the older approximation of `gelu`.
+
+    Some published networks were trained with it.
+    """
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -34,10 +38,10 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def named(name: str) -> Callable:
-    """The activation of that name.
+def by_name(name: str) -> Callable:
+    """Returns the activation function with a name in `ACTIVATIONS`.
 
     Raises:
-      UserError: there is none; names the nearest.
+      UserError: The name is unknown; the message suggests the most similar name.
     """
     return registry.row(ACTIVATIONS, name, "activation")

@@ -1,4 +1,4 @@
-"""Networks of `flax.nnx` as Linen modules, so that they train, are counted and become files as others do."""
+"""Wraps networks of `flax.nnx` as Linen modules, so that this library can train them, count their costs and export them."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ _Tree = dict[str, Any]
 
 
 class _Source:
-    """An NNX module in parts; compared by identity, since a Linen module's attributes have to be comparable."""
+    """An NNX module, split into its graph and its variables.
+
+    It is compared by identity, because Linen needs attributes of modules that can be compared.
+    """
 
     def __init__(self, module: nnx.Module):
-        self.graph, params, stats, rest = nnx.split(
-            module, nnx.Param, nnx.BatchStat, ...
+        self.graph, *states = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
+        self.params, self.stats, self.streams = (
+            dict(nnx.to_flat_state(state)) for state in states
         )
-        self.params, self.stats = (
-            dict(nnx.to_flat_state(part)) for part in (params, stats)
-        )
-        self.rest = dict(nnx.to_flat_state(rest))
-        for path, variable in self.rest.items():
+        for path, variable in self.streams.items():
             if not isinstance(variable, nnx.RngState):
                 name, kind = "/".join(map(str, path)), type(variable).__name__
                 raise UserError(
@@ -32,20 +32,21 @@ class _Source:
 
 
 class FromNNX(nn.Module):
-    """A network of `flax.nnx` with the variables of a Linen one: params and batch_stats, by the names of its attributes.
+    """A Linen module that runs a network of `flax.nnx`.
 
-    Initialization gives the weights that the NNX module has. In training mode it is called after `module.train()`, else
-    after `module.eval()`; its random streams come from the rng "dropout".
+    Its collections params and batch_stats hold the NNX module's variables under the names of the module's attributes.
+    `init` returns the weights that the NNX module has. The module runs after `module.train()` in training, otherwise after
+    `module.eval()`. In training, its random streams are seeded from the rng "dropout".
 
     Attributes:
-      source: made by `from_nnx`.
+      source: the NNX module's parts, as `from_nnx` makes them.
     """
 
     source: _Source
 
     @nn.compact
     def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
-        """Returns what the NNX module returns."""
+        """Returns the outputs of the NNX module; in training, also updates batch_stats."""
         source = self.source
         params = {
             name: self.param(name, lambda key, tree=tree: tree)
@@ -56,12 +57,12 @@ class FromNNX(nn.Module):
             for name, tree in _nested(source.stats).items()
         }
         values = {name: variable.value for name, variable in stats.items()}
-        flat = _filled(source.params, params) | _filled(source.stats, values)
-        streams = {path: v.replace(v[...]) for path, v in source.rest.items()}
+        flat = _with_values(source.params, params) | _with_values(source.stats, values)
+        streams = {path: v.replace(v[...]) for path, v in source.streams.items()}
         module = nnx.merge(source.graph, nnx.from_flat_state(flat | streams))
         if train:
             module.train()
-            tags = {v.tag for v in source.rest.values() if isinstance(v, nnx.RngKey)}
+            tags = {v.tag for v in source.streams.values() if isinstance(v, nnx.RngKey)}
             if tags and self.has_rng("dropout"):
                 keys = jax.random.split(self.make_rng("dropout"), len(tags))
                 nnx.reseed(module, **dict(zip(sorted(tags), keys, strict=True)))
@@ -69,17 +70,19 @@ class FromNNX(nn.Module):
             module.eval()
         outputs = module(*args, **kwargs)
         if train and not self.is_initializing():
-            after = _nested(dict(nnx.to_flat_state(nnx.state(module, nnx.BatchStat))))
+            new_stats = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
+            new_values = _nested(dict(new_stats))
             for name, variable in stats.items():
-                variable.value = after[name]
+                variable.value = new_values[name]
         return outputs
 
 
 def from_nnx(module: nnx.Module) -> FromNNX:
-    """Returns a network of `flax.nnx` as a Linen module.
+    """Returns a Linen module that runs a network of `flax.nnx`.
 
     Raises:
-      UserError: it is no NNX module, or it has variables of other kinds than parameters and batch statistics.
+      UserError: The network is not an NNX module, or it has variables other than parameters, batch statistics and random
+        streams.
     """
     if not isinstance(module, nnx.Module):
         raise UserError(f"{type(module).__name__} is no nnx.Module")
@@ -87,23 +90,23 @@ def from_nnx(module: nnx.Module) -> FromNNX:
 
 
 def _nested(flat: dict) -> _Tree:
-    """{path: variable} as nested dicts of arrays under strings."""
+    """Converts {path: variable} to nested dicts of arrays with strings as keys."""
     tree: _Tree = {}
     for path, variable in flat.items():
         *parents, last = map(str, path)
-        at = tree
+        subtree = tree
         for name in parents:
-            at = at.setdefault(name, {})
-        at[last] = variable[...]
+            subtree = subtree.setdefault(name, {})
+        subtree[last] = variable[...]
     return tree
 
 
-def _filled(flat: dict, tree: _Tree) -> dict:
-    """{path: variable} with the arrays of nested dicts."""
-    filled = {}
+def _with_values(flat: dict, tree: _Tree) -> dict:
+    """Returns {path: variable} with the arrays of nested dicts as values."""
+    variables = {}
     for path, variable in flat.items():
         value = tree
         for name in map(str, path):
             value = value[name]
-        filled[path] = variable.replace(value)
-    return filled
+        variables[path] = variable.replace(value)
+    return variables

@@ -1,4 +1,4 @@
-"""Self-attention of several heads, its projections convolutions with kernel 1."""
+"""Multi-head self-attention, whose projections are (grouped) convolutions with kernel 1."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +17,12 @@ from squeeze_jax.nn.intercept import tap
 
 
 class Attended(NamedTuple):
-    """What attention gives: the mixed values, and how it came to them.
+    """The outputs of attention.
 
     Attributes:
-      context: [b, l, d] in the dtype of the values.
-      probabilities: [b, heads, l, l], after the softmax and before dropout; each row sums to one.
-      scores: [b, heads, l, l], float32, before the softmax; the lowest float32 where a key may not be seen.
+      context: the weighted sums of values, [b, l, d] in their dtype.
+      probabilities: attention weights after the softmax and before dropout, [b, heads, l, l]; each row sums to 1.
+      scores: attention scores before the softmax, float32 [b, heads, l, l]; the lowest float32 for masked keys.
     """
 
     context: jax.Array
@@ -42,28 +42,29 @@ def attend(
     drop: Callable[[jax.Array], jax.Array] = lambda p: p,
     replace: Callable[[str, jax.Array], jax.Array] = lambda role, x: x,
 ) -> Attended:
-    """softmax(Q K^T / sqrt(d / heads)) V in each head; Vaswani et al. 2017, arXiv 1706.03762, equation 1.
+    """Computes softmax(Q K^T / sqrt(d / heads)) V in each head; Vaswani et al. 2017, arXiv 1706.03762, equation 1.
 
     Args:
-      query, key: [b, l, d]; a head has d / heads neighbouring channels.
+      query, key: [b, l, d]; each head has d / heads neighbouring channels.
       value: [b, l, d'].
-      heads: divides d and d'.
-      head_features: whose square root divides the products; None for d / heads.
-      mask: bool [b, l], True where a key may be seen; None for everywhere. A position that may see none sees all alike.
-      causal: a position sees none that come after it.
-      drop: applied to the probabilities before they weigh the values.
-      replace: (role, array) → an array; applied to the split query, key and value, the query divided by its scale, and
-        to the probabilities before `drop`; `SelfAttention` passes its taps.
+      heads: number of heads; divides d and d'.
+      head_features: the products are divided by the square root of this number; None for d / heads.
+      mask: padding mask, bool [b, l], True for keys that may be attended to; None for all. If all keys of a sequence are
+        masked, all of them get the same weight.
+      causal: whether a position attends only to itself and to earlier positions.
+      drop: function applied to the probabilities before they weight the values, such as dropout.
+      replace: (role, array) → array; applied to the query (divided by its scale), key and value of all heads, and to the
+        probabilities before `drop`. `SelfAttention` passes its taps here.
 
     Raises:
-      UserError: channels that do not divide into heads, or queries of another width than keys.
+      UserError: The channels do not divide into heads, or queries and keys have different widths.
     """
     if query.shape[-1] != key.shape[-1]:
         raise UserError(
             f"queries have {query.shape[-1]} features and keys {key.shape[-1]}: give both the same width"
         )
     query, key, value = map(as_float, (query, key, value))
-    split = partial(_split, heads=heads)
+    split = partial(_split_heads, heads=heads)
     head_features = head_features or query.shape[-1] // heads
     scale = np.sqrt(head_features).astype(query.dtype)
     q = replace("query", split(query / scale))
@@ -71,7 +72,7 @@ def attend(
     scores = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     allowed = _allowed(mask, causal, query.shape[1])
     if allowed is not None:
-        # A sum, because runtimes have no quick selection.
+        # Added rather than selected: runtimes have no fast selection.
         lowest = jnp.finfo(jnp.float32).min
         scores = scores + jnp.where(allowed, 0, lowest).astype(jnp.float32)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
@@ -81,8 +82,8 @@ def attend(
     return Attended(context, probabilities, scores)
 
 
-def _split(x, heads):
-    """[b, l, d] → [b, heads, l, d / heads]."""
+def _split_heads(x, heads):
+    """Splits the channels into heads: [b, l, d] → [b, heads, l, d / heads]."""
     if x.shape[-1] % heads:
         raise UserError(
             f"{x.shape[-1]} features do not divide into heads={heads}: choose a divisor"
@@ -91,18 +92,21 @@ def _split(x, heads):
 
 
 def _allowed(mask, causal: bool, length: int):
-    """bool [b or 1, 1, l or 1, l], or None where everything is allowed."""
-    seen = None if mask is None else mask.astype(bool)[:, None, None, :]
+    """Returns which keys each query may attend to, bool [b or 1, 1, l or 1, l]; None for all."""
+    allowed = None if mask is None else mask.astype(bool)[:, None, None, :]
     if causal:
-        earlier = np.tri(length, dtype=bool)[None, None]
-        seen = earlier if seen is None else seen & earlier
-    return seen
+        not_later = np.tri(length, dtype=bool)[None, None]
+        allowed = not_later if allowed is None else allowed & not_later
+    return allowed
 
 
 class Groups(NamedTuple):
-    """Groups of each convolution of an encoder's layer; all 1 is the dense layer.
+    """The number of groups of each convolution in an encoder layer; with 1 group everywhere it is the usual, dense layer.
 
-    The first four are attention's, the last two of the position-wise feed-forward network, into and out of it.
+    Attributes:
+      query, key, value: projections to the heads.
+      output: projection of attention's result.
+      ffn_in, ffn_out: first and second layer of the position-wise feed-forward network.
     """
 
     query: int = 1
@@ -114,18 +118,19 @@ class Groups(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence to itself, between convolutions query, key, value and output with kernel 1.
+    """Self-attention with the projections query, key, value and output, which are convolutions with kernel 1.
 
     Attributes:
-      heads: of attention; they divide the channels.
-      groups: of the convolutions.
-      dropout: rate on the probabilities, 0 to 1; needs the rng "dropout" in training.
-      causal: a position sees none that come after it.
+      heads: number of heads; divides the channels.
+      groups: numbers of groups of the convolutions.
+      dropout: dropout rate of the probabilities, 0 to 1; needs the rng "dropout" in training.
+      causal: whether a position attends only to itself and to earlier positions.
       kernel_init: initializer of the kernels.
-      output_init: of that of output; None for `kernel_init`.
-      shuffle: where output has groups, each of them sees a part of every group of the values, see `shuffled`.
-      features: of query, key and value; None for those of the input. The scale of the products is that of these features
-        also where queries and keys have another width, so that channels of zeros can be cut off.
+      output_init: initializer of the output projection's kernel; None for `kernel_init`.
+      shuffle: whether each group of the output projection reads channels of every group of the values; see
+        `shuffle_channels`. It has no effect if that projection has 1 group.
+      features: number of channels of query, key and value; None for the input's. This number also sets the scale of the
+        products if `widths` give queries and keys another number of channels. So channels that are zero can be removed.
     """
 
     heads: int
@@ -141,19 +146,29 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Attended]:
-        """x: [b, l, d], mask: bool [b, l] → [b, l, d] and what `attend` gave."""
+        """Applies the layer.
+
+        Args:
+          x: [b, l, d].
+          mask: padding mask, bool [b, l], True for real tokens; None if all are.
+          train: whether to apply dropout.
+
+        Returns:
+          [b, l, d], and the outputs of `attend`.
+        """
         features = self.features or x.shape[-1]
         dtype = float_dtype(x)
         project = partial(Conv, features, (1,), dtype=dtype)
         groups, init = self.groups, self.kernel_init
-        alike = len(set(groups[:3])) == 1 and self.heads % groups.query == 0
+        # Groups of whole heads can stay separate arrays from the projections on.
+        same_groups = len(set(groups[:3])) == 1 and self.heads % groups.query == 0
         query, key, value = (
             project(
                 feature_group_count=getattr(groups, name), kernel_init=init, name=name
-            )(x, whole=not alike)
+            )(x, join_groups=not same_groups)
             for name in ("query", "key", "value")
         )
-        heads = partial(
+        attention = partial(
             attend,
             head_features=features // self.heads,
             mask=mask,
@@ -170,47 +185,46 @@ class SelfAttention(nn.Module):
             kernel_init=init,
             name="output",
         )
-        if isinstance(query, tuple):  # heads do not mix, so groups stay apart
-            each = [
-                heads(*qkv, heads=self.heads // len(query))
+        if isinstance(query, tuple):
+            # Heads do not exchange values, so attention runs on each group of heads.
+            by_group = [
+                attention(*qkv, heads=self.heads // len(query))
                 for qkv in zip(query, key, value, strict=True)
             ]
-            context, *maps = zip(*each, strict=True)
+            context, *maps = zip(*by_group, strict=True)
             if self.shuffle or groups.output != len(query):
                 context = jnp.concatenate(context, -1)
             attended = Attended(context, *(jnp.concatenate(m, 1) for m in maps))
         else:
-            attended = heads(query, key, value, heads=self.heads)
-        mixed = attended.context
+            attended = attention(query, key, value, heads=self.heads)
+        context = attended.context
         if self.shuffle and groups.output > 1:
-            mixed = shuffled(mixed, groups.value, groups.output)
-        return output(mixed), attended
+            context = shuffle_channels(context, groups.value, groups.output)
+        return output(context), attended
 
 
-def shuffled(x: jax.Array, before: int, after: int) -> jax.Array:
-    """Gives every group of the next convolution as many neighbouring channels of each group of the one before.
+def shuffle_channels(x: jax.Array, before: int, after: int) -> jax.Array:
+    """Reorders channels between two grouped convolutions, so that each group of the second reads every group of the first.
 
-    The channel shuffle of ShuffleNet (arXiv 1707.01083, section 3.1) but for the order inside the next groups, which
-    their weights make up for; whole pieces of channels are quicker to move.
+    Each group of the second convolution gets the same number of neighbouring channels from each group of the first. This is
+    the channel shuffle of ShuffleNet (arXiv 1707.01083, section 3.1), except for the order of channels inside the groups.
+    That order does not matter, because the weights are learned for it. Whole blocks of channels are faster to move.
 
     Args:
       x: [b, l, c].
-      before, after: groups of the convolutions; their product divides c.
+      before: number of groups of the first convolution.
+      after: number of groups of the second convolution; before * after divides c.
 
     Raises:
-      UserError: channels that do not divide.
+      UserError: The groups do not divide the channels.
     """
     check_shuffle(x.shape[-1], before, after)
-    pieces = x.reshape(*x.shape[:-1], before, after, -1)
-    return pieces.swapaxes(-2, -3).reshape(x.shape)
+    blocks = x.reshape(*x.shape[:-1], before, after, -1)
+    return blocks.swapaxes(-2, -3).reshape(x.shape)
 
 
 def check_shuffle(features: int, before: int, after: int) -> None:
-    """Checks that channels of some groups divide among the next ones; see `shuffled`.
-
-    Raises:
-      UserError: they do not.
-    """
+    """Raises a UserError unless `shuffle_channels` can divide a number of channels for these numbers of groups."""
     if after > 1 and features % (before * after):
         raise UserError(
             f"{features} features of {before} groups do not shuffle into {after} groups: the product should divide them"

@@ -1,9 +1,10 @@
-"""A convolution's three maps as primitives that are closed under differentiation.
+"""The three maps of a convolution as JAX primitives, whose derivatives are again one of the three maps.
 
-With T(x, k, ȳ) = <ȳ, x * k>, linear in all three, each map is the gradient of T with respect to one of them: so the
-derivative of a map with respect to either argument is one of the other two. Rules that say so give derivatives of every
-order, forward and reverse, and each of them is computed by the lowering that is quickest for it, where differentiating
-the operations of a forward lowering is slow: on a CPU by up to ten times.
+The maps are described in `nn/lowerings.py`. T(x, k, ȳ) = <ȳ, x * k> is linear in all three arguments, and each map is the
+gradient of T with respect to one of them. So the derivative of a map with respect to either of its arguments is one of the
+other two maps. The primitives' rules state this to JAX. It gives derivatives of every order, in forward and in reverse mode,
+and each derivative is computed by the lowering that is fastest for it. To differentiate the operations of a forward lowering
+instead is up to ten times slower on a CPU.
 """
 
 from functools import partial
@@ -20,11 +21,14 @@ from squeeze_jax.nn.windows import Geometry
 
 
 def conv(x: jax.Array, k: jax.Array, g: Geometry, lowering: str = "auto") -> jax.Array:
-    """The convolution [b, h', w', f] of x [b, h, w, c] with k [kh, kw, c / groups, f], of one dtype.
+    """Returns the convolution of images with a kernel, [b, h', w', f].
 
     Args:
-      g: must fit both shapes.
-      lowering: of `lowerings.possible(g)`, or "auto": the quickest one for each map on the platform of the compilation.
+      x: images [b, h, w, c].
+      k: kernel [kh, kw, c / groups, f], of the same dtype.
+      g: the convolution's geometry, which fits both shapes.
+      lowering: a name of `lowerings.possible(g)`; or "auto" for the fastest lowering of each map on the platform that the
+        function is compiled for.
     """
     return _maps["forward"].bind(x, k, geometry=g, lowering=lowering)
 
@@ -34,37 +38,43 @@ def _run(which: Map, a, b, *, geometry, lowering):
 
 
 def _run_elsewhere(which: Map, a, b, *, geometry, lowering):
-    """As `_run`, for accelerators: there XLA's convolution is the quickest."""
-    return _run(which, a, b, geometry=geometry, lowering=_native(lowering))
+    """Computes a map on an accelerator, where XLA's convolution is the fastest lowering."""
+    return _run(which, a, b, geometry=geometry, lowering=_auto_is_native(lowering))
 
 
-def _native(lowering: str) -> str:
+def _auto_is_native(lowering: str) -> str:
     return "native" if lowering == "auto" else lowering
 
 
-# The arguments of a map, and what the derivative with respect to each is: the map and its two arguments, where "ct" is
-# the cotangent of the map's result.
+# The two arguments of each map, and the map that returns each array.
 _ARGUMENTS = {"forward": "xk", "image": "yk", "kernel": "xy"}
-_MAP_OF = {"y": "forward", "x": "image", "k": "kernel"}
+_MAP_RETURNING = {"y": "forward", "x": "image", "k": "kernel"}
 
 
 def _transpose(which: Map, position: int):
-    """The rule for one argument: with the cotangent in the result's place, the map whose result that argument is."""
-    names = _ARGUMENTS[which]
-    wanted, given = names[position], names[1 - position]
-    result = next(n for n, m in _MAP_OF.items() if m == which)
+    """Returns the transpose rule of a map for one of its arguments.
 
-    target = _MAP_OF[wanted]
+    The cotangent of that argument is the map that returns an array like the argument. It gets the map's other argument, and
+    the cotangent of the map's result in the place of the result.
+    """
+    names = _ARGUMENTS[which]
+    argument, other = names[position], names[1 - position]
+    result = next(name for name, map in _MAP_RETURNING.items() if map == which)
+    target = _MAP_RETURNING[argument]
 
     def rule(cotangent, *arguments, **params):
-        arrays = {result: cotangent, given: arguments[1 - position]}
+        arrays = {result: cotangent, other: arguments[1 - position]}
         return _maps[target].bind(*(arrays[n] for n in _ARGUMENTS[target]), **params)
 
     return rule
 
 
-def _batched(which: Map, arrays, dims, *, geometry, lowering):
-    """`vmap`: another axis of images joins the batch; several kernels are operations of XLA from here on."""
+def _batch_rule(which: Map, arrays, dims, *, geometry, lowering):
+    """Applies `jax.vmap` to a map.
+
+    A mapped axis of images joins their batch axis. Mapped kernels, and the map "kernel", need `jax.vmap` of the lowering's
+    operations.
+    """
     a, b = (
         x if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(arrays, dims, strict=True)
@@ -78,12 +88,12 @@ def _batched(which: Map, arrays, dims, *, geometry, lowering):
     axes = tuple(None if d is None else 0 for d in dims)
 
     def mapped(lowering):
-        one = partial(lowerings.run, which, lowering, geometry, plain=True)
-        return jax.vmap(one, axes)
+        run = partial(lowerings.run, which, lowering, geometry, for_vmap=True)
+        return jax.vmap(run, axes)
 
     if lowering != "auto":
         return mapped(lowering)(a, b), 0
-    elsewhere = mapped(_native(lowering))
+    elsewhere = mapped(_auto_is_native(lowering))
     return lax.platform_dependent(a, b, cpu=mapped(lowering), default=elsewhere), 0
 
 
@@ -95,7 +105,7 @@ def _primitive(which: Map) -> Primitive:
         like=lambda a, b, **p: _run(which, a, b, **p | {"lowering": "native"}),
     )
     ad.defbilinear(primitive, _transpose(which, 0), _transpose(which, 1))
-    batching.primitive_batchers[primitive] = partial(_batched, which)
+    batching.primitive_batchers[primitive] = partial(_batch_rule, which)
     return primitive
 
 

@@ -1,4 +1,4 @@
-"""Blocks that several architectures share."""
+"""Building blocks that several networks of images share."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.nn.conv import Conv, Pair
+from squeeze_jax.nn.conv import Conv, PerAxis
 from squeeze_jax.nn.dtypes import as_float, float_dtype
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import global_mean
@@ -17,12 +17,15 @@ Sides = Literal["symmetric", "same"]
 
 
 class UnitOptions(NamedTuple):
-    """How every `conv_norm` of a network pads and normalises; weights compute as published with the options of their training.
+    """Options of padding and normalisation that all `conv_norm` units of a network share.
+
+    Published weights give the published results only with the options they were trained with.
 
     Attributes:
       padding: "symmetric" adds half the extent of the dilated kernel on all sides, as PyTorch's networks do. "same" pads
-        as TensorFlow does: where strides leave an odd number of zeros, one more after the image than before it.
-      epsilon, momentum: of the normalisation, see `BatchNorm`.
+        as TensorFlow does: if the number of zeros is odd, there is one more after the image than before it.
+      epsilon: see `BatchNorm`.
+      momentum: see `BatchNorm`.
     """
 
     padding: Sides = "symmetric"
@@ -37,7 +40,7 @@ def conv_norm(
     x: jax.Array,
     features: int,
     kernel: int,
-    strides: Pair = 1,
+    strides: PerAxis = 1,
     *,
     groups: int = 1,
     dilation: int = 1,
@@ -46,31 +49,35 @@ def conv_norm(
     train: bool,
     name: str,
 ) -> jax.Array:
-    """Convolution without bias, batch normalisation, and an activation where one is given.
+    """Applies a convolution without bias, batch normalisation and an optional activation.
 
-    Creates `name` and `name_norm` in the module that calls it. Kernels begin normal, with a variance of
-    2 / (positions * features) (arXiv 1502.01852).
+    Call it inside a module's `nn.compact` method; it creates the layers `<name>` and `<name>_norm` there. Kernels are
+    initialised from a normal distribution with variance 2 / (kernel positions * features) (arXiv 1502.01852).
 
     Args:
       x: [b, h, w, c].
-      features, kernel, strides, groups, dilation: of the convolution, see `Conv`.
-      options: padding and normalisation.
-      train: whether the normalisation uses the batch's statistics.
+      features: number of output channels.
+      kernel: kernel size along both axes.
+      strides, groups, dilation: see `conv`.
+      activation: function applied after the normalisation, or None.
+      options: options of padding and normalisation.
+      train: whether to normalise with the batch's statistics.
+      name: name of the convolution.
 
     Returns:
       [b, h', w', features].
 
     Raises:
-      UserError: an epsilon that is not positive.
+      UserError: The epsilon is not positive.
     """
     if options.epsilon <= 0:
         raise UserError(f"epsilon = {options.epsilon} should be positive")
-    half = (dilation * (kernel - 1) + 1) // 2
+    half_extent = (dilation * (kernel - 1) + 1) // 2
     x = Conv(
         features,
         (kernel, kernel),
         strides,
-        padding="SAME" if options.padding == "same" else half,
+        padding="SAME" if options.padding == "same" else half_extent,
         kernel_dilation=dilation,
         feature_group_count=groups,
         use_bias=False,
@@ -85,7 +92,10 @@ def conv_norm(
 def batch_norm(
     x: jax.Array, options: UnitOptions = UNIT, *, train: bool, name: str
 ) -> jax.Array:
-    """Batch normalisation in the dtype of x [..., c], with PyTorch's running variance; creates `name` in the module that calls it."""
+    """Applies batch normalisation to x [..., c] in the dtype of x, with PyTorch's (unbiased) running variance.
+
+    Call it inside a module's `nn.compact` method; it creates the layer `<name>` there.
+    """
     return BatchNorm(
         use_running_average=not train,
         momentum=options.momentum,
@@ -97,16 +107,16 @@ def batch_norm(
 
 
 def residual_sum(x: jax.Array, y: jax.Array, block: nn.Module, layer: str) -> jax.Array:
-    """Returns x + y, which must have the same shape.
+    """Returns x + y, the output of a residual block.
 
     Args:
-      x: the block's input.
-      y: the outputs of the block's last layer.
-      block: the module, bound.
-      layer: the name of that layer in it.
+      x: input of the block.
+      y: output of the block's last layer, of the same shape.
+      block: the block's module, bound.
+      layer: name of the last layer in the block, for the error message.
 
     Raises:
-      UserError: the shapes differ; names the layer.
+      UserError: The shapes differ; the message names the layer.
     """
     if x.shape != y.shape:
         name = "/".join((*block.path, layer))
@@ -117,27 +127,31 @@ def residual_sum(x: jax.Array, y: jax.Array, block: nn.Module, layer: str) -> ja
     return x + y
 
 
-def stage_strides(given: Sequence[int] | None, own: Sequence[int]) -> tuple[int, ...]:
-    """The strides of each stage: those given to `make`, else the variant's own.
+def stage_strides(
+    strides: Sequence[int] | None, default: Sequence[int]
+) -> tuple[int, ...]:
+    """Returns the strides of each stage: the user's strides, or the variant's if they are None.
 
     Raises:
-      UserError: not as many as there are stages.
+      UserError: There is not one number per stage.
     """
-    strides = tuple(own if given is None else given)
-    if len(strides) != len(own):
-        raise UserError(f"strides = {strides}: {len(own)} stages need as many numbers")
+    strides = tuple(default if strides is None else strides)
+    if len(strides) != len(default):
+        raise UserError(
+            f"strides = {strides}: {len(default)} stages need as many numbers"
+        )
     return strides
 
 
 class SqueezeExcite(nn.Module):
-    """Squeeze and excitation: each channel is scaled by what the means of all channels say about it.
+    """A squeeze-and-excitation block: it scales each channel by a factor that depends on the means of all channels.
 
     y = x * gate(W2 activation(W1 mean(x))), with biases; Hu, Shen, Sun 2017, arXiv 1709.01507, equations 2 to 4.
 
     Attributes:
-      features: channels between the two layers.
-      activation: after the first layer.
-      gate: after the second layer, from the reals to [0, 1].
+      features: number of channels between the two layers.
+      activation: function after the first layer.
+      gate: function after the second layer, from the reals to [0, 1].
     """
 
     features: int
@@ -146,7 +160,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [b, h, w, c] → the same shape and dtype; integers become float32."""
+        """Scales the channels of x [b, h, w, c]; returns the same shape and dtype, float32 for integers."""
         x = as_float(x)
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         y = global_mean(x)[:, None, None].astype(x.dtype)

@@ -1,4 +1,8 @@
-"""Operations that LiteRT has as one, where StableHLO spells them out: GELU, an embedding's lookup."""
+"""Functions that become one operation in a LiteRT file, such as GELU or the lookup in an embedding table.
+
+StableHLO has no such operations. It writes them out as several smaller ones, and LiteRT's converter does not put these together
+again. A StableHLO composite keeps a function together under a name that the converter knows.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,57 +10,58 @@ from contextlib import contextmanager
 import jax
 from jax.custom_batching import custom_vmap
 
-# A user context is part of jit's cache key, so that a function traced outside a `whole` block is traced again in it.
-_whole = jax.make_user_context(False)
+# User contexts are part of jit's cache key. So a jitted function that was traced outside a `keep_composites` block is traced
+# again when it is called inside one.
+_composites_kept = jax.make_user_context(False)
 
 
 @contextmanager
-def whole() -> Iterator[None]:
-    """Keeps the operations of `exported_as` whole in what is traced inside, for LiteRT's converter.
+def keep_composites() -> Iterator[None]:
+    """Makes each function of `exported_as` one StableHLO composite in programs traced inside, for LiteRT's converter.
 
-    Not for other programs: jax.export makes an invalid module of a composite with a symbolic batch or for several
+    Use it for no other programs: `jax.export` makes an invalid module of a composite with a symbolic batch size or for several
     platforms.
     """
-    with _whole(True):
+    with _composites_kept(True):
         yield
 
 
 def exported_as(
     name: str, plain: Callable, *, elementwise: bool = False, **attributes
 ) -> Callable:
-    """Returns `plain` as a function that inside `whole` is one StableHLO composite.
+    """Returns a function that computes `plain`, and that is one StableHLO composite inside `keep_composites`.
 
-    LiteRT's converter knows composites by their names. Derivatives are always those of `plain`.
+    LiteRT's converter recognises composites by their names. Derivatives are always those of `plain`.
 
     Args:
-      name: of the composite, such as "aten.gelu.default".
-      plain: arrays → an array, in JAX's operations.
-      elementwise: whether `plain` is a function of each number of one array, so that `vmap` of it is the same function.
-        That of others is `vmap` of `plain`.
-      **attributes: of the composite; the converter crashes on any that it does not expect.
+      name: name of the composite, such as "aten.gelu.default".
+      plain: the function in JAX's operations: arrays → an array.
+      elementwise: whether `plain` is an elementwise function of one array. Then `jax.vmap` of the result is the composite
+        again; otherwise it is `jax.vmap` of `plain`.
+      **attributes: attributes of the composite; the converter crashes on any that it does not expect.
     """
 
     @custom_vmap
-    def whole(*arrays):
+    def composite(*arrays):
         def decomposition(*a, **_):
             return plain(*a)
 
         return jax.lax.composite(decomposition, name=name)(*arrays, **attributes)
 
-    @whole.def_vmap
+    @composite.def_vmap
     def _(size, mapped, *arrays):
         if elementwise:
-            return whole(*arrays), True
-        axes = tuple(0 if each else None for each in mapped)
+            return composite(*arrays), True
+        axes = tuple(0 if is_mapped else None for is_mapped in mapped)
         return jax.vmap(plain, axes, axis_size=size)(*arrays), True
 
-    one = jax.custom_jvp(whole)
+    differentiable = jax.custom_jvp(composite)
 
-    @one.defjvp
+    @differentiable.defjvp
     def _(arrays, tangents):
         return jax.jvp(plain, arrays, tangents)
 
     def call(*arrays):
-        return one(*arrays) if _whole.value else plain(*arrays)
+        return differentiable(*arrays) if _composites_kept.value else plain(*arrays)
 
     return call

@@ -1,12 +1,14 @@
-"""Convolutions of sequences [b, l, c], images [b, h, w, c] and volumes [b, d, h, w, c], with the arithmetic of each platform.
+"""Convolutions of sequences [b, l, c], images [b, h, w, c] and volumes [b, d, h, w, c], fast on each platform.
 
-XLA's convolution is the right one on accelerators and in exported files. On a CPU its grouped and depthwise forms,
-small images under large kernels, and above all the gradients are many times slower than the same sums written with other
-operations. `lowerings` has those; all give the same numbers and have derivatives of every order (`bilinear`).
+A "lowering" is one way to compute a convolution with operations of XLA; `nn/lowerings.py` lists them. All lowerings return
+the same numbers and have derivatives of every order (`nn/bilinear.py`). The lowering "native" is XLA's own convolution. It
+is the right choice on accelerators and in exported files. On a CPU, XLA is many times slower than the other lowerings for
+grouped and depthwise convolutions, for small images with large kernels, and above all for gradients.
 
-`lowering="auto"` is XLA's convolution, but on a CPU the fastest lowering for the shape. The platform is the one that a
-function is compiled for, so `jax.export` for a TPU on a machine without one holds XLA's convolutions. `with
-lowering("native"):` decides for everything traced inside; exports and cost counts do so themselves.
+`lowering="auto"` uses "native" on accelerators, and on a CPU the fastest lowering for the convolution's shape. The platform
+that counts is the one a function is compiled for. So `jax.export` for a TPU writes XLA's convolutions, even on a machine
+without a TPU. `with lowering("native"):` sets the lowering of all convolutions traced inside the context; exports and cost
+counts do this themselves.
 """
 
 import typing
@@ -30,28 +32,32 @@ from squeeze_jax.nn.windows import Geometry
 Lowering = Literal[
     "auto", "native", "row", "taps", "matmul", "patches", "direct", "split", "flat"
 ]
-Pair = int | tuple[int, ...]
-Groups = tuple[jax.Array, ...]  # of one sequence's channels, in order
+PerAxis = int | tuple[int, ...]  # one number for all axes, or one number per axis
+GroupArrays = tuple[jax.Array, ...]  # the channel groups of a sequence, in order
 Padding = str | int | tuple[int, ...] | Sequence[tuple[int, int]]
 
 LOWERINGS = typing.get_args(Lowering)
 PADDINGS = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
-# A user context is part of jit's cache key, so that a function traced outside a `lowering` block is traced again in it.
-_forced = jax.make_user_context(None)
-_apart = jax.make_user_context(None)
-MOST_APART = 16  # groups that are still a convolution each
-FEWEST_APART = 512  # positions, of all sequences: few are quicker in one operation
+# User contexts are part of jit's cache key. So a jitted function that was traced outside a `lowering` block is traced again
+# when it is called inside one.
+_forced_lowering = jax.make_user_context(None)
+_groups_separated = jax.make_user_context(None)
+MOST_SEPARATE_GROUPS = 16  # layers with more groups stay one grouped convolution
+# Batches with fewer positions than this (sequences * length) are faster as one grouped convolution on a CPU.
+FEWEST_SEPARATE_POSITIONS = 512
 
 
 @contextmanager
 def lowering(name: Lowering) -> Iterator[None]:
-    """Forces one lowering for all convolutions traced inside; exports and cost counts use `lowering("native")`.
+    """Sets the lowering of all convolutions traced inside this context, whatever their own `lowering` argument.
+
+    Exports and cost counts use `lowering("native")`.
 
     Raises:
-      UserError: unknown lowering.
+      UserError: The lowering is unknown. Inside the context, `conv` raises if a convolution does not have this lowering.
     """
-    with _forced(_known(name)):
+    with _forced_lowering(_check_lowering(name)):
         yield
 
 
@@ -59,163 +65,182 @@ def conv(
     x: jax.Array,
     kernel: jax.Array,
     *,
-    strides: Pair = 1,
+    strides: PerAxis = 1,
     padding: Padding = "SAME",
     groups: int = 1,
-    dilation: Pair = 1,
-    input_dilation: Pair = 1,
+    dilation: PerAxis = 1,
+    input_dilation: PerAxis = 1,
     lowering: Lowering = "auto",
     precision: Any = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Cross-correlation of sequences, images or volumes with kernels.
+    """Returns the convolution (cross-correlation, as in PyTorch and Flax) of sequences, images or volumes with a kernel.
 
-    y[b, i, j, o] = bias[o] + sum over u, v, c of x[b, i*s + u*d - p, j*s + v*d - p, c] * kernel[u, v, c, o]
+    With stride s, dilation d and padding p, each group of channels of an image computes
+
+        y[b, i, j, o] = bias[o] + sum over u, v, c of x[b, i*s + u*d - p, j*s + v*d - p, c] * kernel[u, v, c, o]
 
     Args:
-      x: [b, h, w, c], or [b, l, c], or [b, d, h, w, c].
-      kernel: [kh, kw, c / groups, features], or with as many axes of positions as x has. Both are computed in the dtype
-        that they promote to.
-      strides: positions from one output to the next; one number or one for each axis.
+      x: [b, h, w, c], [b, l, c] or [b, d, h, w, c].
+      kernel: [kh, kw, c / groups, features] for images; for sequences and volumes it has as many spatial axes as x. The
+        convolution is computed in the dtype to which x and kernel promote.
+      strides: distance between the windows of neighbouring outputs; one number, or one per axis.
       padding: "SAME", "SAME_LOWER" and "VALID" as in XLA; "CIRCULAR", "REFLECT" and, for sequences, "CAUSAL" as in
-        Flax; p or (p, p') zeros on both sides of an axis, as in PyTorch; or a pair (before, after) for each axis.
-      groups: input and output channels fall into this many separate convolutions, in order.
-      dilation: positions from one tap of the kernel to the next.
-      input_dilation: positions from one of x to the next, with zeros between them.
-      lowering: how to compute it; "auto" is the fastest way on the platform that this is compiled for.
-      precision: of XLA's convolution, see `jax.lax.Precision`; anything but None takes the lowering "native".
-      bias: [features], or None for none.
+        Flax; a number p, or one number per axis, for as many zeros on both sides, as in PyTorch; or a pair
+        (before, after) per axis.
+      groups: number of groups. Input and output channels are divided, in order, into this many separate convolutions.
+      dilation: distance between neighbouring kernel positions; one number, or one per axis.
+      input_dilation: distance between neighbouring positions of x, with zeros inserted between them; one number, or one
+        per axis.
+      lowering: how to compute the convolution; "auto" chooses the fastest way on the platform it is compiled for.
+      precision: see `jax.lax.Precision`; any value but None requires the lowering "native" (or "auto", which uses it).
+      bias: [features], or None for no bias.
 
     Returns:
-      [b, h', w', features] or as x.
+      [b, h', w', features], or with the spatial axes of x.
 
     Raises:
-      UserError: shapes that do not fit, unknown padding, or a lowering that this convolution does not have.
+      UserError: The shapes do not fit, the padding is unknown, or this convolution does not have the chosen lowering.
     """
     check_shapes(x.shape, kernel.shape, groups)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(dtype), varying.like(kernel.astype(dtype), x)
-    axes, wanted = x.ndim - 2, _known(_forced.value or lowering)
+    axes = x.ndim - 2
+    chosen_lowering = _check_lowering(_forced_lowering.value or lowering)
     if padding in ("CIRCULAR", "REFLECT"):
-        spread = per_axis(dilation, axes)
-        x, padding = _extended(x, kernel.shape[:axes], spread, padding), "VALID"
+        dilations = per_axis(dilation, axes)
+        x = _pad_with_values(x, kernel.shape[:axes], dilations, padding)
+        padding = "VALID"
     arguments = dict(strides=strides, padding=padding, dilation=dilation)
     if (
         axes == 3
         or precision is not None
         or per_axis(input_dilation, axes) != (1,) * axes
     ):
-        only = "of volumes" if axes == 3 else "with a precision or an input dilation"
-        if wanted not in ("auto", "native"):
+        kind = "of volumes" if axes == 3 else "with a precision or an input dilation"
+        if chosen_lowering not in ("auto", "native"):
             raise UserError(
-                f"lowering {wanted!r}: a convolution {only} is native alone"
+                f"lowering {chosen_lowering!r}: a convolution {kind} can only be computed by the lowering 'native'"
             )
-        y = _general(x, kernel, groups, input_dilation, precision, **arguments)
+        y = _native_conv(x, kernel, groups, input_dilation, precision, **arguments)
     else:
         g = geometry(x.shape, kernel.shape, groups=groups, **arguments)
         sequences = axes == 1
         if sequences:
             x, kernel = x[:, None], kernel[None]
-        y = _lowered(x, kernel, g, wanted)
-        if bias is not None:  # before the axis goes: runtimes fuse what follows at once
+        y = _conv_with_lowering(x, kernel, g, chosen_lowering)
+        # Runtimes fuse a bias only if it follows the convolution directly, so it is added before the axis is removed.
+        if bias is not None:
             y, bias = y + bias.astype(y.dtype), None
         y = y[:, 0] if sequences else y
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _general(
+def _native_conv(
     x, kernel, groups, input_dilation, precision, *, strides, padding, dilation
 ):
+    """Calls XLA's convolution for the arguments that the other lowerings do not support; see `conv`."""
     axes = x.ndim - 2
     strides, dilation = per_axis(strides, axes), per_axis(dilation, axes)
-    before = per_axis(input_dilation, axes)
-    size = [(n - 1) * d + 1 for n, d in zip(x.shape[1:-1], before, strict=True)]
-    positions = "DHW"[-axes:] if axes > 1 else "H"
+    input_dilation = per_axis(input_dilation, axes)
+    sizes = zip(x.shape[1:-1], input_dilation, strict=True)
+    size = [(n - 1) * d + 1 for n, d in sizes]
+    spatial = "DHW"[-axes:] if axes > 1 else "H"
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
         explicit_padding(padding, size, kernel.shape[:axes], strides, dilation),
-        lhs_dilation=before,
+        lhs_dilation=input_dilation,
         rhs_dilation=dilation,
-        dimension_numbers=(f"N{positions}C", f"{positions}IO", f"N{positions}C"),
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         feature_group_count=groups,
         precision=precision,
     )
 
 
-def _extended(x, extent, dilation, padding):
-    """Returns x with its own values around it: as many positions as "SAME" has zeros, whatever the strides."""
-    spans = [(k - 1) * d + 1 for k, d in zip(extent, dilation, strict=True)]
-    ends = [(0, 0), *(((n - 1) // 2, n // 2) for n in spans), (0, 0)]
-    return jnp.pad(x, ends, mode="wrap" if padding == "CIRCULAR" else "reflect")
+def _pad_with_values(x, kernel, dilation, padding):
+    """Pads x with its own values, for "CIRCULAR" and "REFLECT"; the widths are those of "SAME" with strides of 1."""
+    extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    pads = [(0, 0), *(((e - 1) // 2, e // 2) for e in extents), (0, 0)]
+    return jnp.pad(x, pads, mode="wrap" if padding == "CIRCULAR" else "reflect")
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Makes one convolution for each group of the fully connected layers of sequences that `Conv`s are inside.
+def separate_groups() -> Iterator[None]:
+    """Makes each grouped 1x1 convolution of sequences traced inside this context one ungrouped convolution per group.
 
-    A runtime has its quickest product for one group; the groups' channels stay apart from one layer to the next where
-    both have the same. On a CPU it is so outside too for FEWEST_APART positions or more, unless a lowering is forced.
-    Float files for LiteRT are made in it; integer ones have its grouped convolution.
+    This concerns `Conv` layers with kernel 1, stride 1 and 2 to MOST_SEPARATE_GROUPS groups. Runtimes have their fastest
+    matrix product for one group. If two consecutive layers have the same groups, their caller can keep the groups as
+    separate arrays between them (`join_groups=False` of `Conv`).
+
+    Float files for LiteRT are exported in this context; integer files keep LiteRT's grouped convolution. Outside the context
+    groups are separated only on a CPU, from FEWEST_SEPARATE_POSITIONS positions on, and only if no lowering is set.
     """
-    with _apart(True):
+    with _groups_separated(True):
         yield
 
 
-def each_group(
-    x: jax.Array | Groups, kernel: jax.Array, bias: jax.Array | None, groups: int
-) -> Groups:
-    """A grouped, fully connected layer, group by group.
+def conv_each_group(
+    x: jax.Array | GroupArrays, kernel: jax.Array, bias: jax.Array | None, groups: int
+) -> GroupArrays:
+    """Computes a grouped 1x1 convolution of sequences as one convolution per group.
 
     Args:
-      x: [b, l, c], or its groups, [b, l, c / groups] each.
+      x: [b, l, c], or a tuple of its groups, each [b, l, c / groups].
       kernel: [1, c / groups, features].
-      bias: [features] or None.
-      groups: how many.
+      bias: [features], or None for no bias.
+      groups: number of groups.
 
     Returns:
-      The groups of the result, [b, l, features / groups] each.
+      A tuple of the output's groups, each [b, l, features / groups].
     """
-    parts = x if isinstance(x, tuple) else jnp.split(x, groups, -1)
-    # Weights on the host are cut there: converters take minutes to do it.
-    cut = np.split if isinstance(kernel, np.ndarray) else jnp.split
-    kernels = cut(kernel, groups, -1)
-    biases = [None] * groups if bias is None else cut(bias, groups)
-    each = zip(parts, kernels, biases, strict=True)
-    return tuple(conv(part, k, bias=b) for part, k, b in each)
+    inputs = x if isinstance(x, tuple) else jnp.split(x, groups, -1)
+    # NumPy weights are split by NumPy: converters of exported programs take minutes to do it.
+    split = np.split if isinstance(kernel, np.ndarray) else jnp.split
+    kernels = split(kernel, groups, -1)
+    biases = [None] * groups if bias is None else split(bias, groups)
+    by_group = zip(inputs, kernels, biases, strict=True)
+    return tuple(conv(array, k, bias=b) for array, k, b in by_group)
 
 
 def geometry(
     x: Sequence[int],
     kernel: Sequence[int],
     *,
-    strides: Pair = 1,
+    strides: PerAxis = 1,
     padding: Padding = "SAME",
     groups: int = 1,
-    dilation: Pair = 1,
+    dilation: PerAxis = 1,
 ) -> Geometry:
-    """What `lowerings` knows of a convolution: a sequence is an image of one row.
+    """Returns the `Geometry` of a convolution of sequences or images, which describes it to `nn/lowerings.py`.
+
+    A sequence becomes an image of one row.
 
     Args:
-      x, kernel: shapes, as of `conv`'s arrays; the others as in `conv`.
+      x: shape of the input, [b, l, c] or [b, h, w, c].
+      kernel: shape of the kernel, [k, c / groups, features] or [kh, kw, c / groups, features].
+      strides, padding, groups, dilation: see `conv`.
 
     Raises:
-      UserError: shapes that do not fit, or unknown padding.
+      UserError: The shapes do not fit, or the padding is unknown.
     """
     check_shapes(x, kernel, groups)
     axes = len(x) - 2
     strides, dilation = per_axis(strides, axes), per_axis(dilation, axes)
-    size, extent = tuple(x[1:-1]), tuple(kernel[:-2])
-    pads = explicit_padding(padding, size, extent, strides, dilation)
-    along = [size, extent, strides, pads, dilation]
+    size, kernel_size = tuple(x[1:-1]), tuple(kernel[:-2])
+    pads = explicit_padding(padding, size, kernel_size, strides, dilation)
+    per_axis_values = [size, kernel_size, strides, pads, dilation]
     if axes == 1:
-        along = [(one, *v) for one, v in zip((1, 1, 1, (0, 0), 1), along, strict=True)]
-    size, extent, strides, pads, dilation = along
+        one_row = (1, 1, 1, (0, 0), 1)
+        per_axis_values = [
+            (row, *value) for row, value in zip(one_row, per_axis_values, strict=True)
+        ]
+    size, kernel_size, strides, pads, dilation = per_axis_values
     return Geometry(
         size=size,
         channels=x[-1],
-        kernel=extent,
+        kernel=kernel_size,
         features=kernel[-1],
         strides=strides,
         pads=pads,
@@ -224,45 +249,47 @@ def geometry(
     )
 
 
-def _lowered(x, kernel, geometry: Geometry, wanted: str) -> jax.Array:
+def _conv_with_lowering(x, kernel, geometry: Geometry, lowering: str) -> jax.Array:
     possible = ["auto", *lowerings.possible(geometry)]
-    if wanted not in possible:
+    if lowering not in possible:
         raise UserError(
-            f"lowering {wanted!r} cannot do a convolution with kernel {kernel.shape} and groups {geometry.groups}"
-            f"{nearest(wanted, possible)}"
+            f"lowering {lowering!r} cannot do a convolution with kernel {kernel.shape} and groups {geometry.groups}"
+            f"{nearest(lowering, possible)}"
         )
-    if wanted == "native":
+    if lowering == "native":
         return lowerings.native(geometry, x, kernel)
-    return bilinear.conv(x, kernel, geometry, wanted)
+    return bilinear.conv(x, kernel, geometry, lowering)
 
 
 class Conv(nn.Module):
-    """A convolution with the arguments and the parameters of `flax.linen.Conv`: kernel [kh, kw, c / groups, features], bias.
+    """A convolution layer that replaces `flax.linen.Conv`: same arguments, same parameters, same results.
 
-    It replaces `flax.linen.Conv` by changing the import: outputs, gradients and dtypes are Flax's. Two calls that Flax
-    allows are errors: an integer `kernel_size` on images, and images smaller than the kernel. Its inputs, its kernel and
-    its outputs pass through taps; see `nn/intercept.py`.
+    To use it in a Flax model, change the import. Outputs, gradients and dtypes are those of Flax. Two calls that Flax allows
+    raise an error here: an integer `kernel_size` for images, and images that are smaller than the kernel. The parameters are
+    kernel [kh, kw, c / groups, features] and bias [features]. Inputs, kernel and outputs pass through taps, where other code
+    can replace them; see `nn/intercept.py`.
 
     Attributes:
-      features: output channels.
-      kernel_size: positions of the kernel along each axis: (3, 3) for images, (3,) or 3 for sequences.
-      strides, padding, input_dilation, kernel_dilation, precision: see `conv`, which calls the third dilation.
-      feature_group_count: groups of channels, see `conv`.
-      use_bias: whether there is a bias.
-      mask: an array like the kernel that it is multiplied with, or None.
-      dtype: of the computation; None for the type to which input and parameters promote.
-      param_dtype: of the parameters.
-      kernel_init, bias_init: initializers.
-      lowering: how to compute it, see `conv`.
-      fixed: whether it is an error to give it another width; see `nn/reshaped.py`.
+      features: number of output channels.
+      kernel_size: kernel size along each spatial axis: (3, 3) for images, (3,) or 3 for sequences.
+      strides, padding, input_dilation, precision: see `conv`.
+      kernel_dilation: the argument `dilation` of `conv`.
+      feature_group_count: the argument `groups` of `conv`.
+      use_bias: whether the layer adds a bias.
+      mask: array of the kernel's shape that multiplies the kernel, or None.
+      dtype: dtype of the computation; None for the dtype to which input and parameters promote.
+      param_dtype: dtype of the parameters.
+      kernel_init, bias_init: initializers of the parameters.
+      lowering: how to compute the convolution, see `conv`.
+      fixed: if True, an enclosing `Reshaped` that changes `features` raises an error; see `nn/reshaped.py`.
     """
 
     features: int
     kernel_size: int | Sequence[int]
-    strides: Pair | None = 1
+    strides: PerAxis | None = 1
     padding: Padding = "SAME"
-    input_dilation: Pair | None = 1
-    kernel_dilation: Pair | None = 1
+    input_dilation: PerAxis | None = 1
+    kernel_dilation: PerAxis | None = 1
     feature_group_count: int = 1
     use_bias: bool = True
     mask: jax.Array | None = None
@@ -275,39 +302,46 @@ class Conv(nn.Module):
     fixed: bool = False
 
     @nn.compact
-    def __call__(self, inputs: jax.Array | Groups, *, whole: bool = True):
-        """inputs: [b, h, w, c] → [b, h', w', features], or [b, l, c] → [b, l', features].
+    def __call__(self, inputs: jax.Array | GroupArrays, *, join_groups: bool = True):
+        """Applies the layer: [b, h, w, c] → [b, h', w', features], or [b, l, c] → [b, l', features].
 
-        The kernel's axes decide which axes are positions; those before them are of examples, as many as there are.
-        Inside `apart` a layer with whole=False returns a tuple of its groups, and takes one of another layer's.
+        The last axis of the input holds channels, and `kernel_size` tells how many axes before it are spatial. All axes
+        before those are batch axes; there may be none or several.
+
+        Args:
+          inputs: an array, or a tuple of its channel groups as a layer with `join_groups=False` returns it.
+          join_groups: whether the output is always one array. With False, the output is a tuple of its groups if the
+            layer computes its groups separately; see `separate_groups`.
 
         Raises:
-          UserError: fewer axes than the kernel needs, or an integer `kernel_size` for more than sequences.
+          UserError: The input has fewer axes than the kernel needs, or `kernel_size` is an integer and the input is not a
+            sequence.
         """
-        parts = inputs if isinstance(inputs, tuple) else (inputs,)
-        some, groups = parts[0], self.feature_group_count
-        channels = sum(p.shape[-1] for p in parts)
+        arrays = inputs if isinstance(inputs, tuple) else (inputs,)
+        first, groups = arrays[0], self.feature_group_count
+        channels = sum(a.shape[-1] for a in arrays)
         outputs = features(self, self.features, fixed=self.fixed)
         self._check_groups(channels, outputs)
-        extent = self._extent(some.shape)
-        shape = (*extent, channels // groups, outputs)
+        kernel_size = self._checked_kernel_size(first.shape)
+        shape = (*kernel_size, channels // groups, outputs)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if self.mask is not None:
-            kernel = kernel * self._fitting_mask(shape)
+            kernel = kernel * self._checked_mask(shape)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (outputs,), self.param_dtype)
-        *parts, kernel, bias = promote_dtype(*parts, kernel, bias, dtype=self.dtype)
+        *arrays, kernel, bias = promote_dtype(*arrays, kernel, bias, dtype=self.dtype)
         kernel = tap(self, "kernel", kernel)
-        x = tap(self, "inputs", tuple(parts) if len(parts) > 1 else parts[0])
+        x = tap(self, "inputs", tuple(arrays) if len(arrays) > 1 else arrays[0])
         strides = 1 if self.strides is None else self.strides
-        connected = extent == (1,) and per_axis(strides, 1) == (1,)
-        if connected and 1 < groups <= MOST_APART and self._apart(some):
-            parts = each_group(x, kernel, bias, groups)
-            return tap(self, "outputs", jnp.concatenate(parts, -1) if whole else parts)
-        examples = x.shape[: x.ndim - len(extent) - 1]
-        if len(examples) != 1:
-            x = x.reshape(-1, *x.shape[len(examples) :])
+        is_1x1 = kernel_size == (1,) and per_axis(strides, 1) == (1,)
+        separable = is_1x1 and 1 < groups <= MOST_SEPARATE_GROUPS
+        if separable and self._separates_groups(first):
+            y = conv_each_group(x, kernel, bias, groups)
+            return tap(self, "outputs", jnp.concatenate(y, -1) if join_groups else y)
+        batch_shape = x.shape[: x.ndim - len(kernel_size) - 1]
+        if len(batch_shape) != 1:
+            x = x.reshape(-1, *x.shape[len(batch_shape) :])
         y = conv(
             x,
             kernel,
@@ -320,30 +354,30 @@ class Conv(nn.Module):
             precision=self.precision,
             bias=bias,
         )
-        if len(examples) != 1:
-            y = y.reshape(*examples, *y.shape[1:])
+        if len(batch_shape) != 1:
+            y = y.reshape(*batch_shape, *y.shape[1:])
         return tap(self, "outputs", y)
 
-    def _extent(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def _checked_kernel_size(self, shape: Sequence[int]) -> tuple[int, ...]:
         size = self.kernel_size
-        extent = (size,) if isinstance(size, int) else tuple(size)
+        sizes = (size,) if isinstance(size, int) else tuple(size)
         if isinstance(size, int) and len(shape) > 3:
             raise UserError(
                 f"{self._name()}: kernel_size={size} has one axis of positions, and the input {tuple(shape)} has more: give"
                 f" {(size,) * (len(shape) - 2)}, or ({size},) to convolve the last axis of positions alone"
             )
-        if len(shape) < len(extent) + 1:
+        if len(shape) < len(sizes) + 1:
             raise UserError(
-                f"{self._name()}: kernel_size={extent} needs inputs of {len(extent)} axes of positions and one of channels,"
+                f"{self._name()}: kernel_size={sizes} needs inputs of {len(sizes)} axes of positions and one of channels,"
                 f" not {tuple(shape)}"
             )
-        if len(extent) not in (1, 2, 3):
+        if len(sizes) not in (1, 2, 3):
             raise UserError(
-                f"{self._name()}: kernel_size={extent} has {len(extent)} axes: give one to three"
+                f"{self._name()}: kernel_size={sizes} has {len(sizes)} axes: give one to three"
             )
-        return extent
+        return sizes
 
-    def _fitting_mask(self, shape):
+    def _checked_mask(self, shape):
         if self.mask.shape != shape:
             raise UserError(
                 f"{self._name()}: the mask is {self.mask.shape}, the kernel {shape}: give both the same shape"
@@ -367,15 +401,16 @@ class Conv(nn.Module):
                 f"{name}: {outputs} features do not divide into groups={groups}: {advice}"
             )
 
-    def _apart(self, x) -> bool:
-        if _apart.value is not None:
-            return _apart.value
-        forced = _forced.value is not None or self.lowering != "auto"
+    def _separates_groups(self, x) -> bool:
+        """Whether the groups of this layer are computed separately for an input x; see `separate_groups`."""
+        if _groups_separated.value is not None:
+            return _groups_separated.value
+        forced = _forced_lowering.value is not None or self.lowering != "auto"
         if forced or jax.default_backend() != "cpu":
             return False
         positions = x.shape[0] * x.shape[1]
-        unknown = not isinstance(positions, int)  # a symbolic batch
-        return unknown or positions >= FEWEST_APART
+        is_symbolic = not isinstance(positions, int)
+        return is_symbolic or positions >= FEWEST_SEPARATE_POSITIONS
 
 
 def explicit_padding(
@@ -385,14 +420,23 @@ def explicit_padding(
     strides: Sequence[int],
     dilation: Sequence[int] | None = None,
 ) -> tuple[tuple[int, int], ...]:
-    """Returns ((before, after), ...) of each axis for every way of saying padding.
+    """Returns the padding of each axis as a pair (before, after), from any of the forms that `conv` accepts.
+
+    "CIRCULAR" and "REFLECT" are the exception: `conv` itself pads with the values of x.
+
+    Args:
+      padding: see `conv`.
+      size: input positions along each spatial axis.
+      kernel: kernel positions along each spatial axis.
+      strides: stride of each spatial axis.
+      dilation: dilation of each spatial axis; None for 1.
 
     Raises:
-      UserError: unknown padding, or a padded image smaller than the window.
+      UserError: The padding is unknown, or the padded input is smaller than a window.
     """
     dilation = dilation or (1,) * len(kernel)
     extent = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
-    pads = _pads(padding, size, extent, strides)
+    pads = _padding_pairs(padding, size, extent, strides)
     if any(n + sum(p) < e for n, p, e in zip(size, pads, extent, strict=True)):
         raise UserError(
             f"an image of {tuple(size)} positions, padded by {pads}, is smaller than a window of {extent}: "
@@ -401,7 +445,7 @@ def explicit_padding(
     return pads
 
 
-def _pads(padding, size, extent, strides):
+def _padding_pairs(padding, size, extent, strides):
     if padding == "CAUSAL" and len(extent) == 1:
         return ((extent[0] - 1, 0),)
     if isinstance(padding, str):
@@ -419,21 +463,22 @@ def _pads(padding, size, extent, strides):
 
 
 def native_is_forced() -> bool:
-    """Whether XLA's own operations are to be used on every platform, as where files are made."""
-    return _forced.value == "native"
+    """Returns True inside `lowering("native")`, as in exports; pooling and normalisation then use XLA's own operations too."""
+    return _forced_lowering.value == "native"
 
 
-def _known(name: str) -> str:
+def _check_lowering(name: str) -> str:
+    """Returns the name if there is such a lowering; otherwise raises a UserError."""
     if name not in LOWERINGS:
         raise UserError(f"unknown lowering {name!r}{nearest(name, LOWERINGS)}")
     return name
 
 
-def per_axis(value: Pair, axes: int = 2) -> tuple[int, ...]:
-    """One number for all axes, or one for each, in the order of the axes of x.
+def per_axis(value: PerAxis, axes: int = 2) -> tuple[int, ...]:
+    """Returns one number per spatial axis: repeats a single number, and keeps a tuple of `axes` numbers.
 
     Raises:
-      UserError: another count of numbers than axes.
+      UserError: A tuple does not have `axes` numbers.
     """
     values = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(values) != axes:
@@ -444,10 +489,15 @@ def per_axis(value: Pair, axes: int = 2) -> tuple[int, ...]:
 
 
 def check_shapes(x: Sequence[int], kernel: Sequence[int], groups: int) -> None:
-    """Checks that a kernel fits an input.
+    """Raises a UserError unless a kernel fits an input, in their numbers of axes and of channels.
+
+    Args:
+      x: shape of the input, [b, l, c], [b, h, w, c] or [b, d, h, w, c].
+      kernel: shape of the kernel, [k, c / groups, features] for sequences, with more spatial axes for images and volumes.
+      groups: number of groups; divides c and features.
 
     Raises:
-      UserError: another number of axes, or other channels.
+      UserError: The numbers of axes differ, or the channels do not fit.
     """
     if len(kernel) not in (3, 4, 5) or len(x) != len(kernel):
         raise UserError(

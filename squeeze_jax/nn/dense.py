@@ -1,4 +1,4 @@
-"""The fully connected layer."""
+"""The dense (fully connected) layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +14,19 @@ from squeeze_jax.nn.reshaped import features
 
 
 class Dense(nn.Module):
-    """y = x W + b over the last axis, with parameters as `flax.linen.Dense`: kernel [c, features], bias [features].
+    """A dense layer, y = x W + b over the last axis.
 
-    Its inputs, its kernel and its outputs pass through taps; see `nn/intercept.py`.
+    The parameters are those of `flax.linen.Dense`: kernel [c, features] and bias [features]. Inputs, kernel and outputs pass
+    through taps, where other code can replace them; see `nn/intercept.py`.
 
     Attributes:
-      features: output channels.
-      use_bias: whether there is a bias.
-      dtype: of the computation; None for the type to which input and parameters promote.
+      features: number of output channels.
+      use_bias: whether the layer adds a bias.
+      dtype: dtype of the computation; None for the dtype to which input and parameters promote.
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
-      output_dtype: of the product, such as float32 for a bfloat16 computation; None for `dtype`.
-      fixed: whether it is an error to give it another width; see `nn/reshaped.py`.
+      output_dtype: dtype of the product, such as float32 for a bfloat16 computation; None for `dtype`.
+      fixed: if True, an enclosing `Reshaped` that changes `features` raises an error; see `nn/reshaped.py`.
     """
 
     features: int
@@ -38,7 +39,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., c] → [..., features]."""
+        """Applies the layer: [..., c] → [..., features]."""
         outputs = features(self, self.features, fixed=self.fixed)
         shape = (x.shape[-1], outputs)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
@@ -47,9 +48,9 @@ class Dense(nn.Module):
             bias = self.param("bias", self.bias_init, (outputs,), jnp.float32)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x, kernel = tap(self, "inputs", x), tap(self, "kernel", kernel)
-        contracted = (((x.ndim - 1,), (0,)), ((), ()))
+        contraction = (((x.ndim - 1,), (0,)), ((), ()))
         y = lax.dot_general(
-            x, kernel, contracted, preferred_element_type=self.output_dtype
+            x, kernel, contraction, preferred_element_type=self.output_dtype
         )
         if bias is not None:
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

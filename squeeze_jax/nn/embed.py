@@ -1,4 +1,4 @@
-"""From tokens to vectors, and back to scores of tokens."""
+"""Embeddings of tokens, and checks of the inputs of networks that read tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,23 +16,23 @@ from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.layer_norm import Normalization, norm
 
-# {the name in `transformers`: ours}.
-NAMES = {
+# {name of an input in `transformers`: our name}
+TRANSFORMERS_NAMES = {
     "input_ids": "tokens",
     "token_type_ids": "segments",
     "attention_mask": "attended",
 }
-READS = ("tokens", "segments", "attended", "position_ids")
+TEXT_INPUTS = ("tokens", "segments", "attended", "position_ids")
 
 
 class Text(NamedTuple):
-    """A batch of token sequences; all arrays are [b, l], and all but the tokens may be None.
+    """A batch of token sequences; all arrays are [b, l], and all except `tokens` may be None.
 
     Attributes:
-      tokens: int.
-      segments: int.
+      tokens: int, indices into the vocabulary.
+      segments: int, the segment of each token.
       attended: bool, the padding mask: True for real tokens.
-      position_ids: int, each token's row in the table of positions.
+      position_ids: int, each token's row in the table of position embeddings.
     """
 
     tokens: jax.Array
@@ -42,11 +42,12 @@ class Text(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Rows of the tables of embeddings, which bound the integers that a network reads; None for no bound.
+    """The numbers of rows of the embedding tables; they bound the integers that a network accepts. None means no bound.
 
     Attributes:
-      vocabulary, positions: rows.
-      segments: rows; a network with 0 or 1 ignores segments.
+      vocabulary: rows of the token table.
+      segments: rows of the segment table; a network with 0 or 1 ignores segments.
+      positions: rows of the position table.
     """
 
     vocabulary: int | None = None
@@ -57,18 +58,18 @@ class Sizes(NamedTuple):
 UNBOUNDED = Sizes()
 
 
-def named(
+def named_inputs(
     x: Mapping[str, Any], reads: Sequence[str], network: str = "an encoder"
 ) -> dict[str, Any]:
-    """Returns a network's inputs under our names, also from those of `transformers`; entries of None are left out.
+    """Returns a network's inputs under this library's names; inputs that are None are left out.
 
     Args:
-      x: {name: array}, such as {"input_ids": [b, l], "attention_mask": [b, l]}.
-      reads: our names of all inputs that the network has.
-      network: what an error calls it.
+      x: {name: array} under our names or those of `transformers`, such as {"input_ids": [b, l], "attention_mask": [b, l]}.
+      reads: our names of all inputs of the network.
+      network: name of the network in error messages.
 
     Raises:
-      UserError: no mapping, an unknown name, no tokens, or one input under both names.
+      UserError: `x` is not a mapping, a name is unknown, there are no tokens, or one input is there under both names.
     """
     if not isinstance(x, Mapping):
         arrays = ", ".join(f'"{name}"' for name in reads)
@@ -79,7 +80,7 @@ def named(
     for key, array in x.items():
         if array is None:
             continue
-        name = NAMES.get(key, key)
+        name = TRANSFORMERS_NAMES.get(key, key)
         if name not in reads:
             raise UserError(f"{network} has no input {key!r}{_hint(key, reads)}")
         if name in inputs:
@@ -99,34 +100,35 @@ def _hint(key, reads) -> str:
             ": the padding mask is 'attended' (or 'attention_mask'), [b, l], true for real tokens;"
             f" choose from {', '.join(reads)}"
         )
-    return nearest(key, [*reads, *(k for k, ours in NAMES.items() if ours in reads)])
+    foreign = (k for k, ours in TRANSFORMERS_NAMES.items() if ours in reads)
+    return nearest(key, [*reads, *foreign])
 
 
-def text(
+def text_inputs(
     x: Mapping[str, Any],
     *,
     choices: bool = False,
     sizes: Sizes = UNBOUNDED,
     others: Sequence[str] = (),
-    reads: Sequence[str] = READS,
+    reads: Sequence[str] = TEXT_INPUTS,
     network: str = "an encoder",
 ) -> Text:
     """Checks a network's inputs and returns its token sequences.
 
     Args:
-      x: {"tokens": int [b, l], "segments": int [b, l], "attended": bool or int [b, l], "position_ids": int [b, l]}, or
-        under the names of `transformers` in `NAMES`. All but the tokens may be left out: segments of 0, all tokens
-        real, positions that count from the first token.
-      choices: arrays are [b, choices, l]; the result has b * choices sequences.
-      sizes: what bounds the integers. Arrays that are traced inside `jax.jit` have no values to check.
-      others: names of inputs that the network reads besides.
-      reads: which of the names in `READS` it has.
-      network: what an error calls it.
+      x: {"tokens": int [b, l], "segments": int [b, l], "attended": bool or int [b, l], "position_ids": int [b, l]}, or the
+        same under the names of `transformers` in `TRANSFORMERS_NAMES`. Everything except the tokens may be left out: then
+        all segments are 0, all tokens are real, and positions count from the first token.
+      choices: whether the arrays are [b, choices, l]; the result then has b * choices sequences.
+      sizes: upper bounds of the integers. Arrays that `jax.jit` traces are not checked, because they have no values.
+      others: names of further inputs that the network accepts.
+      reads: names in `TEXT_INPUTS` that the network accepts.
+      network: name of the network in error messages.
 
     Raises:
-      UserError: see `named`; arrays of other shapes or types, and integers beyond the tables.
+      UserError: See `named_inputs`; also if an array has a wrong shape or dtype, or integers beyond a table.
     """
-    inputs = named(x, (*reads, *others), network)
+    inputs = named_inputs(x, (*reads, *others), network)
     if "token_type_ids" in x and sizes.segments == 0:
         raise UserError(
             f"{network} has no segments: leave out 'token_type_ids' ('segments' are ignored)"
@@ -143,9 +145,10 @@ def text(
                 f"{name} has the shape {tuple(array.shape)}, tokens have {shape}: they should be equal"
             )
     _check_range("tokens", arrays, sizes.vocabulary, "vocabulary")
-    # Our batches always have segments: networks with one or none ignore them.
-    several = "token_type_ids" in x or (sizes.segments or 0) > 1
-    _check_range("segments", arrays, sizes.segments if several else None, "segments")
+    # This library's batches always have segments, and networks with at most one segment ignore them.
+    reads_segments = "token_type_ids" in x or (sizes.segments or 0) > 1
+    segments = sizes.segments if reads_segments else None
+    _check_range("segments", arrays, segments, "segments")
     _check_range("position_ids", arrays, sizes.positions, "positions")
     if "attended" in arrays:
         arrays["attended"] = arrays["attended"] != 0
@@ -154,26 +157,29 @@ def text(
 
 
 def _integers(name, array, axes, *, also_bool=False):
-    """Returns an array of integers; a UserError names anything else."""
+    """Returns the array if its dtype is an integer type; otherwise raises a UserError."""
     kinds = (jnp.integer, jnp.bool_) if also_bool else (jnp.integer,)
-    dtype, what = getattr(array, "dtype", None), type(array).__name__
+    dtype, description = getattr(array, "dtype", None), type(array).__name__
     if isinstance(dtype, np.dtype):
-        what = dtype
+        description = dtype
         if any(jnp.issubdtype(dtype, kind) for kind in kinds):
             return array
     wanted = "integers or booleans" if also_bool else "integers"
-    raise UserError(f"{name} should be an array of {wanted} {axes}, not {what}")
+    raise UserError(f"{name} should be an array of {wanted} {axes}, not {description}")
 
 
 def _check_range(name, arrays, size, table) -> None:
-    """Checks the values of an array that has some: an index beyond a table would silently read its last row."""
+    """Raises a UserError if an array has indices beyond a table, which would silently read the table's last row.
+
+    Arrays without values on this host, such as traced ones, are not checked.
+    """
     array = arrays.get(name)
     concrete = not isinstance(array, jax.core.Tracer)
     if array is None or size is None or not concrete:
         return
     if not getattr(array, "is_fully_addressable", True):
         return
-    values = np.asarray(array)  # not an operation, which would be traced
+    values = np.asarray(array)  # NumPy, because an operation of JAX could be traced
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
     if low < 0 or high >= size:
         raise UserError(
@@ -181,14 +187,14 @@ def _check_range(name, arrays, size, table) -> None:
         )
 
 
-def positions(x: Mapping[str, Any]) -> jax.Array | None:
-    """The positions whose tokens alone shall be scored, int [b, p], or None for all.
+def scored_positions(x: Mapping[str, Any]) -> jax.Array | None:
+    """Returns the positions at which a head computes logits of tokens, int [b, p]; None for all positions.
 
     Args:
-      x: what `named` returns; "positions" int [b, p] may be left out.
+      x: inputs as `named_inputs` returns them, with or without "positions".
 
     Raises:
-      UserError: an array of another shape.
+      UserError: "positions" is not an array of integers [b, p].
     """
     array = x.get("positions")
     if array is None:
@@ -210,11 +216,12 @@ _lookup = exported_as("odml.embedding_lookup", _rows)
 
 
 class Embed(nn.Module):
-    """A table of vectors, named as in `flax.linen.Embed`: embedding [size, features].
+    """An embedding table, the parameter embedding [size, features] as in `flax.linen.Embed`.
 
     Attributes:
-      size: rows; an index beyond them means the last.
-      features: of a row.
+      size: number of rows; an index beyond them reads the last row.
+      features: number of channels of a row.
+      embedding_init: initializer of the table.
     """
 
     size: int
@@ -226,38 +233,41 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", self.embedding_init, shape)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids: int [...] → [..., features], float32."""
+        """Returns the rows of some indices: int [...] → float32 [..., features]."""
         return _lookup(ids.reshape(-1), self.embedding).reshape(*ids.shape, -1)
 
-    def first(self, length: int, after: int = 0) -> jax.Array:
-        """The first rows after some, [length, features]."""
-        return self.embedding[after : after + length]
+    def rows(self, length: int, start: int = 0) -> jax.Array:
+        """Returns `length` consecutive rows from row `start` on, [length, features]."""
+        return self.embedding[start : start + length]
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """x: [..., features] → products with every row [..., size], float32."""
+        """Returns the products of vectors with every row: [..., features] → float32 [..., size]."""
         x = as_float(x)
         table = self.embedding.astype(x.dtype)
-        # One matrix product over all positions: on a CPU much quicker than a batched one.
+        # One matrix product over all positions is much faster on a CPU than a batched product.
         rows = x.reshape(-1, x.shape[-1])
         y = jnp.matmul(rows, table.T, preferred_element_type=jnp.float32)
         return y.reshape(*x.shape[:-1], -1)
 
 
 class Embeddings(nn.Module):
-    """The sum of embeddings of tokens, positions and segments, normalised; BERT's Figure 2.
+    """The input layer of an encoder: the normalised sum of token, position and segment embeddings.
+
+    Devlin et al. 2018 (BERT), arXiv 1810.04805, Figure 2.
 
     Attributes:
-      vocabulary: tokens.
-      features: of the embeddings.
-      positions: the longest sequence.
-      segments: rows of the table of segments; 0 for none.
-      dropout: rate after the normalisation, 0 to 1; needs the rng "dropout" in training.
-      epsilon: of the normalisation; None for no normalisation.
-      dtype: of the result.
-      before: rows of the table of positions before that of the first token.
-      token_features: of the tokens' table, where a convolution takes them to `features`; None for those.
-      window: tokens that this convolution sees, the others at both sides; beyond the ends they are zero.
-      normalization: which one.
+      vocabulary: number of tokens.
+      features: number of channels of the embeddings.
+      positions: length of the longest sequence.
+      segments: rows of the segment table; 0 for no segments.
+      dropout: dropout rate after the normalisation, 0 to 1; needs the rng "dropout" in training.
+      epsilon: added to the variance of the normalisation; None for no normalisation.
+      dtype: dtype of the result.
+      before: rows of the position table that come before the first token's row.
+      token_features: channels of the token table, which a convolution widens to `features`; None for a table with
+        `features` channels and no convolution.
+      window: kernel size of that convolution: how many neighbouring tokens it reads; tokens beyond the ends are zero.
+      normalization: kind of normalisation.
     """
 
     vocabulary: int
@@ -284,13 +294,16 @@ class Embeddings(nn.Module):
         at: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """tokens, segments: int [b, l] → [b, l, features].
+        """Returns the embeddings of token sequences, [b, l, features].
 
-        `at` gives each token's row in the table of positions, int [b, l]; by default they count from `before`. No
-        segments are segment 0.
+        Args:
+          tokens: int [b, l].
+          segments: int [b, l]; None for segment 0 everywhere.
+          at: int [b, l], each token's row in the position table; None to count from row `before` on.
+          train: whether to apply dropout.
 
         Raises:
-          UserError: sequences longer than there are positions.
+          UserError: A sequence is longer than `positions`.
         """
         length = tokens.shape[-1]
         if length > self.positions:
@@ -298,9 +311,9 @@ class Embeddings(nn.Module):
                 f"sequences of {length} tokens are longer than the {self.positions} positions: cut them, or make the"
                 f" encoder with positions={length}"
             )
-        rows = self.before + self.positions
-        table = Embed(rows, self.features, name="positions")
-        where = table.first(length, self.before) if at is None else table(at)
+        row_count = self.before + self.positions
+        table = Embed(row_count, self.features, name="positions")
+        position = table.rows(length, self.before) if at is None else table(at)
         y = self.tokens(tokens)
         if self.token_features is not None:
             init = nn.initializers.truncated_normal(0.02)
@@ -312,15 +325,15 @@ class Embeddings(nn.Module):
                 fixed=True,
                 name="widen",
             )(y)
-        y = y + where
+        y = y + position
         if self.segments:
             table = Embed(self.segments, self.features, name="segments")
-            y = y + (table.first(1) if segments is None else table(segments))
+            y = y + (table.rows(1) if segments is None else table(segments))
         if self.epsilon is not None:
             y = norm(self.normalization, self.epsilon, name="norm")(y)
         drop = partial(Dropout(self.dropout), train=train)
         return drop(y.astype(self.dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """x: [..., token_features] → scores of each token [..., vocabulary], float32: the output tied to the input."""
+        """Returns the logits of all tokens by the transposed token table: [..., token_features] → float32 [..., vocabulary]."""
         return self.tokens.scores(x)

@@ -1,4 +1,4 @@
-"""The layer of a transformer, and a stack of them."""
+"""The transformer layer, a function that runs a stack of layers, and checks of their sizes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -23,25 +23,28 @@ KERNEL_INIT = nn.initializers.truncated_normal(0.02)
 
 
 class Layer(nn.Module):
-    """Self-attention, then a position-wise feed-forward network, each with a residual; arXiv 1706.03762, Figure 1.
+    """A transformer layer: self-attention and a position-wise feed-forward network, each with a residual connection.
 
-    y = norm(x + attention(x)), z = norm(y + ffn(y)); with `norm_first` y = x + attention(norm(x)), z = y + ffn(norm(y)).
-    Every fully connected layer is a convolution with kernel 1 and groups (SqueezeBERT, arXiv 2006.11316, section 3).
+    Vaswani et al. 2017, arXiv 1706.03762, Figure 1:
+
+        y = norm(x + attention(x)),  z = norm(y + ffn(y));  with `norm_first`  y = x + attention(norm(x)),  z = y + ffn(norm(y))
+
+    Every fully connected layer is a grouped convolution with kernel 1 (SqueezeBERT, arXiv 2006.11316, section 3).
 
     Attributes:
-      heads: of attention.
-      ffn_features: between the two layers of the feed-forward network.
-      groups: of the six convolutions.
-      activation: a name of `activations.ACTIVATIONS`, between those two layers.
-      dropout: rate before the residual sums, 0 to 1; needs the rng "dropout" in training.
-      attention_dropout: rate on attention's probabilities, 0 to 1.
-      epsilon: of the normalisations.
-      norm_first: normalises before attention and feed-forward network instead of after the sums.
-      causal: a position sees none that come after it.
+      heads: number of attention heads.
+      ffn_features: number of hidden channels of the feed-forward network.
+      groups: numbers of groups of the six convolutions.
+      activation: activation of the feed-forward network, a name in `activations.ACTIVATIONS`.
+      dropout: dropout rate before the residual sums, 0 to 1; needs the rng "dropout" in training.
+      attention_dropout: dropout rate of the attention probabilities, 0 to 1.
+      epsilon: added to the variances of the normalisations.
+      norm_first: whether to normalise the inputs of attention and feed-forward network instead of the residual sums.
+      causal: whether a position attends only to itself and to earlier positions.
       kernel_init: initializer of all kernels.
-      output_init: of those of attention's output and the feed-forward network's second layer; None for `kernel_init`.
-      shuffle: see `SelfAttention`.
-      features: see `SelfAttention`.
+      output_init: initializer of the kernels of attention's output projection and of the feed-forward network's second
+        layer; None for `kernel_init`.
+      shuffle, features: see `SelfAttention`.
     """
 
     heads: int
@@ -64,7 +67,16 @@ class Layer(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Attended]:
-        """x: [b, l, d], mask: bool [b, l], True for real tokens → [b, l, d] and what attention gave."""
+        """Applies the layer.
+
+        Args:
+          x: hidden states [b, l, d].
+          mask: padding mask, bool [b, l], True for real tokens; None if all are.
+          train: whether to apply dropout.
+
+        Returns:
+          Hidden states [b, l, d], and the outputs of attention.
+        """
         drop = partial(Dropout(self.dropout), train=train)
         attention = SelfAttention(
             self.heads,
@@ -112,55 +124,66 @@ def feed_forward(
     output_init: Callable | None = None,
     name: str = "ffn",
 ) -> jax.Array:
-    """Two layers with an activation between, inside a module's `nn.compact` method; they are called name_in and name_out.
+    """Applies a position-wise feed-forward network: two 1x1 convolutions with an activation between them.
+
+    Call it inside a module's `nn.compact` method; it creates the layers `<name>_in` and `<name>_out` there.
 
     Args:
       x: [b, l, d].
-      features: between the two.
-      activation: a name of `activations.ACTIVATIONS`.
-      groups: of both.
-      kernel_init: initializer of both, or of the first.
-      output_init: of the second; None for `kernel_init`.
-      name: what their names begin with.
+      features: number of hidden channels.
+      activation: a name in `activations.ACTIVATIONS`.
+      groups: numbers of groups; the fields ffn_in and ffn_out count.
+      kernel_init: initializer of the kernels.
+      output_init: initializer of the second kernel; None for `kernel_init`.
+      name: prefix of the layers' names.
 
     Returns:
       [b, l, d].
     """
     conv = partial(Conv, kernel_size=(1,), dtype=float_dtype(x))
-    first = conv(
+    layer_in = conv(
         features,
         feature_group_count=groups.ffn_in,
         kernel_init=kernel_init,
         name=f"{name}_in",
     )
     init = output_init or kernel_init
-    out = conv(
+    layer_out = conv(
         x.shape[-1],
         feature_group_count=groups.ffn_out,
         kernel_init=init,
         name=f"{name}_out",
     )
-    y = first(x, whole=groups.ffn_in != groups.ffn_out)  # or one array for each group
-    return out(jax.tree.map(activations.named(activation), y))
+    # With equal groups, y may be a tuple of one array per group.
+    y = layer_in(x, join_groups=groups.ffn_in != groups.ffn_out)
+    return layer_out(jax.tree.map(activations.by_name(activation), y))
 
 
-def stack(
+def run_layers(
     layers: Iterable[nn.Module],
     x: jax.Array,
     mask: jax.Array | None = None,
     *,
     train: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs layers one after the other; the same one may come again.
+    """Runs layers one after the other, and collects their outputs.
+
+    Args:
+      layers: modules like `Layer`; the same module may occur several times.
+      x: hidden states [b, l, d].
+      mask: padding mask, bool [b, l], True for real tokens; None if all are.
+      train: whether to apply dropout.
 
     Returns:
-      The last layer's [b, l, d], and of the n-th layer layer<n> [b, l, d], attention<n> (probabilities) and scores<n>
-      (before the softmax) [b, heads, l, l]. Of a layer that is left out there is only layer<n>, its input.
+      The last layer's hidden states [b, l, d], and a dict of endpoints. For the n-th layer it has its hidden states
+      layer<n> [b, l, d], its attention probabilities attention<n> and its attention scores before the softmax scores<n>
+      [b, heads, l, l]. For a layer that `Reshaped` leaves out it has only layer<n>, the layer's input.
     """
     endpoints = {}
     for number, layer in enumerate(layers, 1):
         outputs = layer(x, mask, train=train)
-        if not isinstance(outputs, tuple):  # the input, as `Reshaped` gives it
+        # `Reshaped` replaces the outputs of an absent layer by its input.
+        if not isinstance(outputs, tuple):
             endpoints[f"layer{number}"] = outputs
             continue
         x, attended = outputs
@@ -170,64 +193,69 @@ def stack(
     return x, endpoints
 
 
-def resized(row, **sizes: int | None):
-    """A NamedTuple of sizes with those given instead of its own; None keeps them.
+def with_sizes(row, **sizes: int | None):
+    """Returns a NamedTuple of sizes with some of them replaced; a size of None keeps the old one.
 
     Raises:
-      UserError: a size that is not positive.
+      UserError: A size is not positive; only "segments" may be 0.
     """
-    given = {name: size for name, size in sizes.items() if size is not None}
-    for name, size in given.items():
+    changes = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in changes.items():
         if size < (name != "segments"):
             raise UserError(f"{name} = {size}: should be a positive number")
-    return row._replace(**given)
+    return row._replace(**changes)
 
 
 def layer_groups(
-    groups: GroupsLike | Sequence[GroupsLike], own: Groups, layers: int
+    groups: GroupsLike | Sequence[GroupsLike], default: Groups, layers: int
 ) -> tuple[Groups, ...]:
-    """The groups of each layer from the ways of saying them.
+    """Returns the numbers of groups of each layer, from any of the forms in which a user may give them.
 
     Args:
-      groups: one number for all convolutions; a mapping from positions, the fields of `Groups`, to numbers, in which
-        those left out keep `own`; or a sequence of these, one for each layer.
-      own: the groups of positions that a mapping leaves out.
-      layers: how many there are.
+      groups: one number for all convolutions; or a mapping {field of `Groups`: number}; or a sequence of these, one per
+        layer.
+      default: numbers of the fields that a mapping leaves out.
+      layers: number of layers.
 
     Raises:
-      UserError: an unknown position, no positive number, or not one for each layer.
+      UserError: A field is unknown, a number is not positive, or a sequence does not have one entry per layer.
     """
     if isinstance(groups, int | Mapping):
-        return (_groups(groups, own),) * layers
+        return (_groups(groups, default),) * layers
     if len(groups) != layers:
         raise UserError(
             f"groups = {groups!r}: {layers} layers need as many entries, or one for all"
         )
-    return tuple(_groups(g, own) for g in groups)
+    return tuple(_groups(layer, default) for layer in groups)
 
 
-def _groups(given: GroupsLike, own: Groups) -> Groups:
-    if isinstance(given, int):
-        given = dict.fromkeys(Groups._fields, given)
-    for position, number in given.items():
-        registry.row(own._asdict(), position, "position in groups")
+def _groups(groups: GroupsLike, default: Groups) -> Groups:
+    if isinstance(groups, int):
+        groups = dict.fromkeys(Groups._fields, groups)
+    for position, number in groups.items():
+        registry.row(default._asdict(), position, "position in groups")
         if not isinstance(number, Integral) or number < 1:
             raise UserError(
                 f"groups of {position} = {number!r}: should be a positive number"
             )
-    return own._replace(**given)
+    return default._replace(**groups)
 
 
-def check(features: int, ffn_features: int, heads: int, groups: Iterable[Groups] = ()):
-    """Checks that heads and groups divide the channels.
+def check_divisors(
+    features: int, ffn_features: int, heads: int, groups: Iterable[Groups] = ()
+):
+    """Raises a UserError unless the numbers of heads and groups divide the numbers of channels.
 
-    Raises:
-      UserError: names the first that does not.
+    Args:
+      features: number of channels of the hidden states.
+      ffn_features: number of hidden channels of the feed-forward network.
+      heads: number of attention heads.
+      groups: numbers of groups of each layer.
     """
     if features % heads:
         raise UserError(f"features = {features} do not divide into heads = {heads}")
-    for layer, each in enumerate(groups, 1):
-        for position, number in each._asdict().items():
+    for layer, numbers in enumerate(groups, 1):
+        for position, number in numbers._asdict().items():
             widths = (features, ffn_features) if "ffn" in position else (features,)
             if any(width % number for width in widths):
                 raise UserError(

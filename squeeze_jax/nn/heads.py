@@ -1,4 +1,4 @@
-"""What encoders end in: one head for each task."""
+"""The heads of encoders: the last layers, which compute the logits of a task."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import LayerNorm
 
-# BERT's; others have some of these, and ELECTRA "replaced".
+# The tasks of BERT. Other encoders have some of these, or tasks of their own, such as ELECTRA's "replaced".
 Task = Literal[
     "features",
     "masked_lm",
@@ -25,75 +25,80 @@ Task = Literal[
     "span",
     "choice",
 ]
-# The tasks that look at the whole sequence by its pooled first token, and those with a pooler unless told otherwise.
+# The tasks whose heads read the pooled first token as the representation of the whole sequence, and the tasks for which an
+# encoder has a pooler by default.
 NEED_POOLER = ("next_sentence", "pretraining", "classification", "choice")
 POOLED = ("features", *NEED_POOLER)
 
 _INIT = nn.initializers.truncated_normal(0.02)
 
 
-def check(task: str, tasks: Any) -> None:
-    """Checks that a task is one of a `Literal`.
-
-    Raises:
-      UserError: an unknown task.
-    """
+def check_task(task: str, tasks: Any) -> None:
+    """Raises a UserError unless a task is one of the strings of the `Literal` `tasks`."""
     if task not in get_args(tasks):
         raise UserError(f"unknown task {task!r}{nearest(task, get_args(tasks))}")
 
 
-def pooled(
+def has_pooler(
     task: str,
     wanted: bool | None = None,
     *,
     tasks: Any = Task,
     need: Sequence[str] = NEED_POOLER,
 ) -> bool:
-    """Whether an encoder for the task has a pooler; `wanted` decides where it is not None.
+    """Returns whether an encoder for a task has a pooler.
 
     Args:
-      task: what the head is for.
-      wanted: whether there shall be one; None for where the task needs it, and for features.
-      tasks: the `Literal` of those that the encoder has.
-      need: those whose heads read the pooled token.
+      task: the head's task.
+      wanted: the user's choice; None for a pooler if the task needs one, or is "features".
+      tasks: `Literal` of the encoder's tasks.
+      need: the tasks whose heads read the pooled token.
 
     Raises:
-      UserError: an unknown task, or one that needs the pooler which is not wanted.
+      UserError: The task is unknown, or it needs the pooler and `wanted` is False.
     """
-    check(task, tasks)
+    check_task(task, tasks)
     if wanted is False and task in need:
         raise UserError(f"task {task!r} reads the pooled token: leave out pooler=False")
     return task in ("features", *need) if wanted is None else wanted
 
 
 class Pooler(nn.Module):
-    """tanh(W x + b) of the first token; BERT, arXiv 1810.04805."""
+    """BERT's pooler: tanh(W x + b) of the first token's hidden state x; Devlin et al. 2018, arXiv 1810.04805."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [b, l, d] → [b, d]."""
+        """Applies the pooler: hidden states [b, l, d] → [b, d]."""
         dense = Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="dense")
         return jnp.tanh(dense(x[:, 0]))
 
 
 def last_token(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """x: [b, l, d], mask: bool [b, l], True for real tokens, or None → the last real one [b, d]."""
+    """Returns the hidden state of the last real token of each sequence, [b, d].
+
+    Args:
+      x: hidden states [b, l, d].
+      mask: padding mask, bool [b, l], True for real tokens; None if all are.
+    """
     if mask is None:
         return x[:, -1]
-    places = jnp.arange(x.shape[1])
-    last = (mask * places).max(-1, keepdims=True)
-    # A sum, because runtimes have no quick selection.
-    return (x * (places == last)[..., None]).sum(1)
+    indices = jnp.arange(x.shape[1])
+    last = (mask * indices).max(-1, keepdims=True)
+    # A masked sum instead of an index: runtimes have no fast selection.
+    return (x * (indices == last)[..., None]).sum(1)
 
 
 class MaskedLM(nn.Module):
-    """Scores of every token at every position: dense, activation, normalisation, the embeddings' table, a bias.
+    """The head of masked language models: logits of every token of the vocabulary at each position.
+
+    It applies a dense layer, an activation, a normalisation, the transposed embedding table and a bias.
 
     Attributes:
-      features: of the embeddings.
-      activation: a name of `activations.ACTIVATIONS`.
-      epsilon: of the normalisation.
-      untied: channels beside those of the embeddings, which a matrix of the head's own scores; MobileBERT's.
+      features: number of channels of the token embeddings.
+      activation: a name in `activations.ACTIVATIONS`.
+      epsilon: added to the variance of the normalisation.
+      untied: number of additional channels, which a matrix of the head's own multiplies instead of the embedding table; used
+        by MobileBERT.
     """
 
     features: int
@@ -103,7 +108,15 @@ class MaskedLM(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, scores: Callable) -> jax.Array:
-        """x: [b, l, d], scores: `Embeddings.scores` → [b, l, vocabulary], float32."""
+        """Applies the head.
+
+        Args:
+          x: hidden states [b, l, d].
+          scores: function that multiplies by the transposed embedding table, `Embeddings.scores`.
+
+        Returns:
+          Logits, float32 [b, l, vocabulary].
+        """
         rows = x.reshape(-1, x.shape[-1])
         width = self.features + self.untied
         dense = partial(Dense, dtype=x.dtype, kernel_init=_INIT, fixed=True)
@@ -111,42 +124,43 @@ class MaskedLM(nn.Module):
         rows = LayerNorm(self.epsilon, name="norm")(y)
         y = scores(rows[:, : self.features])
         if self.untied:
-            own = dense(
+            untied = dense(
                 y.shape[-1], use_bias=False, output_dtype=jnp.float32, name="untied"
             )
-            y = y + own(rows[:, self.features :])
+            y = y + untied(rows[:, self.features :])
         bias = self.param("bias", nn.initializers.zeros_init(), y.shape[-1:])
         return (y + bias).reshape(*x.shape[:-1], -1)
 
 
 class Head(nn.Module):
-    """A task's head, by default as BERT has it; all logits are float32.
+    """The head of a task, by default as in BERT; all logits are float32.
 
     | task           | logits                                                                                     |
     |----------------|--------------------------------------------------------------------------------------------|
-    | features       | [b, l, d]: the last layer, no head                                                         |
-    | masked_lm      | [b, l, vocabulary], or [b, p, vocabulary] of p positions                                   |
-    | causal_lm      | [b, l, vocabulary]: of the token after each                                                |
-    | next_sentence  | [b, 2]: whether the second segment follows the first (0) or not (1), or is in order        |
+    | features       | [b, l, d]: the last layer's hidden states, no head                                         |
+    | masked_lm      | [b, l, vocabulary], or [b, p, vocabulary] at p positions only                              |
+    | causal_lm      | [b, l, vocabulary]: logits of the next token after each position                           |
+    | next_sentence  | [b, 2]: class 0 if the second segment follows the first, else class 1; in ALBERT, class 0  |
+    |                | if the two segments are in order                                                           |
     | pretraining    | {"masked_lm": …, "next_sentence": …}                                                       |
-    | replaced       | [b, l]: whether another net put the token there; ELECTRA, arXiv 2003.10555                 |
+    | replaced       | [b, l]: whether a generator network replaced the token; ELECTRA, arXiv 2003.10555          |
     | classification | [b, num_classes]; one class is a regression                                                |
     | tokens         | [b, l, num_classes]                                                                        |
-    | span           | {"start": [b, l], "end": [b, l]}: where an answer begins and ends                          |
+    | span           | {"start": [b, l], "end": [b, l]}: where an answer begins and where it ends                 |
     | choice         | [b, choices]                                                                               |
 
     Attributes:
-      task: see the table.
-      num_classes: of classification and tokens.
-      features: of the embeddings, for masked_lm.
-      activation: of masked_lm and replaced.
+      task: a task of the table.
+      num_classes: number of classes, for classification and tokens.
+      features: number of channels of the token embeddings, for masked_lm.
+      activation: activation of masked_lm and replaced.
       epsilon: see `MaskedLM`.
-      dropout: rate before the last layer, 0 to 1; needs the rng "dropout" in training.
-      summary: the activation after a fully connected layer on the first token, which tasks of sequences read instead of
-        the pooled one; None for the pooled one.
-      summary_dropout: rate before that layer.
+      dropout: dropout rate before the last layer, 0 to 1; needs the rng "dropout" in training.
+      summary: name of an activation: heads that classify sequences then read a dense layer of the first token with this
+        activation. None if they read the pooled token.
+      summary_dropout: dropout rate before that dense layer.
       untied: see `MaskedLM`.
-      bias: whether a classifier has one.
+      bias: whether the classifier of classification and tokens has a bias.
     """
 
     task: str
@@ -171,23 +185,24 @@ class Head(nn.Module):
         positions: jax.Array | None = None,
         train: bool = False,
     ):
-        """The logits, of `choices` sequences each for choice.
+        """Returns the logits of the task, see the table.
 
         Args:
-          x: [b, l, d].
-          pooled: [b, d], or None where the task does not read it.
-          scores: `Embeddings.scores`.
-          choices: how many sequences are one example.
-          positions: int [b, p]: where masked_lm scores tokens; None for everywhere. The scores of all positions take more
-            time than the layers of a small encoder, and a loss reads every seventh.
+          x: hidden states [b, l, d].
+          pooled: pooled tokens [b, d]; None if the task does not read them.
+          scores: function that multiplies by the transposed embedding table, `Embeddings.scores`.
+          choices: number of sequences that are one example, for the task choice.
+          positions: int [b, p], the positions at which masked_lm computes logits; None for all. The logits of all positions
+            take more time than the layers of a small encoder, and a loss reads only every seventh.
+          train: whether to apply dropout.
 
         Raises:
-          UserError: no classes.
+          UserError: num_classes is less than 1, and the task needs classes.
         """
         drop = partial(Dropout(self.dropout), train=train)
 
         def sequence():
-            return drop(self._sequence(x, pooled, train))
+            return drop(self._sequence_features(x, pooled, train))
 
         match self.task:
             case "features":
@@ -218,8 +233,8 @@ class Head(nn.Module):
         y = drop(x) if self.task == "tokens" else sequence()
         return _dense(self.num_classes, "classifier", self.bias)(y)
 
-    def _sequence(self, x, pooled, train):
-        """What stands for the whole sequence, [b, d]."""
+    def _sequence_features(self, x, pooled, train):
+        """Returns the features that represent a whole sequence, [b, d]."""
         if self.summary is None:
             return pooled
         drop = partial(Dropout(self.summary_dropout), train=train)
@@ -239,7 +254,7 @@ class Head(nn.Module):
 
 
 def _transform(x):
-    """A fully connected layer that keeps the channels, [..., d]."""
+    """Applies a dense layer with as many outputs as inputs, [..., d] → [..., d]."""
     dense = Dense(x.shape[-1], dtype=x.dtype, kernel_init=_INIT, name="transform")
     return dense(x)
 

@@ -1,4 +1,4 @@
-"""The input of networks and layers that read images."""
+"""Checks the input of networks and layers that read images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from squeeze_jax.errors import UserError
 
 
-def images(x: Any, reader: str) -> Any:
-    """Returns a batch of images after a check.
+def check_images(x: Any, reader: str) -> Any:
+    """Returns `x` if it is a batch of images [b, h, w, c].
 
     Args:
-      x: an array [b, h, w, c].
-      reader: what an error calls the network or the layer.
+      x: the input to check.
+      reader: name of the network or layer in error messages.
 
     Raises:
-      UserError: a mapping, something else that is no array, or an array with other axes.
+      UserError: `x` is not an array, or does not have four axes.
     """
     if isinstance(x, Mapping):
         keys = ", ".join(map(repr, x)) or "nothing"

@@ -1,14 +1,14 @@
-"""Taps: the places inside layers where arrays can be replaced from outside the model.
+"""Taps: places inside layers where code outside the model can read and replace arrays.
 
-`Conv`, `Dense`, `LSTM` and attention pass their arrays through `tap`. Each tap has a name, the layer's path and a role:
+`Conv`, `Dense`, `LSTM` and attention pass their arrays through `tap`. The name of a tap is the layer's path and a role:
 
-    <conv or dense>/inputs        what the layer reads
-    <conv or dense>/kernel        its kernel, in the dtype of the computation
-    <conv or dense>/outputs       what it returns, bias included
-    <lstm>/recurrent_kernel       its kernel of hidden states; inputs, kernel and outputs as above
-    <attention>/query, key, value, probabilities      the four factors of attention's two products
+    <conv or dense>/inputs        the layer's input
+    <conv or dense>/kernel        the layer's kernel, in the dtype of the computation
+    <conv or dense>/outputs       the layer's output, bias included
+    <lstm>/recurrent_kernel       the kernel that multiplies the hidden states; inputs, kernel and outputs as above
+    <attention>/query, key, value, probabilities      the four factors of the two products of attention
 
-so the tap of a kernel is called as the parameter is. Outside of `intercepting` a tap costs nothing and changes nothing.
+So the tap of a kernel has the same name as the parameter. Outside an `intercepting` context a tap does nothing and costs no time.
 """
 
 import contextlib
@@ -25,39 +25,39 @@ _local = threading.local()
 
 @contextlib.contextmanager
 def intercepting(replace: Callable[[Tap, Any], Any]) -> Iterator[None]:
-    """Passes every tap's array through `replace` within this context, while a network is traced or run.
+    """Replaces the array at every tap by `replace(tap, array)`, in networks that are traced or run inside this context.
 
     Args:
       replace: (tap, array) → an array of the same shape.
     """
-    before = getattr(_local, "replace", None)
+    outer_replace = getattr(_local, "replace", None)
     _local.replace = replace
     try:
         yield
     finally:
-        _local.replace = before
+        _local.replace = outer_replace
 
 
 def tap(module: nn.Module, role: str, x: Any) -> Any:
-    """Returns `x`, or what the enclosing `intercepting` makes of it.
+    """Returns `x`, or its replacement inside an `intercepting` context.
 
     Args:
-      module: the layer that calls it, bound.
-      role: see above.
-      x: the array; layers whose groups stay apart give a tuple of arrays, each of which is a tap of its own.
+      module: the layer that calls this function, bound.
+      role: role of the array, see the table at the top.
+      x: the array. Layers that keep their channel groups separate pass a tuple of arrays; each of them is replaced on its own.
 
     Raises:
-      ValueError: the replacement has another shape.
+      ValueError: The replacement has another shape.
     """
     replace = getattr(_local, "replace", None)
     if replace is None:
         return x
     if isinstance(x, tuple):
-        return tuple(tap(module, role, part) for part in x)
+        return tuple(tap(module, role, group) for group in x)
     name = "/".join((*module.path, role))
-    changed = replace(Tap(name, tuple(x.shape), x.dtype), x)
-    if changed.shape != x.shape:
+    replacement = replace(Tap(name, tuple(x.shape), x.dtype), x)
+    if replacement.shape != x.shape:
         raise ValueError(
-            f"{name}: an interception returned shape {changed.shape} for {x.shape}"
+            f"{name}: an interception returned shape {replacement.shape} for {x.shape}"
         )
-    return changed
+    return replacement

@@ -1,4 +1,4 @@
-"""Layer normalisation (Ba, Kiros, Hinton 2016, arXiv 1607.06450)."""
+"""Layer normalisation (Ba, Kiros, Hinton 2016, arXiv 1607.06450), and MobileBERT's replacement for it."""
 
 from typing import Literal
 
@@ -13,9 +13,10 @@ Normalization = Literal["layer_norm", "no_norm"]
 
 
 class LayerNorm(nn.Module):
-    """y = (x - mean) / sqrt(var + epsilon) * scale + bias, mean and biased variance over the channels of a position.
+    """A layer that normalises the channels of each position: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
 
-    Parameters scale and bias [c] are named as in `flax.linen.LayerNorm`. Computed in float32.
+    Mean and biased variance are those of the channels of one position. The parameters scale and bias [c] are named as in
+    `flax.linen.LayerNorm`. The layer computes in float32.
 
     Attributes:
       epsilon: added to the variance.
@@ -25,7 +26,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., c] → the same shape and dtype; integers become float32."""
+        """Normalises x [..., c]; returns the same shape and dtype, float32 for integers."""
         x = as_float(x)
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
@@ -38,14 +39,15 @@ class LayerNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """y = x * scale + bias for each channel: what stands for a normalisation in MobileBERT (arXiv 2004.02984, section 3.3).
+    """A layer that scales and shifts each channel: y = x * scale + bias.
 
-    Without mean and variance it is quicker. Parameters are named as those of `LayerNorm`. Computed in float32.
+    It replaces normalisations in MobileBERT (arXiv 2004.02984, section 3.3) and is faster, because it needs no mean and no
+    variance. The parameters are named as those of `LayerNorm`. The layer computes in float32.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., c] → the same shape and dtype; integers become float32."""
+        """Scales and shifts x [..., c]; returns the same shape and dtype, float32 for integers."""
         x = as_float(x)
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
@@ -54,5 +56,5 @@ class NoNorm(nn.Module):
 
 
 def norm(kind: Normalization, epsilon: float, *, name: str) -> nn.Module:
-    """The module of that kind; the epsilon is of `LayerNorm` alone."""
+    """Returns the normalisation module of a kind; only `LayerNorm` uses the epsilon."""
     return NoNorm(name=name) if kind == "no_norm" else LayerNorm(epsilon, name=name)

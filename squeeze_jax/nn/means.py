@@ -1,9 +1,10 @@
-"""The weighted mean that losses and metrics share, over a batch or over one part of a batch.
+"""The weighted mean that losses and metrics use, for a whole batch or for one part of a batch.
 
-A step that splits a batch over accumulated parts or devices averages what the parts return, each weighted by its share of
-the examples. The mean over all tokens of the batch is not the average of the parts' means over their tokens. So `mean`
-divides by the weights of the whole batch there, which the step adds up beforehand: `recorded` collects the sum of weights
-of each call of `mean`, `divided` hands the totals back in the same order.
+A training step can split a batch into parts: over devices, or over accumulation steps. It averages the parts' losses,
+weighted by their shares of the examples. For a mean over tokens that average is wrong, because parts with the same number of
+examples may have different numbers of tokens. So in a part, `mean` divides by the sum of weights of the whole batch. The step
+finds these sums first: `record_weight_sums` collects the sum of weights of each call of `mean`, and `divide_by` hands the
+totals back to the same calls in the same order.
 """
 
 import contextlib
@@ -16,70 +17,78 @@ import jax.numpy as jnp
 
 
 class Divisors(NamedTuple):
-    """What the calls of `mean` in one part of a batch divide by.
+    """The divisors of the calls of `mean` in one part of a batch.
 
     Attributes:
-      totals: float32 [] each, the sums of weights over the whole batch, in the order of the calls.
-      share: float32 [], the share of the batch's examples that the part has.
+      totals: sum of weights over the whole batch for each call of `mean`, in the order of the calls; float32 [] each.
+      share: the part's share of the batch's examples, float32 [].
     """
 
     totals: tuple[jax.Array, ...]
     share: jax.Array
 
 
-_scope = contextvars.ContextVar("means", default=None)
+# {sum of weights → divisor}, the function that the enclosing context gives to `mean`; None outside of the contexts.
+_divisor = contextvars.ContextVar("means", default=None)
 
 
 def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the mean over what counts, float32; 0 where nothing does.
+    """Returns the weighted mean of values, float32 []; 0 if all weights are 0.
+
+    The divisor is the sum of weights, but at least 1.
 
     Args:
       values: float array.
-      weights: bool or float array of the same shape: 0 for what does not count.
+      weights: bool or float array of the same shape; 0 or False for values that do not count.
     """
     weights = weights.astype(jnp.float32)
-    total, count = jnp.sum(values * weights), jnp.sum(weights)
-    divisor = _scope.get()
-    return total / (jnp.maximum(count, 1.0) if divisor is None else divisor(count))
+    total, weight_sum = jnp.sum(values * weights), jnp.sum(weights)
+    divisor = _divisor.get()
+    if divisor is None:
+        return total / jnp.maximum(weight_sum, 1.0)
+    return total / divisor(weight_sum)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[jax.Array]]:
-    """Yields a list that collects the sum of weights of each call of `mean` inside."""
-    counts = []
+def record_weight_sums() -> Iterator[list[jax.Array]]:
+    """Yields a list to which each call of `mean` inside this context appends its sum of weights."""
+    weight_sums = []
 
-    def record(count):
-        counts.append(count)
-        return jnp.maximum(count, 1.0)
+    def record(weight_sum):
+        weight_sums.append(weight_sum)
+        return jnp.maximum(weight_sum, 1.0)
 
-    with _scoped(record):
-        yield counts
+    with _divisor_set(record):
+        yield weight_sums
 
 
 @contextlib.contextmanager
-def divided(by: Divisors | None) -> Iterator[None]:
-    """Makes each call of `mean` inside return this part's contribution to the mean over the whole batch.
+def divide_by(divisors: Divisors | None) -> Iterator[None]:
+    """Makes each call of `mean` inside this context return one part's contribution to the mean over the whole batch.
 
-    The average of these, weighted by `by.share`, is the mean over the whole batch. None changes nothing.
+    The mean over the whole batch is the average of the parts' contributions, weighted by their shares of the examples.
+
+    Args:
+      divisors: divisors of this part; None changes nothing.
     """
-    if by is None:
+    if divisors is None:
         yield
         return
-    left = iter(by.totals)
+    totals = iter(divisors.totals)
 
-    def divisor(count):
-        del count
-        whole = jnp.maximum(next(left), 1.0) * by.share
-        return jnp.where(whole > 0, whole, 1.0)  # a part without examples adds nothing
+    def divisor(weight_sum):
+        del weight_sum
+        total = jnp.maximum(next(totals), 1.0) * divisors.share
+        return jnp.where(total > 0, total, 1.0)  # a part without examples adds nothing
 
-    with _scoped(divisor):
+    with _divisor_set(divisor):
         yield
 
 
 @contextlib.contextmanager
-def _scoped(divisor):
-    token = _scope.set(divisor)
+def _divisor_set(divisor):
+    token = _divisor.set(divisor)
     try:
         yield
     finally:
-        _scope.reset(token)
+        _divisor.reset(token)

@@ -1,12 +1,13 @@
 """Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) with statistics over the global batch.
 
-What it costs on a CPU is passes over memory. Two linear maps do all of its work, each the transpose of the other:
+On a CPU its time is the number of passes over memory. Two linear functions do all of its work, and each is the transpose of
+the other:
 
     scaled   (x, [a, b]) → x a + b
     sums     (x, y) → [sum of x y, sum of y]
 
-The statistics are sums(x, x), the gradients of scale and bias sums(x, ȳ). As primitives both sums are one pass, where
-XLA makes two of what differentiating the operations gives it.
+The batch's statistics come from sums(x, x), and the gradients of scale and bias from sums(x, ȳ). Both functions are
+primitives, so that the two sums take one pass over memory. If JAX differentiates the plain operations, XLA needs two.
 """
 
 import math
@@ -28,35 +29,39 @@ from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.reshaped import norm_momentum
 from squeeze_jax.nn.sums import totals
 
-# The collection that counts the batches in running statistics: {layer: {"share": []}}. See `BatchNorm`.
+# The collection of variables {layer: {"share": float32 []}}: the total weight of batches in the layer's running statistics.
+# See `BatchNorm`.
 SHARES = "batch_shares"
 
 
 class BatchNorm(nn.Module):
-    """y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each channel, as `flax.linen.BatchNorm` and in its place.
+    """A batch normalisation layer that replaces `flax.linen.BatchNorm`: same arguments and defaults, same variables.
 
-    Parameters scale, bias [c], batch_stats mean, var [c], arguments and their defaults are Flax's. In training mean and
-    var are those of the batch, in float32: the whole batch under `jax.jit`, and inside `jax.shard_map` that of all
-    devices along the axes x varies over (which needs its default `check_vma=True`).
+    For each channel, y = (x - mean) / sqrt(var + epsilon) * scale + bias. The parameters are scale and bias [c]; the
+    collection batch_stats holds the running statistics mean and var [c]. In training, mean and var are the statistics of the
+    batch in float32. Under `jax.jit` they cover the whole batch. Inside `jax.shard_map` they cover the batches of all devices
+    along the mesh axes that x varies over (which needs the default `check_vma=True` of `jax.shard_map`).
 
-    Where the collection `SHARES` holds the share of batches in the running statistics, 1 - momentum^k after k updates,
-    mean and var are corrected for their initial values 0 and 1, as Adam corrects its averages (arXiv 1412.6980, section
-    3): they are the weighted mean of the batches' statistics alone. Without it they are Flax's.
+    If the variables contain the collection `SHARES`, the running statistics are corrected for their initial values 0 and 1, as
+    Adam corrects its averages (arXiv 1412.6980, section 3): they are the weighted mean of the batches' statistics alone. A
+    share is the total weight of all batches in the uncorrected running statistics, 1 - momentum^k after k updates. Without
+    this collection the running statistics are those of Flax.
 
     Attributes:
-      use_running_average: whether the running statistics are used, as in evaluation, or those of the batch.
-      axis: the axis of the channels.
-      momentum: share of the old running statistics kept in an update, 0 to 1, unless an enclosing `Reshaped` has
-        another; PyTorch's `momentum` is one minus this.
-      epsilon: added to the variance; PyTorch's default too.
-      dtype: of the result; None for the type to which input and parameters promote.
-      param_dtype: of the parameters.
-      use_bias, use_scale: whether there are these parameters.
-      bias_init, scale_init: initializers.
-      axis_name: axes of `jax.vmap` or `jax.shard_map` over which batches are one, or None.
-      axis_index_groups: parts of that axis whose batches are one, see `jax.lax.psum`; None for all.
-      use_fast_variance: var = mean(x^2) - mean(x)^2 in one pass over x, else the mean of the squared distances.
-      unbiased: whether the running variance divides by one position less, as PyTorch's does.
+      use_running_average: whether to normalise with the running statistics, as in evaluation, or with the batch's.
+      axis: index of the channel axis.
+      momentum: share of the old running statistics that an update keeps, 0 to 1. PyTorch's `momentum` is 1 minus this. An
+        enclosing `Reshaped` can replace it.
+      epsilon: added to the variance; the default is PyTorch's, too.
+      dtype: dtype of the result; None for the dtype to which input and parameters promote.
+      param_dtype: dtype of the parameters.
+      use_bias, use_scale: whether the layer has these parameters.
+      bias_init, scale_init: initializers of the parameters.
+      axis_name: axes of `jax.vmap` or `jax.shard_map` whose batches share their statistics, or None.
+      axis_index_groups: parts of that axis whose batches share their statistics, see `jax.lax.psum`; None for the whole axis.
+      use_fast_variance: whether to compute var = mean(x^2) - mean(x)^2 in one pass over x; otherwise var is the mean of
+        (x - mean)^2.
+      unbiased: whether the running variance is divided by the number of positions minus one, as in PyTorch.
     """
 
     use_running_average: bool | None = None
@@ -82,16 +87,19 @@ class BatchNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """x: [..., c] → the same shape; in training updates batch_stats, which have to be mutable.
+        """Normalises x; in training, it also updates the collection batch_stats, which must be mutable.
 
         Args:
           x: [..., c].
-          use_running_average: as the attribute; one of both is needed.
-          mask: bool, broadcastable to x: which positions count in the statistics of the batch. Over several devices every
-            position has the same weight, where Flax gives it to every device.
+          use_running_average: see the attribute; set exactly one of the two.
+          mask: bool, broadcastable to x: True for positions that count in the batch's statistics. Over several devices every
+            position has the same weight; in Flax every device has the same weight.
+
+        Returns:
+          An array of the shape of x.
 
         Raises:
-          UserError: training without `mutable=["batch_stats"]`, or an axis that x does not have.
+          UserError: Training runs without `mutable=["batch_stats"]`, or x does not have the axis.
         """
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -100,8 +108,8 @@ class BatchNorm(nn.Module):
             raise UserError(
                 f"{self._name()}: axis = {self.axis!r} should be one axis of the input {x.shape}"
             )
-        last = self.axis % x.ndim == x.ndim - 1
-        if not last:
+        axis_is_last = self.axis % x.ndim == x.ndim - 1
+        if not axis_is_last:
             x = jnp.moveaxis(x, self.axis, -1)
             mask = (
                 mask
@@ -126,26 +134,27 @@ class BatchNorm(nn.Module):
             batch_mean, batch_var, count = self._moments(x, mask)
             if not self.is_initializing():
                 self._check_mutable()
-                keep = self._kept(momentum)
+                keep = self._update_weight(momentum)
                 if self.unbiased:
-                    kept_var = batch_var * (count / jnp.maximum(count - 1, 1))
+                    new_var = batch_var * (count / jnp.maximum(count - 1, 1))
                 else:
-                    kept_var = batch_var
+                    new_var = batch_var
                 mean.value = keep * mean.value + (1 - keep) * batch_mean
-                var.value = keep * var.value + (1 - keep) * kept_var
+                var.value = keep * var.value + (1 - keep) * new_var
             ab = varying.like(jnp.stack(affine(batch_mean, batch_var)), x)
-            # The primitive keeps the dtype of x; gradients in it cost fewer passes.
-            direct = native_is_forced() or x.dtype != dtype
-            y = _scaled(x, ab, dtype) if direct else _scaled_once.bind(x, ab)
-        return y if last else jnp.moveaxis(y, -1, self.axis)
+            # The primitive returns the dtype of x. Its gradients need fewer passes over memory.
+            plain = native_is_forced() or x.dtype != dtype
+            y = _scaled(x, ab, dtype) if plain else _scaled_primitive.bind(x, ab)
+        return y if axis_is_last else jnp.moveaxis(y, -1, self.axis)
 
-    @nn.nowrap  # no layer of its own in the names of operations
+    @nn.nowrap  # keeps this method out of the names of operations
     def _moments(self, x, mask):
-        names, parts = self.axis_name, self.axis_index_groups
+        names, index_groups = self.axis_name, self.axis_index_groups
         names = () if names is None or self.is_initializing() else names
         if mask is None and self.use_fast_variance:
-            return moments(x, names, parts)
-        return exact_moments(x, mask, names, parts, fast=self.use_fast_variance)
+            return moments(x, names, index_groups)
+        fast = self.use_fast_variance
+        return masked_moments(x, mask, names, index_groups, fast=fast)
 
     def _check_mutable(self) -> None:
         if not self.is_mutable_collection("batch_stats"):
@@ -157,25 +166,25 @@ class BatchNorm(nn.Module):
     def _name(self) -> str:
         return "/".join(self.path) or "BatchNorm"
 
-    def _kept(self, momentum: float):
-        """Returns the share of the stored statistics that an update keeps, and counts the update."""
+    def _update_weight(self, momentum: float):
+        """Returns the weight of the stored statistics in an update, and updates the layer's share in `SHARES`."""
         if momentum == 1 or not self.has_variable(SHARES, "share"):
             return momentum
         before = self.get_variable(SHARES, "share")
         share = momentum * before + (1 - momentum)
         self.put_variable(SHARES, "share", share)
-        # What is stored is corrected: sum / before, which becomes (momentum * sum + (1 - momentum) * batch) / share.
+        # The stored value is corrected: sum / before. It becomes (momentum * sum + (1 - momentum) * batch) / share.
         return momentum * before / share
 
 
 def shares(
     stats: Mapping[str, Any], known: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Returns the collection `SHARES` for a network's statistics: 1 for a layer whose statistics are known, else 0.
+    """Returns the collection `SHARES` for a network's running statistics: 1 for layers with known statistics, else 0.
 
     Args:
       stats: the collection batch_stats.
-      known: the part of it that does not begin at the initial values, such as pretrained statistics.
+      known: those statistics in it that are not initial values, such as pretrained ones; None for none.
     """
     known, result = known or {}, {}
     for name, value in stats.items():
@@ -184,118 +193,135 @@ def shares(
         if {"mean", "var"} <= value.keys():
             share = 1.0 if "mean" in known.get(name, {}) else 0.0
             result[name] = {"share": jnp.full((), share, jnp.float32)}
-        elif below := shares(value, known.get(name)):
-            result[name] = below
+        elif nested := shares(value, known.get(name)):
+            result[name] = nested
     return result
 
 
 def moments(
     x: jax.Array, names: str | Sequence[str] = (), index_groups: Any = None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Returns mean [c], biased variance [c] and the number of positions of x [..., c], over all devices.
+    """Returns mean [c], biased variance [c] and number of positions of x over all devices, in float32.
 
-    var = mean(x^2) - mean(x)^2, never below zero, in float32.
+    The variance is mean(x^2) - mean(x)^2, but never below zero.
 
     Args:
       x: [..., c].
-      names: axes of `jax.vmap` or `jax.shard_map` to average over, beside those that x varies over.
-      index_groups: parts of these axes, see `jax.lax.pmean`.
+      names: axes of `jax.vmap` or `jax.shard_map` to average over, in addition to those that x varies over.
+      index_groups: parts of these axes to average over, see `jax.lax.pmean`.
     """
     count = math.prod(x.shape[:-1])
-    square, mean = (_sums(x, x) if native_is_forced() else _powers(x)) / count
-    mean, square, count = _over_devices(x, names, index_groups, mean, square, count)
+    sums = _sums(x, x) if native_is_forced() else _sums_of_powers(x)
+    square, mean = sums / count
+    mean, square, count = _mean_over_devices(
+        x, names, index_groups, mean, square, count
+    )
     return mean, jnp.maximum(square - mean * mean, 0), count
 
 
-def exact_moments(x, mask, names=(), index_groups=None, *, fast: bool = False):
-    """As `moments`, of the positions where a mask is true, and var = mean((x - mean)^2) unless it is to be fast."""
-    wide = _wide(x)
-    over = tuple(range(x.ndim - 1))
+def masked_moments(x, mask, names=(), index_groups=None, *, fast: bool = False):
+    """Returns what `moments` returns, for the positions where a mask is true.
+
+    Args:
+      x: [..., c].
+      mask: bool, broadcastable to x; None for all positions.
+      names, index_groups: see `moments`.
+      fast: whether the variance is mean(x^2) - mean(x)^2; otherwise it is mean((x - mean)^2).
+    """
+    wide = _as_wide(x)
+    axes = tuple(range(x.ndim - 1))
     mask = jnp.ones((), bool) if mask is None else mask.astype(bool)
-    weight = jnp.broadcast_to(mask, x.shape)
-    counts = weight.sum(over).astype(jnp.float32)
+    mask = jnp.broadcast_to(mask, x.shape)
+    counts = mask.sum(axes).astype(jnp.float32)
 
-    def averaged(values):
-        total = jnp.where(weight, values, 0).sum(over)
-        total, number, _ = _over_devices(x, names, index_groups, total, counts, 1)
-        return total / number
+    def masked_mean(values):
+        total = jnp.where(mask, values, 0).sum(axes)
+        total, count, _ = _mean_over_devices(x, names, index_groups, total, counts, 1)
+        return total / count
 
-    mean = averaged(wide)
+    mean = masked_mean(wide)
     if fast:
-        var = jnp.maximum(averaged(wide * wide) - mean * mean, 0)
+        var = jnp.maximum(masked_mean(wide * wide) - mean * mean, 0)
     else:
-        var = averaged(jnp.square(wide - mean))
-    *_, devices = _over_devices(x, names, index_groups, counts, counts, 1)
+        var = masked_mean(jnp.square(wide - mean))
+    *_, devices = _mean_over_devices(x, names, index_groups, counts, counts, 1)
     return mean, var, counts * devices
 
 
-def _over_devices(x, names, index_groups, a, b, count):
-    """Returns the means of two arrays over the devices or mapped axes whose batches are one, and the count of all."""
+def _mean_over_devices(x, names, index_groups, a, b, count):
+    """Averages two arrays over the devices and mapped axes whose batches share statistics; multiplies `count` by their number."""
     names = (names,) if isinstance(names, str) else tuple(names)
     axes = (*varying.axes(x), *(n for n in names if n not in varying.axes(x)))
     if axes:
         a, b = lax.pmean((a, b), axes, axis_index_groups=index_groups)
-        each = math.prod(map(lax.axis_size, axes))
-        count *= len(index_groups[0]) if index_groups else each
+        size = math.prod(map(lax.axis_size, axes))
+        count *= len(index_groups[0]) if index_groups else size
     return a, b, count
 
 
 def _affine(mean, var, scale, bias, epsilon):
+    """Returns a and b of the normalisation y = x a + b."""
     a = lax.rsqrt(var + epsilon)
     a = a if scale is None else a * scale
     return a, -mean * a if bias is None else bias - mean * a
 
 
-def _wide(x):
+def _as_wide(x):
     return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _scaled(x, ab, dtype=None):
-    return (_wide(x) * ab[0] + ab[1]).astype(dtype or x.dtype)
+    return (_as_wide(x) * ab[0] + ab[1]).astype(dtype or x.dtype)
 
 
 def _sums(x, y):
-    x, y, over = _wide(x), _wide(y), tuple(range(x.ndim - 1))
-    return jnp.stack([(x * y).sum(over), y.sum(over)])
+    x, y, axes = _as_wide(x), _as_wide(y), tuple(range(x.ndim - 1))
+    return jnp.stack([(x * y).sum(axes), y.sum(axes)])
 
 
-@primitives.apart
-def _sums_at_once(x, y):
-    x, y = _wide(x), _wide(y)
+@primitives.compiled_alone
+def _sums_in_one_pass(x, y):
+    x, y = _as_wide(x), _as_wide(y)
     return totals([x * y, y])
 
 
 @jax.custom_jvp
-def _powers(x):
-    """The sums of x^2 and of x, [2, c]."""
-    return _sums_once.bind(x, x)
+def _sums_of_powers(x):
+    """Returns the sums of x^2 and of x over all positions, [2, c]."""
+    return _sums_primitive.bind(x, x)
 
 
-@_powers.defjvp
-def _powers_jvp(primals, tangents):
+@_sums_of_powers.defjvp
+def _sums_of_powers_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
-    product, plain = _sums_once.bind(x, t)
-    return _powers(x), jnp.stack([2 * product, plain])
+    product, plain = _sums_primitive.bind(x, t)
+    return _sums_of_powers(x), jnp.stack([2 * product, plain])
 
 
-def _batched(plain, arrays, dims):
-    """`vmap`: of operations that have rules of their own."""
+def _batch_rule(plain, arrays, dims):
+    """Applies `jax.vmap` to the plain operations, because JAX has rules for them."""
     return jax.vmap(plain, dims)(*arrays), 0
 
 
-_scaled_once = primitives.make("batch_norm_scaled", _scaled, _scaled)
-_sums_once = primitives.make("batch_norm_sums", _sums_at_once, _sums)
+_scaled_primitive = primitives.make("batch_norm_scaled", _scaled, _scaled)
+_sums_primitive = primitives.make("batch_norm_sums", _sums_in_one_pass, _sums)
 ad.defjvp(
-    _scaled_once,
-    lambda t, x, ab: (_wide(t) * ab[0]).astype(x.dtype),
-    lambda t, x, ab: _scaled_once.bind(x, t),
+    _scaled_primitive,
+    lambda t, x, ab: (_as_wide(t) * ab[0]).astype(x.dtype),
+    lambda t, x, ab: _scaled_primitive.bind(x, t),
 )
 ad.defjvp(
-    _sums_once,
+    _sums_primitive,
     lambda t, x, y: _sums(t, y).at[1].set(0),
-    lambda t, x, y: _sums_once.bind(x, t),
+    lambda t, x, y: _sums_primitive.bind(x, t),
 )
-ad.primitive_transposes[_scaled_once] = lambda t, x, ab: (None, _sums_once.bind(x, t))
-ad.primitive_transposes[_sums_once] = lambda t, x, y: (None, _scaled_once.bind(x, t))
-batching.primitive_batchers[_scaled_once] = partial(_batched, _scaled)
-batching.primitive_batchers[_sums_once] = partial(_batched, _sums)
+ad.primitive_transposes[_scaled_primitive] = lambda t, x, ab: (
+    None,
+    _sums_primitive.bind(x, t),
+)
+ad.primitive_transposes[_sums_primitive] = lambda t, x, y: (
+    None,
+    _scaled_primitive.bind(x, t),
+)
+batching.primitive_batchers[_scaled_primitive] = partial(_batch_rule, _scaled)
+batching.primitive_batchers[_sums_primitive] = partial(_batch_rule, _sums)

@@ -1,4 +1,4 @@
-"""Pooling."""
+"""Max pooling, mean pooling and global mean pooling of images [b, h, w, c]."""
 
 from collections.abc import Callable
 from functools import partial, reduce
@@ -14,8 +14,14 @@ from jax.interpreters import ad, batching
 from squeeze_jax.nn import primitives
 from squeeze_jax.nn.conv import Padding, conv, explicit_padding, native_is_forced
 from squeeze_jax.nn.dtypes import as_float
-from squeeze_jax.nn.image import images
-from squeeze_jax.nn.windows import Geometry, joined, positions, reaching, shifted
+from squeeze_jax.nn.image import check_images
+from squeeze_jax.nn.windows import (
+    Geometry,
+    image_from_slices,
+    input_slices,
+    kernel_positions,
+    output_slices,
+)
 
 
 def max_pool(
@@ -26,26 +32,26 @@ def max_pool(
     *,
     ceil: bool = False,
 ) -> jax.Array:
-    """The largest value in each window.
+    """Returns the largest value in each window of an image.
 
     Args:
       x: [b, h, w, c].
-      window: positions of a window along each axis.
-      strides: positions from one window to the next.
-      padding: as in `conv`; padded positions are never the largest.
-      ceil: also count a last window that reaches beyond the padded image, as Caffe does and PyTorch's `ceil_mode`.
+      window: size of a window along each axis.
+      strides: distance between neighbouring windows along each axis.
+      padding: see `conv`; padded positions are never the largest.
+      ceil: whether to add a last window that reaches beyond the padded image, as Caffe and PyTorch's `ceil_mode` do.
 
     Returns:
       [b, h', w', c].
 
     Raises:
-      UserError: x is no batch of images, unknown padding, or an image smaller than the window.
+      UserError: x is not a batch of images, the padding is unknown, or the image is smaller than the window.
     """
-    images(x, "max_pool")
+    check_images(x, "max_pool")
     pads = explicit_padding(padding, x.shape[1:3], (window,) * 2, (strides,) * 2)
     if ceil:
         pads = tuple(
-            (before, after + _beyond(n, before, after, window, strides))
+            (before, after + _ceil_padding(n, before, after, window, strides))
             for n, (before, after) in zip(x.shape[1:3], pads, strict=True)
         )
     geometry = Geometry(
@@ -58,92 +64,96 @@ def max_pool(
         dilation=(1, 1),
         groups=x.shape[-1],
     )
-    return (_whole if native_is_forced() else _largest)(geometry, x)
+    return (_native_max_pool if native_is_forced() else _max_pool)(geometry, x)
 
 
-def _lowest(x: jax.Array):
-    """The value that is never the largest."""
+def _lowest_value(x: jax.Array):
+    """Returns the lowest value of x's dtype."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return -jnp.inf
     return False if x.dtype == bool else jnp.iinfo(x.dtype).min
 
 
-def _whole(g: Geometry, x: jax.Array) -> jax.Array:
-    """One operation of XLA."""
-    around = ((0, 0), *g.pads, (0, 0))
+def _native_max_pool(g: Geometry, x: jax.Array) -> jax.Array:
+    """Computes the pooling by one operation of XLA."""
+    pads = ((0, 0), *g.pads, (0, 0))
     window, strides = (1, *g.kernel, 1), (1, *g.strides, 1)
-    fill = np.array(_lowest(x), x.dtype)  # a constant, which tells XLA the gradient
-    return lax.reduce_window(x, fill, lax.max, window, strides, around)
+    # XLA knows the gradient of this operation only if the initial value is a constant.
+    lowest = np.array(_lowest_value(x), x.dtype)
+    return lax.reduce_window(x, lowest, lax.max, window, strides, pads)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _largest(g: Geometry, x: jax.Array) -> jax.Array:
-    """On a CPU the largest of shifted images: there XLA's gradient of a window's maximum takes as long as convolutions."""
+def _max_pool(g: Geometry, x: jax.Array) -> jax.Array:
+    """Computes the pooling on a CPU as the maximum of shifted images, and elsewhere by XLA's operation.
+
+    On a CPU, XLA's gradient of a window's maximum takes as long as convolutions.
+    """
     return _maximum.bind(x, geometry=g)
 
 
-@_largest.defjvp
-def _largest_jvp(g, primals, tangents):
-    """The derivative follows the first of equally large values, as XLA's and PyTorch's do."""
+@_max_pool.defjvp
+def _max_pool_jvp(g, primals, tangents):
+    """If several values of a window are the largest, the derivative is that of the first one, as in XLA and PyTorch."""
     (x,), (t,) = primals, tangents
-    y = _largest(g, x)
-    # A position does not change with the values.
-    first = _where_first.bind(*lax.stop_gradient((x, y)), geometry=g)
+    y = _max_pool(g, x)
+    # The position of the maximum is locally constant, so its derivative is zero.
+    first = _argmax.bind(*lax.stop_gradient((x, y)), geometry=g)
     return y, _gather.bind(first, x, t, geometry=g)
 
 
-def _shifted_maximum(x, *, geometry):
-    at = shifted(geometry, x, _lowest(x))
-    return reduce(jnp.maximum, (at(u, v) for u, v in positions(geometry)))
+def _maximum_on_cpu(x, *, geometry):
+    at = input_slices(geometry, x, _lowest_value(x))
+    return reduce(jnp.maximum, (at(u, v) for u, v in kernel_positions(geometry)))
 
 
-def _first(x, y, *, geometry):
-    """uint8 [b, h', w', c]: the first position of each window that has its largest value; 255: none, where it is no number."""
-    at = shifted(geometry, x, _lowest(x))
+def _argmax_on_cpu(x, y, *, geometry):
+    """Returns the index of the first window position with the maximum y, uint8 [b, h', w', c]; 255 if y is NaN."""
+    at = input_slices(geometry, x, _lowest_value(x))
     first = jnp.full(y.shape, 255, jnp.uint8)
-    # From the last to the first, so that the first stays.
-    for i, (u, v) in reversed(list(enumerate(positions(geometry)))):
+    # From the last position to the first, so that the first one remains.
+    for i, (u, v) in reversed(list(enumerate(kernel_positions(geometry)))):
         first = jnp.where(at(u, v) == y, jnp.uint8(i), first)
     return first
 
 
-def _gathered(first, x, t, *, geometry):
-    """[b, h, w, c] → [b, h', w', c]: of each window of t the position `first`."""
-    at = shifted(geometry, t)
-    taps = enumerate(positions(geometry))
-    return sum(jnp.where(first == i, at(u, v), 0) for i, (u, v) in taps)
+def _gather_on_cpu(first, x, t, *, geometry):
+    """Returns t [b, h, w, c] at the position `first` of each window, [b, h', w', c]."""
+    at = input_slices(geometry, t)
+    window = enumerate(kernel_positions(geometry))
+    return sum(jnp.where(first == i, at(u, v), 0) for i, (u, v) in window)
 
 
-def _spread_out(first, x, y, *, geometry):
-    """The transpose: [b, h', w', c] → [b, h, w, c]: each to the position `first` of its window."""
-    at = reaching(geometry, first, fill=255)
-    back = reaching(geometry, y)
-    return joined(
+def _spread_on_cpu(first, x, y, *, geometry):
+    """Adds y [b, h', w', c] to the position `first` of each window, [b, h, w, c]; the transpose of `_gather_on_cpu`."""
+    first_at = output_slices(geometry, first, fill=255)
+    y_at = output_slices(geometry, y)
+    return image_from_slices(
         geometry,
         {
-            (u, v): jnp.where(at(u, v) == i, back(u, v), 0)
-            for i, (u, v) in enumerate(positions(geometry))
+            (u, v): jnp.where(first_at(u, v) == i, y_at(u, v), 0)
+            for i, (u, v) in enumerate(kernel_positions(geometry))
         },
     )
 
 
-# On other platforms XLA finds the position itself, in x.
+# On other platforms XLA finds the position of the maximum in x itself, and `first` is not used.
 
 
-def _unneeded_first(x, y, *, geometry):
+def _no_argmax(x, y, *, geometry):
     return jnp.zeros_like(y, jnp.uint8)
 
 
-def _whole_gathered(first, x, t, *, geometry):
-    return jax.jvp(partial(_whole, geometry), (x,), (t,))[1]
+def _native_gather(first, x, t, *, geometry):
+    return jax.jvp(partial(_native_max_pool, geometry), (x,), (t,))[1]
 
 
-def _whole_spread_out(first, x, y, *, geometry):
-    return jax.vjp(partial(_whole, geometry), x)[1](y)[0]
+def _native_spread(first, x, y, *, geometry):
+    return jax.vjp(partial(_native_max_pool, geometry), x)[1](y)[0]
 
 
-def _batched(primitive, arrays, dims, *, geometry):
-    """`vmap`: the axis joins the batch."""
+def _batch_rule(primitive, arrays, dims, *, geometry):
+    """Applies `jax.vmap` to a primitive: the mapped axis joins the batch axis."""
     n = next(a.shape[d] for a, d in zip(arrays, dims, strict=True) if d is not None)
     arrays = [
         jnp.broadcast_to(a, (n, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
@@ -157,12 +167,12 @@ def _batched(primitive, arrays, dims, *, geometry):
 
 def _primitive(name: str, on_cpu, elsewhere) -> Primitive:
     primitive = primitives.make(name, on_cpu, elsewhere)
-    batching.primitive_batchers[primitive] = partial(_batched, primitive)
+    batching.primitive_batchers[primitive] = partial(_batch_rule, primitive)
     return primitive
 
 
 def _selection(name: str, on_cpu, elsewhere, transposed: Callable) -> Primitive:
-    """A primitive that is linear in its last argument, for which `transposed()` is its transpose."""
+    """Makes a primitive that is linear in its last argument; `transposed()` returns the primitive that is its transpose."""
     primitive = _primitive(name, on_cpu, elsewhere)
     ad.defjvp(
         primitive,
@@ -179,15 +189,15 @@ def _selection(name: str, on_cpu, elsewhere, transposed: Callable) -> Primitive:
 
 
 _maximum = _primitive(
-    "max_pool", _shifted_maximum, lambda x, *, geometry: _whole(geometry, x)
+    "max_pool", _maximum_on_cpu, lambda x, *, geometry: _native_max_pool(geometry, x)
 )
-_where_first = _primitive("max_pool_first", _first, _unneeded_first)
-_gather = _selection("max_pool_gather", _gathered, _whole_gathered, lambda: _spread)
-_spread = _selection("max_pool_spread", _spread_out, _whole_spread_out, lambda: _gather)
+_argmax = _primitive("max_pool_first", _argmax_on_cpu, _no_argmax)
+_gather = _selection("max_pool_gather", _gather_on_cpu, _native_gather, lambda: _spread)
+_spread = _selection("max_pool_spread", _spread_on_cpu, _native_spread, lambda: _gather)
 
 
-def _beyond(n: int, before: int, after: int, window: int, strides: int) -> int:
-    """Positions to add so that the last partial window counts, unless it would start in the padding after the image."""
+def _ceil_padding(n: int, before: int, after: int, window: int, strides: int) -> int:
+    """Returns how much padding makes the last partial window count; 0 if it would start in the padding after the image."""
     missing = -(n + before + after - window) % strides
     start = n + before + after + missing - window
     return missing if start < n + before else 0
@@ -196,31 +206,38 @@ def _beyond(n: int, before: int, after: int, window: int, strides: int) -> int:
 def mean_pool(
     x: jax.Array, window: int, strides: int, padding: Padding = "VALID"
 ) -> jax.Array:
-    """The mean of each window, padded zeros counted.
+    """Returns the mean of each window of an image; zeros of the padding count.
 
     Args:
       x: [b, h, w, c].
-      window, strides, padding: as of `max_pool`.
+      window, strides, padding: see `max_pool`.
 
     Returns:
-      [b, h', w', c]; of integers float32.
+      [b, h', w', c] in the dtype of x, float32 for integers.
+
+    Raises:
+      UserError: x is not a batch of images, the padding is unknown, or the image is smaller than the window.
     """
-    x = as_float(images(x, "mean_pool"))
+    x = as_float(check_images(x, "mean_pool"))
     pads = explicit_padding(padding, x.shape[1:3], (window,) * 2, (strides,) * 2)
 
-    def whole(x):
+    def native_mean(x):
         return nn.avg_pool(x, (window, window), (strides, strides), padding=pads)
 
-    def shifted_sum(x):
+    def depthwise_conv(x):
         kernel = jnp.full((window, window, 1, x.shape[-1]), window**-2, x.dtype)
         return conv(x, kernel, strides=strides, padding=pads, groups=x.shape[-1])
 
     if native_is_forced():
-        return whole(x)
-    return lax.platform_dependent(x, cpu=shifted_sum, default=whole)
+        return native_mean(x)
+    return lax.platform_dependent(x, cpu=depthwise_conv, default=native_mean)
 
 
 def global_mean(x: jax.Array) -> jax.Array:
-    """The mean over positions, in float32: [b, h, w, c] → [b, c]."""
-    images(x, "global_mean")
+    """Returns the mean over all positions of an image in float32, or a wider dtype of x: [b, h, w, c] → [b, c].
+
+    Raises:
+      UserError: x is not a batch of images.
+    """
+    check_images(x, "global_mean")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))

@@ -1,13 +1,13 @@
-"""Long short-term memory: a recurrent layer that computes the input products of all time steps at once.
+"""The LSTM (long short-term memory) layer, which computes the input products of all time steps at once.
 
 Hochreiter, Schmidhuber 1997, "Long Short-Term Memory", in the form of Zaremba, Sutskever, Vinyals, arXiv 1409.2329, section 3.1:
 
     i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of the four parts of a_t = x_t W + h_{t-1} U + b
     c_t = f c_{t-1} + i g        h_t = o tanh(c_t)
 
-Only the product with U depends on the step before. So x W + b is one matrix product over all steps, and the scan contains
-nothing but h U and the gates. In the gradient, too, the product for U is one over all steps: a scan that JAX differentiates
-would add to an array as large as U at each step.
+Only the product with U depends on the previous time step. So x W + b is one matrix product over all steps, and the loop over
+time steps contains only h U and the gates. The gradient with respect to U is one matrix product over all steps, too. If JAX
+differentiated the loop, it would add to an array as large as U in each step.
 """
 
 from collections.abc import Callable
@@ -26,20 +26,21 @@ Carry = dict[str, jax.Array]  # {"hidden": [b, d], "cell": [b, d]}, float32
 
 
 class LSTM(nn.Module):
-    """One layer of long short-term memory, over sequences [b, l, c].
+    """An LSTM layer for sequences [b, l, c].
 
-    Parameters hold the gates in PyTorch's order i, f, g, o, side by side:
+    The parameters hold the gates side by side, in PyTorch's order i, f, g, o:
 
         kernel [c, 4 d]              `weight_ih_l0` transposed
         recurrent_kernel [d, 4 d]    `weight_hh_l0` transposed
         bias [4 d]                   `bias_ih_l0 + bias_hh_l0`
 
-    The inputs, both kernels and the outputs pass through taps; see `nn/intercept.py`. The hidden states inside the loop do
-    not. The gates and the carried state are float32. The gradient can be differentiated again in reverse mode only.
+    Inputs, both kernels and outputs pass through taps, where other code can replace them; see `nn/intercept.py`. The hidden
+    states inside the loop do not. Gates and carried state are float32. The gradient can be differentiated again in reverse mode
+    only.
 
     Attributes:
-      features: d, the size of the hidden state and of the cell.
-      fixed: whether an enclosing `Reshaped` may not change it.
+      features: d, the number of channels of hidden state and cell.
+      fixed: if True, an enclosing `Reshaped` that changes `features` raises an error; see `nn/reshaped.py`.
       kernel_init: initializer of both kernels.
       bias_init: initializer of the bias.
     """
@@ -53,11 +54,11 @@ class LSTM(nn.Module):
     def __call__(
         self, x: jax.Array, carry: Carry | None = None
     ) -> tuple[jax.Array, Carry]:
-        """Returns the hidden states of all steps, and the state after the last.
+        """Returns the hidden states of all time steps, and the state after the last step.
 
         Args:
           x: [b, l, c].
-          carry: the state before the first step; None for zeros.
+          carry: state before the first step; None for zeros.
 
         Returns:
           Hidden states [b, l, d] in the dtype of `x`, float32 for integers, and the carry.
@@ -92,8 +93,8 @@ class LSTM(nn.Module):
 
 
 def initial_carry(rows: int, size: int) -> Carry:
-    """Returns the zeros that sequences begin with: hidden state and cell, float32 [rows, size] each."""
-    # Two arrays: a step that donates its state cannot donate one array twice.
+    """Returns the state before the first time step: hidden state and cell, zeros of float32 [rows, size] each."""
+    # Two separate arrays, because a training step that donates its state cannot donate one array twice.
     return {name: jnp.zeros((rows, size), jnp.float32) for name in ("hidden", "cell")}
 
 
@@ -101,15 +102,15 @@ def initial_carry(rows: int, size: int) -> Carry:
 def recurrence(
     products: jax.Array, recurrent: jax.Array, hidden: jax.Array, cell: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the steps that depend on each other.
+    """Runs the loop over time steps.
 
     Args:
-      products: x W + b of all steps, [l, b, 4 d], float32.
-      recurrent: U, [d, 4 d]; its dtype is that of the product h U.
-      hidden, cell: the state before the first step, [b, d], float32.
+      products: x W + b of all steps, float32 [l, b, 4 d].
+      recurrent: U, [d, 4 d]; its dtype is the dtype in which h U is computed.
+      hidden, cell: state before the first step, float32 [b, d].
 
     Returns:
-      The hidden states [l, b, d]; the last one and the last cell [b, d].
+      The hidden states of all steps [l, b, d], the last hidden state [b, d] and the last cell [b, d].
     """
 
     def step(state, product):
@@ -121,7 +122,7 @@ def recurrence(
 
 
 def _step(recurrent, state, product):
-    """One time step: the next state (h, c), and the gates i, f, g, o."""
+    """Computes one time step; returns the next state (h, c), and the gates i, f, g, o."""
     hidden, cell = state
     a = product + jnp.matmul(
         hidden.astype(recurrent.dtype), recurrent, preferred_element_type=jnp.float32
@@ -134,31 +135,33 @@ def _step(recurrent, state, product):
 
 def _forward(products, recurrent, hidden, cell):
     def step(state, product):
-        after, gates = _step(recurrent, state, product)
-        return after, (*after, gates)
+        new_state, gates = _step(recurrent, state, product)
+        return new_state, (*new_state, gates)
 
-    (last, end), (outputs, cells, gates) = _scan(step, (hidden, cell), products)
-    before = jnp.concatenate([hidden[None], outputs[:-1]])
+    (last, last_cell), (outputs, cells, gates) = _scan(step, (hidden, cell), products)
+    hidden_before = jnp.concatenate([hidden[None], outputs[:-1]])
     cells_before = jnp.concatenate([cell[None], cells[:-1]])
-    return (outputs, last, end), (recurrent, before, cells_before, cells, gates)
+    residuals = (recurrent, hidden_before, cells_before, cells, gates)
+    return (outputs, last, last_cell), residuals
 
 
-def _backward(kept, cotangents):
-    recurrent, before, cells_before, cells, gates = kept
-    outputs_bar, last_bar, end_bar = cotangents
+def _backward(residuals, cotangents):
+    """Returns the cotangents of the arguments of `recurrence`; x_bar is the cotangent of x."""
+    recurrent, hidden_before, cells_before, cells, gates = residuals
+    outputs_bar, last_bar, last_cell_bar = cotangents
     transposed = recurrent.T
 
-    def step(bars, at):
-        hidden_bar, cell_bar = bars
-        output_bar, cell_before, cell, (i, f, g, o) = at
+    def step(state_bar, step_values):
+        hidden_bar, cell_bar = state_bar
+        output_bar, cell_before, cell, (i, f, g, o) = step_values
         hidden_bar = hidden_bar + output_bar
-        squashed = jnp.tanh(cell)
-        cell_bar = cell_bar + hidden_bar * o * (1 - squashed**2)
+        tanh_cell = jnp.tanh(cell)
+        cell_bar = cell_bar + hidden_bar * o * (1 - tanh_cell**2)
         gate_bars = (
             cell_bar * g * i * (1 - i),
             cell_bar * cell_before * f * (1 - f),
             cell_bar * i * (1 - g**2),
-            hidden_bar * squashed * o * (1 - o),
+            hidden_bar * tanh_cell * o * (1 - o),
         )
         a_bar = jnp.concatenate(gate_bars, axis=-1)
         hidden_bar = jnp.matmul(
@@ -170,12 +173,12 @@ def _backward(kept, cotangents):
 
     (hidden_bar, cell_bar), products_bar = _scan(
         step,
-        (last_bar, end_bar),
+        (last_bar, last_cell_bar),
         (outputs_bar, cells_before, cells, gates),
         reverse=True,
     )
     recurrent_bar = jnp.einsum(
-        "lbd,lbe->de", before, products_bar, preferred_element_type=jnp.float32
+        "lbd,lbe->de", hidden_before, products_bar, preferred_element_type=jnp.float32
     )
     return products_bar, recurrent_bar.astype(recurrent.dtype), hidden_bar, cell_bar
 
@@ -183,6 +186,6 @@ def _backward(kept, cotangents):
 recurrence.defvjp(_forward, _backward)
 
 
-def _scan(step, state, over, reverse=False):
-    # Longer turns of the loop were not faster on a CPU: 1 to 35 steps, at 200 and 650 features.
-    return lax.scan(step, state, over, reverse=reverse)
+def _scan(step, state, inputs, reverse=False):
+    # Unrolling the loop was not faster on a CPU: measured for 1 to 35 steps per iteration, with 200 and 650 features.
+    return lax.scan(step, state, inputs, reverse=reverse)

@@ -1,8 +1,8 @@
-"""Networks with single layers of other widths, with residual blocks left out, or with another momentum of BatchNorm.
+"""Changes a network from outside: the widths of single layers, residual blocks that are left out, the momentum of BatchNorm.
 
-`Conv` and `Dense` ask `features` how many output channels they have, by the path that their parameters have. `BatchNorm`
-asks `norm_momentum`. `Reshaped` answers while the network inside it runs, and passes over absent blocks. It adds nothing
-to the names of parameters.
+`Conv`, `Dense` and `LSTM` call `features` to get their number of output channels, and `BatchNorm` calls `norm_momentum`. While
+a network runs inside `Reshaped`, these functions return the changed values for the layer's path. `Reshaped` also skips the
+blocks that are left out. The names of parameters stay the same.
 """
 
 import contextvars
@@ -16,7 +16,14 @@ from squeeze_jax.errors import UserError, nearest
 
 
 class _Shape(NamedTuple):
-    """The widths, absent blocks and momentum in force, by full paths, and the names that the running network has."""
+    """The changes that apply to the running network, by full paths, and the paths of its modules that have run so far.
+
+    Attributes:
+      widths: {layer: output channels}.
+      absent: blocks that are left out.
+      momentum: momentum of every BatchNorm; None for their own.
+      layers, blocks, norms: layers, residual blocks and BatchNorms that have run.
+    """
 
     widths: Mapping[str, int]
     absent: frozenset[str]
@@ -30,15 +37,15 @@ _shape = contextvars.ContextVar("shape", default=None)
 
 
 def features(module: nn.Module, planned: int, *, fixed: bool = False) -> int:
-    """Returns the number of output channels of a layer: its width in the enclosing `Reshaped`, else the planned one.
+    """Returns the number of output channels of a layer: its width in the enclosing `Reshaped`, or else `planned`.
 
     Args:
       module: the layer, bound.
-      planned: its output channels by the network's options.
-      fixed: whether a width is an error, because something else decides on the number.
+      planned: number of output channels without `Reshaped`.
+      fixed: whether the number must not change, because other parts of the network depend on it.
 
     Raises:
-      UserError: another width for a layer whose number is fixed.
+      UserError: The number is fixed, and the enclosing `Reshaped` has another width for this layer.
     """
     shape = _shape.get()
     if shape is None:
@@ -54,11 +61,11 @@ def features(module: nn.Module, planned: int, *, fixed: bool = False) -> int:
 
 
 def norm_momentum(module: nn.Module, planned: float) -> float:
-    """Returns the momentum of a BatchNorm: that of the enclosing `Reshaped`, else the planned one.
+    """Returns the momentum of a BatchNorm: the momentum of the enclosing `Reshaped`, or else `planned`.
 
     Args:
       module: the layer, bound.
-      planned: its momentum by the network's options.
+      planned: momentum without `Reshaped`.
     """
     shape = _shape.get()
     if shape is None:
@@ -73,10 +80,16 @@ def reshaped(
     absent: Sequence[str],
     momentum: float | None = None,
 ) -> nn.Module:
-    """Returns the network with these widths, without these blocks and with this momentum; `net` itself if none is set.
+    """Returns the network with other widths, without some blocks and with another momentum; `net` itself without changes.
+
+    Args:
+      net: the network.
+      widths: {path of a layer: output channels}.
+      absent: paths of the residual blocks to leave out.
+      momentum: momentum of every BatchNorm; None for their own.
 
     Raises:
-      UserError: a width that is not a positive integer, a block that is named twice, or a momentum outside [0, 1).
+      UserError: A width is not a positive integer, a block is named twice, or the momentum is outside [0, 1).
     """
     for name, width in widths.items():
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
@@ -92,16 +105,16 @@ def reshaped(
 
 
 class Reshaped(nn.Module):
-    """A network with other widths or another momentum, or without some blocks, under the same names of parameters.
+    """A network with other widths, without some blocks, or with another momentum; its parameters keep their names.
 
-    A block can be left out if its attribute `residual` is true: its output is its input plus a branch. Attributes that
-    this module does not have are those of the network.
+    A block can be left out if its attribute `residual` is true, which means that its output is its input plus a branch. All
+    attributes that this module does not have are looked up in the network.
 
     Attributes:
-      net: the network by its options.
-      widths: (path, output channels) of `Conv`s and `Dense`s.
+      net: the network without changes.
+      widths: pairs (path, output channels) of `Conv`, `Dense` and `LSTM` layers.
       absent: paths of the blocks that are left out.
-      momentum: of every `BatchNorm`, instead of its own.
+      momentum: momentum of every `BatchNorm`; None for their own.
     """
 
     net: nn.Module
@@ -113,16 +126,16 @@ class Reshaped(nn.Module):
         nn.share_scope(self, self.net)
 
     def __call__(self, *args, **options):
-        """Returns what the network returns.
+        """Returns the outputs of the changed network.
 
         Raises:
-          UserError: while parameters are initialized: a layer or a block that the network does not have, or a momentum
-            for a network without BatchNorm.
+          UserError: The network does not have a layer or a block, or a momentum is set and it has no BatchNorm. This is
+            checked while parameters are initialised.
         """
         shape = self._shape()
         token = _shape.set(shape)
         try:
-            # The names of operations, which costs are listed by, shall not contain this module and `net`.
+            # Costs are listed by the names of operations, so these names must not contain this module and `net`.
             with nn.override_named_call(False), nn.intercept_methods(self._run):
                 outputs = self.net(*args, **options)
         finally:
@@ -132,14 +145,15 @@ class Reshaped(nn.Module):
         return outputs
 
     @nn.nowrap
-    def _name(self, name: str) -> str:
-        return "/".join((*self.path, name))
+    def _full_path(self, path: str) -> str:
+        return "/".join((*self.path, path))
 
     @nn.nowrap
     def _shape(self) -> _Shape:
+        """Returns the changes by this module and by those around it, which take precedence."""
         outer = _shape.get()
-        widths = {self._name(name): width for name, width in self.widths}
-        absent = frozenset(map(self._name, self.absent))
+        widths = {self._full_path(path): width for path, width in self.widths}
+        absent = frozenset(map(self._full_path, self.absent))
         if outer is None:
             return _Shape(widths, absent, self.momentum, set(), set(), set())
         return outer._replace(
@@ -150,7 +164,7 @@ class Reshaped(nn.Module):
 
     @nn.nowrap
     def _run(self, method, args, kwargs, context) -> Any:
-        """Runs a method of a module inside of the network, but returns the input of an absent block."""
+        """Runs a method of a module in the network; for an absent block, returns its input instead."""
         if context.module is self.net:
             with nn.override_named_call(True):
                 return method(*args, **kwargs)
@@ -172,15 +186,15 @@ class Reshaped(nn.Module):
             raise UserError(
                 f"norm_momentum = {self.momentum}: the network has no BatchNorm; leave it out"
             )
-        for what, names, known in (
-            ("block", map(self._name, self.absent), shape.blocks),
-            ("layer", [self._name(name) for name, _ in self.widths], shape.layers),
+        widened = [path for path, _ in self.widths]
+        for option, kind, paths, known in (
+            ("absent", "block", self.absent, shape.blocks),
+            ("widths", "layer", widened, shape.layers),
         ):
-            for name in names:
-                if name not in known:
-                    where = "absent" if what == "block" else "widths"
+            for path in map(self._full_path, paths):
+                if path not in known:
                     raise UserError(
-                        f"{where}: unknown {what} {name!r}{nearest(name, known)}"
+                        f"{option}: unknown {kind} {path!r}{nearest(path, known)}"
                     )
 
     def __getattr__(self, name: str) -> Any:
@@ -190,6 +204,6 @@ class Reshaped(nn.Module):
             if name.startswith("__") or "net" not in self.__dict__:
                 raise
         value = getattr(self.net, name)
-        if name == "initial_carry":  # it is as wide as the layers
+        if name == "initial_carry":  # its size depends on the widths of the layers
             return functools.partial(value, widths=dict(self.widths))
         return value

@@ -1,20 +1,23 @@
-"""Which mesh axes a value differs along, inside `jax.shard_map`."""
+"""Helpers for `jax.shard_map`: over which mesh axes the values of an array may differ between devices."""
 
 import jax
 
 
 def axes(x: jax.Array) -> tuple[str, ...]:
-    """Returns the manual mesh axes over whose devices `x` may differ; empty outside `jax.shard_map`."""
-    kind = jax.typeof(x)
-    # The attribute of the type was `vma` before it also told apart unreduced values.
-    found = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
-    return tuple(sorted(found))
+    """Returns the names of the mesh axes along which `x` may differ between devices; empty outside `jax.shard_map`."""
+    array_type = jax.typeof(x)
+    # Older versions of JAX call the attribute `vma`; newer ones also distinguish unreduced values.
+    if hasattr(array_type, "vma"):
+        names = array_type.vma
+    else:
+        names = array_type.manual_axis_type.varying
+    return tuple(sorted(names))
 
 
 def like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Marks `x` as varying over the axes that `other` varies over.
+    """Returns `x`, marked as varying over all mesh axes that `other` varies over.
 
-    Done to a small array before it is broadcast, its gradient is summed over devices while it is small again.
+    Call it on a small array before it is broadcast: then its gradient is summed over devices in its small shape.
     """
     missing = tuple(a for a in axes(other) if a not in axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -1,11 +1,12 @@
-"""Channel counts of a network made wider or narrower."""
+"""The rule that scales a network's channel counts by a width multiplier."""
 
 
 def scaled(features: int, width: float, divisor: int = 8) -> int:
-    """Returns `features * width` rounded to a multiple of `divisor`, never more than a tenth below it.
+    """Returns `features * width`, rounded to a multiple of `divisor`.
 
-    The rule of the MobileNet papers' code: halves round up, and at least `divisor` channels stay.
+    This is the rule in the code of the MobileNet papers: halves are rounded up, the result is at least `divisor`, and it is
+    never more than a tenth below the exact product.
     """
-    wanted = features * width
-    rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
-    return rounded if rounded >= 0.9 * wanted else rounded + divisor
+    exact = features * width
+    rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * exact else rounded + divisor

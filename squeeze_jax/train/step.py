@@ -301,7 +301,7 @@ def _computed(network, terms, inputs, gradients):
         total, records, extra = 0.0, {}, dict(stats["extra"])
         for term in terms:
             own = forward.own(term.name, variables, first=network.first, key=key)
-            with means.divided(stats.get("divisors", {}).get(term.name)):
+            with means.divide_by(stats.get("divisors", {}).get(term.name)):
                 returned = term.objective.loss(logits, endpoints, batch, plain, own)
             value, record, *state = _checked(term.name, returned)
             if state:
@@ -344,7 +344,7 @@ def _computed(network, terms, inputs, gradients):
         totals = {}
         for term in terms:
             one = functools.partial(objective, terms=(term,))
-            with means.recorded() as counts:
+            with means.record_weight_sums() as counts:
                 one(logits, endpoints, batch, params, key, stats)
             totals[term.name] = tuple(counts)
         return totals

@@ -38,7 +38,7 @@ def convert(fn, inputs, calibration=None) -> dict[str, bytes]:
     """
     from squeeze_jax.nn import conv
 
-    with conv.apart():
+    with conv.separate_groups():
         return {SUFFIX: converted("tflite", fn, inputs)}
 
 
@@ -54,7 +54,7 @@ def converted(key: str, fn, inputs, calibration=None) -> bytes:
         name: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype)
         for name, spec in inputs.items()
     }
-    with composite.whole():
+    with composite.keep_composites():
         plain = loops.written_out(lambda x: named(fn(x)), given)
         program = jax.jit(plain, keep_unused=True)
         exported = export.export(program, platforms=("cpu",))(given)
