@@ -117,8 +117,8 @@ def test_the_gradient_is_the_sum_over_the_widths():
 
 def test_the_drawn_widths_are_a_function_of_the_key():
     keys = [jax.random.key(n) for n in range(20)]
-    drawn = [tuple(sandwich._drawn(key, [0.5, 0.75], 1)) for key in keys]
-    assert drawn == [tuple(sandwich._drawn(key, [0.5, 0.75], 1)) for key in keys]
+    drawn = [tuple(sandwich._draw_widths(key, [0.5, 0.75], 1)) for key in keys]
+    assert drawn == [tuple(sandwich._draw_widths(key, [0.5, 0.75], 1)) for key in keys]
     assert set(drawn) == {(0.5,), (0.75,)}
 
 

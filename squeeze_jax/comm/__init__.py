@@ -1,1 +1,1 @@
-"""Gradient exchange between devices: `(key, grads, axis_name) → grads` inside `jax.shard_map`."""
+"""Methods that average gradients over devices: `(key, grads, axis_names) → grads`, called inside `jax.shard_map`."""

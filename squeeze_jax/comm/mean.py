@@ -1,4 +1,4 @@
-"""The plain gradient exchange: the mean over devices, at full or half width on the wire."""
+"""The plain gradient exchange: the mean over devices, sent as float32 or bfloat16."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,10 +7,11 @@ import jax
 
 
 def make(dtype: Literal["float32", "bfloat16"] = "float32") -> Callable:
-    """Returns `exchange(key, grads, axis_names) → grads`, the mean over the devices of these axes.
+    """Returns `exchange(key, grads, axis_names) → grads`, which averages gradients over the devices of these mesh axes.
 
     Args:
-      dtype: what travels; bfloat16 halves the bytes and rounds each device's gradient to 8 bits of mantissa.
+      dtype: dtype in which devices send gradients. bfloat16 halves the number of bytes and rounds each device's gradient to
+        8 bits of mantissa.
     """
 
     def exchange(key, grads, axis_names):

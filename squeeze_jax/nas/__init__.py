@@ -1,1 +1,1 @@
-"""Supernets and search, one method a file."""
+"""Methods that train supernets and search in them, one method per file."""

@@ -1,9 +1,9 @@
-"""The sandwich rule: each step trains the largest, the smallest and some random widths of a network.
+"""The sandwich rule: each training step trains the largest, the smallest and some random widths of a slimmable network.
 
-Yu, Huang 2019, arXiv 1903.05134 (universally slimmable networks): section 3.1, the sandwich rule, and section 3.2, in-place
-distillation: the largest network learns from the labels, and its probabilities are the labels of the others; no gradient
-comes back through them. The gradients of all add up. Plug point gradients: the forward and backward pass of each width
-is a program of its own, so a small width costs little.
+Yu, Huang 2019, arXiv 1903.05134 (universally slimmable networks): the sandwich rule (section 3.1) and in-place distillation
+(section 3.2). The largest network learns from the labels. Its probabilities are the soft labels of the smaller networks, and no
+gradient passes through them. The gradients of all widths are added up. This is a method of the plug point `gradients`. The
+forward and backward pass of each width is a program of its own, so a small width takes little time.
 """
 
 import functools
@@ -21,15 +21,16 @@ from squeeze_jax.ranges import Positive, Whole
 def make(
     widths: tuple[Positive, ...], random: Whole = 2, temperature: Positive = 1.0
 ) -> Gradients:
-    """Returns the method for networks whose call takes `width`, such as `models/slimmable.py`.
+    """Returns the method, for networks that are called with an argument `width`, such as `models/slimmable.py`.
 
     Args:
       widths: all widths of the network, at least two.
-      random: widths drawn in each step beside the largest and the smallest, different ones; at least 0.
-      temperature: of the soft labels.
+      random: number of different widths between the smallest and the largest that each step draws in addition; at least 0.
+      temperature: temperature of the soft labels, above 0.
 
     Raises:
-      UserError: fewer than two widths, more random ones than there are between the ends, or a temperature of 0 or below.
+      UserError: There are fewer than two widths, or `random` exceeds the number of widths between the smallest and the
+        largest, or the temperature is not above 0.
     """
     ordered = sorted(widths)
     if len(set(ordered)) < max(len(ordered), 2):
@@ -44,34 +45,34 @@ def make(
         raise UserError(f"nas.sandwich: temperature = {temperature} should be above 0")
     small, *between, large = ordered
 
-    # A pass is compiled once for all steps; a new run has new passes.
+    # Each pass is compiled once for all steps. The cache has room for two runs, because a new run has new passes.
     @functools.lru_cache(maxsize=2 * len(ordered))
     def compiled(passes, width):
-        loss = _teacher if width == large else _student
+        loss = _largest_loss if width == large else _smaller_loss
         bound = functools.partial(loss, passes, width, temperature)
         return jax.jit(jax.value_and_grad(bound, has_aux=True))
 
     def compute(passes, params, stats, batch, own):
-        key, others = own.key, []
-        (loss, (stats, metrics, soft)), grads = compiled(passes, large)(
+        key, smaller_losses = own.key, []
+        (loss, (stats, metrics, targets)), grads = compiled(passes, large)(
             params, stats, batch, key
         )
-        for width in (small, *_drawn(key, between, random)):
-            (value, stats), more = compiled(passes, width)(
-                params, stats, batch, key, soft
+        for width in (small, *_draw_widths(key, between, random)):
+            (smaller_loss, stats), smaller_grads = compiled(passes, width)(
+                params, stats, batch, key, targets
             )
-            grads = _sum(grads, more)
-            others.append(value)
-        metrics = {"loss": loss, **metrics, "smallest": others[0]}
+            grads = _sum(grads, smaller_grads)
+            smaller_losses.append(smaller_loss)
+        metrics = {"loss": loss, **metrics, "smallest": smaller_losses[0]}
         if random:
-            metrics["random"] = sum(others[1:]) / random
+            metrics["random"] = sum(smaller_losses[1:]) / random
         return grads, stats, metrics
 
     return Gradients(compute, options=("width",), fused=False)
 
 
-def _teacher(passes, width, temperature, params, stats, batch, key):
-    """The largest network's loss, and what the others learn from."""
+def _largest_loss(passes, width, temperature, params, stats, batch, key):
+    """Returns the largest network's loss on the labels, and the soft labels for the smaller networks."""
     logits, endpoints, stats = passes.outputs(params, stats, batch, key, width=width)
     loss, metrics, stats = passes.objective(
         logits, endpoints, batch, params, key, stats
@@ -79,40 +80,40 @@ def _teacher(passes, width, temperature, params, stats, batch, key):
     return loss, (stats, metrics, soft_labels(logits, temperature))
 
 
-def _student(passes, width, temperature, params, stats, batch, key, soft):
-    """The loss of a smaller network."""
+def _smaller_loss(passes, width, temperature, params, stats, batch, key, targets):
+    """Returns a smaller network's loss on the soft labels."""
     logits, _, stats = passes.outputs(params, stats, batch, key, width=width)
-    return distilled(logits, soft, batch["mask"], temperature), stats
+    return soft_cross_entropy(logits, targets, batch["mask"], temperature), stats
 
 
 _sum = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
-def _drawn(key: jax.Array, between: list[float], count: int) -> list[float]:
-    """Different widths, a function of the key alone."""
+def _draw_widths(key: jax.Array, widths: list[float], count: int) -> list[float]:
+    """Draws `count` different widths; they depend on the key only."""
     if not count:
         return []
-    words = np.asarray(jax.random.key_data(key)).astype(np.uint32).ravel().tolist()
-    order = np.random.default_rng(words).permutation(len(between))
-    return [between[i] for i in sorted(order[:count])]
+    seed = np.asarray(jax.random.key_data(key)).astype(np.uint32).ravel().tolist()
+    order = np.random.default_rng(seed).permutation(len(widths))
+    return [widths[i] for i in sorted(order[:count])]
 
 
 def soft_labels(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Probabilities [..., classes], float32, of the largest network's logits; their gradient is zero."""
+    """Returns the probabilities of the largest network, float32 [..., classes]; no gradient passes through them."""
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
     return jax.nn.softmax(logits / temperature, -1)
 
 
-def distilled(
-    logits: jax.Array, soft: jax.Array, mask: jax.Array, temperature: float = 1.0
+def soft_cross_entropy(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-    """T^2 times the mean cross-entropy of a smaller network against soft labels.
+    """Returns T^2 times the mean cross-entropy of a smaller network with respect to soft labels.
 
     Args:
       logits: [b, classes].
-      soft: of `soft_labels`, at the same temperature.
-      mask: bool [b], which examples count.
+      targets: soft labels [b, classes], from `soft_labels` with the same temperature.
+      mask: bool [b], True for examples that count.
       temperature: T.
     """
-    log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, -1)
-    return temperature**2 * mean(-jnp.sum(soft * log_q, -1), mask)
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, -1)
+    return temperature**2 * mean(-jnp.sum(targets * log_probabilities, -1), mask)

@@ -335,5 +335,5 @@ class Embeddings(nn.Module):
         return drop(y.astype(self.dtype))
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """Returns the logits of all tokens by the transposed token table: [..., token_features] → float32 [..., vocabulary]."""
+        """Returns logits of all tokens by the transposed token table: [..., token_features] → float32 [..., vocabulary]."""
         return self.tokens.scores(x)

@@ -8,7 +8,8 @@
     <lstm>/recurrent_kernel       the kernel that multiplies the hidden states; inputs, kernel and outputs as above
     <attention>/query, key, value, probabilities      the four factors of the two products of attention
 
-So the tap of a kernel has the same name as the parameter. Outside an `intercepting` context a tap does nothing and costs no time.
+So the tap of a kernel has the same name as the parameter. Outside an `intercepting` context a tap does nothing and takes no
+time.
 """
 
 import contextlib

@@ -249,7 +249,7 @@ def masked_moments(x, mask, names=(), index_groups=None, *, fast: bool = False):
 
 
 def _mean_over_devices(x, names, index_groups, a, b, count):
-    """Averages two arrays over the devices and mapped axes whose batches share statistics; multiplies `count` by their number."""
+    """Averages two arrays over the devices and mapped axes that share statistics; multiplies `count` by their number."""
     names = (names,) if isinstance(names, str) else tuple(names)
     axes = (*varying.axes(x), *(n for n in names if n not in varying.axes(x)))
     if axes:

@@ -1,6 +1,7 @@
 """The LSTM (long short-term memory) layer, which computes the input products of all time steps at once.
 
-Hochreiter, Schmidhuber 1997, "Long Short-Term Memory", in the form of Zaremba, Sutskever, Vinyals, arXiv 1409.2329, section 3.1:
+Hochreiter, Schmidhuber 1997, "Long Short-Term Memory", in the form of Zaremba, Sutskever, Vinyals 2014, arXiv 1409.2329,
+section 3.1:
 
     i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of the four parts of a_t = x_t W + h_{t-1} U + b
     c_t = f c_{t-1} + i g        h_t = o tanh(c_t)

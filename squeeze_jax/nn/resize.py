@@ -89,7 +89,7 @@ def _bilinear(x, *, size, align_corners):
 
 
 def _neighbours(n: int, length: int, align_corners: bool):
-    """Returns, for each output, the first of its two input positions, int [length], and the weight of the second, float [length].
+    """Returns the first of the two input positions of each output, int [length], and the weight of the second, float [length].
 
     The program computes both itself. If they were constant arrays, the converter would not recognise the composite.
     """

@@ -1,1 +1,1 @@
-"""Pruning and shrinking, one method a file."""
+"""Methods that prune weights and filters, one method per file."""

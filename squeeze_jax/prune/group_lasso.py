@@ -1,11 +1,11 @@
-"""Group lasso on convolution and dense kernels, a method of the plug point `objective`.
+"""Group lasso on the kernels of convolutions and dense layers; a method of the plug point `objective`.
 
-Wen et al. 2016, "Learning structured sparsity in deep neural networks", arXiv 1608.03665, section 3.1; the factor of
-the group's size is that of Yuan and Lin 2006. It pulls whole groups of weights towards zero:
+Wen et al. 2016, "Learning structured sparsity in deep neural networks", arXiv 1608.03665, section 3.1, with the factor for the
+size of a group from Yuan and Lin 2006. The penalty pulls whole groups of weights towards zero:
 
     penalty = sum over groups g of sqrt(size of g) * ||w_g||_2
 
-Its factor in the loss is the `weight` of its section in `config.objective`.
+The `weight` of the method's section in `config.objective` multiplies the penalty in the loss.
 """
 
 import math
@@ -18,26 +18,27 @@ import jax.numpy as jnp
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
 
-SMALL = 0.1  # of the largest norm of a kernel's groups
+SMALL = 0.1  # a group is small if its norm is below this share of the largest norm in its kernel
 
 
 def make(
     groups: Literal["filters", "channels", "shapes"] = "filters",
     rules: tuple[tuple[str, bool], ...] = (("kernel$", True),),
 ) -> methods.Objective:
-    """Returns the penalty; its gradient at a group of zeros is zero.
+    """Returns the penalty as an objective; its gradient for a group of zeros is zero.
 
-    Its metric "small_groups" is the share of groups whose norm is below a tenth of the largest in their kernel.
+    The metric "small_groups" is the share of groups whose norm is below a tenth of the largest norm in their kernel.
 
     Args:
-      groups: for a kernel [height, width, inputs, outputs], "filters" has one group per output, "channels" one per
-        input, and "shapes" one per (row, column, input). In a dense kernel [inputs, outputs] "channels" and "shapes"
-        are the same. In a grouped convolution an input is a position within its group.
-      rules: ordered (regex, bool) over parameter names; the first match decides whether a parameter is penalised, and
-        a parameter without a match is not.
+      groups: which weights of a kernel [height, width, inputs, outputs] form a group. "filters" has one group per output,
+        "channels" one per input, and "shapes" one per (row, column, input). In a dense kernel [inputs, outputs], "channels"
+        and "shapes" are the same. In a grouped convolution, an input is a channel within its group.
+      rules: ordered pairs (regex, bool) for parameter names. The first match decides whether a parameter is penalised. A
+        parameter without a match is not penalised.
 
     Raises:
-      UserError: a rule's value is no bool; when it receives parameters, a rule matches none or one of rank below 2.
+      UserError: The value of a rule is not a bool. When the method gets the parameters: a rule matches no parameter, no
+        parameter is penalised, or a penalised one has fewer than 2 axes.
     """
     for rule in rules:
         if len(rule) == 2 and not isinstance(rule[1], bool):
@@ -47,7 +48,7 @@ def make(
 
     def init(key, params):
         del key
-        _penalised(params, rules)  # before any work starts
+        _penalised(params, rules)  # raises errors before training starts
         return {}
 
     def loss(logits, endpoints, batch, params, own):
@@ -62,33 +63,33 @@ def make(
 
 
 def penalty(kernel: jax.Array, groups: str) -> jax.Array:
-    """Returns sum over groups of sqrt(size) * norm, float32 [].
+    """Returns the sum over a kernel's groups of sqrt(size of the group) * norm, float32 [].
 
     Args:
       kernel: [..., inputs, outputs].
-      groups: as in `make`.
+      groups: see `make`.
     """
     norms = group_norms(kernel, groups)
     return math.sqrt(kernel.size / norms.size) * jnp.sum(norms)
 
 
 def group_norms(kernel: jax.Array, groups: str) -> jax.Array:
-    """Returns the Euclidean norm of each group; arguments as in `penalty`."""
+    """Returns the Euclidean norm of each group of a kernel; the arguments are those of `penalty`."""
     axes = range(kernel.ndim)
     inputs, outputs = kernel.ndim - 2, kernel.ndim - 1
-    reduced = {
+    reduced_axes = {
         "filters": [axis for axis in axes if axis != outputs],
         "channels": [axis for axis in axes if axis != inputs],
         "shapes": [outputs],
     }[groups]
-    squares = jnp.sum(jnp.square(kernel), tuple(reduced))
-    # The derivative of sqrt is infinite at 0, and infinity times 0 is no number.
+    squares = jnp.sum(jnp.square(kernel), tuple(reduced_axes))
+    # The derivative of sqrt is infinite at 0, and infinity times 0 is NaN.
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
 
 
 def _penalised(params: Mapping[str, Any], rules: tree.Rules) -> dict[str, Any]:
-    """Returns the network's parameters that the rules choose, by name."""
+    """Returns the network's parameters that the rules choose, {name: array}."""
     network = {k: v for k, v in params.items() if k != methods.METHODS}
     chosen = tree.apply_rules(rules, network, default=False, where="group_lasso.rules")
     chosen, values = tree.flatten(chosen), tree.flatten(network)

@@ -1,12 +1,12 @@
-"""Narrowing: between two phases, layers lose the filters with the smallest norms, and what they fed loses the inputs.
+"""Filter pruning between two phases: layers lose the filters with the smallest norms, and later layers lose those inputs.
 
-Li, Kadav, Durdanovic, Samet, Graf 2016, arXiv 1608.08710, rank filters by their norm; here it is the L2 norm. The result is
-a plain network: smaller arrays, and `widths` among its options. Weights, statistics, averages and the optimizer's state
-are sliced alike, so training goes on where it was.
+Li, Kadav, Durdanovic, Samet, Graf 2016, arXiv 1608.08710, rank filters by their norm; this method uses the L2 norm. The result
+is a plain network with smaller arrays, and with `widths` among its options. Weights, running statistics, weight averages and
+the optimizer's state are sliced in the same way, so training continues where it was.
 
-Which other arrays have to be sliced is observed, not declared. The network is built once more with the new widths, and
-every array whose shape differs is one of them; where in it the removed channels lie is read off a pass through the old
-network in which they are NaN. Layers that mix channels let no NaN through.
+The method finds out by itself which other arrays it must slice. It builds the network again with the new widths; all arrays
+whose shapes differ must be sliced. To find the removed channels in these arrays, it runs the old network with NaN in the
+channels that go. After layers that mix channels, NaN is replaced by zero, so that it does not spread.
 """
 
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ from squeeze_jax.ranges import Fraction
 
 
 def make(layers: tuple[str, ...], keep: Fraction = 0.5) -> Transition:
-    """Returns the transition.
+    """Returns the transition between two phases that removes the filters.
 
     Args:
       layers: paths of convolutions and dense layers, such as ("fire2/expand3x3",).
-      keep: share of their filters that stay, in (0, 1); at least one does.
+      keep: share of each layer's filters that stay, in (0, 1); at least one filter stays.
 
     Raises:
-      UserError: no layers, a share out of range; in the transition, a layer that the network does not have, or one whose
-        filters cannot be removed alone, as in front of a residual sum.
+      UserError: There are no layers, or the share is out of range. In the transition: the network does not have a layer, or
+        filters cannot be removed from it alone, for example before a residual sum.
     """
     if not layers:
         raise UserError("prune.narrow: layers = () names no layer")
@@ -41,15 +41,18 @@ def make(layers: tuple[str, ...], keep: Fraction = 0.5) -> Transition:
 
     def transition(options, state, plain):
         network = {k: v for k, v in state.params.items() if k != METHODS}
-        removed = {layer: _smallest(_kernel(network, layer), keep) for layer in layers}
-        widths = {
-            layer: _kernel(network, layer).shape[-1] - len(gone)
-            for layer, gone in removed.items()
+        removed = {
+            layer: _smallest_filters(_kernel(network, layer), keep) for layer in layers
         }
-        after = {**options, "widths": {**options.get("widths", {}), **widths}}
+        widths = {
+            layer: _kernel(network, layer).shape[-1] - len(filters)
+            for layer, filters in removed.items()
+        }
+        new_options = {**options, "widths": {**options.get("widths", {}), **widths}}
         variables = {"params": network, "batch_stats": state.stats}
-        kept = _kept(variables, removed, plain.make(options), plain.make(after), plain)
-        return after, _sliced(state, kept)
+        old_net, new_net = plain.make(options), plain.make(new_options)
+        kept = _kept_indices(variables, removed, old_net, new_net, plain)
+        return new_options, _slice_state(state, kept)
 
     return Transition(transition)
 
@@ -67,74 +70,77 @@ def _kernel(params: Mapping[str, Any], layer: str):
     return kernels[layer]
 
 
-def _smallest(kernel, keep: float) -> np.ndarray:
-    """Returns the indices of the filters to remove, sorted; among equal norms the last ones."""
+def _smallest_filters(kernel, keep: float) -> np.ndarray:
+    """Returns the sorted indices of the filters to remove; among filters of equal norm, the last ones."""
     norms = np.sqrt(
         np.square(np.asarray(kernel, np.float64)).sum(tuple(range(kernel.ndim - 1)))
     )
-    stay = max(1, round(keep * len(norms)))
-    return np.sort(np.argsort(-norms, kind="stable")[stay:])
+    kept_count = max(1, round(keep * len(norms)))
+    return np.sort(np.argsort(-norms, kind="stable")[kept_count:])
 
 
-def _kept(variables, removed, before, after, plain: Plain) -> dict:
+def _kept_indices(variables, removed, old_net, new_net, plain: Plain) -> dict:
     """Returns {array's name: {axis: indices that stay}} for each parameter and statistic that gets smaller."""
-    wanted = jax.eval_shape(
-        lambda x: after.init(jax.random.key(0), x, train=False), plain.example
+    new_shapes = jax.eval_shape(
+        lambda x: new_net.init(jax.random.key(0), x, train=False), plain.example
     )
-    new, changed = tree.flatten(wanted), {}
+    new, changed = tree.flatten(new_shapes), {}
     for name, array in tree.flatten(variables).items():
-        for axis, (old, left) in enumerate(
+        for axis, (old_size, new_size) in enumerate(
             zip(array.shape, new[name].shape, strict=True)
         ):
-            if old != left:
-                changed[name, axis] = old, left
+            if old_size != new_size:
+                changed[name, axis] = old_size, new_size
     mixing = {
-        _layer(name)
+        _layer_path(name)
         for name, axis in changed
         if name.endswith("/kernel") and axis == len(new[name].shape) - 2
     }
-    arriving = _arriving(before, variables, removed, mixing, plain.example)
+    removed_inputs = _removed_inputs(old_net, variables, removed, mixing, plain.example)
     kept = {}
-    for (name, axis), (old, left) in changed.items():
-        layer = _layer(name)
+    for (name, axis), (old_size, new_size) in changed.items():
+        layer = _layer_path(name)
         if layer in removed and axis == len(new[name].shape) - 1:
-            gone = removed[layer]
+            channels = removed[layer]
         else:
-            gone = _gone(arriving, layer, old)
-        if gone is None or len(gone) != old - left:
+            channels = _removed_channels(removed_inputs, layer, old_size)
+        if channels is None or len(channels) != old_size - new_size:
             raise UserError(
-                f"prune.narrow: cannot tell which of the {old} channels of {name} come from {', '.join(removed)}:"
+                f"prune.narrow: cannot tell which of the {old_size} channels of {name} come from {', '.join(removed)}:"
                 " choose other layers"
             )
-        kept.setdefault(name, {})[axis] = np.setdiff1d(np.arange(old), gone)
+        kept.setdefault(name, {})[axis] = np.setdiff1d(np.arange(old_size), channels)
     return kept
 
 
-def _layer(name: str) -> str:
-    """Returns the path of the layer that an array belongs to."""
+def _layer_path(name: str) -> str:
+    """Returns the path of the layer that has an array."""
     return name.partition("/")[2].rpartition("/")[0]
 
 
-def _gone(arriving, layer: str, channels: int):
-    """Returns the removed channels among those that arrive at a layer, or at the nearest block around it that has as many."""
+def _removed_channels(removed_inputs, layer: str, count: int):
+    """Returns the indices of the removed channels among the `count` input channels of a layer.
+
+    If the layer itself has another number of inputs, the nearest block around it with `count` inputs decides.
+    """
     while layer:
-        if layer in arriving and len(arriving[layer]) == channels:
-            return np.flatnonzero(arriving[layer])
+        if layer in removed_inputs and len(removed_inputs[layer]) == count:
+            return np.flatnonzero(removed_inputs[layer])
         layer = layer.rpartition("/")[0]
     return None
 
 
-def _arriving(net, variables, removed, mixing, example) -> dict[str, np.ndarray]:
-    """Returns {layer: bool [channels]}: which of the channels that arrive at it are removed ones.
+def _removed_inputs(net, variables, removed, mixing, example) -> dict[str, np.ndarray]:
+    """Returns which input channels of each layer are removed ones, {layer: bool [channels]}.
 
     Args:
-      net: the network before.
-      variables: of it.
-      removed: {layer: its filters that go}.
+      net: the old network.
+      variables: variables of the old network.
+      removed: {layer: indices of the filters that are removed}.
       mixing: layers that mix the removed channels with others.
       example: shapes of the network's inputs.
     """
-    seen = {}
+    nan_channels = {}
 
     def observe(call, args, kwargs, context):
         path = "/".join(context.module.path)
@@ -142,8 +148,9 @@ def _arriving(net, variables, removed, mixing, example) -> dict[str, np.ndarray]
             return call(*args, **kwargs)
         x = args[0] if args else None
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
-            lost = jnp.isnan(x).any(tuple(range(x.ndim - 1)))
-            seen[path] = seen[path] | lost if path in seen else lost
+            is_nan = jnp.isnan(x).any(tuple(range(x.ndim - 1)))
+            known = nan_channels.get(path)
+            nan_channels[path] = is_nan if known is None else known | is_nan
         y = call(*args, **kwargs)
         if path in mixing:
             y = jax.tree.map(jnp.nan_to_num, y)
@@ -152,18 +159,18 @@ def _arriving(net, variables, removed, mixing, example) -> dict[str, np.ndarray]
         return y
 
     def run(variables, x):
-        seen.clear()
+        nan_channels.clear()
         with nn.intercept_methods(observe):
             net.apply(variables, x, train=False)
-        return dict(seen)
+        return dict(nan_channels)
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example)
     with jax.debug_nans(False):
         return jax.device_get(jax.jit(run)(variables, zeros))
 
 
-def _sliced(state: Any, kept: Mapping[str, Mapping[int, np.ndarray]]):
-    """Slices a training state: each array is cut as the parameter or statistic that it belongs to."""
+def _slice_state(state: Any, kept: Mapping[str, Mapping[int, np.ndarray]]):
+    """Slices all arrays of a training state in the same way as the parameters or statistics they belong to."""
     parameters = tree.flatten({k: v for k, v in state.params.items() if k != METHODS})
     statistics = tree.flatten(state.stats)
 
@@ -171,8 +178,8 @@ def _sliced(state: Any, kept: Mapping[str, Mapping[int, np.ndarray]]):
         for collection, arrays in ("params", parameters), ("batch_stats", statistics):
             owner = tree.owner(name, np.shape(array), arrays)
             if owner is not None:
-                for axis, stay in kept.get(f"{collection}/{owner}", {}).items():
-                    array = np.take(np.asarray(array), stay, axis)
+                for axis, indices in kept.get(f"{collection}/{owner}", {}).items():
+                    array = np.take(np.asarray(array), indices, axis)
                 return array
         return array
 

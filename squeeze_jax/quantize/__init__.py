@@ -1,1 +1,1 @@
-"""Quantization, one method a file."""
+"""Methods of quantization-aware training, one method per file."""

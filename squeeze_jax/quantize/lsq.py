@@ -1,17 +1,21 @@
-"""Quantization-aware training with learned step sizes: the network runs as its integer file will compute.
+"""Quantization-aware training with learned step sizes (LSQ): in training, the network computes as its integer file will.
 
-Esser, McKinstry, Bablani, Appuswamy, Modha 2019, arXiv 1902.08153 (LSQ). With step size s and levels from Qn to Qp,
+Esser, McKinstry, Bablani, Appuswamy, Modha 2019, arXiv 1902.08153. With step size s and integer levels from Qn to Qp, a value x
+becomes
 
-    v = x / s        x̂ = round(clip(v, Qn, Qp)) s
+    x̂ = round(clip(v, Qn, Qp)) s,    v = x / s
 
-and with the straight-through estimator dx̂/dx is 1 inside the range and 0 outside, and
+With the straight-through estimator, dx̂/dx is 1 inside the range and 0 outside. The gradient of the step size is
 
-    dx̂/ds = round(v) - v inside,   Qn or Qp outside        (equation 3), times g = 1 / sqrt(N Qp), section 2.2.
+    dx̂/ds = round(v) - v  inside the range,   Qn or Qp  outside        (equation 3)
 
-As in the int8 files of LiteRT, weights have a symmetric range and a step size for each output channel, activations one
-step size a tensor and a zero point. A step size is s = s0 exp(θ): s0 is the observed range divided by the levels, the
-parameter θ is learned and begins at 0. So quantization begins right whenever it begins: s0 of activations is observed
-over the last steps before `start`, s0 of weights is that of the weights as they are. Plug point forward.
+times g = 1 / sqrt(N Qp) (section 2.2), where N values share the step size.
+
+As in the int8 files of LiteRT, weights have a symmetric range and one step size per output channel; activations have one step
+size per tensor, and a zero point. A step size is s = s0 exp(θ): s0 is the observed range divided by the number of levels, and
+the parameter θ is learned and starts at 0. For activations, the range is observed in the last steps before `start`; for
+weights it is that of the current weights. So the step sizes are right at whatever step quantization starts. This is a method of
+the plug point `forward`.
 """
 
 import math
@@ -29,7 +33,8 @@ from squeeze_jax.ranges import NonNegative, Range, Whole, Zero
 
 WEIGHTS = (("kernel$", True),)
 ACTIVATIONS = (("/inputs$", True),)
-_BORDER = 1e-3  # of a level: float32 does not put the largest weight exactly on the highest one
+# Tolerance at the ends of the range, in levels: in float32 the largest weight does not lie exactly on the highest level.
+_TOLERANCE = 1e-3
 
 
 def make(
@@ -41,22 +46,24 @@ def make(
     weights: tuple[tuple[str, bool], ...] = WEIGHTS,
     activations: tuple[tuple[str, bool], ...] = ACTIVATIONS,
 ) -> Forward:
-    """Returns the change of the forward pass.
+    """Returns the method, which changes the forward pass.
 
     Args:
-      bits: of weights, 2 to 16.
-      activation_bits: of activations, 2 to 16; 0 leaves activations as they are.
-      start: the first step that quantizes; steps count from the begin of the phase, so a later phase that should go on
-        quantizing has a `start` of 0.
-      observe: steps before `start` over which the ranges of activations are observed, at least 0; the step `start` itself
-        observes too.
-      rate: learning rate of the step sizes, as a share of the weights'. The paper trains 8 bits with a rate of 1e-3 for both
-        (section 2.3); where weights learn at 0.1, 0.01 keeps the step sizes at that.
-      weights: (regex, whether to quantize) over parameter names, first match wins, no match means no.
-      activations: the same over names of taps, such as "fire2/squeeze1x1/inputs"; see `nn/intercept.py`.
+      bits: number of bits of weights, 2 to 16.
+      activation_bits: number of bits of activations, 2 to 16; 0 does not quantize activations.
+      start: first step that quantizes. Steps count from the begin of the phase, so a later phase that continues to quantize
+        has a `start` of 0.
+      observe: number of steps before `start` in which the ranges of activations are observed, at least 0. The step `start`
+        observes them, too.
+      rate: learning rate of the step sizes, as a multiple of the weights' learning rate. The paper trains 8-bit networks with
+        a learning rate of 1e-3 for both (section 2.3). If weights have a learning rate of 0.1, a `rate` of 0.01 gives the
+        step sizes 1e-3.
+      weights: ordered pairs (regex, bool) for parameter names. The first match decides whether a parameter is quantized. A
+        parameter without a match is not quantized.
+      activations: the same for names of taps, such as "fire2/squeeze1x1/inputs"; see `nn/intercept.py`.
 
     Raises:
-      UserError: values out of range; when it gets the network, a rule that matches nothing.
+      UserError: A value is out of range. When the method gets the network: a rule matches nothing.
     """
     _check(bits, activation_bits, start, observe, rate)
 
@@ -77,41 +84,43 @@ def make(
 
     def init(key, params, taps):
         del key
-        steps = {_step(k): jnp.zeros(w.shape[-1]) for k, w in chosen_weights(params).items()}  # fmt: skip
+        thetas = {_theta_name(k): jnp.zeros(w.shape[-1]) for k, w in chosen_weights(params).items()}  # fmt: skip
         if activation_bits:
-            steps |= {_step(name): jnp.zeros(()) for name in chosen_taps(taps)}
-        return steps
+            thetas |= {_theta_name(name): jnp.zeros(()) for name in chosen_taps(taps)}
+        return thetas
 
     def state(params, taps):
         del params
         if not activation_bits:
             return {}
-        unseen = {"low": jnp.float32(jnp.inf), "high": jnp.float32(-jnp.inf)}
-        return {name: dict(unseen) for name in chosen_taps(taps)}
+        empty_range = {"low": jnp.float32(jnp.inf), "high": jnp.float32(-jnp.inf)}
+        return {name: dict(empty_range) for name in chosen_taps(taps)}
 
     def reparametrize(params, own):
         names = chosen_weights(params)
 
-        def leaf(name, weight):
+        def quantize_if_chosen(name, weight):
             if name not in names:
                 return weight
-            rounded = quantized_weight(weight, own.params[_step(name)], bits, rate)
+            theta = own.params[_theta_name(name)]
+            rounded = quantized_weight(weight, theta, bits, rate)
             return jnp.where(own.step >= start, rounded, weight)
 
-        return tree.map_named(leaf, params)
+        return tree.map_named(quantize_if_chosen, params)
 
     def intercept(tap: Tap, x: jax.Array, own: Own):
         if own.state is None or tap.name not in own.state:
             return x, {}
-        known = own.state[tap.name]
+        value_range = own.state[tap.name]
         if own.train:
-            due = (own.step >= start - observe) & (own.step <= start)
-            known = _observed(x, known, due)
-        theta = own.params[_step(tap.name)]
-        rounded = quantized_activation(x, theta, known, activation_bits, rate)
-        # A range that nobody has observed quantizes nothing.
-        active = (own.step >= start) & (known["high"] >= known["low"])
-        changes = {tap.name: known} if own.train else {}
+            observes = (own.step >= start - observe) & (own.step <= start)
+            value_range = _observed_range(x, value_range, observes)
+        theta = own.params[_theta_name(tap.name)]
+        rounded = quantized_activation(x, theta, value_range, activation_bits, rate)
+        # Without an observed range, activations stay as they are.
+        has_range = value_range["high"] >= value_range["low"]
+        active = (own.step >= start) & has_range
+        changes = {tap.name: value_range} if own.train else {}
         return jnp.where(active, rounded, x), changes
 
     return Forward(
@@ -139,47 +148,49 @@ def _check(bits, activation_bits, start, observe, rate) -> None:
             raise UserError(f"quantize.lsq: {name} = {value} should not be negative")
 
 
-def _step(name: str) -> str:
-    """Returns the name of a step size's parameter; no rule for kernels matches it."""
+def _theta_name(name: str) -> str:
+    """Returns the name of the parameter θ of a weight's or activation's step size; a rule such as "kernel$" does not match it."""
     return f"{name}_step"
 
 
 def quantized_weight(
     weight: jax.Array, theta: jax.Array, bits: int, rate: float = 1.0
 ) -> jax.Array:
-    """Rounds a kernel [..., c] to integer levels of a symmetric range (fake quantization).
+    """Returns a kernel, rounded to integer levels of a symmetric range, as floats (fake quantization).
 
     Args:
-      weight: float array.
-      theta: [c], logarithm of the learned factor.
-      bits: levels run from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1.
+      weight: kernel [..., c].
+      theta: parameter θ of the step size, [c].
+      bits: number of bits; levels are -(2^(bits - 1) - 1) to 2^(bits - 1) - 1.
       rate: see `make`.
     """
     top = 2 ** (bits - 1) - 1
     largest = jnp.max(jnp.abs(weight), tuple(range(weight.ndim - 1)))
     observed = jnp.where(largest > 0, largest, 1.0) / top
     count = weight.size // weight.shape[-1]
-    return fake(weight, step_size(observed, theta, count, top, rate), -top, top)
+    step = step_size(observed, theta, count, top, rate)
+    return fake(weight, step, -top, top)
 
 
 def quantized_activation(
     x: jax.Array,
     theta: jax.Array,
-    known: Mapping[str, Any],
+    value_range: Mapping[str, Any],
     bits: int,
     rate: float = 1.0,
 ) -> jax.Array:
-    """Rounds activations to integer levels with one step size and a zero point (fake quantization).
+    """Returns activations, rounded to integer levels with one step size and a zero point, as floats (fake quantization).
 
     Args:
-      x: float array [b, ...].
-      theta: [], logarithm of the learned factor.
-      known: {"low", "high"}, float32 [] each, the observed range; zero is always in it.
-      bits: levels run from -z to 2^bits - 1 - z, z the zero point.
+      x: activations [b, ...].
+      theta: parameter θ of the step size, [].
+      value_range: the observed range {"low", "high"}, float32 [] each; it is extended to contain 0.
+      bits: number of bits; levels are -z to 2^bits - 1 - z for a zero point z.
       rate: see `make`.
     """
     top = 2**bits - 1
-    low, high = jnp.minimum(known["low"], 0.0), jnp.maximum(known["high"], 0.0)
+    low = jnp.minimum(value_range["low"], 0.0)
+    high = jnp.maximum(value_range["high"], 0.0)
     width = jnp.where(jnp.isfinite(high - low) & (high > low), high - low, 1.0)
     observed = width / top
     zero = jnp.clip(jnp.round(-jnp.where(jnp.isfinite(low), low, 0.0) / observed), 0, top)  # fmt: skip
@@ -189,12 +200,17 @@ def quantized_activation(
 
 
 def fake(x: jax.Array, step: jax.Array, low, high) -> jax.Array:
-    """Returns round(clip(x / step, low, high)) step; the gradient passes the rounding.
+    """Returns round(clip(x / step, low, high)) * step; the gradient treats the rounding as the identity.
 
-    A value at the border of the range counts as inside: of each channel the largest weight stands there.
+    A value at the end of the range counts as inside, because the largest weight of each channel lies there.
+
+    Args:
+      x: float array.
+      step: step size, broadcastable to x.
+      low, high: lowest and highest level.
     """
     levels = x / step
-    inside = (levels > low - _BORDER) & (levels < high + _BORDER)
+    inside = (levels > low - _TOLERANCE) & (levels < high + _TOLERANCE)
     clipped = jax.lax.stop_gradient(jnp.clip(levels, low, high))
     levels = jnp.where(inside, levels, clipped)
     return (levels + jax.lax.stop_gradient(jnp.round(clipped) - levels)) * step
@@ -203,16 +219,16 @@ def fake(x: jax.Array, step: jax.Array, low, high) -> jax.Array:
 def step_size(
     observed: jax.Array, theta: jax.Array, count: int, top: int, rate: float = 1.0
 ) -> jax.Array:
-    """Returns s = s0 exp(θ), with the gradient of LSQ.
+    """Returns the step size s = s0 exp(θ), with the gradient of LSQ.
 
-    A step of gradient descent changes s by the same share as one on s itself would with the gradient g dL/ds: dL/dθ is
-    g dL/ds / s.
+    The gradient with respect to θ is dL/dθ = g dL/ds / s. So a step of gradient descent on θ changes s by the same share as a
+    step on s itself with the gradient g dL/ds would.
 
     Args:
       observed: s0.
       theta: θ, of the same shape.
-      count: numbers that share a step size, N.
-      top: the highest level, Qp.
+      count: N, the number of values that share a step size.
+      top: Qp, the highest level.
       rate: factor of the gradient.
     """
     step = jax.lax.stop_gradient(observed * jnp.exp(theta))
@@ -220,10 +236,12 @@ def step_size(
     return step + (theta - jax.lax.stop_gradient(theta)) * g / step
 
 
-def _observed(x, known, due):
+def _observed_range(x, value_range, observes):
+    """Returns the range, extended to the values of x if `observes` is true."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    low, high = jnp.minimum(known["low"], x.min()), jnp.maximum(known["high"], x.max())
+    low = jnp.minimum(value_range["low"], x.min())
+    high = jnp.maximum(value_range["high"], x.max())
     return {
-        "low": jnp.where(due, low, known["low"]),
-        "high": jnp.where(due, high, known["high"]),
+        "low": jnp.where(observes, low, value_range["low"]),
+        "high": jnp.where(observes, high, value_range["high"]),
     }
