@@ -1,21 +1,22 @@
-"""The windows of a convolution or a pooling: which image positions each output reads, and the way back.
+"""Finds the image positions that each output of a convolution or pooling reads, and the outputs that read each position.
 
-A convolution puts a window on the image for each output. Along one axis, with stride s, dilation d and `before` zeros of
-padding in front, output o reads through kernel position u the position
+Each output reads a window of the padded image. With stride s and dilation d, row o of the output reads, through row u of the
+kernel,
 
-    q = s o + d u        of the padded image.
+    row q = s o + d u    of the padded image.
 
-The lowerings of `nn/lowerings.py` compute a convolution as a loop over kernel positions (u, v). They need two kinds of arrays:
+The same holds for columns. A convolution can be computed as a sum over the kernel positions (u, v). For each kernel position
+this file provides two kinds of arrays:
 
-    forward     `input_slices`: for all outputs o, the padded image at q. The image is shifted by d u and has every s-th row.
-    backward    `output_slices`: for all image positions q, the output o that reads q through u, if there is one.
+    input_slices     for each output row o, the image row q that it reads; used to compute the outputs
+    output_slices    for each image row q, the output row o that reads it; used for the gradient with respect to the image
 
-Going backward, kernel position u only reaches the rows q whose remainder modulo s is d u modulo s. The rows with one remainder
-are called a phase: there are s phases along an axis, and a stride of 1 has a single phase. `output_slices` has one row for
-each row of the phase that (u, v) reaches. `image_from_slices` adds up the contributions to each phase and interleaves the
-phases to an image.
+Kernel row u reads only every s-th row of the padded image: the rows q whose remainder modulo s equals that of d u. All rows
+with the same remainder are called a phase. With a stride of 1 there is one phase, the whole padded image. `output_slices`
+returns arrays with one row for each row of such a phase. `image_from_slices` adds up these arrays for all kernel positions,
+phase by phase, and interleaves the phases to an image.
 
-Images are [b, h, w, c]; h' and w' are the sizes of the output.
+Shapes: images are [b, h, w, c], and h' and w' are the height and width of the output.
 """
 
 import itertools
@@ -99,16 +100,16 @@ def kernel_positions(g: Geometry) -> list[Pair]:
 def input_slices(
     g: Geometry, x: jax.Array, fill: float = 0.0
 ) -> Callable[[int, int], jax.Array]:
-    """Returns a function `at(u, v)` that returns what each output reads through kernel position (u, v), [b, h', w', c].
+    """Returns a function `at(u, v)`: the values that all outputs read through kernel position (u, v), [b, h', w', c].
 
-    at(u, v)[:, o, p] is the padded image at row s o + d u and column s p + d v, for strides s and dilations d.
+    With stride s and dilation d, at(u, v)[:, o, p] is the padded image at row s o + d u and column s p + d v.
 
-    The image is divided into its phases first: reshaped to [b, h/s, s, w/s, s, c], it gives each phase as a plain slice,
-    and a strided slice takes two to three times as long.
+    The image is first divided into its phases by a reshape to [b, h/s, s, w/s, s, c], and `at` takes a slice of one phase. A
+    strided slice of the image would take two to three times as long.
 
     Args:
-      g: the convolution or pooling.
-      x: image [b, h, w, c].
+      g: geometry of the convolution or pooling.
+      x: images [b, h, w, c].
       fill: value of the padding.
     """
     step_counts = _step_counts(g)
@@ -141,9 +142,14 @@ def _step_counts(g):
 
 
 def pad_image(g: Geometry, x: jax.Array, fill: float = 0.0) -> jax.Array:
-    """Adds the padding of `g` to an image [b, h, w, c], and extends or crops its end to a whole number of strides.
+    """Adds padding to images, so that they contain all windows and their height and width are multiples of the strides.
 
-    The result covers all windows. Positions behind the last window are cropped.
+    Rows and columns that no window reaches may be cropped at the end.
+
+    Args:
+      g: geometry of the convolution or pooling; its `pads` tell the padding.
+      x: images [b, h, w, c].
+      fill: value of the padding.
     """
     sizes = [n * s for n, s in zip(_step_counts(g), g.strides, strict=True)]
     frames = ((p[0], n) for p, n in zip(g.pads, sizes, strict=True))
@@ -153,19 +159,21 @@ def pad_image(g: Geometry, x: jax.Array, fill: float = 0.0) -> jax.Array:
 def output_slices(
     g: Geometry, y: jax.Array, fill: float = 0.0
 ) -> Callable[[int, int], jax.Array]:
-    """Returns a function `at(u, v)` that returns, for image positions, the output that reads them through (u, v).
+    """Returns a function `at(u, v)`: for each image position, the output that reads it through kernel position (u, v).
 
-    Kernel row u reaches every s-th row of the padded image: the rows q = s t + (d u modulo s), for t = 0, 1, .... Row t of
-    at(u, v) is the row o of `y` with q = s o + d u, which is o = t - (d u div s). Where `y` has no such row, it is `fill`.
-    So at(u, v) is `y` shifted by (d u) div s; columns are shifted likewise. `image_from_slices` takes arrays of this layout.
+    Kernel row u reads every s-th row of the padded image: the rows q = s t + (d u mod s), for t = 0, 1, .... Row t of at(u, v)
+    is the output row o that reads row q. From q = s o + d u follows o = t - floor(d u / s). So at(u, v) is `y`, shifted down
+    by floor(d u / s) rows, and to the right by floor(d v / s) columns. Positions without such an output have the value `fill`.
+
+    `image_from_slices` puts arrays of this layout together to an image.
 
     Args:
-      g: the convolution or pooling.
-      y: array with the positions of the output, [b, h', w', c].
-      fill: value where no output reads the image position.
+      g: geometry of the convolution or pooling.
+      y: one value per output, such as the gradient with respect to the outputs, [b, h', w', c].
+      fill: value for image positions that no output reads through (u, v).
 
     Returns:
-      (u, v) → [b, t, t', c], where t and t' count the steps of the strides along the padded image.
+      (u, v) → [b, t, t', c], for t rows and t' columns of a phase of the padded image.
     """
     before, y = pad_output(g, y, fill)
     step_counts = [n - i for n, i in zip(y.shape[1:3], before, strict=True)]
@@ -181,11 +189,13 @@ def output_slices(
 
 
 def image_from_slices(g: Geometry, terms: dict[Pair, jax.Array]) -> jax.Array:
-    """Returns the image [b, h, w, c] that is the sum of the terms, each placed at the positions its kernel position reaches.
+    """Adds up one term per kernel position to an image [b, h, w, c], without the padding.
+
+    Each term is added to the image positions that its kernel position reads.
 
     Args:
-      g: the convolution or pooling.
-      terms: {kernel position (u, v): [b, t, t', c]} in the layout of `output_slices(g, ...)`.
+      g: geometry of the convolution or pooling.
+      terms: {kernel position (u, v): [b, t, t', c]}, in the layout that `output_slices` returns for (u, v).
     """
     phases = {}
     for (u, v), term in terms.items():
@@ -198,18 +208,19 @@ def image_from_slices(g: Geometry, terms: dict[Pair, jax.Array]) -> jax.Array:
 def pad_output(
     g: Geometry, y: jax.Array, fill: float = 0.0
 ) -> tuple[list[int], jax.Array]:
-    """Pads an array with the positions of the output, so that the slices of `output_slices` lie inside it.
+    """Adds rows and columns around an array with one value per output, so that it contains all slices of `output_slices`.
 
-    XLA keeps a padded array in memory. On a CPU, it computes an array that is not padded again in every pass that reads it,
-    and an output's gradient is the result of many operations. So the gradient for the kernel reads the padded array, too.
+    Padding has a second purpose on a CPU: XLA keeps a padded array in memory. It would compute an array without padding
+    again in every pass that reads it, and a gradient with respect to outputs is the result of many operations. For this
+    reason the gradient with respect to the kernel uses the padded array, too.
 
     Args:
-      g: the convolution or pooling.
-      y: [b, h', w', c].
+      g: geometry of the convolution or pooling.
+      y: one value per output, [b, h', w', c].
       fill: value of the padding.
 
     Returns:
-      The number of rows and the number of columns that were added before the first, and the padded array.
+      A list of the numbers of rows and columns added at the beginning, and the padded array.
     """
     before = [(e - 1) // s for e, s in zip(g.extent, g.strides, strict=True)]
     axes = zip(g.size, g.pads, g.strides, before, strict=True)
@@ -218,7 +229,10 @@ def pad_output(
 
 
 def _interleave(phases: dict[Pair, jax.Array], strides: Pair) -> jax.Array:
-    """Returns the image whose rows m, m + s, ... and columns n, n + s, ... are phase (m, n), [b, t, t', c]; others are 0."""
+    """Returns the image in which phase (m, n) [b, t, t', c] has the rows m, m + s, ... and the columns n, n + s, ....
+
+    Phases that are missing in the dict are zero.
+    """
     if strides == (1, 1):
         return phases[0, 0]
     b, h, w, c = next(iter(phases.values())).shape

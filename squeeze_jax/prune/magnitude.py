@@ -176,7 +176,7 @@ def _sort_key(weight: jax.Array, mask: jax.Array) -> jax.Array:
 def smallest(keys: Sequence[jax.Array], count: jax.Array) -> list[jax.Array]:
     """Marks the `count` smallest values of several arrays; among equal values, the first ones.
 
-    The function finds the largest marked value bit by bit, from the highest bit to the lowest, and each bit needs one count over
+    The function finds the largest marked value bit by bit, from the highest bit to the lowest. Each bit needs one count over
     all arrays. So values are only counted; they are not sorted, concatenated or moved between devices.
 
     Args:

@@ -149,7 +149,7 @@ def _check(bits, activation_bits, start, observe, rate) -> None:
 
 
 def _theta_name(name: str) -> str:
-    """Returns the name of the parameter θ of a weight's or activation's step size; a rule such as "kernel$" does not match it."""
+    """Returns the name of the parameter θ of a weight's or a tap's step size; a rule like "kernel$" does not match it."""
     return f"{name}_step"
 
 
@@ -221,8 +221,8 @@ def step_size(
 ) -> jax.Array:
     """Returns the step size s = s0 exp(θ), with the gradient of LSQ.
 
-    The gradient with respect to θ is dL/dθ = g dL/ds / s. So a step of gradient descent on θ changes s by the same share as a
-    step on s itself with the gradient g dL/ds would.
+    The gradient with respect to θ is dL/dθ = g dL/ds / s. So a step of gradient descent on θ changes s by the same share as
+    a step on s itself would, with the gradient g dL/ds.
 
     Args:
       observed: s0.
