@@ -76,7 +76,7 @@ def conv(
 ) -> jax.Array:
     """Returns the convolution (cross-correlation, as in PyTorch and Flax) of sequences, images or volumes with a kernel.
 
-    With stride s, dilation d and padding p, each group of channels of an image computes
+    With stride s, dilation d and p zeros of padding in front, each group of channels computes, for images,
 
         y[b, i, j, o] = bias[o] + sum over u, v, c of x[b, i*s + u*d - p, j*s + v*d - p, c] * kernel[u, v, c, o]
 
@@ -171,8 +171,8 @@ def separate_groups() -> Iterator[None]:
     """Makes each grouped 1x1 convolution of sequences traced inside this context one ungrouped convolution per group.
 
     This concerns `Conv` layers with kernel 1, stride 1 and 2 to MOST_SEPARATE_GROUPS groups. Runtimes have their fastest
-    matrix product for one group. If two consecutive layers have the same groups, their caller can keep the groups as
-    separate arrays between them (`join_groups=False` of `Conv`).
+    matrix product for one group. If two consecutive layers have the same number of groups, the code that calls them can
+    keep the groups as separate arrays between the layers, with `join_groups=False` of `Conv`.
 
     Float files for LiteRT are exported in this context; integer files keep LiteRT's grouped convolution. Outside the context
     groups are separated only on a CPU, from FEWEST_SEPARATE_POSITIONS positions on, and only if no lowering is set.

@@ -86,7 +86,7 @@ def fastest(which: Map, g: Geometry, batch: int | None = None) -> str:
 
     Args:
       which: the map to compute.
-      g: the convolution.
+      g: geometry of the convolution.
       batch: number of examples in the batch; None, or a symbolic size, is treated as a large batch.
     """
     names = possible(g)
@@ -112,7 +112,7 @@ def fastest(which: Map, g: Geometry, batch: int | None = None) -> str:
 
 
 def _row_is_faster(which: Map, g: Geometry, batch: Any) -> bool:
-    """Whether "row" is faster than "native": with one spatial axis, XLA divides the examples among the cores."""
+    """Whether "row" is faster than "native": with one spatial axis, XLA divides the work better among cores, by examples."""
     if isinstance(batch, int) and batch < FEWEST_SEQUENCES:
         return batch > 1 and batch * g.size[1] >= FEWEST_POSITIONS
     return which != "image" or g.features <= g.channels or g.kernel[1] < 9
@@ -132,7 +132,7 @@ def run(
     Args:
       which: the map.
       lowering: a name of `possible(g)`; "auto" for the fastest on a CPU.
-      g: the convolution.
+      g: geometry of the convolution.
       a, b: the map's arguments, in the order of the module's first table: x and k, ȳ and k, or x and ȳ.
       for_vmap: whether to use only operations that are fast under `jax.vmap` and that JAX can differentiate.
     """
