@@ -187,7 +187,7 @@ def test_nnx_computes_what_it_does_by_itself():
     )
     assert not np.allclose(y, apply(jax.random.key(2))[0])
     np.testing.assert_array_equal(y, apply(jax.random.key(1))[0])
-    with pytest.raises(UserError, match=r"Plain is no nnx\.Module"):
+    with pytest.raises(UserError, match=r"Plain is not an nnx\.Module"):
         from_nnx(Plain())
 
     class Cached(nnx.Module):

@@ -540,7 +540,7 @@ def test_all_layers_of_a_residual_stream_change_together():
             {"widths": {"layer1/ffn_in": 0}},
             r"'layer1/ffn_in'\] = 0 should be at least 1",
         ),
-        ("bert", {"absent": ("layer1", "layer1")}, "absent: layer1 is there twice"),
+        ("bert", {"absent": ("layer1", "layer1")}, "absent: layer1 is named twice"),
     ],
 )
 def test_what_does_not_fit_is_named(name, shape, message):

@@ -85,7 +85,9 @@ def from_nnx(module: nnx.Module) -> FromNNX:
         streams.
     """
     if not isinstance(module, nnx.Module):
-        raise UserError(f"{type(module).__name__} is no nnx.Module")
+        raise UserError(
+            f"{type(module).__name__} is not an nnx.Module: give a network of flax.nnx"
+        )
     return FromNNX(_Source(module))
 
 

@@ -55,7 +55,7 @@ def compiled_alone(fn: Callable, static: Sequence[int] = ()) -> Callable:
     Without it, XLA on a CPU recomputes what it considers cheap, such as a sum of nine shifted images, in each pass that reads
     it. It also computes the parts of a gradient that need only activations, such as the windows of an image, long before the
     gradient can be completed, and keeps them in memory until then. `lax.optimization_barrier` prevents neither, because XLA
-    removes it before it decides on fusion.
+    removes it before it fuses and orders operations.
 
     Args:
       fn: function of arrays and of hashable arguments.

@@ -55,7 +55,7 @@ def features(module: nn.Module, planned: int, *, fixed: bool = False) -> int:
     width = shape.widths.get(name, planned)
     if fixed and width != planned:
         raise UserError(
-            f"widths: {name} must have {planned} features, not {width}: its outputs are logits, or meet others as wide"
+            f"widths: {name} must have {planned} features, not {width}: its outputs are logits, or are combined with outputs of the same width"
         )
     return width
 
@@ -96,7 +96,7 @@ def reshaped(
             raise UserError(f"widths: {name} = {width!r} should be a positive integer")
     for name in absent:
         if list(absent).count(name) > 1:
-            raise UserError(f"absent: {name} is there twice: name it once")
+            raise UserError(f"absent: {name} is named twice: name it once")
     if momentum is not None and not 0 <= momentum < 1:
         raise UserError(f"norm_momentum = {momentum} should lie in [0, 1)")
     if not widths and not absent and momentum is None:
@@ -176,7 +176,7 @@ class Reshaped(nn.Module):
                 if context.module.residual:
                     return args[0]
                 raise UserError(
-                    f"absent: {name} cannot be left out: by its options its output is not its input plus a branch"
+                    f"absent: {name} cannot be left out: with these options it has no residual connection from its input to its output"
                 )
         return method(*args, **kwargs)
 
