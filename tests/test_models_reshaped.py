@@ -479,7 +479,7 @@ def test_all_layers_of_a_residual_stream_change_together():
         (
             "mobilenet_v2",
             {"absent": ("bottleneck2",)},
-            r"absent: bottleneck2 cannot be left out: .* not its input plus a branch",
+            r"absent: bottleneck2 cannot be left out: .* no residual connection",
         ),
         (
             "mobilenet_v2",
