@@ -120,7 +120,7 @@ class MaskedLM(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         width = self.features + self.untied
         dense = partial(Dense, dtype=x.dtype, kernel_init=_INIT, fixed=True)
-        y = activations.named(self.activation)(dense(width, name="transform")(rows))
+        y = activations.by_name(self.activation)(dense(width, name="transform")(rows))
         rows = LayerNorm(self.epsilon, name="norm")(y)
         y = scores(rows[:, : self.features])
         if self.untied:
@@ -219,7 +219,7 @@ class Head(nn.Module):
                     "next_sentence": _dense(2, "next_sentence")(sequence()),
                 }
             case "replaced":
-                y = activations.named(self.activation)(_transform(x))
+                y = activations.by_name(self.activation)(_transform(x))
                 return _dense(1, "replaced")(drop(y))[..., 0]
             case "span":
                 start, end = jnp.moveaxis(_dense(2, "span")(drop(x)), -1, 0)
@@ -238,7 +238,7 @@ class Head(nn.Module):
         if self.summary is None:
             return pooled
         drop = partial(Dropout(self.summary_dropout), train=train)
-        return activations.named(self.summary)(_transform(drop(x[:, 0])))
+        return activations.by_name(self.summary)(_transform(drop(x[:, 0])))
 
     def _masked_lm(self, x, scores, positions):
         head = MaskedLM(
