@@ -383,13 +383,13 @@ def test_in_place():
     mask = jnp.array([True, False])
     soft = sandwich.soft_labels(big)
     np.testing.assert_allclose(soft[0], [0.5, 0.5])
-    found = sandwich.distilled(small, soft, mask)
+    found = sandwich.soft_cross_entropy(small, soft, mask)
     assert float(found) == pytest.approx(KL + math.log(2), rel=1e-5)
-    found = sandwich.distilled(2 * small, sandwich.soft_labels(2 * big, 2.0), mask, 2.0)
+    found = sandwich.soft_cross_entropy(2 * small, sandwich.soft_labels(2 * big, 2.0), mask, 2.0)
     assert float(found) == pytest.approx(4 * (KL + math.log(2)), rel=1e-5)
 
     def both(big, small):
-        return sandwich.distilled(small, sandwich.soft_labels(big), mask)
+        return sandwich.soft_cross_entropy(small, sandwich.soft_labels(big), mask)
 
     to_big, to_small = jax.grad(both, (0, 1))(big, small)
     np.testing.assert_array_equal(to_big, 0)
@@ -397,7 +397,7 @@ def test_in_place():
     wanted = F.cross_entropy(
         torch.tensor(np.array(small)), torch.tensor(np.array(soft))
     )
-    found = sandwich.distilled(small, soft, jnp.ones(2, bool))
+    found = sandwich.soft_cross_entropy(small, soft, jnp.ones(2, bool))
     assert float(found) == pytest.approx(wanted.item(), rel=1e-5)
 
 
