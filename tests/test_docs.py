@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -246,6 +248,16 @@ def test_the_guide_of_distillation(place, encoder):
         else:
             run(arguments, *encoder, whole=False)
     assert (place / "runs/glue_squeezebert/report.json").exists()
+
+
+def test_the_code_of_the_concepts_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "concepts.md").read_text(), re.DOTALL)  # fmt: skip
+    names = {}
+    exec(code, names)
+    pixels = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(names["net"].init, jax.random.key(0), pixels)["params"]
+    assert shapes["bottleneck3"]["expand"]["kernel"].shape == (1, 1, 24, 60)
+    assert "bottleneck5" not in shapes
 
 
 def test_the_guide_of_devices(place, capsys):
