@@ -1,1 +1,1 @@
-"""What `run.py --job=NAME` does: one job a file."""
+"""The jobs of `run.py --job=NAME`, one per file; files that begin with an underscore are parts that jobs share."""
