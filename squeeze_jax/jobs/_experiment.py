@@ -53,7 +53,7 @@ class Experiment:
       data: the section that chooses the data; its "name" is a file of `data/tasks`, by default "images".
       optim: the section that sets the optimizer, the learning rate and its schedule.
       batch: examples in one optimizer update, over all devices and accumulated parts; at least 1.
-      steps: optimizer updates of the whole run, at least 1; with `phases` it is the sum of their steps.
+      steps: optimizer updates of the whole run, at least 1; with `phases` leave it out: it is the sum of their steps.
       model: the section that chooses the network; may be left out if `init` names one.
       init: the section that names a trained network to begin with: a folder of transformers, the work directory of an
         earlier run, or a file of weights.

@@ -61,7 +61,7 @@ def job_settings(built, kind: type):
 
 
 def check_jobs(built) -> None:
-    """Calls each job's `check` with the job's settings and the experiment."""
+    """Calls `check` of each job that has a section in the config, with the job's settings and the experiment."""
     for name, settings in built.experiment.jobs.items():
         module = importlib.import_module(f"{JOBS}.{name}")
         if hasattr(module, "check"):

@@ -92,7 +92,7 @@ class ComputedOutputs(TeacherOutputs):
 
 
 class CachedOutputs(TeacherOutputs):
-    """Reads the teachers' outputs from disk, and puts them into each batch as batch["teacher"]; see `TeacherOutputs`."""
+    """Reads the teachers' outputs from disk; the training step finds them as batch["teacher"]. See `TeacherOutputs`."""
 
     def __init__(self, caches: list[Cached], output_shapes: Callable, mesh):
         """Takes one cache per teacher.
@@ -105,6 +105,10 @@ class CachedOutputs(TeacherOutputs):
         self._caches, self.cached_shapes, self._mesh = caches, output_shapes, mesh
 
     def cached_outputs(self, batch):
+        """Reads the outputs for the examples of a batch; returns one dict {output name: float32 [b, ...]} per teacher.
+
+        The arrays lie on the devices. Sequences have the length of the batch.
+        """
         outputs = tuple(
             cache.rows(batch["index"], shapes)
             for cache, shapes in zip(
@@ -118,6 +122,7 @@ class CachedOutputs(TeacherOutputs):
 
     @staticmethod
     def teach(batch):
+        """Returns the result of `cached_outputs`, which the training loop has added to the batch as "teacher"."""
         return batch["teacher"]
 
 

@@ -56,7 +56,7 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         with contextlib.ExitStack() as undo:
             if own_lock := _locks.pop(workdir.resolve(), None):
-                own_lock.close()  # this process holds it already, such as a notebook
+                own_lock.close()  # a notebook begins runs in one process
             with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
             _lock_directory(lock, workdir)

@@ -1,4 +1,4 @@
-"""Evaluates the trained network on the whole test set."""
+"""Evaluates the trained network on the whole evaluation set."""
 
 import contextlib
 import functools

@@ -34,8 +34,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     export.check_single_process("huggingface")
     if built.data.reads != "tokens":
         raise UserError(
-            f"{built.options['name']} reads {built.data.reads}, and folders of transformers are for encoders of text: --job=export"
-            " writes other files"
+            f"{built.options['name']} reads {built.data.reads}, and folders of transformers are for encoders of text:"
+            " --job=export writes other files"
         )
     state = evaluate.trained_state(built, workdir)
     network, variables = export.network_on_host(built, state)

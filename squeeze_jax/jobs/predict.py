@@ -23,7 +23,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     export.check_single_process("predict")
     if getattr(built.data, "predict", None) is None:
         raise UserError(
-            f"the job predict has nothing to print for {built.experiment.data.get('name', 'images')!r} data: their task defines no predict"
+            f"the job predict has nothing to print for {built.experiment.data.get('name', 'images')!r} data: their task"
+            " defines no predict"
         )
     compiled = []  # filled at the first batch, when an input has turned out to be readable
 
