@@ -16,7 +16,7 @@ from squeeze_jax.jobs import (
 from squeeze_jax.train import optim, sharding
 from squeeze_jax.train.checkpoint import Checkpoints
 
-_SECTIONS = {
+SECTIONS = {
     "optim": optim.make,
     "sharding": sharding.make_mesh,
     "checkpoint": Checkpoints,
@@ -80,8 +80,8 @@ def find_parameter(config: Mapping[str, Any], names: Sequence[str]) -> Parameter
 
 def _section_function(config: Mapping[str, Any], section: str) -> Callable | None:
     """Returns the function or class whose parameters a section's keys are; None if there is none or its file is unknown."""
-    if section in _SECTIONS:
-        return _SECTIONS[section]
+    if section in SECTIONS:
+        return SECTIONS[section]
     if section in _settings.jobs_with_settings():
         return registry.load(_settings.JOBS, section, "job").Settings
     if section not in _NAMED_SECTIONS or not isinstance(config.get(section), Mapping):
