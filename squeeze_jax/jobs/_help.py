@@ -215,6 +215,6 @@ def _docstring(path: Path) -> str:
 
 
 def _first_sentence(docstring: str | None) -> str:
-    """Returns the first sentence of a docstring without its full stop."""
+    """Returns the first sentence of a docstring, without its full stop."""
     paragraph = " ".join((docstring or "").strip().split("\n\n")[0].split())
     return re.split(r"(?<=[^.][a-z0-9)\"])\.(?:\s|$)", paragraph)[0].rstrip(".")

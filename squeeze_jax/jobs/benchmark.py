@@ -1,4 +1,7 @@
-"""Measures every exported file on the whole test set, each in its own runtime on one thread, and prints one table."""
+"""Measures every exported file on the whole test set, and prints one table.
+
+Each file runs in its own runtime on one thread.
+"""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,7 @@
-"""Prints the costs of the config's network, layer by layer, before any training, and writes them as CSV and PNG."""
+"""Prints the costs of the config's network, layer by layer, without training it.
+
+The job also writes the costs as CSV and PNG.
+"""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""Exports the trained network to files for devices; each file is run again and must agree with the live model.
+"""Exports the trained network to files for devices, and checks that each agrees with the live model.
 
 The live model is the trained network as JAX runs it.
 """

@@ -1,4 +1,7 @@
-"""Writes the trained encoder as a folder for `transformers`: config.json, model.safetensors and the tokenizer's files."""
+"""Writes the trained encoder as a folder that `transformers` loads.
+
+The folder holds config.json, model.safetensors and the tokenizer's files.
+"""
 
 import pathlib
 import shutil

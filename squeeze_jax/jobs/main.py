@@ -1,4 +1,4 @@
-"""Trains, evaluates and exports the network, measures every exported file, and prints one table: the default job."""
+"""Does everything in turn: trains, evaluates and exports the network, and measures the exported files."""
 
 import pathlib
 from collections.abc import Sequence

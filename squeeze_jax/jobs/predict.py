@@ -1,4 +1,4 @@
-"""Prints the trained network's predictions for files or texts on the command line, such as labels of images."""
+"""Prints the trained network's predictions for files or texts on the command line."""
 
 import pathlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Trains the experiment with several seeds; reports the scores of each, their median, mean and deviation, and the best.
+"""Trains the experiment with several seeds, and reports the scores of each seed and the best.
 
 On small tasks, scores vary with the seed by more than most methods gain. Published results of GLUE are the best or the
 median of five to ten seeds (Devlin et al., arXiv 1810.04805, section 4.1).

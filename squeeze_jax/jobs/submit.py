@@ -1,4 +1,4 @@
-"""Writes the trained network's predictions on the test set in a benchmark's official format: GLUE's or SQuAD's files."""
+"""Writes the predictions on the test set in the official format of a benchmark, GLUE or SQuAD."""
 
 import pathlib
 from collections.abc import Sequence
