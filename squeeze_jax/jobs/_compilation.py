@@ -92,7 +92,7 @@ def enable(
             "jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS
         )
     _set_cache(str(folder), size_mb * 10**6)
-    _remove_unreadable_programs(folder)
+    _handle_cache_warnings(folder)
     return f"programs are kept in {folder}, at most {size_mb} MB"
 
 
@@ -203,8 +203,8 @@ def _last_use_file(entry: pathlib.Path) -> pathlib.Path:
     return entry.with_name(entry.name.removesuffix("-cache") + "-atime")
 
 
-def _remove_unreadable_programs(folder: pathlib.Path) -> None:
-    """From now on removes a program when JAX warns that it cannot read it, and prints JAX's cache warnings as one line.
+def _handle_cache_warnings(folder: pathlib.Path) -> None:
+    """Prints JAX's warnings about the cache as one line each, and removes programs that JAX cannot read.
 
     JAX compiles such a program anew, but it never replaces the file.
     """

@@ -243,13 +243,13 @@ def pretrained_part(
       name: the model that the config asks for; None if the config leaves it open.
     """
     pretrained_name = network.options["name"]
-    sizes = {k: v for k, v in network.options.items() if k != "name"}
+    make_options = {k: v for k, v in network.options.items() if k != "name"}
     module = registry.load("squeeze_jax.models", pretrained_name, "model")
     if not hasattr(module, "fine_tuned") or name == pretrained_name:
         return network
     if name is None and task == models.make(**network.options).task:
         return network
-    part_options, part_of = module.fine_tuned(sizes)
+    part_options, part_of = module.fine_tuned(make_options)
     return PretrainedNetwork(
         part_options,
         lambda _, key: part_of(network.plain_variables(network.options, key)),
@@ -261,8 +261,8 @@ def _folder_reader(folder):
     """Returns the function `read_variables` of a `PretrainedNetwork` for a folder of `transformers`."""
 
     def read_variables(options, key):
-        sizes = {k: v for k, v in options.items() if k != "name"}
-        return models.load(folder, fresh=key, **sizes)[1]
+        make_options = {k: v for k, v in options.items() if k != "name"}
+        return models.load(folder, fresh=key, **make_options)[1]
 
     return read_variables
 

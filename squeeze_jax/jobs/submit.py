@@ -28,18 +28,21 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         )
     state = evaluate.trained_state(built, workdir)
     if hasattr(data, "test"):  # this split has no labels, so no score is computed
-        rows = fit.run_evaluation(built, state, data.test, _logits, _rows)
+        rows = fit.run_evaluation(built, state, data.test, _keep_logits, _keep_rows)
     else:
-        rows = fit.run_evaluation(built, state, data.eval, built.metric.measure, _rows)
+        measure = built.metric.measure
+        rows = fit.run_evaluation(built, state, data.eval, measure, _keep_rows)
     for name, text in data.submission(rows).items():
         path = files.write(workdir / "submission" / name, text)
         print(f"written    {path}")
 
 
-def _logits(logits, batch):
+def _keep_logits(logits, batch):
+    """Serves as the function `measure` of a `Metric`: keeps the logits of each example."""
     return {"examples": jnp.sum(batch["mask"])}, {"logits": logits}
 
 
-def _rows(sums, rows):
+def _keep_rows(sums, rows):
+    """Serves as the function `score` of a `Metric`: returns what was kept of each example."""
     del sums
     return rows
