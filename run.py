@@ -102,10 +102,10 @@ def help_text(parser, args):
     from squeeze_jax.jobs import _help
 
     if args.list is not None:
-        return _help.keys(args.list) if args.list else _help.names()
+        return _help.describe_keys(args.list) if args.list else _help.list_names()
     if args.job is not None:
-        return _help.job(args.job)
-    parser.epilog = f"{_help.jobs()}\n\nNames and keys for configs: --list"
+        return _help.describe_job(args.job)
+    parser.epilog = f"{_help.list_jobs()}\n\nNames and keys for configs: --list"
     return parser.format_help()
 
 
@@ -182,7 +182,7 @@ def override(config, argument):
     names = key.split(".")
     if not all(names):
         raise UserError(f"--config.{key}=... has an empty name between its dots")
-    declared = _schemas.find(config, names) if text == "None" else None
+    declared = _schemas.find_parameter(config, names) if text == "None" else None
     placed(config, names, f"--config.{key}", text)
     if declared is not None:
         section = config[names[0]] if names[1:] else config
@@ -249,12 +249,12 @@ def main(argv=None):
     # Whether a job begins a run, needs one that was begun, or ignores what the work directory holds.
     use = getattr(job, "RUN", "needs")
     if use == "needs":
-        _workdir.same(workdir, config)
+        _workdir.check_same_experiment(workdir, config)
         examples = getattr(job, "EXAMPLES", True)
-        built = _experiment.opened(workdir, config, examples=examples)
+        built = _experiment.build_trained(workdir, config, examples=examples)
     else:
-        begun = use == "begins" and _pretrained.begun(workdir)
-        built = _experiment.build(experiment, begun=begun)
+        has_checkpoint = use == "begins" and _pretrained.has_checkpoint(workdir)
+        built = _experiment.build(experiment, has_checkpoint=has_checkpoint)
     if hasattr(job, "ready"):  # whatever can be refused before a work directory is made
         job.ready(built, inputs)
     cache = _compilation.enable(**built.experiment.compilation)

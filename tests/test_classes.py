@@ -52,7 +52,7 @@ def build(place, **changes):
         batch=8,
         steps=1,
     )
-    checked = _experiment.check(_settings.tuples(config | changes))
+    checked = _experiment.check(_settings.with_tuples(config | changes))
     return _experiment.build(checked)
 
 
@@ -94,7 +94,7 @@ def test_a_head_begins_in_the_order_of_the_data(place, bert, names, capsys):
     id2label, places, said = ORDERS[names]
     net, folder = bert(id2label)
     built = build(place, init=dict(folder=str(folder)))
-    given = built.given()
+    given = built.initial_variables()
     printed = capsys.readouterr().out
     assert (said in printed) if said else not printed
     batch = next(built.data.eval(8))
@@ -106,7 +106,7 @@ def test_a_head_begins_in_the_order_of_the_data(place, bert, names, capsys):
 def test_a_teacher_answers_in_the_order_of_the_data(place, bert):
     net, folder = bert(ORDERS["swapped"][0])
     source = build(place, model=dict(name="bert", variant="toy", vocabulary=9)).data
-    network, read, _ = _teachers.teacher(dict(folder=str(folder)), source, "here")
+    network, read, _ = _teachers.make_teacher(dict(folder=str(folder)), source, "here")
     batch = next(source.eval(8))
     inputs = jax.tree.map(jnp.asarray, source.inputs(batch))
     (logits, _), _ = forward.run(network, read(None), inputs)
@@ -117,7 +117,7 @@ def test_other_classes_are_one_line(place, bert):
     _, folder = bert({0: "entailment", 1: "not_entailment"})
     words = r"was trained on the classes \(entailment, not_entailment\), config.data"
     with pytest.raises(UserError, match=words + ".*config.init.only"):
-        build(place, init=dict(folder=str(folder))).given()
+        build(place, init=dict(folder=str(folder))).initial_variables()
     teachers = dict(teachers=(dict(folder=str(folder)),))
     with pytest.raises(UserError, match=words + ".*choose a teacher"):
         build(place, model=dict(name="bert", variant="toy"), distill=teachers)
@@ -134,13 +134,13 @@ def test_other_classes_are_one_line(place, bert):
     ],
 )
 def test_places_of_names(theirs, ours, places):
-    assert _classes.order(theirs, ours, "it", "") == places
+    assert _classes.class_positions(theirs, ours, "it", "") == places
 
 
 @pytest.mark.parametrize("theirs", [("a", "c"), ("a",), ("a", "a", "b")])
 def test_names_that_differ(theirs):
     with pytest.raises(UserError, match="was trained on the classes"):
-        _classes.order(theirs, ("a", "b"), "it", "")
+        _classes.class_positions(theirs, ("a", "b"), "it", "")
 
 
 def photos(root, *classes):
@@ -222,8 +222,8 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
     )
     begun = _experiment.build(_experiment.check(config))
     assert begun.data.label_names == ("RED", "blue")
-    given = begun.given()["params"]["conv10"]
-    trained = _pretrained.checkpoint("run")["params"]["conv10"]
+    given = begun.initial_variables()["params"]["conv10"]
+    trained = _pretrained.read_checkpoint("run")["params"]["conv10"]
     for name in "kernel", "bias":
         np.testing.assert_array_equal(given[name], trained[name][..., [1, 0]])
 
@@ -246,4 +246,4 @@ def test_a_later_phase_has_the_same_classes(tmp_path):
     built = _experiment.build(_experiment.check(config))
     words = r"phase 1/2 was trained on the classes \(blue, red\).*\(aqua, red\)"
     with pytest.raises(UserError, match=words):
-        _transitions.rehearsed(built)
+        _transitions.rehearse(built)

@@ -144,7 +144,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     _compilation.enable()
-    default = tmp_path / ".cache" / "squeeze_jax" / "xla" / _compilation.machine()
+    default = tmp_path / ".cache" / "squeeze_jax" / "xla" / _compilation.machine_name()
     assert place() == default
     assert default.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # does not count, by the standard
@@ -165,12 +165,12 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("alone")
 def test_machines_do_not_share_programs(monkeypatch):
-    here = _compilation.machine()
-    assert here == _compilation.machine()
+    here = _compilation.machine_name()
+    assert here == _compilation.machine_name()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000)))
-    more = _compilation.machine()
+    more = _compilation.machine_name()
     monkeypatch.setattr(Path, "read_text", lambda _: "flags\t: fpu avx512f\n")
-    other = _compilation.machine()
+    other = _compilation.machine_name()
     assert len({here, more, other}) == 3
 
 
@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.mark.usefixtures("alone")
 def test_what_killed_processes_left_is_removed(tmp_path):
-    folder = tmp_path / _compilation.machine()
+    folder = tmp_path / _compilation.machine_name()
     folder.mkdir()
     for name in ("whole-1-cache", "whole-1-atime", "killed-2-cache"):
         (folder / name).write_bytes(b"x")
@@ -199,7 +199,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
 @pytest.mark.usefixtures("alone")
 def test_a_cache_that_another_process_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(_compilation, "LOCK_SECONDS", 0.01)
-    folder = tmp_path / _compilation.machine()
+    folder = tmp_path / _compilation.machine_name()
     folder.mkdir()
     with _compilation.filelock.FileLock(folder / ".lockfile"):
         line = _compilation.enable(str(tmp_path))

@@ -170,7 +170,7 @@ def test_is_trained_elsewhere(name):
 
 @pytest.mark.parametrize("path", HERE, ids=lambda p: p.stem)
 def test_trains_two_steps(path, images, targets, texts, tmp_path):
-    config = _settings.tuples(run_py.load_config(path))
+    config = _settings.with_tuples(run_py.load_config(path))
     if config["data"].get("name") == "segmentation":
         config["data"]["source"]["path"] = str(targets)
         config["data"]["size"] = (32, 40)

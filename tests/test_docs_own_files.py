@@ -71,8 +71,8 @@ def test_the_examples_run_resume_and_export(folder, capsys):
     # The second phase ends after 2 steps, before the layer thaws; the first one reaches step 3.
     assert capsys.readouterr().out.count("config.update at step 3") == 1
     workdir = folder / "run"
-    built = _experiment.opened(workdir, _workdir.read(workdir))
-    state = jax.device_get(evaluate.trained(built, workdir))
+    built = _experiment.build_trained(workdir, _workdir.read(workdir))
+    state = jax.device_get(evaluate.trained_state(built, workdir))
     assert state.step == 6
     assert state.params["methods"]["my_brier"]["s"] != 0
     assert 0 < state.extra["my_brier"]["average"] < 1
@@ -86,7 +86,7 @@ def test_the_examples_run_resume_and_export(folder, capsys):
         for path in (workdir / "checkpoints").glob(late):
             path.rename(folder / f"gone{late}")
     run_py.main(["--job=fit", *command])
-    again = jax.device_get(evaluate.trained(built, workdir))
+    again = jax.device_get(evaluate.trained_state(built, workdir))
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
     run_py.main(["--job=export", "--workdir=run"])
     assert (workdir / "export" / "model.mine").exists()
@@ -183,9 +183,11 @@ def test_the_example_of_an_exchange_gives_the_mean(folder):
     ends = []
     for more in {}, {"exchange": dict(name="./my_exchange.py")}:
         built = _experiment.build(_experiment.check(config | more))
-        lessons = types.SimpleNamespace(teach=None, frozen=(), spec=lambda spec: None)
-        pieces, _ = fit.traceable(built, built.data.specs(8)[-1], lessons)
-        batch = fit.put(next(built.data.train(8, 0)), built)
+        teacher_outputs = types.SimpleNamespace(
+            teach=None, step_arguments=(), cached_shapes=lambda spec: None
+        )
+        pieces, _ = fit.traceable_step(built, built.data.specs(8)[-1], teacher_outputs)
+        batch = fit.put_batch(next(built.data.train(8, 0)), built)
         key = jax.random.key(0)
         after, _ = jax.jit(step.whole(pieces))(built.create(), batch, key)
         ends.append(jax.device_get(after.params))

@@ -39,9 +39,9 @@ SCHEMAS = {
     "config.sharding": sharding.make_mesh,
     "config.checkpoint": Checkpoints,
     "config.compilation": _compilation.enable,
-    "config.init": _pretrained.settings,
+    "config.init": _pretrained.network_from_init,
     "config.distill": _teachers.Settings,
-    "config.distill.teachers": _pretrained.find,
+    "config.distill.teachers": _pretrained.find_network,
 }
 for package in PACKAGES:
     for name in registry.names(f"squeeze_jax.{package}"):
@@ -340,7 +340,7 @@ def test_a_work_directory_with_a_tilde_in_its_config_is_the_same_experiment(home
     (home / "config.json").write_text(json.dumps(kept))
     now = _settings.canonical(kept)
     assert _workdir.read(home) == now
-    _workdir.same(home, now)
+    _workdir.check_same_experiment(home, now)
 
 
 def test_the_librarys_functions_expand_the_home_directory(home):
@@ -429,14 +429,20 @@ def test_the_last_phase_may_become_longer_and_others_not(tmp_path):
     config = dict(data={}, optim={}, batch=4, phases=(dict(steps=2), dict(steps=3)))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    _workdir.same(tmp_path, config)
-    _workdir.same(tmp_path, config | dict(phases=(dict(steps=2), dict(steps=9))))
+    _workdir.check_same_experiment(tmp_path, config)
+    _workdir.check_same_experiment(
+        tmp_path, config | dict(phases=(dict(steps=2), dict(steps=9)))
+    )
     with pytest.raises(UserError, match="holds another experiment: phases = "):
-        _workdir.same(tmp_path, config | dict(phases=(dict(steps=4), dict(steps=3))))
+        _workdir.check_same_experiment(
+            tmp_path, config | dict(phases=(dict(steps=4), dict(steps=3)))
+        )
     with pytest.raises(
         UserError, match=r"config.steps = 4, but .* for 5 steps already"
     ):
-        _workdir.same(tmp_path, config | dict(phases=(dict(steps=2), dict(steps=2))))
+        _workdir.check_same_experiment(
+            tmp_path, config | dict(phases=(dict(steps=2), dict(steps=2)))
+        )
 
 
 def test_overrides_reach_into_tuples():

@@ -11,7 +11,7 @@ from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _help, _plugs, _schemas, _settings
 
-SETTINGS = _settings.with_settings()
+SETTINGS = _settings.jobs_with_settings()
 PACKAGES = {p.rstrip("."): package for package, p in _help.NAMES.values() if p}
 NAMES = [
     f"{prefix}.{name}"
@@ -30,13 +30,13 @@ def printed(capsys, *arguments):
 
 def test_help_has_every_job_once(capsys):
     text = printed(capsys, "--help")
-    for job in _settings.jobs():
+    for job in _settings.job_names():
         assert len(re.findall(rf"^    {job} ", text, re.M)) == 1
     grouped = [name for names in _help.GROUPS.values() for name in names]
-    assert sorted(grouped) == _settings.jobs()
+    assert sorted(grouped) == _settings.job_names()
 
 
-@pytest.mark.parametrize("job", _settings.jobs())
+@pytest.mark.parametrize("job", _settings.job_names())
 def test_help_of_a_job_lists_its_settings(capsys, job):
     text = printed(capsys, f"--job={job}", "--help")
     fields = []
@@ -65,7 +65,7 @@ def test_list_has_every_name(capsys):
 
 @pytest.mark.parametrize("name", ["config", *_schemas.SECTIONS, *SETTINGS, *NAMES])
 def test_each_key_has_a_meaning(name):
-    text = _help.keys(name)
+    text = _help.describe_keys(name)
     keys = re.findall(r"^  (\w+): .*; (?:needed|default .*)$", text, re.M)
     meanings = re.findall(r"^      \S", text, re.M)
     assert keys or text == "  no keys"
@@ -89,7 +89,7 @@ def test_descriptions_are_those_of_the_docstring():
           d: no parameter.
         """
 
-    found = _help.described(inspect.getdoc(function))
+    found = _help.parse_meanings(inspect.getdoc(function))
     assert found == {"a": "both of them, on two lines.", "b": "both of them, on two lines.", "c": "other."}  # fmt: skip
 
 

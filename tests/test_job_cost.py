@@ -205,10 +205,10 @@ def test_without_latency_nothing_is_measured(here, capsys):
 def test_rows_with_times_by_hand():
     image = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
     module = Uncounted()
-    times = _profile.Measured(
+    times = _profile.Measurement(
         {"dense": 3.0, "spectrum": 2.0, "new": 1.0}, 0.5, 1.5, 8.0, {}, ""
     )
-    rows = cost.rows(
+    rows = cost.cost_rows(
         layers.layers(module, image), memory.peak(module, image), {}, times
     )
     by_name = {row["layer"]: row for row in rows}
@@ -221,29 +221,34 @@ def test_rows_with_times_by_hand():
 
 def test_what_is_not_counted_is_named():
     image = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
-    missing = cost.unknown(Uncounted(), image)
+    missing = cost.uncounted_operations(Uncounted(), image)
     assert missing == {
         "spectrum": ["cholesky", "fft"],
         "Uncounted": ["while beyond one iteration"],
     }
-    rows = cost.rows(
+    rows = cost.cost_rows(
         layers.layers(Uncounted(), image), memory.peak(Uncounted(), image), missing
     )
     assert [r["not_counted"] for r in rows if r["layer"] == "dense"] == [""]
     assert rows[-1]["not_counted"] == "cholesky; fft; while beyond one iteration"
-    lines = cost.text(rows).splitlines()
+    lines = cost.format_table(rows).splitlines()
     at = lines.index("spectrum   not counted: cholesky; fft")
     assert lines[at - 1].split()[:4] == ["spectrum", "-", "64", "66.7%"]  # of 96
     assert "Uncounted  not counted: while beyond one iteration" in lines
     assert lines[-1].split()[:4] == ["total", "4", "96", "100.0%"]
-    assert cost.comma_separated(rows).count("\n") == 1 + len(rows)
+    assert cost.to_csv(rows).count("\n") == 1 + len(rows)
 
 
 def test_without_any_macs():
     image = jax.ShapeDtypeStruct((1, 4), jnp.float32)
-    rows = cost.rows((), memory.peak(lambda x: x + 1, image), {})
-    assert cost.text(rows).splitlines()[-1].split()[:4] == ["total", "-", "-", "-"]
-    assert cost.comma_separated(rows).splitlines()[-1] == "total,0,0,,0,0,,8,"
+    rows = cost.cost_rows((), memory.peak(lambda x: x + 1, image), {})
+    assert cost.format_table(rows).splitlines()[-1].split()[:4] == [
+        "total",
+        "-",
+        "-",
+        "-",
+    ]
+    assert cost.to_csv(rows).splitlines()[-1] == "total,0,0,,0,0,,8,"
 
 
 def test_takes_the_config_of_a_work_directory(here, capsys):

@@ -39,7 +39,7 @@ def narrowed():
 def trained(workdir):
     config = _workdir.read(workdir) | dict(sharding=dict(data=4))
     return jax.device_get(
-        evaluate.trained(_experiment.opened(workdir, config), workdir)
+        evaluate.trained_state(_experiment.build_trained(workdir, config), workdir)
     )
 
 

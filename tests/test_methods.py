@@ -218,7 +218,7 @@ def test_a_transition_is_pure(name):
     """The same state gives the same options and arrays, which fit the network of these options; nothing is changed."""
     built = _experiment.build(_experiment.check(BASE))
     transition = methods.transition(
-        _plugs.method(dict(name=name) | TRANSITIONS[name], "begin")
+        _plugs.make_method(dict(name=name) | TRANSITIONS[name], "begin")
     )
     plain = methods.Plain(lambda o: models.make(**o), built.data.example())
     state = jax.device_get(built.create())
@@ -237,7 +237,7 @@ def test_a_transition_is_pure(name):
 def test_it_fits_its_plug_point_alone(name):
     """Every other key of a config refuses it; plain functions are told apart by their arguments alone."""
     fitting, section = section_of(name)
-    value = _plugs.method(section, fitting)
+    value = _plugs.make_method(section, fitting)
     assert getattr(methods, fitting)(value, fitting)
     for plug in PLUGS:
         if plug != fitting and not callable(value):
@@ -296,9 +296,9 @@ def test_a_loss_is_a_scalar_with_scalar_metrics(name):
     logits, endpoints, batch = inputs_of(row)
     section = dict(name=name) | row.arguments
     outputs = {"logits": logits, **endpoints}
-    bound = _objective.parts(section, _plugs.method)
+    bound = _objective.make_losses(section, _plugs.make_method)
     teachers = batch["teacher"] if _objective.needs_teacher(bound) else ()
-    (term,) = _objective.bind(bound, outputs, teachers).terms
+    (term,) = _objective.bind_losses(bound, outputs, teachers).terms
     init = term.objective.init or (lambda key, params: {})
     params = jax.jit(init)(jax.random.key(2), {})
     assert kinds(params) == kinds(jax.eval_shape(init, jax.random.key(2), {}))

@@ -193,8 +193,8 @@ def fit(folder, workdir, steps):
     (folder / "config.py").write_text(CONFIG.format(steps=steps))
     run_py.main(["--job=fit", "--config=config.py", f"--workdir={workdir}"])
     config = _workdir.read(folder / workdir)
-    built = _experiment.opened(folder / workdir, config)
-    return evaluate.trained(built, folder / workdir)
+    built = _experiment.build_trained(folder / workdir, config)
+    return evaluate.trained_state(built, folder / workdir)
 
 
 def test_a_run_of_own_files_trains_resumes_and_exports(folder, capsys):
@@ -227,7 +227,7 @@ def test_a_run_of_own_files_trains_resumes_and_exports(folder, capsys):
         .replace('model=dict(name="./my_model.py", features=6),', "model=dict(),")
     )
     config = run_py.load_config("config.py")
-    begun = _experiment.build(_experiment.check(config)).given()["params"]
+    begun = _experiment.build(_experiment.check(config)).initial_variables()["params"]
     scale = 0.5 * np.exp(whole.params["methods"]["half"]["log_scale"])
     np.testing.assert_allclose(
         begun["conv"]["kernel"], scale * whole.params["conv"]["kernel"], rtol=1e-6
@@ -256,8 +256,10 @@ def test_the_example_of_the_documentation_runs_resumes_and_exports(folder):
     def run(workdir):
         (folder / "config.py").write_text(config.format(steps=6))
         run_py.main(["--job=fit", "--config=config.py", f"--workdir={workdir}"])
-        opened = _experiment.opened(folder / workdir, _workdir.read(folder / workdir))
-        return jax.device_get(evaluate.trained(opened, folder / workdir))
+        opened = _experiment.build_trained(
+            folder / workdir, _workdir.read(folder / workdir)
+        )
+        return jax.device_get(evaluate.trained_state(opened, folder / workdir))
 
     whole = run("whole")
     assert whole.params["methods"]["noise"]["log_scale"] != np.float32(np.log(0.01))
@@ -299,9 +301,9 @@ def test_an_own_metric_chooses_the_best_checkpoint(folder):
     records = log.read(workdir / "metrics.jsonl")
     off = {r["step"]: r["eval_off"] for r in records if "eval_off" in r}
     assert sorted(off) == [1, 2, 3]
-    built = _experiment.opened(workdir, _workdir.read(workdir))
+    built = _experiment.build_trained(workdir, _workdir.read(workdir))
     assert built.checkpoints["lowest"]
-    assert off[int(evaluate.trained(built, workdir).step)] == min(off.values())
+    assert off[int(evaluate.trained_state(built, workdir).step)] == min(off.values())
 
 
 @pytest.mark.parametrize(
@@ -370,7 +372,7 @@ def test_a_bad_own_file_is_one_line(folder, text, words):
         update=("optim", dict(name="./bad.py")),
     )
     with pytest.raises(UserError, match=words) as caught:
-        _plugs.make(_experiment.check(config))
+        _plugs.make_plugs(_experiment.check(config))
     assert "\n" not in str(caught.value)
 
 
@@ -385,4 +387,4 @@ def test_a_loss_may_not_take_the_list_s_own_key(folder):
     (folder / "bad.py").write_text("def make(weight: float = 0.5):\n    return print\n")
     section = dict(name="./bad.py", weight=0.1)
     with pytest.raises(UserError, match=r"has a parameter 'weight'.*rename"):
-        _plugs.method(section, "config.objective[1]", ("weight",))
+        _plugs.make_method(section, "config.objective[1]", ("weight",))

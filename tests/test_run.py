@@ -88,7 +88,7 @@ def final(workdir):
     config = _workdir.read(workdir)
     config["sharding"] = {"data": 4}  # of the devices of this process
     return jax.device_get(
-        evaluate.trained(_experiment.build(_experiment.check(config)), workdir)
+        evaluate.trained_state(_experiment.build(_experiment.check(config)), workdir)
     )
 
 

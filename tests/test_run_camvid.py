@@ -68,7 +68,7 @@ def trained(workdir):
     config = _workdir.read(workdir)
     config["sharding"] = {"data": 4}  # of the devices of this process
     built = _experiment.build(_experiment.check(config))
-    return built, jax.device_get(evaluate.trained(built, workdir))
+    return built, jax.device_get(evaluate.trained_state(built, workdir))
 
 
 def test_killed_and_resumed_ends_the_same_scores_and_exports(archive, tmp_path):
@@ -91,7 +91,7 @@ def test_killed_and_resumed_ends_the_same_scores_and_exports(archive, tmp_path):
     chex.assert_trees_all_equal(*states)
 
     # Evaluation is scikit-learn's of the live network's predictions.
-    live = jax.jit(export.live(built, state))
+    live = jax.jit(export.inference_function(built, state))
     labels, predicted, batches = [], [], list(built.data.eval(6))
     for batch in batches:
         counts = batch["target"] != 255

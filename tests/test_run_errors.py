@@ -143,13 +143,13 @@ def listed(workdir, key, name, step):
 
 def test_files_of_an_earlier_step_are_not_measured(tmp_path):
     path = listed(tmp_path, "tflite", "model.tflite", 3)
-    assert export.find(tmp_path, ["tflite"], 3) == ([path], {})
+    assert export.find_files(tmp_path, ["tflite"], 3) == ([path], {})
     with pytest.raises(
         UserError, match=r"model.tflite is of step 3, the trained network of step 4"
     ):
-        export.find(tmp_path, ["tflite"], 4)
+        export.find_files(tmp_path, ["tflite"], 4)
     with pytest.raises(UserError, match=r"no exported file of format stablehlo"):
-        export.find(tmp_path, ["stablehlo"], 3)
+        export.find_files(tmp_path, ["stablehlo"], 3)
 
 
 @pytest.mark.parametrize("suffix", ["tflite", "stablehlo"])
@@ -159,7 +159,7 @@ def test_a_flipped_bit_of_an_exported_file_is_noticed(tmp_path, suffix):
     content[100] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"is damaged: its checksum is not that of"):
-        export.find(tmp_path, [suffix], 3)
+        export.find_files(tmp_path, [suffix], 3)
     with pytest.raises(UserError, match=r"is damaged: its checksum is not that of"):
         runnable.opened(path)
 
@@ -169,10 +169,10 @@ def test_a_damaged_listing_is_written_anew(tmp_path, content):
     path = listed(tmp_path, "tflite", "model.tflite", 3)
     (tmp_path / "export" / "files.json").write_bytes(content)
     with pytest.raises(UserError, match=r"files.json is damaged; run --job=export"):
-        export.find(tmp_path, ["tflite"], 3)
+        export.find_files(tmp_path, ["tflite"], 3)
     with pytest.warns(UserWarning, match=r"files.json is damaged and written anew"):
         listed(tmp_path, "tflite", "model.tflite", 3)
-    assert export.find(tmp_path, ["tflite"], 3) == ([path], {})
+    assert export.find_files(tmp_path, ["tflite"], 3) == ([path], {})
 
 
 def test_a_config_of_an_earlier_version_reads_by_todays_names(tmp_path):
@@ -233,11 +233,11 @@ def test_a_run_keeps_how_its_images_are_resized(tmp_path):
     _workdir.begin(tmp_path, config)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["data"] == images(resize="crop")
-    _workdir.same(tmp_path, config)
+    _workdir.check_same_experiment(tmp_path, config)
     (tmp_path / "config.json").write_text(json.dumps(config))  # an earlier version's
     with pytest.raises(UserError, match=r"add --config\.data\.resize=squash to go on"):
-        _workdir.same(tmp_path, config)
-    _workdir.same(tmp_path, config | {"data": images(resize="squash")})
+        _workdir.check_same_experiment(tmp_path, config)
+    _workdir.check_same_experiment(tmp_path, config | {"data": images(resize="squash")})
 
 
 def test_a_rejected_file_does_not_end_the_main_job(tmp_path, capsys, monkeypatch):

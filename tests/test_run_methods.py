@@ -62,7 +62,7 @@ def fit(workdir, arguments, devices, kill_at=None):
 def final(workdir):
     """The whole state of the newest checkpoint, on the host."""
     config = _workdir.read(workdir) | {"sharding": {"data": DEVICES}}
-    built = _experiment.build(_experiment.check(config), begun=True)
+    built = _experiment.build(_experiment.check(config), has_checkpoint=True)
     with contextlib.closing(
         Checkpoints(workdir / "checkpoints", read_only=True)
     ) as checkpoints:

@@ -48,8 +48,8 @@ def fit(workdir, **options):
 def states(workdir):
     """The state that the run has ended with, on the host."""
     config = _workdir.read(workdir) | {"sharding": {"data": 4}}
-    built = _experiment.opened(workdir, config)
-    return jax.device_get(evaluate.trained(built, workdir))
+    built = _experiment.build_trained(workdir, config)
+    return jax.device_get(evaluate.trained_state(built, workdir))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_other_jobs_go_on_from_the_narrow_network(whole, tmp_path, capsys):
     config |= dict(phases=(), steps=9, sharding=dict(data=4))
     built = _experiment.build(_experiment.check(config))
     assert built.options["widths"] == {"fire2/squeeze1x1": 2}
-    begun = built.given()["params"]["fire2"]["squeeze1x1"]["kernel"]
+    begun = built.initial_variables()["params"]["fire2"]["squeeze1x1"]["kernel"]
     ours = states(whole).ema["params"]["fire2"]["squeeze1x1"]["kernel"]
     np.testing.assert_array_equal(begun, ours)
 

@@ -12,7 +12,7 @@ from squeeze_jax import data, models, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _experiment,
-    _noted,
+    _model_json,
     _settings,
     _teachers,
     evaluate,
@@ -59,7 +59,7 @@ def build(section, **changes):
         steps=3,
         log_every=1,
     )
-    return _experiment.build(_experiment.check(_settings.tuples(made | changes)))
+    return _experiment.build(_experiment.check(_settings.with_tuples(made | changes)))
 
 
 def pretraining(place, **changes):
@@ -80,7 +80,7 @@ def electra(place, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("electra")
     built = pretraining(place)
     fit.run(built, workdir)
-    state = jax.device_get(evaluate.trained(built, workdir))
+    state = jax.device_get(evaluate.trained_state(built, workdir))
     return workdir, tree.flatten(state.params)
 
 
@@ -100,7 +100,7 @@ def test_a_classifier_begins_with_the_discriminator(electra, place, tmp_path):
     # Table 1 of arXiv 2003.10555: the discriminator's sizes, of which the generator has a half here.
     net = models.make("electra", variant="toy", dropout=0.0, **SIZES)
     assert built.model == net
-    begun = tree.flatten(jax.device_get(built.create(built.given()).params))
+    begun = tree.flatten(jax.device_get(built.create(built.initial_variables()).params))
     expected = of_the_discriminator(params)
     assert {k.partition("/")[0] for k in expected} == {
         *("embeddings", "project", "layer1", "layer2")
@@ -118,14 +118,14 @@ def test_a_classifier_begins_with_the_discriminator(electra, place, tmp_path):
     for name, value in begun.items():
         np.testing.assert_array_equal(value, fresh[name])
     fit.run(built, tmp_path)
-    assert evaluate.trained(built, tmp_path).step == 3
+    assert evaluate.trained_state(built, tmp_path).step == 3
     assert np.isfinite(log.read(tmp_path / "metrics.jsonl")[-1]["eval_loss"])
 
 
 def test_pretraining_goes_on_with_both(electra, place):
     workdir, params = electra
     built = pretraining(place, init=dict(workdir=str(workdir)), model={}, seed=7)
-    begun = tree.flatten(jax.device_get(built.create(built.given()).params))
+    begun = tree.flatten(jax.device_get(built.create(built.initial_variables()).params))
     assert begun.keys() == params.keys()
     for name, value in params.items():
         np.testing.assert_array_equal(begun[name], value, err_msg=name)
@@ -135,7 +135,7 @@ def test_some_layers_of_the_discriminator(electra, place):
     workdir, params = electra
     net = dict(name="electra", variant="toy") | SIZES | dict(layers=1)
     built = glue(place, model=net, init=dict(workdir=str(workdir), layers=(2,)))
-    begun = tree.flatten(built.given()["params"])
+    begun = tree.flatten(built.initial_variables()["params"])
     source = of_the_discriminator(params)
     assert "layer1/ffn_in/kernel" in begun
     for name, value in begun.items():
@@ -217,7 +217,7 @@ def test_a_network_for_pretraining_is_none_for_a_task(place):
     ],
 )
 def test_teachers_that_cannot_teach_are_named_at_once(place, tmp_path, noted, message):
-    _noted.write(tmp_path, noted, {})
+    _model_json.write(tmp_path, noted, {})
     with pytest.raises(UserError, match=message) as error:
         taught(place, tmp_path, objective=dict(name="distill.soft_logits"))
     assert "\n" not in str(error.value)
@@ -225,7 +225,7 @@ def test_teachers_that_cannot_teach_are_named_at_once(place, tmp_path, noted, me
 
 def test_a_teacher_of_other_classes_teaches_what_lies_below(place, tmp_path):
     """The head is its own, whatever the data of the student."""
-    _noted.write(tmp_path, dict(STUDENT, num_classes=3), {})
+    _model_json.write(tmp_path, dict(STUDENT, num_classes=3), {})
     ((net, _, _),) = taught(place, tmp_path).teachers
     assert net.model.num_classes == 3
 
@@ -247,8 +247,8 @@ def test_layers_without_a_head_teach_what_they_say(place, tmp_path):
     x = built.data.inputs(batch)
     np.testing.assert_array_equal(x["tokens"], batch["original"])
     expected = net.apply(variables, x, train=False)[1]
-    with _teachers.open(built, print) as lessons:
-        (found,) = lessons.teach(lessons.frozen[0], batch)
+    with _teachers.open_outputs(built, print) as outputs:
+        (found,) = outputs.teach(outputs.step_arguments[0], batch)
     assert set(found) == {"layer1", "layer2"}
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
@@ -268,7 +268,7 @@ def test_a_teacher_sees_pixels_as_in_its_training(tmp_path):
     net = dict(name="squeezenet", variant="tiny", stem_strides=1)
     losses = dict(name="distill.soft_logits")
     teachers = dict(teachers=(dict(workdir=str(tmp_path)),))
-    _noted.write(tmp_path, dict(net, num_classes=10), {})
+    _model_json.write(tmp_path, dict(net, num_classes=10), {})
     (tmp_path / "config.json").write_text(json.dumps(dict(data=data)))
     build(data | dict(mean=(0.1,)), model=net, objective=losses, distill=teachers)
     data.pop("mean")
@@ -294,10 +294,10 @@ def test_a_run_is_the_checkpoint_that_it_says(place, tmp_path, use):
         if "eval_matthews" in r
     ]
     assert scores[0] == scores[1]
-    state = evaluate.trained(built, tmp_path)
+    state = evaluate.trained_state(built, tmp_path)
     assert state.step == {"newest": 2, "best": 1}[use]
     begun = glue(place, "cola", init=dict(workdir=str(tmp_path)))
-    found = tree.flatten(begun.given()["params"])
+    found = tree.flatten(begun.initial_variables()["params"])
     for name, value in tree.flatten(state.params).items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     # Another choice later is noted when the run is asked for again.
@@ -312,21 +312,23 @@ def test_a_run_is_the_checkpoint_that_it_says(place, tmp_path, use):
         steps=2,
     )
     fit.run(again, tmp_path)
-    noted = json.loads((tmp_path / _noted.MODEL).read_text())["checkpoint"]
+    noted = json.loads((tmp_path / _model_json.NAME).read_text())["checkpoint"]
     assert noted == {"best": "eval_matthews", "use": other, "keep": 3}
     # The newest is damaged: nothing tells of what it is.
     (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").unlink()
     skipped = pytest.warns(UserWarning, match="2 is damaged and skipped")
     with skipped if use == "newest" else contextlib.nullcontext():
-        assert evaluate.trained(built, tmp_path).step == 1
+        assert evaluate.trained_state(built, tmp_path).step == 1
     with skipped if other == "newest" else contextlib.nullcontext():
         begun = glue(place, "cola", init=dict(workdir=str(tmp_path)))
-        assert begun.given()["params"].keys() == state.plain()["params"].keys()
+        assert (
+            begun.initial_variables()["params"].keys() == state.plain()["params"].keys()
+        )
 
 
 @pytest.mark.parametrize("content", ["{", '{"name": "bert"}'])
 def test_a_damaged_note_is_named(place, tmp_path, content):
-    (tmp_path / _noted.MODEL).write_text(content)
+    (tmp_path / _model_json.NAME).write_text(content)
     with pytest.raises(UserError, match=r"model\.json is .*: run the job fit there"):
         glue(place, init=dict(workdir=str(tmp_path)))
 
@@ -337,14 +339,14 @@ def test_what_is_on_disk_is_of_the_same_data_and_teacher(place, tmp_path):
     shutil.copytree(place, root)
     net = STUDENT | dict(dtype="bfloat16")
     fit.run(glue(root, model=net, steps=1), teacher)
-    noted = json.loads((teacher / _noted.MODEL).read_text())
+    noted = json.loads((teacher / _model_json.NAME).read_text())
 
     def opened(dtype="float32", **settings):
         distill = dict(teachers=(dict(workdir=str(teacher)),), cache=str(cache))
         built = taught(root, teacher, distill=distill | settings, dtype=dtype)
         said = []
-        with _teachers.open(built, said.append) as lessons:
-            assert lessons.frozen == ()
+        with _teachers.open_outputs(built, said.append) as outputs:
+            assert outputs.step_arguments == ()
         return said
 
     distill = dict(teachers=(dict(workdir=str(teacher)),), cache=str(cache))
@@ -353,7 +355,7 @@ def test_what_is_on_disk_is_of_the_same_data_and_teacher(place, tmp_path):
     other = r"cache/0 holds .*, not .*: give another folder"
     for activation in "relu", "gelu":
         noted["model"]["activation"] = activation
-        (teacher / _noted.MODEL).write_text(json.dumps(noted))
+        (teacher / _model_json.NAME).write_text(json.dumps(noted))
         if activation == "relu":
             with pytest.raises(UserError, match=other):
                 opened()
@@ -388,5 +390,5 @@ def test_what_changes_is_not_kept_on_disk():
     images = data.make(source={"name": "digits"}, size=8, flip=True)
     settings = _teachers.Settings(teachers=({"workdir": "x"},), cache="c")
     with pytest.raises(UserError, match="training examples change from epoch to epoch"):
-        _teachers.check(settings, images)
-    _teachers.check(settings, data.make(source={"name": "digits"}, size=8))
+        _teachers.check_cache(settings, images)
+    _teachers.check_cache(settings, data.make(source={"name": "digits"}, size=8))

@@ -14,7 +14,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export import Disagreement
 from squeeze_jax.jobs import (
     _experiment,
-    _noted,
+    _model_json,
     _pretrained,
     _teachers,
     _workdir,
@@ -166,7 +166,7 @@ def test_seeds_are_compared(place, tmp_path, capsys):
 
 
 def leaves(built, workdir):
-    state = jax.device_get(evaluate.trained(built, workdir))
+    state = jax.device_get(evaluate.trained_state(built, workdir))
     return tree.flatten(state.plain()["params"])
 
 
@@ -181,7 +181,8 @@ def test_a_run_begins_with_another(trained, place):
     begun = build(place, init=dict(workdir=str(workdir)), model={}, steps=1)
     assert begun.options == built.options
     assert_equal(
-        tree.flatten(begun.create(begun.given()).params), leaves(built, workdir)
+        tree.flatten(begun.create(begun.initial_variables()).params),
+        leaves(built, workdir),
     )
 
 
@@ -189,7 +190,7 @@ def test_a_run_begins_with_some_layers(trained, place):
     workdir, built = trained
     init = dict(workdir=str(workdir), layers=(2,))
     begun = build(place, init=init, model=dict(layers=1), steps=1)
-    found = tree.flatten(begun.create(begun.given()).params)
+    found = tree.flatten(begun.create(begun.initial_variables()).params)
     source = leaves(built, workdir)
     for name, leaf in found.items():
         np.testing.assert_array_equal(leaf, source[name.replace("layer1/", "layer2/")])
@@ -200,7 +201,7 @@ def test_a_run_begins_with_what_a_regular_expression_finds(trained, place):
     begun = build(place, init=init, model=dict(groups=1), steps=1, seed=7)
     random = tree.flatten(build(place, model=dict(groups=1), seed=7).create().params)
     found, source = (
-        tree.flatten(begun.create(begun.given()).params),
+        tree.flatten(begun.create(begun.initial_variables()).params),
         leaves(*trained[::-1]),
     )
     for name, leaf in found.items():
@@ -210,12 +211,12 @@ def test_a_run_begins_with_what_a_regular_expression_finds(trained, place):
 
 def test_a_run_begins_with_a_folder_of_transformers(trained, place, tmp_path):
     workdir, built = trained
-    variables = jax.device_get(evaluate.trained(built, workdir).plain())
+    variables = jax.device_get(evaluate.trained_state(built, workdir).plain())
     models.save(tmp_path / "saved", built.model, variables)
     given = config(place, init=dict(folder=str(tmp_path / "saved"))) | dict(model={})
     begun = _experiment.build(_experiment.check(given))
     assert begun.options["name"] == "squeezebert"
-    params = tree.flatten(begun.create(begun.given()).params)
+    params = tree.flatten(begun.create(begun.initial_variables()).params)
     assert_equal(params, leaves(built, workdir))
 
 
@@ -259,7 +260,7 @@ def test_a_run_becomes_a_folder_of_transformers(trained, place, transformers, ca
     told = [net.config.id2label[int(n)] for n in logits.argmax(-1)]
     assert told == [("negative", "positive")[int(label)] for label in labels]
     # The same numbers.
-    state = evaluate.trained(built, workdir)
+    state = evaluate.trained_state(built, workdir)
     batch = next(built.data.eval(16))
     ours, _ = built.model.apply(state.plain(), built.data.inputs(batch))
     names = dict(input_ids="tokens", attention_mask="attended")
@@ -316,7 +317,7 @@ def test_a_student_learns_from_a_teacher(taught):
         assert record["loss"] == pytest.approx(weighed, rel=1e-5)
     assert found[-1]["hidden"] < found[0]["hidden"]
     # Projections are learnt, and are no part of the network.
-    state = evaluate.trained(built, workdir)
+    state = evaluate.trained_state(built, workdir)
     assert set(state.params["methods"]) == {"hidden"}
     begin = jax.device_get(built.create().params["methods"])
     for name, leaf in tree.flatten(begin).items():
@@ -332,7 +333,7 @@ def test_a_student_is_evaluated_without_its_teacher(taught, place):
     optim = dict(name="sgd", lr=1.0, freeze=("^methods/hidden/",))
     given = config(place, **student((workdir,)), optim=optim)
     begun = {"init": {"folder": "gone"}, "distill": {"teachers": ({"folder": "gone"},)}}
-    alone, *_ = _pretrained.alone(workdir, given | begun)
+    alone, *_ = _pretrained.config_without_training(workdir, given | begun)
     bare = _experiment.build(_experiment.check(_workdir.canonical(alone)))
     assert bare.options == built.options
     assert_equal(leaves(bare, workdir), leaves(built, workdir))
@@ -345,8 +346,8 @@ def test_a_teacher_from_disk_says_the_same(trained, taught, place, tmp_path):
     np.testing.assert_allclose(*losses, rtol=2e-3)  # of float16
     # It is there now, and nothing is computed again.
     said = []
-    with _teachers.open(built, said.append) as lessons:
-        assert lessons.frozen == ()
+    with _teachers.open_outputs(built, said.append) as outputs:
+        assert outputs.step_arguments == ()
     assert not said
 
 
@@ -439,19 +440,19 @@ def test_a_network_that_does_not_fit_is_named(trained, place):
     with pytest.raises(
         UserError, match="does not fit the model: layer1/ffn_in/"
     ) as error:
-        built.given()
+        built.initial_variables()
     assert "take only what fits by config.init.only" in str(error.value)
     built = build(place, init=dict(workdir=str(trained[0]), layers=(2, 3)))
     with pytest.raises(
         UserError, match=r"config\.init.layers has 3: .* has layers 1 to 2"
     ):
-        built.given()
+        built.initial_variables()
 
 
 def test_a_run_without_a_checkpoint_is_named(place, tmp_path):
-    _noted.write(tmp_path, config(place)["model"], {})
+    _model_json.write(tmp_path, config(place)["model"], {})
     built = build(place, init=dict(workdir=str(tmp_path)))
     with pytest.raises(
         UserError, match=f"no checkpoint in {tmp_path}: train there first"
     ):
-        built.given()
+        built.initial_variables()

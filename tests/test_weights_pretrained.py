@@ -176,7 +176,7 @@ def build(saved, **init):
 
 def test_a_config_begins_with_them(saved, mobilenet, capsys):
     built = build(saved, file=str(saved / "plain.pth"), names="torchvision")
-    params = built.create(built.given()).params
+    params = built.create(built.initial_variables()).params
     assert "52 counters of batches ignored" in capsys.readouterr().out
     theirs = mobilenet.state_dict()["features.0.0.weight"].numpy()
     np.testing.assert_array_equal(
@@ -292,7 +292,7 @@ def test_a_key_chooses_between_two_networks_in_one_file(saved, mobilenet, tmp_pa
         assert notes[0] == f"the weights are the checkpoint's {line}"
     init = dict(file=str(tmp_path / "both.pth"), names="torchvision")
     built = build(saved, **init, key="model_ema")
-    kernel = built.given()["params"]["conv1"]["kernel"]
+    kernel = built.initial_variables()["params"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, 2 * first)
     with pytest.raises(UserError, match=r"key = 'ema': .* there is model, model_ema$"):
         files.read(tmp_path / "both.pth", key="ema")

@@ -1,4 +1,4 @@
-"""Class names: those of a trained network are matched with those of the data, so that each output keeps its meaning."""
+"""Matches a trained network's classes with the data's by name, so that each output keeps its meaning."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,25 +10,28 @@ import numpy as np
 from squeeze_jax import models, tree
 from squeeze_jax.errors import UserError, shortened
 
-SHOWN = 200  # characters of a list of names in an error
+MAX_CHARACTERS = 200  # of a list of class names in an error
 
 
 class OtherClasses(UserError):
     """The data have other classes than a trained network."""
 
 
-def order(
+def class_positions(
     theirs: Sequence[str] | None, ours: Sequence[str], where: str, remedy: str
 ) -> tuple[int, ...] | None:
-    """Returns the place of each of the data's classes in a trained network's; None where places are the same or unknown.
+    """Returns the position of each of the data's classes among a trained network's classes.
 
     Names are compared without regard to upper and lower case.
 
     Args:
-      theirs: names of a network's classes; None where it names none.
-      ours: those of the data.
-      where: the network in an error.
-      remedy: ends the error.
+      theirs: names of the network's classes; None if they are unknown.
+      ours: names of the data's classes.
+      where: the network's location, for the error message.
+      remedy: the end of the error message: what the user can do.
+
+    Returns:
+      None if both have the same order, or if one of them does not name its classes.
 
     Raises:
       OtherClasses: the names differ.
@@ -40,71 +43,82 @@ def order(
         return None
     if sorted(a) != sorted(b) or len(set(a)) < len(a):
         raise OtherClasses(
-            f"{where} was trained on the classes {_shown(theirs)}, config.data has {_shown(ours)}: {remedy}"
+            f"{where} was trained on the classes {_listed(theirs)}, config.data has {_listed(ours)}: {remedy}"
         )
     return tuple(a.index(name) for name in b)
 
 
-def check_same(theirs: Sequence[str] | None, ours: Sequence[str], workdir: str) -> None:
-    """Raises `OtherClasses` for data whose classes are not those that a work directory's network was trained on."""
+def check_same_classes(
+    theirs: Sequence[str] | None, ours: Sequence[str], workdir: str
+) -> None:
+    """Raises `OtherClasses` if a work directory's network was trained on other classes than the data's, or in another order.
+
+    Args:
+      theirs: names of the network's classes; None if they are unknown.
+      ours: names of the data's classes.
+      workdir: the work directory, for the error message.
+    """
     remedy = (
         "restore their names and their order, or train in another --workdir, which can begin with this network:"
         f' --config.init=\'{{"workdir": "{workdir}"}}\''
     )
-    if order(theirs, ours, workdir, remedy) is not None:
+    if class_positions(theirs, ours, workdir, remedy) is not None:
         raise OtherClasses(
-            f"{workdir} was trained on the classes {_shown(theirs)}, config.data has them in the order {_shown(ours)}:"
+            f"{workdir} was trained on the classes {_listed(theirs)}, config.data has them in the order {_listed(ours)}:"
             f" {remedy}"
         )
 
 
-def reordered(
-    params: Mapping[str, Any], options: Mapping[str, Any], example: Any, places
+def reorder_classifier(
+    params: Mapping[str, Any], options: Mapping[str, Any], example: Any, positions
 ) -> dict[str, Any]:
-    """Returns a network's parameters with its classes at other places.
+    """Returns a network's parameters with the classes of its head in another order.
+
+    The arrays that depend on the classes are those whose shape changes with `num_classes`; their last axis is reordered.
 
     Args:
-      params: of the network.
-      options: of `models.make`, with num_classes.
+      params: the network's parameters.
+      options: the arguments of `models.make` that build it, with num_classes.
       example: shapes of the network's inputs.
-      places: see `order`.
+      positions: see `class_positions`.
     """
-    more = {**options, "num_classes": options["num_classes"] + 1}
-    shapes, other = (
-        tree.flatten(_shapes(models.make(**each), example)) for each in (options, more)
+    larger_options = {**options, "num_classes": options["num_classes"] + 1}
+    shapes, larger_shapes = (
+        tree.flatten(_parameter_shapes(models.make(**network_options), example))
+        for network_options in (options, larger_options)
     )
-    places = np.asarray(places)
+    positions = np.asarray(positions)
 
-    def place(name, array):
-        changes = name in shapes and shapes[name].shape != other[name].shape
-        return np.asarray(array)[..., places] if changes else array
+    def reorder(name, array):
+        has_classes = name in shapes and shapes[name].shape != larger_shapes[name].shape
+        return np.asarray(array)[..., positions] if has_classes else array
 
-    return tree.map_named(place, params)
+    return tree.map_named(reorder, params)
 
 
-class Placed(nn.Module):
-    """A network whose classes are at other places, under the same names of parameters.
+class ReorderedClasses(nn.Module):
+    """A network whose logits are put into another order of the classes; its parameters keep their names.
 
     Attributes:
       net: returns (logits [..., classes], endpoints).
-      places: see `order`.
+      positions: see `class_positions`.
     """
 
     net: nn.Module
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
 
     def setup(self):
         nn.share_scope(self, self.net)
 
     def __call__(self, *inputs, **options):
         logits, endpoints = self.net(*inputs, **options)
-        return logits[..., np.asarray(self.places)], endpoints
+        return logits[..., np.asarray(self.positions)], endpoints
 
 
-def _shapes(net, example):
+def _parameter_shapes(net, example):
     keys = dict.fromkeys(("params", "dropout", "sample"), jax.random.key(0))
     return jax.eval_shape(lambda x: net.init(keys, x, train=False), example)["params"]
 
 
-def _shown(names: Sequence[str]) -> str:
-    return shortened(f"({', '.join(names)})", SHOWN)
+def _listed(names: Sequence[str]) -> str:
+    return shortened(f"({', '.join(names)})", MAX_CHARACTERS)

@@ -1,12 +1,12 @@
-"""An experiment: what a config file describes, checked as a whole, and built as far as every job needs it.
+"""Checks a config as a whole, and builds the experiment that it describes: data, model, optimizer and methods.
 
-Each section of the config is splatted into exactly one function, whose signature is the section's schema:
+Each section of the config holds the keyword arguments of exactly one function, whose signature is the section's schema:
 
     data → data.make            model → models.make         optim → train.optim.make
     update, forward, objective, gradients, exchange → `make` of the method files they name, such as "comm.mean"
     sharding → train.sharding.make_mesh      checkpoint → train.checkpoint.Checkpoints
     compilation → _compilation.enable
-    init → _pretrained.settings              distill → _teachers.Settings
+    init → _pretrained.network_from_init     distill → _teachers.Settings
     a job's name → the class `Settings` of its file
 """
 
@@ -27,7 +27,7 @@ from squeeze_jax.jobs import (
     _classes,
     _compilation,
     _model,
-    _noted,
+    _model_json,
     _objective,
     _phases,
     _plugs,
@@ -36,7 +36,7 @@ from squeeze_jax.jobs import (
     _teachers,
 )
 from squeeze_jax.jobs._phases import Phase
-from squeeze_jax.jobs._settings import made
+from squeeze_jax.jobs._settings import build_settings
 from squeeze_jax.ranges import Count, Distinct, Rate, Seed, Whole
 from squeeze_jax.train import forward, sharding
 from squeeze_jax.train import state as states
@@ -50,29 +50,33 @@ class Experiment:
     """The keys of a config.
 
     Attributes:
-      data, optim: which data, optimizer and schedule.
-      steps: updates of the whole run; with phases the sum of theirs.
-      batch: examples of one update, over all devices and accumulated parts.
-      model: which network; may be left out where `init` names one.
-      init: the trained network to begin with: a folder of transformers, the work directory of an earlier run, or a file of
-        weights.
-      seed: of weights, order of examples, augmentation and dropout.
-      seeds: of the job seeds, which trains with each of them.
-      dtype: of the computation; master weights stay float32.
-      accumulate: parts that a batch is split into, one after the other.
-      ema: decay of averaged weights, 0 for none; they are what is evaluated and exported.
-      update: gradient transforms in order, by method file; "optim" stands for the optimizer and is listed once.
-      forward: changes of the network as it is run, by method file, in order.
-      objective: the loss, by method file; several, each with a weight, are added up. None is the one for the data.
-      gradients: how gradients are computed, by method file; None for one forward pass.
-      exchange: gradient exchange between devices, by method file; None leaves it to the compiler.
-      distill: networks that losses compare with.
-      phases: settings that change during the run, see `_phases`; () for a run of one phase.
-      sharding: sizes of the mesh's axes and the parameters' rules.
-      checkpoint: how many to keep.
-      compilation: where compiled programs are kept, see `_compilation.enable`.
-      log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
-      jobs: settings of jobs, by name; in a config they are sections of these names.
+      data: the section that chooses the data; its "name" is a file of `data/tasks`, by default "images".
+      optim: the section that sets the optimizer, the learning rate and its schedule.
+      batch: examples in one optimizer update, over all devices and accumulated parts; at least 1.
+      steps: optimizer updates of the whole run, at least 1; with `phases` leave it out: it is the sum of their steps.
+      model: the section that chooses the network; may be left out if `init` names one.
+      init: the section that names a trained network to begin with: a folder of transformers, the work directory of an
+        earlier run, or a file of weights.
+      seed: seed of the initial weights, the order of examples, augmentation and dropout; at least 0.
+      seeds: seeds of the job seeds, which trains once with each; at least two, all different.
+      dtype: dtype of the computation, float32 or bfloat16; master weights stay float32.
+      accumulate: number of parts that a batch is split into; they are computed one after the other to save memory.
+      ema: decay of the moving average of weights, in [0, 1), 0 for none; averaged weights are evaluated and exported.
+      update: gradient transforms in order: sections that each name a method file, and once "optim" for the optimizer.
+      forward: methods that change the weights or activations of the network, in order; each section names a method file.
+      objective: the loss: a section that names a method file; or several with weights, which are added up. None takes the
+        data's own loss.
+      gradients: the method that computes gradients; None for one forward and backward pass.
+      exchange: the method that exchanges gradients between devices; None leaves the exchange to the compiler.
+      distill: the section that names teachers and a cache for their outputs.
+      phases: dicts of keys that change during the run, each with its own "steps"; () for a run of one phase.
+      sharding: the section that sets the sizes of the device mesh and the rules for placing parameters.
+      checkpoint: the section that decides which checkpoints are kept, and which one is the trained network.
+      compilation: the section that decides whether and where compiled programs are kept.
+      log_every: training steps between two log lines; at least 1.
+      eval_every: training steps between two evaluations; 0 evaluates only at the end.
+      save_every: training steps between two checkpoints; 0 saves only at the end.
+      jobs: settings of jobs, by name; in a config each is a section with the job's name.
     """
 
     data: dict
@@ -102,7 +106,7 @@ class Experiment:
     jobs: dict = dataclasses.field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
-        """Returns the config of this experiment with all defaults; `check` makes the same experiment from it."""
+        """Returns the experiment's config with all defaults; `check` turns it into an equal experiment."""
         keys = dataclasses.asdict(self)
         sections = keys.pop("jobs")
         if self.phases:
@@ -112,21 +116,24 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """An experiment's parts in one of its phases, before any state exists.
+    """An experiment in one of its phases, built from its config; no weights exist yet.
 
     Attributes:
-      experiment: as it is in the phase.
-      whole: with its phases.
-      phase: which.
-      options: what `models.make` made the model of.
-      network: the model as it is run.
-      plugs: the methods.
-      objective: the terms of the loss, for this network and its teachers.
-      owners: what methods own, by name.
-      metric: how networks are evaluated.
-      begin: the trained network that the run begins with, or None.
-      teachers: networks to learn from, each with a function that reads its variables, and where it is.
-      Others: see `Experiment`.
+      experiment: the experiment with the overrides of the phase.
+      whole: the experiment with all its phases.
+      phase: the phase.
+      data: the data.
+      options: the arguments of `models.make` that built the model.
+      model: the Linen module.
+      network: the model together with the methods of `config.forward`.
+      plugs: the methods of all plug points.
+      objective: the losses, bound to the network and its teachers.
+      owners: {method: its `Owner`} for methods that own parameters or state.
+      metric: the evaluation.
+      mesh: the devices.
+      init_network: the trained network that the run begins with, or None.
+      teachers: for each teacher its network, a function that reads its variables, and its location.
+      distill: the settings of `config.distill`.
     """
 
     experiment: Experiment
@@ -141,20 +148,20 @@ class Built:
     owners: dict[str, states.Owner]
     metric: Metric
     mesh: Mesh
-    begin: _pretrained.Network | None
+    init_network: _pretrained.PretrainedNetwork | None
     teachers: tuple[tuple[forward.Network, Any, str], ...]
     distill: _teachers.Settings
 
     @property
     def checkpoints(self) -> dict[str, Any]:
-        """Returns the arguments of `Checkpoints`: which checkpoints are kept, and which one is the trained network."""
+        """Returns the arguments of `Checkpoints`, which decide the kept checkpoints and the one of the trained network."""
         settings = {"best": self.metric.headline} | self.experiment.checkpoint
         lowest = settings["best"] in self.metric.lower
         return settings | ({"lowest": True} if lowest else {})
 
     @property
     def carries(self) -> bool:
-        """Whether the network carries a state from batch to batch."""
+        """Returns whether the network is recurrent and carries its state from batch to batch."""
         contiguous = getattr(self.data, "contiguous", False)
         return contiguous and hasattr(self.model, "initial_carry")
 
@@ -164,13 +171,17 @@ class Built:
         whole = dataclasses.replace(self.whole, seed=seed)
         return dataclasses.replace(self, experiment=changed, whole=whole)
 
-    def given(self) -> dict[str, Any]:
-        """The variables to begin with, numpy; empty where the run begins with random ones.
+    def initial_variables(self) -> dict[str, Any]:
+        """Reads the variables that the run begins with from the network of `config.init`.
+
+        Returns:
+          {"params", "batch_stats"}, numpy arrays; leaves that are left out are initialised at random. {} without
+          `config.init`.
 
         Raises:
-          UserError: those of `config.init` are not there, or do not fit.
+          UserError: the weights of `config.init` are missing or do not fit.
         """
-        if self.begin is None:
+        if self.init_network is None:
             return {}
         init = {
             k: v for k, v in self.experiment.init.items() if k in ("only", "layers")
@@ -180,23 +191,30 @@ class Built:
         params = forward.parameters(abstract.params)
         shapes = {"params": params, "batch_stats": abstract.stats}
         init |= {"classes": self.data.label_names, "example": self.data.example()}
-        return _pretrained.begin(self.begin, self.options, shapes, key, **init)
+        return _pretrained.initial_variables(
+            self.init_network, self.options, shapes, key, **init
+        )
 
-    def create(self, given: Mapping[str, Any] | None = None) -> states.State:
-        """The initial state, initialised on the devices where its shardings put it, or as `given` by that method."""
+    def create(self, initial: Mapping[str, Any] | None = None) -> states.State:
+        """Creates the initial training state on the devices, distributed by its shardings.
+
+        Args:
+          initial: variables to begin with, see `initial_variables`; all others are initialised at random.
+        """
         key = jax.random.key(self.experiment.seed)
-        placed = jax.tree.map(lambda x: x.sharding, self.abstract())
-        create = jax.jit(self._create, out_shardings=placed).lower(key, given or {})
-        # It runs once: on the CPU, optimizing it would take longer than all it computes.
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract())
+        create = jax.jit(self._create, out_shardings=shardings)
+        lowered = create.lower(key, initial or {})
+        # It runs once: on the CPU, optimizing it would take longer than running it.
         quick = {"xla_backend_optimization_level": 0}
-        compiled = create.compile(quick if jax.default_backend() == "cpu" else {})
-        return compiled(key, given or {})
+        compiled = lowered.compile(quick if jax.default_backend() == "cpu" else {})
+        return compiled(key, initial or {})
 
     def abstract(self) -> states.State:
-        """The state's shapes with their shardings.
+        """Returns the training state as `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
-          UserError: examples that do not fit the network, or sharding rules that do not.
+          UserError: the examples or the sharding rules do not fit the network.
         """
         return self._abstract
 
@@ -211,13 +229,13 @@ class Built:
             sharding.shard_state(shapes, self.mesh, rules, per_device),
         )
 
-    def _create(self, key, given):
+    def _create(self, key, initial):
         return states.create(
             self.model,
             self.plugs.update.tx,
             self.data.example(),
             key,
-            given=given,
+            given=initial,
             owners=self.owners,
             ema=self.experiment.ema > 0,
             carry_rows=self.experiment.batch if self.carries else 0,
@@ -225,32 +243,32 @@ class Built:
 
 
 def check(config: Mapping[str, Any]) -> Experiment:
-    """Checks the config's top level.
+    """Checks the top level of a config and its phases, and returns the experiment.
 
     Raises:
-      UserError: unknown or missing key, value of another type or out of range.
+      UserError: a key is unknown or missing, or a value has another type or is out of range.
     """
-    # With the default as it is today, so that the run's checkpoints keep it.
+    # Today's default is written into the config, so that the run's checkpoints keep it.
     config = _settings.with_resize(_settings.canonical(config), vision.CROP)
     names = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
-    jobs = set(_settings.jobs()) - names
+    job_names = set(_settings.job_names()) - names
     for key in config:
-        if key not in names | jobs:
-            choices = names | set(_settings.with_settings())
+        if key not in names | job_names:
+            choices = names | set(_settings.jobs_with_settings())
             raise UserError(f"unknown key config.{key}{nearest(key, choices)}")
     keys = {k: v for k, v in config.items() if k in names}
     registry.check(Experiment, keys, "config")
     _phases.check(keys)
     if keys.get("phases"):
-        keys["steps"] = _phases.total(keys["phases"])
-    experiment = Experiment(**keys, jobs=_settings.sections(config))
+        keys["steps"] = _phases.total_steps(keys["phases"])
+    experiment = Experiment(**keys, jobs=_settings.job_sections(config))
     for index in range(max(1, len(experiment.phases))):
-        _check_values(_phases.of(experiment, index)[0])
+        _check_values(_phases.at_phase(experiment, index)[0])
     return experiment
 
 
 def _check_values(experiment: Experiment) -> None:
-    """Raises a UserError for values out of range, in one phase."""
+    """Raises a UserError if a value of an experiment, with the overrides of one phase, is out of range."""
     keys = dataclasses.asdict(experiment)
     registry.check(Experiment, keys, "config")
     if experiment.steps < 1:
@@ -262,19 +280,22 @@ def build(
     phase: int = 0,
     options: Mapping[str, Any] | None = None,
     *,
-    begun: bool = False,
+    has_checkpoint: bool = False,
     workdir: pathlib.Path | None = None,
 ) -> Built:
-    """Builds everything that can be checked without computing: mesh, data, model, optimizer, methods.
+    """Builds an experiment as far as it can be checked without computing: mesh, data, model, optimizer and methods.
 
     Args:
-      experiment: the whole one.
-      phase: index of the phase, from 0.
-      options: of `models.make`, where a phase before has changed them.
-      begun: whether the run has a checkpoint to continue from, so that it needs no weights file of `config.init`.
-      workdir: of the run whose trained network is built; the data must have its classes.
+      experiment: the experiment with all its phases.
+      phase: index of the phase to build, from 0.
+      options: the arguments of `models.make`, if an earlier phase has changed the network; None to decide them.
+      has_checkpoint: whether the run continues from a checkpoint; then the file of `config.init` need not exist.
+      workdir: the work directory whose trained network is built; the data must have the same classes. None for a new run.
+
+    Raises:
+      UserError: parts of the config do not fit each other, the data or the machine.
     """
-    e, where = _phases.of(experiment, phase)
+    e, current_phase = _phases.at_phase(experiment, phase)
     registry.check(sharding.make_mesh, e.sharding, "config.sharding")
     mesh = sharding.make_mesh(**e.sharding)
     sharding.check_batch(e.batch, mesh, e.accumulate)
@@ -283,46 +304,56 @@ def build(
             "config.exchange needs replicated parameters: set config.sharding.fsdp and .tensor to 1"
         )
     _check_sections(e)
-    plugs = _plugs.make(e)
-    begin = _pretrained.settings(**e.init) if e.init else None
+    plugs = _plugs.make_plugs(e)
+    init_network = _pretrained.network_from_init(**e.init) if e.init else None
     registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
     if workdir is not None:
-        _noted.check_classes(workdir, source.label_names)
-    if begin is not None:
-        wanted = e.model.get("name")
-        begin = _pretrained.suited(begin, source.model.get("task"), wanted)
-    options = _model.options(e, source, begin) if options is None else dict(options)
+        _model_json.check_classes(workdir, source.label_names)
+    if init_network is not None:
+        init_network = _pretrained.pretrained_part(
+            init_network, source.model.get("task"), e.model.get("name")
+        )
+    if options is None:
+        options = _model.model_options(e, source, init_network)
+    options = dict(options)
     if e.init.get("file"):
-        named = ("file", "names", "under", "key")
-        keys = {k: e.init[k] for k in named if k in e.init}
-        begin = _pretrained.of_file(
-            options, source.example(), **keys, needed=not (begun or phase)
+        file_keys = ("file", "names", "under", "key")
+        arguments = {k: e.init[k] for k in file_keys if k in e.init}
+        needed = not (has_checkpoint or phase)
+        init_network = _pretrained.network_from_file(
+            options, source.example(), **arguments, needed=needed
         )
     model = models.make(**options)
     _model.check_fit(options, model, source)
-    _plugs.check_options(plugs.gradients, model, options["name"])
-    distill = made(_teachers.Settings, e.distill, "config.distill")
-    _teachers.check(distill, source)
+    _plugs.check_call_options(plugs.gradients, model, options["name"])
+    distill = build_settings(_teachers.Settings, e.distill, "config.distill")
+    _teachers.check_cache(distill, source)
     teachers = tuple(
-        _teachers.teacher(section, source, f"config.distill.teachers[{n}]", e.dtype)
+        _teachers.make_teacher(
+            section, source, f"config.distill.teachers[{n}]", e.dtype
+        )
         for n, section in enumerate(distill.teachers)
     )
-    losses = plugs.losses or _objective.parts(
-        source.objective, _plugs.method, plugs.names
+    losses = plugs.losses or _objective.make_losses(
+        source.objective, _plugs.make_method, plugs.names
     )
-    objective = _bound(losses, model, teachers, source)
+    objective = _bind_losses(losses, model, teachers, source)
     example = source.example()
-    taps = _plugs.bound_taps(model, example, plugs.forwards)
+    taps = _plugs.accepted_taps(model, example, plugs.forwards)
     devices = sharding.batch_shards(mesh)
     network = forward.make(
-        model, example, forwards=plugs.forwards, dtype=e.dtype, first=where.first
+        model,
+        example,
+        forwards=plugs.forwards,
+        dtype=e.dtype,
+        first=current_phase.first,
     )
-    metric = _metric(source)
+    metric = _make_metric(source)
     built = Built(
         experiment=e,
         whole=experiment,
-        phase=where,
+        phase=current_phase,
         data=source,
         options=options,
         model=model,
@@ -332,7 +363,7 @@ def build(
         owners=_plugs.owners(plugs, taps, objective.terms, devices),
         metric=metric,
         mesh=mesh,
-        begin=begin,
+        init_network=init_network,
         teachers=teachers,
         distill=distill,
     )
@@ -340,42 +371,47 @@ def build(
     return built
 
 
-def opened(
+def build_trained(
     workdir: pathlib.Path, config: Mapping[str, Any], *, examples: bool = True
 ) -> Built:
-    """Builds the experiment of a work directory in the phase, and with the network options, of its trained network.
+    """Builds the experiment of a work directory for its trained network: in its phase, and with its network options.
 
     Args:
-      workdir: of the run.
-      config: as it was begun, with changes of what is free.
-      examples: whether the data's examples are needed; if not, noise stands in for images that cannot be opened.
+      workdir: the run's work directory.
+      config: the run's config; keys that do not change what is learned may differ, see `_workdir.FREE_KEYS`.
+      examples: whether the job needs the data's examples. If not, noise replaces images that cannot be opened.
+
+    Raises:
+      UserError: see `build`; or the data have other classes than the trained network.
     """
-    config, phase, options = _pretrained.alone(workdir, config)
+    config, phase, options = _pretrained.config_without_training(workdir, config)
     try:
         return build(check(config), phase, options, workdir=workdir)
     except _classes.OtherClasses:
         raise
     except UserError as error:
-        without = None if examples else _noted.without_examples(workdir, config)
-        if without is None:
+        if examples:
             raise
-        built = build(check(without), phase, options, workdir=workdir)
+        config = _model_json.config_without_images(workdir, config)
+        if config is None:
+            raise
+        built = build(check(config), phase, options, workdir=workdir)
         print(f"data       not opened: {error}; the classes are those of the run")
     return built
 
 
 def _check_sections(e: Experiment) -> None:
-    """Raises a UserError for sections that do not fit the functions that they go to."""
+    """Raises a UserError if a section has keys or values that its function does not take."""
     registry.check(_plugs.optim.make, e.optim, "config.optim", given=("steps",))
-    given = ("directory", "read_only", "lowest")
-    registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=given)
-    registry.check(_pretrained.settings, e.init, "config.init")
+    supplied = ("directory", "read_only", "lowest")  # by the program, not by the config
+    registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=supplied)
+    registry.check(_pretrained.network_from_init, e.init, "config.init")
     registry.check(_compilation.enable, e.compilation, "config.compilation")
 
 
 def _check_built(built: Built) -> None:
-    """Raises a UserError for examples, rules, methods or a best score that do not fit the network."""
-    _best(built)
+    """Raises a UserError if examples, rules, methods, job settings or the score of the best checkpoint do not fit."""
+    _check_best_score(built)
     state = built.abstract()
     _plugs.check_state(state.extra)
     key = jax.random.key(0)
@@ -385,21 +421,23 @@ def _check_built(built: Built) -> None:
         ),
         state,
     )
-    _settings.check(built)
+    _settings.check_jobs(built)
 
 
-def _bound(losses, model, teachers, source) -> _objective.Objective:
-    """Binds the losses to the shapes of the student's and the teachers' outputs."""
+def _bind_losses(losses, model, teachers, source) -> _objective.Objective:
+    """Binds the losses to the shapes of the student's and the teachers' outputs for one example."""
     if not _objective.needs_teacher(losses) and not teachers:
-        return _objective.bind(losses, {}, ())
+        return _objective.bind_losses(losses, {}, ())
     x = source.example()
-    student = _objective.outputs(model, x)
-    shown = [_objective.outputs(network.model, x) for network, _, _ in teachers]
-    return _objective.bind(losses, student, shown)
+    student_shapes = _objective.output_shapes(model, x)
+    teacher_shapes = [
+        _objective.output_shapes(network.model, x) for network, _, _ in teachers
+    ]
+    return _objective.bind_losses(losses, student_shapes, teacher_shapes)
 
 
-def _metric(source: data.Data) -> Metric:
-    """Makes the evaluation that the data name; a UserError where a file of the user's own makes anything else."""
+def _make_metric(source: data.Data) -> Metric:
+    """Makes the evaluation that the data name; raises a UserError if its file makes something else than a `Metric`."""
     module = registry.load("squeeze_jax.train.metrics", source.metrics, "metric")
     metric = module.make(source)
     if not isinstance(metric, Metric):
@@ -410,26 +448,26 @@ def _metric(source: data.Data) -> Metric:
     return metric
 
 
-def _best(built: Built) -> None:
-    """Raises a UserError for a best checkpoint by a score that evaluations do not give."""
+def _check_best_score(built: Built) -> None:
+    """Raises a UserError if `config.checkpoint.best` names a score that evaluations do not compute."""
     best = built.experiment.checkpoint.get("best")
     if best is None or best == "eval_loss":
         return
-    names = built.metric.names or _scores(built)
+    names = built.metric.names or _score_names(built)
     if best not in names:
         names = (*names, "eval_loss")
         raise UserError(f"config.checkpoint.best = {best!r}{nearest(best, names)}")
 
 
-def _scores(built: Built) -> tuple[str, ...]:
-    """The names of what an evaluation gives that only adds up."""
+def _score_names(built: Built) -> tuple[str, ...]:
+    """Returns the names of an evaluation's scores, without "eval_loss"; the metric must not need outputs of each example."""
 
-    def measured(batch):
+    def measure(batch):
         key = jax.random.key(0)
         x = built.data.inputs(batch)
         (logits, _), _ = built.model.init_with_output(key, x, train=False)
         return built.metric.measure(logits, batch)
 
-    sums, _ = jax.eval_shape(measured, built.data.specs(1)[-1])
-    found = built.metric.score(dict.fromkeys(sums, 0.0), {})
-    return tuple(name for name in found if name != "eval_loss")
+    sums, _ = jax.eval_shape(measure, built.data.specs(1)[-1])
+    scores = built.metric.score(dict.fromkeys(sums, 0.0), {})
+    return tuple(name for name in scores if name != "eval_loss")

@@ -1,6 +1,6 @@
-"""What `run.py --help` and `run.py --list` print: jobs, names for configs, and keys with types, defaults and meanings.
+"""Writes the texts of `run.py --help` and `run.py --list`: jobs, names for configs, and keys with types and meanings.
 
-Everything comes from signatures and docstrings, so that it cannot differ from what is checked.
+All texts come from signatures and docstrings, so that they always agree with the checks of the config.
 """
 
 import ast
@@ -32,13 +32,13 @@ NAMES = {
     "image sources (config.data.source.name)": ("squeeze_jax.data.sources", "source."),
     "export formats (config.export.formats)": ("squeeze_jax.export.formats", ""),
 }
-# Parameters that the program supplies, see `_experiment.check`.
-GIVEN = {"optim": ("steps",), "checkpoint": ("directory", "read_only", "lowest")}
+# Parameters that the program supplies, so that a config may not set them.
+SUPPLIED = {"optim": ("steps",), "checkpoint": ("directory", "read_only", "lowest")}
 SECTIONS = ("config", *_schemas.SECTIONS)
 
 
-def jobs() -> str:
-    """Returns the jobs, grouped by purpose, with a line each."""
+def list_jobs() -> str:
+    """Returns one line for each job, grouped by purpose."""
     lines = ["jobs (--job=NAME; --job=NAME --help lists its settings):"]
     for purpose, names in GROUPS.items():
         lines.append(f"  {purpose}")
@@ -46,22 +46,22 @@ def jobs() -> str:
     return "\n".join(lines)
 
 
-def job(name: str) -> str:
-    """Returns what a job does, and its settings."""
+def describe_job(name: str) -> str:
+    """Returns a job's description and its settings; raises a UserError if there is no such job."""
     module = registry.load(_settings.JOBS, name, "job")
     lines = [f"run.py --job={name}", "", inspect.getdoc(module)]
     if hasattr(module, "Settings"):
         lines += ["", f"settings (--config.{name}.KEY=VALUE):"]
-        lines.append(_keys(module.Settings))
+        lines.append(_format_keys(module.Settings))
     if name in ("main", "fit", "seeds"):
         lines += ["", "keys of an experiment (--config.KEY=VALUE):"]
-        lines.append(_keys(_experiment.Experiment, without=("jobs",)))
+        lines.append(_format_keys(_experiment.Experiment, without=("jobs",)))
         lines += ["", f"keys of a section: --list={', --list='.join(SECTIONS[1:])}"]
     return "\n".join(lines)
 
 
-def names() -> str:
-    """Returns all names that a config may use: configs, models with their variants, data, methods and formats."""
+def list_names() -> str:
+    """Returns all names that a config may use: models with their variants, data, methods and formats; and all configs."""
     lines = ["configs (--config=FILE)"]
     folder = Path(__file__).parents[2] / "configs"
     lines += [
@@ -87,49 +87,58 @@ def names() -> str:
     return "\n".join(lines)
 
 
-def keys(name: str) -> str:
-    """Returns the keys of a section, model, kind of data, source or method, with types, defaults and meanings.
+def describe_keys(name: str) -> str:
+    """Returns the config keys of a name, with their types, defaults and meanings.
+
+    Args:
+      name: a section of the config such as "optim", "config" for the top level, a job with settings, or "PREFIX.FILE" for a
+        model, a kind of data, an image source or a method, such as "model.resnet".
 
     Raises:
-      UserError: no such name.
+      UserError: there is no such name.
     """
     if name == "config":
-        return _keys(_experiment.Experiment, without=("jobs",))
+        return _format_keys(_experiment.Experiment, without=("jobs",))
     if name in _schemas.SECTIONS:
-        return _keys(_schemas.SECTIONS[name], without=GIVEN.get(name, ()))
-    if name in _settings.with_settings():
-        return _keys(registry.load(_settings.JOBS, name, "job").Settings)
+        return _format_keys(_schemas.SECTIONS[name], without=SUPPLIED.get(name, ()))
+    if name in _settings.jobs_with_settings():
+        return _format_keys(registry.load(_settings.JOBS, name, "job").Settings)
     prefix, _, file = name.partition(".")
     packages = {p.rstrip("."): package for package, p in NAMES.values() if p}
     packages |= _plugs.PACKAGES
     if prefix not in packages or not file:
         choices = [
             *SECTIONS,
-            *_settings.with_settings(),
+            *_settings.jobs_with_settings(),
             *(f"{p}.NAME" for p in packages),
         ]
         raise UserError(f"--list={name} is no section{nearest(name, choices)}")
-    return _keys(registry.load(packages[prefix], file, prefix).make)
+    return _format_keys(registry.load(packages[prefix], file, prefix).make)
 
 
-def _keys(function: Callable, without: tuple[str, ...] = ()) -> str:
-    """Returns a line for each parameter of a function or class, and its meaning below."""
+def _format_keys(function: Callable, without: tuple[str, ...] = ()) -> str:
+    """Returns one line for each parameter of a function or class, with its meaning below.
+
+    Args:
+      function: the function or class.
+      without: parameters to leave out.
+    """
     hints = registry.annotations(function)
     # The options of encoders have a docstring of their own; a class may describe its parameters in __init__.
-    places = (getattr(function, "__options__", None), function.__init__, function)
+    documented = (getattr(function, "__options__", None), function.__init__, function)
     meanings = {}
-    for place in places:
-        meanings |= described(inspect.getdoc(place) or "")
+    for item in documented:
+        meanings |= parse_meanings(inspect.getdoc(item) or "")
     lines = []
     for parameter in inspect.signature(function).parameters.values():
-        positional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if positional or parameter.name in (*without, "self"):
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if variadic or parameter.name in (*without, "self"):
             continue
         default = "needed"
         if parameter.default is not parameter.empty:
             default = f"default {_default(parameter.default)}"
         hint = hints.get(parameter.name, typing.Any)
-        lines.append(f"  {parameter.name}: {words(hint)}; {default}")
+        lines.append(f"  {parameter.name}: {describe_type(hint)}; {default}")
         meaning = meanings.get(parameter.name, "")
         lines += textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)  # fmt: skip
     return "\n".join(lines) or "  no keys"
@@ -143,8 +152,8 @@ def _default(value: typing.Any) -> str:
     )
 
 
-def words(hint: typing.Any) -> str:
-    """Returns a type with its range, such as "int, at least 1" or "float in [0, 1)"."""
+def describe_type(hint: typing.Any) -> str:
+    """Returns an annotation in words, with its range, such as "int, at least 1" or "float in [0, 1)"."""
     text = registry.describe(hint)
     if typing.get_origin(hint) is not typing.Annotated:
         return text
@@ -162,10 +171,10 @@ def _interval(declared: ranges.Range) -> str:
     return f", {'above' if declared.open_low else 'at least'} {declared.low:g}"
 
 
-def described(docstring: str) -> dict[str, str]:
-    """Returns the meaning of each parameter or attribute that a docstring in Google's style describes.
+def parse_meanings(docstring: str) -> dict[str, str]:
+    """Returns {parameter or attribute: its description} from a docstring in Google style.
 
-    "mean, std: of the pixels" describes both.
+    A line such as "mean, std: of the pixels" describes both names.
     """
     meanings, current = {}, ()
     section = ""
@@ -187,6 +196,7 @@ def described(docstring: str) -> dict[str, str]:
 
 
 def _variants(package: str, name: str) -> list[str]:
+    """Returns lines with the variants of a model; [] if its file has no table VARIANTS."""
     table = getattr(importlib.import_module(f"{package}.{name}"), "VARIANTS", None)
     if not isinstance(table, Mapping):
         return []
@@ -205,6 +215,6 @@ def _docstring(path: Path) -> str:
 
 
 def _first_sentence(docstring: str | None) -> str:
-    """Returns the first sentence of a docstring, of its first paragraph, without its full stop."""
+    """Returns the first sentence of a docstring, without its full stop."""
     paragraph = " ".join((docstring or "").strip().split("\n\n")[0].split())
     return re.split(r"(?<=[^.][a-z0-9)\"])\.(?:\s|$)", paragraph)[0].rstrip(".")

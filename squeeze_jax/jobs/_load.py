@@ -1,4 +1,4 @@
-"""Loads any trained network in one call: published weights, folders of `transformers`, work directories of runs."""
+"""Loads any trained network in one call: published weights, a folder of `transformers`, or a run's work directory."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 
 from squeeze_jax import files, models, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _noted, _pretrained
+from squeeze_jax.jobs import _model_json, _pretrained
 from squeeze_jax.models import _load
 from squeeze_jax.weights import foreign
 
@@ -22,14 +22,15 @@ def load(
     example: Any = None,
     **options: Any,
 ) -> Any:
-    """Loads trained weights into a network: as `models._load.load`, whose arguments these are, and work directories too.
+    """Loads trained weights into a network.
 
-    A work directory gives the network of the checkpoint that `config.checkpoint.use` of its run selects, with the weights
-    that it runs with. Options such as num_classes=7 change the network; then the classifier is initialised anew.
+    Published weights and folders are loaded by `models._load.load`, which explains all arguments. A work directory gives the
+    network of the checkpoint that `config.checkpoint.use` of its run selects; methods that change weights, such as pruning
+    masks, are applied. Options such as num_classes=7 change the network; then the classifier is initialised anew.
 
     Args:
       path: a file of weights, a folder of `transformers`, or a work directory of `run.py`.
-      model: a network, or the name of its file in `models`; None for a folder or a work directory, which say it.
+      model: a network, or the name of its file in `models`; None for a folder or a work directory, which name their network.
       example: an input of the network or its shape; see `models._load.load`.
       **options: names, under, key, fresh; and options of the network's `make`.
 
@@ -40,49 +41,59 @@ def load(
       UserError: see `models._load.load`; or the network does not fit the run's.
     """
     folder = files.path(path)
-    if not (folder / _noted.MODEL).is_file():
+    if not (folder / _model_json.NAME).is_file():
         return _load.load(path, model, example, **options)
     fresh = options.pop("fresh", None)
     fresh = jax.random.key(0) if fresh is None else fresh
     if unused := [n for n in ("names", "under", "key") if options.pop(n, None)]:
         raise UserError(f"{unused[0]} has no effect on the work directory {path}")
-    network = _pretrained.find(workdir=str(path), where="load")
-    if network.forwards:
+    trained = _pretrained.find_network(workdir=str(path), where="load")
+    if trained.forward_sections:
         _log.warning("%s: the weights are as the run's methods leave them", path)
     if isinstance(model, nn.Module):
         if options:
             raise UserError(
                 f"{next(iter(options))} has no effect on a network that is made"
             )
-        return _into(model, network, network.options["name"], example, fresh)
-    stored = network.options["name"]
-    if model not in (None, stored):
-        raise UserError(f"{path} holds the network {stored!r}, not {model!r}")
-    net = models.make(**network.options | options)
-    return net, _into(net, network, stored, example, fresh)
+        return _load_into(model, trained, trained.options["name"], example, fresh)
+    name = trained.options["name"]
+    if model not in (None, name):
+        raise UserError(f"{path} holds the network {name!r}, not {model!r}")
+    net = models.make(**trained.options | options)
+    return net, _load_into(net, trained, name, example, fresh)
 
 
-def _into(net, network, name, example, fresh):
-    """Returns the variables of a network with the weights of a run's, and a new classifier where that does not fit."""
-    variables = network.plain(network.options, fresh)
+def _load_into(net, trained, name, example, fresh):
+    """Returns a network's variables with a trained network's weights; initialises the classifier if it does not fit.
+
+    Args:
+      net: the network.
+      trained: the `PretrainedNetwork`.
+      name: the file of `models` that both are made by.
+      example, fresh: see `load`.
+
+    Raises:
+      UserError: a parameter outside the classifier is missing or has another shape.
+    """
+    variables = trained.plain_variables(trained.options, fresh)
     shapes = foreign.shapes(net, _load.input_of(net, example))
-    head = _pretrained.head_names(name)
-    loaded, want = tree.flatten(variables), tree.flatten(dict(shapes))
+    head = _pretrained.head_prefixes(name)
+    loaded, expected = tree.flatten(variables), tree.flatten(dict(shapes))
     taken = {}
-    for leaf, shape in want.items():
+    for leaf, shape in expected.items():
         array = loaded.get(leaf)
         if array is not None and array.shape == shape.shape:
             taken[leaf] = array
         elif not leaf.partition("/")[2].startswith(head):
-            found = "is not there" if array is None else f"is {array.shape}"
+            problem = "is not there" if array is None else f"is {array.shape}"
             raise UserError(
-                f"{network.where} does not fit the model: {leaf} {found}, should be {shape.shape}"
+                f"{trained.location} does not fit the model: {leaf} {problem}, should be {shape.shape}"
             )
     layers = sorted(
-        {n.rpartition("/")[0].partition("/")[2] for n in want if n not in taken}
+        {n.rpartition("/")[0].partition("/")[2] for n in expected if n not in taken}
     )
     if layers:
         _log.warning(
-            "%s: %s initialised anew: train it", network.where, ", ".join(layers)
+            "%s: %s initialised anew: train it", trained.location, ", ".join(layers)
         )
     return _load.completed(net, taken, example, fresh)

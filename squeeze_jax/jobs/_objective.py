@@ -1,4 +1,8 @@
-"""The objective: the losses that a config lists, added up, and the networks that some of them learn from."""
+"""Builds the training objective: the weighted sum of the losses that a config lists, and the teachers' outputs they read.
+
+A distillation loss compares the student's outputs with those of teachers. Its method file returns an unbound loss, an
+object with a function `bind(student_shapes, teacher_shapes)`, since its parameters depend on the shapes of both networks.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,39 +18,45 @@ from squeeze_jax.train.step import Term
 
 
 class Objective(NamedTuple):
-    """What is minimised.
+    """The sum of losses that training minimises.
 
     Attributes:
-      terms: the losses.
-      wants: outputs of teachers that they read, by name.
+      terms: the losses with their weights.
+      wants: names of the teacher outputs that the losses read.
     """
 
     terms: tuple[Term, ...]
     wants: tuple[str, ...] = ()
 
 
-class Part(NamedTuple):
-    """One loss: its name in records, its weight, and what its file makes."""
+class Loss(NamedTuple):
+    """One loss of `config.objective`, before it is bound to the shapes of networks.
+
+    Attributes:
+      name: its name in metrics, unique in the run.
+      weight: its factor in the sum.
+      method: what its method file makes: a `methods.Objective`, or an unbound distillation loss with a function `bind`.
+    """
 
     name: str
     weight: float
-    made: Any
+    method: Any
 
 
-def parts(
+def make_losses(
     sections,
-    method: Callable[[Mapping, str, Sequence[str]], Any],
+    make_method: Callable[[Mapping, str, Sequence[str]], Any],
     taken: set[str] | None = None,
-) -> tuple[Part, ...]:
-    """The losses that `config.objective` names, one section or several.
+) -> tuple[Loss, ...]:
+    """Makes the losses that `config.objective` lists.
 
     Args:
       sections: {"name": "package.file", "weight": 1.0, **arguments}, or a tuple of these.
-      method: makes a section's method, without its weight.
-      taken: names that other methods have.
+      make_method: (section, its name in the config, keys that are not arguments) → the method; see `_plugs.make_method`.
+      taken: names of the run's other methods; the losses' names are added.
 
     Raises:
-      UserError: a section that is none, or no loss; a weight that is not positive.
+      UserError: the list is empty, a section names no loss, or a weight is not positive.
     """
     listed = (sections,) if isinstance(sections, Mapping) else tuple(sections)
     if not listed:
@@ -58,55 +68,59 @@ def parts(
         weight = section.pop("weight", 1.0) if isinstance(section, dict) else 1.0
         if wrong := registry.fault(weight, Positive, f"{where}.weight"):
             raise UserError(wrong)
-        made = method(section, where, ("weight",))
-        if not hasattr(made, "bind"):
-            made = methods.objective(made, f"{where}.name = {section['name']!r}")
+        method = make_method(section, where, ("weight",))
+        if not hasattr(method, "bind"):
+            method = methods.objective(method, f"{where}.name = {section['name']!r}")
         name = section["name"].removesuffix(".py").replace("/", ".").rpartition(".")[2]
         while name in taken:
             name += "_"
         taken.add(name)
-        losses.append(Part(name, float(weight), made))
+        losses.append(Loss(name, float(weight), method))
     return tuple(losses)
 
 
-def needs_teacher(parts: Sequence[Part]) -> bool:
-    """Whether a loss compares with teachers."""
-    return any(hasattr(part.made, "bind") for part in parts)
+def needs_teacher(losses: Sequence[Loss]) -> bool:
+    """Returns whether any of the losses compares the student with teachers."""
+    return any(hasattr(loss.method, "bind") for loss in losses)
 
 
-def bind(parts: Sequence[Part], student, teachers: Sequence) -> Objective:
-    """Binds the losses to networks whose outputs have these shapes.
+def bind_losses(
+    losses: Sequence[Loss], student_shapes, teacher_shapes: Sequence
+) -> Objective:
+    """Builds the objective: binds the distillation losses to the shapes of the student's and the teachers' outputs.
 
     Args:
-      parts: the losses.
-      student: {"logits": shape, endpoint: shape}.
-      teachers: the same of each teacher.
+      losses: of `make_losses`.
+      student_shapes: {"logits": shape, endpoint: shape}, see `output_shapes`.
+      teacher_shapes: the same for each teacher.
 
     Raises:
-      UserError: a loss that compares what the networks do not have; a loss that needs teachers where there are none.
+      UserError: a loss compares outputs that a network does not have or that do not fit, a loss needs teachers and there are
+        none, or there are teachers and no loss compares with them.
     """
-    if needs_teacher(parts) and not teachers:
-        name = next(p.name for p in parts if hasattr(p.made, "bind"))
+    if needs_teacher(losses) and not teacher_shapes:
+        name = next(loss.name for loss in losses if hasattr(loss.method, "bind"))
         raise UserError(
             f"config.objective: {name} compares with a teacher: name one in config.distill.teachers, such as"
             ' ({"workdir": DIR},)'
         )
-    if teachers and not needs_teacher(parts):
+    if teacher_shapes and not needs_teacher(losses):
         raise UserError(
             "config.distill.teachers has no effect: no loss of config.objective compares with them"
         )
     terms, wants = [], []
-    for part in parts:
-        objective = part.made
-        if hasattr(part.made, "bind"):
-            objective = _compared(part.name, part.made.bind(student, tuple(teachers)))
+    for loss in losses:
+        objective = loss.method
+        if hasattr(objective, "bind"):
+            bound = objective.bind(student_shapes, tuple(teacher_shapes))
+            objective = _distillation_objective(loss.name, bound)
         wants += objective.wants
-        terms.append(Term(part.name, part.weight, objective))
+        terms.append(Term(loss.name, loss.weight, objective))
     return Objective(tuple(terms), tuple(dict.fromkeys(wants)))
 
 
-def _compared(name, bound) -> methods.Objective:
-    """Wraps a bound distillation loss as an `Objective`."""
+def _distillation_objective(name, bound) -> methods.Objective:
+    """Wraps a bound distillation loss as a `methods.Objective` that reports its value as the metric `name`."""
 
     def loss(logits, endpoints, batch, params, own):
         del params
@@ -118,8 +132,14 @@ def _compared(name, bound) -> methods.Objective:
     )
 
 
-def outputs(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:
-    """Shapes of what a network gives, its logits under "logits", for shapes of what it is called with."""
+def output_shapes(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:
+    """Returns the shapes of a network's outputs: {"logits": shape, endpoint: shape}.
+
+    Args:
+      net: returns (logits, endpoints).
+      inputs: shapes of its inputs.
+      train: whether it is called in training mode.
+    """
 
     def run(x):
         key = jax.random.key(0)
@@ -130,23 +150,26 @@ def outputs(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:
     return jax.eval_shape(run, inputs)
 
 
-def teacher(
+def teacher_function(
     networks: Sequence[forward.Network], wants: Sequence[str], inputs: Callable
 ):
-    """Returns `(variables, batch) → a dict of wanted outputs a teacher`, without a way for gradients.
+    """Returns a function that runs the teachers on a batch; no gradient flows through its result.
 
     Args:
-      networks: the teachers, as they are run.
-      wants: names of outputs; each teacher gives those that it has.
-      inputs: batch → what networks are called with.
+      networks: the teachers.
+      wants: names of the outputs that losses read; a teacher without one of them leaves it out.
+      inputs: batch → what the networks are called with.
+
+    Returns:
+      (variables of each teacher, batch) → a tuple with one dict {output name: array [b, ...]} per teacher.
     """
 
     def teach(variables, batch):
-        x, told = inputs(batch), []
+        x, outputs = inputs(batch), []
         for network, own in zip(networks, variables, strict=True):
             (logits, endpoints), _ = forward.run(network, own, x)
-            outputs = {"logits": logits, **endpoints}
-            told.append({k: outputs[k] for k in wants if k in outputs})
-        return jax.lax.stop_gradient(tuple(told))
+            available = {"logits": logits, **endpoints}
+            outputs.append({k: available[k] for k in wants if k in available})
+        return jax.lax.stop_gradient(tuple(outputs))
 
     return teach

@@ -5,8 +5,8 @@
         dict(steps=200, begin=dict(name="prune.narrow", layers=(...)), optim=dict(lr=0.02)),
     )
 
-A phase's sections (dicts) are merged with the config's, its other values replace them. Steps count on over the phases;
-schedules, and the steps that methods see, begin anew in each.
+The sections `optim` and `data` of a phase are merged with the config's; its other values replace them. Steps are counted
+over all phases. Learning-rate schedules begin anew in each phase, and so do the step numbers that methods get.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ OVERRIDES += ("log_every", "eval_every", "save_every")
 MERGED = ("optim", "data")  # sections of settings; the others name methods
 
 # Each phase shuffles its data by a different seed.
-_SEED = 0x9E3779B1
+_SEED_STRIDE = 0x9E3779B1
 
 
 class Phase(NamedTuple):
-    """Where a phase stands in its run.
+    """The place of a phase in its run.
 
     Attributes:
-      index: from 0.
-      count: phases of the run.
-      first: steps of the phases before it.
-      steps: its own.
+      index: of the phase, from 0.
+      count: number of phases in the run.
+      first: the number of steps in all earlier phases, which is the step at which this phase begins.
+      steps: the number of steps in this phase.
     """
 
     index: int
@@ -51,10 +51,11 @@ class Phase(NamedTuple):
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Checks the phases of a config, but for the values of their overrides.
+    """Checks the phases of a config, except for the values of their overrides.
 
     Raises:
-      UserError: a phase that is no dict, unknown keys, steps that are missing, or given twice.
+      UserError: a phase is no dict or has an unknown key, the first phase has the key "begin", or numbers of steps are
+        missing, are not positive integers or contradict `config.steps`.
     """
     phases = config.get("phases", ())
     for number, phase in enumerate(phases):
@@ -63,10 +64,10 @@ def check(config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{where} = {phase!r} should be a dict such as dict(steps=100)"
             )
-        known = ("steps", "begin", *OVERRIDES)
+        allowed = ("steps", "begin", *OVERRIDES)
         for key in phase:
-            if key not in known:
-                raise UserError(f"unknown key {where}.{key}{nearest(key, known)}")
+            if key not in allowed:
+                raise UserError(f"unknown key {where}.{key}{nearest(key, allowed)}")
         steps = phase.get("steps")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UserError(
@@ -79,24 +80,27 @@ def check(config: Mapping[str, Any]) -> None:
     steps = config.get("steps")
     if not phases and steps is None:
         raise UserError("missing key config.steps: add it to the config")
-    if phases and steps not in (None, total(phases)):
+    if phases and steps not in (None, total_steps(phases)):
         raise UserError(
-            f"config.steps = {steps}, but the steps of config.phases add up to {total(phases)}: leave it out"
+            f"config.steps = {steps}, but the steps of config.phases add up to {total_steps(phases)}: leave it out"
             ", and set config.phases.0.steps and so on"
         )
 
 
-def total(phases) -> int:
-    """Returns the number of steps of all phases."""
+def total_steps(phases) -> int:
+    """Returns the number of steps of all phases together."""
     return sum(phase["steps"] for phase in phases)
 
 
-def of(experiment, index: int):
-    """Returns (the experiment as it is in a phase, the phase).
+def at_phase(experiment, index: int):
+    """Returns (the experiment with the overrides of one phase, the `Phase`).
 
     Args:
-      experiment: the whole one.
+      experiment: the experiment with all its phases.
       index: of the phase, from 0.
+
+    Raises:
+      UserError: there is no such phase.
     """
     phases = experiment.phases
     if not phases:
@@ -105,15 +109,15 @@ def of(experiment, index: int):
         raise UserError(
             f"there is no phase {index + 1}: config.phases has {len(phases)}; choose another --workdir"
         )
-    changes = {k: v for k, v in phases[index].items() if k != "begin"}
+    overrides = {k: v for k, v in phases[index].items() if k != "begin"}
     for key in MERGED:
-        if key in changes:
-            changes[key] = {**getattr(experiment, key), **changes[key]}
-    first = total(phases[:index])
-    phase = Phase(index, len(phases), first, changes["steps"])
-    return dataclasses.replace(experiment, **changes), phase
+        if key in overrides:
+            overrides[key] = {**getattr(experiment, key), **overrides[key]}
+    first = total_steps(phases[:index])
+    phase = Phase(index, len(phases), first, overrides["steps"])
+    return dataclasses.replace(experiment, **overrides), phase
 
 
 def data_seed(seed: int, phase: Phase) -> int:
     """Returns the seed that shuffles a phase's examples; in the first phase it is the run's seed."""
-    return (seed + phase.index * _SEED) % 2**32
+    return (seed + phase.index * _SEED_STRIDE) % 2**32

@@ -1,6 +1,6 @@
-"""Writes a plain network as a work directory, so that every job goes on from it.
+"""Writes a network as a work directory, so that every job can use it.
 
-The network may come from shrinking, from the extraction of a sub-network, or from another program.
+The network may come from pruning whole channels, from the extraction of a sub-network, or from another program.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import numpy as np
 
 from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _noted, _settings, _workdir
+from squeeze_jax.jobs import _experiment, _model_json, _settings, _workdir
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
@@ -24,17 +24,20 @@ def write(
     options: Mapping[str, Any],
     variables: Mapping[str, Any],
 ) -> Built:
-    """Writes a network as a work directory whose only checkpoint, of step 0, holds it.
+    """Writes a network as a work directory with one checkpoint, of step 0.
 
-    The jobs evaluate, predict, export, benchmark and cost go on from there, and the job fit trains on from these weights as
-    the config says.
+    The jobs evaluate, predict, export, benchmark and cost use the network, and the job fit trains it further as the config
+    says.
 
     Args:
       workdir: a new work directory.
-      config: as of run.py: the data, the optimizer and the number of steps that the job fit would do; "model" and "init"
-        are left out.
-      options: of `models.make`.
-      variables: {"params", "batch_stats"} of the network.
+      config: a config as run.py takes it: the data, the optimizer and the number of steps for the job fit. Its sections
+        "model" and "init" are ignored.
+      options: the arguments of `models.make` that build the network.
+      variables: {"params", "batch_stats"} of the network, arrays that are stored as float32.
+
+    Returns:
+      The experiment.
 
     Raises:
       UserError: the work directory holds a run already, or the variables do not fit the network.
@@ -42,8 +45,8 @@ def write(
     workdir = files.path(workdir)
     if any((workdir / "checkpoints").glob("[0-9]*")):
         raise UserError(f"{workdir} holds a run already: choose another work directory")
-    kept = {k: v for k, v in config.items() if k not in ("model", "init")}
-    config = _settings.canonical(kept | {"model": dict(options)})
+    others = {k: v for k, v in config.items() if k not in ("model", "init")}
+    config = _settings.canonical(others | {"model": dict(options)})
     built = _experiment.build(_experiment.check(config))
     abstract = built.abstract()
     expected = {
@@ -52,9 +55,9 @@ def write(
     }
     arrays = {k: variables.get(k, {}) for k in expected}
     if problems := tree.differences(expected, arrays):
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        hidden = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
-            f"the variables do not fit the network {options.get('name')!r}: {'; '.join(problems[:3])}{more}"
+            f"the variables do not fit the network {options.get('name')!r}: {'; '.join(problems[:3])}{hidden}"
         )
     state = built.create(
         tree.map_named(lambda name, a: np.asarray(a, np.float32), arrays)
@@ -66,5 +69,5 @@ def write(
         note["forward"] = built.experiment.forward
         checkpoints.save(state, 0, built.whole.config(), note=note)
         checkpoints.wait()
-    _noted.write(workdir, built.options, settings, built.data)
+    _model_json.write(workdir, built.options, settings, built.data)
     return built

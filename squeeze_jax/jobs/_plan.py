@@ -1,4 +1,4 @@
-"""The lines that tell what a run is about to do, before it does it."""
+"""Describes a run before it starts: data, model, devices, training steps and methods."""
 
 import pathlib
 from collections.abc import Mapping
@@ -12,7 +12,12 @@ from squeeze_jax.train import forward, sharding
 
 
 def plan(built: Built, workdir: pathlib.Path) -> str:
-    """Describes what the run will do, one line for each part."""
+    """Returns the description of a run, one line for each part.
+
+    Args:
+      built: the experiment in one of its phases.
+      workdir: the run's work directory.
+    """
     e, data, mesh = built.experiment, built.data, built.mesh
     shapes = built.abstract()
     params = forward.parameters(shapes.params)
@@ -23,42 +28,42 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     ).total
     variant = f" {built.options['variant']}" if "variant" in built.options else ""
     devices = jax.devices()
-    local = e.batch // sharding.batch_shards(mesh)
+    examples_per_device = e.batch // sharding.batch_shards(mesh)
     epochs = e.steps * e.batch / data.num_train
     optimizer = f"{e.optim.get('name', 'sgd')}, lr {e.optim['lr']:g} {e.optim.get('schedule', 'cosine')}"
     rows = {
         "work dir": str(workdir),
-        "data": "\n           ".join([data.describe, *_notes(built)]),
+        "data": "\n           ".join([data.describe, *_data_notes(built)]),
         "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
         "mesh": f"{len(devices)} x {devices[0].device_kind}: "
         + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
-        "batch": f"{e.batch} = {local} a device"
+        "batch": f"{e.batch} = {examples_per_device} a device"
         + (f", in {e.accumulate} parts" if e.accumulate > 1 else ""),
         "training": f"{e.steps:,} steps ({epochs:.1f} epochs), {optimizer}, {e.dtype}",
     }
     if built.phase.label:
-        last = built.phase.end
+        last_step = built.phase.end
         rows["phase"] = (
-            f"{built.phase.label}: to step {last:,} of {built.whole.steps:,}"
+            f"{built.phase.label}: to step {last_step:,} of {built.whole.steps:,}"
         )
     if e.objective is not None:
         rows["objective"] = " + ".join(
-            f"{part.weight:g} {part.name}" if part.weight != 1 else part.name
-            for part in built.objective.terms
+            f"{term.weight:g} {term.name}" if term.weight != 1 else term.name
+            for term in built.objective.terms
         )
-    if used := _methods(e):
-        rows["methods"] = used
-    if late := _late(built):
-        rows["warning"] = late
-    if built.begin is not None:
-        rows["begins with"] = built.begin.described
+    if methods := _method_names(e):
+        rows["methods"] = methods
+    if warning := _unfinished_schedules(built):
+        rows["warning"] = warning
+    if built.init_network is not None:
+        rows["begins with"] = built.init_network.description
     if built.teachers:
-        rows["learns from"] = ", ".join(where for _, _, where in built.teachers)
+        rows["learns from"] = ", ".join(location for _, _, location in built.teachers)
     return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
 
 
-def _notes(built: Built) -> list[str]:
-    """Lists what happens to the data's files, sizes, channels and classes where it changes them."""
+def _data_notes(built: Built) -> list[str]:
+    """Returns notes on the data: files left out, changed sizes and channels, and classes without examples."""
     notes = list(getattr(built.data, "notes", ()))
     classes, names = built.options.get("num_classes"), built.data.label_names
     if names and isinstance(classes, int) and classes > len(names):
@@ -68,19 +73,19 @@ def _notes(built: Built) -> list[str]:
     return notes
 
 
-def _methods(e) -> str:
-    """Lists the methods of the plug points by the names in the config."""
-    named = []
-    for plug in ("update", "forward", "gradients", "exchange"):
-        sections = getattr(e, plug) or ()
+def _method_names(e) -> str:
+    """Returns the methods of each plug point by their names in the config; "" if there are none."""
+    listed = []
+    for plug_point in ("update", "forward", "gradients", "exchange"):
+        sections = getattr(e, plug_point) or ()
         sections = (sections,) if isinstance(sections, Mapping) else sections
         names = [s["name"] for s in sections if isinstance(s, Mapping)]
-        named += [f"{plug} {', '.join(names)}"] if names else []
-    return " · ".join(named)
+        listed += [f"{plug_point} {', '.join(names)}"] if names else []
+    return " · ".join(listed)
 
 
-def _late(built: Built) -> str:
-    """Names the methods whose schedules reach beyond the end of the phase."""
+def _unfinished_schedules(built: Built) -> str:
+    """Returns a warning if the run ends before the schedules of some methods have taken full effect; otherwise ""."""
     steps, plugs = built.experiment.steps, built.plugs
     scheduled = {"config.update": plugs.update, **plugs.forwards}
     late = [f"{k} at step {m.until}" for k, m in scheduled.items() if m.until >= steps]
@@ -89,8 +94,8 @@ def _late(built: Built) -> str:
     return f"the run ends after {steps} steps, before schedules of methods take full effect: {', '.join(late)}"
 
 
-def memory(compiled) -> str:
-    """XLA's own estimate of what the compiled step holds on each device."""
+def describe_memory(compiled) -> str:
+    """Returns XLA's estimate of the memory that a compiled training step needs on each device, in MiB."""
     if not hasattr(compiled, "memory_analysis"):
         return "not known: the gradients are compiled in pieces"
     analysis = compiled.memory_analysis()

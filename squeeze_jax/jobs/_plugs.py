@@ -1,4 +1,7 @@
-"""Makes the methods that a config names and binds them to the network, for the five plug points of a step."""
+"""Makes the methods that a config names, for the five plug points of a training step, and fits them to the network.
+
+A method is a value of `squeeze_jax/methods.py` that changes how a network is trained or run, such as pruning or quantization.
+"""
 
 import inspect
 import pathlib
@@ -16,50 +19,55 @@ from squeeze_jax.train.split import Named
 from squeeze_jax.train.state import Owner
 from squeeze_jax.train.step import Term
 
-# Where methods are found by the first part of their names.
+# {first part of a method's name: the package with its file}.
 PACKAGES = {
     name: f"squeeze_jax.{name}"
     for name in ("comm", "distill", "nas", "prune", "quantize")
 } | {"losses": "squeeze_jax.train.losses"}
 
-OPTIMIZER = "optim"  # stands for the optimizer's chain in `config.update`
+OPTIMIZER = "optim"  # stands for the optimizer of `config.optim` in `config.update`
 
 
 class Plugs(NamedTuple):
-    """The methods of the plug points.
+    """The methods of all plug points of an experiment.
 
     Attributes:
-      update: the gradient transforms, the optimizer among them.
-      forwards: changes of the forward pass by name.
-      losses: terms of the objective that are not bound to the networks' outputs yet.
-      gradients, exchange: or None.
+      update: the chain of gradient transforms, which contains the optimizer.
+      forwards: {name: method of `config.forward`}.
+      losses: the losses of `config.objective`, not yet bound to the shapes of the networks' outputs; None for the data's
+        default loss.
+      gradients: the method that computes gradients; None for one forward and backward pass.
+      exchange: the method that exchanges gradients between devices; None leaves it to the compiler.
     """
 
     update: methods.Update
     forwards: Mapping[str, methods.Forward]
-    losses: tuple[_objective.Part, ...] | None
+    losses: tuple[_objective.Loss, ...] | None
     gradients: Named | None
     exchange: Named | None
 
     @property
     def names(self) -> set[str]:
-        """The names of the methods, under which their parameters and state stand."""
+        """Returns the names of all methods except the losses; their parameters and state are stored under these names."""
         others = [named.name for named in (self.gradients, self.exchange) if named]
         return {*self.forwards, *others}
 
 
-def method(section: Mapping, where: str, reserved: Sequence[str] = ()) -> Any:
-    """Makes the method that a section names: `{"name": "package.file", **arguments of its make}`.
-
-    The name may also be the path of a Python file, such as "./my_method.py".
+def make_method(section: Mapping, where: str, reserved: Sequence[str] = ()) -> Any:
+    """Makes the method that a config section names.
 
     Args:
-      section: see above.
-      where: how errors call it.
-      reserved: keys of the section that are not for `make`.
+      section: {"name": "package.file", **arguments of the file's function `make`}; the name may also be the path of a Python
+        file, such as "./my_method.py".
+      where: the section's name in the config, for error messages.
+      reserved: further keys that the section may have, which are no arguments; the caller has removed them.
+
+    Returns:
+      What `make` returns.
 
     Raises:
-      UserError: no such file, arguments that its `make` does not take, or a `make` with a reserved parameter.
+      UserError: there is no such file, its `make` does not take the arguments, or `make` has a parameter with the name of a
+        reserved key.
     """
     if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
         raise UserError(
@@ -90,8 +98,13 @@ def method(section: Mapping, where: str, reserved: Sequence[str] = ()) -> Any:
     return module.make(**arguments)
 
 
-def short_name(section: Mapping, taken: set[str]) -> str:
-    """Returns a method's name in records, parameters and state: its file's name, with underscores until it is unique."""
+def unique_name(section: Mapping, taken: set[str]) -> str:
+    """Returns a method's name in metrics, parameters and state: the name of its file, with underscores added if it is taken.
+
+    Args:
+      section: the method's section of the config.
+      taken: names of other methods; the new name is added.
+    """
     name = section["name"]
     name = (
         pathlib.Path(name).stem if registry.is_path(name) else name.rpartition(".")[2]
@@ -102,33 +115,37 @@ def short_name(section: Mapping, taken: set[str]) -> str:
     return name
 
 
-def make(experiment) -> Plugs:
+def make_plugs(experiment) -> Plugs:
     """Makes all methods of an experiment.
 
     Raises:
-      UserError: an unknown method, bad arguments, a method of another plug point, or methods that exclude each other.
+      UserError: a method is unknown or belongs to another plug point, its arguments are wrong, or two methods exclude each
+        other.
     """
     e, taken = experiment, set()
-    update = optim.chain(_transforms(e))
-    forwards = forward_methods(e.forward, taken)
+    update = optim.chain(_make_transforms(e))
+    forwards = make_forward_methods(e.forward, taken)
     losses = None
     if e.objective is not None:
-        losses = _objective.parts(e.objective, method, taken)
-    one = {}
-    for plug in "gradients", "exchange":
-        section = getattr(e, plug)
+        losses = _objective.make_losses(e.objective, make_method, taken)
+    named = {}
+    for plug_point in "gradients", "exchange":
+        section = getattr(e, plug_point)
         if section is not None:
-            where = f"config.{plug}"
-            value = getattr(methods, plug)(
-                method(section, where), _named(section, where)
+            where = f"config.{plug_point}"
+            method = getattr(methods, plug_point)(
+                make_method(section, where), _label(section, where)
             )
-            one[plug] = Named(short_name(section, taken), value)
-    plugs = Plugs(update, forwards, losses, one.get("gradients"), one.get("exchange"))
-    _compatible(e, plugs)
+            named[plug_point] = Named(unique_name(section, taken), method)
+    plugs = Plugs(
+        update, forwards, losses, named.get("gradients"), named.get("exchange")
+    )
+    _check_compatible(e, plugs)
     return plugs
 
 
-def _transforms(e) -> list[methods.Update]:
+def _make_transforms(e) -> list[methods.Update]:
+    """Makes the gradient transforms of `config.update` in order, with the optimizer in the place of "optim"."""
     names = [s for s in e.update if not isinstance(s, Mapping)]
     if names != [OPTIMIZER]:
         raise UserError(
@@ -141,27 +158,34 @@ def _transforms(e) -> list[methods.Update]:
             transforms.append(methods.Update(optim.make(steps=e.steps, **e.optim)))
         else:
             where = f"config.update[{number}]"
-            value = method(section, where)
-            transforms.append(methods.update(value, _named(section, where)))
+            method = make_method(section, where)
+            transforms.append(methods.update(method, _label(section, where)))
     return transforms
 
 
-def forward_methods(sections: Sequence, taken: set[str]) -> dict[str, methods.Forward]:
-    """Makes the methods of `config.forward` by name."""
+def make_forward_methods(
+    sections: Sequence, taken: set[str]
+) -> dict[str, methods.Forward]:
+    """Makes the methods of `config.forward`; returns {unique name: method} in their order.
+
+    Args:
+      sections: the sections of the config.
+      taken: names of other methods; the new names are added.
+    """
     forwards = {}
     for number, section in enumerate(sections):
         where = f"config.forward[{number}]"
-        value = methods.forward(method(section, where), _named(section, where))
-        forwards[short_name(section, taken)] = value
+        method = methods.forward(make_method(section, where), _label(section, where))
+        forwards[unique_name(section, taken)] = method
     return forwards
 
 
-def _named(section, where):
+def _label(section, where):
     return f"{where}: {section['name']!r}"
 
 
-def _compatible(e, plugs: Plugs) -> None:
-    """Raises a UserError for gradients compiled in pieces where the step has to be one."""
+def _check_compatible(e, plugs: Plugs) -> None:
+    """Raises a UserError if the gradients are compiled in pieces, but another setting needs a step compiled as a whole."""
     if plugs.gradients is None or plugs.gradients.method.fused:
         return
     name = e.gradients["name"]
@@ -176,8 +200,14 @@ def _compatible(e, plugs: Plugs) -> None:
         )
 
 
-def check_options(gradients: Named | None, model: nn.Module, name: str) -> None:
-    """Raises a UserError for gradients that call the network with an argument that it does not take."""
+def check_call_options(gradients: Named | None, model: nn.Module, name: str) -> None:
+    """Raises a UserError if the gradient method calls the network with a keyword argument that the network does not take.
+
+    Args:
+      gradients: the method, or None.
+      model: the network.
+      name: the network's name, for the error message.
+    """
     call = inspect.signature(type(getattr(model, "net", model)).__call__)
     for option in gradients.method.options if gradients else ():
         if option not in call.parameters:
@@ -187,19 +217,24 @@ def check_options(gradients: Named | None, model: nn.Module, name: str) -> None:
             )
 
 
-def bound_taps(
+def accepted_taps(
     model: nn.Module, example: Any, forwards: Mapping[str, methods.Forward]
 ) -> dict[str, tuple]:
-    """Returns the taps that each method accepts.
+    """Returns {method: the taps that it accepts}; a tap is an array in the network that a method can replace.
+
+    Args:
+      model: the network.
+      example: shapes of its inputs.
+      forwards: {name: method of `config.forward`}.
 
     Raises:
-      UserError: a method that intercepts and finds nothing to intercept.
+      UserError: a method that replaces arrays accepts none.
     """
     if not any(f.intercept or f.init or f.state for f in forwards.values()):
         return dict.fromkeys(forwards, ())
     accepted = forward.taps(model, example, tuple(forwards.values()))
-    for (name, value), those in zip(forwards.items(), accepted, strict=True):
-        if value.intercept is not None and not those:
+    for (name, method), taps in zip(forwards.items(), accepted, strict=True):
+        if method.intercept is not None and not taps:
             raise UserError(
                 f"config.forward: {name} finds no layer to intercept; its rules match no input, kernel or output"
             )
@@ -209,7 +244,14 @@ def bound_taps(
 def owners(
     plugs: Plugs, taps: Mapping[str, tuple], terms: Sequence[Term], devices: int
 ) -> dict[str, Owner]:
-    """Returns what each method owns beside the network, by name."""
+    """Returns {method: its `Owner`} for the methods that own parameters or state.
+
+    Args:
+      plugs: the methods.
+      taps: {method of `config.forward`: its taps}, see `accepted_taps`.
+      terms: the losses.
+      devices: the number of devices that a batch is divided over; an exchange has state on each.
+    """
     by_name = {
         name: Owner(
             f.init and (lambda key, params, f=f, t=taps[name]: f.init(key, params, t)),
@@ -220,16 +262,20 @@ def owners(
     for term in terms:
         by_name[term.name] = Owner(term.objective.init, term.objective.state)
     if plugs.gradients is not None:
-        name, value = plugs.gradients
-        by_name[name] = Owner(value.init, value.state)
+        name, method = plugs.gradients
+        by_name[name] = Owner(method.init, method.state)
     if plugs.exchange is not None:
-        name, value = plugs.exchange
-        by_name[name] = Owner(None, value.state, devices)
+        name, method = plugs.exchange
+        by_name[name] = Owner(None, method.state, devices)
     return {name: owner for name, owner in by_name.items() if owner.init or owner.state}
 
 
 def check_state(extra: Mapping[str, Any] | None) -> None:
-    """Raises a UserError for a method whose state is not made of dicts and arrays, which checkpoints hold."""
+    """Raises a UserError if a method's state is not made of nested dicts of arrays, which checkpoints can hold.
+
+    Args:
+      extra: {method: its state}.
+    """
     for path, _ in jax.tree_util.tree_flatten_with_path(extra or {})[0]:
         if not all(isinstance(key, jax.tree_util.DictKey) for key in path):
             raise UserError(

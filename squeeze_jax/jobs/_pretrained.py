@@ -1,7 +1,8 @@
-"""Trained networks to begin with or to learn from: folders of `transformers`, and work directories of earlier runs.
+"""Finds trained networks and takes weights from them: for `config.init`, for teachers and for `sj.load`.
 
-Of a network that was made for pretraining alone a part goes on: where the model's file has `fine_tuned(options)`, that
-gives the part's options of `models.make` and a function from the whole network's variables to the part's.
+A trained network is a folder of `transformers`, the work directory of an earlier run, or a file of weights. Some networks
+serve pretraining only, such as ELECTRA's generator and discriminator. Their model file has `fine_tuned(options)`, which
+returns the `models.make` options of the part to fine-tune, and a function from the whole network's variables to the part's.
 """
 
 import contextlib
@@ -17,104 +18,127 @@ from flax import traverse_util
 
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _classes, _noted, _plugs
+from squeeze_jax.jobs import _classes, _model_json, _plugs
 from squeeze_jax.ranges import Layers, OptionalPath
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
 
-LAYER = re.compile(r"^layer(\d+)/")
+_LAYER_NAME = re.compile(r"^layer(\d+)/")
+# Published checkpoints pad their embedding table to a multiple of 8 or 64 rows.
+_MAX_PADDING_ROWS = 128
 
 
-class Network(NamedTuple):
-    """A trained network.
+class PretrainedNetwork(NamedTuple):
+    """A trained network: how it is built, and how its weights are read.
 
     Attributes:
-      options: what `models.make` makes it of.
-      read: (options, key) → variables of `forward.run`, numpy; parameters of a head that are missing are initialised by
-        the key.
-      where: how an error calls it.
-      forwards: what changes it as it is run, sections of `config.forward`.
-      first: the step at which its last phase began.
-      classes: names of the classes of its head, by number; None where nothing names them.
+      options: the arguments of `models.make` that build it.
+      read_variables: (options, key) → variables for `forward.run`, as numpy arrays. `key` initialises head parameters that
+        the weights lack.
+      location: the folder, work directory or file, as error messages name it.
+      forward_sections: the sections of `config.forward` that the network was trained with.
+      first_step: the step at which its last training phase began.
+      class_names: names of the classes in the order of the head's outputs; None if they are unknown.
     """
 
     options: dict[str, Any]
-    read: Callable[[dict[str, Any], jax.Array | None], dict[str, Any]]
-    where: str
-    forwards: tuple = ()
-    first: int = 0
-    classes: tuple[str, ...] | None = None
+    read_variables: Callable[[dict[str, Any], jax.Array | None], dict[str, Any]]
+    location: str
+    forward_sections: tuple = ()
+    first_step: int = 0
+    class_names: tuple[str, ...] | None = None
 
-    def as_run(self, model: nn.Module, example: Any, dtype: str) -> forward.Network:
-        """Returns a module together with the methods that change how it is run."""
-        changes = _plugs.forward_methods(self.forwards, set())
+    def with_forward_methods(
+        self, model: nn.Module, example: Any, dtype: str
+    ) -> forward.Network:
+        """Returns a module together with the methods of `config.forward` that this network was trained with.
+
+        Args:
+          model: the module.
+          example: shapes of the module's inputs.
+          dtype: the dtype of the computation.
+        """
+        methods = _plugs.make_forward_methods(self.forward_sections, set())
         return forward.make(
-            model, example, forwards=changes, dtype=dtype, first=self.first
+            model, example, forwards=methods, dtype=dtype, first=self.first_step
         )
 
-    def plain(
+    def plain_variables(
         self, options: Mapping[str, Any], key: jax.Array | None
     ) -> dict[str, Any]:
-        """Returns the weights that the network runs with: {"params", "batch_stats"}, numpy; interceptions are left out."""
-        variables = self.read(options, key)
-        if not self.forwards:
+        """Reads the weights and applies the methods that change weights, such as pruning masks.
+
+        Methods that change activations are left out.
+
+        Args:
+          options: the arguments of `models.make` for the network to read the weights into.
+          key: initialises head parameters that the weights lack.
+
+        Returns:
+          {"params", "batch_stats"}, numpy arrays.
+        """
+        variables = self.read_variables(options, key)
+        if not self.forward_sections:
             return {
                 k: variables[k] for k in ("params", "batch_stats") if k in variables
             }
-        network = self.as_run(models.make(**options), None, "float32")
+        network = self.with_forward_methods(models.make(**options), None, "float32")
         network, variables = forward.folded(network, variables)
         params = forward.parameters(variables["params"])
         stats = variables["batch_stats"]
         return jax.device_get({"params": params, "batch_stats": stats})
 
     @property
-    def described(self) -> str:
-        """Describes where the network is, and which methods changed its weights."""
-        if not self.forwards:
-            return self.where
-        names = ", ".join(section["name"] for section in self.forwards)
-        return f"{self.where}, its weights as {names} left them"
+    def description(self) -> str:
+        """Returns the location, and the names of the methods that changed the weights."""
+        if not self.forward_sections:
+            return self.location
+        names = ", ".join(section["name"] for section in self.forward_sections)
+        return f"{self.location}, its weights as {names} left them"
 
 
-def find(
+def find_network(
     folder: OptionalPath = "", workdir: OptionalPath = "", *, where: str
-) -> Network:
-    """Looks for a network, without reading its weights.
+) -> PretrainedNetwork:
+    """Finds a trained network in a folder or a work directory. The weights are read later.
 
     Args:
-      folder: one that `transformers` writes: config.json and model.safetensors or pytorch_model.bin.
-      workdir: of a run of this project.
-      where: the section of the config that names it.
+      folder: a folder as `transformers` writes it: config.json beside model.safetensors or pytorch_model.bin.
+      workdir: the work directory of a run of this project.
+      where: the config section that names the network, for error messages.
 
     Raises:
-      UserError: neither or both are given, or there is no network.
+      UserError: both `folder` and `workdir` are set, or neither is, or the place holds no network.
     """
     if bool(folder) == bool(workdir):
         raise UserError(
             f"{where} should name a folder of transformers or a workdir of an earlier run, one of them"
         )
     if folder:
-        options, classes = models.options(folder), models.class_names(folder)
-        return Network(options, _folder_reader(folder), folder, classes=classes)
-    noted = _noted.read(pathlib.Path(workdir))
-    if noted is None:
-        raise UserError(
-            f"{where}.workdir = {workdir!r} holds no trained network (no {_noted.MODEL}): train one there first"
+        options, class_names = models.options(folder), models.class_names(folder)
+        read_variables = _folder_reader(folder)
+        return PretrainedNetwork(
+            options, read_variables, folder, class_names=class_names
         )
-    settings = noted["checkpoint"]
-    saved = _noted.of_checkpoint(pathlib.Path(workdir), **settings)
-    return Network(
-        _options(saved, noted),
-        lambda options, key: checkpoint(workdir, **settings),
+    saved_model = _model_json.read(pathlib.Path(workdir))
+    if saved_model is None:
+        raise UserError(
+            f"{where}.workdir = {workdir!r} holds no trained network (no {_model_json.NAME}): train one there first"
+        )
+    checkpoint_settings = saved_model["checkpoint"]
+    note = _model_json.checkpoint_note(pathlib.Path(workdir), **checkpoint_settings)
+    return PretrainedNetwork(
+        _checkpoint_options(note, saved_model),
+        lambda options, key: read_checkpoint(workdir, **checkpoint_settings),
         workdir,
-        saved.get("forward", ()),
-        saved.get("first", 0),
-        noted.get("classes"),
+        note.get("forward", ()),
+        note.get("first", 0),
+        saved_model.get("classes"),
     )
 
 
-def settings(
+def network_from_init(
     folder: OptionalPath = "",
     workdir: OptionalPath = "",
     file: OptionalPath = "",
@@ -123,26 +147,32 @@ def settings(
     key: str = "",
     only: str = "",
     layers: tuple[Layers, ...] = (),
-) -> Network | None:
-    """The network of `config.init`, see `find` and `begin`; the parameters are its keys.
+) -> PretrainedNetwork | None:
+    """Checks `config.init` and returns the trained network that it names; the parameters are the section's keys.
 
     Args:
-      folder, workdir: see `find`.
-      file: of weights, for the network that `config.model` names; see `weights/pretrained.py`.
-      names: whose names the file has.
-      under: what stands before each of them, such as "backbone".
-      key: which part of a PyTorch checkpoint has the weights, such as "model_ema"; "" for the first that can.
-      only, layers: see `begin`.
+      folder: a folder of `transformers` to begin with: config.json beside model.safetensors or pytorch_model.bin.
+      workdir: the work directory of an earlier run to begin with.
+      file: a file of weights for the network that `config.model` names: .safetensors, .pth, .pt, .bin, .npz, .h5 or .keras.
+      names: the project whose parameter names the file uses: torchvision, timm, keras, caffe, released (by a paper's
+        authors) or squeeze_jax.
+      under: a prefix of each parameter name in the file, such as "backbone"; "" for none.
+      key: the entry of a PyTorch checkpoint that holds the weights, such as "model_ema"; "" for the first that fits.
+      only: a regular expression; takes the parameters whose names it matches, and initialises the others; "" takes all.
+      layers: layers of the trained network to take, counted from 1, as layers 1, 2, ... of the new one; () takes all.
 
     Returns:
-      None for a file: its network is the config's.
+      The network; None for a file, whose network is the one of `config.model`, see `network_from_file`.
+
+    Raises:
+      UserError: the keys contradict each other, or the place holds no network.
     """
     if file and (folder or workdir):
         raise UserError(
             "config.init should name a file of weights, a folder of transformers or a workdir of an earlier run, one of them"
         )
-    changed = {"under": under, "key": key, "names": names != "squeeze_jax"}
-    if unused := [name for name, value in changed.items() if value and not file]:
+    file_keys = {"under": under, "key": key, "names": names != "squeeze_jax"}
+    if unused := [name for name, value in file_keys.items() if value and not file]:
         raise UserError(
             f"config.init.{unused[0]} has no effect without config.init.file: leave it out"
         )
@@ -155,10 +185,10 @@ def settings(
         raise UserError(
             f"config.init.only = {only!r} is no regular expression ({error})"
         ) from None
-    return None if file else find(folder, workdir, where="config.init")
+    return None if file else find_network(folder, workdir, where="config.init")
 
 
-def of_file(
+def network_from_file(
     options: Mapping[str, Any],
     example: Any,
     file: str,
@@ -167,23 +197,25 @@ def of_file(
     key: str = "",
     *,
     needed: bool = True,
-) -> Network:
-    """Returns the network that a config names, with the weights of a file.
+) -> PretrainedNetwork:
+    """Returns the network of `config.model` with the weights of a file. The weights are read later.
 
     Args:
-      options: of `models.make`.
+      options: the arguments of `models.make` that build the network.
       example: shapes of the network's inputs.
-      file, names, under, key: see `settings`.
-      needed: whether the file has to exist, see `pretrained.check`.
+      file: the path of the file.
+      names, under, key: see `network_from_init`.
+      needed: whether the file has to exist; a run that continues from a checkpoint does not read it again.
 
     Raises:
-      UserError: no such file, names that the network has no map for, or options that its weights are not for.
+      UserError: the file does not exist, the network has no map for its parameter names, or the network computes something
+        else than the one that the weights were trained for.
     """
     module = registry.load("squeeze_jax.models", options["name"], "model")
     net = models.make(**options)
     pretrained.check(file, names, options["name"], module, net, key=key, needed=needed)
 
-    def read(*_):
+    def read_variables(*_):
         shapes = jax.eval_shape(
             lambda x: net.init(jax.random.key(0), x, train=False), example
         )
@@ -194,106 +226,126 @@ def of_file(
             print(f"weights    {line}")
         return variables
 
-    return Network(dict(options), read, file)
+    return PretrainedNetwork(dict(options), read_variables, file)
 
 
-def suited(network: Network, task: str | None, name: str | None = None) -> Network:
-    """What of a network goes on: a part of it where its file of `models` says so, and neither task nor name is its own.
+def pretrained_part(
+    network: PretrainedNetwork, task: str | None, name: str | None = None
+) -> PretrainedNetwork:
+    """Returns the part of a pretrained network that training continues with, such as ELECTRA's discriminator.
+
+    Returns the network itself if its model file has no `fine_tuned`, if `name` is its own name, or if `name` is None and
+    `task` is the task that it was trained for.
 
     Args:
-      network: the trained one.
-      task: what the data are for.
-      name: of the model that the config asks for; None for the trained one's.
+      network: the pretrained network.
+      task: the task of the data.
+      name: the model that the config asks for; None if the config leaves it open.
     """
-    own, rest = network.options["name"], dict(network.options)
-    module = registry.load("squeeze_jax.models", rest.pop("name"), "model")
-    if not hasattr(module, "fine_tuned") or name == own:
+    pretrained_name = network.options["name"]
+    make_options = {k: v for k, v in network.options.items() if k != "name"}
+    module = registry.load("squeeze_jax.models", pretrained_name, "model")
+    if not hasattr(module, "fine_tuned") or name == pretrained_name:
         return network
     if name is None and task == models.make(**network.options).task:
         return network
-    options, part = module.fine_tuned(rest)
-    return Network(
-        options, lambda _, key: part(network.plain(network.options, key)), network.where
+    part_options, part_of = module.fine_tuned(make_options)
+    return PretrainedNetwork(
+        part_options,
+        lambda _, key: part_of(network.plain_variables(network.options, key)),
+        network.location,
     )
 
 
 def _folder_reader(folder):
-    def read(options, key):
-        rest = {k: v for k, v in options.items() if k != "name"}
-        return models.load(folder, fresh=key, **rest)[1]
+    """Returns the function `read_variables` of a `PretrainedNetwork` for a folder of `transformers`."""
 
-    return read
+    def read_variables(options, key):
+        make_options = {k: v for k, v in options.items() if k != "name"}
+        return models.load(folder, fresh=key, **make_options)[1]
+
+    return read_variables
 
 
-def checkpoint(workdir: str, **settings) -> dict[str, Any]:
-    """The variables of a run's trained network, numpy.
+def read_checkpoint(workdir: str, **checkpoint_settings) -> dict[str, Any]:
+    """Reads the variables of a run's trained network from its checkpoint, as numpy arrays.
 
     Args:
-      workdir: of the run.
-      **settings: of `Checkpoints`, that say which it is.
+      workdir: the run's work directory.
+      **checkpoint_settings: arguments of `Checkpoints`; they select the newest or the best checkpoint.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: there is no checkpoint, or it cannot be read.
     """
     directory = pathlib.Path(workdir) / "checkpoints"
     if directory.is_dir():
-        opened = Checkpoints(directory, **settings, read_only=True)
+        opened = Checkpoints(directory, **checkpoint_settings, read_only=True)
         with contextlib.closing(opened) as checkpoints:
-            found = checkpoints.weights()
-        if found is not None:
-            return found
+            variables = checkpoints.weights()
+        if variables is not None:
+            return variables
     raise UserError(f"no checkpoint in {workdir}: train there first")
 
 
-def _options(saved: Mapping[str, Any], noted: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the network options of a checkpoint; in a run of several phases each checkpoint has its own."""
-    phased = saved.get("config", {}).get("phases")
-    return saved["options"] if phased else noted["model"]
+def _checkpoint_options(
+    note: Mapping[str, Any], saved_model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the options of `models.make` for a checkpoint's network.
+
+    In a run of several phases each checkpoint has options of its own, because a phase may change the network.
+
+    Args:
+      note: the checkpoint's note.
+      saved_model: the contents of the run's `model.json`.
+    """
+    phased = note.get("config", {}).get("phases")
+    return note["options"] if phased else saved_model["model"]
 
 
-def begun(workdir: pathlib.Path) -> bool:
-    """Whether a work directory has a checkpoint that a run would continue from."""
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Returns whether a work directory has a checkpoint, from which a run would continue."""
     return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
-def alone(
+def config_without_training(
     workdir: pathlib.Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int, dict[str, Any] | None]:
-    """Reduces the config of a run that has begun to what its trained network needs.
+    """Removes from a run's config what only training needs, such as teachers, losses and the network to begin with.
 
     Args:
-      workdir: of the run.
-      config: as it was begun.
+      workdir: the run's work directory.
+      config: the run's config.
 
     Returns:
-      The config without what only training needs, such as teachers; the phase that the trained network is of; its
-      options, or None where no training has begun.
+      The config with the trained network's options as its section "model"; the index of the phase that the trained network
+      comes from; and the network's options. If nothing was trained yet: the config as it is, 0 and None.
     """
-    noted, rest = _noted.read(workdir), dict(config)
-    if noted is None:
-        return rest, 0, None
-    settings = noted["checkpoint"] | config.get("checkpoint", {})
-    saved = _noted.of_checkpoint(workdir, **settings)
-    options, phase = _options(saved, noted), saved.get("phase", 0)
+    saved_model, reduced = _model_json.read(workdir), dict(config)
+    if saved_model is None:
+        return reduced, 0, None
+    checkpoint_settings = saved_model["checkpoint"] | config.get("checkpoint", {})
+    note = _model_json.checkpoint_note(workdir, **checkpoint_settings)
+    options, phase = _checkpoint_options(note, saved_model), note.get("phase", 0)
     for key in "init", "distill":
-        rest.pop(key, None)
-    rest = _without_training(rest) | {"model": options}
-    if rest.get("phases"):
-        rest["phases"] = tuple(_without_training(p) for p in rest["phases"])
-    return rest, phase, options
+        reduced.pop(key, None)
+    reduced = _without_training_keys(reduced) | {"model": options}
+    if reduced.get("phases"):
+        reduced["phases"] = tuple(_without_training_keys(p) for p in reduced["phases"])
+    return reduced, phase, options
 
 
-def _without_training(section: Mapping[str, Any]) -> dict[str, Any]:
+def _without_training_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes the training methods and the optimizer's parameter rules from a config or from one of its phases."""
     training = ("objective", "update", "gradients", "exchange")
-    rest = {k: v for k, v in section.items() if k not in training}
-    if "optim" in rest:  # rules may be of what an objective alone has learned
+    kept = {k: v for k, v in section.items() if k not in training}
+    if "optim" in kept:  # its rules may name parameters that only a loss owns
         rules = ("freeze", "decay_rules")
-        rest["optim"] = {k: v for k, v in rest["optim"].items() if k not in rules}
-    return rest
+        kept["optim"] = {k: v for k, v in kept["optim"].items() if k not in rules}
+    return kept
 
 
-def begin(
-    network: Network,
+def initial_variables(
+    network: PretrainedNetwork,
     options: Mapping[str, Any],
     shapes: Mapping[str, Any],
     key: jax.Array,
@@ -303,110 +355,156 @@ def begin(
     classes: Sequence[str] = (),
     example: Any = None,
 ) -> dict[str, Any]:
-    """The variables that a run begins with: of a trained network, where they fit; of another task's without its head.
+    """Returns the variables of a trained network that a new network begins with.
+
+    A head parameter is left out if the trained network has it for another task, with another shape, or not at all; the
+    caller initialises it.
 
     Args:
-      network: the trained one.
-      options: what the new network is made of.
-      shapes: {"params", "batch_stats"} of the new network.
-      key: for what of the head the trained network does not have.
-      only: takes the parameters whose names this regular expression finds, and leaves the others as initialised.
-      layers: takes these of the trained network's layers, counted from 1, as the first, second, …
+      network: the trained network.
+      options: the arguments of `models.make` that build the new network.
+      shapes: {"params", "batch_stats"} of the new network, as `jax.ShapeDtypeStruct`s.
+      key: initialises head parameters that a folder of `transformers` lacks.
+      only: a regular expression; takes only the parameters whose names it matches; "" takes all.
+      layers: the trained network's layers to take, counted from 1, as layers 1, 2, ... of the new network; () takes all.
       classes: names of the data's classes; a trained head for the same classes is put into their order.
-      example: shapes of the network's inputs, for that.
+      example: shapes of the new network's inputs; needed to reorder the classes.
+
+    Returns:
+      {"params", "batch_stats"}, numpy arrays in the dtypes of `shapes`; some leaves may be left out.
 
     Raises:
-      UserError: parameters are missing or of other shapes, but for the head's, or a head for as many other classes; names
-        the first.
+      UserError: a parameter outside the head is missing or has another shape (names the first), `only` matches no
+        parameter, or the trained head has as many classes as the data, but others.
     """
-    whole = not only and not layers
-    given = network.plain(
-        {**network.options, **options} if whole else network.options, key
+    takes_all = not only and not layers
+    pretrained_variables = network.plain_variables(
+        {**network.options, **options} if takes_all else network.options, key
     )
+    params = pretrained_variables["params"]
     if network.options.get("task", options.get("task")) != options.get("task"):
         # The layers of two tasks' heads may have the same names.
-        given = given | {"params": _headless(given["params"], options["name"])}
+        params = _without_head(params, options["name"])
     if layers:
-        given = given | {"params": _chosen(given["params"], layers, network.where)}
-    head, fitted = head_names(options["name"]), {}
-    if _takes_head(given["params"], shapes["params"], head, only):
-        given = given | {
-            "params": _in_order(network, given["params"], options, classes, example)
-        }
-    for collection, wanted in shapes.items():
-        have = tree.flatten(given.get(collection, {}))
-        want = tree.flatten(wanted)
-        names = [n for n in want if re.search(only, n)] if only else list(want)
+        params = _selected_layers(params, layers, network.location)
+    head = head_prefixes(options["name"])
+    if _takes_whole_head(params, shapes["params"], head, only):
+        params = _match_class_order(network, params, options, classes, example)
+    pretrained_variables = pretrained_variables | {"params": params}
+    initial = {}
+    for collection, collection_shapes in shapes.items():
+        available = tree.flatten(pretrained_variables.get(collection, {}))
+        expected = tree.flatten(collection_shapes)
+        names = [n for n in expected if re.search(only, n)] if only else list(expected)
         if only and collection == "params" and not names:
             raise UserError(
-                f"config.init.only = {only!r} matches no parameter; there is {next(iter(want))}, for example"
+                f"config.init.only = {only!r} matches no parameter; there is {next(iter(expected))}, for example"
             )
         taken = {}
         for name in names:
-            array = have.get(name)
-            if array is not None and np.shape(array) == want[name].shape:
-                taken[name] = np.asarray(array, want[name].dtype)
+            array = available.get(name)
+            if array is not None and np.shape(array) == expected[name].shape:
+                taken[name] = np.asarray(array, expected[name].dtype)
             elif not name.startswith(head):
-                found = "is not there" if array is None else f"is {np.shape(array)}"
+                problem = "is not there" if array is None else f"is {np.shape(array)}"
                 raise UserError(
-                    f"{network.where} does not fit the model: {name} {found}, should be {want[name].shape}; take only"
-                    " what fits by config.init.only, a regular expression over names"
+                    f"{network.location} does not fit the model: {name} {problem}, should be {expected[name].shape}; take"
+                    " only what fits by config.init.only, a regular expression over names"
                 )
-        fitted[collection] = traverse_util.unflatten_dict(taken, sep="/")
-    return fitted
+        initial[collection] = traverse_util.unflatten_dict(taken, sep="/")
+    return initial
 
 
-def _takes_head(given, wanted, head, only) -> bool:
-    """Whether a run begins with the whole head of a trained network."""
-    have, want = tree.flatten(given), tree.flatten(wanted)
-    names = [n for n in want if n.startswith(head) and (not only or re.search(only, n))]
-    return bool(names) and all(np.shape(have.get(n)) == want[n].shape for n in names)
+def _takes_whole_head(params, expected, head, only) -> bool:
+    """Returns whether every head parameter that `only` selects is in `params` with the expected shape.
+
+    Args:
+      params: of the trained network.
+      expected: shapes of the new network's parameters.
+      head: prefixes of the head's parameter names, see `head_prefixes`.
+      only: see `initial_variables`.
+    """
+    available, shapes = tree.flatten(params), tree.flatten(expected)
+    names = [
+        n for n in shapes if n.startswith(head) and (not only or re.search(only, n))
+    ]
+    return bool(names) and all(
+        np.shape(available.get(n)) == shapes[n].shape for n in names
+    )
 
 
-def _in_order(network, params, options, classes, example):
-    """Returns the parameters with the head's classes in the order of the data's."""
-    if network.classes is None and classes:
+def _match_class_order(network, params, options, classes, example):
+    """Returns the trained network's parameters with the head's classes in the order of the data's, and prints the change.
+
+    If the network does not name its classes, the order stays, and a line warns about it.
+
+    Args:
+      network, options, classes, example: see `initial_variables`.
+      params: of the trained network.
+    """
+    if network.class_names is None and classes:
         print(
-            f"classes    {network.where} does not name its classes: its classifier is taken to be in the order of the data's"
+            f"classes    {network.location} does not name its classes: its classifier is taken to be in the order of the"
+            " data's"
         )
     remedy = "leave the head out by config.init.only, a regular expression over names"
-    places = _classes.order(network.classes, classes, network.where, remedy)
-    if places is None:
+    positions = _classes.class_positions(
+        network.class_names, classes, network.location, remedy
+    )
+    if positions is None:
         return params
     print(
-        f"classes    the classifier of {network.where} is put into the order of the data"
+        f"classes    the classifier of {network.location} is put into the order of the data"
     )
-    return _classes.reordered(params, options, example, places)
+    return _classes.reorder_classifier(params, options, example, positions)
 
 
-def head_names(model: str) -> tuple[str, ...]:
-    """Returns the prefixes of the classifier's parameters, which a network for other classes initialises anew."""
+def head_prefixes(model: str) -> tuple[str, ...]:
+    """Returns the prefixes of the classifier's parameter names; a network for other classes initialises those anew.
+
+    Args:
+      model: the name of a file of `models`.
+    """
     module = registry.load("squeeze_jax.models", model, "model")
     return tuple(f"{layer}/" for layer in getattr(module, "CLASSIFIER", ()))
 
 
-def _headless(params, model):
-    head = head_names(model)
+def _without_head(params, model):
+    """Returns the parameters without those of the classifier; `model` is the name of a file of `models`."""
+    head = head_prefixes(model)
     return traverse_util.unflatten_dict(
         {k: v for k, v in tree.flatten(params).items() if not k.startswith(head)},
         sep="/",
     )
 
 
-def _chosen(params, layers, where):
-    """Parameters with the chosen layers in place of all."""
-    there = {int(m[1]) for m in map(LAYER.match, tree.flatten(params)) if m}
+def _selected_layers(params, layers, location):
+    """Returns the parameters with only these layers, renumbered from 1 in the order of `layers`.
+
+    Args:
+      params: of the trained network; its layers are called "layer1", "layer2", ...
+      layers: numbers of the layers to keep, from 1.
+      location: the network's location, for the error message.
+
+    Raises:
+      UserError: the network has no layer of such a number.
+    """
+    numbers = {int(m[1]) for m in map(_LAYER_NAME.match, tree.flatten(params)) if m}
     for layer in layers:
-        if layer not in there:
+        if layer not in numbers:
             raise UserError(
-                f"config.init.layers has {layer}: {where} has layers 1 to {max(there, default=0)}"
+                f"config.init.layers has {layer}: {location} has layers 1 to {max(numbers, default=0)}"
             )
-    kept = {k: v for k, v in params.items() if not re.fullmatch(r"layer\d+", k)}
-    return kept | {f"layer{n}": params[f"layer{of}"] for n, of in enumerate(layers, 1)}
+    others = {k: v for k, v in params.items() if not re.fullmatch(r"layer\d+", k)}
+    return others | {
+        f"layer{new}": params[f"layer{old}"] for new, old in enumerate(layers, 1)
+    }
 
 
-def reads(net: nn.Module, words: int) -> bool:
-    """Whether a network's embedding is for so many tokens."""
+def vocabulary_fits(net: nn.Module, vocabulary_size: int) -> bool:
+    """Returns whether a network's embedding table is for a vocabulary of this size.
+
+    The table may have up to 127 padding rows. A network without an embedding fits every vocabulary.
+    """
     row = getattr(net, "row", None)
-    # Published checkpoints pad their table to a multiple of 8 or 64 rows.
-    return row is None or 0 <= row.vocabulary - words < 128
+    return row is None or 0 <= row.vocabulary - vocabulary_size < _MAX_PADDING_ROWS

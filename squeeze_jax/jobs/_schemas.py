@@ -1,4 +1,4 @@
-"""Finds the parameter that a key of a config sets: its type, its range and its default."""
+"""Finds the function parameter that a config key sets, with its type, range and default."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -21,21 +21,22 @@ SECTIONS = {
     "sharding": sharding.make_mesh,
     "checkpoint": Checkpoints,
     "compilation": _compilation.enable,
-    "init": _pretrained.settings,
+    "init": _pretrained.network_from_init,
     "distill": _teachers.Settings,
 }
-_NAMED = {  # sections whose name chooses a file: the package, what its files are, the default
+# Sections whose key "name" chooses a file: (package, what its files are, default name).
+_NAMED_SECTIONS = {
     "data": ("squeeze_jax.data.tasks", "kind of data", "images"),
     "model": ("squeeze_jax.models", "model", ""),
 }
 
 
-class Key(NamedTuple):
-    """A parameter that a key sets.
+class Parameter(NamedTuple):
+    """The function parameter that a config key sets.
 
     Attributes:
-      hint: its annotation.
-      fallback: what holds without the key, in words.
+      hint: its annotation, with the range of its values.
+      fallback: the value that it has without the key, in words.
     """
 
     hint: Any
@@ -43,21 +44,24 @@ class Key(NamedTuple):
 
     @property
     def optional(self) -> bool:
-        """Whether None is a value of the key."""
+        """Returns whether the key may be None."""
         return registry.fits(None, self.hint)
 
 
-def find(config: Mapping[str, Any], names: Sequence[str]) -> Key | None:
-    """Returns the parameter that a key sets; None for a key of a method, or one that no signature has.
+def find_parameter(config: Mapping[str, Any], names: Sequence[str]) -> Parameter | None:
+    """Returns the function parameter that a config key sets.
 
     Args:
-      config: the whole one.
-      names: of the key, such as ("optim", "lr").
+      config: the whole config.
+      names: the key and the sections that it is in, such as ("optim", "lr").
+
+    Returns:
+      None if no signature has the key, or if the key lies in a method's section.
     """
     if len(names) == 1:
         function = _experiment.Experiment
     elif len(names) == 2:
-        function = _function(config, names[0])
+        function = _section_function(config, names[0])
     else:
         return None
     parameter = function and inspect.signature(function).parameters.get(names[-1])
@@ -71,19 +75,19 @@ def find(config: Mapping[str, Any], names: Sequence[str]) -> Key | None:
         fallback = "nothing: the config needs it"
     elif not isinstance(default, str | int | float | tuple | None):
         fallback = "an empty section"
-    return Key(registry.annotations(function)[parameter.name], fallback)
+    return Parameter(registry.annotations(function)[parameter.name], fallback)
 
 
-def _function(config: Mapping[str, Any], section: str) -> Callable | None:
-    """Returns the function or class that a section's keys are parameters of."""
+def _section_function(config: Mapping[str, Any], section: str) -> Callable | None:
+    """Returns the function or class whose parameters a section's keys are; None if there is none or its file is unknown."""
     if section in SECTIONS:
         return SECTIONS[section]
-    if section in _settings.with_settings():
+    if section in _settings.jobs_with_settings():
         return registry.load(_settings.JOBS, section, "job").Settings
-    if section not in _NAMED or not isinstance(config.get(section), Mapping):
+    if section not in _NAMED_SECTIONS or not isinstance(config.get(section), Mapping):
         return None
-    package, what, default = _NAMED[section]
+    package, what, default = _NAMED_SECTIONS[section]
     try:
         return registry.load(package, config[section].get("name", default), what).make
-    except UserError:  # told where the whole config is checked
+    except UserError:  # the check of the whole config reports it
         return None

@@ -1,7 +1,7 @@
-"""Sections of a config that are settings of a job: declared in the job's file, as its class `Settings`.
+"""Reads the jobs' settings from a config, and brings configs into one form.
 
-A section has the name of its job, and its keys are the class's attributes. A job that has more to check than types has a
-function `check(settings, built)`, called before any work starts.
+A job declares its settings in its file, as a dataclass `Settings`. The config's section has the job's name, and its keys are
+the fields of the class. A job may also define `check(settings, built)`, which is called before any work starts.
 """
 
 import importlib
@@ -18,37 +18,39 @@ from squeeze_jax.errors import UserError, shown
 JOBS = "squeeze_jax.jobs"
 
 
-def jobs() -> list[str]:
+def job_names() -> list[str]:
     """Returns the names of all jobs."""
     return registry.names(JOBS)
 
 
-def with_settings() -> list[str]:
-    """Returns the names of the jobs that have settings, which a config may have a section for."""
-    loaded = {name: importlib.import_module(f"{JOBS}.{name}") for name in jobs()}
-    return [name for name, module in loaded.items() if hasattr(module, "Settings")]
+def jobs_with_settings() -> list[str]:
+    """Returns the names of the jobs that have settings; a config may have a section for each."""
+    modules = {name: importlib.import_module(f"{JOBS}.{name}") for name in job_names()}
+    return [name for name, module in modules.items() if hasattr(module, "Settings")]
 
 
-def sections(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of each job that a config has a section for.
+def job_sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {job: its settings} for each job that has a section in a config.
 
     Raises:
-      UserError: a job without settings, an unknown key, a value of another type.
+      UserError: a section of a job without settings, an unknown key, or a value of another type or out of range.
     """
-    made_of = {}
-    for name in jobs():
-        if name in config and name != "seeds":  # that is a key of its own
+    settings = {}
+    for name in job_names():
+        if name in config and name != "seeds":  # config.seeds is a tuple of integers
             module = registry.load(JOBS, name, "job")
             if not hasattr(module, "Settings"):
                 raise UserError(
                     f"unknown key config.{name}: the job {name} has no settings; leave the section out"
                 )
-            made_of[name] = made(module.Settings, config[name], f"config.{name}")
-    return made_of
+            settings[name] = build_settings(
+                module.Settings, config[name], f"config.{name}"
+            )
+    return settings
 
 
-def of(built, kind: type):
-    """Returns the settings of a job from the config, or their defaults.
+def job_settings(built, kind: type):
+    """Returns a job's settings from the config, or their defaults if the config has no section for the job.
 
     Args:
       built: the experiment.
@@ -58,16 +60,25 @@ def of(built, kind: type):
     return built.experiment.jobs.get(name) or kind()
 
 
-def check(built) -> None:
-    """Lets each job check its section against the experiment."""
+def check_jobs(built) -> None:
+    """Calls `check` of each job that has a section in the config, with the job's settings and the experiment."""
     for name, settings in built.experiment.jobs.items():
         module = importlib.import_module(f"{JOBS}.{name}")
         if hasattr(module, "check"):
             module.check(settings, built)
 
 
-def made(kind: type, section: Any, where: str):
-    """Builds a dataclass of settings from its section."""
+def build_settings(kind: type, section: Any, where: str):
+    """Checks a section of a config, and returns it as a dataclass.
+
+    Args:
+      kind: the dataclass.
+      section: its fields, as a dict.
+      where: the section's name, for error messages.
+
+    Raises:
+      UserError: the section is no dict, a key is unknown, or a value has another type or is out of range.
+    """
     if not isinstance(section, Mapping):
         raise UserError(f"{where} = {shown(section)} should be a dict")
     registry.check(kind, section, where)
@@ -75,15 +86,17 @@ def made(kind: type, section: Any, where: str):
 
 
 def canonical(value: Any, where: str = "config"):
-    """Returns a config as it is from Python, JSON and the command line: lists become tuples, ~ the home directory.
+    """Returns a config in one form, so that it is equal from Python, from JSON and from the command line.
+
+    Lists become tuples, and paths become strings; in both, a leading ~ becomes the home directory.
 
     Args:
       value: a config, or a value inside it.
-      where: its name as the user writes it.
+      where: the value's name as the user writes it, for error messages.
 
     Raises:
-      UserError: a key that is no name, a value that a file of JSON cannot hold, a home directory of no user, or a config
-        that contains itself.
+      UserError: a key is no name, JSON cannot hold a value, a path names the home directory of an unknown user, or the
+        config contains itself.
     """
     try:
         return _canonical(value, where)
@@ -116,19 +129,23 @@ def _canonical(value: Any, where: str):
     )
 
 
-def tuples(value):
-    """Lists become tuples all the way down, so that a config is the same from Python, JSON and the command line."""
+def with_tuples(value):
+    """Returns a config or a value in it with tuples in place of lists, at all depths."""
     if isinstance(value, Mapping):
-        return {k: tuples(v) for k, v in value.items()}
-    return tuple(tuples(v) for v in value) if isinstance(value, list | tuple) else value
+        return {k: with_tuples(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(with_tuples(v) for v in value)
+    return value
 
 
 def with_resize(config: Mapping[str, Any], resize: str) -> dict[str, Any]:
-    """Returns a config that says how images of another aspect ratio are resized; only data of images have the key.
+    """Returns a config with the key `data.resize`, which decides how images of another aspect ratio are resized.
+
+    A config whose data are no images is returned as it is.
 
     Args:
-      config: with or without the key `data.resize`.
-      resize: its value where the config lacks it.
+      config: with or without the key.
+      resize: the value of the key if the config lacks it.
     """
     section = config.get("data")
     images = isinstance(section, Mapping) and section.get("name", "images") == "images"
@@ -137,32 +154,37 @@ def with_resize(config: Mapping[str, Any], resize: str) -> dict[str, Any]:
     return {**config, "data": {**section, "resize": resize}}
 
 
-def current(config: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
     """Renames the keys of an earlier version's config, so that its work directory opens.
 
-    Earlier versions squashed images into `data.size` unless `data.eval_resize` was set, and runs of theirs still do.
+    Earlier versions squashed images into `data.size` unless `data.eval_resize` was set; their runs continue to do so.
     """
-    now = dict(config)
-    if "transforms" in now:
-        transforms = tuple(now.pop("transforms"))
-        now |= {"update": ("optim", *transforms)} if transforms else {}
-    if "weights" in now:
-        weights = tuple(now.pop("weights"))
-        now |= {"forward": weights} if weights else {}
-    if now.get("objective"):
-        now["objective"] = _loss_names(now["objective"])
-    if now.get("optim"):
-        now["optim"] = {k: _rule_names(v) for k, v in now["optim"].items()}
-    return _resized_as_before(now)
+    upgraded = dict(config)
+    if "transforms" in upgraded:
+        transforms = tuple(upgraded.pop("transforms"))
+        upgraded |= {"update": ("optim", *transforms)} if transforms else {}
+    if "weights" in upgraded:
+        weights = tuple(upgraded.pop("weights"))
+        upgraded |= {"forward": weights} if weights else {}
+    if upgraded.get("objective"):
+        upgraded["objective"] = _upgrade_loss_names(upgraded["objective"])
+    if upgraded.get("optim"):
+        upgraded["optim"] = {
+            k: _upgrade_rule_names(v) for k, v in upgraded["optim"].items()
+        }
+    return _upgrade_resize(upgraded)
 
 
-def _resized_as_before(config: dict[str, Any]) -> dict[str, Any]:
-    """Adds the key `data.resize`, also to phases that change `data.eval_resize`; a config that has it stays."""
-    resized = with_resize(config, _resize_before(config.get("data")))
+def _upgrade_resize(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the key `data.resize` as earlier versions resized, also to phases that change `data.eval_resize`.
+
+    A config that has the key is returned as it is.
+    """
+    resized = with_resize(config, _earlier_resize(config.get("data")))
     if resized == config:
         return config
     phases = [
-        {**phase, "data": {"resize": _resize_before(phase["data"]), **phase["data"]}}
+        {**phase, "data": {"resize": _earlier_resize(phase["data"]), **phase["data"]}}
         if isinstance(phase, Mapping) and "eval_resize" in phase.get("data", ())
         else phase
         for phase in config.get("phases", ())
@@ -170,24 +192,24 @@ def _resized_as_before(config: dict[str, Any]) -> dict[str, Any]:
     return resized | ({"phases": tuple(phases)} if phases else {})
 
 
-def _resize_before(section: Any) -> str:
+def _earlier_resize(section: Any) -> str:
     cropped = isinstance(section, Mapping) and section.get("eval_resize")
     return CROP if cropped else SQUASH
 
 
-def _rule_names(value):
-    """Renames the losses' parameters in rules: they stood under "objective" before all methods could own some."""
+def _upgrade_rule_names(value):
+    """Renames the losses' parameters in rules from "objective/..." to "methods/..."."""
     if isinstance(value, tuple):
-        return tuple(map(_rule_names, value))
+        return tuple(map(_upgrade_rule_names, value))
     if isinstance(value, str):
         return re.sub(r"(?<![\w/])objective/", "methods/", value)
     return value
 
 
-def _loss_names(objective):
-    """Renames losses: they were called "train.x" before they had their own folder."""
+def _upgrade_loss_names(objective):
+    """Renames losses from "train.x" to "losses.x"."""
     if not isinstance(objective, Mapping):
-        return tuple(_loss_names(section) for section in objective)
+        return tuple(_upgrade_loss_names(section) for section in objective)
     name = objective.get("name", "")
     if isinstance(name, str) and name.startswith("train."):
         return dict(objective) | {"name": "losses." + name.removeprefix("train.")}

@@ -1,4 +1,4 @@
-"""Lessons: what teachers say of a batch, computed in the step, or read from a folder where it was computed once."""
+"""Builds the teachers of `config.distill` and supplies their outputs: computed in each step, or cached once on disk."""
 
 import contextlib
 import dataclasses
@@ -23,9 +23,9 @@ from squeeze_jax.jobs import _classes, _objective, _pretrained
 from squeeze_jax.ranges import OptionalPath
 from squeeze_jax.train import forward, sharding
 
-SECONDS = 10.0  # between lines that tell how far the cache is
-HEADS = {"logits", "pooled"}  # outputs that a head has a part in
-SAMPLE = 256  # training examples that tell whether a cache is of these data
+PROGRESS_SECONDS = 10.0  # between two progress lines while a cache is filled
+HEAD_OUTPUTS = {"logits", "pooled"}  # outputs that depend on the head's weights
+FINGERPRINT_EXAMPLES = 256  # training examples whose checksum identifies the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Settings:
     """The keys of `config.distill`.
 
     Attributes:
-      teachers: networks to learn from, each {"workdir": DIR} of an earlier run or {"folder": DIR} of transformers.
-      cache: a folder for their outputs on the training examples, computed once for all runs; "" computes them anew in
-        each step.
-      cache_dtype: of what is kept there; numbers above 65504, which MobileBERT's layers give, need float32.
+      teachers: the networks to learn from: each {"workdir": DIR} of an earlier run, or {"folder": DIR} of transformers.
+      cache: a folder for the teachers' outputs on the training examples; computed once and shared by all runs. ""
+        computes the outputs anew in each step.
+      cache_dtype: dtype of the cached outputs, float16 or float32; outputs above 65504, such as those of MobileBERT's
+        layers, need float32.
     """
 
     teachers: tuple[dict, ...] = ()
@@ -44,61 +45,89 @@ class Settings:
     cache_dtype: Literal["float16", "float32"] = "float16"
 
 
-class Lessons:
-    """Teachers' outputs for a step, none by default.
+class TeacherOutputs:
+    """Supplies the teachers' outputs to the training step; this base class is for a run without teachers.
 
     Attributes:
-      teach: (frozen, batch) → a tuple of dicts; None where there is nothing to teach.
-      frozen: () or (the teachers' variables on the devices,): what the step takes besides.
+      teach: called in the training step as teach(*step_arguments, batch); returns a tuple with one dict {output name:
+        array [b, ...]} per teacher. None without teachers.
+      step_arguments: what the step gets as extra arguments: (the teachers' variables on the devices,) if they run in the
+        step, otherwise ().
     """
 
     teach: Callable | None = None
-    frozen: tuple = ()
+    step_arguments: tuple = ()
 
-    def rows(self, batch: Mapping[str, np.ndarray]) -> tuple:
-        """What of the outputs on disk belongs to a batch, on the devices: a dict a teacher, or nothing."""
+    def cached_outputs(self, batch: Mapping[str, np.ndarray]) -> tuple:
+        """Returns the cached teacher outputs for a batch, on the devices: one dict per teacher; () if nothing is cached."""
         return ()
 
-    def spec(self, batch: Mapping[str, Any]) -> tuple:
-        """Shapes of `rows` for shapes of a batch."""
+    def cached_shapes(self, batch: Mapping[str, Any]) -> tuple:
+        """Returns the shapes of `cached_outputs` for a batch of arrays or shapes."""
         return ()
 
 
-class Live(Lessons):
-    """Teachers that are computed in each step."""
+class ComputedOutputs(TeacherOutputs):
+    """Runs the teachers in each training step; see `TeacherOutputs`."""
 
     def __init__(self, built, teach: Callable):
-        one = sharding.replicated(built.mesh)
-        # A folder of layers alone teaches what the layers say.
-        said = HEADS & set(built.objective.wants)
-        key = None if said else jax.random.key(0)
-        variables = tuple(read(key) for _, read, _ in built.teachers)
-        self.frozen, self.teach = (jax.device_put(variables, one),), teach
+        """Reads the teachers' variables and places them on every device.
 
+        Args:
+          built: the experiment.
+          teach: (variables, batch) → a tuple with one dict of outputs per teacher.
 
-class Read(Lessons):
-    """Teachers' outputs from a folder, a cache for each teacher."""
-
-    def __init__(self, cached: list[Cached], shapes: Callable, mesh):
-        self._cached, self.spec, self._mesh = cached, shapes, mesh
-
-    def rows(self, batch):
-        found = tuple(
-            each.rows(batch["index"], lengths)
-            for each, lengths in zip(self._cached, self.spec(batch), strict=True)
+        Raises:
+          UserError: a teacher's weights are missing, or its head's if a loss reads an output of the head.
+        """
+        replicated = sharding.replicated(built.mesh)
+        # A folder without a head can still teach its hidden states: then any head will do.
+        needs_head = HEAD_OUTPUTS & set(built.objective.wants)
+        key = None if needs_head else jax.random.key(0)
+        variables = tuple(
+            read_variables(key) for _, read_variables, _ in built.teachers
         )
-        over = sharding.over_batch(self._mesh)
+        self.step_arguments = (jax.device_put(variables, replicated),)
+        self.teach = teach
+
+
+class CachedOutputs(TeacherOutputs):
+    """Reads the teachers' outputs from disk; the training step finds them as batch["teacher"]. See `TeacherOutputs`."""
+
+    def __init__(self, caches: list[Cached], output_shapes: Callable, mesh):
+        """Takes one cache per teacher.
+
+        Args:
+          caches: opened and complete.
+          output_shapes: batch of arrays or shapes → shapes of the outputs, one dict per teacher.
+          mesh: the devices that the outputs are distributed over.
+        """
+        self._caches, self.cached_shapes, self._mesh = caches, output_shapes, mesh
+
+    def cached_outputs(self, batch):
+        """Reads the outputs for the examples of a batch; returns one dict {output name: float32 [b, ...]} per teacher.
+
+        The arrays lie on the devices. Sequences have the length of the batch.
+        """
+        outputs = tuple(
+            cache.rows(batch["index"], shapes)
+            for cache, shapes in zip(
+                self._caches, self.cached_shapes(batch), strict=True
+            )
+        )
+        over_batch = sharding.over_batch(self._mesh)
         return jax.tree.map(
-            lambda rows: jax.device_put(rows.astype(np.float32), over), found
+            lambda rows: jax.device_put(rows.astype(np.float32), over_batch), outputs
         )
 
     @staticmethod
     def teach(batch):
+        """Returns the result of `cached_outputs`, which the training loop has added to the batch as "teacher"."""
         return batch["teacher"]
 
 
-def check(distill: Settings, data: Data) -> None:
-    """Raises a UserError where the outputs of teachers cannot be kept on disk as the settings say."""
+def check_cache(distill: Settings, data: Data) -> None:
+    """Raises a UserError if `config.distill.cache` is set, but the teachers' outputs cannot be cached."""
     if not distill.cache:
         return
     if not distill.teachers:
@@ -107,8 +136,8 @@ def check(distill: Settings, data: Data) -> None:
         )
     if not data.fixed:
         raise UserError(
-            "config.distill.cache: training examples change from epoch to epoch, and with them what teachers say: leave the"
-            " key out, or config.data's random changes"
+            "config.distill.cache cannot be used: training examples change from epoch to epoch, and the teachers' outputs"
+            " with them; leave the key out, or config.data's random changes"
         )
     if jax.process_count() > 1:
         raise UserError(
@@ -117,193 +146,248 @@ def check(distill: Settings, data: Data) -> None:
 
 
 @contextlib.contextmanager
-def open(built, say: Callable[[str], None]) -> Iterator[Lessons]:
-    """The lessons of an experiment; outputs that are to be cached and are not there yet are computed first.
+def open_outputs(built, say: Callable[[str], None]) -> Iterator[TeacherOutputs]:
+    """Opens the outputs of an experiment's teachers for training; fills an incomplete cache first.
 
     Args:
       built: the experiment.
       say: prints a line.
 
     Raises:
-      UserError: a teacher's weights are not there or do not fit, or what it says of an example changes.
+      UserError: a teacher's weights are missing or do not fit, or a cache holds the outputs of another teacher or of other
+        data.
     """
     if not built.teachers:
-        yield Lessons()
+        yield TeacherOutputs()
         return
-    cache = built.distill.cache
     networks = [network for network, _, _ in built.teachers]
     wants = built.objective.wants
-    live = Live(built, _objective.teacher(networks, wants, built.data.inputs))
-    if not cache:
-        yield live
+    teach = _objective.teacher_function(networks, wants, built.data.inputs)
+    computed = ComputedOutputs(built, teach)
+    if not built.distill.cache:
+        yield computed
         return
-    shapes = _shapes(built, [n.model for n in networks], wants)
+    output_shapes = _output_shapes(built, [n.model for n in networks], wants)
     with contextlib.ExitStack() as stack:
-        cached = _caches(built, shapes(built.data.specs(1)[-1]), live.frozen[0])
-        for each in cached:
-            stack.enter_context(each)
-        _fill(built, cached, live, say)
-        del live  # and the teachers' memory
-        yield Read(cached, shapes, built.mesh)
+        example_shapes = output_shapes(built.data.specs(1)[-1])
+        caches = _open_caches(built, example_shapes, computed.step_arguments[0])
+        for cache in caches:
+            stack.enter_context(cache)
+        _fill_caches(built, caches, computed, say)
+        del computed  # frees the teachers' memory
+        yield CachedOutputs(caches, output_shapes, built.mesh)
 
 
-def _shapes(built, nets, wants) -> Callable:
-    """Returns `batch of arrays or shapes → shapes of the teachers' outputs`."""
+def _output_shapes(built, nets, wants) -> Callable:
+    """Returns a function from a batch of arrays or shapes to the shapes of the teachers' outputs, one dict per teacher.
+
+    Args:
+      built: the experiment.
+      nets: the teachers' modules.
+      wants: names of the outputs that losses read.
+    """
     names = tuple(built.data.exported)
 
     @functools.cache
-    def found(spec):
-        x = jax.eval_shape(built.data.inputs, dict(zip(names, spec, strict=True)))
-        given = [_objective.outputs(net, x) for net in nets]
-        kept = tuple({k: g[k] for k in wants if k in g} for g in given)
-        # What is read is float32, whatever the teachers compute in.
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), kept)
+    def shapes_for(batch_shapes):
+        x = jax.eval_shape(
+            built.data.inputs, dict(zip(names, batch_shapes, strict=True))
+        )
+        outputs = [_objective.output_shapes(net, x) for net in nets]
+        wanted = tuple({k: o[k] for k in wants if k in o} for o in outputs)
+        # Cached outputs are read as float32, whatever dtype the teachers compute in.
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), wanted)
 
-    def shapes(batch):
-        specs = (jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype) for k in names)
-        return found(tuple(specs))
+    def output_shapes(batch):
+        batch_shapes = (
+            jax.ShapeDtypeStruct(batch[k].shape, batch[k].dtype) for k in names
+        )
+        return shapes_for(tuple(batch_shapes))
 
-    return shapes
+    return output_shapes
 
 
-def _caches(built, outputs, variables) -> list[Cached]:
-    """A cache for each teacher, open for writing; `outputs` are shapes for a batch of one example."""
-    made = []
-    data = f"data {_checksum([repr(_ordered(built.experiment.data)).encode()])}"
-    data += f" {_sample(built.data)}"
-    for number, (shapes, own) in enumerate(zip(outputs, variables, strict=True)):
-        network, _, where = built.teachers[number]
+def _open_caches(built, example_shapes, variables) -> list[Cached]:
+    """Opens one cache per teacher for writing.
+
+    Each cache has a fingerprint of the teacher's weights and network and of the data, so that another teacher or other
+    data are refused.
+
+    Args:
+      built: the experiment.
+      example_shapes: shapes of each teacher's outputs for a batch of one example.
+      variables: of each teacher.
+    """
+    caches = []
+    data = f"data {_checksum([repr(_sorted_keys(built.experiment.data)).encode()])}"
+    data += f" {_sample_checksum(built.data)}"
+    for number, (shapes, own) in enumerate(zip(example_shapes, variables, strict=True)):
+        network, _, location = built.teachers[number]
         leaves = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(own)))
-        how = repr(network.model) + network.dtype
-        one = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes)
-        fingerprint = f"{where}, weights {_checksum(leaves)}, network {_checksum([how.encode()])}, {data}"
+        architecture = repr(network.model) + network.dtype
+        row_shapes = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes
+        )
+        fingerprint = f"{location}, weights {_checksum(leaves)}, network {_checksum([architecture.encode()])}, {data}"
         folder, dtype = f"{built.distill.cache}/{number}", built.distill.cache_dtype
-        made.append(Cached.write(folder, one, built.data.num_train, fingerprint, dtype))
-    return made
+        caches.append(
+            Cached.write(folder, row_shapes, built.data.num_train, fingerprint, dtype)
+        )
+    return caches
 
 
-def _sample(data: Data) -> str:
-    """A checksum of some training examples: files may change under the same settings."""
-    rows = min(SAMPLE, data.num_train)
+def _sample_checksum(data: Data) -> str:
+    """Returns a checksum of some training examples, because files may change under the same settings."""
+    rows = min(FINGERPRINT_EXAMPLES, data.num_train)
     with contextlib.closing(data.train(rows, 0)) as batches:
         batch = next(batches)
     return _checksum(np.ascontiguousarray(batch[k]) for k in sorted(batch))
 
 
-def _checksum(arrays: Iterable) -> str:
-    found = 0
-    for each in arrays:
-        found = zlib.crc32(each, found)
-    return f"{found:08x}"
+def _checksum(buffers: Iterable) -> str:
+    """Returns the CRC-32 of all these bytes and arrays in turn, as 8 hexadecimal digits."""
+    crc = 0
+    for buffer in buffers:
+        crc = zlib.crc32(buffer, crc)
+    return f"{crc:08x}"
 
 
-def _ordered(section):
-    """A section of a config, as it is whatever the order of its keys."""
+def _sorted_keys(section):
+    """Returns a config section as nested lists of (key, value), the same for every order of its keys."""
     if isinstance(section, Mapping):
-        return [(key, _ordered(section[key])) for key in sorted(section)]
+        return [(key, _sorted_keys(section[key])) for key in sorted(section)]
     return section
 
 
-def _fill(built, cached, live: Live, say: Callable[[str], None]) -> None:
-    """Computes what is missing, in the order of training, whose first epoch has each example once."""
-    if all(each.complete for each in cached):
+def _fill_caches(
+    built, caches, computed: ComputedOutputs, say: Callable[[str], None]
+) -> None:
+    """Computes the outputs that the caches lack and writes them.
+
+    It reads the examples in the order of training, whose first epoch has each example once.
+
+    Args:
+      built: the experiment.
+      caches: one per teacher, open for writing.
+      computed: runs the teachers.
+      say: prints a line of progress.
+    """
+    if all(cache.complete for cache in caches):
         return
     e, data = built.experiment, built.data
     names = tuple(data.exported)
-    teach = jax.jit(live.teach)
-    begin = last = time.monotonic()
+    teach = jax.jit(computed.teach)
+    start = last_line = time.monotonic()
     with contextlib.closing(data.train(e.batch, e.seed)) as batches:
         for number, batch in enumerate(batches):
-            if all(each.complete for each in cached):
+            if all(cache.complete for cache in caches):
                 break
-            if not any(each.lacks(batch["index"]) for each in cached):
-                continue  # of a run that was stopped
+            if not any(cache.lacks(batch["index"]) for cache in caches):
+                continue  # an earlier run that was stopped has written this batch
             arrays = sharding.put_batch({k: batch[k] for k in names}, built.mesh)
-            found = jax.device_get(teach(live.frozen[0], arrays))
-            for each, outputs in zip(cached, found, strict=True):
-                each.put(batch["index"], outputs)
+            outputs = jax.device_get(teach(*computed.step_arguments, arrays))
+            for cache, teacher_outputs in zip(caches, outputs, strict=True):
+                cache.put(batch["index"], teacher_outputs)
             now = time.monotonic()
-            if now - last > SECONDS:
-                last, done = now, min((number + 1) * e.batch, data.num_train)
+            if now - last_line > PROGRESS_SECONDS:
+                last_line, done = now, min((number + 1) * e.batch, data.num_train)
                 say(f"teachers   {done:,} of {data.num_train:,} examples")
-    for each in cached:
-        each.flush()
+    for cache in caches:
+        cache.flush()
     say(
-        f"teachers   {data.num_train:,} examples in {built.distill.cache}, {time.monotonic() - begin:.0f} s"
+        f"teachers   {data.num_train:,} examples in {built.distill.cache}, {time.monotonic() - start:.0f} s"
     )
 
 
-def teacher(
+def make_teacher(
     section: Mapping[str, Any], source: Data, where: str, dtype: str = "float32"
 ) -> tuple[forward.Network, Callable[[jax.Array | None], dict[str, Any]], str]:
-    """A network to learn from, a function that reads its variables (see `Network.read`), and where it is.
+    """Builds a teacher that one entry of `config.distill.teachers` names. Its weights are read later.
 
     Args:
-      section: {"folder": …} or {"workdir": …}.
-      source: the data; they decide the task of a folder's network.
-      where: the section's name in the config.
-      dtype: of the computation.
+      section: {"folder": DIR} or {"workdir": DIR}.
+      source: the student's data; they decide the task of a folder's network.
+      where: the section's name in the config, for error messages.
+      dtype: the dtype of the computation.
+
+    Returns:
+      The network; a function that reads its variables, see `PretrainedNetwork.read_variables`; and its location.
 
     Raises:
-      UserError: no network, or one that does not read the data.
+      UserError: there is no network, or it cannot read the student's data: other inputs, another normalisation of images,
+        another vocabulary, as many classes but others, or inputs that it samples itself.
     """
     if not isinstance(section, Mapping):
         raise UserError(
             f'{where} = {section!r} should be {{"workdir": DIR}} or {{"folder": DIR}}'
         )
-    registry.check(_pretrained.find, section, where, given=("where",))
-    network = _pretrained.suited(
-        _pretrained.find(**section, where=where), source.model.get("task")
+    registry.check(_pretrained.find_network, section, where, given=("where",))
+    network = _pretrained.pretrained_part(
+        _pretrained.find_network(**section, where=where), source.model.get("task")
     )
     name = network.options["name"]
     module = registry.load("squeeze_jax.models", name, "model")
     if (inputs := getattr(module, "INPUTS", "images")) != source.reads:
         raise UserError(
-            f"{where} = {network.where} holds {name!r}, which reads {inputs}, but config.data gives {source.reads}: choose"
+            f"{where} = {network.location} holds {name!r}, which reads {inputs}, but config.data gives {source.reads}: choose"
             f" a teacher of {source.reads}"
         )
     if hasattr(module, "fine_tuned"):
         raise UserError(
-            f"{where} = {network.where}: {name!r} draws tokens of its own and cannot say anything of a student's: choose"
-            " another teacher"
+            f"{where} = {network.location}: {name!r} draws tokens of its own, so its outputs do not belong to the student's"
+            " tokens: choose another teacher"
         )
-    _same_pixels(section, source, where)
+    _check_normalisation(section, source, where)
     options = {**source.model, **network.options}
     net = models.make(**options)
-    classes = _classes_of(network, options, source)
-    words = getattr(source, "vocabulary", None)
-    if words is not None and not _pretrained.reads(net, words):
+    positions = _class_positions(network, options, source)
+    vocabulary_size = getattr(source, "vocabulary", None)
+    if vocabulary_size is not None and not _pretrained.vocabulary_fits(
+        net, vocabulary_size
+    ):
         raise UserError(
-            f"the tokenizer has {words:,} tokens, {where} = {network.where} {net.row.vocabulary:,}: student and teacher"
-            " need the same"
+            f"the tokenizer has {vocabulary_size:,} tokens, {where} = {network.location} {net.row.vocabulary:,}: student and"
+            " teacher need the same"
         )
-    if classes is not None:
-        net = _classes.Placed(net, classes)
-    as_run = network.as_run(net, source.example(), dtype)
-    return as_run, lambda key: network.read(options, key), network.where
+    if positions is not None:
+        net = _classes.ReorderedClasses(net, positions)
+    teacher = network.with_forward_methods(net, source.example(), dtype)
+    return teacher, lambda key: network.read_variables(options, key), network.location
 
 
-def _classes_of(network, options, source) -> tuple[int, ...] | None:
-    """The places of the data's classes in a teacher's head; None if they are the same."""
+def _class_positions(network, options, source) -> tuple[int, ...] | None:
+    """Returns the position of each of the data's classes among the outputs of a teacher's head.
+
+    Returns None if the order is the same or unknown, or if the teacher has another number of classes.
+    """
     if options.get("num_classes") != source.model.get("num_classes"):
         return None
     remedy = "choose a teacher of the same classes"
     names = source.label_names
-    return _classes.order(network.classes, names, network.where, remedy)
+    return _classes.class_positions(
+        network.class_names, names, network.location, remedy
+    )
 
 
-def _same_pixels(section: Mapping[str, Any], source: Data, where: str) -> None:
-    """Raises a UserError where a run was trained on images that were normalised otherwise."""
+def _check_normalisation(section: Mapping[str, Any], source: Data, where: str) -> None:
+    """Raises a UserError if a teacher's run normalised images with another mean or std than the student's data do.
+
+    Args:
+      section: the teacher's section of the config.
+      source: the student's data.
+      where: the section's name, for error messages.
+    """
     path = pathlib.Path(section.get("workdir", "")) / "config.json"
     if source.reads != "images" or not path.is_file():
         return
     try:
-        begun = json.loads(path.read_bytes())["data"]
+        teacher_data = json.loads(path.read_bytes())["data"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: run the job fit there again") from None
-    known = inspect.signature(images.make).parameters
+    parameters = inspect.signature(images.make).parameters
     for key in "mean", "std":
-        theirs, ours = begun.get(key, known[key].default), getattr(source, key)
+        theirs = teacher_data.get(key, parameters[key].default)
+        ours = getattr(source, key)
         if not np.array_equal(*np.broadcast_arrays(theirs, ours)):
             raise UserError(
                 f"{where}.workdir = {section['workdir']!r} was trained with config.data.{key} = {tuple(theirs)}, and a teacher"

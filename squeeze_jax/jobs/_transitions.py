@@ -1,4 +1,4 @@
-"""Leads a run from one phase to the next, and rehearses that before training."""
+"""Moves a run from one phase to the next, and rehearses all transitions before training."""
 
 from collections.abc import Callable
 
@@ -14,20 +14,28 @@ from squeeze_jax.train.checkpoint import Checkpoints, Restored
 from squeeze_jax.train.state import State, handed_over
 
 
-def resumed(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | None]:
-    """Returns the experiment in the phase of the newest whole checkpoint, and that checkpoint or None."""
+def resume(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | None]:
+    """Restores the newest undamaged checkpoint, and builds the experiment in the checkpoint's phase.
+
+    Args:
+      built: the experiment in its first phase.
+      checkpoints: of the run.
+
+    Returns:
+      The experiment, and the checkpoint; `built` and None if there is none.
+    """
     current = [built]
 
-    def like(note):
+    def abstract_state(note):
         phase, options = note.get("phase", 0), note.get("options")
         current[0] = built
         if phase != built.phase.index:
             current[0] = _experiment.build(
-                built.whole, phase, _settings.tuples(options)
+                built.whole, phase, _settings.with_tuples(options)
             )
         return current[0].abstract()
 
-    restored = checkpoints.restore(like)
+    restored = checkpoints.restore(abstract_state)
     return current[0], restored
 
 
@@ -39,55 +47,63 @@ def next_phase(built: Built, state: State, say: Callable) -> tuple[Built, State]
       state: its last state.
       say: prints a line.
     """
-    after, changed = _transition(built, fetched(state))
+    next_built, changed = _apply_transition(built, to_host(state))
     shapes = forward.parameters(changed.params)
-    fresh = after.create({"params": shapes, "batch_stats": changed.stats})
-    begun, lines = handed_over(changed, fetched(fresh))
+    fresh = next_built.create({"params": shapes, "batch_stats": changed.stats})
+    initial, lines = handed_over(changed, to_host(fresh))
     for line in lines:
-        say(f"{after.phase.label}  {line}")
-    placed = jax.tree.map(lambda x: x.sharding, after.abstract())
-    return after, jax.device_put(begun, placed)
+        say(f"{next_built.phase.label}  {line}")
+    shardings = jax.tree.map(lambda x: x.sharding, next_built.abstract())
+    return next_built, jax.device_put(initial, shardings)
 
 
-def fetched(state: State) -> State:
-    """Copies a state to the host, whole on every process."""
+def to_host(state: State) -> State:
+    """Copies a state to the host; every process gets all of it."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(state, tiled=True)
     return jax.device_get(state)
 
 
-def rehearsed(built: Built) -> list[str]:
-    """Goes through the later phases on zeros, so that what does not fit is known before the first has trained.
+def rehearse(built: Built) -> list[str]:
+    """Builds all later phases on a state of zeros, so that an error in them shows before the first phase trains.
 
     Returns:
-      A line for each of them.
+      One line for each later phase.
     """
     lines = []
     while built.phase.end < built.whole.steps:
         shapes = built.abstract()
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-        built, _ = _transition(built, zeros)
+        built, _ = _apply_transition(built, zeros)
         size = tree.size(forward.parameters(built.abstract().params))
-        begin = built.whole.phases[built.phase.index].get("begin")
-        how = f", begins with {begin['name']}" if begin else ""
+        section = built.whole.phases[built.phase.index].get("begin")
+        transition = f", begins with {section['name']}" if section else ""
         lines.append(
-            f"{'later':<10} {built.phase.label}: {built.phase.steps:,} steps{how}, {size:,} parameters"
+            f"{'later':<10} {built.phase.label}: {built.phase.steps:,} steps{transition}, {size:,} parameters"
         )
     return lines
 
 
-def _transition(built: Built, state: State) -> tuple[Built, State]:
-    """Applies the next phase's transition; returns the experiment in that phase, and the changed state as host arrays."""
+def _apply_transition(built: Built, state: State) -> tuple[Built, State]:
+    """Applies the next phase's transition, which may change the network.
+
+    Args:
+      built: the phase that has ended.
+      state: its last state, as host arrays.
+
+    Returns:
+      The experiment in the next phase, and the changed state as host arrays.
+    """
     index = built.phase.index + 1
     section, options = built.whole.phases[index].get("begin"), built.options
     if section is not None:
         where = f"config.phases[{index}].begin"
-        transition = methods.transition(_plugs.method(section, where), where)
+        transition = methods.transition(_plugs.make_method(section, where), where)
         plain = methods.Plain(
             lambda options: models.make(**options), built.data.example()
         )
         options, state = transition.apply(dict(options), state, plain)
-    after = _experiment.build(built.whole, index, options)
-    before, now = built.data.label_names, after.data.label_names
-    _classes.check_same(before, now, built.phase.label)
-    return after, state
+    next_built = _experiment.build(built.whole, index, options)
+    before, after = built.data.label_names, next_built.data.label_names
+    _classes.check_same_classes(before, after, built.phase.label)
+    return next_built, state

@@ -1,4 +1,4 @@
-"""The work directory of a run: whose it is, and that nobody else is writing to it."""
+"""Creates, locks and reads a run's work directory, and checks that it belongs to the same experiment."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,13 @@ from jax.experimental import multihost_utils
 from squeeze_jax import files
 from squeeze_jax.data.vision import CROP, SQUASH
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _noted, _phases
+from squeeze_jax.jobs import _model_json, _phases
 from squeeze_jax.jobs._experiment import Experiment
-from squeeze_jax.jobs._settings import canonical, current, jobs, with_resize
+from squeeze_jax.jobs._settings import canonical, job_names, upgrade, with_resize
 
-# Keys that may differ from those a work directory was begun with: they do not change what is learned.
-FREE = (
-    "steps",  # more of them continue the run
+# Keys that may change between two starts in a work directory, because they do not change what is learned.
+FREE_KEYS = (
+    "steps",  # a larger number continues the run
     "seeds",
     "checkpoint",
     "compilation",
@@ -31,35 +31,40 @@ FREE = (
     "eval_every",
     "save_every",
 )
-FREE += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
-FREE += ("data.source.root", "data.source.path", "data.folder")  # not the classes
-FREE += ("distill.cache", "distill.cache_dtype")
+FREE_KEYS += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
+FREE_KEYS += ("data.source.root", "data.source.path", "data.folder")  # not the classes
+FREE_KEYS += ("distill.cache", "distill.cache_dtype")
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 
 
 def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Makes the work directory of a run that is to train, or continues that of the same experiment.
+    """Creates and locks the work directory of a run that is to train, or opens the directory of the same experiment again.
 
-    A directory without a checkpoint holds nothing yet that another config could harm. Another number of steps continues
-    the same experiment: weights, optimizer state, order of examples and random keys go on exactly, and from there on the
-    learning rate follows the schedule of the new number.
+    A directory without a checkpoint may be used with another config. If only the number of steps differs, the run
+    continues: weights, optimizer state, order of examples and random keys go on exactly. From then on the learning rate
+    follows the schedule of the new number of steps.
+
+    Args:
+      workdir: the work directory.
+      config: the run's config; it is written to config.json.
 
     Raises:
-      UserError: not writable, in use by another process, begun with another config, or trained for more steps already.
+      UserError: the directory is not writable, another process uses it, it was begun with another config, or its run has
+        trained for more steps already.
     """
     if jax.process_index() == 0:
         with contextlib.ExitStack() as undo:
-            if again := _locks.pop(workdir.resolve(), None):
-                again.close()  # this process is the one that holds it, as a notebook
+            if own_lock := _locks.pop(workdir.resolve(), None):
+                own_lock.close()  # a notebook begins runs in one process
             with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
-            _hold(lock, workdir)
+            _lock_directory(lock, workdir)
             if (workdir / "config.json").exists() and _steps_done(workdir) is not None:
-                same(workdir, config)
-                _say_steps(workdir, config)
-            kept = json.dumps(with_resize(config, CROP), indent=2)
-            files.write(workdir / "config.json", kept + "\n")
+                check_same_experiment(workdir, config)
+                _report_new_steps(workdir, config)
+            text = json.dumps(with_resize(config, CROP), indent=2)
+            files.write(workdir / "config.json", text + "\n")
             undo.pop_all()
             _locks[workdir.resolve()] = lock
     if jax.process_count() > 1:
@@ -68,7 +73,7 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def writable(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes the directory; what the system refuses in it or inside the block is a UserError."""
+    """Creates a work directory; turns every OSError there and within this context into a UserError."""
     files.check_utf8(workdir, "--workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -79,24 +84,25 @@ def writable(workdir: pathlib.Path) -> Iterator[None]:
         ) from None
 
 
-def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Checks that a work directory was begun with this config, as far as it decides what is learned.
+def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Raises a UserError unless a work directory was begun with this config; the keys in `FREE_KEYS` may differ.
 
     Raises:
-      UserError: there is no run, keys differ (names the first), or the run has more steps behind it than the config has.
+      UserError: the directory holds no run, keys differ (names the first), or the run has trained for more steps than the
+        config has.
     """
-    begun, now = _whole(read(workdir)), _whole(config)
+    before, now = _flat_with_defaults(read(workdir)), _flat_with_defaults(config)
     done, steps = _steps_done(workdir), now.get("steps")
     if done is not None and isinstance(steps, int) and steps < done:
         raise UserError(
             f"config.steps = {steps}, but {workdir} is trained for {done} steps already: name at least {done}, or choose"
             " another --workdir"
         )
-    free = (*FREE, *jobs())  # a job's settings are its own
+    free = (*FREE_KEYS, *job_names())  # a job's settings do not change the training
     different = [
-        f"{k} = {begun.get(k)!r} there, {now.get(k)!r} here"
-        for k in sorted(begun.keys() | now.keys())
-        if begun.get(k) != now.get(k)
+        f"{k} = {before.get(k)!r} there, {now.get(k)!r} here"
+        for k in sorted(before.keys() | now.keys())
+        if before.get(k) != now.get(k)
         and not any(k == f or k.startswith(f + ".") for f in free)
     ]
     if different == [f"data.resize = {SQUASH!r} there, {CROP!r} here"]:
@@ -105,35 +111,37 @@ def same(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             f" --config.data.resize={SQUASH} to go on there, or choose another --workdir"
         )
     if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        hidden = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
-            f"{workdir} holds another experiment: {'; '.join(different[:3])}{more}; choose another --workdir or"
+            f"{workdir} holds another experiment: {'; '.join(different[:3])}{hidden}; choose another --workdir or"
             " remove it"
         )
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any]:
-    """The config a work directory was begun with; a damaged one is read from the newest checkpoint, which has it too.
+    """Reads the config that a work directory was begun with.
+
+    If config.json is damaged, the function reads the config from the newest checkpoint and warns.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: there is no config.json, or neither it nor a checkpoint can be read.
     """
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_bytes())
-        wrong = "" if isinstance(config, dict) else f"{path} is no config"
+        problem = "" if isinstance(config, dict) else f"{path} is no config"
     except FileNotFoundError:
         raise UserError(
             f"{workdir} holds no experiment (no config.json); run the job fit there first"
         ) from None
     except ValueError as error:
-        wrong = f"{path} is not valid JSON ({error})"
-    if wrong:
-        config = _noted.of_checkpoint(workdir).get("config")
+        problem = f"{path} is not valid JSON ({error})"
+    if problem:
+        config = _model_json.checkpoint_note(workdir).get("config")
         if not isinstance(config, dict):
-            raise UserError(f"{wrong}; restore it or remove the work directory")
-        warnings.warn(f"{wrong}; the newest checkpoint's is taken", stacklevel=2)
-    return current(canonical(config))
+            raise UserError(f"{problem}; restore it or remove the work directory")
+        warnings.warn(f"{problem}; the newest checkpoint's is taken", stacklevel=2)
+    return upgrade(canonical(config))
 
 
 def _steps_done(workdir: pathlib.Path) -> int | None:
@@ -142,9 +150,10 @@ def _steps_done(workdir: pathlib.Path) -> int | None:
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
-def _say_steps(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Tells that a run goes on to another number of steps than it was begun with."""
-    before, now = _whole(read(workdir)).get("steps"), _whole(config).get("steps")
+def _report_new_steps(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Prints a line if a run continues to another number of steps than it was begun with."""
+    before = _flat_with_defaults(read(workdir)).get("steps")
+    now = _flat_with_defaults(config).get("steps")
     if before != now:
         print(
             f"steps      {now:,} in place of {before:,}: after step {_steps_done(workdir):,} the learning rate follows the"
@@ -152,21 +161,26 @@ def _say_steps(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `{"optim": {"lr": 1}}` as `{"optim.lr": 1, ...}`, with the defaults of the top level.
 
-    "steps" is the sum over all phases; the last phase in "phases" is without its own.
+    "steps" is the sum over all phases. The last entry of "phases" has no "steps", so that a run may continue with a longer
+    last phase.
     """
-    known = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
+    names = {field.name for field in dataclasses.fields(Experiment)} - {"jobs"}
     config = with_resize(config, CROP)
-    keys = {k: v for k, v in config.items() if k in known}
+    keys = {k: v for k, v in config.items() if k in names}
     required = {"data", "optim", "batch"}
     if required <= keys.keys():
         config = {**Experiment(**keys).config(), **config}
     if phases := config.get("phases"):
         *first, last = phases
         last = {k: v for k, v in last.items() if k != "steps"}
-        config = {**config, "steps": _phases.total(phases), "phases": (*first, last)}
+        config = {
+            **config,
+            "steps": _phases.total_steps(phases),
+            "phases": (*first, last),
+        }
     return _flat(config)
 
 
@@ -181,8 +195,16 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def _hold(lock: TextIO, workdir: pathlib.Path) -> None:
-    """Locks the directory for this process; the system lets go of it however the process ends."""
+def _lock_directory(lock: TextIO, workdir: pathlib.Path) -> None:
+    """Locks the directory for this process and writes the process id; the system releases the lock when the process ends.
+
+    Args:
+      lock: the open lock file.
+      workdir: the work directory, for the error message.
+
+    Raises:
+      UserError: another process holds the lock.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

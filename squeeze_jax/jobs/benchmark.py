@@ -1,4 +1,7 @@
-"""Runs every exported file on the whole test set in its own runtime, on one thread, and prints one table."""
+"""Measures every exported file on the whole test set, and prints one table.
+
+Each file runs in its own runtime on one thread.
+"""
 
 import dataclasses
 import pathlib
@@ -27,8 +30,8 @@ class Settings:
     """The keys of `config.benchmark`.
 
     Attributes:
-      runs: timed runs of each file at batch 1.
-      warmup: runs before them.
+      runs: number of timed runs of each file, with one example each; at least 1.
+      warmup: number of untimed runs before them; at least 0.
     """
 
     runs: Count = 200
@@ -36,46 +39,46 @@ class Settings:
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Prints the table and writes it to `report.json` and `report.png`.
+    """Prints a table of accuracy, size and latency, and writes it to `report.json` and `report.png` in the work directory.
 
     Raises:
-      UserError: an exported file or the checkpoint is missing.
+      UserError: the command line names files, there are several processes, or an exported file or the checkpoint is missing.
     """
     if inputs:
         raise UserError(f"the job benchmark takes no files: {inputs[0]}")
-    export.alone("benchmark")
-    settings = _settings.of(built, Settings)
-    state = evaluate.trained(built, workdir)
-    formats = _settings.of(built, export.Settings).formats
-    paths, rejected = export.find(workdir, formats, int(state.step))
+    export.check_single_process("benchmark")
+    settings = _settings.job_settings(built, Settings)
+    state = evaluate.trained_state(built, workdir)
+    formats = _settings.job_settings(built, export.Settings).formats
+    paths, rejected = export.find_files(workdir, formats, int(state.step))
     batches = list(built.data.eval(BATCH))
-    count = sum(int(batch["mask"].sum()) for batch in batches)
-    given = export.examples(built, batches, count)
-    counts = network(built, state)
-    counts["score"] = built.metric.headline.removeprefix("eval_").replace("_", " ")
-    result = fit.evaluator(built)(state)
-    weights = tree.nbytes(export.on_host(built, state)[1])
+    num_examples = sum(int(batch["mask"].sum()) for batch in batches)
+    examples = export.collect_examples(built, batches, num_examples)
+    columns = network_size(built, state)
+    columns["score"] = built.metric.headline.removeprefix("eval_").replace("_", " ")
+    scores = fit.make_evaluator(built)(state)
+    weight_bytes = tree.nbytes(export.network_on_host(built, state)[1])
     rows = [
         table.row(
             "live model (JAX)",
-            {"accuracy": headline(built, result), "bytes": weights},
-            **counts,
+            {"accuracy": headline(built, scores), "bytes": weight_bytes},
+            **columns,
         )
     ]
     for path in paths:
         stop.check()
         print(
-            f"measuring  {path} on {count:,} test examples, one thread",
+            f"measuring  {path} on {num_examples:,} test examples, one thread",
             flush=True,
         )
         measured = runtime.measure(
             path,
-            given,
+            examples,
             runs=settings.runs,
             warmup=settings.warmup,
         )
-        measured["accuracy"] = score(built, batches, measured["outputs"])
-        rows.append(table.row(path.name, measured, **counts))
+        measured["accuracy"] = score_outputs(built, batches, measured["outputs"])
+        rows.append(table.row(path.name, measured, **columns))
     rows += [table.row(f"{key}, rejected", why=why) for key, why in rejected.items()]
     print(f"\n{table.text(rows)}\n")
     for key, why in rejected.items():
@@ -99,10 +102,14 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     print(f"written    {workdir / 'report.json'} and {workdir / 'report.png'}")
 
 
-def caption(origin: dict) -> str:
-    """What the numbers come from: how they were measured, machine, versions, revision."""
-    packages, git = origin["packages"], origin["git"]
-    parts = ["files on one thread, batch 1", origin["machine"]["cpu"]]
+def caption(provenance: dict) -> str:
+    """Returns the caption of the picture: how the numbers were measured, the machine, package versions, git revision.
+
+    Args:
+      provenance: of the report, see `report/record.py`.
+    """
+    packages, git = provenance["packages"], provenance["git"]
+    parts = ["files on one thread, batch 1", provenance["machine"]["cpu"]]
     parts += [
         f"{k} {packages[k]}" for k in ("jax", "flax", "ai-edge-litert") if k in packages
     ]
@@ -113,39 +120,47 @@ def caption(origin: dict) -> str:
     return " · ".join(parts)
 
 
-def score(built: Built, batches: Sequence[dict], outputs) -> float:
-    """The headline of the evaluation of a file's outputs for all examples of these batches."""
+def score_outputs(built: Built, batches: Sequence[dict], outputs) -> float:
+    """Returns the headline score of a file's outputs.
 
-    def step(outputs, some):
-        rows, batch = some
+    Args:
+      built: the experiment.
+      batches: the evaluation batches, with padding.
+      outputs: the file's logits for all examples of the batches without the padding, in the same order.
+    """
+
+    def step(outputs, rows_and_batch):
+        rows, batch = rows_and_batch
         logits = jax.tree.map(lambda x: jnp.asarray(x[rows]), outputs)
         sums, kept = built.metric.measure(logits, batch)
         return sums, kept | {k: batch[k] for k in ("mask", "index") if kept}
 
     ends = np.cumsum([batch["mask"].sum() for batch in batches])
-    some = (
+    rows_and_batches = (
         (
             slice(end - batch["mask"].sum(), end),
             {k: v[batch["mask"]] for k, v in batch.items()},
         )
         for end, batch in zip(ends, batches, strict=True)
     )
-    found = loop.evaluate(step, outputs, some, lambda x: x, built.metric.score)
-    return headline(built, found)
+    scores = loop.evaluate(
+        step, outputs, rows_and_batches, lambda x: x, built.metric.score
+    )
+    return headline(built, scores)
 
 
 def headline(built: Built, scores: Mapping[str, float]) -> float:
-    """The score that networks are compared by, as a part of 1."""
+    """Returns the score by which networks are compared, as a fraction of 1."""
     return scores[built.metric.headline] / built.metric.scale
 
 
-def network(built: Built, state: State) -> dict[str, int]:
-    """Parameters, and MACs of one example, of the network as exported."""
+def network_size(built: Built, state: State) -> dict[str, int]:
+    """Returns the exported network's number of parameters, and its MACs for one example."""
     example = {
         k: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
         for k, s in built.data.exported.items()
     }
     return {
         "parameters": tree.size(forward.parameters(state.params)),
-        "macs": count.macs(export.live(built, state), example).total,
+        "macs": count.macs(export.inference_function(built, state), example).total,
     }

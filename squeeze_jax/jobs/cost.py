@@ -1,4 +1,7 @@
-"""Prints what the config's network costs, layer by layer, before anything is trained, and writes it as CSV and PNG."""
+"""Prints the costs of the config's network, layer by layer, without training it.
+
+The job also writes the costs as CSV and PNG.
+"""
 
 import contextlib
 import csv
@@ -22,8 +25,8 @@ from squeeze_jax.ranges import Bits, Count, Whole
 from squeeze_jax.report import costs, table, units
 from squeeze_jax.train import forward
 
-RUN = "ignores"  # a config is enough
-BUSY = 0.5  # spread of latencies, above which they say little
+RUN = "ignores"  # the job needs a config only
+MAX_SPREAD = 0.5  # of latencies; a larger spread shows that the machine was busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +34,15 @@ class Settings:
     """The keys of `config.cost`.
 
     Attributes:
-      weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, 32 where none matches.
-      activation_bits: of activations.
-      latency: whether to run the network and measure where its time goes.
-      runs: timed runs.
-      warmup: runs before them.
-      batch: examples at a time in these runs; all other costs are of one.
-      cores: confines them to so many cores of the CPU, in a process of their own; None runs them on JAX's default
-        device, and on a CPU on all cores.
+      weight_bits: bits of each weight, in [1, 64]; or rules (regular expression, bits) over parameter names, of which the
+        first match counts; weights that match no rule have 32 bits.
+      activation_bits: bits of each activation, in [1, 64].
+      latency: whether to run the network and measure the latency of each layer.
+      runs: number of timed runs; at least 1.
+      warmup: number of untimed runs before them; at least 0.
+      batch: examples in each of these runs, at least 1; all other costs are for one example.
+      cores: number of CPU cores to use for these runs, in a new process; None runs them on JAX's default device, and on a
+        CPU on all cores.
     """
 
     weight_bits: Bits | tuple[tuple[str, Bits], ...] = 8
@@ -51,7 +55,7 @@ class Settings:
 
 
 def check(settings: Settings, built: Built) -> None:
-    """Raises a UserError where bits are out of range or a rule fits no parameter."""
+    """Raises a UserError if bits are out of range or a rule matches no parameter."""
     program.check_bits(settings.activation_bits, "config.cost.activation_bits")
     where = "config.cost.weight_bits"
     if isinstance(settings.weight_bits, int):
@@ -67,7 +71,7 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-# heading, key of a row, how its value is written
+# (heading of the printed table, key of a row, function that formats the value)
 COLUMNS = (
     ("parameters", "parameters", units.count),
     ("MACs", "macs", units.count),
@@ -77,77 +81,81 @@ COLUMNS = (
     ("MACs/byte", "macs_per_byte", lambda n: "-" if n is None else f"{n:.3g}"),
     ("live", "live_bytes", units.size),
 )
-MEASURED = (  # where the config asks for it
+LATENCY_COLUMNS = (  # only with config.cost.latency
     ("latency, ms", "latency_ms", lambda ms: "-" if ms is None else f"{ms:.4f}"),
     ("share", "latency_share", _share),
 )
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Prints a row a layer, totals, and the peak memory of activations, of one example.
+    """Prints one row per layer, the totals, and the peak memory of activations, for one example.
 
-    With `config.cost.latency` also what time each layer takes, measured. Writes the rows to `cost.csv` and `cost.png` in
-    the work directory, and nothing else: whether it holds a run, and which, stays as it is.
+    With `config.cost.latency` it also measures the latency of each layer. It writes the rows to `cost.csv` and `cost.png` in
+    the work directory and changes nothing else there.
 
     Raises:
-      UserError: files are given, there are several processes, the work directory cannot be written to, or the latency
-        cannot be measured as the config asks.
+      UserError: the command line names files, there are several processes, the work directory cannot be written to, or the
+        latency cannot be measured as the config asks.
     """
     if inputs:
         raise UserError(f"the job cost takes no files: {inputs[0]}")
-    export.alone("cost")
-    settings, name = _settings.of(built, Settings), built.options["name"]
+    export.check_single_process("cost")
+    settings, name = _settings.job_settings(built, Settings), built.options["name"]
     _profile.check_cores(settings.cores)
     model = built.model
     example = built.data.example()
-    with as_run(built):
-        found = layers.layers(
+    with forward_methods_active(built):
+        layer_costs = layers.layers(
             model,
             example,
             weight_bits=settings.weight_bits,
             activation_bits=settings.activation_bits,
         )
         peak = memory.peak(model, example, bits=settings.activation_bits)
-        uncounted = unknown(model, example)
-        places = [*where(peak), *elsewhere(model, example)]
+        uncounted = uncounted_operations(model, example)
+        lines = [describe_peak(peak), *other_memory(model, example)]
     measured = None
     if settings.latency:
         print(f"measuring  {settings.runs} runs of {name}, compiled first", flush=True)
-        measured = _profile.run(built, settings)
-    listed = rows(found, peak, uncounted, measured)
-    title = f"{name}, one {built.data.noun} of {sizes(example)}"
+        measured = _profile.measure(built, settings)
+    rows = cost_rows(layer_costs, peak, uncounted, measured)
+    title = f"{name}, one {built.data.noun} of {example_size(example)}"
+    bits = describe_bits(settings)
     live = "live: the most bytes of activations"
-    print(f"{title}, {bits(settings)}; {live}\n\n{text(listed)}\n")
-    lines = [*places, *methods(built, settings)]
-    caption = f"{bits(settings)} · peak at {place(peak)}"
+    print(f"{title}, {bits}; {live}\n\n{format_table(rows)}\n")
+    lines += describe_methods(built, settings)
+    caption = f"{bits} · peak at {peak_place(peak)}"
     if measured:
-        whole, parts = timing(measured, settings, built.data.noun)
+        whole, parts = describe_latency(measured, settings, built.data.noun)
         lines += [f"latency         {whole}", f"by layer        {parts}"]
         caption += f" · latency {whole} · by layer {parts}"
     print("\n".join(lines))
-    data, drawn = workdir / "cost.csv", workdir / "cost.png"
+    csv_file, picture = workdir / "cost.csv", workdir / "cost.png"
     with _workdir.writable(workdir):
-        files.write(data, comma_separated(listed))
-        costs.write(drawn, listed, title=title, caption=caption)
-    print(f"written         {data} and {drawn}")
+        files.write(csv_file, to_csv(rows))
+        costs.write(picture, rows, title=title, caption=caption)
+    print(f"written         {csv_file} and {picture}")
 
 
-def as_run(built: Built) -> contextlib.AbstractContextManager:
-    """Adds to the module what `config.forward` computes in it, except what integer files do by themselves."""
+def forward_methods_active(built: Built) -> contextlib.AbstractContextManager:
+    """Returns a context in which the module includes the computation of the methods of `config.forward`.
+
+    Methods that integer files replace by their own rounding, such as quantization-aware training, are left out.
+    """
     forwards = {k: f for k, f in built.network.forwards.items() if not f.integer}
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _owned(built))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _method_shapes(built))
     return forward.intercepted(built.network._replace(forwards=forwards), zeros)
 
 
-def _owned(built):
-    """The shapes of what methods own, as variables of a network."""
+def _method_shapes(built):
+    """Returns the shapes of the parameters and state that methods own, as variables for `forward.run`."""
     state = built.abstract()
     own = state.params.get(METHODS, {})
     return {"params": {METHODS: own}, "extra": state.extra or {}}
 
 
-def methods(built: Built, settings: Settings) -> list[str]:
-    """How the methods of `config.forward` count."""
+def describe_methods(built: Built, settings: Settings) -> list[str]:
+    """Returns lines that tell which methods of `config.forward` are included in the costs and which are not."""
     counted = [n for n, f in built.network.forwards.items() if not f.integer]
     inside = [n for n in counted if built.network.forwards[n].intercept]
     lines = []
@@ -163,8 +171,8 @@ def methods(built: Built, settings: Settings) -> list[str]:
     return lines
 
 
-def bits(settings: Settings) -> str:
-    """The bits that are counted for."""
+def describe_bits(settings: Settings) -> str:
+    """Returns the bits of weights and activations in words."""
     weights, activations = settings.weight_bits, f"{settings.activation_bits} bits"
     if not isinstance(weights, int):
         return f"weights of bits by rules, activations of {activations}"
@@ -173,21 +181,27 @@ def bits(settings: Settings) -> str:
     return f"weights of {weights} bits, activations of {activations}"
 
 
-def sizes(example) -> str:
-    """The size of an example, such as "16x16x3", or "128 tokens"."""
+def example_size(example) -> str:
+    """Returns the size of one example, such as "16x16x3" or "128 tokens"."""
     if isinstance(example, Mapping):
         return f"{example['tokens'].shape[-1]} tokens"
     return "x".join(map(str, example.shape[1:]))
 
 
-def timing(
-    measured: _profile.Measured, settings: Settings, noun: str = "image"
+def describe_latency(
+    measured: _profile.Measurement, settings: Settings, noun: str = "image"
 ) -> tuple[str, str]:
-    """The latency of the whole and how it was measured, and what the parts by layer are."""
+    """Returns two phrases: the latency of the whole network and how it was measured; and its division among the layers.
+
+    Args:
+      measured: the measurement.
+      settings: of this job.
+      noun: what one example is called.
+    """
     ms = units.milliseconds
     p50, p90, p99 = (ms(measured.latency[k]) for k in ("p50", "p90", "p99"))
     spread = measured.latency["spread"]
-    busy = ", so the machine was busy" if spread > BUSY else ""
+    busy = ", so the machine was busy" if spread > MAX_SPREAD else ""
     images = f"{settings.batch} {noun}{'s' if settings.batch > 1 else ''}"
     whole = f"p50 {p50}, p90 {p90}, p99 {p99}, spread {spread:.2f}{busy}: {settings.runs} runs of {images} in float32"
     layered = sum(measured.by_layer.values())
@@ -198,43 +212,55 @@ def timing(
     return f"{whole} on {measured.device}", parts
 
 
-def unknown(model, example) -> dict[str, list[str]]:
-    """{layer: what of it is not counted}."""
-    found, root = {}, program.root(model)
-    for each in count.macs(model, example).unknown:
-        what, _, layer = each.rpartition(" in ")
-        what = re.sub("^while loop, .*", "while beyond one iteration", what)
-        found.setdefault(layer.removeprefix(f"{root}/"), []).append(what)
-    return found
+def uncounted_operations(model, example) -> dict[str, list[str]]:
+    """Returns {layer: names of its operations whose MACs are not counted}."""
+    uncounted, root = {}, program.root(model)
+    for description in count.macs(model, example).unknown:
+        operation, _, layer = description.rpartition(" in ")
+        operation = re.sub("^while loop, .*", "while beyond one iteration", operation)
+        uncounted.setdefault(layer.removeprefix(f"{root}/"), []).append(operation)
+    return uncounted
 
 
-def rows(
-    found: Sequence[layers.Layer],
+def cost_rows(
+    layer_costs: Sequence[layers.Layer],
     peak: memory.Memory,
-    unknown: Mapping[str, Sequence[str]],
-    measured: _profile.Measured | None = None,
+    uncounted: Mapping[str, Sequence[str]],
+    measured: _profile.Measurement | None = None,
 ) -> list[dict[str, Any]]:
-    """A row a layer, in order of use, and last the total; keys are those of COLUMNS, layer and not_counted.
+    """Returns one row per layer in order of use, and the total as the last row.
 
-    Bytes live, MACs a byte and the share are None where there is nothing that they could be of. Where latency was
-    measured, rows have the keys of MEASURED too, and there is one more for the time that no layer took.
+    Args:
+      layer_costs: the costs of each layer.
+      peak: the memory of activations.
+      uncounted: see `uncounted_operations`.
+      measured: the measured latency; adds the keys of LATENCY_COLUMNS, and a row for the time outside all layers.
+
+    Returns:
+      Dicts with the keys of COLUMNS, "layer" and "not_counted". "live_bytes", "macs_per_byte" and "share" are None if there
+      is no memory, no byte or no MAC to relate them to.
     """
-    known = {row.name: row for row in found}
-    total = layers.total(tuple(found))
+    costs_by_layer = {row.name: row for row in layer_costs}
+    total = layers.total(tuple(layer_costs))
     times = dict(measured.by_layer) if measured else {}
-    names = dict.fromkeys([*peak.by_layer, *known, *unknown, *times])
+    names = dict.fromkeys([*peak.by_layer, *costs_by_layer, *uncounted, *times])
     lines = [
-        (known.get(name, layers.Layer(name)), peak.by_layer.get(name), whats)
+        (
+            costs_by_layer.get(name, layers.Layer(name)),
+            peak.by_layer.get(name),
+            uncounted.get(name, ()),
+        )
         for name in names
-        for whats in [unknown.get(name, ())]
     ]
     if measured:
         lines.append((layers.Layer(costs.ELSEWHERE), None, ()))
         times[costs.ELSEWHERE] = measured.unnamed_ms + measured.idle_ms
         times[total.name] = measured.traced_ms
-    every = dict.fromkeys(what for whats in unknown.values() for what in whats)
-    lines.append((total, peak.bytes, every))
-    made = [
+    all_uncounted = dict.fromkeys(
+        operation for operations in uncounted.values() for operation in operations
+    )
+    lines.append((total, peak.bytes, all_uncounted))
+    rows = [
         {
             "layer": row.name,
             "parameters": row.parameters,
@@ -244,37 +270,44 @@ def rows(
             "bytes_moved": row.bytes,
             "macs_per_byte": row.intensity if row.bytes else None,
             "live_bytes": live,
-            "not_counted": "; ".join(whats),
+            "not_counted": "; ".join(operations),
         }
-        for row, live, whats in lines
+        for row, live, operations in lines
     ]
     if measured:
-        for row in made:
+        for row in rows:
             row["latency_ms"] = times.get(row["layer"], 0.0)
             row["latency_share"] = row["latency_ms"] / measured.traced_ms
-    return made
+    return rows
 
 
-def text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table, whose last row is the total; what a layer has none of is `-`, what is not counted a row below it."""
-    columns = [*COLUMNS, *(MEASURED if "latency_ms" in rows[-1] else ())]
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows as a table of text.
+
+    A value of 0 or None is written as "-". Operations that are not counted follow below their layer's row.
+
+    Args:
+      rows: of `cost_rows`.
+    """
+    columns = [*COLUMNS, *(LATENCY_COLUMNS if "latency_ms" in rows[-1] else ())]
     headings = ["layer", *(heading for heading, _, _ in columns)]
     cells, notes = [headings], {}
     for row in rows:
-        cells.append([row["layer"], *(w(row[key] or None) for _, key, w in columns)])
+        values = (write(row[key] or None) for _, key, write in columns)
+        cells.append([row["layer"], *values])
         if row["not_counted"] and row is not rows[-1]:
             notes[len(cells)] = row
             cells.append([row["layer"], *[""] * len(columns)])
-    names = max(len(row[0]) for row in cells)
+    name_width = max(len(row[0]) for row in cells)
     lines = table.aligned(cells).splitlines()
-    for at, row in notes.items():  # not in a column, which would get as wide
-        name = row["layer"].ljust(names)
-        lines[at + 1] = f"{name}  not counted: {row['not_counted']}"
+    for number, row in notes.items():  # outside the columns, which would get as wide
+        name = row["layer"].ljust(name_width)
+        lines[number + 1] = f"{name}  not counted: {row['not_counted']}"
     return "\n".join(lines)
 
 
-def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV with plain numbers; shares lie in 0..1, and what is None is empty."""
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows as CSV with plain numbers; shares lie in [0, 1], and None is an empty cell."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -285,21 +318,19 @@ def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def place(peak: memory.Memory) -> str:
-    """The operation of the peak and its layer."""
+def peak_place(peak: memory.Memory) -> str:
+    """Returns the operation at which memory is largest, with its layer."""
     return f"{peak.operation} in {peak.layer}" if peak.layer else peak.operation
 
 
-def where(peak: memory.Memory) -> list[str]:
-    """Where the peak is, and what lies in memory there."""
+def describe_peak(peak: memory.Memory) -> str:
+    """Returns a line about the peak memory of activations: its bytes, its operation and the shapes in memory there."""
     shapes = " + ".join("x".join(map(str, s)) or "1" for s in peak.shapes)
-    return [
-        f"peak memory     {units.size(peak.bytes)} of activations, at {place(peak)}: {shapes}"
-    ]
+    return f"peak memory     {units.size(peak.bytes)} of activations, at {peak_place(peak)}: {shapes}"
 
 
-def elsewhere(model, example) -> list[str]:
-    """The same in float32, and what XLA plans for this machine."""
+def other_memory(model, example) -> list[str]:
+    """Returns lines about the peak memory in float32, and about the memory that XLA plans on this machine."""
     lines = [
         f"in float32      {units.size(memory.peak(model, example, bits=32).bytes)}"
     ]

@@ -1,4 +1,4 @@
-"""Evaluates the trained network on the whole test set."""
+"""Evaluates the trained network on the whole evaluation set."""
 
 import contextlib
 import functools
@@ -17,28 +17,34 @@ from squeeze_jax.train.state import State
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Prints the scores of the trained network, such as its accuracy.
+    """Prints the scores of the trained network on the evaluation set, such as its accuracy.
 
     Raises:
-      UserError: there is no checkpoint, or it does not fit.
+      UserError: the command line names files, there is no checkpoint, or it does not fit.
     """
     if inputs:
         raise UserError(
             f"the job evaluate takes no files: {inputs[0]}; to classify them use --job=predict"
         )
-    state = trained(built, workdir)
-    result = fit.evaluator(built)(state)
+    state = trained_state(built, workdir)
+    scores = fit.make_evaluator(built)(state)
     if jax.process_index() == 0:
         print(
-            f"step {int(state.step)} · {log.scores(result)} · {built.data.num_eval:,} {built.data.noun}s"
+            f"step {int(state.step)} · {log.scores(scores)} · {built.data.num_eval:,} {built.data.noun}s"
         )
 
 
-def trained(built: Built, workdir: pathlib.Path) -> State:
-    """The state that `config.checkpoint.use` names: the newest whole checkpoint or the best.
+def trained_state(built: Built, workdir: pathlib.Path) -> State:
+    """Restores the state of the trained network from the checkpoint that `config.checkpoint.use` selects.
+
+    That is the newest undamaged checkpoint, or the best.
+
+    Args:
+      built: the experiment in the phase of the trained network.
+      workdir: the run's work directory.
 
     Raises:
-      UserError: there is none, or it does not fit the model.
+      UserError: there is no such checkpoint, or it does not fit the model.
     """
     directory = workdir / "checkpoints"
     settings = built.checkpoints
@@ -46,7 +52,7 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
         with contextlib.closing(
             Checkpoints(directory, **settings, read_only=True)
         ) as checkpoints:
-            restored = checkpoints.network(functools.partial(_abstract, built))
+            restored = checkpoints.network(functools.partial(_abstract_state, built))
             if restored is not None:
                 return restored.state
     raise UserError(
@@ -54,8 +60,8 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
     )
 
 
-def _abstract(built: Built, note: Mapping[str, Any]) -> State:
-    """Returns the shapes of a checkpoint; raises a UserError if it belongs to another phase than the experiment."""
+def _abstract_state(built: Built, note: Mapping[str, Any]) -> State:
+    """Returns the shapes of the training state; raises a UserError if a checkpoint's note names another phase."""
     if note.get("phase", 0) != built.phase.index:
         raise UserError(
             f"the checkpoint of step {note['step']} is of phase {note['phase'] + 1} of the run, not of phase"

@@ -1,4 +1,7 @@
-"""Exports the trained network to files for devices; each runs again and must agree with the live model."""
+"""Exports the trained network to files for devices, and checks that each agrees with the live model.
+
+The live model is the trained network as JAX runs it.
+"""
 
 import dataclasses
 import pathlib
@@ -19,7 +22,7 @@ from squeeze_jax.report import units
 from squeeze_jax.train import forward
 from squeeze_jax.train.state import State
 
-EXAMPLES = False  # of the data are needed by integer formats alone
+EXAMPLES = False  # only integer formats need the data's examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Settings:
     """The keys of `config.export`.
 
     Attributes:
-      formats: names of files in `export/formats`.
-      calibration: training examples that the ranges of integer formats are measured on.
-      check: test examples on which each file must agree with the live model.
-      tolerance: largest difference of a float file's logits, relative to the largest logit.
-      int8_agreement: share of check examples whose top class an integer file must share, 0..1.
+      formats: the formats to write, each once: names of files in `export/formats`.
+      calibration: number of training examples for measuring the value ranges of integer formats; at least 1.
+      check: number of test examples on which each file must agree with the live model; at least 1.
+      tolerance: largest allowed difference between a float file's logits and the live model's, as a fraction of the
+        largest logit; above 0.
+      int8_agreement: smallest allowed fraction of the check examples on which an integer file predicts the live model's top
+        class; in [0, 1].
     """
 
     formats: Annotated[tuple[str, ...], Distinct()] = (
@@ -46,46 +51,46 @@ class Settings:
 
 
 def check(settings: Settings, built: Built) -> None:
-    """Raises a UserError for an unknown format."""
+    """Raises a UserError if `config.export.formats` names an unknown format."""
     del built
     for key in settings.formats:
         registry.load("squeeze_jax.export.formats", key, "export format")
 
 
 class Rejected(Reported):
-    """Some files were rejected, the others are written."""
+    """Some formats were rejected; the files of the others are written."""
 
     status = 4
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Writes the files of `config.export.formats` to `workdir/export` and prints how closely each agrees.
+    """Writes the files of `config.export.formats` to `workdir/export`, and prints how closely each agrees.
 
     Raises:
-      UserError: there is no checkpoint, or several processes.
-      Rejected: a file does not compute what the live model computes, or could not be made; the others are written.
+      UserError: the command line names files, there is no checkpoint, or there are several processes.
+      Rejected: a file does not agree with the live model, or cannot be made; the others are written.
     """
     if inputs:
         raise UserError(f"the job export takes no files: {inputs[0]}")
-    report(write(built, workdir))
+    raise_rejected(write_files(built, workdir))
 
 
-def report(rejected: Sequence[str]) -> None:
-    """Raises `Rejected` where a format was rejected."""
+def raise_rejected(rejected: Sequence[str]) -> None:
+    """Raises `Rejected` if any format was rejected."""
     if rejected:
         raise Rejected(
             f"{', '.join(rejected)} rejected, see above; the other files are written"
         )
 
 
-def write(built: Built, workdir: pathlib.Path) -> list[str]:
+def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
     """Writes the files, see `run`; returns the formats that were rejected."""
-    alone("export")
-    state = evaluate.trained(built, workdir)
-    settings = _settings.of(built, Settings)
-    check = examples(built, built.data.eval(settings.check), settings.check)
+    check_single_process("export")
+    state = evaluate.trained_state(built, workdir)
+    settings = _settings.job_settings(built, Settings)
+    check = collect_examples(built, built.data.eval(settings.check), settings.check)
     training = built.data.train(built.experiment.batch, built.experiment.seed)
-    calibration = examples(built, training, settings.calibration)
+    calibration = collect_examples(built, training, settings.calibration)
     _check_calibration(built, settings)
     folder, step, rejected = workdir / "export", int(state.step), []
     for key in settings.formats:
@@ -93,14 +98,16 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
         integer = format_of(key).INTEGER
         try:
             (file,) = export.make(
-                live(built, state, integer=integer),
+                inference_function(built, state, integer=integer),
                 built.data.exported,
                 folder,
                 formats=(key,),
                 ranges=getattr(built.data, "ranges", None),
                 calibration=calibration,
                 check=check,
-                endpoints_fn=live(built, state, endpoints=True, integer=integer),
+                endpoints_fn=inference_function(
+                    built, state, endpoints=True, integer=integer
+                ),
                 tolerance=settings.tolerance,
                 int8_agreement=settings.int8_agreement,
                 agreement=built.metric.agreement,
@@ -123,7 +130,7 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
 
 
 def _check_calibration(built: Built, settings: Settings) -> None:
-    """Raises a UserError for an integer format where noise stands in for the images, see `data/sources/absent.py`."""
+    """Raises a UserError for an integer format if noise replaces the run's images, see `data/sources/absent.py`."""
     if built.experiment.data.get("source", {}).get("name") != "absent":
         return
     for key in settings.formats:
@@ -134,88 +141,110 @@ def _check_calibration(built: Built, settings: Settings) -> None:
             )
 
 
-def live(built: Built, state: State, *, endpoints: bool = False, integer: bool = False):
-    """The trained network as it is exported: {name of `data.exported`: [b, ...]} → logits, or its named stages.
+def inference_function(
+    built: Built, state: State, *, endpoints: bool = False, integer: bool = False
+):
+    """Returns the function that is exported: from a batch to the trained network's logits or endpoints.
 
-    Its weights are on the host.
+    The batch is {name of `data.exported`: array [b, ...]}. The weights are constants of the function, as numpy arrays.
 
     Args:
-      built, state: the experiment and the trained network.
-      endpoints: the stages instead of the logits.
-      integer: for files of integers, which round activations by themselves.
+      built: the experiment.
+      state: the trained state.
+      endpoints: whether the function returns {name: array} with all endpoints and the logits, instead of the logits.
+      integer: whether the function is for an integer file, which rounds activations itself; then methods that do the same,
+        such as quantization-aware training, are left out.
     """
-    network, variables = on_host(built, state)
+    network, variables = network_on_host(built, state)
     if integer:
         kept = {k: f for k, f in network.forwards.items() if not f.integer}
         network = network._replace(forwards=kept)
 
     def fn(batch):
-        (logits, stages), _ = forward.run(network, variables, built.data.inputs(batch))
+        inputs = built.data.inputs(batch)
+        (logits, stages), _ = forward.run(network, variables, inputs)
         return stages | named(logits) if endpoints else logits
 
     return fn
 
 
-def on_host(built: Built, state: State) -> tuple[forward.Network, dict]:
-    """Returns the trained network with its weights as it runs with them: numpy, float32 whatever the training used."""
+def network_on_host(built: Built, state: State) -> tuple[forward.Network, dict]:
+    """Returns (the trained network in float32, its variables as numpy arrays).
+
+    Methods that change weights are applied to the variables; methods that change activations stay in the network.
+    """
     network = built.network._replace(dtype="float32")
     network, variables = forward.folded(network, jax.device_get(state.variables()))
     return network, jax.device_get(variables)
 
 
-def find(
+def find_files(
     workdir: pathlib.Path, formats: Sequence[str], step: int
 ) -> tuple[list[pathlib.Path], dict[str, str]]:
-    """Returns the exported files of these formats, and why the others were rejected, by format.
+    """Returns (the paths of the exported files, {rejected format: reason}).
+
+    Args:
+      workdir: the run's work directory.
+      formats: the formats to look for.
+      step: the step of the trained network.
 
     Raises:
-      UserError: one is missing, damaged, or of another step than the trained network.
+      UserError: a file is missing, damaged, or of another step.
     """
     folder = workdir / "export"
-    known, paths, rejected = listing.read(folder), [], {}
-    again = f"run --job=export --workdir={workdir} first"
-    if known is None:
-        raise UserError(f"{folder / listing.NAME} is damaged; {again}")
+    entries, paths, rejected = listing.read(folder), [], {}
+    remedy = f"run --job=export --workdir={workdir} first"
+    if entries is None:
+        raise UserError(f"{folder / listing.NAME} is damaged; {remedy}")
     for key in formats:
-        entry = known.get(key, {})
+        entry = entries.get(key, {})
         if entry.get("step") == step and "rejected" in entry:
             rejected[key] = entry["rejected"]
             continue
         if "path" not in entry or not (folder / entry["path"]).exists():
-            raise UserError(f"no exported file of format {key} in {folder}; {again}")
+            raise UserError(f"no exported file of format {key} in {folder}; {remedy}")
         path = folder / entry["path"]
         if entry["step"] != step:
             raise UserError(
-                f"{path} is of step {entry['step']}, the trained network of step {step}; {again}"
+                f"{path} is of step {entry['step']}, the trained network of step {step}; {remedy}"
             )
         listing.verify(path)
         paths.append(path)
     return paths, rejected
 
 
-def examples(built: Built, batches, count: int) -> dict[str, np.ndarray]:
-    """What an exported file takes of the first `count` examples of a stream that are no padding."""
-    taken, have = [], 0
+def collect_examples(built: Built, batches, count: int) -> dict[str, np.ndarray]:
+    """Returns the inputs of an exported file, {name: array [count, ...]}, for the first examples that are no padding.
+
+    Args:
+      built: the experiment.
+      batches: a stream of batches.
+      count: the number of examples; fewer are returned if the stream ends.
+    """
+    parts, collected = [], 0
     for batch in batches:
-        taken.append(taken_by_file(built, batch))
-        have += int(batch["mask"].sum())
-        if have >= count:
+        parts.append(file_inputs(built, batch))
+        collected += int(batch["mask"].sum())
+        if collected >= count:
             break
-    return {k: np.concatenate([t[k] for t in taken])[:count] for k in taken[0]}
+    return {k: np.concatenate([part[k] for part in parts])[:count] for k in parts[0]}
 
 
-def taken_by_file(built: Built, batch) -> dict[str, np.ndarray]:
-    """What an exported file takes of a batch's examples: shorter sequences are padded, with what nobody attends to."""
-    found = {}
+def file_inputs(built: Built, batch) -> dict[str, np.ndarray]:
+    """Returns the inputs of an exported file for one batch, without its padding examples.
+
+    Shorter sequences are padded with zeros, which the padding mask hides, to the length that the file takes.
+    """
+    inputs = {}
     for name, spec in built.data.exported.items():
         rows = batch[name][batch["mask"]]
         pads = [(0, n - m) for n, m in zip(spec.shape, rows.shape[1:], strict=True)]
-        found[name] = np.pad(rows, [(0, 0), *pads])
-    return found
+        inputs[name] = np.pad(rows, [(0, 0), *pads])
+    return inputs
 
 
-def alone(job: str) -> None:
-    """Raises a UserError in one of several processes: files are made and measured by one."""
+def check_single_process(job: str) -> None:
+    """Raises a UserError if the run has several processes; `job` is the job's name, for the error message."""
     if jax.process_count() > 1:
         raise UserError(
             f"the job {job} runs in one process; leave out --coordinator and --processes"

@@ -1,4 +1,4 @@
-"""Trains the experiment, or goes on where an earlier run of the same work directory stopped."""
+"""Trains the experiment, or continues an earlier run in the same work directory."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ from squeeze_jax.cost import wire
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _compilation,
-    _noted,
+    _model_json,
     _phases,
     _plan,
     _teachers,
@@ -27,19 +27,22 @@ from squeeze_jax.train.checkpoint import Checkpoints, Restored
 from squeeze_jax.train.log import Log
 from squeeze_jax.train.state import State
 
-RUN = "begins"  # where the work directory holds none yet
+RUN = "begins"  # a run, unless the work directory holds one
 
 
 def ready(built: Built, inputs: Sequence[str] = ()) -> None:
-    """Checks what can be checked before a work directory is made.
+    """Checks what can be checked before the work directory is created.
 
     Raises:
-      UserError: files on the command line, or a batch larger than the dataset.
+      UserError: the command line names files, or a batch is larger than the dataset.
     """
     if inputs:
         raise UserError(f"the job fit takes no files: {inputs[0]}")
     for index in range(max(1, len(built.whole.phases))):
-        batch, examples = _phases.of(built.whole, index)[0].batch, built.data.num_train
+        batch, examples = (
+            _phases.at_phase(built.whole, index)[0].batch,
+            built.data.num_train,
+        )
         if batch > examples:
             raise UserError(
                 f"config.batch = {batch} is more than the {examples:,} training examples: choose a smaller batch"
@@ -47,89 +50,110 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
-    """Trains to the end; the final state is in the newest checkpoint.
+    """Trains all phases to their end, and saves the final state as the newest checkpoint.
 
     Returns:
-      The experiment as it is in its last phase.
+      The experiment in its last phase.
 
     Raises:
-      UserError: the loss is not finite, or the checkpoints or the network to begin with do not fit.
-      loop.Interrupted, stop.Stopped: stopped by a signal; what was trained is saved.
+      UserError: the loss is not finite, or the checkpoints or the network of `config.init` do not fit.
+      loop.Interrupted, stop.Stopped: a signal stopped the run; everything that was trained is saved.
     """
     ready(built, inputs)
-    with Compiled() as compiled:
-        return to_the_end(built, workdir, compiled)
+    with CompiledPhases() as compiled:
+        return train_phases(built, workdir, compiled)
 
 
-def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Built:
-    """Trains, see `run`; `compiled` may hold steps that were compiled for the same experiment with another seed."""
+def train_phases(
+    built: Built, workdir: pathlib.Path, compiled: "CompiledPhases"
+) -> Built:
+    """Trains all phases that are left, see `run`.
+
+    Args:
+      built: the experiment in its first phase.
+      workdir: the work directory; a checkpoint in it is continued.
+      compiled: may already hold training steps, compiled for the same experiment with another seed.
+
+    Returns:
+      The experiment in its last phase.
+    """
     main = jax.process_index() == 0
     say = print if main else lambda *_: None
     settings = built.checkpoints
     directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
         try:
-            built, restored = _transitions.resumed(built, checkpoints)
-        except (
-            UserError
-        ):  # other classes say more than the shapes that follow from them
-            _noted.check_classes(workdir, built.data.label_names)
+            built, restored = _transitions.resume(built, checkpoints)
+        except UserError:
+            # If the classes differ, that explains more than the shapes that differ with them.
+            _model_json.check_classes(workdir, built.data.label_names)
             raise
         say(_plan.plan(built, workdir))
-        given = {} if restored else built.given()
+        initial = {} if restored else built.initial_variables()
         if main:
             if restored:
-                _noted.check_classes(workdir, built.data.label_names)
-            _noted.write(workdir, built.options, settings, built.data)
+                _model_json.check_classes(workdir, built.data.label_names)
+            _model_json.write(workdir, built.options, settings, built.data)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps and checkpoints.scored(start):
             say("trained    already, to the last step")
             return built
-        for line in _transitions.rehearsed(built):
+        for line in _transitions.rehearse(built):
             say(line)
-        begin = restored
+        start_from = restored
         while True:
             if (
-                begin is None
+                start_from is None
                 or start < built.phase.end
                 or not checkpoints.scored(start)
             ):
-                step = compiled.of(built, say)
-                say(f"memory     {_plan.memory(step.largest)}")
+                step = compiled.step_of(built, say)
+                say(f"memory     {_plan.describe_memory(step.largest)}")
                 if jax.device_count() > 1:
-                    say(f"wire       {on_the_wire(built, step)}")
+                    say(f"wire       {describe_wire(built, step)}")
                 say("")
                 if restored:
                     say(f"continuing from the checkpoint of step {start}")
-                begin = begin or Restored(built.create(given), 0)
+                start_from = start_from or Restored(built.create(initial), 0)
                 if jax.process_count() == 1:
                     stop.check()
-                end = train(built, step, begin, workdir, checkpoints, quiet=not main)
+                last_state = train_phase(
+                    built, step, start_from, workdir, checkpoints, quiet=not main
+                )
             else:
-                end = begin.state
+                last_state = start_from.state
             if built.phase.end == built.whole.steps:
                 return built
-            built, state = _transitions.next_phase(built, end, say)
-            begin, restored, start = Restored(state, 0), None, built.phase.first
+            built, state = _transitions.next_phase(built, last_state, say)
+            start_from, restored, start = Restored(state, 0), None, built.phase.first
             say(f"\n{_plan.plan(built, workdir)}")
 
 
-def train(
+def train_phase(
     built: Built,
-    step: "Steps",
-    begin: Restored,
+    step: "CompiledStep",
+    start_from: Restored,
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
     quiet: bool = False,
 ) -> State:
-    """Runs the loop from a state and its position in the data to the last step of a phase."""
+    """Trains one phase to its last step, and returns the last state.
+
+    Args:
+      built: the phase.
+      step: the compiled training step and the evaluation.
+      start_from: the state to start from, and its position in the data.
+      workdir: the work directory, for the log.
+      checkpoints: where states are saved.
+      quiet: whether to print nothing.
+    """
     e, phase = built.experiment, built.phase
     process = (jax.process_index(), jax.process_count())
-    # The key is the run's alone; the step folds its own number in, so a continued run draws what it would have drawn.
-    one = sharding.replicated(built.mesh)
-    key = jax.jit(lambda: jax.random.key(e.seed + 1), out_shardings=one)()
+    # One key for the whole run: the step folds its number in, so a continued run draws the same random numbers.
+    replicated = sharding.replicated(built.mesh)
+    key = jax.jit(lambda: jax.random.key(e.seed + 1), out_shardings=replicated)()
     seed = _phases.data_seed(e.seed, phase)
-    start = int(begin.state.step)
+    start = int(start_from.state.step)
     with (
         contextlib.closing(
             Log(
@@ -138,16 +162,16 @@ def train(
                 start=start,
                 quiet=quiet,
                 phase=phase.label,
-                batch_norm=bool(jax.tree.leaves(begin.state.stats)),
+                batch_norm=bool(jax.tree.leaves(start_from.state.stats)),
             )
         ) as log,
         contextlib.closing(
-            built.data.train(e.batch, seed, begin.position, process)
+            built.data.train(e.batch, seed, start_from.position, process)
         ) as batches,
     ):
         return loop.run(
             step,
-            begin.state,
+            start_from.state,
             batches,
             key,
             steps=phase.end,
@@ -162,7 +186,9 @@ def train(
                 "first": phase.first,
                 "options": built.options,
                 "forward": e.forward,
-                "noted": _noted.of(built.options, built.checkpoints, built.data),
+                "noted": _model_json.contents(
+                    built.options, built.checkpoints, built.data
+                ),
             },
             first=phase.first,
             log_every=e.log_every,
@@ -172,25 +198,25 @@ def train(
         )
 
 
-def put(batch: Mapping[str, np.ndarray], built: Built) -> dict[str, jax.Array]:
-    """Places what of a batch goes to the devices."""
+def put_batch(batch: Mapping[str, np.ndarray], built: Built) -> dict[str, jax.Array]:
+    """Places on the devices those arrays of a batch that the step reads, and the examples' indices as int32."""
     names = built.data.specs(1)[-1]
     arrays = {k: batch[k] for k in names if k in batch}  # a test set has no labels
     arrays["index"] = batch["index"].astype(np.int32)
     return sharding.put_batch(arrays, built.mesh)
 
 
-def evaluator(built: Built) -> Callable[[State], dict[str, float]]:
-    """Returns `state → scores` over the whole evaluation set, such as {"eval_loss", "eval_accuracy"}."""
+def make_evaluator(built: Built) -> Callable[[State], dict[str, float]]:
+    """Returns a function from a state to its scores on the whole evaluation set, such as {"eval_loss", "eval_accuracy"}."""
     metric = built.metric
-    step = evaluation_step(built, metric.measure)
-    return lambda state: evaluation(
+    step = make_evaluation_step(built, metric.measure)
+    return lambda state: run_evaluation(
         built, state, built.data.eval, metric.measure, metric.score, step
     )
 
 
-def evaluation_step(built: Built, measure: Callable) -> Callable:
-    """The jitted step of an evaluation, see `steps.make_evaluation`."""
+def make_evaluation_step(built: Built, measure: Callable) -> Callable:
+    """Returns the jitted step of an evaluation, see `steps.make_evaluation`."""
     step = steps.make_evaluation(built.network, measure, inputs=built.data.inputs)
     replicated = sharding.replicated(built.mesh)
     if not built.carries:
@@ -198,7 +224,7 @@ def evaluation_step(built: Built, measure: Callable) -> Callable:
     return jax.jit(step, out_shardings=(replicated, sharding.over_batch(built.mesh)))
 
 
-def evaluation(
+def run_evaluation(
     built: Built,
     state: State,
     batches: Callable,
@@ -206,146 +232,157 @@ def evaluation(
     score: Callable,
     step: Callable | None = None,
 ):
-    """What `score` makes of all that `measure` finds.
+    """Runs the network on a set of examples; returns the result of `score` on everything that `measure` returned.
 
     Args:
-      built, state: the experiment and the trained network.
-      batches: (batch, process) → the examples, as `data.eval`.
+      built: the experiment.
+      state: the trained state; averaged weights are used if there are any.
+      batches: (batch size, process) → the batches, such as `data.eval`.
       measure, score: see `metrics._metric.Metric`.
-      step: of `evaluation_step`; None for a new one.
+      step: of `make_evaluation_step`; None to make a new one.
     """
     e, mesh = built.experiment, built.mesh
     shards = sharding.batch_shards(mesh)
     batch = math.ceil(min(e.batch, built.data.num_eval) / shards) * shards
-    step = step or evaluation_step(built, measure)
+    step = step or make_evaluation_step(built, measure)
     return loop.evaluate(
-        _carried(built, step, batch) if built.carries else step,
+        _with_carry(built, step, batch) if built.carries else step,
         state.variables(),
         batches(batch, (jax.process_index(), jax.process_count())),
-        lambda rows: put(rows, built),
+        lambda rows: put_batch(rows, built),
         score,
     )
 
 
-def _carried(built: Built, step: Callable, rows: int) -> Callable:
-    """Returns an evaluation step that hands a recurrent network's carry from one batch to the next."""
-    over = sharding.over_batch(built.mesh)
-    carry = jax.jit(lambda: built.model.initial_carry(rows), out_shardings=over)()
+def _with_carry(built: Built, step: Callable, rows: int) -> Callable:
+    """Returns an evaluation step that passes a recurrent network's carry from one batch to the next."""
+    over_batch = sharding.over_batch(built.mesh)
+    initial_carry = jax.jit(
+        lambda: built.model.initial_carry(rows), out_shardings=over_batch
+    )
+    carry = initial_carry()
 
-    def carried(variables, batch):
+    def step_with_carry(variables, batch):
         nonlocal carry
-        scored, carry = step(variables, batch, carry)
-        return scored
+        measured, carry = step(variables, batch, carry)
+        return measured
 
-    return carried
+    return step_with_carry
 
 
-class Compiled:
-    """The training steps of a run's phases, each compiled once; to be used in a `with` statement."""
+class CompiledPhases:
+    """Compiles the training step of each phase once; used in a `with` statement."""
 
     def __init__(self):
         self._steps, self._open = {}, contextlib.ExitStack()
 
-    def __enter__(self) -> "Compiled":
+    def __enter__(self) -> "CompiledPhases":
         return self
 
     def __exit__(self, *raised) -> None:
         self._open.close()
 
-    def of(self, built: Built, say: Callable[[str], None]) -> "Steps":
-        """Returns the steps of a phase, compiled for the largest shape of batch.
+    def step_of(self, built: Built, say: Callable[[str], None]) -> "CompiledStep":
+        """Returns a phase's training step, ready to run.
 
         Args:
           built: the phase.
           say: prints a line.
         """
-        steps_of_phase = self._of(built)
-        steps_of_phase.prepare(say)
-        return steps_of_phase
+        step = self._step_of(built)
+        step.prepare(say)
+        return step
 
     def evaluate(self, built: Built, state: State) -> dict[str, float]:
-        """Returns the scores of a state; see `evaluator`."""
-        return self._of(built).evaluate(state)
+        """Returns the scores of a state; see `make_evaluator`."""
+        return self._step_of(built).evaluate(state)
 
-    def _of(self, built: Built) -> "Steps":
+    def _step_of(self, built: Built) -> "CompiledStep":
         key = built.phase.index, repr(built.options)
         if key not in self._steps:
-            self._steps[key] = self._open.enter_context(Steps(built))
+            self._steps[key] = self._open.enter_context(CompiledStep(built))
         return self._steps[key]
 
 
-class Steps:
-    """The training step, compiled for each of the shapes that batches come in, and the evaluation; in a `with` statement.
+class CompiledStep:
+    """The training step of a phase, compiled for each shape of its batches, and the evaluation; used in a `with` statement.
+
+    A call takes (state, batch, key) and returns (state, metrics).
 
     Attributes:
-      evaluate: state → scores, see `evaluator`.
-      lessons: of teachers; None before `prepare`.
+      evaluate: state → scores, see `make_evaluator`.
+      teacher_outputs: supplies the teachers' outputs; None before `prepare`.
     """
 
     def __init__(self, built: Built):
-        self._built, self.lessons, self._say = built, None, print
-        self._specs = {_shapes(s): s for s in built.data.specs(built.experiment.batch)}
+        self._built, self.teacher_outputs, self._say = built, None, print
+        batch_specs = built.data.specs(built.experiment.batch)
+        self._specs = {_shape_key(spec): spec for spec in batch_specs}
         self._compiled, self._open = {}, contextlib.ExitStack()
-        self.evaluate = evaluator(built)
+        self.evaluate = make_evaluator(built)
 
-    def __enter__(self) -> "Steps":
+    def __enter__(self) -> "CompiledStep":
         return self
 
     def __exit__(self, *raised) -> None:
         self._open.close()
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Lets the teachers speak, where there are any, and compiles for the largest shape; others follow when they come.
+        """Opens the teachers' outputs; an incomplete cache is filled first.
 
         Args:
           say: prints a line.
         """
-        if self.lessons is None:
-            lessons = _teachers.open(self._built, say)
-            self.lessons = self._open.enter_context(lessons)
+        if self.teacher_outputs is None:
+            opened = _teachers.open_outputs(self._built, say)
+            self.teacher_outputs = self._open.enter_context(opened)
         self._say = say
 
     @property
     def largest(self):
-        """The compiled step of the largest shape."""
-        return self._of(list(self._specs)[-1])
+        """Returns the compiled step for the largest shape of batches; compiles it at the first call."""
+        return self._compiled_for(list(self._specs)[-1])
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Places a batch, with what the teachers' outputs on disk say of it."""
-        placed = put(batch, self._built)
-        if rows := self.lessons.rows(batch):
-            placed["teacher"] = rows
+        """Places a batch on the devices, with cached teacher outputs as "teacher" if there are any."""
+        placed = put_batch(batch, self._built)
+        if outputs := self.teacher_outputs.cached_outputs(batch):
+            placed["teacher"] = outputs
         return placed
 
     def __call__(self, state: State, batch: dict, key: jax.Array):
         names = self._built.data.specs(1)[-1]
-        compiled = self._of(_shapes({k: batch[k] for k in names}))
-        return compiled(state, batch, key, *self.lessons.frozen)
+        compiled = self._compiled_for(_shape_key({k: batch[k] for k in names}))
+        return compiled(state, batch, key, *self.teacher_outputs.step_arguments)
 
-    def _of(self, shapes):
-        if shapes not in self._compiled:
-            spec = self._specs[shapes]
+    def _compiled_for(self, shape_key):
+        if shape_key not in self._compiled:
+            spec = self._specs[shape_key]
             with _compilation.compiling(self._say, "the training step"):
-                step = compile_step(self._built, spec, self.lessons)
-            self._compiled[shapes] = step
-        return self._compiled[shapes]
+                step = compile_step(self._built, spec, self.teacher_outputs)
+            self._compiled[shape_key] = step
+        return self._compiled[shape_key]
 
 
-def _shapes(arrays) -> tuple:
+def _shape_key(arrays) -> tuple:
+    """Returns the names and shapes of a batch's arrays as a dict key."""
     return tuple((name, tuple(arrays[name].shape)) for name in sorted(arrays))
 
 
-def compile_step(built: Built, spec, lessons: _teachers.Lessons):
-    """Compiles the training step for the shapes and shardings it will get.
+def compile_step(built: Built, spec, teacher_outputs: _teachers.TeacherOutputs):
+    """Compiles the training step for one shape of batches, with the shardings that its arguments will have.
 
     Args:
       built: the experiment.
-      spec: shapes of a batch.
-      lessons: of teachers.
+      spec: {name: shape} of a batch, see `data.specs`.
+      teacher_outputs: supplies the teachers' outputs.
+
+    Returns:
+      (state, batch, key, *teacher_outputs.step_arguments) → (state, metrics); the state's memory is reused.
     """
-    pieces, arguments = traceable(built, spec, lessons)
-    placed = jax.tree.map(lambda x: x.sharding, arguments[0])
-    shardings = placed, sharding.replicated(built.mesh)
+    pieces, arguments = traceable_step(built, spec, teacher_outputs)
+    state_shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
+    shardings = state_shardings, sharding.replicated(built.mesh)
     options = dict(donate_argnums=0, out_shardings=shardings)
     step = steps.whole(pieces, **options)
     if not pieces.fused:
@@ -353,8 +390,10 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
     return jax.jit(step, **options).lower(*arguments).compile()
 
 
-def traceable(built: Built, spec, lessons: _teachers.Lessons) -> tuple:
-    """Returns the parts of the step, and its arguments' shapes and shardings; see `compile_step`."""
+def traceable_step(
+    built: Built, spec, teacher_outputs: _teachers.TeacherOutputs
+) -> tuple:
+    """Returns (the parts of the training step, its arguments as shapes with shardings); see `compile_step`."""
     e, mesh, abstract = built.experiment, built.mesh, built.abstract()
     pieces = steps.parts(
         built.network,
@@ -362,35 +401,36 @@ def traceable(built: Built, spec, lessons: _teachers.Lessons) -> tuple:
         built.objective.terms,
         prepare=built.data.augment,
         inputs=built.data.inputs,
-        teach=lessons.teach,
+        teach=teacher_outputs.teach,
         gradients=built.plugs.gradients,
         exchange=built.plugs.exchange,
         mesh=mesh,
         accumulate=e.accumulate,
         ema=e.ema,
     )
-    rows, one = sharding.over_batch(mesh), sharding.replicated(mesh)
+    over_batch, replicated = sharding.over_batch(mesh), sharding.replicated(mesh)
     spec = dict(spec) | {"index": jax.ShapeDtypeStruct((e.batch,), jnp.int32)}
-    if more := lessons.spec(spec):
-        spec["teacher"] = more
-    batch, key, frozen = jax.tree.map(
+    if cached_shapes := teacher_outputs.cached_shapes(spec):
+        spec["teacher"] = cached_shapes
+    step_arguments = teacher_outputs.step_arguments
+    batch, key, step_arguments = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        (spec, jax.eval_shape(lambda: jax.random.key(0)), lessons.frozen),
+        (spec, jax.eval_shape(lambda: jax.random.key(0)), step_arguments),
         (
-            jax.tree.map(lambda _: rows, spec),
-            one,
-            jax.tree.map(lambda _: one, lessons.frozen),
+            jax.tree.map(lambda _: over_batch, spec),
+            replicated,
+            jax.tree.map(lambda _: replicated, step_arguments),
         ),
     )
-    return pieces, (abstract, batch, key, *frozen)
+    return pieces, (abstract, batch, key, *step_arguments)
 
 
-def on_the_wire(built: Built, step: "Steps") -> str:
-    """Describes the bytes that each device sends in a step."""
+def describe_wire(built: Built, step: CompiledStep) -> str:
+    """Returns a line about the bytes that each device sends to others in a training step."""
     if built.plugs.exchange is None and hasattr(step.largest, "as_text"):
         return wire.describe(wire.compiled_wire(step.largest)).removeprefix("wire ")
     spec = built.data.specs(built.experiment.batch)[-1]
-    pieces, arguments = traceable(built, spec, step.lessons)
+    pieces, arguments = traceable_step(built, spec, step.teacher_outputs)
     if not pieces.fused:
         return "not known: the gradients are compiled in pieces"
     sent = wire.wire(steps.whole(pieces), *arguments)

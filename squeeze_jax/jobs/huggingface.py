@@ -1,4 +1,7 @@
-"""Writes the trained encoder as a folder that transformers reads: config.json, model.safetensors, the tokenizer's files."""
+"""Writes the trained encoder as a folder that `transformers` loads.
+
+The folder holds config.json, model.safetensors and the tokenizer's files.
+"""
 
 import pathlib
 import shutil
@@ -22,23 +25,23 @@ FOLDER = "huggingface"
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Writes `workdir/huggingface`, once the files, read again, compute what the live model computes.
+    """Writes the folder `workdir/huggingface`, after checking that the files, read again, agree with the live model.
 
     Raises:
-      UserError: there is no checkpoint, the model reads images, transformers has no class for it, or the folder cannot be
-        written to.
-      export.Disagreement: the files do not compute what the live model computes; the folder stays as it was.
+      UserError: the command line names files, there is no checkpoint, the model reads no text, `transformers` has no class
+        for it, or the folder cannot be written.
+      export.Disagreement: the files do not agree with the live model; an existing folder stays as it was.
     """
     if inputs:
         raise UserError(f"the job huggingface takes no files: {inputs[0]}")
-    export.alone("huggingface")
+    export.check_single_process("huggingface")
     if built.data.reads != "tokens":
         raise UserError(
-            f"{built.options['name']} reads {built.data.reads}, and folders of transformers are for encoders of text: --job=export"
-            " writes other files"
+            f"{built.options['name']} reads {built.data.reads}, and folders of transformers are for encoders of text:"
+            " --job=export writes other files"
         )
-    state = evaluate.trained(built, workdir)
-    network, variables = export.on_host(built, state)
+    state = evaluate.trained_state(built, workdir)
+    network, variables = export.network_on_host(built, state)
     _check_plain(network)
     folder = workdir / FOLDER
     try:
@@ -46,9 +49,9 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     except OSError as error:
         raise UserError(f"cannot write to {workdir}: {error.strerror}") from None
     try:
-        models.save(fresh, built.model, variables, config=_labels(built))
+        models.save(fresh, built.model, variables, config=_label_config(built))
         tokens.save(built.data.tokenizer, fresh)
-        verdict = _compared(built, variables, fresh)
+        verdict = _compare_outputs(built, variables, fresh)
         if not verdict.agrees:
             rejected = folder.with_suffix(".rejected")
             shutil.rmtree(rejected, ignore_errors=True)
@@ -63,7 +66,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
 
 
 def _check_plain(network) -> None:
-    """Raises a UserError for a network that a folder cannot hold."""
+    """Raises a UserError if methods change the network's activations, because a folder holds weights only."""
     if network.forwards:
         raise UserError(
             f"a folder of transformers holds weights alone, and {', '.join(network.forwards)} changes activations too:"
@@ -71,20 +74,26 @@ def _check_plain(network) -> None:
         )
 
 
-def _labels(built):
-    """The classes' names, where the model classifies."""
+def _label_config(built):
+    """Returns the class names as an entry of config.json; None if the model does not classify or the classes have no names."""
     names = built.data.label_names
     if not names or built.model.task not in ("classification", "tokens"):
         return None
     return {"id2label": dict(enumerate(names))}
 
 
-def _compared(built, variables, folder) -> Verdict:
-    """How the folder's outputs compare with the live model's, for the examples that exports are checked on."""
-    settings = _settings.of(built, export.Settings)
+def _compare_outputs(built, variables, folder) -> Verdict:
+    """Compares the folder's outputs with the live model's on the first `config.export.check` test examples.
+
+    Args:
+      built: the experiment.
+      variables: of the trained network.
+      folder: the written folder.
+    """
+    settings = _settings.job_settings(built, export.Settings)
     count = settings.check
-    check = export.examples(built, built.data.eval(count), count)
-    net, read = models.load(folder, task=built.model.task)
+    examples = export.collect_examples(built, built.data.eval(count), count)
+    folder_net, folder_variables = models.load(folder, task=built.model.task)
 
     def outputs(net, variables):
         network = forward.Network(net)
@@ -94,11 +103,11 @@ def _compared(built, variables, folder) -> Verdict:
             return named(logits)
 
         with jax.default_matmul_precision("highest"):
-            return {k: np.asarray(v) for k, v in jax.jit(call)(check).items()}
+            return {k: np.asarray(v) for k, v in jax.jit(call)(examples).items()}
 
     return compare(
         outputs(built.model, variables),
-        outputs(net, read),
+        outputs(folder_net, folder_variables),
         integer=False,
         tolerance=settings.tolerance,
         int8_agreement=settings.int8_agreement,

@@ -1,4 +1,4 @@
-"""The main job: train, evaluate, export, run every exported file again, and print one table."""
+"""Does everything in turn: trains, evaluates and exports the network, and measures the exported files."""
 
 import pathlib
 from collections.abc import Sequence
@@ -10,33 +10,35 @@ from squeeze_jax.export.runnable import format_of
 from squeeze_jax.jobs import _experiment, _settings, benchmark, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 
-RUN = "begins"  # where the work directory holds none yet
+RUN = "begins"  # a run, unless the work directory holds one
 
 
 def ready(built: Built, inputs: Sequence[str] = ()) -> None:
-    """Checks what can be checked before a work directory is made.
+    """Checks what can be checked before the work directory is created.
 
     Raises:
-      UserError: see `fit.ready`; a format of export whose packages are missing.
+      UserError: see `fit.ready`; or the packages of an export format are missing.
     """
     if inputs:
         raise UserError(f"{inputs[0]}: files are for --job=predict")
     fit.ready(built)
     if jax.process_count() == 1:
-        for key in _settings.of(built, export.Settings).formats:
+        for key in _settings.job_settings(built, export.Settings).formats:
             format_of(key)
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Does the jobs fit, evaluate, export and benchmark in turn; what is trained already is not trained again.
+    """Does the jobs fit, evaluate, export and benchmark in turn; training continues from the newest checkpoint.
+
+    With several processes, export and benchmark are left out, because they run in one process.
 
     Raises:
-      export.Rejected: a file was rejected; the report has the others.
+      export.Rejected: a format was rejected; the report has the others.
     """
     ready(built, inputs)
     built = fit.run(built, workdir)
-    if built.whole.phases:  # the best checkpoint may be of another phase than the last
-        built = _experiment.opened(workdir, built.whole.config())
+    if built.whole.phases:  # the trained network may be from an earlier phase
+        built = _experiment.build_trained(workdir, built.whole.config())
     evaluate.run(built, workdir)
     if jax.process_count() > 1:
         if jax.process_index() == 0:
@@ -44,6 +46,6 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
                 f"run --job=export and --job=benchmark with --workdir={workdir} in one process"
             )
         return
-    rejected = export.write(built, workdir)
+    rejected = export.write_files(built, workdir)
     benchmark.run(built, workdir)
-    export.report(rejected)
+    export.raise_rejected(rejected)

@@ -1,4 +1,4 @@
-"""What the trained network says of files or words on the command line: labels of images or sentences, answers."""
+"""Prints the trained network's predictions for files or texts on the command line."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,28 +11,29 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import evaluate, export
 from squeeze_jax.jobs._experiment import Built
 
-EXAMPLES = False  # of the data are not needed
+EXAMPLES = False  # the data's examples are not needed
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Prints what the data make of `inputs` and the network's answers.
+    """Prints the predictions for `inputs`, in the form that the data's kind defines.
 
     Raises:
-      UserError: data without predictions, no input, one that cannot be read, or no checkpoint.
+      UserError: this kind of data has no predictions, there is no input, an input cannot be read, or there is no checkpoint.
     """
-    export.alone("predict")
+    export.check_single_process("predict")
     if getattr(built.data, "predict", None) is None:
         raise UserError(
-            f"the job predict has nothing to print for {built.experiment.data.get('name', 'images')!r} data: their task defines no predict"
+            f"the job predict has nothing to print for {built.experiment.data.get('name', 'images')!r} data: their task"
+            " defines no predict"
         )
-    answer = []  # read and compiled when the first input is known to be one
+    compiled = []  # filled at the first batch, when an input has turned out to be readable
 
-    def call(batch):
-        if not answer:
-            state = evaluate.trained(built, workdir)
-            answer.append(jax.jit(export.live(built, state)))
-        return jax.tree.map(np.asarray, answer[0](batch))
+    def infer(batch):
+        if not compiled:
+            state = evaluate.trained_state(built, workdir)
+            compiled.append(jax.jit(export.inference_function(built, state)))
+        return jax.tree.map(np.asarray, compiled[0](batch))
 
-    for line in built.data.predict(inputs, call):
+    for line in built.data.predict(inputs, infer):
         stop.check()
         print(line)

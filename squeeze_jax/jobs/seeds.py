@@ -1,7 +1,7 @@
-"""Trains the experiment with several seeds and reports the scores of all, their median and the best.
+"""Trains the experiment with several seeds, and reports the scores of each seed and the best.
 
-Small tasks' scores vary with the seed by more than most methods gain; published results of GLUE are the best or the median of
-five to ten (Devlin et al., arXiv 1810.04805, section 4.1).
+On small tasks, scores vary with the seed by more than most methods gain. Published results of GLUE are the best or the
+median of five to ten seeds (Devlin et al., arXiv 1810.04805, section 4.1).
 """
 
 import dataclasses
@@ -19,15 +19,17 @@ from squeeze_jax.jobs import _experiment, _workdir, evaluate, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import table
 
-RUN = "ignores"  # it begins runs of its own
+RUN = "ignores"  # this job starts runs in folders below the work directory
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
-    """Trains in `workdir/seed-N` for each N of `config.seeds`, goes on where it stopped, and writes `seeds.json`.
+    """Trains in `workdir/seed-N` for each seed N of `config.seeds`, and writes `workdir/seeds.json`.
+
+    A run that was stopped is continued.
 
     Raises:
-      UserError: no seeds; all else as the job fit.
-      loop.Interrupted: stopped by a signal, and saved.
+      UserError: the command line names files, `config.seeds` has less than two seeds, or see the job fit.
+      loop.Interrupted: a signal stopped the run; everything that was trained is saved.
     """
     if inputs:
         raise UserError(f"the job seeds takes no files: {inputs[0]}")
@@ -37,70 +39,92 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             f"config.seeds = {seeds} names no seeds to compare: give some, such as (0, 1, 2, 3, 4)"
         )
     fit.ready(built)
-    found = {}
-    with fit.Compiled() as compiled:
+    scores_by_seed = {}
+    with fit.CompiledPhases() as compiled:
         for seed in seeds:
             if jax.process_count() == 1:
                 stop.check()
             experiment = dataclasses.replace(built.whole, seed=seed)
-            one = built.with_seed(seed)
-            folder = _of(workdir, seed)
+            seed_built = built.with_seed(seed)
+            folder = _seed_folder(workdir, seed)
             _workdir.begin(folder, _workdir.canonical(experiment.config()))
-            trained = fit.to_the_end(one, folder, compiled)
-            if trained.whole.phases:  # the best may be of another phase than the last
-                trained = _experiment.opened(folder, experiment.config())
-            state = evaluate.trained(trained, folder)
-            found[seed] = compiled.evaluate(trained, state)
+            trained = fit.train_phases(seed_built, folder, compiled)
+            if trained.whole.phases:  # the trained network may be from an earlier phase
+                trained = _experiment.build_trained(folder, experiment.config())
+            state = evaluate.trained_state(trained, folder)
+            scores_by_seed[seed] = compiled.evaluate(trained, state)
     if jax.process_index() == 0:
         headline = built.metric.headline
         best = built.metric.better(headline)
-        print(f"\n{report(found, headline, best)}\n")
-        written = summary(found, headline, best)
+        print(f"\n{report(scores_by_seed, headline, best)}\n")
+        written = summary(scores_by_seed, headline, best)
         path = files.write(workdir / "seeds.json", json.dumps(written, indent=2) + "\n")
-        print(f"written    {path}; the best is {_of(workdir, written['best'])}")
+        print(
+            f"written    {path}; the best is {_seed_folder(workdir, written['best'])}"
+        )
 
 
-def _of(workdir: pathlib.Path, seed: int) -> pathlib.Path:
+def _seed_folder(workdir: pathlib.Path, seed: int) -> pathlib.Path:
     return workdir / f"seed-{seed}"
 
 
 def summary(
-    found: Mapping[int, Mapping[str, float]], headline: str, best: Callable = max
+    scores_by_seed: Mapping[int, Mapping[str, float]],
+    headline: str,
+    best: Callable = max,
 ) -> dict:
-    """Returns scores by seed, their medians, means and deviations, and the best seed.
+    """Returns the contents of `seeds.json`.
 
     Args:
-      found: scores by name, by seed.
-      headline: the score that seeds are compared by; a seed where it is not finite is not the best if another is.
-      best: `max` or `min`.
+      scores_by_seed: {seed: {score: value}}.
+      headline: the score by which seeds are compared; a seed whose value is not finite is the best only if all are.
+      best: `max` or `min`, which chooses the best of several values.
+
+    Returns:
+      {"seeds": {seed: scores}, "median": scores, "mean": scores, "deviation": scores, "best": seed}; deviations are sample
+      standard deviations.
     """
-    finite = [seed for seed in found if math.isfinite(found[seed][headline])]
-    names = next(iter(found.values()))
-    columns = {name: [scores[name] for scores in found.values()] for name in names}
+    finite = [
+        seed
+        for seed, scores in scores_by_seed.items()
+        if math.isfinite(scores[headline])
+    ]
+    names = next(iter(scores_by_seed.values()))
+    columns = {
+        name: [scores[name] for scores in scores_by_seed.values()] for name in names
+    }
     return {
-        "seeds": {str(seed): scores for seed, scores in found.items()},
+        "seeds": {str(seed): scores for seed, scores in scores_by_seed.items()},
         "median": {k: _if_finite(statistics.median, c) for k, c in columns.items()},
         "mean": {k: _if_finite(statistics.fmean, c) for k, c in columns.items()},
         "deviation": {k: _if_finite(statistics.stdev, c) for k, c in columns.items()},
-        "best": best(finite or found, key=lambda seed: found[seed][headline]),
+        "best": best(
+            finite or scores_by_seed, key=lambda seed: scores_by_seed[seed][headline]
+        ),
     }
 
 
 def _if_finite(statistic: Callable, values: Sequence[float]) -> float:
-    """A statistic of values; NaN if one of them is not finite, as of a run that diverged."""
+    """Returns a statistic of values; NaN if one of them is not finite, such as the loss of a run that diverged."""
     return statistic(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def report(
-    found: Mapping[int, Mapping[str, float]], headline: str, best: Callable = max
+    scores_by_seed: Mapping[int, Mapping[str, float]],
+    headline: str,
+    best: Callable = max,
 ) -> str:
-    """A table: a row a seed, then the medians and the best."""
-    whole = summary(found, headline, best)
-    names = list(next(iter(found.values())))
-    rows = {f"seed {seed}": scores for seed, scores in found.items()}
-    rows |= {"median": whole["median"], "mean": whole["mean"]}
-    rows |= {"standard deviation": whole["deviation"]}
-    rows |= {f"best, seed {whole['best']}": found[whole["best"]]}
+    """Returns a table with one row per seed, then rows for median, mean, standard deviation and the best seed.
+
+    For the arguments see `summary`.
+    """
+    statistics_of_seeds = summary(scores_by_seed, headline, best)
+    best_seed = statistics_of_seeds["best"]
+    names = list(next(iter(scores_by_seed.values())))
+    rows = {f"seed {seed}": scores for seed, scores in scores_by_seed.items()}
+    rows |= {key: statistics_of_seeds[key] for key in ("median", "mean")}
+    rows |= {"standard deviation": statistics_of_seeds["deviation"]}
+    rows |= {f"best, seed {best_seed}": scores_by_seed[best_seed]}
     lines = [["", *(name.removeprefix("eval_").replace("_", " ") for name in names)]]
     lines += [
         [name, *(f"{scores[key]:.4f}" for key in names)]

@@ -71,7 +71,7 @@ def bare(turn, case: str, folder: str, args: argparse.Namespace) -> None:
     built = build(case, folder, args.batch)
     step, state = workload.step(built), built.create()
     key, batches = workload.key(built), built.data.train(built.experiment.batch, seed=0)
-    resident = fit.put(next(batches), built)
+    resident = fit.put_batch(next(batches), built)
     batches.close()
     turn(True)
     while True:

@@ -53,7 +53,7 @@ def ours(turn, network, args, lowering="auto") -> None:
     labels = np.arange(args.batch, dtype=np.int32) % workload.CLASSES
     batch = dict(image=images, label=labels, mask=np.ones(args.batch, bool))
     batch["index"] = np.arange(args.batch)
-    batch, key = fit.put(batch, built), workload.key(built)
+    batch, key = fit.put_batch(batch, built), workload.key(built)
 
     def run():
         nonlocal state

@@ -52,7 +52,7 @@ def ours(turn, network: str, folder: str, args: argparse.Namespace) -> None:
     def run(count):
         nonlocal state
         for _ in range(count):
-            state, _ = step(state, fit.put(next(batches), built), key)
+            state, _ = step(state, fit.put_batch(next(batches), built), key)
         jax.block_until_ready(state)
 
     _blocks(turn, run, args)

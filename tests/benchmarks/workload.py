@@ -78,7 +78,7 @@ def step(built):
     from squeeze_jax.jobs import _teachers, fit
 
     spec = built.data.specs(built.experiment.batch)[-1]
-    return fit.compile_step(built, spec, _teachers.Lessons())
+    return fit.compile_step(built, spec, _teachers.TeacherOutputs())
 
 
 def key(built):

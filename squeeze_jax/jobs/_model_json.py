@@ -1,0 +1,125 @@
+"""Reads and writes `model.json` of a work directory: what other runs and jobs need to use the run's trained network.
+
+Each checkpoint's note holds the same contents, so that a damaged file loses nothing.
+"""
+
+import contextlib
+import json
+import pathlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from squeeze_jax import files
+from squeeze_jax.data import Data
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _classes
+from squeeze_jax.jobs._settings import with_tuples
+from squeeze_jax.train.checkpoint import Checkpoints
+
+NAME = "model.json"
+
+
+def write(
+    workdir: pathlib.Path,
+    options: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    source: Data | None = None,
+) -> None:
+    """Writes the file; for the arguments see `contents`."""
+    text = json.dumps(contents(options, checkpoint, source), indent=2)
+    files.write(workdir / NAME, text + "\n")
+
+
+def contents(
+    options: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    source: Data | None = None,
+) -> dict[str, Any]:
+    """Returns the contents of the file.
+
+    Args:
+      options: the arguments of `models.make` that build the network; checkpoints of later phases have options of their own.
+      checkpoint: the arguments of `Checkpoints`, which select the checkpoint of the trained network.
+      source: the data; the file keeps their class names, and for images the arguments of `data/sources/absent.py`.
+
+    Returns:
+      {"model": options, "checkpoint": arguments}; with data also "classes", and for images with classes "source".
+    """
+    saved_model = {"model": dict(options), "checkpoint": dict(checkpoint)}
+    if source is None:
+        return saved_model
+    saved_model["classes"] = list(source.label_names)
+    segmentation = source.metrics == "segmentation"
+    images = segmentation or source.metrics == "classification"
+    if images and source.reads == "images" and source.label_names:
+        channels = source.example().shape[-1]
+        absent = dict(name="absent", classes=saved_model["classes"], channels=channels)
+        saved_model["source"] = absent | ({"ignored": []} if segmentation else {})
+    return saved_model
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Reads the file; if it is damaged, reads its contents from the newest checkpoint and warns.
+
+    Returns:
+      See `contents`; None if there is no file.
+
+    Raises:
+      UserError: the file is damaged, and no checkpoint has its contents.
+    """
+    path = workdir / NAME
+    try:
+        saved_model = with_tuples(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        saved_model, problem = None, f"{path} is not valid JSON ({error})"
+    else:
+        problem = f"{path} is of another version"
+    required = {"model", "checkpoint"}
+    if not isinstance(saved_model, dict) or not required <= saved_model.keys():
+        saved_model = checkpoint_note(workdir).get("noted")
+        if saved_model is None:
+            raise UserError(f"{problem}: run the job fit there again")
+        warnings.warn(f"{problem}; the newest checkpoint's is taken", stacklevel=2)
+    return saved_model
+
+
+def checkpoint_note(workdir: pathlib.Path, **checkpoint_settings) -> dict[str, Any]:
+    """Returns the note of the checkpoint that holds a run's trained network; {} if none can be read.
+
+    Args:
+      workdir: the run's work directory.
+      **checkpoint_settings: arguments of `Checkpoints`; without any, the newest checkpoint is read.
+    """
+    directory, note = workdir / "checkpoints", None
+    if directory.is_dir():
+        opened = Checkpoints(directory, **checkpoint_settings, read_only=True)
+        with contextlib.closing(opened) as checkpoints, contextlib.suppress(UserError):
+            note = checkpoints.note()
+    return with_tuples(dict(note or {}))
+
+
+def config_without_images(
+    workdir: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Returns a run's config with noise in place of its images, see `data/sources/absent.py`.
+
+    Returns None if the data have no images, or if `model.json` does not describe them.
+    """
+    source = (read(workdir) or {}).get("source")
+    if source is None or "source" not in config.get("data", {}):
+        return None
+    return dict(config) | {"data": dict(config["data"]) | {"source": dict(source)}}
+
+
+def check_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:
+    """Raises a UserError if the data's classes differ from those that a run's network was trained on, or their order does.
+
+    Args:
+      workdir: the run's work directory.
+      names: names of the data's classes.
+    """
+    saved_model = read(workdir) or {}
+    _classes.check_same_classes(saved_model.get("classes"), names, str(workdir))
