@@ -239,7 +239,7 @@ def checkpoint(workdir: str, **settings) -> dict[str, Any]:
     if directory.is_dir():
         opened = Checkpoints(directory, **settings, read_only=True)
         with contextlib.closing(opened) as checkpoints:
-            found = checkpoints.weights()
+            found = checkpoints.trained_variables()
         if found is not None:
             return found
     raise UserError(f"no checkpoint in {workdir}: train there first")

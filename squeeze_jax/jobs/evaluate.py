@@ -30,7 +30,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     result = fit.evaluator(built)(state)
     if jax.process_index() == 0:
         print(
-            f"step {int(state.step)} · {log.scores(result)} · {built.data.num_eval:,} {built.data.noun}s"
+            f"step {int(state.step)} · {log.format_scores(result)} · {built.data.num_eval:,} {built.data.noun}s"
         )
 
 
@@ -46,7 +46,7 @@ def trained(built: Built, workdir: pathlib.Path) -> State:
         with contextlib.closing(
             Checkpoints(directory, **settings, read_only=True)
         ) as checkpoints:
-            restored = checkpoints.network(functools.partial(_abstract, built))
+            restored = checkpoints.restore_network(functools.partial(_abstract, built))
             if restored is not None:
                 return restored.state
     raise UserError(

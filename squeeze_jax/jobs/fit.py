@@ -82,7 +82,7 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
                 _noted.check_classes(workdir, built.data.label_names)
             _noted.write(workdir, built.options, settings, built.data)
         start = int(restored.state.step) if restored else 0
-        if start == built.whole.steps and checkpoints.scored(start):
+        if start == built.whole.steps and checkpoints.has_scores(start):
             say("trained    already, to the last step")
             return built
         for line in _transitions.rehearsed(built):
@@ -92,7 +92,7 @@ def to_the_end(built: Built, workdir: pathlib.Path, compiled: "Compiled") -> Bui
             if (
                 begin is None
                 or start < built.phase.end
-                or not checkpoints.scored(start)
+                or not checkpoints.has_scores(start)
             ):
                 step = compiled.of(built, say)
                 say(f"memory     {_plan.memory(step.largest)}")
