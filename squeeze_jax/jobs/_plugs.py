@@ -197,7 +197,7 @@ def bound_taps(
     """
     if not any(f.intercept or f.init or f.state for f in forwards.values()):
         return dict.fromkeys(forwards, ())
-    accepted = forward.taps(model, example, tuple(forwards.values()))
+    accepted = forward.accepted_taps(model, example, tuple(forwards.values()))
     for (name, value), those in zip(forwards.items(), accepted, strict=True):
         if value.intercept is not None and not those:
             raise UserError(

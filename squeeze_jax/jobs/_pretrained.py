@@ -63,7 +63,7 @@ class Network(NamedTuple):
                 k: variables[k] for k in ("params", "batch_stats") if k in variables
             }
         network = self.as_run(models.make(**options), None, "float32")
-        network, variables = forward.folded(network, variables)
+        network, variables = forward.fold_reparametrizations(network, variables)
         params = forward.parameters(variables["params"])
         stats = variables["batch_stats"]
         return jax.device_get({"params": params, "batch_stats": stats})

@@ -11,7 +11,7 @@ from squeeze_jax.jobs import _classes, _experiment, _plugs, _settings
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
-from squeeze_jax.train.state import State, handed_over
+from squeeze_jax.train.state import State, hand_over
 
 
 def resumed(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | None]:
@@ -42,7 +42,7 @@ def next_phase(built: Built, state: State, say: Callable) -> tuple[Built, State]
     after, changed = _transition(built, fetched(state))
     shapes = forward.parameters(changed.params)
     fresh = after.create({"params": shapes, "batch_stats": changed.stats})
-    begun, lines = handed_over(changed, fetched(fresh))
+    begun, lines = hand_over(changed, fetched(fresh))
     for line in lines:
         say(f"{after.phase.label}  {line}")
     placed = jax.tree.map(lambda x: x.sharding, after.abstract())

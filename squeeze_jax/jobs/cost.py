@@ -136,7 +136,9 @@ def as_run(built: Built) -> contextlib.AbstractContextManager:
     """Adds to the module what `config.forward` computes in it, except what integer files do by themselves."""
     forwards = {k: f for k, f in built.network.forwards.items() if not f.integer}
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _owned(built))
-    return forward.intercepted(built.network._replace(forwards=forwards), zeros)
+    return forward.applying_interceptions(
+        built.network._replace(forwards=forwards), zeros
+    )
 
 
 def _owned(built):

@@ -159,7 +159,9 @@ def live(built: Built, state: State, *, endpoints: bool = False, integer: bool =
 def on_host(built: Built, state: State) -> tuple[forward.Network, dict]:
     """Returns the trained network with its weights as it runs with them: numpy, float32 whatever the training used."""
     network = built.network._replace(dtype="float32")
-    network, variables = forward.folded(network, jax.device_get(state.variables()))
+    network, variables = forward.fold_reparametrizations(
+        network, jax.device_get(state.variables())
+    )
     return network, jax.device_get(variables)
 
 

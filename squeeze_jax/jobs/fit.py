@@ -347,7 +347,7 @@ def compile_step(built: Built, spec, lessons: _teachers.Lessons):
     placed = jax.tree.map(lambda x: x.sharding, arguments[0])
     shardings = placed, sharding.replicated(built.mesh)
     options = dict(donate_argnums=0, out_shardings=shardings)
-    step = steps.whole(pieces, **options)
+    step = steps.compose(pieces, **options)
     if not pieces.fused:
         return step
     return jax.jit(step, **options).lower(*arguments).compile()
@@ -393,5 +393,5 @@ def on_the_wire(built: Built, step: "Steps") -> str:
     pieces, arguments = traceable(built, spec, step.lessons)
     if not pieces.fused:
         return "not known: the gradients are compiled in pieces"
-    sent = wire.wire(steps.whole(pieces), *arguments)
+    sent = wire.wire(steps.compose(pieces), *arguments)
     return wire.describe(sent).removeprefix("wire ")
