@@ -59,7 +59,8 @@ class Restored(NamedTuple):
     Attributes:
       state: the saved `State`, or the saved pytree.
       position: examples consumed in this phase when the state was saved.
-      note: "config" and "step", and "phase" (counted from 0) and "options" of the network if they were saved.
+      note: the saved note, described at the top of this file, with the key "step"; {} for a state that was never saved.
+        "phase" is counted from 0.
     """
 
     state: State
@@ -97,7 +98,7 @@ class Checkpoints:
         use: Literal["newest", "best"] = "newest",
         read_only: bool = False,
     ):
-        """Opens the checkpoints in `directory`; creates the directory if it does not exist.
+        """Opens the checkpoints in `directory`; creates the directory if it does not exist, unless `read_only` is set.
 
         Args:
           directory: holds one sub-directory per checkpoint, named by the step.
@@ -106,7 +107,7 @@ class Checkpoints:
           lowest: whether the lowest value of that score is the best, as for a loss; otherwise the highest is.
           use: which checkpoint holds the trained network: the newest, or the best by the score `best`. Evaluation and
             export use that checkpoint; training always continues from the newest.
-          read_only: whether to leave all files as they are, because another process may be saving to the directory.
+          read_only: whether to leave all checkpoints as they are, because another process may be saving to the directory.
         """
         self._use, self._best, self._read_only = use, best, read_only
         self._keep = keep
@@ -205,9 +206,7 @@ class Checkpoints:
             **trees.to_json(note or {}, "note"),
         }
         with self._reporting_full_disk(), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Orbax calls deprecated functions of its own
+            warnings.simplefilter("ignore")  # Orbax calls its own deprecated functions
             was_saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -310,13 +309,14 @@ class Checkpoints:
             return self._manager.restore(step, args=args)["note"] | {"step": step}
 
     def trained_variables(self) -> dict[str, Any] | None:
-        """Returns the trained network's variables as numpy arrays, for `forward.run`; None if there is no checkpoint.
+        """Returns the trained network's variables as numpy arrays, for `forward.run`.
 
         Needs no template, because it takes the shapes from the checkpoint. The option `use` chooses the checkpoint.
-        Returns the averaged weights if the run averages its weights.
+        Returns the averaged weights if the run averages its weights, and None if there is no checkpoint whose metadata
+        can be read.
 
         Raises:
-          UserError: no checkpoint can be read, or `use` is "best" and no checkpoint was evaluated.
+          UserError: all checkpoints are damaged, or `use` is "best" and no checkpoint was evaluated.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         newest = self._saved_shapes(device)
@@ -464,7 +464,7 @@ class Checkpoints:
         metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
             raise OSError("the state's description is missing")
-        # Earlier versions did not save the shares of batches in running statistics.
+        # Earlier versions did not save the shares of batches in the running statistics.
         shares = {}
         if SHARES not in (metadata.get("extra") or {}):
             expected, shares = _split_off_shares(expected)

@@ -45,12 +45,12 @@ def check_shapes(logits: jax.Array, labels: jax.Array) -> None:
       logits: [..., classes].
       labels: int [...], or float [..., classes] with the probability of each class.
     """
-    integer_shape = logits.shape[:-1]
+    expected = logits.shape[:-1]
     are_probabilities = jnp.issubdtype(labels.dtype, jnp.floating)
     if are_probabilities and labels.shape == logits.shape:
         return
-    if are_probabilities or labels.shape != integer_shape:
+    if are_probabilities or labels.shape != expected:
         raise UserError(
-            f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give integers {list(integer_shape)}, or"
+            f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give integers {list(expected)}, or"
             f" the share of each class as floats {list(logits.shape)}"
         )

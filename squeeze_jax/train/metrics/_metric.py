@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """An evaluation metric; each file of `metrics/` has a function `make(data) -> Metric`.
+    """An evaluation metric; each file of `metrics/` has a function `make(data) → Metric`.
 
     Attributes:
       measure: (logits, batch) → (sums, rows); runs under jit. `sums` are scalars or arrays, such as a confusion matrix,

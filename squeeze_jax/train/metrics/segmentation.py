@@ -18,9 +18,10 @@ HEADLINE = "eval_mean_iou"
 
 
 def make(data) -> Metric:
-    """Returns the metric with the scores "eval_loss", "eval_pixel_accuracy", "eval_mean_iou" and one "eval_iou_CLASS" per class.
+    """Returns the metric with the scores "eval_loss", "eval_pixel_accuracy", "eval_mean_iou" and "eval_iou_CLASS".
 
-    A class that occurs in neither targets nor predictions has no IoU. The mean does not count it, and its score is absent.
+    There is one "eval_iou_CLASS" per class. A class that occurs in neither targets nor predictions has no IoU: the mean does
+    not count it, and its score is absent.
 
     Args:
       data: the data task, whose `label_names` are the names of the classes.
