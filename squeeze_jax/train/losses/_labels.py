@@ -51,6 +51,6 @@ def check_shapes(logits: jax.Array, labels: jax.Array) -> None:
         return
     if are_probabilities or labels.shape != expected:
         raise UserError(
-            f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give integers {list(expected)}, or"
-            f" the share of each class as floats {list(logits.shape)}"
+            f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give integers {list(expected)},"
+            f" or the share of each class as floats {list(logits.shape)}"
         )
