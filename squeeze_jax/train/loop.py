@@ -78,11 +78,12 @@ def run(
       config: the run's config, stored in each checkpoint.
       note: stored there too: the phase and the network's options.
       first: the step at which this phase and its data began.
-      log_every, eval_every, save_every: intervals in steps; 0 means only at the end.
+      log_every: interval between training records in steps, at least 1.
+      eval_every, save_every: intervals in steps; 0 means only at the end.
       learning_rate: step of this phase → learning rate, for the log.
 
     Raises:
-      UserError: the loss is not finite; the message names the step and the last checkpoint.
+      UserError: the loss or the norm of the gradients is not finite; the message names the step and the last checkpoint.
       Interrupted: SIGINT or SIGTERM arrived; the state is saved.
     """
     pending, input_wait, digest, since = [], 0.0, 0, time.perf_counter()

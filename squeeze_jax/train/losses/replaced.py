@@ -38,9 +38,10 @@ def make(discriminator: NonNegative = WEIGHT) -> Callable:
 
     def loss(logits, endpoints, batch):
         generator_logits = head_logits(logits, "masked_lm")
+        discriminator_logits = head_logits(logits, "replaced")
         losses, hits, weights = masked_lm.masked_losses(generator_logits, batch)
         replaced_losses, replaced_hits, real = discriminator_losses(
-            head_logits(logits, "replaced"), endpoints["is_replaced"], batch
+            discriminator_logits, endpoints["is_replaced"], batch
         )
         generator_loss = mean(losses, weights)
         replaced_loss = mean(replaced_losses, real)
