@@ -34,8 +34,9 @@ def make(
     Only real tokens count as queries and keys, and only keys that the attention mask of the query allows.
 
     Args:
-      kind: "scores" or "probabilities", see the top of this file.
-      layers: the layers to compare, a mapping or pairs of numbers; see `_loss.layer_pairs`.
+      kind: whether to compare attention "scores" by their squared error, or "probabilities" by their KL divergence.
+      layers: the layers to compare: "uniform", "skip", "last", or pairs of numbers (student layer, teacher layer); see
+        `_loss.layer_pairs`.
       heads: "equal" compares head by head; "mean" first averages over the heads, so that their numbers may differ.
       teacher: number of the teacher, counted from 0.
 

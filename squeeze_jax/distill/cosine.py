@@ -22,7 +22,8 @@ def make(
     """Returns the loss "cosine", summed over pairs of layers.
 
     Args:
-      layers: the layers to compare, see `_loss.layer_pairs`; by default the last ones.
+      layers: the layers to compare, by default the last ones: "uniform", "skip", "last", or pairs (student layer, teacher
+        layer); see `_loss.layer_pairs`.
       teacher: number of the teacher, counted from 0.
 
     Raises:

@@ -33,12 +33,13 @@ def make(
     Its parameters are the projections [student features, teacher features], called <student endpoint>_<teacher endpoint>.
 
     Args:
-      layers: the layers to compare, see `_loss.layer_pairs`.
+      layers: the layers to compare: "uniform", "skip", "last", or pairs (student layer, teacher layer); see
+        `_loss.layer_pairs`.
       embeddings: whether to compare the endpoint "embeddings" too; it has its own projection.
       project: whether to project the student's hidden states; None projects them where the widths differ.
       shared: whether all layers share one projection, as in TinyBERT; it is called "layers".
       normalise: whether to divide hidden states by their norm.
-      tokens: "all", or "first" to compare only the first token, which represents the sequence.
+      tokens: "all" tokens are compared, or only the "first" one, which represents the sequence.
       teacher: number of the teacher, counted from 0.
 
     Raises:

@@ -45,9 +45,9 @@ def make(
     which ELECTRA's head for replaced tokens has.
 
     Args:
-      temperature: T, above 0; must be 1 with kind "mse".
-      kind: "kl" for the divergence above. "cross_entropy" is larger by the teachers' entropy and has the same gradients.
-        "mse" is the mean squared error of the logits.
+      temperature: temperature T of the softmax, above 0; must be 1 with kind "mse".
+      kind: "kl" is T^2 KL(p_teacher || p_student). "cross_entropy" is larger by the teachers' entropy and has the same
+        gradients. "mse" is the mean squared error of the logits.
       positions: the tokens that count in logits with one row per token: "all" real tokens, or the masked tokens that
         batch["chosen"] marks.
 

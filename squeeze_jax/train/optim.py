@@ -69,10 +69,12 @@ def make(
       end: final learning rate as a fraction of the peak, for "cosine" and "linear".
       boundaries: increasing fractions of the run in (0, 1), for "step".
       drop: factor of the learning rate at each boundary, for "step".
-      momentum: momentum of "sgd" and "rmsprop".
+      momentum: decay factor of the accumulated gradients, for "sgd" and "rmsprop".
       nesterov: whether "sgd" uses Nesterov momentum.
-      b1, b2, eps: constants of "adamw" and "lamb"; "rmsprop" uses `b2` and `eps` (0.9 and 1e-3 for MobileNets).
-      decay: weight decay.
+      b1: decay rate of the running mean of gradients, for "adamw" and "lamb".
+      b2: decay rate of the running mean of squared gradients, for "adamw", "lamb" and "rmsprop" (0.9 for MobileNets).
+      eps: added to the denominator, for "adamw", "lamb" and "rmsprop" (1e-3 for MobileNets).
+      decay: factor of the weight decay.
       decay_rules: (regular expression, factor) pairs over parameter names. The first match multiplies `decay` by its
         factor; parameters without a match get no weight decay.
       clip: largest global norm of the gradients; 0 for no clipping.

@@ -34,8 +34,11 @@ def make_mesh(
     """Arranges all devices of all processes in a mesh.
 
     Args:
-      data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes all remaining devices.
-      rules: not used here. `shard_state` uses the rules of the same config section, `config.sharding`.
+      data: size of the axis of data parallelism. One of the three sizes may be -1, which takes all remaining devices.
+      fsdp: size of the axis of data parallelism that also divides the parameters.
+      tensor: size of the axis that divides the parameters but not the batch.
+      rules: (regular expression over parameter names, value) pairs that choose how parameters are divided. `shard_state`
+        describes and applies them; this function does not use them.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.

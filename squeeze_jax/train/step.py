@@ -108,9 +108,9 @@ def make(network: Network | Any, update: Any, objective: Any, **plugs) -> Step:
     `forward.mode_argument` names, or by none.
 
     Returns:
-      A `Step`: (state, batch, key, *frozen) → (state, metrics), with a method `init`. Metrics are float32 scalars: "loss",
-      "grad_norm", "examples" (the number of examples that count) and the metrics of the objective. A step with a
-      `gradients` method that is not fused cannot be jitted; it compiles its other parts itself.
+      The `Step`, a function (state, batch, key, *frozen) → (state, metrics) with a method `init`. Metrics are float32
+      scalars: "loss", "grad_norm", "examples" (the number of examples that count) and the metrics of the objective. A
+      step with a `gradients` method that is not fused cannot be jitted; it compiles its other parts itself.
 
     Raises:
       UserError: the step was called with a state that does not fit it, or with a batch whose arrays have different

@@ -1,6 +1,6 @@
-"""The loss of masked language models: the cross-entropy of the masked tokens (Devlin et al., arXiv 1810.04805).
+"""The loss of masked language models: the cross-entropy of the masked tokens.
 
-It is a mean over the masked tokens of all examples that count, not over examples.
+Devlin et al., arXiv 1810.04805. The loss is a mean over the masked tokens of all examples that count, not over examples.
 """
 
 from collections.abc import Callable, Mapping
