@@ -15,7 +15,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.norm import SHARES, BatchNorm, shares
 from squeeze_jax.train import forward, log, sharding
-from squeeze_jax.train import step as steps
+from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.losses import cross_entropy
 from squeeze_jax.train.state import State, create, hand_over
@@ -104,7 +104,7 @@ def begun(**options) -> State:
 
 
 def trained(state, rows, **options):
-    step = jax.jit(steps.make(Net(), TX, cross_entropy.make(), **options))
+    step = jax.jit(training_step.make(Net(), TX, cross_entropy.make(), **options))
     for batch in rows:
         state, _ = step(state, batch, jax.random.key(1))
     return state

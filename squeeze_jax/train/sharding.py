@@ -106,7 +106,7 @@ def shard_state(
     The value of a rule is one of these:
 
     - a tuple with an axis name or None for each dimension of the parameter;
-    - one axis name, which divides the largest dimension that is divisible by the size of the axis;
+    - one axis name, which divides the largest dimension that is divisible by the size of the axis, if there is one;
     - None for a replicated parameter.
 
     Arrays that the optimizer or the average keeps for a parameter have the sharding of the parameter. The carry of a
