@@ -72,7 +72,10 @@ def make(
 
 
 def _squared_error(student_scores, teacher_scores, batch, averages):
-    """Returns the mean squared error of attention scores [b, heads, l, l]; `averages`: over the heads first."""
+    """Returns the mean squared error of attention scores [b, heads, l, l].
+
+    The arguments are as in `_divergence`; with `averages` the scores are first averaged over the heads.
+    """
     query_weights, visible = _weights_and_mask(student_scores, batch)
     visible &= teacher_scores[:, :1] > _MASKED
     # Masked scores are removed before the subtraction, because their difference may be infinite.

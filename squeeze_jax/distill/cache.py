@@ -335,11 +335,11 @@ def _create_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     If a file of outputs had to be created, `written.npy` is created anew, because no example is complete.
     """
     count, created = manifest["count"], False
-    files = {
+    arrays = {
         folder / _file_name(name): ((count, *shape), dtype)
         for name, (shape, dtype) in manifest["arrays"].items()
     }
-    for path, (shape, dtype) in files.items():
+    for path, (shape, dtype) in arrays.items():
         if not path.exists():
             created = True
             _allocate(path, shape, dtype)

@@ -74,7 +74,7 @@ def make(
                 for outputs in batch["teacher"]
             ]
             losses = [
-                head_loss(name, x, [heads[name] for heads in teacher_heads], batch)
+                head_loss(name, x, [each[name] for each in teacher_heads], batch)
                 for name, x in heads.items()
             ]
             total = sum(losses) / len(losses)
