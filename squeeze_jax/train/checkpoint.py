@@ -447,8 +447,8 @@ class Checkpoints:
     def _restore_step(self, step: int, like: Template) -> Restored:
         """Restores the checkpoint of one step, also one that an earlier version saved.
 
-        Compares its shapes with the template before reading the arrays, and the checksums of the arrays with the note
-        afterwards.
+        Compares the shapes with the template before it reads the arrays, and then the arrays with the checksums in the note.
+        Converts the names of an earlier version to today's, and sets shares of batches that were not saved to 1.
 
         Args:
           step: the checkpoint's step.
@@ -518,6 +518,8 @@ class Checkpoints:
 def _split_off_shares(expected: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Splits the shares of batches in the running statistics off a state, because earlier versions did not save them.
 
+    `BatchNorm` explains the shares.
+
     Args:
       expected: a state as a dict of `_to_dict`.
 
@@ -536,12 +538,12 @@ def _ones(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _params_first(part: str) -> tuple[bool, str]:
-    """Returns the sort key of a state's field, which puts "params" before all others."""
+    """Returns a sort key for the fields of a state: "params" comes first, the others follow in alphabetical order."""
     return part != "params", part
 
 
 def _ignore_closed_event_loops() -> None:
-    """Stops Python from printing the exception "Event loop is closed", once for the whole process.
+    """Keeps Python from printing the exception "Event loop is closed"; installs a hook for that once per process.
 
     When Orbax meets a damaged checkpoint, it abandons reads that still run. They end in threads that nobody waits for, and
     try to report to an event loop that is closed. The hook that prints such exceptions still prints all others.
