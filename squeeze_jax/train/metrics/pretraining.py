@@ -15,7 +15,7 @@ _LARGEST = 700.0
 def make(data) -> Metric:
     """Returns the metric with the scores "eval_loss", "eval_accuracy" and "eval_perplexity".
 
-    Accuracy and perplexity are those of tokens; for ELECTRA those of the generator. A network that also predicts the order
+    Accuracy and perplexity measure the prediction of tokens; for ELECTRA, by the generator. A network that also predicts the order
     of two segments has the score "eval_order_accuracy"; ELECTRA has "eval_replaced_accuracy" of the discriminator.
     "eval_loss" is the sum of all losses, in which the discriminator's has the default weight of `losses.replaced`.
 
