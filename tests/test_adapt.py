@@ -81,7 +81,7 @@ def by_hand(model, variables):
             (logits, _), new = model.apply(
                 {"params": params, "batch_stats": stats},
                 batch["image"],
-                **forward.mode(model, True),
+                **forward.mode_argument(model, True),
                 mutable=["batch_stats"],
             )
             each = optax.softmax_cross_entropy_with_integer_labels(
@@ -108,7 +108,7 @@ class Paired(nn.Module):
         nn.share_scope(self, self.net)
 
     def __call__(self, x, train=False):
-        found = self.net(x, **forward.mode(self.net, train))
+        found = self.net(x, **forward.mode_argument(self.net, train))
         return found if isinstance(found, tuple) else (found, {})
 
 
@@ -139,7 +139,7 @@ def test_it_trains_counts_and_exports(name, tmp_path):
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
-    evaluate = forward.mode(model, False)
+    evaluate = forward.mode_argument(model, False)
     variables = jax.device_get(state.plain())
     x = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
     assert (
@@ -149,7 +149,9 @@ def test_it_trains_counts_and_exports(name, tmp_path):
     assert count.macs(model, x, **evaluate).total == MACS
 
     def predict(inputs):
-        logits, _ = forward.parted(model.apply(variables, inputs["image"], **evaluate))
+        logits, _ = forward.split_outputs(
+            model.apply(variables, inputs["image"], **evaluate)
+        )
         return logits
 
     images = np.concatenate([batch["image"] for batch in batches()])
@@ -247,4 +249,4 @@ def test_arguments_of_a_step():
     with pytest.raises(UserError, match="did you mean 'adamw'"):
         optim.make("adam_w", steps=10, lr=0.1)
     with pytest.raises(UserError, match="a tuple of 3"):
-        forward.parted((1, 2, 3))
+        forward.split_outputs((1, 2, 3))

@@ -385,7 +385,9 @@ def test_in_place():
     np.testing.assert_allclose(soft[0], [0.5, 0.5])
     found = sandwich.soft_cross_entropy(small, soft, mask)
     assert float(found) == pytest.approx(KL + math.log(2), rel=1e-5)
-    found = sandwich.soft_cross_entropy(2 * small, sandwich.soft_labels(2 * big, 2.0), mask, 2.0)
+    found = sandwich.soft_cross_entropy(
+        2 * small, sandwich.soft_labels(2 * big, 2.0), mask, 2.0
+    )
     assert float(found) == pytest.approx(4 * (KL + math.log(2)), rel=1e-5)
 
     def both(big, small):

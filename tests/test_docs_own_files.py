@@ -189,7 +189,7 @@ def test_the_example_of_an_exchange_gives_the_mean(folder):
         pieces, _ = fit.traceable_step(built, built.data.specs(8)[-1], teacher_outputs)
         batch = fit.put_batch(next(built.data.train(8, 0)), built)
         key = jax.random.key(0)
-        after, _ = jax.jit(step.whole(pieces))(built.create(), batch, key)
+        after, _ = jax.jit(step.compose(pieces))(built.create(), batch, key)
         ends.append(jax.device_get(after.params))
     # bfloat16 keeps 8 bits.
     jax.tree.map(

@@ -228,4 +228,4 @@ def test_distillation_names_other_padding_masks(batch, words):
 
 
 def test_a_batch_without_padding_has_no_mask():
-    assert _loss.attended({"tokens": jnp.ones((1, 2))}) is None
+    assert _loss.padding_mask({"tokens": jnp.ones((1, 2))}) is None

@@ -365,9 +365,9 @@ def test_options_that_do_not_fit_are_named(options, message):
 def test_outputs_that_do_not_fit_the_loss_are_named():
     batch = {"targets": np.zeros((2, 5), np.int32), "fresh": np.zeros(2, bool)}
     with pytest.raises(UserError, match=r"needs targets: config\.data should be"):
-        next_token.scored(np.zeros((2, 5, 9)), {"tokens": batch["targets"]})
+        next_token.target_losses(np.zeros((2, 5, 9)), {"tokens": batch["targets"]})
     with pytest.raises(UserError, match=r"for targets \(2, 5\), .* returns \(2, 9\)"):
-        next_token.scored(np.zeros((2, 9)), batch)
+        next_token.target_losses(np.zeros((2, 9)), batch)
 
 
 def test_without_a_dead_unit_a_layer_is_narrower():

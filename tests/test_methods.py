@@ -139,7 +139,7 @@ class Traced:
         placed = jax.tree.map(lambda x: x.sharding, built.abstract())
         one = sharding.replicated(built.mesh)
         shardings = dict(out_shardings=(placed, one))
-        self._step = step.whole(pieces, **shardings)
+        self._step = step.compose(pieces, **shardings)
         if self.fused:
             self._step = jax.jit(self._counted(self._step), **shardings)
 

@@ -95,7 +95,7 @@ def network(start=2):
     x = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
     example = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     method = lsq.make(start=start, observe=1, bits=4, activation_bits=8)
-    (taps,) = forward.taps(net, example, (method,))
+    (taps,) = forward.accepted_taps(net, example, (method,))
     params = jax.jit(net.init)(jax.random.key(0), x)["params"]
     own = method.init(jax.random.key(1), params, taps)
     variables = {
@@ -140,7 +140,9 @@ def test_from_its_start_weights_and_activations_lie_on_their_levels():
     (logits, _), _ = at(2, train=False, changes=state)
     (before, _), _ = at(1, train=False, changes=state)
     assert np.abs(logits - before).max() > 1e-4
-    folded, plain = forward.folded(run, variables | state | {"step": jnp.int32(2)})
+    folded, plain = forward.fold_reparametrizations(
+        run, variables | state | {"step": jnp.int32(2)}
+    )
     for name, kernel in tree.flatten(forward.parameters(plain["params"])).items():
         if name.endswith("/kernel"):
             columns = np.asarray(kernel).reshape(-1, kernel.shape[-1]).T

@@ -15,10 +15,10 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.norm import SHARES, BatchNorm, shares
 from squeeze_jax.train import forward, log, sharding
-from squeeze_jax.train import step as steps
+from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.losses import cross_entropy
-from squeeze_jax.train.state import State, create, handed_over
+from squeeze_jax.train.state import State, create, hand_over
 
 MEANS = np.array([3.0, -1.0, 7.0, 2.0, 2.0], np.float32)
 
@@ -104,7 +104,7 @@ def begun(**options) -> State:
 
 
 def trained(state, rows, **options):
-    step = jax.jit(steps.make(Net(), TX, cross_entropy.make(), **options))
+    step = jax.jit(training_step.make(Net(), TX, cross_entropy.make(), **options))
     for batch in rows:
         state, _ = step(state, batch, jax.random.key(1))
     return state
@@ -205,11 +205,11 @@ def test_given_statistics_go_on_as_pytorch_would():
 def test_the_next_phase_goes_on_counting():
     before = trained(begun(), batches(2))
     fresh = begun(given={"batch_stats": before.stats})
-    after, lines = handed_over(before, fresh)
+    after, lines = hand_over(before, fresh)
     assert not lines
     for a, b in zip(*map(jax.tree.leaves, (after.extra, before.extra)), strict=True):
         np.testing.assert_array_equal(a, b)
-    uncounted, _ = handed_over(before._replace(extra=None), fresh)
+    uncounted, _ = hand_over(before._replace(extra=None), fresh)
     assert set(map(float, jax.tree.leaves(uncounted.extra))) == {1.0}
 
 

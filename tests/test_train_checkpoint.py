@@ -64,7 +64,7 @@ def save(directory, *steps, metrics=None, **options):
         states[step] = at(make(seed=step)[0], step)
         checkpoints.save(states[step], 10 * step, {"lr": 0.1})
         if metrics:
-            checkpoints.score(step, metrics[step])
+            checkpoints.record_scores(step, metrics[step])
     checkpoints.wait()
     checkpoints.close()
     return states
@@ -115,14 +115,14 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     metrics = {s: {"eval_accuracy": a} for s, a in accuracy.items()}
     save(tmp_path, 1, 2, 3, 4, metrics=metrics, keep=1)
     _, like = make()
-    assert Checkpoints(tmp_path, read_only=True).steps() == [2, 4]
+    assert Checkpoints(tmp_path, read_only=True).saved_steps() == [2, 4]
     for use, step in ("newest", 4), ("best", 2):
-        trained = Checkpoints(tmp_path, use=use, read_only=True).trained(like)
+        trained = Checkpoints(tmp_path, use=use, read_only=True).restore_trained(like)
         assert trained.state.step == step
     later = Checkpoints(tmp_path, keep=1)
     later.save(at(make(seed=5)[0], 5), 0, {})
-    later.score(5, {"eval_accuracy": 0.1})
-    assert later.steps() == [2, 5]
+    later.record_scores(5, {"eval_accuracy": 0.1})
+    assert later.saved_steps() == [2, 5]
 
 
 def test_there_is_no_best_without_an_evaluation(tmp_path):
@@ -130,14 +130,14 @@ def test_there_is_no_best_without_an_evaluation(tmp_path):
     with pytest.raises(
         UserError, match=r"was evaluated with a finite eval_accuracy: set config"
     ):
-        Checkpoints(tmp_path, use="best", read_only=True).trained(make()[1])
+        Checkpoints(tmp_path, use="best", read_only=True).restore_trained(make()[1])
 
 
 def test_a_look_leaves_a_save_in_progress_alone(tmp_path):
     save(tmp_path, 1)
     unfinished = tmp_path / "2.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    assert Checkpoints(tmp_path, read_only=True).steps() == [1]
+    assert Checkpoints(tmp_path, read_only=True).saved_steps() == [1]
     assert unfinished.exists()
 
 
@@ -205,11 +205,11 @@ def test_damaged_scores_are_said_and_written_anew(tmp_path, content):
     (tmp_path / "scores.json").write_bytes(content)
     with pytest.warns(UserWarning, match=r"scores.json is damaged"):
         checkpoints = Checkpoints(tmp_path, use="best")
-    assert not checkpoints.scored(1)
-    checkpoints.score(2, {"eval_accuracy": 0.5})
+    assert not checkpoints.has_scores(1)
+    checkpoints.record_scores(2, {"eval_accuracy": 0.5})
     checkpoints.close()
     later = Checkpoints(tmp_path, use="best", read_only=True)
-    assert later.trained(make()[1]).state.step == 2
+    assert later.restore_trained(make()[1]).state.step == 2
 
 
 def test_scores_of_earlier_versions_count(tmp_path):
@@ -220,8 +220,8 @@ def test_scores_of_earlier_versions_count(tmp_path):
         (tmp_path / f"{step}/metrics/metrics").write_bytes(accuracy)
     with pytest.warns(UserWarning, match=r"2/metrics/metrics is damaged"):
         checkpoints = Checkpoints(tmp_path, use="best", read_only=True)
-    assert [checkpoints.scored(step) for step in (1, 2)] == [True, False]
-    assert checkpoints.trained(make()[1]).state.step == 1
+    assert [checkpoints.has_scores(step) for step in (1, 2)] == [True, False]
+    assert checkpoints.restore_trained(make()[1]).state.step == 1
 
 
 def test_a_full_disk_is_one_line_that_names_what_is_safe(tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     """What a kill during a save leaves is a directory under a temporary name."""
     save(tmp_path, 1)
     (tmp_path / "2.orbax-checkpoint-tmp-0").mkdir()
-    assert Checkpoints(tmp_path).steps() == [1]
+    assert Checkpoints(tmp_path).saved_steps() == [1]
 
 
 def test_another_model_is_named_with_both_shapes(tmp_path):
@@ -334,9 +334,9 @@ def test_the_best_is_the_lowest_of_what_should_be_low(tmp_path, lowest, scores, 
     state_, like = make()
     for step, score in enumerate(scores, 1):
         checkpoints.save(at(state_, step), 0, {})
-        checkpoints.score(step, {"score": score})
+        checkpoints.record_scores(step, {"score": score})
     checkpoints.wait()
-    assert checkpoints.steps() == sorted({best, 3})
+    assert checkpoints.saved_steps() == sorted({best, 3})
     checkpoints.close()
     opened = Checkpoints(tmp_path, use="best", read_only=True, **settings)
-    assert opened.trained(like).state.step == best
+    assert opened.restore_trained(like).state.step == best

@@ -30,13 +30,13 @@ class Recorder:
     def save(self, state, position, config, note=None):
         self.saved.append((int(state.step), position, None))
 
-    def score(self, step, scores):
+    def record_scores(self, step, scores):
         self.saved = [(s, p, scores if s == step else m) for s, p, m in self.saved]
 
-    def scored(self, step):
+    def has_scores(self, step):
         return False
 
-    def steps(self):
+    def saved_steps(self):
         return [s for s, _, _ in self.saved]
 
     def wait(self):

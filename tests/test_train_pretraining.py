@@ -161,7 +161,7 @@ class TestMaskedLM:
         np.testing.assert_allclose(few, expected, atol=1e-4)
         # A loss takes those of chosen positions itself, if it is given all.
         for found, other in zip(
-            *(masked_lm.scored(s, batch) for s in (few, whole)), strict=True
+            *(masked_lm.masked_losses(s, batch) for s in (few, whole)), strict=True
         ):
             np.testing.assert_allclose(found, other, atol=1e-4)
 
@@ -263,7 +263,9 @@ class TestReplaced:
             "attended": jnp.array([[True, True, True, False]]),
             "mask": jnp.array([True]),
         }
-        wrong, right, real = replaced.judged(logits, jnp.array([[0, 1, 0, 0]]), batch)
+        wrong, right, real = replaced.discriminator_losses(
+            logits, jnp.array([[0, 1, 0, 0]]), batch
+        )
         np.testing.assert_allclose(wrong[0, :3], np.log([2, 4 / 3, 4]), rtol=1e-6)
         assert right[0, :3].tolist() == [1, 1, 0]
         assert real.tolist() == [[1, 1, 1, 0]]

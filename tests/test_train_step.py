@@ -299,7 +299,7 @@ def test_bfloat16_computes_short_and_keeps_long():
         jax.make_jaxpr(
             lambda p, x: Net().apply(
                 {
-                    "params": forward.cast(p, "bfloat16", frozenset({"bn"})),
+                    "params": forward.cast_parameters(p, "bfloat16", frozenset({"bn"})),
                     "batch_stats": end.stats,
                 },
                 x,

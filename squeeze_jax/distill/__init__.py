@@ -1,4 +1,4 @@
-"""Distillation: losses that pull a student towards its teachers, one a file, and what they share."""
+"""Knowledge distillation: losses that train a student to match its teachers, one per file, and a cache of teacher outputs."""
 
 from squeeze_jax import registry
 

@@ -1,7 +1,7 @@
-"""What losses of distillation are, which layers they compare, and means over what counts.
+"""The interface of distillation losses, and functions that they share: pairs of layers, weights of tokens, projections.
 
-A file of `distill/` that is a loss has `make(**options) → Unbound`, which checks the options; `bind` gets the shapes of both
-networks' outputs, checks that they fit, and gives the loss.
+Each loss in `distill/` has a function `make(**options) → UnboundLoss`, which checks the options. `UnboundLoss.bind` gets the
+shapes of the outputs of both networks, checks that they fit, and returns the loss.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,22 @@ from squeeze_jax.ranges import Range
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Layer = Annotated[int, Range(-1000, 1000)] | str
 Layers = str | tuple[tuple[Layer, Layer], ...]
-# Patient knowledge distillation's (arXiv 1908.09355) are the last two, which leave the last layer to the logits.
+# "skip" and "last" are the mappings of patient knowledge distillation (arXiv 1908.09355). They leave out the last layer,
+# which learns from the logits.
 MAPPINGS = ("uniform", "skip", "last")
-# Names of the padding mask in a batch: ours, and the name in `transformers`.
-_PADDING = ("attended", "attention_mask")
+# Names of the padding mask in a batch; the second one is its name in `transformers`.
+_PADDING_MASKS = ("attended", "attention_mask")
 
 
-class Bound(NamedTuple):
-    """A loss of two networks whose shapes are known.
+class BoundLoss(NamedTuple):
+    """A distillation loss for a student and teachers whose output shapes are known.
 
     Attributes:
-      wants: endpoints that it reads of a teacher, "logits" among them.
-      init: key → params, {name: array}; {} where the loss learns nothing. They are trained with the student.
-      loss: (logits, endpoints, batch, params) → (scalar, {"<file's name>": scalar}). `batch["teacher"]` is a tuple of
-        dicts, one a teacher, of what they gave; no gradient reaches them.
+      wants: names of the teacher outputs that the loss needs: endpoints, or "logits".
+      init: key → params, {name: array}, which are trained with the student; {} if the loss has no parameters.
+      loss: (logits, endpoints, batch, params) → (scalar, {"<name of the file>": scalar}). The first two arguments are
+        outputs of the student. `batch["teacher"]` is a tuple with a dict of outputs for each teacher; no gradients flow
+        into them.
     """
 
     wants: tuple[str, ...]
@@ -37,44 +39,57 @@ class Bound(NamedTuple):
     loss: Callable
 
 
-class Unbound(NamedTuple):
-    """A loss whose options are known.
+class UnboundLoss(NamedTuple):
+    """A distillation loss whose options are known, but not the shapes of the networks.
 
     Attributes:
-      bind: (student, teacher) → Bound, both {"logits": shapes, endpoint: shape}; teacher may be a tuple of these. Raises
-        UserError where the two do not fit.
+      bind: (student, teacher) → BoundLoss. Both arguments are the shapes of a network's outputs, {"logits": shape or
+        dict, endpoint: shape}; with several teachers, the second is a sequence of these. Raises a UserError if the
+        shapes do not fit.
     """
 
-    bind: Callable[[Shapes, Shapes | Sequence[Shapes]], Bound]
+    bind: Callable[[Shapes, Shapes | Sequence[Shapes]], BoundLoss]
 
 
-def paired(
+def paired_loss(
     name: str,
     pairs: Sequence[tuple[str, str]],
     compare: Callable,
     *,
     teacher: int,
     init: Callable = lambda key: {},
-) -> Bound:
-    """The loss that is the sum of `compare(student's endpoint, teacher's endpoint, batch, params, pair)` over pairs."""
+) -> BoundLoss:
+    """Returns the loss that sums a comparison over pairs of endpoints.
+
+    Args:
+      name: name of the loss in records.
+      pairs: names of endpoints, (student endpoint, teacher endpoint).
+      compare: (student array, teacher array, batch, params, pair) → scalar.
+      teacher: number of the teacher in `batch["teacher"]`.
+      init: key → params of the loss.
+    """
 
     def loss(logits, endpoints, batch, params):
         del logits
-        given = jax.lax.stop_gradient(batch["teacher"][teacher])
+        teacher_outputs = jax.lax.stop_gradient(batch["teacher"][teacher])
         total = sum(
-            compare(endpoints[pair[0]], given[pair[1]], batch, params, pair)
+            compare(endpoints[pair[0]], teacher_outputs[pair[1]], batch, params, pair)
             for pair in pairs
         )
         return total, {name: total}
 
-    return Bound(tuple(dict.fromkeys(t for _, t in pairs)), init, loss)
+    return BoundLoss(tuple(dict.fromkeys(t for _, t in pairs)), init, loss)
 
 
-def one(teacher: Shapes | Sequence[Shapes], number: int) -> Shapes:
-    """The shapes of one of the teachers.
+def select_teacher(teacher: Shapes | Sequence[Shapes], number: int) -> Shapes:
+    """Returns the output shapes of the teacher with a given number, counted from 0.
+
+    Args:
+      teacher: the shapes of one teacher, or of several.
+      number: the number of the teacher.
 
     Raises:
-      UserError: there are not so many.
+      UserError: there is no such teacher.
     """
     teachers = (teacher,) if isinstance(teacher, Mapping) else tuple(teacher)
     if not 0 <= number < len(teachers):
@@ -84,11 +99,16 @@ def one(teacher: Shapes | Sequence[Shapes], number: int) -> Shapes:
     return teachers[number]
 
 
-def shape(endpoints: Shapes, name: str, whose: str) -> tuple[int, ...]:
-    """The shape of an endpoint.
+def endpoint_shape(endpoints: Shapes, name: str, whose: str) -> tuple[int, ...]:
+    """Returns the shape of an endpoint.
+
+    Args:
+      endpoints: the output shapes of a network.
+      name: name of the endpoint.
+      whose: "student" or "teacher", for the error.
 
     Raises:
-      UserError: there is none of that name.
+      UserError: the network has no such endpoint.
     """
     if name not in endpoints:
         raise UserError(
@@ -98,11 +118,7 @@ def shape(endpoints: Shapes, name: str, whose: str) -> tuple[int, ...]:
 
 
 def check_layers(layers: Layers) -> None:
-    """Checks that `layers` is a mapping's name or pairs.
-
-    Raises:
-      UserError: it is neither.
-    """
+    """Raises a UserError unless `layers` is the name of a mapping or a non-empty list of pairs; see `layer_pairs`."""
     if isinstance(layers, str):
         if layers not in MAPPINGS:
             raise UserError(f"unknown layers {layers!r}{nearest(layers, MAPPINGS)}")
@@ -123,84 +139,101 @@ def layer_pairs(
     teacher: Shapes,
     prefixes: tuple[str, str] = ("layer", "layer"),
 ) -> tuple[tuple[str, str], ...]:
-    """Endpoints to be compared, (student's, teacher's).
+    """Returns the names of the endpoints that a loss compares, (student endpoint, teacher endpoint).
+
+    With S layers in the student and T in the teacher, the named mappings are:
+
+    - "uniform" pairs layer n of the student with layer n T / S of the teacher;
+    - "skip" does the same, but leaves out the student's last layer;
+    - "last" pairs the student's layers n < S with the teacher's layers n + T - S.
+
+    "skip" and "last" leave the last layer to a loss of the logits.
 
     Args:
-      layers: of S student's and T teacher's layers, "uniform" pairs n with n T / S; "skip" does too but for the last
-        layer, and "last" pairs n < S with n + T - S, so that the logits are left to teach the last; otherwise pairs of
-        numbers from 1, or from -1 for the last backwards, or of endpoints' names.
-      student, teacher: their endpoints; those of layers are called <prefix>1, <prefix>2, ….
-      prefixes: of the student's and of the teacher's endpoints, "layer", "scores" or "attention".
+      layers: name of a mapping, or pairs (student layer, teacher layer). A layer is a number, counted from 1, or from -1
+        for the last one backwards; or the name of an endpoint.
+      student, teacher: output shapes of the networks; the endpoints of layers are called <prefix>1, <prefix>2, ….
+      prefixes: prefixes of the student's and the teacher's endpoints: "layer", "scores" or "attention".
 
     Raises:
-      UserError: numbers of layers that a mapping does not fit; an endpoint that is not there.
+      UserError: the mapping does not fit the numbers of layers, or an endpoint does not exist.
     """
-    counts = _count(student, prefixes[0]), _count(teacher, prefixes[1])
+    counts = _count_layers(student, prefixes[0]), _count_layers(teacher, prefixes[1])
     if isinstance(layers, str):
-        pairs = _mapping(layers, *counts)
+        pairs = _mapped_pairs(layers, *counts)
     else:
         pairs = layers
 
     def names(pair):
-        return tuple(map(_name, pair, prefixes, counts))
+        return tuple(map(_endpoint_name, pair, prefixes, counts))
 
     named = tuple(map(names, pairs))
-    for ours, theirs in named:
-        shape(student, ours, "student")
-        shape(teacher, theirs, "teacher")
+    for student_name, teacher_name in named:
+        endpoint_shape(student, student_name, "student")
+        endpoint_shape(teacher, teacher_name, "teacher")
     return named
 
 
-def _count(endpoints: Shapes, prefix: str) -> int:
+def _count_layers(endpoints: Shapes, prefix: str) -> int:
+    """Returns the largest n for which all endpoints <prefix>1 to <prefix>n exist."""
     count = 0
     while f"{prefix}{count + 1}" in endpoints:
         count += 1
     return count
 
 
-def _name(layer: int | str, prefix: str, count: int) -> str:
+def _endpoint_name(layer: int | str, prefix: str, count: int) -> str:
+    """Returns the endpoint's name of a layer number; returns a name unchanged."""
     if isinstance(layer, str):
         return layer
     return f"{prefix}{count + 1 + layer if layer < 0 else layer}"
 
 
-def _mapping(layers: str, students: int, teachers: int) -> list[tuple[int, int]]:
-    if not students or not teachers:
-        whose = "teacher" if students else "student"
+def _mapped_pairs(
+    layers: str, student_layers: int, teacher_layers: int
+) -> list[tuple[int, int]]:
+    """Returns the pairs of layer numbers of a named mapping; see `layer_pairs`."""
+    if not student_layers or not teacher_layers:
+        whose = "teacher" if student_layers else "student"
         raise UserError(
             f"layers = {layers!r}: the {whose} has no numbered layers; give pairs of endpoints' names"
         )
-    if layers != "last" and teachers % students:
+    if layers != "last" and teacher_layers % student_layers:
         raise UserError(
-            f"layers = {layers!r}: the teacher's {teachers} layers do not divide into the student's {students};"
-            f" give pairs such as (({students}, {teachers}),)"
+            f"layers = {layers!r}: the teacher's {teacher_layers} layers do not divide into the student's {student_layers};"
+            f" give pairs such as (({student_layers}, {teacher_layers}),)"
         )
-    ahead = teachers - students
-    if ahead < 0:
+    offset = teacher_layers - student_layers
+    if offset < 0:
         raise UserError(
-            f"layers = {layers!r}: the student has {students} layers, the teacher only {teachers}; give pairs such as"
-            f" (({students}, {teachers}),)"
+            f"layers = {layers!r}: the student has {student_layers} layers, the teacher only {teacher_layers}; give pairs"
+            f" such as (({student_layers}, {teacher_layers}),)"
         )
-    if layers != "uniform" and students == 1:
+    if layers != "uniform" and student_layers == 1:
         raise UserError(
             f"layers = {layers!r} leaves out the last layer, and the student has one; choose 'uniform'"
         )
     if layers == "last":
-        return [(n, n + ahead) for n in range(1, students)]
-    last = students + (layers == "uniform")
-    return [(n, n * teachers // students) for n in range(1, last)]
+        return [(n, n + offset) for n in range(1, student_layers)]
+    end = student_layers + (layers == "uniform")
+    return [(n, n * teacher_layers // student_layers) for n in range(1, end)]
 
 
 def token_widths(
     loss: str, pair: tuple[str, str], student: Shapes, teacher: Shapes
 ) -> tuple[int, int]:
-    """The features of a pair of endpoints [b, l, features].
+    """Returns the numbers of features of a pair of endpoints [b, l, features]: the student's and the teacher's.
+
+    Args:
+      loss: name of the loss, for the error.
+      pair: names of the endpoints, (student endpoint, teacher endpoint).
+      student, teacher: output shapes of the networks.
 
     Raises:
-      UserError: they are of other axes.
+      UserError: the endpoints have other axes, or different numbers of examples or tokens.
     """
-    ours = shape(student, pair[0], "student")
-    theirs = shape(teacher, pair[1], "teacher")
+    ours = endpoint_shape(student, pair[0], "student")
+    theirs = endpoint_shape(teacher, pair[1], "teacher")
     if len(ours) != 3 or ours[:2] != theirs[:2] or len(theirs) != 3:
         raise UserError(
             f"{loss} compares [b, l, features] of the same tokens: the student's {pair[0]} is {ours}, the teacher's"
@@ -209,16 +242,19 @@ def token_widths(
     return ours[2], theirs[2]
 
 
-def image_sizes(
+def image_channels(
     loss: str, pair: tuple[str, str], student: Shapes, teacher: Shapes
 ) -> tuple[int, int]:
-    """The channels of a pair of endpoints [b, h, w, channels].
+    """Returns the numbers of channels of a pair of endpoints [b, h, w, channels]: the student's and the teacher's.
+
+    Args:
+      loss, pair, student, teacher: see `token_widths`.
 
     Raises:
-      UserError: they are of other axes, or of sizes that are no multiple of each other.
+      UserError: the endpoints have other axes, or the height and width of one are no multiples of the other's.
     """
-    ours = shape(student, pair[0], "student")
-    theirs = shape(teacher, pair[1], "teacher")
+    ours = endpoint_shape(student, pair[0], "student")
+    theirs = endpoint_shape(teacher, pair[1], "teacher")
     if len(ours) != 4 or len(theirs) != 4:
         raise UserError(
             f"{loss} compares [b, h, w, channels]: the student's {pair[0]} is {ours}, the teacher's {pair[1]} {theirs}"
@@ -233,7 +269,15 @@ def image_sizes(
 
 
 def example_weights(batch: Mapping, rows: int) -> jax.Array:
-    """float32 [rows]: 1 for a row of an example that counts; an example has rows / b of them, choices say."""
+    """Returns the weights of rows, float32 [rows]: 1 for the rows of examples that count, else 0.
+
+    Args:
+      batch: "mask" bool [b].
+      rows: number of rows, a multiple of b: in multiple choice, each example has one row per choice.
+
+    Raises:
+      UserError: the mask has more than one axis, as a padding mask has.
+    """
     mask = batch["mask"].astype(jnp.float32)
     if mask.ndim != 1:
         raise UserError(
@@ -244,29 +288,38 @@ def example_weights(batch: Mapping, rows: int) -> jax.Array:
 
 
 def token_weights(batch: Mapping, rows: int, length: int) -> jax.Array:
-    """float32 [rows, length]: 1 for real tokens of examples that count."""
-    weights = example_weights(batch, rows)[:, None]
-    real = attended(batch)
-    if real is None:
-        return jnp.repeat(weights, length, 1)
-    if real.size != rows * length:
-        raise UserError(
-            f"the batch's padding mask is {tuple(real.shape)}, the network's outputs are of {rows} sequences of {length}"
-            " tokens: both should be equal"
-        )
-    return weights * real.reshape(rows, length).astype(jnp.float32)
-
-
-def attended(batch: Mapping) -> jax.Array | None:
-    """Returns a batch's padding mask, bool [b, l] with True for real tokens; None if all are real.
+    """Returns the weights of tokens, float32 [rows, length]: 1 for real tokens of examples that count, else 0.
 
     Args:
-      batch: has it as "attended", or as "attention_mask", its name in `transformers`.
+      batch: "mask" bool [b], and the padding mask, see `padding_mask`.
+      rows: number of sequences; see `example_weights`.
+      length: number of tokens of a sequence.
 
     Raises:
-      UserError: both, or neither and an entry that looks like a padding mask under another name.
+      UserError: the padding mask has another size.
     """
-    masks = [key for key in _PADDING if key in batch]
+    weights = example_weights(batch, rows)[:, None]
+    is_real = padding_mask(batch)
+    if is_real is None:
+        return jnp.repeat(weights, length, 1)
+    if is_real.size != rows * length:
+        raise UserError(
+            f"the batch's padding mask is {tuple(is_real.shape)}, the network's outputs are of {rows} sequences of {length}"
+            " tokens: both should be equal"
+        )
+    return weights * is_real.reshape(rows, length).astype(jnp.float32)
+
+
+def padding_mask(batch: Mapping) -> jax.Array | None:
+    """Returns the padding mask of a batch, bool [b, l] with True for real tokens; None if the batch has none.
+
+    Args:
+      batch: contains the mask as "attended", or as "attention_mask", its name in `transformers`.
+
+    Raises:
+      UserError: the batch has both, or has neither but an entry that looks like a padding mask under another name.
+    """
+    masks = [key for key in _PADDING_MASKS if key in batch]
     if len(masks) > 1:
         raise UserError(f"the batch has its padding mask twice, as {masks}: give one")
     if masks:
@@ -274,62 +327,77 @@ def attended(batch: Mapping) -> jax.Array | None:
     for key in batch:
         if key != "mask" and ("mask" in key.split("_") or key.startswith("attend")):
             raise UserError(
-                f"the batch has {key!r}: a padding mask, true for real tokens, is called {' or '.join(map(repr, _PADDING))}"
+                f"the batch has {key!r}: a padding mask, true for real tokens, is called"
+                f" {' or '.join(map(repr, _PADDING_MASKS))}"
             )
     return None
 
 
-def unit(x: jax.Array, axis: int = -1) -> jax.Array:
-    """x / ||x||; the gradient at 0 is finite."""
+def unit_vectors(x: jax.Array, axis: int = -1) -> jax.Array:
+    """Divides the vectors along an axis by their Euclidean norm; zero vectors stay zero and have a finite gradient."""
     square = jnp.sum(x * x, axis, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-def projections(
+def projection_init(
     widths: Mapping[str, tuple[int, int]], initializer: Callable
 ) -> Callable:
-    """key → {name: float32 [student's width, teacher's width]}."""
+    """Returns a function key → projections, {name: float32 [student width, teacher width]}.
+
+    Args:
+      widths: {name: (student width, teacher width)}.
+      initializer: a JAX initializer, (key, shape, dtype) → array.
+    """
 
     def init(key):
         keys = jax.random.split(key, max(len(widths), 1))
         return {
-            name: initializer(key, wide, jnp.float32)
-            for key, (name, wide) in zip(keys, widths.items(), strict=False)
+            name: initializer(key, shape, jnp.float32)
+            for key, (name, shape) in zip(keys, widths.items(), strict=False)
         }
 
     return init
 
 
 def project(x: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """x [..., c] in float32, times weight [c, d] where there is one."""
+    """Converts x [..., c] to float32, and multiplies it by `weight` [c, d] unless that is None."""
     x = x.astype(jnp.float32)
     return x if weight is None else x @ weight.astype(jnp.float32)
 
 
 def needs_projection(
-    project: bool | None, ours: int, theirs: int, pair: tuple[str, str]
+    project: bool | None,
+    student_width: int,
+    teacher_width: int,
+    pair: tuple[str, str],
 ) -> bool:
-    """Whether the student's state is projected: as `project` says, or for None where the widths differ.
+    """Returns whether a loss projects the student's array: `project`, or if that is None, whether the widths differ.
+
+    Args:
+      project: the option of the loss.
+      student_width, teacher_width: features or channels of both arrays.
+      pair: names of the endpoints, for the error.
 
     Raises:
-      UserError: widths differ, and `project` is False.
+      UserError: the widths differ, but `project` is False.
     """
-    if project is False and ours != theirs:
+    if project is False and student_width != teacher_width:
         raise UserError(
-            f"the student's {pair[0]} has {ours} features, the teacher's {pair[1]} {theirs}: leave out project=False"
+            f"the student's {pair[0]} has {student_width} features, the teacher's {pair[1]} {teacher_width}: leave out"
+            " project=False"
         )
-    return ours != theirs if project is None else project
+    return student_width != teacher_width if project is None else project
 
 
-def same_size(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two maps [b, h, w, c], the larger averaged down to the smaller."""
+def pool_to_same_size(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Average-pools the larger of two feature maps [b, h, w, c] to the height and width of the smaller; returns both."""
     height, width = (min(a.shape[i], b.shape[i]) for i in (1, 2))
 
-    def down(x):
+    def pool(x):
         rows, h, w, channels = x.shape
         if (h, w) == (height, width):
             return x
-        parts = x.reshape(rows, height, h // height, width, w // width, channels)
-        return parts.mean((2, 4))
+        blocks = x.reshape(rows, height, h // height, width, w // width, channels)
+        return blocks.mean((2, 4))
 
-    return down(a), down(b)
+    return pool(a), pool(b)

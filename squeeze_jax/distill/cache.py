@@ -1,8 +1,13 @@
-"""Teachers' outputs on disk, computed once for all students and epochs; no loss, but what feeds `batch["teacher"]`.
+"""Caches teacher outputs on disk, computed once for all students and epochs; they become `batch["teacher"]`.
 
-A folder holds one `.npy` file for each array, [count, ...], which is mapped and not read; `written.npy`, which rows are
-there; and `manifest.json`, of what. Writing may be interrupted at any time and goes on where it was: a row counts as
-written only after its data are on disk. One process writes, any number read.
+This file has no loss. A cache is a folder with these files:
+
+    NAME.npy         one file per output, [count, ...], which is memory-mapped
+    written.npy      uint8 [count], 1 for the examples whose outputs are written
+    manifest.json    the fingerprint of teacher and data, the number of examples, and the shapes and dtypes
+
+Writing may be interrupted at any time and continues later, because an example counts as written only after its outputs are
+on disk. One process writes; any number of processes read.
 """
 
 import errno
@@ -21,23 +26,32 @@ from squeeze_jax.errors import UserError
 _MANIFEST = "manifest.json"
 _WRITTEN = "written.npy"
 _DTYPES = ("float16", "float32")
-# Bytes of rows that an interruption may lose.
-_FLUSH = 256 << 20
-# What stands for scores that no key may have; float16 has no such number but infinity.
-_LOWEST = np.finfo(np.float32).min / 2
+# Number of bytes of outputs after which they are flushed to disk; an interruption loses at most as much.
+_FLUSH_BYTES = 256 << 20
+# Values below this are the attention scores of masked keys, near the lowest float32. float16 stores them as -inf.
+_MASKED_SCORE = np.finfo(np.float32).min / 2
 
 
 class Cached:
-    """Outputs of a teacher for `count` examples; made by `Cached.write` or `Cached.read`, used in a `with` statement.
+    """The outputs of one teacher for `count` examples; a context manager that flushes at the end.
+
+    `Cached.write` and `Cached.read` open one.
 
     Attributes:
-      folder: where it is.
-      fingerprint: of the teacher and the data.
-      count: how many examples.
-      shapes: {name: (shape of one example, dtype)}; heads of logits are called logits/start, ….
+      folder: the folder of the cache.
+      fingerprint: a line that identifies the teacher and the data.
+      count: number of examples.
+      shapes: {name: (shape for one example, dtype)}; heads of logits have names such as "logits/start".
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], mode: str):
+        """Memory-maps the files of a folder.
+
+        Args:
+          folder: a folder with all files of the manifest.
+          manifest: content of `manifest.json`.
+          mode: mode of `np.load`: "r" to read, "r+" to write.
+        """
         self.folder = folder
         self.fingerprint, self.count = manifest["fingerprint"], manifest["count"]
         self.shapes = {
@@ -45,12 +59,13 @@ class Cached:
             for name, (shape, dtype) in manifest["arrays"].items()
         }
         self._arrays = {
-            name: _mapped(folder / _file(name), (self.count, *shape), mode)
+            name: _open_mapped(folder / _file_name(name), (self.count, *shape), mode)
             for name, (shape, _) in self.shapes.items()
         }
-        self._on_disk = _mapped(folder / _WRITTEN, (self.count,), mode)
-        self._there = np.array(self._on_disk)
-        self._unflushed = 0
+        # The flags of written examples: on disk, and a copy that runs ahead of the disk until the next flush.
+        self._written_on_disk = _open_mapped(folder / _WRITTEN, (self.count,), mode)
+        self._is_written = np.array(self._written_on_disk)
+        self._unflushed_bytes = 0
 
     @classmethod
     def write(
@@ -61,18 +76,18 @@ class Cached:
         fingerprint: str,
         dtype: str = "float16",
     ) -> "Cached":
-        """Opens a folder for writing, a new one or one whose writing was interrupted.
+        """Opens a cache for writing: a new one, or one whose writing was interrupted.
 
         Args:
-          folder: is made where it does not exist.
-          outputs: {name: shape} of ONE example, anything with `shape`; values may be such dicts, of heads of logits. Of
-            sequences of several lengths the longest.
-          count: of examples.
-          fingerprint: a line that tells the teacher and the data settings from all others.
-          dtype: "float16" or "float32".
+          folder: the folder; it is created if it does not exist.
+          outputs: {name: anything with a `shape`} of the outputs for ONE example. Values may be dicts, for heads of
+            logits. If sequences have several lengths, the shapes are those of the longest.
+          count: number of examples.
+          fingerprint: a line that distinguishes the teacher and the data settings from all others.
+          dtype: dtype of the stored outputs, "float16" or "float32".
 
         Raises:
-          UserError: the folder holds something else, or the disk is too small.
+          UserError: the folder holds something else, or the disk has too little space.
         """
         folder = files.path(folder)
         if dtype not in _DTYPES:
@@ -83,29 +98,29 @@ class Cached:
             name: [list(leaf.shape), dtype]
             for name, leaf in tree.flatten(dict(outputs)).items()
         }
-        wanted = {"fingerprint": fingerprint, "count": count, "arrays": arrays}
+        manifest = {"fingerprint": fingerprint, "count": count, "arrays": arrays}
         if (folder / _MANIFEST).exists():
-            _check(folder, _manifest(folder), wanted)
+            _check_manifest(folder, _read_manifest(folder), manifest)
         else:
-            _start(folder, wanted)
-        _allocate(folder, wanted)
-        return cls(folder, wanted, "r+")
+            _create_folder(folder, manifest)
+        _create_files(folder, manifest)
+        return cls(folder, manifest, "r+")
 
     @classmethod
     def read(cls, folder: str | Path, fingerprint: str | None = None) -> "Cached":
-        """Opens a complete folder for reading.
+        """Opens a complete cache for reading.
 
         Args:
-          folder: what `write` was given.
-          fingerprint: what it should hold; None for anything.
+          folder: the folder of the cache.
+          fingerprint: the fingerprint that the cache must have; None accepts any.
 
         Raises:
-          UserError: no such folder, another fingerprint, or rows are missing.
+          UserError: there is no cache, it has another fingerprint, or outputs are missing.
         """
         folder = files.path(folder)
-        manifest = _manifest(folder)
+        manifest = _read_manifest(folder)
         expected = fingerprint or manifest["fingerprint"]
-        _check(folder, manifest, manifest | {"fingerprint": expected})
+        _check_manifest(folder, manifest, manifest | {"fingerprint": expected})
         if not (folder / _WRITTEN).exists():
             raise UserError(
                 f"{folder} is incomplete: no row is written; write it again"
@@ -120,107 +135,111 @@ class Cached:
 
     @property
     def missing(self) -> np.ndarray:
-        """Indices of the examples that are not there, int64, ascending."""
-        return np.flatnonzero(self._there == 0)
+        """Returns the indices of the examples that are not written, int64, in ascending order."""
+        return np.flatnonzero(self._is_written == 0)
 
     @property
     def complete(self) -> bool:
-        """Whether every example is there."""
-        return bool(self._there.all())
+        """Returns whether all examples are written."""
+        return bool(self._is_written.all())
 
     def lacks(self, index: np.ndarray) -> bool:
-        """Whether any of these examples, int [n], is not there; negative ones are padding."""
-        return not self._there[self._real(index)[0]].all()
+        """Returns whether any of the examples `index`, int [n], is not written; negative indices are padding."""
+        return not self._is_written[self._without_padding(index)[0]].all()
 
     def put(self, index: np.ndarray, outputs: Mapping[str, Any]) -> None:
-        """Writes rows.
+        """Writes the outputs of some examples.
 
         Args:
-          index: int [n], which examples; negative ones are padding and left out.
-          outputs: {name: array [n, ...]} as in `write`, of the cache's shape or, of shorter sequences, smaller; the rest of
-            the row is 0.
+          index: int [n], the examples; negative indices are padding, and their outputs are left out.
+          outputs: {name: array [n, ...]}, see `write`. Arrays have the shapes of the cache, or smaller ones for shorter
+            sequences; the remaining entries become 0.
 
         Raises:
-          UserError: arrays that are missing or too large, or numbers that the dtype cannot hold.
+          UserError: an output is missing or too large, or has a value that the dtype cannot hold.
         """
-        index, real = self._real(index)
-        given = tree.flatten(dict(outputs))
+        index, is_real = self._without_padding(index)
+        arrays = tree.flatten(dict(outputs))
         for name, (shape, dtype) in self.shapes.items():
-            if name not in given:
+            if name not in arrays:
                 raise UserError(
-                    f"{self.folder} needs {name}, the outputs have {', '.join(given)}"
+                    f"{self.folder} needs {name}, the outputs have {', '.join(arrays)}"
                 )
-            rows = np.asarray(given[name])[real]
-            found = rows.shape[1:]
-            if len(found) != len(shape) or any(
-                f > s for f, s in zip(found, shape, strict=True)
+            rows = np.asarray(arrays[name])[is_real]
+            sizes = rows.shape[1:]
+            if len(sizes) != len(shape) or any(
+                size > limit for size, limit in zip(sizes, shape, strict=True)
             ):
                 raise UserError(
-                    f"{self.folder}: {name} is {found}, the cache holds {shape}"
+                    f"{self.folder}: {name} is {sizes}, the cache holds {shape}"
                 )
-            rows = _converted(rows, dtype, f"{self.folder}: {name}")
-            array = self._arrays[name]
-            if found != shape:
-                array[index] = 0
-            array[(index, *(slice(size) for size in found))] = rows
-            self._unflushed += rows.nbytes
-        self._there[index] = 1
-        if self._unflushed > _FLUSH:
+            rows = _convert(rows, dtype, f"{self.folder}: {name}")
+            mapped = self._arrays[name]
+            if sizes != shape:
+                mapped[index] = 0
+            mapped[(index, *(slice(size) for size in sizes))] = rows
+            self._unflushed_bytes += rows.nbytes
+        self._is_written[index] = 1
+        if self._unflushed_bytes > _FLUSH_BYTES:
             self.flush()
 
     def rows(
         self, index: np.ndarray, lengths: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Reads rows.
+        """Reads the outputs of some examples.
 
         Args:
-          index: int [n]; negative ones give zeros.
-          lengths: {name: anything with `shape` [n, ...]} to cut rows to, such as the shapes of a batch of shorter
-            sequences; None for the cache's.
+          index: int [n], the examples; negative indices are padding and give zeros.
+          lengths: {name: anything with a `shape` [n, ...]}, the shapes to cut the outputs to, such as those of a batch of
+            shorter sequences; None for the shapes of the cache.
 
         Returns:
-          {name: array [n, ...]} in the dtype of the cache, heads of logits in a dict of their own.
+          {name: array [n, ...]} in the dtype of the cache; heads of logits are in a dict of their own.
 
         Raises:
-          UserError: rows that are not there.
+          UserError: an example is not written.
         """
         count = len(index)
-        index, real = self._real(index)
-        if not self._there[index].all():
+        index, is_real = self._without_padding(index)
+        if not self._is_written[index].all():
             raise UserError(f"{self.folder} is incomplete: write it to the end")
-        cut = tree.flatten(dict(lengths or {}))
-        result: dict[str, Any] = {}
+        cut_shapes = tree.flatten(dict(lengths or {}))
+        outputs: dict[str, Any] = {}
         for name, (shape, dtype) in self.shapes.items():
-            shape = tuple(cut[name].shape[1:]) if name in cut else shape
+            shape = tuple(cut_shapes[name].shape[1:]) if name in cut_shapes else shape
             rows = np.zeros((count, *shape), dtype)
             corner = tuple(slice(size) for size in shape)
-            rows[real] = self._arrays[name][(index, *corner)]
+            rows[is_real] = self._arrays[name][(index, *corner)]
             *outer, last = name.split("/")
-            place = result
+            parent = outputs
             for key in outer:
-                place = place.setdefault(key, {})
-            place[last] = rows
-        return result
+                parent = parent.setdefault(key, {})
+            parent[last] = rows
+        return outputs
 
-    def _real(self, index):
-        """The indices that are not padding, and which of those given they are."""
+    def _without_padding(self, index):
+        """Returns the indices that are not negative, and bool [n]: which of the entries of `index` they are.
+
+        Raises:
+          UserError: an index is as large as the number of examples, or larger.
+        """
         index = np.asarray(index)
         if index.size and index.max() >= self.count:
             raise UserError(
                 f"{self.folder} holds {self.count:,} examples, there is none of the index {index.max()}"
             )
-        real = index >= 0
-        return index[real], real
+        is_real = index >= 0
+        return index[is_real], is_real
 
     def flush(self) -> None:
-        """Brings what was put to the disk, first the data and then that they are there."""
-        if not self._unflushed:
+        """Writes everything that `put` got to disk: first the outputs, then the flags that they are written."""
+        if not self._unflushed_bytes:
             return
         for array in self._arrays.values():
             array.flush()
-        self._on_disk[:] = self._there
-        self._on_disk.flush()
-        self._unflushed = 0
+        self._written_on_disk[:] = self._is_written
+        self._written_on_disk.flush()
+        self._unflushed_bytes = 0
 
     def __enter__(self) -> "Cached":
         return self
@@ -229,11 +248,12 @@ class Cached:
         self.flush()
 
 
-def _file(name: str) -> str:
+def _file_name(name: str) -> str:
     return name.replace("/", ".") + ".npy"
 
 
-def _mapped(path: Path, shape: tuple[int, ...], mode: str) -> np.ndarray:
+def _open_mapped(path: Path, shape: tuple[int, ...], mode: str) -> np.ndarray:
+    """Memory-maps a `.npy` file; raises a UserError if it is absent or damaged, or has another shape."""
     try:
         array = np.load(path, mmap_mode=mode)
     except (OSError, ValueError, EOFError):
@@ -245,7 +265,8 @@ def _mapped(path: Path, shape: tuple[int, ...], mode: str) -> np.ndarray:
     return array
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads `manifest.json`; raises a UserError if it is absent or damaged."""
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -260,32 +281,41 @@ def _manifest(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _check(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Checks that a folder holds what is wanted."""
+def _check_manifest(
+    folder: Path, actual: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Raises a UserError if the manifest of a folder differs from the expected one."""
     for key in "fingerprint", "count":
-        if found[key] != wanted[key]:
+        if actual[key] != expected[key]:
             what = "outputs of" if key == "fingerprint" else "a count of"
             raise UserError(
-                f"{folder} holds {what} {found[key]!r}, not {wanted[key]!r}: give another folder, or delete this one"
+                f"{folder} holds {what} {actual[key]!r}, not {expected[key]!r}: give another folder, or delete this one"
             )
-    if found["arrays"] != wanted["arrays"]:
-        said = [
-            ", ".join(f"{name} {tuple(shape)} {dtype}" for name, (shape, dtype) in each)
-            for each in (found["arrays"].items(), wanted["arrays"].items())
-        ]
+    if actual["arrays"] != expected["arrays"]:
+        actual_arrays, expected_arrays = (
+            ", ".join(
+                f"{name} {tuple(shape)} {dtype}"
+                for name, (shape, dtype) in manifest["arrays"].items()
+            )
+            for manifest in (actual, expected)
+        )
         raise UserError(
-            f"{folder} holds {said[0]}, not {said[1]}: give another folder, or delete this one"
+            f"{folder} holds {actual_arrays}, not {expected_arrays}: give another folder, or delete this one"
         )
 
 
-def _others(folder: Path) -> list[Path]:
-    """Files of a folder other than a manifest that was being written when its process died."""
+def _foreign_files(folder: Path) -> list[Path]:
+    """Returns the files of a folder, except temporary manifests that a killed process left."""
     return [p for p in folder.iterdir() if not p.name.startswith(f".{_MANIFEST}.")]
 
 
-def _start(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Makes the folder with its manifest, which is there as a whole or not at all."""
-    if folder.exists() and (not folder.is_dir() or any(_others(folder))):
+def _create_folder(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Creates the folder and writes its manifest atomically.
+
+    Raises:
+      UserError: the folder holds other files, or the disk has too little space.
+    """
+    if folder.exists() and (not folder.is_dir() or any(_foreign_files(folder))):
         raise UserError(
             f"{folder} exists and holds no teacher's outputs: give another folder"
         )
@@ -294,71 +324,91 @@ def _start(folder: Path, manifest: Mapping[str, Any]) -> None:
         for shape, dtype in manifest["arrays"].values()
     ]
     needed = int(sum(sizes)) * manifest["count"]
-    if needed > _free(folder):
-        raise _full(folder, needed)
+    if needed > _free_bytes(folder):
+        raise _disk_full(folder, needed)
     files.write(folder / _MANIFEST, json.dumps(manifest, indent=1))
 
 
-def _allocate(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Makes the files that are not there; `written.npy` comes last, and anew where another did."""
-    count, made = manifest["count"], False
-    files = {
-        folder / _file(name): ((count, *shape), dtype)
+def _create_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Creates the files that do not exist, `written.npy` last.
+
+    If a file of outputs had to be created, `written.npy` is created anew, because no example is complete.
+    """
+    count, created = manifest["count"], False
+    arrays = {
+        folder / _file_name(name): ((count, *shape), dtype)
         for name, (shape, dtype) in manifest["arrays"].items()
     }
-    for path, (shape, dtype) in files.items():
+    for path, (shape, dtype) in arrays.items():
         if not path.exists():
-            made = True
-            _reserve(path, shape, dtype)
-    if made or not (folder / _WRITTEN).exists():
-        _reserve(folder / _WRITTEN, (count,), "uint8")
+            created = True
+            _allocate(path, shape, dtype)
+    if created or not (folder / _WRITTEN).exists():
+        _allocate(folder / _WRITTEN, (count,), "uint8")
 
 
-def _reserve(path: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """A file of zeros whose every byte has its place, because a mapped file that finds none kills the process."""
-    part = path.with_suffix(".part")
-    array = np.lib.format.open_memmap(part, "w+", dtype, shape)
-    size = part.stat().st_size
+def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    """Creates a `.npy` file of zeros and reserves its disk space.
+
+    Without the reservation a full disk would kill the process when it writes to the memory-mapped file.
+
+    Raises:
+      UserError: the disk has too little space.
+    """
+    temporary = path.with_suffix(".part")
+    array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+    size = temporary.stat().st_size
     del array
     try:
         if hasattr(os, "posix_fallocate"):
-            with part.open("r+b") as file:
+            with temporary.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        part.unlink()
+        temporary.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(path.parent, size) from None
+            raise _disk_full(path.parent, size) from None
         raise
-    part.replace(path)
+    temporary.replace(path)
 
 
-def _full(folder: Path, needed: int) -> UserError:
+def _disk_full(folder: Path, needed: int) -> UserError:
+    """Returns the error for a disk that lacks `needed` bytes."""
     return UserError(
-        f"{folder}: the disk is full: {needed / 1e9:.3g} GB are needed, {_free(folder) / 1e9:.3g} GB are free; keep fewer"
-        " layers, float16, or give another folder"
+        f"{folder}: the disk is full: {needed / 1e9:.3g} GB are needed, {_free_bytes(folder) / 1e9:.3g} GB are free; keep"
+        " fewer layers, float16, or give another folder"
     )
 
 
-def _free(folder: Path) -> int:
-    """Bytes that are free where a folder is or will be."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
+def _free_bytes(folder: Path) -> int:
+    """Returns the free bytes of the disk of a folder, which need not exist yet."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
-def _converted(rows: np.ndarray, dtype: str, what: str) -> np.ndarray:
-    """Rows in the dtype they are kept in; the lowest float32 may become -inf, nothing else."""
+def _convert(rows: np.ndarray, dtype: str, what: str) -> np.ndarray:
+    """Converts outputs to the dtype of the cache; only the scores of masked attention keys may become -inf.
+
+    Args:
+      rows: the outputs, any float dtype.
+      dtype: "float16" or "float32".
+      what: name of the outputs, for the error.
+
+    Raises:
+      UserError: the dtype cannot hold a value.
+    """
     rows = rows.astype(np.float32)
     with np.errstate(over="ignore"):
-        kept = rows.astype(dtype)
-    bad = ~np.isfinite(kept) & (rows > _LOWEST)
-    if bad.any() or np.isnan(kept).any():
-        worst = rows.flat[np.flatnonzero(bad | np.isnan(kept))[0]]
+        converted = rows.astype(dtype)
+    is_lost = ~np.isfinite(converted) & (rows > _MASKED_SCORE)
+    is_lost |= np.isnan(converted)
+    if is_lost.any():
+        first = rows.flat[np.flatnonzero(is_lost)[0]]
         raise UserError(
-            f"{what} has the value {worst:.3g}, which {dtype} cannot hold"
+            f"{what} has the value {first:.3g}, which {dtype} cannot hold"
             + (
                 "; keep it as float32, config.distill.cache_dtype"
-                if np.isfinite(worst)
+                if np.isfinite(first)
                 else ""
             )
         )
-    return kept
+    return converted

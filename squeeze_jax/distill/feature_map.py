@@ -1,9 +1,12 @@
-"""Feature maps: those of the student become those of the teacher, normalised for text, plain for images.
+"""The feature map loss: it trains the student's feature maps to equal the teacher's.
 
-Sun et al. 2020, arXiv 2004.02984 (MobileBERT), equation 1: the mean squared error of a layer's maps, which is taken apart,
-for stability, into that of the maps normalised over the channels (without scale and shift) and the differences of mean
-and of variance; as published these are squared and absolute. Romero et al. 2014, arXiv 1412.6550 (FitNets), equation
-3: of images' maps, the student's through a learned regressor, here a convolution with kernel 1.
+For text: MobileBERT, Sun et al. 2020, arXiv 2004.02984, equation 1, the mean squared error of a layer's feature maps. For
+stability it is split into three terms. The first is the mean squared error of the maps after normalisation over the
+channels, without scale and shift. The others are the squared difference of the means and the absolute difference of the
+variances, as published.
+
+For images: FitNets, Romero et al. 2014, arXiv 1412.6550, equation 3, the squared error of the maps, to which a learned
+regressor maps the student's. Here the regressor is a 1x1 convolution.
 """
 
 from collections.abc import Sequence
@@ -13,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax.distill import _loss
-from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
+from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
 from squeeze_jax.ranges import NonNegative, Range
 
-# A regressor keeps the size of what it reads.
+# With this initializer the outputs of a regressor have the scale of its inputs.
 _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -29,68 +32,75 @@ def make(
     variance: NonNegative = 0.0,
     project: bool | None = None,
     teacher: Annotated[int, Range(0, 63)] = 0,
-) -> Unbound:
-    """Returns the loss "feature_map": mean over positions and channels, summed over pairs of layers.
+) -> UnboundLoss:
+    """Returns the loss "feature_map": a mean over positions and channels, summed over pairs of layers.
 
-    Its parameters are the regressors [student's features, teacher's features], called <student's>_<teacher's endpoint>.
+    Its parameters are the regressors [student features, teacher features], called <student endpoint>_<teacher endpoint>.
 
     Args:
-      layers: which are compared, see `_loss.layer_pairs`; of images pairs of endpoints, [b, h, w, c], of which the larger
-        is averaged down to the other.
-      normalise: maps are normalised over the channels; None for text alone.
-      mean: weight of the squared difference of the means over the channels; MobileBERT's maps, means and variances weigh
-        as 100, 5000 and 5, a mean over its 24 layers.
-      variance: of the absolute difference of the variances.
-      project: whether the student's maps are projected; None for where the channels differ.
-      teacher: which of several.
+      layers: the layers to compare: "uniform", "skip", "last", or pairs (student layer, teacher layer); see
+        `_loss.layer_pairs`. For images, pairs of endpoints [b, h, w, c]; the larger map is average-pooled to the height
+        and width of the smaller one.
+      normalise: whether maps are normalised over the channels; None normalises those of text only.
+      mean: weight of the squared difference of the means over the channels. In MobileBERT the weights of maps, means and
+        variances are 100, 5000 and 5, for an average over its 24 layers.
+      variance: weight of the absolute difference of the variances over the channels.
+      project: whether a regressor maps the student's maps; None uses one where the numbers of channels differ.
+      teacher: number of the teacher, counted from 0.
 
     Raises:
-      UserError: unknown layers, a negative weight; when bound, an endpoint that is not there, layers that do not divide,
-        sizes that are no multiple of each other, or other channels with project=False.
+      UserError: `layers` is wrong, or a weight is negative. When bound: an endpoint is missing, a mapping does not fit the
+        numbers of layers, the height and width of one map are no multiples of the other's, or the channels differ with
+        project=False.
     """
     _loss.check_layers(layers)
     for name, weight in ("mean", mean), ("variance", variance):
         if weight < 0:
             raise UserError(f"{name} = {weight}: a weight should not be negative")
 
-    def bind(student: Shapes, teachers: Shapes | Sequence[Shapes]) -> Bound:
-        theirs = _loss.one(teachers, teacher)
-        pairs = _loss.layer_pairs(layers, student, theirs)
+    def bind(student: Shapes, teachers: Shapes | Sequence[Shapes]) -> BoundLoss:
+        teacher_shapes = _loss.select_teacher(teachers, teacher)
+        pairs = _loss.layer_pairs(layers, student, teacher_shapes)
         widths = {}
         for pair in pairs:
-            if len(_loss.shape(student, pair[0], "student")) == 4:
-                wide = _loss.image_sizes("feature_map", pair, student, theirs)
-            else:
-                wide = _loss.token_widths("feature_map", pair, student, theirs)
-            if _loss.needs_projection(project, *wide, pair):
-                widths["_".join(pair)] = wide
-        init = _loss.projections(widths, _INIT)
-        return _loss.paired("feature_map", pairs, compare, teacher=teacher, init=init)
+            is_image = len(_loss.endpoint_shape(student, pair[0], "student")) == 4
+            find_widths = _loss.image_channels if is_image else _loss.token_widths
+            pair_widths = find_widths("feature_map", pair, student, teacher_shapes)
+            if _loss.needs_projection(project, *pair_widths, pair):
+                widths["_".join(pair)] = pair_widths
+        return _loss.paired_loss(
+            "feature_map",
+            pairs,
+            compare,
+            teacher=teacher,
+            init=_loss.projection_init(widths, _INIT),
+        )
 
-    def compare(ours, theirs, batch, params, pair):
-        text = ours.ndim == 3
-        ours = _loss.project(ours, params.get("_".join(pair)))
-        theirs = _loss.project(theirs, None)
-        if text:
-            weights = _loss.token_weights(batch, *ours.shape[:2])
+    def compare(student_map, teacher_map, batch, params, pair):
+        is_text = student_map.ndim == 3
+        x = _loss.project(student_map, params.get("_".join(pair)))
+        target = _loss.project(teacher_map, None)
+        if is_text:
+            weights = _loss.token_weights(batch, *x.shape[:2])
         else:
-            ours, theirs = _loss.same_size(ours, theirs)
-            weights = _loss.example_weights(batch, ours.shape[0])
-            weights = jnp.broadcast_to(weights[:, None, None], ours.shape[:3])
+            x, target = _loss.pool_to_same_size(x, target)
+            weights = _loss.example_weights(batch, x.shape[0])
+            weights = jnp.broadcast_to(weights[:, None, None], x.shape[:3])
         values = 0.0
         if mean:
-            values += mean * (ours.mean(-1) - theirs.mean(-1)) ** 2
+            values += mean * (x.mean(-1) - target.mean(-1)) ** 2
         if variance:
-            values += variance * jnp.abs(ours.var(-1) - theirs.var(-1))
-        if text if normalise is None else normalise:
-            ours, theirs = _normalised(ours), _normalised(theirs)
-        values += ((ours - theirs) ** 2).mean(-1)
+            values += variance * jnp.abs(x.var(-1) - target.var(-1))
+        if is_text if normalise is None else normalise:
+            x, target = _normalise(x), _normalise(target)
+        values += ((x - target) ** 2).mean(-1)
         return means.mean(values, weights)
 
-    return Unbound(bind)
+    return UnboundLoss(bind)
 
 
-def _normalised(x):
+def _normalise(x):
+    """Normalises the channels of each position to mean 0 and variance 1."""
     centred = x - x.mean(-1, keepdims=True)
     square = (centred * centred).mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(square + 1e-12)

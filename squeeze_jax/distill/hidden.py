@@ -1,8 +1,8 @@
-"""Hidden states: those of the student's layers become those of the teacher's, projected where the widths differ.
+"""The hidden state loss: it trains the student's hidden states to equal the teacher's.
 
-Jiao et al. 2019, arXiv 1909.10351 (TinyBERT), equations 8 and 9: MSE(H_student W, H_teacher), W learned, of layers and
-of embeddings. Sun et al. 2019, arXiv 1908.09355 (patient knowledge distillation), equation 7: of states of length 1, of
-the first token.
+TinyBERT, Jiao et al. 2019, arXiv 1909.10351, equations 8 and 9: MSE(H_student W, H_teacher) of layers and embeddings. The
+projection W is learned; it is needed where the widths differ. Patient knowledge distillation, Sun et al. 2019, arXiv
+1908.09355, equation 7: the same of the first token, whose hidden states are divided by their norm.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import jax
 
 from squeeze_jax.distill import _loss
-from squeeze_jax.distill._loss import Bound, Layers, Shapes, Unbound
+from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
 from squeeze_jax.ranges import Range
@@ -27,59 +27,63 @@ def make(
     normalise: bool = False,
     tokens: Literal["all", "first"] = "all",
     teacher: Annotated[int, Range(0, 63)] = 0,
-) -> Unbound:
-    """Returns the loss "hidden": mean over real tokens and channels of the squared error, summed over pairs of layers.
+) -> UnboundLoss:
+    """Returns the loss "hidden": the mean squared error over real tokens and features, summed over pairs of layers.
 
-    Its parameters are the projections [student's features, teacher's features], called <student's>_<teacher's endpoint>.
+    Its parameters are the projections [student features, teacher features], called <student endpoint>_<teacher endpoint>.
 
     Args:
-      layers: which are compared, see `_loss.layer_pairs`.
-      embeddings: whether the endpoint embeddings is compared too; its projection is its own.
-      project: whether the student's states are projected; None for where the widths differ.
-      shared: one projection for all layers, as TinyBERT has it, called "layers".
-      normalise: states are divided by their length.
-      tokens: "first" for the first of a sequence alone, which stands for all of it.
-      teacher: which of several.
+      layers: the layers to compare: "uniform", "skip", "last", or pairs (student layer, teacher layer); see
+        `_loss.layer_pairs`.
+      embeddings: whether to compare the endpoint "embeddings" too; it has its own projection.
+      project: whether to project the student's hidden states; None projects them where the widths differ.
+      shared: whether all layers share one projection, as in TinyBERT; it is called "layers".
+      normalise: whether to divide hidden states by their norm.
+      tokens: "all" tokens are compared, or only the "first" one, which represents the sequence.
+      teacher: number of the teacher, counted from 0.
 
     Raises:
-      UserError: unknown layers; when bound, an endpoint that is not there or is not of tokens, layers that do not divide,
-        other widths with project=False, or `shared` without anything to share.
+      UserError: `layers` is wrong. When bound: an endpoint is missing or has no tokens, a mapping does not fit the numbers
+        of layers, the widths differ with project=False, or `shared` is set but no layer is projected.
     """
     _loss.check_layers(layers)
 
-    def name(pair):
+    def projection_name(pair):
         return "layers" if shared and pair[0] != "embeddings" else "_".join(pair)
 
-    def bind(student: Shapes, teachers: Shapes | Sequence[Shapes]) -> Bound:
-        theirs = _loss.one(teachers, teacher)
-        pairs = _loss.layer_pairs(layers, student, theirs)
+    def bind(student: Shapes, teachers: Shapes | Sequence[Shapes]) -> BoundLoss:
+        teacher_shapes = _loss.select_teacher(teachers, teacher)
+        pairs = _loss.layer_pairs(layers, student, teacher_shapes)
         if embeddings:
-            pairs += _loss.layer_pairs((("embeddings",) * 2,), student, theirs)
+            pair = ("embeddings", "embeddings")
+            pairs += _loss.layer_pairs((pair,), student, teacher_shapes)
         widths = {}
         for pair in pairs:
-            wide = _loss.token_widths("hidden", pair, student, theirs)
-            if widths.get(name(pair), wide) != wide:
+            name = projection_name(pair)
+            pair_widths = _loss.token_widths("hidden", pair, student, teacher_shapes)
+            if widths.get(name, pair_widths) != pair_widths:
                 raise UserError(
-                    f"shared = True: the widths of {' and '.join(pair)} are {wide}, of other layers {widths[name(pair)]};"
+                    f"shared = True: the widths of {' and '.join(pair)} are {pair_widths}, of other layers {widths[name]};"
                     " leave it out"
                 )
-            if _loss.needs_projection(project, *wide, pair):
-                widths[name(pair)] = wide
+            if _loss.needs_projection(project, *pair_widths, pair):
+                widths[name] = pair_widths
         if shared and "layers" not in widths:
             raise UserError(
                 "shared = True: no layer is projected, their widths are equal; leave it out"
             )
-        init = _loss.projections(widths, _INIT)
-        return _loss.paired("hidden", pairs, compare, teacher=teacher, init=init)
+        init = _loss.projection_init(widths, _INIT)
+        return _loss.paired_loss("hidden", pairs, compare, teacher=teacher, init=init)
 
-    def compare(ours, theirs, batch, params, pair):
-        weights = _loss.token_weights(batch, *ours.shape[:2])
+    def compare(student_states, teacher_states, batch, params, pair):
+        x, target = student_states, teacher_states
+        weights = _loss.token_weights(batch, *x.shape[:2])
         if tokens == "first":
-            ours, theirs, weights = ours[:, :1], theirs[:, :1], weights[:, :1]
-        ours = _loss.project(ours, params.get(name(pair)))
-        theirs = _loss.project(theirs, None)
+            x, target, weights = x[:, :1], target[:, :1], weights[:, :1]
+        x = _loss.project(x, params.get(projection_name(pair)))
+        target = _loss.project(target, None)
         if normalise:
-            ours, theirs = _loss.unit(ours), _loss.unit(theirs)
-        return means.mean(((ours - theirs) ** 2).mean(-1), weights)
+            x, target = _loss.unit_vectors(x), _loss.unit_vectors(target)
+        return means.mean(((x - target) ** 2).mean(-1), weights)
 
-    return Unbound(bind)
+    return UnboundLoss(bind)

@@ -1,8 +1,9 @@
-"""Soft logits: the student's class probabilities, tempered, become like its teachers'.
+"""The loss of soft targets: it trains the student to predict the same class probabilities as its teachers.
 
-Hinton, Vinyals, Dean 2015, arXiv 1503.02531: with p = softmax(z / T) of each network, T^2 KL(p_teacher || p_student); T^2
-keeps the gradient's size as T grows (section 2.1). Of several teachers p_teacher is the arithmetic mean. Ba, Caruana 2013,
-arXiv 1312.6184: the mean squared error of the logits themselves instead.
+Hinton, Vinyals, Dean 2015, arXiv 1503.02531: T^2 KL(p_teacher || p_student), where p = softmax(z / T) of each network's
+logits z. The factor T^2 keeps the size of the gradients as the temperature T grows (section 2.1). With several teachers,
+p_teacher is the arithmetic mean of their probabilities. Ba, Caruana 2013, arXiv 1312.6184, use the mean squared error of the
+logits instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,43 +14,46 @@ import jax.numpy as jnp
 
 from squeeze_jax import tree
 from squeeze_jax.distill._loss import (
-    Bound,
+    BoundLoss,
     Shapes,
-    Unbound,
-    attended,
+    UnboundLoss,
     example_weights,
+    padding_mask,
     token_weights,
 )
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import Positive
 
-# Heads whose classes are the positions of the sequence.
-_POSITIONS = ("start", "end")
-# Far below any logit, and finite so that products with 0 are 0.
-_NEVER = -1e30
+# Heads of question answering, whose classes are the positions of the sequence.
+_POSITION_HEADS = ("start", "end")
+# The logit of an impossible class: far below all others, and finite, so that its product with 0 is 0.
+_IMPOSSIBLE = -1e30
 
 
 def make(
     temperature: Positive = 1.0,
     kind: Literal["kl", "cross_entropy", "mse"] = "kl",
     positions: Literal["all", "chosen"] = "all",
-) -> Unbound:
+) -> UnboundLoss:
     """Returns the loss "soft_logits".
 
-    Logits are [b, classes], [b, l, classes] for each token or [b, p, classes] for those at batch["positions"], or a dict of
-    heads, whose losses are averaged; in heads called start and end the classes are the positions [b, l], of which padded
-    ones are none. One class is a regression: its loss is the mean squared error of the predictions, whatever the kind.
-    Logits that are one number for each token (replaced tokens) are not for this loss.
+    Logits are [b, classes]; or [b, l, classes], one row per token; or [b, p, classes], one row for each of the positions in
+    batch["positions"]; or a dict of heads, whose losses are averaged. In heads called "start" and "end" the classes are
+    the positions of the sequence, [b, l], and padded positions are left out. A single class is a regression: for any kind,
+    the loss is then the mean squared error of the predictions. The loss does not accept logits with one number per token,
+    which ELECTRA's head for replaced tokens has.
 
     Args:
-      temperature: T, above 0; only 1 with kind "mse".
-      kind: "kl"; "cross_entropy" is larger by the teachers' entropy and has the same gradient; "mse" of the logits.
-      positions: of logits for each token "all" real ones count, or those that batch["chosen"] says: masked tokens.
+      temperature: temperature T of the softmax, above 0; must be 1 with kind "mse".
+      kind: "kl" is T^2 KL(p_teacher || p_student). "cross_entropy" is larger by the teachers' entropy and has the same
+        gradients. "mse" is the mean squared error of the logits.
+      positions: the tokens that count in logits with one row per token: "all" real tokens, or the masked tokens that
+        batch["chosen"] marks.
 
     Raises:
-      UserError: a temperature that is not positive or has no effect; when bound, logits that are not there or have other
-        shapes.
+      UserError: the temperature is not positive, or has no effect. When bound: logits are missing, or have different
+        shapes in student and teacher.
     """
     if temperature <= 0:
         raise UserError(f"temperature = {temperature}: should be above 0")
@@ -58,122 +62,143 @@ def make(
             f"temperature = {temperature} has no effect with kind='mse': leave it out"
         )
 
-    def bind(student: Shapes, teacher: Shapes | Sequence[Shapes]) -> Bound:
+    def bind(student: Shapes, teacher: Shapes | Sequence[Shapes]) -> BoundLoss:
         teachers = [teacher] if isinstance(teacher, Mapping) else list(teacher)
-        _check(student, teachers, positions)
+        _check_logits(student, teachers, positions)
 
         def loss(logits, endpoints, batch, params):
             del endpoints, params
             heads = tree.flatten(logits)
-            given = [
-                tree.flatten(jax.lax.stop_gradient(each["logits"]))
-                for each in batch["teacher"]
+            teacher_heads = [
+                tree.flatten(jax.lax.stop_gradient(outputs["logits"]))
+                for outputs in batch["teacher"]
             ]
             losses = [
-                _head(name, ours, [each[name] for each in given], batch)
-                for name, ours in heads.items()
+                head_loss(name, x, [each[name] for each in teacher_heads], batch)
+                for name, x in heads.items()
             ]
             total = sum(losses) / len(losses)
             return total, {"soft_logits": total}
 
-        return Bound(("logits",), lambda key: {}, loss)
+        return BoundLoss(("logits",), lambda key: {}, loss)
 
-    def _head(name, ours, theirs, batch):
-        ours, *theirs = (each.astype(jnp.float32) for each in (ours, *theirs))
-        rows, allowed = ours.shape[0], None
-        if ours.ndim == 3:
-            weights = _places(batch, *ours.shape[:2], chosen=positions == "chosen")
+    def head_loss(name, student, teachers, batch):
+        student, *teachers = (x.astype(jnp.float32) for x in (student, *teachers))
+        rows, allowed = student.shape[0], None
+        if student.ndim == 3:
+            masked_only = positions == "chosen"
+            weights = _position_weights(
+                batch, *student.shape[:2], masked_only=masked_only
+            )
         else:
             weights = example_weights(batch, rows)
-        if _spans(name):
-            allowed = attended(batch)
-        if kind == "mse" or ours.shape[-1] == 1:
-            return mean(squared_error(ours, theirs, allowed), weights)
+        if _predicts_position(name):
+            allowed = padding_mask(batch)
+        if kind == "mse" or student.shape[-1] == 1:
+            return mean(squared_error(student, teachers, allowed), weights)
         entropy = kind == "kl"
-        losses = divergence(ours, theirs, temperature, allowed, entropy=entropy)
+        losses = divergence(student, teachers, temperature, allowed, entropy=entropy)
         return mean(losses, weights)
 
-    return Unbound(bind)
+    return UnboundLoss(bind)
 
 
 def divergence(
-    ours: jax.Array,
-    theirs: Sequence[jax.Array],
+    student: jax.Array,
+    teachers: Sequence[jax.Array],
     temperature: float,
     allowed: jax.Array | None = None,
     *,
     entropy: bool = True,
 ) -> jax.Array:
-    """T^2 KL(mean of softmax(theirs / T) || softmax(ours / T)), equation 1 and section 2.1.
+    """Returns T^2 KL(mean of softmax(teacher / T) over the teachers || softmax(student / T)), [...].
+
+    Hinton et al., equation 1 and section 2.1.
 
     Args:
-      ours: the student's logits [..., classes].
-      theirs: each teacher's, of that shape.
+      student: the student's logits [..., classes].
+      teachers: the logits of each teacher, of the same shape.
       temperature: T.
-      allowed: bool [..., classes], which classes there are; None for all.
-      entropy: False leaves out the teachers' entropy, which gives the cross-entropy.
-
-    Returns:
-      [...].
+      allowed: bool [..., classes], True for the possible classes; None if all are possible.
+      entropy: whether to subtract the teachers' entropy; without that the result is the cross-entropy.
     """
 
     def log_softmax(logits):
         logits = logits / temperature
         if allowed is not None:
-            logits = jnp.where(allowed, logits, _NEVER)
+            logits = jnp.where(allowed, logits, _IMPOSSIBLE)
         return jax.nn.log_softmax(logits, -1)
 
-    log_q = log_softmax(ours)
-    log_p = log_softmax(theirs[0])
-    if len(theirs) > 1:
-        each = jnp.stack([log_p, *map(log_softmax, theirs[1:])])
-        log_p = jax.nn.logsumexp(each, 0) - jnp.log(float(len(theirs)))
-    against = log_p - log_q if entropy else -log_q
-    return temperature**2 * jnp.sum(jnp.exp(log_p) * against, -1)
+    log_q = log_softmax(student)
+    log_p = log_softmax(teachers[0])
+    if len(teachers) > 1:
+        log_ps = jnp.stack([log_p, *map(log_softmax, teachers[1:])])
+        log_p = jax.nn.logsumexp(log_ps, 0) - jnp.log(float(len(teachers)))
+    log_ratio = log_p - log_q if entropy else -log_q
+    return temperature**2 * jnp.sum(jnp.exp(log_p) * log_ratio, -1)
 
 
 def squared_error(
-    ours: jax.Array, theirs: Sequence[jax.Array], allowed: jax.Array | None = None
+    student: jax.Array,
+    teachers: Sequence[jax.Array],
+    allowed: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean over the classes of (ours - mean of theirs)^2: [..., classes] → [...]."""
-    square = (ours - sum(theirs) / len(theirs)) ** 2
+    """Returns the mean over the classes of (student - mean of the teachers)^2, [...]; the arguments are as in `divergence`."""
+    square = (student - sum(teachers) / len(teachers)) ** 2
     if allowed is None:
         return square.mean(-1)
-    counted = jnp.where(allowed, square, 0.0).sum(-1)
-    return counted / jnp.maximum(allowed.sum(-1), 1)
+    total = jnp.where(allowed, square, 0.0).sum(-1)
+    return total / jnp.maximum(allowed.sum(-1), 1)
 
 
-def _places(batch, rows, places, *, chosen):
-    """Weights, float32 [rows, places], of logits for each token or for some."""
-    if chosen:
+def _position_weights(batch, rows, positions, *, masked_only):
+    """Returns the weights of logits with one row per token or per chosen position, float32 [rows, positions].
+
+    Args:
+      batch: "mask", and as needed "positions" int [rows, positions], "chosen", and the padding mask.
+      rows: number of sequences.
+      positions: number of positions per sequence.
+      masked_only: whether only the tokens count that batch["chosen"] marks.
+
+    Raises:
+      UserError: the batch lacks "chosen", or has "positions" without a padding mask.
+    """
+    if masked_only:
         if "chosen" not in batch:
             raise UserError(
                 "positions = 'chosen': the data chooses no tokens; leave it out"
             )
-        weights = batch["chosen"].reshape(rows, places).astype(jnp.float32)
+        weights = batch["chosen"].reshape(rows, positions).astype(jnp.float32)
         return weights * example_weights(batch, rows)[:, None]
     if "positions" not in batch:
-        return token_weights(batch, rows, places)
-    real = attended(batch)
-    if real is None:
+        return token_weights(batch, rows, positions)
+    is_real = padding_mask(batch)
+    if is_real is None:
         raise UserError(
             "the batch has 'positions' without a padding mask: give it as 'attended' [b, l], true for real tokens"
         )
-    weights = token_weights(batch, *real.shape)
+    weights = token_weights(batch, *is_real.shape)
     weights = jnp.take_along_axis(weights, batch["positions"], 1, mode="clip")
-    # Where fewer are chosen the other places point to anything.
+    # Sequences with fewer chosen tokens fill "positions" with arbitrary values.
     return weights * batch["chosen"] if "chosen" in batch else weights
 
 
-def _spans(name: str) -> bool:
-    return name.split("/")[-1] in _POSITIONS
+def _predicts_position(name: str) -> bool:
+    """Returns whether the classes of a head are the positions of the sequence."""
+    return name.split("/")[-1] in _POSITION_HEADS
 
 
-def _check(student: Shapes, teachers: Sequence[Shapes], positions: str) -> None:
-    for whose, each in ("student", student), *(("teacher", t) for t in teachers):
-        if "logits" not in each:
+def _check_logits(student: Shapes, teachers: Sequence[Shapes], positions: str) -> None:
+    """Raises a UserError unless the loss accepts the student's logits and all teachers have logits of the same shapes.
+
+    Args:
+      student, teachers: output shapes of the networks.
+      positions: the option of `make`.
+    """
+    for whose, outputs in ("student", student), *(("teacher", t) for t in teachers):
+        if "logits" not in outputs:
             raise UserError(
-                f"soft_logits: the {whose} has no logits, only {', '.join(each) or 'nothing'}"
+                f"soft_logits: the {whose} has no logits, only {', '.join(outputs) or 'nothing'}"
             )
     heads = tree.flatten(student["logits"])
     if "replaced" in heads:
@@ -185,14 +210,14 @@ def _check(student: Shapes, teachers: Sequence[Shapes], positions: str) -> None:
         raise UserError(
             "positions = 'chosen': the logits are not of each token; leave it out"
         )
-    for theirs in (tree.flatten(each["logits"]) for each in teachers):
+    for teacher_heads in (tree.flatten(outputs["logits"]) for outputs in teachers):
         for name, head in heads.items():
-            if name not in theirs:
+            if name not in teacher_heads:
                 raise UserError(
-                    f"soft_logits: the teacher's logits have no head {name!r}{nearest(name, theirs)}"
+                    f"soft_logits: the teacher's logits have no head {name!r}{nearest(name, teacher_heads)}"
                 )
-            if tuple(head.shape) != tuple(theirs[name].shape):
+            if tuple(head.shape) != tuple(teacher_heads[name].shape):
                 raise UserError(
                     f"soft_logits: the student's logits are {tuple(head.shape)}, the teacher's"
-                    f" {tuple(theirs[name].shape)}: both need the same classes"
+                    f" {tuple(teacher_heads[name].shape)}: both need the same classes"
                 )

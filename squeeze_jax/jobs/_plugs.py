@@ -232,7 +232,7 @@ def accepted_taps(
     """
     if not any(f.intercept or f.init or f.state for f in forwards.values()):
         return dict.fromkeys(forwards, ())
-    accepted = forward.taps(model, example, tuple(forwards.values()))
+    accepted = forward.accepted_taps(model, example, tuple(forwards.values()))
     for (name, method), taps in zip(forwards.items(), accepted, strict=True):
         if method.intercept is not None and not taps:
             raise UserError(

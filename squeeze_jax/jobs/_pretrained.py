@@ -84,7 +84,7 @@ class PretrainedNetwork(NamedTuple):
                 k: variables[k] for k in ("params", "batch_stats") if k in variables
             }
         network = self.with_forward_methods(models.make(**options), None, "float32")
-        network, variables = forward.folded(network, variables)
+        network, variables = forward.fold_reparametrizations(network, variables)
         params = forward.parameters(variables["params"])
         stats = variables["batch_stats"]
         return jax.device_get({"params": params, "batch_stats": stats})
@@ -281,7 +281,7 @@ def read_checkpoint(workdir: str, **checkpoint_settings) -> dict[str, Any]:
     if directory.is_dir():
         opened = Checkpoints(directory, **checkpoint_settings, read_only=True)
         with contextlib.closing(opened) as checkpoints:
-            variables = checkpoints.weights()
+            variables = checkpoints.trained_variables()
         if variables is not None:
             return variables
     raise UserError(f"no checkpoint in {workdir}: train there first")

@@ -11,7 +11,7 @@ from squeeze_jax.jobs import _classes, _experiment, _plugs, _settings
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
-from squeeze_jax.train.state import State, handed_over
+from squeeze_jax.train.state import State, hand_over
 
 
 def resume(built: Built, checkpoints: Checkpoints) -> tuple[Built, Restored | None]:
@@ -50,7 +50,7 @@ def next_phase(built: Built, state: State, say: Callable) -> tuple[Built, State]
     next_built, changed = _apply_transition(built, to_host(state))
     shapes = forward.parameters(changed.params)
     fresh = next_built.create({"params": shapes, "batch_stats": changed.stats})
-    initial, lines = handed_over(changed, to_host(fresh))
+    initial, lines = hand_over(changed, to_host(fresh))
     for line in lines:
         say(f"{next_built.phase.label}  {line}")
     shardings = jax.tree.map(lambda x: x.sharding, next_built.abstract())

@@ -144,7 +144,9 @@ def forward_methods_active(built: Built) -> contextlib.AbstractContextManager:
     """
     forwards = {k: f for k, f in built.network.forwards.items() if not f.integer}
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _method_shapes(built))
-    return forward.intercepted(built.network._replace(forwards=forwards), zeros)
+    return forward.applying_interceptions(
+        built.network._replace(forwards=forwards), zeros
+    )
 
 
 def _method_shapes(built):

@@ -30,7 +30,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     scores = fit.make_evaluator(built)(state)
     if jax.process_index() == 0:
         print(
-            f"step {int(state.step)} · {log.scores(scores)} · {built.data.num_eval:,} {built.data.noun}s"
+            f"step {int(state.step)} · {log.format_scores(scores)} · {built.data.num_eval:,} {built.data.noun}s"
         )
 
 
@@ -52,7 +52,9 @@ def trained_state(built: Built, workdir: pathlib.Path) -> State:
         with contextlib.closing(
             Checkpoints(directory, **settings, read_only=True)
         ) as checkpoints:
-            restored = checkpoints.network(functools.partial(_abstract_state, built))
+            restored = checkpoints.restore_network(
+                functools.partial(_abstract_state, built)
+            )
             if restored is not None:
                 return restored.state
     raise UserError(

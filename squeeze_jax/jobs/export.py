@@ -174,7 +174,9 @@ def network_on_host(built: Built, state: State) -> tuple[forward.Network, dict]:
     Methods that change weights are applied to the variables; methods that change activations stay in the network.
     """
     network = built.network._replace(dtype="float32")
-    network, variables = forward.folded(network, jax.device_get(state.variables()))
+    network, variables = forward.fold_reparametrizations(
+        network, jax.device_get(state.variables())
+    )
     return network, jax.device_get(variables)
 
 

@@ -95,7 +95,7 @@ def train_phases(
                 _model_json.check_classes(workdir, built.data.label_names)
             _model_json.write(workdir, built.options, settings, built.data)
         start = int(restored.state.step) if restored else 0
-        if start == built.whole.steps and checkpoints.scored(start):
+        if start == built.whole.steps and checkpoints.has_scores(start):
             say("trained    already, to the last step")
             return built
         for line in _transitions.rehearse(built):
@@ -105,7 +105,7 @@ def train_phases(
             if (
                 start_from is None
                 or start < built.phase.end
-                or not checkpoints.scored(start)
+                or not checkpoints.has_scores(start)
             ):
                 step = compiled.step_of(built, say)
                 say(f"memory     {_plan.describe_memory(step.largest)}")
@@ -384,7 +384,7 @@ def compile_step(built: Built, spec, teacher_outputs: _teachers.TeacherOutputs):
     state_shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
     shardings = state_shardings, sharding.replicated(built.mesh)
     options = dict(donate_argnums=0, out_shardings=shardings)
-    step = steps.whole(pieces, **options)
+    step = steps.compose(pieces, **options)
     if not pieces.fused:
         return step
     return jax.jit(step, **options).lower(*arguments).compile()
@@ -433,5 +433,5 @@ def describe_wire(built: Built, step: CompiledStep) -> str:
     pieces, arguments = traceable_step(built, spec, step.teacher_outputs)
     if not pieces.fused:
         return "not known: the gradients are compiled in pieces"
-    sent = wire.wire(steps.whole(pieces), *arguments)
+    sent = wire.wire(steps.compose(pieces), *arguments)
     return wire.describe(sent).removeprefix("wire ")

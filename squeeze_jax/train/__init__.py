@@ -1,1 +1,1 @@
-"""The one training loop and its parts."""
+"""Trains networks: the training step, the loop, optimizers, losses, metrics, checkpoints and logs."""

@@ -1,4 +1,4 @@
-"""What a training step is given: its arguments in their full forms, and checks of states and batches."""
+"""Checks the arguments of a training step and converts short forms, such as an optax transform, to full forms."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,12 +15,12 @@ from squeeze_jax.train.state import State
 
 
 class Term(NamedTuple):
-    """One loss of the objective.
+    """One weighted loss of the objective.
 
     Attributes:
-      name: in records and in `params["methods"]`.
-      weight: its factor in the sum.
-      objective: the method.
+      name: key of the loss in records, and of its parameters in `params["methods"]`.
+      weight: factor of the loss in the sum of all losses.
+      objective: the method that computes the loss.
     """
 
     name: str
@@ -28,11 +28,16 @@ class Term(NamedTuple):
     objective: methods.Objective
 
 
-def settled(network, update, objective) -> tuple[Network, methods.Update, tuple]:
-    """Returns the network, the update and the terms of the loss in their full forms; see `step.parts`.
+def full_forms(network, update, objective) -> tuple[Network, methods.Update, tuple]:
+    """Returns the network, the update and the terms of the objective in their full forms.
+
+    Args:
+      network: a `Network`, or a Linen module alone.
+      update: a `methods.Update`, or an optax transform.
+      objective: a sequence of `Term`s, or one loss, which becomes the term "objective" with weight 1.
 
     Raises:
-      UserError: an optimizer or an objective that is none.
+      UserError: the update is no gradient transform, or the objective is no loss.
     """
     if not isinstance(network, Network):
         network = Network(network)
@@ -53,15 +58,19 @@ def settled(network, update, objective) -> tuple[Network, methods.Update, tuple]
     return network, update, tuple(objective)
 
 
-def exchange_of(exchange: Named | Callable | None) -> Named | None:
-    """Returns an exchange with its name."""
+def named_exchange(exchange: Named | Callable | None) -> Named | None:
+    """Returns an exchange with its name; a plain function gets the name "exchange"."""
     if callable(exchange) and not isinstance(exchange, Named):
         return Named("exchange", methods.exchange(exchange))
     return exchange
 
 
 def image(batch: Mapping[str, Any]) -> jax.Array:
-    """Returns what image networks read of a batch."""
+    """Returns the images of a batch, which are the inputs of image networks.
+
+    Raises:
+      UserError: the batch has no entry "image".
+    """
     if "image" not in batch:
         raise UserError(
             f"the batch has {', '.join(batch)} and no image: tell what the network reads by inputs, such as"
@@ -71,10 +80,10 @@ def image(batch: Mapping[str, Any]) -> jax.Array:
 
 
 def with_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a batch with a mask, all true where it has none.
+    """Returns the batch with a "mask", bool [b]; adds one that is true for all examples if the batch has none.
 
     Raises:
-      UserError: no dict, or arrays that are not equally long.
+      UserError: the batch is no dict of arrays [b, ...], or its arrays have different numbers of examples.
     """
     if not isinstance(batch, Mapping):
         raise UserError(
@@ -83,22 +92,24 @@ def with_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
     lengths = {name: x.shape[0] for name, x in batch.items() if getattr(x, "shape", ())}
     if not lengths:
         raise UserError("the batch has no arrays [b, ...]")
-    rows = next(iter(lengths.values()))
+    count = next(iter(lengths.values()))
     if "mask" not in batch:
-        batch = {**batch, "mask": jnp.ones(rows, bool)}
+        batch = {**batch, "mask": jnp.ones(count, bool)}
     for name, length in lengths.items():
-        if length != rows:
+        if length != count:
             raise UserError(
-                f"the batch's arrays are not equally long: {name} has {length} examples, {next(iter(lengths))} has {rows}"
+                f"the batch's arrays are not equally long: {name} has {length} examples, {next(iter(lengths))} has {count}"
             )
     return dict(batch)
 
 
 def check_state(state: State, update: methods.Update, ema: float) -> None:
-    """Checks that a state is one of this step's.
+    """Raises a UserError unless a state fits the training step.
 
-    Raises:
-      UserError: it has averaged weights and the step averages none, or the reverse; it is of another optimizer.
+    Args:
+      state: the training state.
+      update: the gradient transforms of the step, whose optimizer state must have the shapes of `state.opt`.
+      ema: decay of the averaged weights; a state has averaged weights if and only if it is not 0.
     """
     if bool(ema) != (state.ema is not None):
         has, wants = (

@@ -1,8 +1,16 @@
-"""Checkpoints with Orbax: asynchronous, atomic, the newest N plus the best; a damaged one is noticed and skipped.
+"""Saves and restores checkpoints with Orbax.
 
-A checkpoint holds the state and a note: the position in the data (examples consumed in this phase), the config, the
-phase, the network's options, and a checksum of every array, computed on the devices, so that it is the same for every
-sharding and catches what a file system does not.
+Saving is asynchronous and atomic. A directory keeps the newest N checkpoints and the best one. `restore` detects damaged
+checkpoints and skips them.
+
+A checkpoint holds two items: the training state and a note. The note is a JSON dict with these keys:
+
+    position    examples consumed in this phase, which is the position in the data
+    config      the run's config
+    checksums   a checksum of every array; it detects damaged arrays that the file system does not report
+    phase, options, …    the phase, the network's options, and what else the caller of `save` adds
+
+Checksums are computed on the devices and do not depend on the sharding.
 """
 
 import contextlib
@@ -29,28 +37,30 @@ from squeeze_jax.train import forward, trees
 from squeeze_jax.train.scores import Scores
 from squeeze_jax.train.state import State
 
-for noisy in (
-    "absl",
-    "orbax",
-):  # what they report as errors of a damaged file comes as an exception too
-    logging.getLogger(noisy).setLevel(logging.CRITICAL)
+# Both libraries log the errors of damaged files. The same errors arrive as exceptions, so the log would repeat them.
+for library in ("absl", "orbax"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-# Until methods of all plug points could own parameters, those of the losses stood under this name.
-_OBJECTIVE = "objective"
+# Earlier versions saved the parameters of losses under this key of `params`, and no other methods had parameters.
+# Today the parameters of all methods stand under `METHODS`.
+_OLD_METHODS = "objective"
 
-_BESIDE = 2**18  # bytes of descriptions beside a state's arrays
+_METADATA_BYTES = 2**18  # upper estimate of a checkpoint's files that hold no arrays
 
-Like = State | Callable[[Mapping[str, Any]], State] | Any
+# What `restore` restores into: a state of `jax.ShapeDtypeStruct`s, a function from a checkpoint's note to such a state,
+# or any other pytree.
+Template = State | Callable[[Mapping[str, Any]], State] | Any
 
 
 class Restored(NamedTuple):
-    """A state and the note that was saved with it.
+    """A restored training state and the note that was saved with it.
 
     Attributes:
-      state: as it was.
-      position: examples consumed in its phase.
-      note: "config", and where they are known "phase" (from 0) and "options" of the network.
+      state: the saved `State`, or the saved pytree.
+      position: examples consumed in this phase when the state was saved.
+      note: the saved note, described at the top of this file, with the key "step"; {} for a state that was never saved.
+        "phase" is counted from 0.
     """
 
     state: State
@@ -58,20 +68,25 @@ class Restored(NamedTuple):
     note: Mapping[str, Any] = {}
 
 
-class _Kept(NamedTuple):
-    """Orbax' question which checkpoints to keep, as a function of their steps."""
+class _PreservationPolicy(NamedTuple):
+    """An Orbax preservation policy that keeps the checkpoints whose steps a function chooses.
 
-    of: Callable[[Sequence[int]], set[int]]
+    Attributes:
+      choose: steps of all checkpoints → steps of those to keep.
+    """
+
+    choose: Callable[[Sequence[int]], set[int]]
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Returns for each checkpoint whether Orbax keeps it; Orbax deletes the others."""
         del context
         steps = [each.step for each in checkpoints]
-        kept = self.of(steps)
+        kept = self.choose(steps)
         return [step in kept for step in steps]
 
 
 class Checkpoints:
-    """The checkpoints of one work directory."""
+    """Saves and restores the checkpoints of one work directory, and remembers the scores of their evaluations."""
 
     def __init__(
         self,
@@ -83,16 +98,16 @@ class Checkpoints:
         use: Literal["newest", "best"] = "newest",
         read_only: bool = False,
     ):
-        """Opens (and makes) `directory`.
+        """Opens the checkpoints in `directory`; creates the directory if it does not exist, unless `read_only` is set.
 
         Args:
-          directory: where they live, one sub-directory a step.
-          keep: how many of the newest to keep, at least 1.
-          best: the score of evaluations whose best checkpoint is kept besides; one that is not finite is never the best.
-          lowest: whether the lowest value is the best, as of a loss; else the highest is.
-          use: which of them a trained network is: the newest, or the best by `best`. Training always goes on from the
-            newest.
-          read_only: for a look while another process may be saving there.
+          directory: holds one sub-directory per checkpoint, named by the step.
+          keep: number of newest checkpoints to keep, at least 1.
+          best: name of a score, such as "eval_accuracy". The checkpoint with its best finite value is also kept.
+          lowest: whether the lowest value of that score is the best, as for a loss; otherwise the highest is.
+          use: which checkpoint holds the trained network: the newest, or the best by the score `best`. Evaluation and
+            export use that checkpoint; training always continues from the newest.
+          read_only: whether to leave all checkpoints as they are, because another process may be saving to the directory.
         """
         self._use, self._best, self._read_only = use, best, read_only
         self._keep = keep
@@ -105,37 +120,43 @@ class Checkpoints:
                 "note": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Kept(self._kept),
+                preservation_policy=_PreservationPolicy(self._steps_to_keep),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
         )
 
-    def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, oldest first."""
+    def saved_steps(self) -> list[int]:
+        """Returns the steps that have a complete checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
-    def _kept(self, steps: Sequence[int]) -> set[int]:
-        """Returns which of these steps are kept: the newest ones and the best."""
+    def _steps_to_keep(self, steps: Sequence[int]) -> set[int]:
+        """Returns the steps whose checkpoints are kept: the newest `keep` of `steps`, and the one with the best score."""
         return {*sorted(steps)[-self._keep :], self._scores.best(steps)} & set(steps)
 
-    def scored(self, step: int) -> bool:
-        """Whether the state of a step was evaluated."""
+    def has_scores(self, step: int) -> bool:
+        """Returns whether the scores of a step's evaluation are recorded."""
         return step in self._scores
 
-    def score(self, step: int, scores: Mapping[str, float]) -> None:
-        """Records how the saved state of a step was evaluated, and removes what is the best no longer.
+    def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Records the evaluation scores of a step, and deletes the checkpoints that no longer need to be kept.
+
+        Waits first until all checkpoints are on disk. The first process writes the scores to `scores.json`.
+
+        Args:
+          step: the step whose state was evaluated.
+          scores: the scores by name, such as {"eval_accuracy": 0.9}.
 
         Raises:
-          UserError: the scores cannot be written down.
+          UserError: the scores cannot be written to disk.
         """
         self.wait()
-        steps = self.steps()
+        steps = self.saved_steps()
         if jax.process_index() == 0:
             self._scores.record(step, scores, steps)
         else:
             self._scores.remember(step, scores)
-        for old in set(steps) - self._kept(steps):
+        for old in set(steps) - self._steps_to_keep(steps):
             self._manager.delete(old)
 
     def save(
@@ -147,18 +168,23 @@ class Checkpoints:
         *,
         step: int | None = None,
     ) -> None:
-        """Starts saving; returns as soon as the arrays are copied off the devices' way.
+        """Starts to save a checkpoint in the background.
+
+        Returns once the arrays are copied, so that the next training step may overwrite them; `wait` waits for the files.
+        Does nothing if the step already has a checkpoint.
 
         Args:
-          state: what to save; or any pytree of arrays, see `trees.packed`.
+          state: a `State`, or any pytree of arrays, which `trees.pack` turns into a `State`.
           position: examples consumed in this phase.
-          config: of the run.
-          note: more to remember, such as {"phase": 0, "options": {...}}.
-          step: under which a pytree is saved; None for its own `step`.
+          config: the run's config.
+          note: further entries of the note, such as {"phase": 0, "options": {...}}.
+          step: the step under which a pytree is saved; None takes the pytree's attribute `step`. A `State` always uses
+            its own step.
 
         Raises:
-          DiskFull: there is no space for it; names the last good checkpoint.
-          UserError: what a checkpoint cannot hold, or a pytree without a step.
+          DiskFull: the disk has too little space; the message names the last complete checkpoint.
+          UserError: a value that a checkpoint cannot hold, or a pytree without a step.
+          RuntimeError: Orbax refused to save.
         """
         if not isinstance(state, State):
             step = getattr(state, "step", None) if step is None else step
@@ -166,76 +192,93 @@ class Checkpoints:
                 raise UserError(
                     f"a {type(state).__name__} has no step: tell under which it is saved by step="
                 )
-            state = trees.packed(state, int(step))
+            state = trees.pack(state, int(step))
         elif isinstance(state.step, int | np.generic):
             state = state._replace(step=jnp.asarray(state.step, jnp.int32))
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._check_space(step, state)
+        self._check_free_space(step, state)
         note = {
             "position": position,
-            "config": trees.plain(config or {}),
+            "config": trees.to_json(config or {}),
             "checksums": checksums(_to_dict(state)),
-            **trees.plain(note or {}, "note"),
+            **trees.to_json(note or {}, "note"),
         }
-        with self._writing(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Orbax warns of its own deprecations
-            saved = self._manager.save(
+        with self._reporting_full_disk(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Orbax calls its own deprecated functions
+            was_saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_to_dict(state)),
                     note=ocp.args.JsonSave(note),
                 ),
             )
-        if not saved:
+        if not was_saved:
             raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk under its final name."""
-        with self._writing():
+        """Waits until all checkpoints that `save` started are on disk under their final names."""
+        with self._reporting_full_disk():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with self._writing():
+        """Waits for all checkpoints, then releases Orbax' threads; the object cannot be used afterwards."""
+        with self._reporting_full_disk():
             self._manager.close()
 
-    def _check_space(self, step: int, state: State) -> None:
-        """Raises `DiskFull` where a state does not fit; a save that runs out of space in the middle leaves much behind."""
-        arrays = sum(x.nbytes for x in jax.tree.leaves(_to_dict(state)))
-        if shutil.disk_usage(self.directory).free < arrays + _BESIDE:
-            raise self._full(f"step {step}, {(arrays + _BESIDE) / 1e6:.1f} MB")
+    def _check_free_space(self, step: int, state: State) -> None:
+        """Raises `DiskFull` if a state is larger than the free space of the disk.
+
+        Without this check a save that fills the disk would leave its unfinished files behind.
+        """
+        size = sum(x.nbytes for x in jax.tree.leaves(_to_dict(state))) + _METADATA_BYTES
+        if shutil.disk_usage(self.directory).free < size:
+            raise self._disk_full(f"step {step}, {size / 1e6:.1f} MB")
 
     @contextlib.contextmanager
-    def _writing(self):
+    def _reporting_full_disk(self):
+        """Turns an exception that a full disk causes within this context into `DiskFull`; lets others pass."""
         try:
             yield
-        except Exception as error:  # Orbax' own, of many kinds
+        except Exception as error:  # Orbax raises many types for a full disk
             if files.is_full(error):
-                raise self._full("a step") from None
+                raise self._disk_full("a step") from None
             raise
 
-    def _full(self, what: str) -> files.DiskFull:
-        saved = self.steps()
-        good = (
-            f"the checkpoint of step {saved[-1]} is whole"
-            if saved
+    def _disk_full(self, what: str) -> files.DiskFull:
+        """Returns the error for a full disk; it says what could not be saved, and names the newest complete checkpoint."""
+        steps = self.saved_steps()
+        last = (
+            f"the checkpoint of step {steps[-1]} is whole"
+            if steps
             else "none was saved"
         )
         return files.DiskFull(
-            f"cannot save {what}: no space left in {self.directory}; {good}: make space and run the same command again"
+            f"cannot save {what}: no space left in {self.directory}; {last}: make space and run the same command again"
         )
 
-    def trained(self, like: Like) -> Restored | None:
-        """Restores the checkpoint that the trained network is, as `use` says; else as `restore`."""
+    def restore_trained(self, like: Template) -> Restored | None:
+        """Restores the checkpoint that holds the trained network: the newest or the best, as the option `use` says.
+
+        Arguments, result and errors are those of `restore`. With `use="best"`, a damaged best checkpoint is an error:
+        no other checkpoint replaces it.
+
+        Raises:
+          UserError: see `restore`; or `use` is "best" and no checkpoint was evaluated.
+        """
         best = self._best_step()
         return self.restore(like) if best is None else self.restore(like, [best])
 
     def _best_step(self) -> int | None:
-        """Returns the step of the best checkpoint; None if the newest is to be used."""
+        """Returns the step of the best checkpoint, or None if the option `use` is "newest".
+
+        Raises:
+          UserError: `use` is "best", but no checkpoint has a finite value of the score `best`.
+        """
         if self._use == "newest":
             return None
-        best = self._scores.best(self.steps())
+        best = self._scores.best(self.saved_steps())
         if best is None:
             raise UserError(
                 f"no checkpoint in {self.directory} was evaluated with a finite {self._best}: set config.eval_every, or"
@@ -244,106 +287,131 @@ class Checkpoints:
         return best
 
     def note(self) -> Mapping[str, Any] | None:
-        """Returns the note of the checkpoint that holds the trained network; None if none can be read."""
-        best = self._best_step() if self.steps() else None
-        for step in self.steps()[::-1] if best is None else [best]:
-            # A damaged one is noticed and told of when it is read.
+        """Returns the note of the checkpoint that holds the trained network, with its "step".
+
+        With `use="newest"` this is the newest note that can be read. Returns None if no note can be read.
+
+        Raises:
+          UserError: `use` is "best" and no checkpoint was evaluated.
+        """
+        best = self._best_step() if self.saved_steps() else None
+        for step in self.saved_steps()[::-1] if best is None else [best]:
+            # `restore` reports damaged checkpoints.
             with contextlib.suppress(Exception):
-                return self._note(step)
+                return self._read_note(step)
         return None
 
-    def _note(self, step: int) -> Mapping[str, Any]:
+    def _read_note(self, step: int) -> Mapping[str, Any]:
+        """Returns the note of one step's checkpoint, and adds the key "step"; raises Orbax' exception if it is damaged."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             args = ocp.args.Composite(note=ocp.args.JsonRestore())
             return self._manager.restore(step, args=args)["note"] | {"step": step}
 
-    def weights(self) -> dict[str, Any] | None:
-        """Returns the trained network's variables for `forward.run`, numpy, whatever its shapes; None without a checkpoint.
+    def trained_variables(self) -> dict[str, Any] | None:
+        """Returns the trained network's variables as numpy arrays, for `forward.run`.
 
-        Of the steps the one that `use` names; averaged weights where the run has them.
+        Needs no template, because it takes the shapes from the checkpoint. The option `use` chooses the checkpoint.
+        Returns the averaged weights if the run averages its weights, and None if there is no checkpoint whose metadata
+        can be read.
 
         Raises:
-          UserError: the checkpoint cannot be read, or was not evaluated.
+          UserError: all checkpoints are damaged, or `use` is "best" and no checkpoint was evaluated.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        described = self._described(device)
-        if described is None:
+        newest = self._saved_shapes(device)
+        if newest is None:
             return None
-        restored = self.trained(
-            lambda note: self._described(device, note["step"]) or described
+        restored = self.restore_trained(
+            lambda note: self._saved_shapes(device, note["step"]) or newest
         )
         return None if restored is None else jax.device_get(restored.state.variables())
 
-    def network(self, like: Like) -> Restored | None:
-        """Like `trained`, but only the network's parameters must match `like`.
+    def restore_network(self, like: Template) -> Restored | None:
+        """Like `restore_trained`, but requires only the network's parameters and running statistics to match `like`.
 
-        The optimizer's state and what losses learned are restored as they were saved.
+        Restores the optimizer's state and the parameters and state of methods in the shapes in which they were saved.
+        The optimizer's state of the result is a dict of arrays by name, not an optax state.
+
+        Args:
+          like: a `State` of `jax.ShapeDtypeStruct`s with shardings, or a function from a checkpoint's note to one.
         """
 
-        def network_of(note):
-            wanted = like(note) if callable(like) else like
-            saved = self._described(wanted.step.sharding, note["step"])
+        def template(note):
+            network = like(note) if callable(like) else like
+            saved = self._saved_shapes(network.step.sharding, note["step"])
             if saved is None:
-                return wanted
-            params = forward.parameters(wanted.params)
+                return network
+            params = forward.parameters(network.params)
             own = saved.params.get(METHODS)
             params |= {METHODS: own} if own else {}
-            ema = saved.ema and {"params": params, "stats": wanted.stats}
-            return saved._replace(params=params, stats=wanted.stats, ema=ema)
+            ema = saved.ema and {"params": params, "stats": network.stats}
+            return saved._replace(params=params, stats=network.stats, ema=ema)
 
-        return self.trained(network_of)
+        return self.restore_trained(template)
 
-    def _described(self, sharding, only: int | None = None) -> State | None:
-        """Returns the shapes of a saved state, of one step or the newest, with the optimizer's arrays by name; None if unreadable."""
-        for step in self.steps()[::-1] if only is None else [only]:
-            # A damaged one is noticed and told of when it is read.
+    def _saved_shapes(self, sharding, step: int | None = None) -> State | None:
+        """Returns a saved state as `jax.ShapeDtypeStruct`s, read from Orbax' metadata; None if they cannot be read.
+
+        Args:
+          sharding: the sharding of every array in the result.
+          step: the checkpoint's step; None takes the newest checkpoint whose metadata can be read.
+
+        Returns:
+          A `State` with today's names of arrays, see `_with_new_names`. `opt` and `carry` are dicts by name, as
+          `_to_dict` saves them.
+        """
+        for candidate in self.saved_steps()[::-1] if step is None else [step]:
+            # `restore` reports damaged checkpoints.
             with contextlib.suppress(Exception):
-                saved = dict(self._manager.item_metadata(step)["state"])
+                metadata = dict(self._manager.item_metadata(candidate)["state"])
                 break
         else:
             return None
-        found = jax.tree.map(
-            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), saved
+        shapes = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding),
+            metadata,
         )
-        found = _renamed(found)
-        return State(**found | {"ema": found["ema"] or None})
+        shapes = _with_new_names(shapes)
+        return State(**shapes | {"ema": shapes["ema"] or None})
 
     def restore(
-        self, like: Like, steps: Sequence[int] | None = None
+        self, like: Template, steps: Sequence[int] | None = None
     ) -> Restored | None:
-        """Restores the newest checkpoint that is whole.
+        """Restores the newest undamaged checkpoint.
 
-        Damaged ones before it are set aside as `damaged-STEP`, so that their steps can be saved again.
+        Warns of each damaged checkpoint and tries the next older one. After success it renames the damaged directories to
+        `damaged-STEP`, so that training can save these steps again; a read-only object renames nothing.
 
         Args:
-          like: a state of ShapeDtypeStructs whose shardings say where the arrays should go; they need not be those
-            of the run that saved it. Or a function from a checkpoint's note to such a state. Or a pytree like the one
-            that was saved, which then is the `state` of what is returned.
-          steps: the steps to try in turn; all from the newest on by default.
+          like: the template of the result, in one of three forms. A `State` of `jax.ShapeDtypeStruct`s, whose shardings
+            place the restored arrays; they may differ from the shardings of the run that saved the checkpoint. A
+            function from a checkpoint's note to such a `State`. Or a pytree of the structure that was saved, see
+            `save`; then the result's `state` is such a pytree.
+          steps: the steps to try, in this order; by default all steps, newest first.
 
         Returns:
-          None where there is no checkpoint at all.
+          The state and its note, or None if there is no checkpoint.
 
         Raises:
-          UserError: the checkpoint is of another model (names the first parameters that differ and both shapes), or
-            every checkpoint is damaged.
+          UserError: a checkpoint does not fit the template (the message names the first arrays that differ, with both
+            shapes), or all checkpoints are damaged.
         """
         if not isinstance(like, State) and not callable(like):
-            restored = self.restore(trees.packed(like, 0), steps)
+            restored = self.restore(trees.pack(like, 0), steps)
             return restored and restored._replace(
-                state=trees.unpacked(restored.state, like)
+                state=trees.unpack(restored.state, like)
             )
         if isinstance(like, State) and isinstance(like.step, int | np.generic):
             like = like._replace(step=jnp.asarray(like.step, jnp.int32))
-        steps, damaged = self.steps()[::-1] if steps is None else steps, []
-        _hush_abandoned_reads()
+        steps, damaged = self.saved_steps()[::-1] if steps is None else steps, []
+        _ignore_closed_event_loops()
         for step in steps:
             try:
-                restored = self._restore(step, like)
+                restored = self._restore_step(step, like)
             except UserError:
                 raise
-            except Exception as error:  # whatever a damaged file makes of Orbax
+            except Exception as error:  # Orbax raises many types for damaged files
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 damaged.append(step)
                 warnings.warn(
@@ -351,7 +419,7 @@ class Checkpoints:
                     stacklevel=2,
                 )
                 continue
-            self._set_aside(damaged)
+            self._set_damaged_aside(damaged)
             return restored
         if damaged:
             raise UserError(
@@ -359,7 +427,12 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, damaged: Sequence[int]) -> None:
+    def _set_damaged_aside(self, damaged: Sequence[int]) -> None:
+        """Renames the directories of damaged checkpoints to `damaged-STEP`, replacing earlier ones of the same name.
+
+        The first process renames; all processes wait for it and then read the directory again. Does nothing if the
+        object is read-only or `damaged` is empty.
+        """
         if self._read_only or not damaged:
             return
         if jax.process_index() == 0:
@@ -371,20 +444,33 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints")
         self._manager.reload()
 
-    def _restore(self, step: int, like: Like) -> Restored:
-        note = self._note(step)
+    def _restore_step(self, step: int, like: Template) -> Restored:
+        """Restores the checkpoint of one step, also one that an earlier version saved.
+
+        Compares the shapes with the template before it reads the arrays, and then the arrays with the checksums in the note.
+        Converts the names of an earlier version to today's, and sets shares of batches that were not saved to 1.
+
+        Args:
+          step: the checkpoint's step.
+          like: a `State` of `jax.ShapeDtypeStruct`s with shardings, or a function from the note to one.
+
+        Raises:
+          UserError: the shapes or names do not match the template.
+          Exception: the checkpoint is damaged: an `OSError` for a wrong checksum, or any exception of Orbax.
+        """
+        note = self._read_note(step)
         like = like(note) if callable(like) else like
         expected = _to_dict(like)
-        saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
+        metadata = self._manager.item_metadata(step)["state"]
+        if metadata is None:
             raise OSError("the state's description is missing")
-        # Earlier versions did not count the batches in running statistics.
-        uncounted = SHARES not in (saved.get("extra") or {})
-        expected, counted = _without_shares(expected) if uncounted else (expected, {})
-        self._check_fit(step, expected, _renamed(dict(saved)))
-        old = _OBJECTIVE in saved["params"]
-        if old:
-            expected = _old_names(expected)
+        # Earlier versions did not save the shares of batches in the running statistics.
+        shares = {}
+        if SHARES not in (metadata.get("extra") or {}):
+            expected, shares = _split_off_shares(expected)
+        self._check_shapes(step, expected, _with_new_names(dict(metadata)))
+        if _OLD_METHODS in metadata["params"]:
+            expected = _with_old_names(expected)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             restored = self._manager.restore(
@@ -392,18 +478,29 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(expected)),
             )["state"]
         wrong = [
-            k for k, v in checksums(restored).items() if note["checksums"].get(k) != v
+            name
+            for name, checksum in checksums(restored).items()
+            if note["checksums"].get(name) != checksum
         ]
         if wrong:
             raise OSError(f"checksum of {wrong[0]} differs")
-        if counted:
-            whole = {SHARES: jax.tree.map(_one, counted)}
-            restored = restored | {"extra": restored.get("extra", {}) | whole}
-        state = _from_dict(_renamed(restored), like)
+        if shares:
+            # A share of 1 says that the statistics need no correction for their initial values.
+            extra = restored.get("extra", {}) | {SHARES: jax.tree.map(_ones, shares)}
+            restored = restored | {"extra": extra}
+        state = _from_dict(_with_new_names(restored), like)
         return Restored(state, note["position"], note)
 
-    def _check_fit(self, step, expected, saved) -> None:
-        """Raises a UserError that names the first arrays that differ."""
+    def _check_shapes(self, step, expected, saved) -> None:
+        """Raises a UserError if two states differ in the names or shapes of their arrays.
+
+        The message names the first three arrays that differ, those of `params` first.
+
+        Args:
+          step: the checkpoint's step, for the message.
+          expected: the template, as a dict of `_to_dict`.
+          saved: the checkpoint's metadata, as such a dict.
+        """
         problems = [
             line
             for part in sorted(expected.keys() | saved.keys(), key=_params_first)
@@ -418,64 +515,87 @@ class Checkpoints:
             )
 
 
-def _without_shares(expected: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Splits a state's description into what earlier versions saved and the shares of batches in the statistics."""
+def _split_off_shares(expected: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Splits the shares of batches in the running statistics off a state, because earlier versions did not save them.
+
+    `BatchNorm` explains the shares.
+
+    Args:
+      expected: a state as a dict of `_to_dict`.
+
+    Returns:
+      The state without `extra[SHARES]`, and the tree of shares, {} if the state has none.
+    """
     extra = dict(expected.get("extra", {}))
-    counted = extra.pop(SHARES, {})
-    kept = {k: v for k, v in expected.items() if k != "extra"}
-    return kept | ({"extra": extra} if extra else {}), counted
+    shares = extra.pop(SHARES, {})
+    others = {k: v for k, v in expected.items() if k != "extra"}
+    return others | ({"extra": extra} if extra else {}), shares
 
 
-def _one(shape: jax.ShapeDtypeStruct) -> jax.Array:
+def _ones(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns an array of ones with the shape, dtype and sharding of a `jax.ShapeDtypeStruct`."""
     return jax.device_put(np.ones(shape.shape, shape.dtype), shape.sharding)
 
 
 def _params_first(part: str) -> tuple[bool, str]:
+    """Returns a sort key for the fields of a state: "params" comes first, the others follow in alphabetical order."""
     return part != "params", part
 
 
-def _hush_abandoned_reads() -> None:
-    """Keeps Python from printing what becomes of reads under way when Orbax gave a damaged checkpoint up.
+def _ignore_closed_event_loops() -> None:
+    """Keeps Python from printing the exception "Event loop is closed"; installs a hook for that once per process.
 
-    They end in threads that nobody waits for, and report to an event loop that is closed.
+    When Orbax meets a damaged checkpoint, it abandons reads that still run. They end in threads that nobody waits for, and
+    try to report to an event loop that is closed. The hook that prints such exceptions still prints all others.
     """
-    before = sys.unraisablehook
-    if getattr(before, "hushes", None) is _hush_abandoned_reads:
+    previous_hook = sys.unraisablehook
+    if getattr(previous_hook, "installed_by", None) is _ignore_closed_event_loops:
         return
 
     def hook(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
+            previous_hook(unraisable)
 
-    hook.hushes = _hush_abandoned_reads
+    hook.installed_by = _ignore_closed_event_loops
     sys.unraisablehook = hook
 
 
 def checksums(arrays) -> dict[str, int]:
-    """A 32-bit sum over each array's bits, weighted by position; the same for every sharding."""
-    sums = _checksums(tree.flatten(arrays))
-    return {k: int(v) for k, v in jax.device_get(sums).items()}
+    """Returns a 32-bit checksum of each array of a pytree, as {name: checksum}.
+
+    A checksum is a sum over the elements modulo 2^32, each multiplied by an odd number that depends on its index. It
+    does not depend on the sharding. Elements of 4 bytes count by their bits, all others by their values as uint32.
+    """
+    sums = _compute_checksums(tree.flatten(arrays))
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
 @jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def one(x):
+def _compute_checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Computes `checksums` on the devices: {name: array} → {name: uint32 []}."""
+
+    def checksum(x):
         bits = (
             jax.lax.bitcast_convert_type(x, jnp.uint32)
             if x.dtype.itemsize == 4
             else x.astype(jnp.uint32)
         )
         bits = bits.reshape(-1)
-        weight = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(
+        # An odd weight is invertible modulo 2^32, so that the change of a single element always changes the sum.
+        weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(
             2654435761
         ) | jnp.uint32(1)
-        return jnp.sum(bits * weight, dtype=jnp.uint32)
+        return jnp.sum(bits * weights, dtype=jnp.uint32)
 
-    return {k: one(x) for k, x in arrays.items()}
+    return {name: checksum(x) for name, x in arrays.items()}
 
 
 def _to_dict(state: State) -> dict[str, Any]:
-    """Turns a state into plain dicts, which Orbax stores: the optimizer's named tuples and a carry become flat names."""
+    """Turns a state into nested dicts of arrays, which is what Orbax stores.
+
+    `opt` and `carry`, which may contain named tuples, become flat dicts {name: array}, see `tree.flatten`. `ema` is {} if
+    it is None; "extra" and "carry" are left out if they are None.
+    """
     arrays = {
         "step": state.step,
         "params": state.params,
@@ -491,10 +611,12 @@ def _to_dict(state: State) -> dict[str, Any]:
 
 
 def _from_dict(saved: dict[str, Any], like: State) -> State:
-    def structured(part):
-        whole = getattr(like, part)
-        leaves = [saved[part][n] for n in tree.flatten(whole)]
-        return jax.tree.unflatten(jax.tree.structure(whole), leaves)
+    """Turns the dicts of `_to_dict` back into a state, whose `opt` and `carry` get the tree structure of `like`."""
+
+    def structured(field):
+        template = getattr(like, field)
+        leaves = [saved[field][name] for name in tree.flatten(template)]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
     return State(
         saved["step"],
@@ -507,37 +629,50 @@ def _from_dict(saved: dict[str, Any], like: State) -> State:
     )
 
 
-def _renamed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames the arrays of an earlier version: moves the losses' parameters to those of the methods."""
+def _with_new_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames the arrays of a state that an earlier version saved to today's names; leaves a newer state as it is.
 
-    def moved(params):
-        if _OBJECTIVE not in params:
+    Moves the parameters of losses from "objective" to `METHODS`, in `params`, in the averaged weights and in the
+    optimizer's state. Nothing is copied.
+
+    Args:
+      saved: a state as a dict of `_to_dict`, of arrays, shapes or Orbax' metadata.
+    """
+
+    def move(params):
+        if _OLD_METHODS not in params:
             return params
-        rest = {k: v for k, v in params.items() if k != _OBJECTIVE}
-        return rest | {METHODS: params[_OBJECTIVE]}
+        network = {k: v for k, v in params.items() if k != _OLD_METHODS}
+        return network | {METHODS: params[_OLD_METHODS]}
 
-    found = dict(saved) | {"params": moved(saved["params"])}
+    renamed = dict(saved) | {"params": move(saved["params"])}
     if ema := saved.get("ema"):
-        found["ema"] = {**ema, "params": moved(ema["params"])}
+        renamed["ema"] = {**ema, "params": move(ema["params"])}
     opt = saved.get("opt") or {}
-    found["opt"] = {
-        k.replace(f"/{_OBJECTIVE}/", f"/{METHODS}/"): v for k, v in opt.items()
+    renamed["opt"] = {
+        k.replace(f"/{_OLD_METHODS}/", f"/{METHODS}/"): v for k, v in opt.items()
     }
-    return found
+    return renamed
 
 
-def _old_names(expected: dict[str, Any]) -> dict[str, Any]:
-    """Renames a state's description to the names of an earlier version, the inverse of `_renamed`."""
+def _with_old_names(expected: dict[str, Any]) -> dict[str, Any]:
+    """Renames the arrays of a state to the names of an earlier version, so that Orbax finds them in its files.
 
-    def moved(params):
-        rest = {k: v for k, v in params.items() if k != METHODS}
-        return rest | ({_OBJECTIVE: params[METHODS]} if METHODS in params else {})
+    The inverse of `_with_new_names`: it moves the parameters of methods from `METHODS` to "objective".
 
-    found = expected | {"params": moved(expected["params"])}
+    Args:
+      expected: the template, as a dict of `_to_dict`.
+    """
+
+    def move(params):
+        network = {k: v for k, v in params.items() if k != METHODS}
+        return network | ({_OLD_METHODS: params[METHODS]} if METHODS in params else {})
+
+    renamed = expected | {"params": move(expected["params"])}
     if "params" in expected["ema"]:
-        found["ema"] = expected["ema"] | {"params": moved(expected["ema"]["params"])}
-    found["opt"] = {
-        k.replace(f"/{METHODS}/", f"/{_OBJECTIVE}/"): v
+        renamed["ema"] = expected["ema"] | {"params": move(expected["ema"]["params"])}
+    renamed["opt"] = {
+        k.replace(f"/{METHODS}/", f"/{_OLD_METHODS}/"): v
         for k, v in expected["opt"].items()
     }
-    return found
+    return renamed

@@ -1,13 +1,13 @@
-"""The network as it is run: reparametrize → cast → intercept → apply.
+"""Runs a network in four steps: reparametrize → cast → intercept → apply.
 
-Training, evaluation, teachers, export and folders all call `run`, so a masked or quantized network is the same network
-everywhere. Variables are a dict:
+Training, evaluation, teachers, export and folders of `transformers` all call `run`, so that a masked or quantized network
+is the same network everywhere. The variables of a network are a dict:
 
-    params        the network's parameters, and under "methods" those that methods own
-    batch_stats   running statistics of the normalisations
-    extra         the methods' own state, by name, and in training the shares of batches in batch_stats under
-                  "batch_shares", see `BatchNorm`; may be absent
-    step          updates done so far; may be absent (a network that no method depends on)
+    params        the network's parameters, and under "methods" the parameters that methods own
+    batch_stats   running statistics of the normalisation layers
+    extra         the methods' own state, by name; in training also the shares of batches in batch_stats, under
+                  "batch_shares", see `BatchNorm`. May be absent
+    step          number of updates so far; may be absent if no method depends on it
 """
 
 import contextlib
@@ -28,19 +28,19 @@ from squeeze_jax.nn.intercept import intercepting
 from squeeze_jax.nn.layer_norm import LayerNorm, NoNorm
 from squeeze_jax.nn.norm import SHARES, BatchNorm
 
-# Layers whose parameters stay float32 in any dtype of the computation.
+# The parameters of these layers stay float32, whatever the dtype of the computation is.
 NORMALISATIONS = (BatchNorm, LayerNorm, NoNorm)
 
 
 class Network(NamedTuple):
-    """A Linen module and everything that changes how it is run.
+    """A Linen module and everything that changes how it runs.
 
     Attributes:
-      model: inputs → (logits, endpoints).
-      forwards: methods of the plug point `forward` by name, in the order they apply.
-      dtype: of the computation.
-      first: the step at which the phase began; methods count their steps from it.
-      float32: paths of the layers whose parameters are not cast.
+      model: the module: inputs → (logits, endpoints).
+      forwards: methods of the plug point `forward` by name, in the order in which they apply.
+      dtype: dtype of the computation.
+      first: the step at which the phase began; methods count their steps from there.
+      float32: paths of the layers whose parameters are not cast to `dtype`.
     """
 
     model: nn.Module
@@ -58,15 +58,15 @@ def make(
     dtype: str = "float32",
     first: int = 0,
 ) -> Network:
-    """Builds the network as it is run.
+    """Builds a `Network`.
 
     Args:
       model: a Linen module.
-      example: shapes of its inputs; where a cast needs to know the module's normalisations.
+      example: shapes of its inputs. A dtype other than float32 needs them, to find the normalisation layers.
       forwards, dtype, first: see `Network`.
     """
-    kept = normalisations(model, example) if dtype != "float32" else frozenset()
-    return Network(model, dict(forwards or {}), dtype, first, kept)
+    float32 = normalisation_paths(model, example) if dtype != "float32" else ()
+    return Network(model, dict(forwards or {}), dtype, first, frozenset(float32))
 
 
 def run(
@@ -80,54 +80,54 @@ def run(
 ) -> tuple[tuple[Any, Mapping[str, Any]], dict[str, Any]]:
     """Runs the network on a batch.
 
-    A module may return its logits alone, and its call may have no argument `train`, see `mode`.
+    The module may return its logits alone, without endpoints. Its call may lack an argument `train`, see `mode_argument`.
 
     Args:
-      network: of `make`.
+      network: the network that `make` built.
       variables: see the top of this file.
-      inputs: what the module is called with; floating-point arrays are cast to the network's dtype.
+      inputs: the inputs of the module; floating-point arrays are cast to the network's dtype.
       train: whether normalisations use the batch's statistics, dropout is active and methods may change their state.
-      key: for the random streams "dropout" and "sample", and for methods; needed in training.
-      **options: more keyword arguments of the module's call, such as carry.
+      key: random key for the streams "dropout" and "sample", and for methods; training needs it.
+      **options: further keyword arguments of the module's call, such as `carry`.
 
     Returns:
-      (logits, endpoints), logits in float32; and the changed {"batch_stats", "extra"}, which stay as they are outside of
-      training.
+      ((logits, endpoints), changed). Logits are float32. `changed` holds the new "batch_stats" and "extra", which only
+      training changes.
     """
     owns = _owns(network, variables, train, key)
-    params = _reparametrized(network, variables, owns)
-    params = cast(params, network.dtype, network.float32)
+    params = _reparametrize(network, variables, owns)
+    params = cast_parameters(params, network.dtype, network.float32)
     stats = variables.get("batch_stats", {})
     extra = dict(variables.get("extra") or {})
     rngs = {}
     if key is not None:
         rngs = {"dropout": key, "sample": jax.random.fold_in(key, 1)}
-    counted = {SHARES: extra[SHARES]} if train and SHARES in extra else {}
+    shares = {SHARES: extra[SHARES]} if train and SHARES in extra else {}
     changes = {name: {} for name, f in network.forwards.items() if f.intercept}
-    replace = functools.partial(_replaced, network.forwards, owns, changes)
+    replace = functools.partial(_intercept, network.forwards, owns, changes)
     with intercepting(replace) if changes else contextlib.nullcontext():
         result, changed = network.model.apply(
-            {"params": params, "batch_stats": stats, **counted},
-            floats(inputs, network.dtype),
-            **mode(network.model, train),
-            mutable=["batch_stats", *counted] if train else [],
+            {"params": params, "batch_stats": stats, **shares},
+            cast_floats(inputs, network.dtype),
+            **mode_argument(network.model, train),
+            mutable=["batch_stats", *shares] if train else [],
             rngs=rngs,
             **options,
         )
-    logits, endpoints = parted(result)
+    logits, endpoints = split_outputs(result)
     if train:
         stats = changed.get("batch_stats", stats)
-        extra |= {name: changed[name] for name in counted}
+        extra |= {name: changed[name] for name in shares}
         extra |= {k: extra[k] | change for k, change in changes.items() if change}
     after = {"batch_stats": stats, "extra": extra}
-    return (floats(logits, jnp.float32), endpoints), after
+    return (cast_floats(logits, jnp.float32), endpoints), after
 
 
-def parted(result: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Returns what a module returns as (logits, endpoints).
+def split_outputs(result: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Splits the outputs of a module into (logits, endpoints); endpoints are {} if the module returns logits alone.
 
     Raises:
-      UserError: a tuple of something else.
+      UserError: the module returns a tuple other than (logits, dict).
     """
     if not isinstance(result, tuple):
         return result, {}
@@ -138,11 +138,12 @@ def parted(result: Any) -> tuple[Any, Mapping[str, Any]]:
     )
 
 
-def mode(model: nn.Module, train: bool) -> dict[str, bool]:
-    """Returns the argument that tells a module's call whether it is in training: the one of these names that it has.
+def mode_argument(model: nn.Module, train: bool) -> dict[str, bool]:
+    """Returns the keyword argument that switches a module between training and evaluation, as {name: value}.
 
-    `train`, `training` and `is_training`; `deterministic` and `use_running_average`, which say the opposite. None of them
-    is for a module that is the same in both.
+    The name is the one of `train`, `training`, `is_training`, `deterministic` and `use_running_average` that the module's
+    call has; the last two get the opposite value. A call with `**kwargs` gets `train`. Returns {} for a module without
+    such an argument, which computes the same in both modes.
     """
     parameters = inspect.signature(type(model).__call__).parameters
     for name in ("train", "training", "is_training"):
@@ -157,75 +158,81 @@ def mode(model: nn.Module, train: bool) -> dict[str, bool]:
 
 
 @contextlib.contextmanager
-def intercepted(network: Network, variables: Mapping[str, Any]) -> Iterator[None]:
-    """Passes what the network's module computes within this context through the interceptions, outside of training.
+def applying_interceptions(
+    network: Network, variables: Mapping[str, Any]
+) -> Iterator[None]:
+    """Applies the interceptions of the network's methods to its module within this context, in evaluation mode.
 
-    For tools that trace a module themselves, such as the counts of costs.
+    Serves tools that trace the module themselves, such as those that count costs.
 
     Args:
-      network: of `make`.
+      network: the network that `make` built.
       variables: see the top of this file.
     """
     owns = _owns(network, variables, False, None)
     changes = {name: {} for name, f in network.forwards.items() if f.intercept}
-    with intercepting(functools.partial(_replaced, network.forwards, owns, changes)):
+    with intercepting(functools.partial(_intercept, network.forwards, owns, changes)):
         yield
 
 
-def folded(
+def fold_reparametrizations(
     network: Network, variables: Mapping[str, Any]
 ) -> tuple[Network, dict[str, Any]]:
-    """Applies the reparametrizations; returns a network without them, and its variables.
+    """Applies the reparametrizations to the parameters once; returns a network without them, and its variables.
 
-    Where no method intercepts, the result is a plain network: {"params", "batch_stats"} of the module alone.
+    If no method intercepts, the variables are {"params", "batch_stats"} of the module alone.
+
+    Args:
+      network: the network that `make` built.
+      variables: see the top of this file.
     """
     owns = _owns(network, variables, False, None)
-    params = _reparametrized(network, variables, owns)
+    params = _reparametrize(network, variables, owns)
     own = variables["params"].get(METHODS)
-    rest = {
+    interceptors = {
         name: method._replace(reparametrize=None)
         for name, method in network.forwards.items()
         if method.intercept is not None
     }
     plain = {"params": params, "batch_stats": variables.get("batch_stats", {})}
-    if rest:
-        kept = {k: own[k] for k in rest if k in (own or {})}
+    if interceptors:
+        kept = {k: own[k] for k in interceptors if k in (own or {})}
         plain["params"] = params | ({METHODS: kept} if kept else {})
         plain |= {k: variables[k] for k in ("extra", "step") if k in variables}
-    return network._replace(forwards=rest), plain
+    return network._replace(forwards=interceptors), plain
 
 
 def parameters(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the network's parameters, without those that methods own."""
+    """Returns the network's parameters, without the parameters that methods own."""
     return {name: value for name, value in params.items() if name != METHODS}
 
 
-def taps(
-    model: nn.Module, example: Any, accepts: Sequence[Forward]
+def accepted_taps(
+    model: nn.Module, example: Any, forwards: Sequence[Forward]
 ) -> list[tuple[Tap, ...]]:
-    """Returns for each method the taps of a network that it accepts, in the order of use.
+    """Returns for each method the taps of a module that it accepts, in the order in which the module uses them.
 
     Args:
       model: a Linen module.
       example: shapes of its inputs.
-      accepts: the methods.
+      forwards: the methods.
     """
-    seen: dict[str, Tap] = {}
+    taps: dict[str, Tap] = {}
 
     def record(tap, x):
-        seen.setdefault(tap.name, tap)
+        taps.setdefault(tap.name, tap)
         return x
 
     with intercepting(record):
-        _initialised(model, example)
+        _trace_init(model, example)
     return [
-        tuple(t for t in seen.values() if f.intercept is not None and f.taps(t.name))
-        for f in accepts
+        tuple(t for t in taps.values() if f.intercept is not None and f.taps(t.name))
+        for f in forwards
     ]
 
 
-def normalisations(model: nn.Module, example: Any) -> frozenset[str]:
-    """Returns the paths of a network's normalisation layers."""
+def normalisation_paths(model: nn.Module, example: Any) -> frozenset[str]:
+    """Returns the paths of a module's normalisation layers, such as "block1/norm"."""
     paths = set()
 
     def record(call, args, kwargs, context):
@@ -234,15 +241,20 @@ def normalisations(model: nn.Module, example: Any) -> frozenset[str]:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        _initialised(model, example)
+        _trace_init(model, example)
     return frozenset(paths)
 
 
-def _initialised(model, example):
-    """Traces the initialisation anew, whatever JAX has cached of it."""
+def _trace_init(model, example):
+    """Traces the module's initialisation; returns the shapes of its variables.
+
+    Each call passes a new function to `jax.eval_shape`, so that JAX cannot skip the trace because it has cached one.
+    """
     key = jax.random.key(0)
     rngs = dict.fromkeys(("params", "dropout", "sample"), key)
-    return jax.eval_shape(lambda x: model.init(rngs, x, **mode(model, False)), example)
+    return jax.eval_shape(
+        lambda x: model.init(rngs, x, **mode_argument(model, False)), example
+    )
 
 
 def own(
@@ -253,30 +265,41 @@ def own(
     train: bool = True,
     key: jax.Array | None = None,
 ) -> Own:
-    """Returns a method's `Own` from variables as in `run`."""
+    """Returns a method's `Own`: its parameters, state, random key and step.
+
+    Args:
+      name: name of the method.
+      variables: see the top of this file.
+      first: the step at which the phase began.
+      train: whether the call belongs to a training step.
+      key: random key of the step; the method's key is derived from it and the method's name.
+    """
     params = variables["params"].get(METHODS, {}).get(name, {})
     step = variables.get("step")
     return Own(
         params=params,
         state=(variables.get("extra") or {}).get(name),
-        key=None if key is None else jax.random.fold_in(key, _number(name)),
+        key=None if key is None else jax.random.fold_in(key, _seed(name)),
         step=jnp.int32(0) if step is None else step - first,
         train=train,
     )
 
 
-def _number(name: str) -> int:
+def _seed(name: str) -> int:
+    """Returns a number that `jax.random.fold_in` accepts, and that the name alone determines."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 def _owns(network, variables, train, key):
+    """Returns the `Own` of each method of the plug point `forward`, by name."""
     return {
         name: own(name, variables, first=network.first, train=train, key=key)
         for name in network.forwards
     }
 
 
-def _reparametrized(network, variables, owns):
+def _reparametrize(network, variables, owns):
+    """Returns the network's parameters after the reparametrizations of all methods."""
     params = parameters(variables["params"])
     for name, method in network.forwards.items():
         if method.reparametrize is not None:
@@ -284,8 +307,16 @@ def _reparametrized(network, variables, owns):
     return params
 
 
-def _replaced(forwards, owns, changes, tap, x):
-    """Returns a tap's array after all interceptions, and notes the changes of their state."""
+def _intercept(forwards, owns, changes, tap, x):
+    """Returns the array of a tap after the interceptions of all methods.
+
+    Args:
+      forwards: all methods by name.
+      owns: the `Own` of each method.
+      changes: {name: {}} of the methods that intercept; collects the changes of their states.
+      tap: the tap.
+      x: its array.
+    """
     for name in changes:
         if forwards[name].taps(tap.name):
             state = owns[name].state
@@ -295,16 +326,16 @@ def _replaced(forwards, owns, changes, tap, x):
     return x
 
 
-def floats(values, dtype):
-    """Casts the floating-point arrays of a pytree; leaves others as they are."""
+def cast_floats(values, dtype):
+    """Casts the floating-point arrays of a pytree to a dtype; leaves all other arrays as they are."""
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         values,
     )
 
 
-def cast(params, dtype: str, float32: frozenset[str] = frozenset()):
-    """Casts weights to the dtype of the computation, except those of the layers in `float32`."""
+def cast_parameters(params, dtype: str, float32: frozenset[str] = frozenset()):
+    """Casts parameters to the dtype of the computation, except those of the layers whose paths are in `float32`."""
     if dtype == "float32":
         return params
     return tree.map_named(

@@ -1,4 +1,4 @@
-"""Metrics of a run: a progress line for eyes, JSON lines for programs, TensorBoard for browsers."""
+"""Logs the metrics of a run: progress lines on the screen, JSON lines for programs, and TensorBoard."""
 
 import contextlib
 import json
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from squeeze_jax import files
 from squeeze_jax.errors import UserError
 
-# What each record has, whatever the objective; it is not shown, or in a form of its own.
+# Entries that each training record has with any objective. The progress line formats them itself or leaves them out.
 EVERY_RECORD = ("loss", "grad_norm", "examples_per_s", "input_wait", "skipped")
 EVERY_RECORD += ("learning_rate", "examples_crc32")
-# Accuracies that are further apart get a line with the likely causes.
-FAR = 0.3
+# If training and test accuracy differ by more than this, a line warns and names likely causes.
+LARGE_GAP = 0.3
 _STATISTICS = (
     "; batch normalisation's running statistics may be those of older weights: train for more steps, or set"
     " config.model.norm_momentum=0.9 or lower"
@@ -26,7 +26,7 @@ _OVERFITTED = (
 
 
 class Log:
-    """Writes one record a call to the screen, to `metrics.jsonl` and to TensorBoard."""
+    """Writes records to the screen, to `metrics.jsonl` and to TensorBoard, one record per call."""
 
     def __init__(
         self,
@@ -38,36 +38,46 @@ class Log:
         phase: str = "",
         batch_norm: bool = False,
     ):
-        """Opens the files; records after step `start` (from a run that died) are dropped.
+        """Opens the files, and drops records after step `start`, which an interrupted run may have left.
 
         Args:
-          workdir: holds `metrics.jsonl` and `tensorboard/`.
-          steps: length of the run, for the time left.
-          start: the step the run continues from.
-          quiet: write nothing at all (every process but the first).
-          batch_norm: whether the network has running statistics, for the advice on accuracies that are far apart.
-          phase: such as "phase 1/2"; stands before each line, in each record and in TensorBoard's text.
+          workdir: the directory of `metrics.jsonl` and `tensorboard/`.
+          steps: the number of steps of the run, for the remaining time.
+          start: the step from which the run continues.
+          quiet: whether to write nothing at all, as all processes but the first do.
+          phase: name of the phase, such as "phase 1/2". It stands before each line, in each record and in TensorBoard's
+            text.
+          batch_norm: whether the network has running statistics; the warning of a large gap then names them.
         """
         self.steps, self.start, self.quiet = steps, start, quiet
-        self.phase, self._lead = phase, f"{phase} · " if phase else ""
-        self._batch_norm, self._trained = batch_norm, {}
+        self.phase, self._prefix = phase, f"{phase} · " if phase else ""
+        self._batch_norm, self._last_training = batch_norm, {}
         self._begin = time.monotonic()
-        self._live, self._shown, self._line = sys.stdout.isatty(), 0.0, ""
+        self._is_terminal, self._last_tick, self._line = sys.stdout.isatty(), 0.0, ""
         if quiet:
             return
         path = workdir / "metrics.jsonl"
-        kept = [r for r in read(path) if r["step"] <= start] if path.exists() else []
-        files.write(path, "".join(json.dumps(r) + "\n" for r in kept))
+        records = read(path) if path.exists() else []
+        kept = [record for record in records if record["step"] <= start]
+        files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
-        self._board = _writer(workdir / "tensorboard", purge_step=start + 1)
+        self._tensorboard = _tensorboard_writer(
+            workdir / "tensorboard", purge_step=start + 1
+        )
         if phase:
-            self._board.add_text("phase", phase, start)
+            self._tensorboard.add_text("phase", phase, start)
 
     def train(self, step: int, record: dict[str, float]) -> None:
-        """Records the mean of the last steps: loss, the objective's own metrics, speed, share of time waiting for input."""
-        done, spent = step - self.start, time.monotonic() - self._begin
-        left = spent / max(done, 1) * (self.steps - step)
-        parts = [f"{self._lead}step {step}/{self.steps}", f"loss {record['loss']:.4f}"]
+        """Writes a training record and its progress line.
+
+        Args:
+          step: the last of the steps that the record averages over.
+          record: "loss" and the other entries of `EVERY_RECORD`, and the objective's own metrics.
+        """
+        done, seconds = step - self.start, time.monotonic() - self._begin
+        left = seconds / max(done, 1) * (self.steps - step)
+        parts = [f"{self._prefix}step {step}/{self.steps}"]
+        parts += [f"loss {record['loss']:.4f}"]
         parts += [f"{k} {v:.3f}" for k, v in record.items() if k not in EVERY_RECORD]
         parts += [
             f"{record['examples_per_s']:,.0f} examples/s",
@@ -76,102 +86,108 @@ class Log:
         ]
         if record["skipped"]:
             parts.append(f"{record['skipped']} examples skipped")
-        self._line, self._trained = " · ".join(parts), record
+        self._line, self._last_training = " · ".join(parts), record
         self._write(step, record, self._line)
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:
+        """Writes the scores of an evaluation; after the last step, warns if training and test accuracy differ a lot."""
         self._write(
             step,
             record,
-            f"{self._lead}step {step}/{self.steps} · {scores(record)}",
+            f"{self._prefix}step {step}/{self.steps} · {format_scores(record)}",
             keep=True,
         )
-        if step == self.steps and (line := apart(self._trained, record)):
+        if step == self.steps and (line := accuracy_gap(self._last_training, record)):
             self.say(line + (_STATISTICS if self._batch_norm else "") + _OVERFITTED)
 
     def tick(self, step: int) -> None:
-        """Shows on a terminal, between records, how far the run is; at most once a second."""
+        """Updates the step number in a terminal's progress line between records, at most once a second."""
         now = time.monotonic()
-        if self._live and not self.quiet and now - self._shown > 1:
-            self._shown = now
-            rest = self._line.removeprefix(self._lead).partition(" · ")[2]
-            now = f"{self._lead}step {step}/{self.steps} · {rest or 'under way'}"
-            print(f"\r\033[K{now}", end="", flush=True)
+        if self._is_terminal and not self.quiet and now - self._last_tick > 1:
+            self._last_tick = now
+            metrics = self._line.removeprefix(self._prefix).partition(" · ")[2]
+            line = f"{self._prefix}step {step}/{self.steps} · {metrics or 'under way'}"
+            print(f"\r\033[K{line}", end="", flush=True)
 
     def say(self, text: str) -> None:
-        """A line for eyes only."""
+        """Prints a line on the screen, which is in no file."""
         if not self.quiet:
-            print(("\r\033[K" if self._live else "") + text, flush=True)
+            print(("\r\033[K" if self._is_terminal else "") + text, flush=True)
 
     def _write(self, step, record, text, keep=False):
+        """Writes a record to the files and its line to the screen; on a terminal the next line replaces it unless `keep`."""
         if self.quiet:
             return
         phase = {"phase": self.phase} if self.phase else {}
         try:
             self._file.write(json.dumps({"step": step, **phase, **record}) + "\n")
             for key, value in record.items():
-                if isinstance(value, float):  # counts and checksums are for programs
-                    self._board.add_scalar(key, value, step)
+                # TensorBoard shows no counts and checksums.
+                if isinstance(value, float):
+                    self._tensorboard.add_scalar(key, value, step)
         except OSError as error:
             kind = files.DiskFull if files.is_full(error) else UserError
             raise kind(f"cannot write {self._file.name}: {error.strerror}") from None
-        if self._live and not keep:
+        if self._is_terminal and not keep:
             print("\r\033[K" + text, end="", flush=True)
         else:
             self.say(text)
 
     def close(self) -> None:
+        """Ends the progress line and closes the files."""
         if not self.quiet:
-            if self._live:
+            if self._is_terminal:
                 print()
-            for each in self._file, self._board:
-                with contextlib.suppress(OSError):  # a full disk was reported already
-                    each.close()
+            for file in self._file, self._tensorboard:
+                with contextlib.suppress(OSError):  # a full disk was reported before
+                    file.close()
 
 
-def _writer(folder: pathlib.Path, **options):
-    """Returns a TensorBoard writer.
+def _tensorboard_writer(folder: pathlib.Path, **options):
+    """Returns a TensorBoard writer; keeps tensorboardX from importing PyTorch.
 
-    tensorboardX loads PyTorch where it is installed, which takes seconds, to accept tensors that are never passed here.
+    tensorboardX imports PyTorch if it is installed, to accept its tensors. That takes seconds, and no tensors come here.
     """
-    unused = "torch" not in sys.modules
-    if unused:
-        sys.modules["torch"] = None  # an import of it raises an ImportError
+    hides_torch = "torch" not in sys.modules
+    if hides_torch:
+        sys.modules["torch"] = None  # makes `import torch` raise an ImportError
     try:
         import tensorboardX
     finally:
-        if unused:
+        if hides_torch:
             del sys.modules["torch"]
     return tensorboardX.SummaryWriter(str(folder), **options)
 
 
-def scores(record: dict[str, float]) -> str:
-    """What an evaluation found, such as `test accuracy 0.9861 · top5 1.0000 · loss 0.0521`; the loss last."""
-    found = {k.removeprefix("eval_"): v for k, v in record.items() if k != "step"}
-    found = sorted(found.items(), key=lambda item: item[0] == "loss")
-    return "test " + " · ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found)
+def format_scores(record: dict[str, float]) -> str:
+    """Formats an evaluation as `test accuracy 0.9861 · top5 1.0000 · loss 0.0521`, with the loss at the end."""
+    scores = {k.removeprefix("eval_"): v for k, v in record.items() if k != "step"}
+    items = sorted(scores.items(), key=lambda item: item[0] == "loss")
+    return "test " + " · ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in items)
 
 
-def apart(trained: Mapping[str, float], evaluated: Mapping[str, float]) -> str | None:
-    """Describes a training accuracy that is far above the evaluation's; None if it is not, or there is none.
+def accuracy_gap(
+    training: Mapping[str, float], evaluation: Mapping[str, float]
+) -> str | None:
+    """Returns a warning if the training accuracy is far above the test accuracy; None otherwise.
 
     Args:
-      trained: a record of training: "accuracy", 0 to 1, of batches that the network has just been trained on.
-      evaluated: a record of an evaluation: "eval_accuracy".
+      training: a training record. Its "accuracy", 0 to 1, is measured on batches that the network was just trained on.
+      evaluation: an evaluation record with "eval_accuracy".
     """
-    high, low = trained.get("accuracy"), evaluated.get("eval_accuracy")
-    if high is None or low is None or not high - low > FAR:
+    high, low = training.get("accuracy"), evaluation.get("eval_accuracy")
+    if high is None or low is None or not high - low > LARGE_GAP:
         return None
     return f"warning: training accuracy {high:.3f} and test accuracy {low:.3f} are far apart"
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The records of a `metrics.jsonl`; those from a damaged line on are dropped."""
+    """Reads the records of a `metrics.jsonl`, up to the first damaged line."""
     records = []
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # no JSON, or no text
+        except ValueError:  # neither JSON nor UTF-8
             break
         if not isinstance(record, dict) or "step" not in record:
             break
@@ -180,7 +196,7 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def clock(seconds: float) -> str:
-    """`75.2` as `1:15`, `3700` as `1:01:40`."""
+    """Formats seconds as a clock does: 75.2 as `1:15`, 3700 as `1:01:40`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,6 +1,6 @@
-"""The one training loop. Nobody forks it: methods come in through the step's five plug points.
+"""The training loop, which all runs share: methods enter through the five plug points of the training step.
 
-A run is one or more phases; `run` is called once for each.
+A run has one or more phases; `run` is called once for each phase.
 """
 
 import time
@@ -18,12 +18,17 @@ from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.log import Log
 from squeeze_jax.train.state import State
 
-# Steps in flight: enough to hide the dispatch, few enough that a request to stop is soon heard.
+# Number of steps in flight: enough to hide the dispatch, few enough to react soon to a request to stop.
 RUN_AHEAD = 2
 
 
 class Interrupted(Reported):
-    """The run was asked to stop, has saved, and can go on later."""
+    """The run was asked to stop and saved its state; the same command continues it.
+
+    Attributes:
+      step: the last step that was trained.
+      status: exit status of the process, 128 plus the number of the signal.
+    """
 
     def __init__(self, signum: int, step: int):
         super().__init__(
@@ -52,98 +57,102 @@ def run(
     save_every: int = 0,
     learning_rate: Callable[[int], float] | None = None,
 ) -> State:
-    """Trains until `state.step == steps`.
+    """Trains until `state.step == steps`, and logs, saves and evaluates at the given intervals.
+
+    Each training record has an entry `examples_crc32`: a checksum of the indices of the examples that this process used
+    since the last record. Runs that use the same examples in the same order have the same checksums.
+
+    A state is saved before it is evaluated, so that an evaluation that fails loses no training.
 
     Args:
-      step: the compiled step; it may consume its state (donation).
-      state: where to begin.
-      batches: this process's part of the global batches, beginning at the state's position.
-      key: the run's key; the step folds its number in.
-      steps: when to stop, counted over all phases.
-      batch: global batch size, for examples/s and the position in the data.
+      step: the compiled training step, (state, batch, key) → (state, metrics); it may donate its state.
+      state: the state to begin with.
+      batches: this process's part of the global batches, from the state's position in the data on.
+      key: the run's random key; the training step folds the step number into it.
+      steps: the number of steps after which to stop, counted over all phases.
+      batch: size of the global batch, for examples/s and the position in the data.
       put: places a numpy batch on the devices.
       evaluate: state → {"eval_loss", "eval_accuracy", ...}.
-      log: where metrics go.
-      checkpoints: where states go.
-      config: stored in each checkpoint.
+      log: receives the metrics.
+      checkpoints: saves the states.
+      config: the run's config, stored in each checkpoint.
       note: stored there too: the phase and the network's options.
-      first: the step at which this phase began; its data began there.
-      log_every, eval_every, save_every: cadences in steps; 0 means only at the end.
-      learning_rate: step of this phase → value, to be logged.
-
-    Each record of training tells, in `examples_crc32`, which examples this process has seen since the one before: two
-    runs that saw the same examples in the same order have the same records.
-
-    A state is saved before it is evaluated; an evaluation that fails loses no training.
+      first: the step at which this phase and its data began.
+      log_every: interval between training records in steps, at least 1.
+      eval_every, save_every: intervals in steps; 0 means only at the end.
+      learning_rate: step of this phase → learning rate, for the log.
 
     Raises:
-      UserError: the loss is not finite; names the step and the last good checkpoint.
-      Interrupted: SIGINT or SIGTERM came; everything is saved.
+      UserError: the loss or the norm of the gradients is not finite; the message names the step and the last checkpoint.
+      Interrupted: SIGINT or SIGTERM arrived; the state is saved.
     """
-    pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
-    begun = int(state.step)
+    pending, input_wait, digest, since = [], 0.0, 0, time.perf_counter()
+    start = int(state.step)
 
-    def flushed(at: int) -> dict[str, float]:
-        """Returns the record of the pending steps, or {}; raises a UserError where they diverged."""
-        nonlocal pending, waited, digest, since
+    def flush(at: int) -> dict[str, float]:
+        """Returns the record of the pending steps and clears them; {} if none are pending, a UserError if they diverged."""
+        nonlocal pending, input_wait, digest, since
         if not pending:
             return {}
         means = _means(jax.device_get(pending), at - len(pending) + 1, checkpoints)
-        spent = time.perf_counter() - since
+        seconds = time.perf_counter() - since
         missing = len(pending) * (batch - means.pop("examples"))
         record = means | {
-            "examples_per_s": len(pending) * batch / spent,
-            "input_wait": waited / spent,
+            "examples_per_s": len(pending) * batch / seconds,
+            "input_wait": input_wait / seconds,
             "skipped": round(missing),
         }
         if learning_rate is not None:
             record["learning_rate"] = float(learning_rate(at - 1 - first))
         record["examples_crc32"] = digest
-        pending, waited, digest, since = [], 0.0, 0, time.perf_counter()
+        pending, input_wait, digest, since = [], 0.0, 0, time.perf_counter()
         return record
 
-    def due(at: int, every: int) -> bool:
+    def is_due(at: int, every: int) -> bool:
         return at == steps or (every > 0 and at % every == 0)
 
-    def scored(at: int) -> None:
-        evaluated = evaluate(state)
-        log.evaluation(at, evaluated)
-        checkpoints.score(at, evaluated)
+    def evaluate_and_record(at: int) -> None:
+        scores = evaluate(state)
+        log.evaluation(at, scores)
+        checkpoints.record_scores(at, scores)
 
     with stop.listening():
-        if begun > first and due(begun, eval_every) and not checkpoints.scored(begun):
-            scored(begun)  # the run ended between saving and evaluating
-        for at in range(begun + 1, steps + 1):
+        evaluates = start > first and is_due(start, eval_every)
+        if evaluates and not checkpoints.has_scores(start):
+            evaluate_and_record(start)  # the run ended between saving and evaluating
+        for at in range(start + 1, steps + 1):
             begin = time.perf_counter()
-            rows = next(batches)
-            placed = put(rows)
-            waited += time.perf_counter() - begin
-            digest = zlib.crc32(rows["index"].tobytes(), digest)
-            state, metrics = step(state, placed, key)
+            host_batch = next(batches)
+            device_batch = put(host_batch)
+            input_wait += time.perf_counter() - begin
+            digest = zlib.crc32(host_batch["index"].tobytes(), digest)
+            state, metrics = step(state, device_batch, key)
             pending.append(metrics)
             if len(pending) > RUN_AHEAD:
                 jax.block_until_ready(pending[-1 - RUN_AHEAD])
             log.tick(at)
-            number = _agreed(at % log_every == 0 or at == begun + 1)
-            saving = due(at, save_every) or due(at, eval_every) or number
-            if saving or due(at, log_every):
-                record = flushed(at)
+            signum = _signal_to_stop(at % log_every == 0 or at == start + 1)
+            saves = is_due(at, save_every) or is_due(at, eval_every) or signum
+            if saves or is_due(at, log_every):
+                record = flush(at)
                 try:
                     if record:
                         log.train(at, record)
                 finally:  # a full disk must not lose the training
-                    if saving:
+                    if saves:
                         checkpoints.save(state, (at - first) * batch, config, note)
-            if number:
+            if signum:
                 checkpoints.wait()
-                raise Interrupted(number, at)
-            if due(at, eval_every):
-                scored(at)
-            if saving:
-                since = time.perf_counter()  # the next rate is of training alone
+                raise Interrupted(signum, at)
+            if is_due(at, eval_every):
+                evaluate_and_record(at)
+            if saves:
+                # The next rate of examples counts the time of training alone.
+                since = time.perf_counter()
         checkpoints.wait()
-        if number := _agreed(meeting=True):  # during the last evaluation, say
-            raise Interrupted(number, steps)
+        # A signal may have arrived during the last evaluation.
+        if signum := _signal_to_stop(communicate=True):
+            raise Interrupted(signum, steps)
     return state
 
 
@@ -154,32 +163,33 @@ def evaluate(
     put: Callable,
     score: Callable[[dict, dict], dict[str, float]],
 ) -> dict[str, float]:
-    """Runs an evaluation step over finite batches and returns what `score` makes of its sums and rows.
+    """Runs an evaluation step over all batches and returns the scores that `score` computes from its results.
 
     Args:
       step: (variables, batch) → (sums, rows), see `step.make_evaluation`.
-      variables: of the network.
-      batches: numpy.
+      variables: the network's variables, see `forward.run`.
+      batches: finitely many numpy batches.
       put: places a batch on the devices.
-      score: see `metrics._metric.Metric`.
+      score: (sums, rows) → scores, see `metrics._metric.Metric`. `sums` are added up over the batches, and `rows` are
+        joined over them, without examples that the mask leaves out.
     """
-    found = []
+    results = []
     for batch in batches:
         if jax.process_count() == 1:
             stop.check()
-        found.append(step(variables, put(batch)))
-    found = jax.device_get(found)
-    sums = {k: _total([s[k] for s, _ in found]) for k in found[0][0]}
+        results.append(step(variables, put(batch)))
+    results = jax.device_get(results)
+    sums = {k: _total([s[k] for s, _ in results]) for k in results[0][0]}
     rows = {
-        k: np.concatenate([r[k][r["mask"]] for _, r in found])
-        for k in found[0][1]
+        k: np.concatenate([r[k][r["mask"]] for _, r in results])
+        for k in results[0][1]
         if k != "mask"
     }
     return score(sums, rows)
 
 
 def _total(parts: list[np.ndarray]) -> float | np.ndarray:
-    """Adds up over batches: returns a number, or an array with 64 bits, so that large counts stay exact."""
+    """Adds up the values of all batches: scalars to a float, arrays in 64 bits, so that large counts stay exact."""
     if np.ndim(parts[0]) == 0:
         return float(np.sum(parts))
     wide = np.int64 if np.issubdtype(parts[0].dtype, np.integer) else np.float64
@@ -189,32 +199,45 @@ def _total(parts: list[np.ndarray]) -> float | np.ndarray:
 def _means(
     metrics: list[dict], first: int, checkpoints: Checkpoints
 ) -> dict[str, float]:
-    """Means over steps, after the check that every loss is finite."""
+    """Returns the mean of each metric over steps.
+
+    Args:
+      metrics: one dict of scalars per step.
+      first: number of the first of these steps, for the error.
+      checkpoints: name the last checkpoint in the error.
+
+    Raises:
+      UserError: the loss or the norm of the gradients is not finite at a step.
+    """
     for i, each in enumerate(metrics):
-        # A gradient that is not finite has spoiled the weights already, whatever the loss before it was.
-        worst = next(
+        # A gradient that is not finite has already destroyed the weights, even if the loss of that step was finite.
+        diverged = next(
             (k for k in ("loss", "grad_norm") if not np.isfinite(each.get(k, 0.0))),
             None,
         )
-        if worst:
+        if diverged:
             checkpoints.wait()
-            saved = checkpoints.steps()
-            good = (
-                f"the last good checkpoint is {checkpoints.directory / str(saved[-1])}"
-                if saved
+            saved_steps = checkpoints.saved_steps()
+            last = (
+                f"the last good checkpoint is {checkpoints.directory / str(saved_steps[-1])}"
+                if saved_steps
                 else "none was saved"
             )
             raise UserError(
-                f"the {worst} is {each[worst]} at step {first + i}; {good}; try a lower config.optim.lr, more"
+                f"the {diverged} is {each[diverged]} at step {first + i}; {last}; try a lower config.optim.lr, more"
                 " config.optim.warmup, or config.optim.clip=1.0, in a new --workdir"
             )
     return {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
 
 
-def _agreed(meeting: bool) -> int:
-    """Returns the signal to stop for, the same on every process; several processes compare notes only at meetings."""
+def _signal_to_stop(communicate: bool) -> int:
+    """Returns the number of the signal that asks the run to stop, the same on every process; 0 if there is none.
+
+    Args:
+      communicate: whether several processes exchange their signals now; if not, they all return 0.
+    """
     if jax.process_count() == 1:
         return stop.requested()
-    if not meeting:
+    if not communicate:
         return 0
     return int(np.max(multihost_utils.process_allgather(np.int32(stop.requested()))))

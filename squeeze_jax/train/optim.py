@@ -1,4 +1,4 @@
-"""Optimizers and schedules from one config section, all of optax; weight decay by rules."""
+"""Builds optax optimizers and learning-rate schedules from one config section; rules choose the weight decay."""
 
 import inspect
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from squeeze_jax.ranges import (
     Share,
 )
 
-# Keys that only some optimizers or schedules read: set for another, they would be dead.
-READ_BY = {
+# Keys that only some optimizers or schedules use. `make` rejects them for all others, where they would have no effect.
+USED_BY = {
     "momentum": ("sgd", "rmsprop"),
     "nesterov": ("sgd",),
     "b1": ("adamw", "lamb"),
@@ -31,7 +31,8 @@ READ_BY = {
     "boundaries": ("step",),
     "drop": ("step",),
 }
-DECAY = (("(kernel|embedding)$", 1.0),)  # none on normalisations and biases
+# The default decays kernels and embeddings, but no biases and no parameters of normalisations.
+DECAY = (("(kernel|embedding)$", 1.0),)
 
 
 def make(
@@ -54,31 +55,36 @@ def make(
     clip: NonNegative = 0.0,
     freeze: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds the chain: clip → rule and decay of the optimizer → learning rate.
+    """Builds an optax chain: gradient clipping → optimizer with weight decay → learning rate.
 
     Args:
-      name: "sgd" decays before the momentum as PyTorch does; "adamw" (arXiv 1711.05101) and "lamb" (arXiv 1904.00962)
-        decay after the rescaling; "rmsprop" keeps TensorFlow's initial scale of 1 and decays before.
-      steps: length of the run, which the schedule ends with.
+      name: "sgd" adds the weight decay before the momentum, as PyTorch does. "adamw" (arXiv 1711.05101) and "lamb" (arXiv
+        1904.00962) add it after rescaling the gradients. "rmsprop" adds it to the gradients, and keeps TensorFlow's
+        initial scale of 1.
+      steps: number of steps of the run, after which the schedule ends.
       lr: peak learning rate.
-      schedule: what follows the linear warmup; "step" multiplies by `drop` at each fraction of the run in `boundaries`.
-      warmup: steps of linear warmup from 0; below 1, the share of the run.
+      schedule: the schedule after the linear warmup. "step" multiplies the learning rate by `drop` at each of the
+        `boundaries`.
+      warmup: number of steps of linear warmup from 0; a value below 1 is a fraction of the run.
       end: final learning rate as a fraction of the peak, for "cosine" and "linear".
-      boundaries: increasing fractions of the run, in (0, 1).
-      drop: factor at each boundary.
-      momentum: of "sgd" and "rmsprop".
-      nesterov: for "sgd".
-      b1, b2, eps: of "adamw" and "lamb"; `b2` and `eps` of "rmsprop" too (0.9 and 1e-3 for MobileNets).
-      decay: weight decay.
-      decay_rules: `(regex, factor)` over parameter names, first match wins, no match means none.
+      boundaries: increasing fractions of the run in (0, 1), for "step".
+      drop: factor of the learning rate at each boundary, for "step".
+      momentum: decay factor of the accumulated gradients, for "sgd" and "rmsprop".
+      nesterov: whether "sgd" uses Nesterov momentum.
+      b1: decay rate of the running mean of gradients, for "adamw" and "lamb".
+      b2: decay rate of the running mean of squared gradients, for "adamw", "lamb" and "rmsprop" (0.9 for MobileNets).
+      eps: added to the denominator, for "adamw", "lamb" and "rmsprop" (1e-3 for MobileNets).
+      decay: factor of the weight decay.
+      decay_rules: (regular expression, factor) pairs over parameter names. The first match multiplies `decay` by its
+        factor; parameters without a match get no weight decay.
       clip: largest global norm of the gradients; 0 for no clipping.
-      freeze: regular expressions over parameter names; what one of them finds keeps its values, and takes no memory in
-        the optimizer.
+      freeze: regular expressions over parameter names. Parameters that match one keep their values, and take no memory
+        in the optimizer.
 
     Raises:
-      UserError: values out of range; when it is given parameters, a regular expression that finds none.
+      UserError: a value is out of range; later, when the chain gets parameters, a regular expression matches none.
     """
-    _no_dead_keys(locals())
+    _reject_unused_keys(locals())
     rate = make_schedule(
         steps, lr, schedule, warmup=warmup, end=end, boundaries=boundaries, drop=drop
     )
@@ -106,11 +112,11 @@ def make(
     )
     clipping = [optax.clip_by_global_norm(clip)] if clip else []
     chain = optax.chain(*clipping, *parts, optax.scale_by_learning_rate(rate))
-    return frozen(chain, freeze) if freeze else chain
+    return freeze_matching(chain, freeze) if freeze else chain
 
 
 def chain(transforms: Sequence[methods.Update]) -> methods.Update:
-    """Joins gradient transforms, in order, to one; its state is a tuple of theirs."""
+    """Joins gradient transforms to one, which applies them in order; its state is a tuple of their states."""
 
     def project(params, states):
         for transform, state in zip(transforms, states, strict=True):
@@ -126,39 +132,40 @@ def chain(transforms: Sequence[methods.Update]) -> methods.Update:
         return values
 
     tx = optax.chain(*(transform.tx for transform in transforms))
-    changes = any(transform.project is not None for transform in transforms)
+    projects = any(transform.project is not None for transform in transforms)
     until = max((transform.until for transform in transforms), default=0)
-    return methods.Update(tx, project if changes else None, metrics, until)
+    return methods.Update(tx, project if projects else None, metrics, until)
 
 
-def _no_dead_keys(given: dict) -> None:
-    """Raises a UserError for a key set away from its default that the optimizer or schedule does not read."""
+def _reject_unused_keys(arguments: dict) -> None:
+    """Raises a UserError if an argument of `make` differs from its default, but the optimizer or schedule ignores it."""
     defaults = inspect.signature(make).parameters
-    for key, readers in READ_BY.items():
-        chosen = given["schedule" if key in ("end", "boundaries", "drop") else "name"]
-        if given[key] != defaults[key].default and chosen not in readers:
+    for key, users in USED_BY.items():
+        of_schedule = key in ("end", "boundaries", "drop")
+        chosen = arguments["schedule" if of_schedule else "name"]
+        if arguments[key] != defaults[key].default and chosen not in users:
             raise UserError(
-                f"config.optim.{key} = {given[key]!r} has no effect on {chosen!r}, only on {', '.join(readers)}; leave"
+                f"config.optim.{key} = {arguments[key]!r} has no effect on {chosen!r}, only on {', '.join(users)}; leave"
                 f" it at {defaults[key].default!r}"
             )
-    if given["schedule"] == "step" and not given["boundaries"]:
+    if arguments["schedule"] == "step" and not arguments["boundaries"]:
         raise UserError(
             "config.optim.boundaries is empty: schedule 'step' needs fractions of the run, such as (0.5, 0.75)"
         )
 
 
 def schedule_of(section: dict, steps: int) -> optax.Schedule:
-    """The learning rate that `make(steps=steps, **section)` follows."""
+    """Returns the learning-rate schedule of `make(steps=steps, **section)`: step → learning rate."""
     bound = inspect.signature(make).bind(**section, steps=steps)
     bound.apply_defaults()
-    wanted = inspect.signature(make_schedule).parameters
-    return make_schedule(**{k: v for k, v in bound.arguments.items() if k in wanted})
+    names = inspect.signature(make_schedule).parameters
+    return make_schedule(**{k: v for k, v in bound.arguments.items() if k in names})
 
 
 def make_schedule(
     steps, lr, schedule="cosine", *, warmup=0, end=0.0, boundaries=(), drop=0.1
 ) -> optax.Schedule:
-    """Returns `step → learning rate`; arguments as in `make`."""
+    """Returns a learning-rate schedule, step → learning rate; the arguments are those of `make`."""
     if lr <= 0:
         raise UserError(f"config.optim.lr = {lr} should be positive")
     if not 0 <= warmup < steps:
@@ -176,11 +183,11 @@ def make_schedule(
         raise UserError(
             f"config.optim.boundaries = {tuple(boundaries)} should increase within (0, 1)"
         )
-    rest = steps - warmup
-    after = registry.row(
+    decay_steps = steps - warmup
+    after_warmup = registry.row(
         {
-            "cosine": lambda: optax.cosine_decay_schedule(lr, rest, alpha=end),
-            "linear": lambda: optax.linear_schedule(lr, lr * end, rest),
+            "cosine": lambda: optax.cosine_decay_schedule(lr, decay_steps, alpha=end),
+            "linear": lambda: optax.linear_schedule(lr, lr * end, decay_steps),
             "step": lambda: optax.piecewise_constant_schedule(
                 lr, {round(b * steps) - warmup: drop for b in boundaries}
             ),
@@ -190,31 +197,44 @@ def make_schedule(
         "schedule",
     )()
     if not warmup:
-        return after
+        return after_warmup
     return optax.join_schedules(
-        [optax.linear_schedule(0.0, lr, warmup), after], [warmup]
+        [optax.linear_schedule(0.0, lr, warmup), after_warmup], [warmup]
     )
 
 
-def frozen(tx: optax.GradientTransformation, names: Sequence[str]):
-    """`tx` for the parameters that none of the regular expressions `names` finds; the others do not change."""
+def freeze_matching(tx: optax.GradientTransformation, patterns: Sequence[str]):
+    """Returns a transform that applies `tx` to all parameters, except those whose names match a pattern.
 
-    def labels(params):
-        rules = [(name, "frozen") for name in names]
-        found = tree.apply_rules(
+    Args:
+      tx: the optax transform of the other parameters.
+      patterns: regular expressions over parameter names; parameters that match one keep their values.
+
+    Raises:
+      UserError: when the transform gets parameters, all of them match, or a pattern matches none.
+    """
+
+    def label(params):
+        rules = [(pattern, "frozen") for pattern in patterns]
+        labels = tree.apply_rules(
             rules, params, default="free", where="config.optim.freeze"
         )
-        if "free" not in jax.tree.leaves(found):
+        if "free" not in jax.tree.leaves(labels):
             raise UserError(
-                f"config.optim.freeze = {tuple(names)} finds every parameter: nothing is left to train"
+                f"config.optim.freeze = {tuple(patterns)} finds every parameter: nothing is left to train"
             )
-        return found
+        return labels
 
-    return optax.partition({"free": tx, "frozen": optax.set_to_zero()}, labels)
+    return optax.partition({"free": tx, "frozen": optax.set_to_zero()}, label)
 
 
 def decayed_weights(decay: float, rules) -> optax.GradientTransformation:
-    """Adds `decay * factor * weight` to each update, the factor from `rules`."""
+    """Returns a transform that adds `decay * factor * weight` to each update.
+
+    Args:
+      decay: the weight decay; 0 returns the identity.
+      rules: (regular expression, factor) pairs over parameter names; the first match decides, no match means 0.
+    """
     if not decay:
         return optax.identity()
 

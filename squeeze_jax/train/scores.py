@@ -1,7 +1,7 @@
-"""The scores of a work directory's checkpoints: which evaluations were done, and which checkpoint is the best.
+"""Records the evaluation scores of a work directory's checkpoints, and finds the best checkpoint.
 
-They stand in one file beside the checkpoints, `scores.json`: a state is saved before it is evaluated, so that a failing
-evaluation loses no training.
+All scores stand in one file beside the checkpoints, `scores.json`. They cannot be part of a checkpoint, because a state is
+saved before it is evaluated, so that a failing evaluation loses no training.
 """
 
 import contextlib
@@ -14,38 +14,45 @@ from pathlib import Path
 from squeeze_jax import files
 
 NAME = "scores.json"
-# Where work directories of earlier versions have the scores of a checkpoint.
-_OLD = ("metrics", "metrics")
+# Earlier versions wrote the scores of a step to the file STEP/metrics/metrics.
+_OLD_PLACE = ("metrics", "metrics")
 
 
 class Scores:
-    """Scores by step."""
+    """The evaluation scores of each step; `step in scores` tells whether a step was evaluated."""
 
     def __init__(self, directory: Path, best: str, *, lowest: bool):
-        """Reads what is on disk; scores of a checkpoint that cannot be read count as not evaluated.
+        """Reads the scores on disk; a step whose scores cannot be read counts as not evaluated.
+
+        Warns of damaged files, and renames damaged files of earlier versions.
 
         Args:
-          directory: of the checkpoints.
-          best: the score whose best value decides.
-          lowest: whether the lowest value is the best; else the highest is.
+          directory: the directory of the checkpoints.
+          best: name of the score that decides which step is the best.
+          lowest: whether the lowest value is the best; otherwise the highest is.
         """
         self._path, self._best = directory / NAME, best
         self._sign = -1.0 if lowest else 1.0
         self._scores = _read(self._path)
-        for old in directory.glob("[0-9]*/" + "/".join(_OLD)):
-            if not isinstance(_parsed(old), dict):
-                # Orbax, which reads it too, would give up.
+        for old in directory.glob("[0-9]*/" + "/".join(_OLD_PLACE)):
+            if not isinstance(_parse(old), dict):
+                # Orbax reads these files too, and would fail on a damaged one.
                 warnings.warn(f"{old} is damaged and set aside", stacklevel=2)
                 with contextlib.suppress(OSError):
                     old.parent.rename(old.parent.with_name("damaged-metrics"))
 
     def __contains__(self, step: int) -> bool:
-        return self._of(step) is not None
+        return self._scores_of(step) is not None
 
     def record(
         self, step: int, scores: Mapping[str, float], kept: Sequence[int]
     ) -> None:
-        """Writes the scores of a step to disk; those of steps that are not kept are dropped.
+        """Writes the scores of a step to disk.
+
+        Args:
+          step: the evaluated step.
+          scores: the scores by name.
+          kept: the steps that have a checkpoint; scores of other steps are dropped.
 
         Raises:
           UserError: the file cannot be written.
@@ -56,33 +63,35 @@ class Scores:
         files.write(self._path, json.dumps(text, indent=1) + "\n")
 
     def remember(self, step: int, scores: Mapping[str, float]) -> None:
-        """Keeps the scores of a step in memory alone, as every process but the first does."""
+        """Keeps the scores of a step in memory only; in a run of several processes only the first one writes them."""
         self._scores[step] = dict(scores)
 
     def best(self, steps: Sequence[int]) -> int | None:
-        """Returns the step with the best score; one that is not finite is never the best. None if none has one."""
+        """Returns the step whose score is the best, ignoring scores that are not finite; None if there is no such step."""
         values = {}
         for step in steps:
-            value = (self._of(step) or {}).get(self._best)
+            value = (self._scores_of(step) or {}).get(self._best)
             if isinstance(value, int | float) and math.isfinite(value):
                 values[step] = self._sign * value
         return max(values, key=values.get) if values else None
 
-    def _of(self, step: int) -> Mapping[str, float] | None:
+    def _scores_of(self, step: int) -> Mapping[str, float] | None:
+        """Returns the scores of a step, also from a file of an earlier version; None if it has none."""
         if step not in self._scores:
-            old = self._path.parent.joinpath(str(step), *_OLD)
-            found = _parsed(old) if old.is_file() else None
-            if found:
-                self._scores[step] = found
+            old = self._path.parent.joinpath(str(step), *_OLD_PLACE)
+            scores = _parse(old) if old.is_file() else None
+            if scores:
+                self._scores[step] = scores
         return self._scores.get(step)
 
 
 def _read(path: Path) -> dict[int, Mapping[str, float]]:
+    """Reads `scores.json`; returns {} without a file, and warns and returns {} for a damaged one."""
     if not path.is_file():
         return {}
-    found = _parsed(path)
+    content = _parse(path)
     try:
-        return {int(step): dict(scores) for step, scores in found.items()}
+        return {int(step): dict(scores) for step, scores in content.items()}
     except (AttributeError, TypeError, ValueError):
         warnings.warn(
             f"{path} is damaged: no checkpoint before the next evaluation counts as the best",
@@ -91,7 +100,7 @@ def _read(path: Path) -> dict[int, Mapping[str, float]]:
         return {}
 
 
-def _parsed(path: Path):
+def _parse(path: Path):
     """Returns the content of a JSON file; None if it is damaged."""
     try:
         return json.loads(path.read_bytes())

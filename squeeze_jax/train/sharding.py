@@ -1,10 +1,11 @@
-"""Where arrays live: one mesh of three axes, batches over the first two, parameters by rules.
+"""Places arrays on devices: one mesh of three axes, batches over the first two, parameters by rules.
 
-    data    replicated data parallel: every device holds all parameters
-    fsdp    data parallel too, but each parameter is divided over the axis and gathered when used
-    tensor  parameters divided over the axis while the batch is not
+    data    data parallelism: every device holds all parameters
+    fsdp    data parallelism too, but each parameter is divided over the axis and gathered when it is used
+    tensor  tensor parallelism: parameters are divided over the axis, the batch is not
 
-Everything below `jax.jit` is told only through `NamedSharding`s; the compiler inserts the communication.
+Jitted functions get their placement only from the `NamedSharding`s of their arguments; the compiler inserts the
+communication.
 """
 
 import math
@@ -30,11 +31,14 @@ def make_mesh(
     tensor: Annotated[int, Range(-1, 65536)] = 1,
     rules: Sequence[tuple[str, str | tuple[str | None, ...] | None]] = (),
 ) -> Mesh:
-    """Arranges all devices of all processes.
+    """Arranges all devices of all processes in a mesh.
 
     Args:
-      data, fsdp, tensor: sizes of the axes; one may be -1 for all devices that are left.
-      rules: for `shard_state`; taken here so that one config section serves both.
+      data: size of the axis of data parallelism. One of the three sizes may be -1, which takes all remaining devices.
+      fsdp: size of the axis of data parallelism that also divides the parameters.
+      tensor: size of the axis that divides the parameters but not the batch.
+      rules: (regular expression over parameter names, value) pairs that choose how parameters are divided. `shard_state`
+        describes and applies them; this function does not use them.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -61,7 +65,7 @@ def make_mesh(
 
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises a UserError unless the global batch divides evenly over the mesh and the accumulated parts."""
+    """Raises a UserError unless the global batch size is divisible by the number of batch shards times `accumulate`."""
     parts = batch_shards(mesh) * accumulate
     if batch < 1 or batch % parts:
         near = max(1, round(batch / parts)) * parts
@@ -72,15 +76,17 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of devices that a batch is divided over."""
+    """Returns the number of devices over which a batch is divided."""
     return math.prod(mesh.shape[a] for a in BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that divides the first axis of an array, the batch axis, over the devices."""
     return NamedSharding(mesh, P(BATCH))
 
 
@@ -95,12 +101,22 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def shard_state(
     state, mesh: Mesh, rules: Sequence = (), per_device: Sequence[str] = ()
 ):
-    """Returns a tree of NamedShardings for a `State` (of shapes or arrays).
+    """Returns a tree of `NamedSharding`s for a `State`.
 
-    A rule's value is a tuple of axis names or None, one for each dimension; or one axis name, which then takes the
-    largest dimension it divides; or None for a replicated parameter. Without rules an fsdp axis takes everything.
-    What the optimizer or the average keeps for a parameter lies where the parameter lies. A recurrent network's carry,
-    and the state of the methods that `per_device` names, lie over the batch's axes.
+    The value of a rule is one of these:
+
+    - a tuple with an axis name or None for each dimension of the parameter;
+    - one axis name, which divides the largest dimension that is divisible by the size of the axis, if there is one;
+    - None for a replicated parameter.
+
+    Arrays that the optimizer or the average keeps for a parameter have the sharding of the parameter. The carry of a
+    recurrent network and the state of the methods in `per_device` are divided over the batch axes.
+
+    Args:
+      state: a `State` of arrays or shapes.
+      mesh: a mesh of `make_mesh`.
+      rules: (regular expression over parameter names, value) pairs, see `tree`; without rules all get "fsdp".
+      per_device: names of the methods whose state has a leading axis over the devices.
 
     Raises:
       UserError: a rule names an unknown axis, has the wrong length, or does not divide a dimension.
@@ -117,8 +133,8 @@ def shard_state(
     }
 
     def place(name, leaf):
-        whole, _, rest = name.partition("/")
-        if whole == "carry" or (whole == "extra" and rest.split("/")[0] in per_device):
+        field, _, path = name.partition("/")
+        if field == "carry" or (field == "extra" and path.split("/")[0] in per_device):
             return over_batch(mesh)
         parameter = tree.owner(name, leaf.shape, flat)
         return (
@@ -131,7 +147,7 @@ def shard_state(
 
 
 def _spec(name: str, shape: tuple[int, ...], value, mesh: Mesh) -> P:
-    """A rule's value as a PartitionSpec for one parameter."""
+    """Converts the value of a rule to a PartitionSpec for one parameter; see `shard_state`."""
     axes = (
         [value] if isinstance(value, str) else [a for a in value or () if a is not None]
     )
@@ -145,8 +161,8 @@ def _spec(name: str, shape: tuple[int, ...], value, mesh: Mesh) -> P:
         fitting = [i for i, n in enumerate(shape) if n % size == 0]
         if size == 1 or not fitting:
             return P()
-        where = max(fitting, key=lambda i: shape[i])
-        return P(*(value if i == where else None for i in range(len(shape))))
+        largest = max(fitting, key=lambda i: shape[i])
+        return P(*(value if i == largest else None for i in range(len(shape))))
     if value and len(value) != len(shape):
         raise UserError(
             f"config.sharding.rules: {tuple(value)} has {len(value)} entries, {name} has shape {shape}"

@@ -1,7 +1,8 @@
-"""Gradients of one batch from its parts: accumulated parts, one after the other, and the devices of an exchange.
+"""Computes the gradients of a batch from its parts: accumulated parts, and the devices of a gradient exchange.
 
-A part weighs as much as it has examples that count. Means by `nn.means.mean` divide by the sums of weights of the whole
-batch, so that the average over the parts is the mean over the batch, whatever it counts: examples, tokens, pixels.
+The gradients of the parts are averaged. The weight of a part is its number of examples that count. Means by
+`nn.means.mean` divide by the sums of weights of the whole batch. So the average over the parts is the mean over the batch,
+whether a loss counts examples, tokens or pixels.
 """
 
 import functools
@@ -21,13 +22,18 @@ from squeeze_jax.train.sharding import BATCH
 
 
 class Named(NamedTuple):
-    """A method and the name under which its parameters and state stand."""
+    """A method with its name.
+
+    Attributes:
+      name: key of the method's parameters in `params["methods"]`, and of its state in `State.extra`.
+      method: the method.
+    """
 
     name: str
     method: Any
 
 
-def in_parts(
+def compute_in_parts(
     compute: Callable,
     weigh: Callable,
     accumulate: int,
@@ -38,74 +44,84 @@ def in_parts(
     batch,
     key,
 ):
-    """Computes gradients, statistics, carry and metrics of one batch, in `accumulate` parts.
+    """Computes gradients, statistics, carry and metrics of one batch, in `accumulate` parts one after the other.
 
     Args:
       compute: (params, stats, carry, batch, key) → (grads, stats, carry, metrics).
-      weigh: of the same arguments → by term of the loss the sums of weights of its means.
+      weigh: the same arguments → for each term of the objective the sums of weights by which its means divide.
       accumulate: number of parts.
-      axes: mesh axes over whose devices the batch is split besides, inside `jax.shard_map`; () for none.
-      params, stats, carry, batch, key: of `compute`.
-    """
-    examples = _over(axes, batch["mask"].sum(dtype=jnp.float32))
+      axes: mesh axes over whose devices the batch is also split, inside `jax.shard_map`; () for none.
+      params, stats, carry, batch, key: the arguments of `compute`, for the whole batch.
 
-    def part(totals, stats, carry, batch, key):
+    Returns:
+      (grads, stats, carry, metrics) of the batch. Statistics pass from part to part; gradients and metrics are averaged.
+    """
+    examples = _sum_over(axes, batch["mask"].sum(dtype=jnp.float32))
+
+    def compute_part(totals, stats, carry, batch, key):
         share = batch["mask"].sum(dtype=jnp.float32) / jnp.maximum(examples, 1.0)
-        by = {name: means.Divisors(each, share) for name, each in totals.items()}
+        divisors = {name: means.Divisors(sums, share) for name, sums in totals.items()}
         grads, after, carry, metrics = compute(
-            params, stats | {"divisors": by}, carry, batch, key
+            params, stats | {"divisors": divisors}, carry, batch, key
         )
         return grads, {k: after[k] for k in stats}, carry, metrics
 
     if accumulate == 1:
-        totals = _over(axes, weigh(params, stats, carry, batch, key))
-        return part(totals, stats, carry, batch, key)
+        totals = _sum_over(axes, weigh(params, stats, carry, batch, key))
+        return compute_part(totals, stats, carry, batch, key)
 
     # [b] → [b / n, n] → [n, b / n]: every part takes rows of every device, so nothing moves between devices.
     def split(x):
         return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
-    def joined(x):
+    def join(x):
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
     batches, carries = jax.tree.map(split, (batch, carry))
-    rows = carries, batches, jax.random.split(key, accumulate)
-    totals = jax.lax.map(lambda each: weigh(params, stats, *each), rows)
-    totals = _over(axes, jax.tree.map(lambda x: x.sum(0), totals))
+    parts = carries, batches, jax.random.split(key, accumulate)
+    totals = jax.lax.map(lambda part: weigh(params, stats, *part), parts)
+    totals = _sum_over(axes, jax.tree.map(lambda x: x.sum(0), totals))
 
-    def one(stats, rows):
-        grads, stats, carry, metrics = part(totals, stats, *rows)
+    def scan_part(stats, part):
+        grads, stats, carry, metrics = compute_part(totals, stats, *part)
         return stats, (grads, metrics), carry
 
     counts = batches["mask"].sum(1, dtype=jnp.float32)
-    shares = counts / _not_zero(counts.mean())
-    stats, (grads, metrics), carries = _scan_mean(one, stats, rows, shares)
-    return grads, stats, jax.tree.map(joined, carries), metrics
+    shares = counts / _one_if_zero(counts.mean())
+    stats, (grads, metrics), carries = _scan_mean(scan_part, stats, parts, shares)
+    return grads, stats, jax.tree.map(join, carries), metrics
 
 
-def _over(axes, x):
-    """Sums over the devices of mesh axes."""
+def _sum_over(axes, x):
+    """Sums a pytree over the devices of mesh axes; returns it unchanged if `axes` is empty."""
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _not_zero(count):
+def _one_if_zero(count):
     return jnp.where(count > 0, count, 1.0)
 
 
-def _scan_mean(part, stats, parts, shares):
-    """Runs `part` over the leading axis; returns the last statistics, the mean of what it yields, and its rows.
+def _scan_mean(fn, stats, parts, shares):
+    """Runs a function on one part after the other, and averages one of its results over the parts.
 
-    A part weighs as much as it has examples that count: `shares` [n], 1 on average.
+    Args:
+      fn: (stats, part) → (stats, values, rows).
+      stats: the statistics before the first part.
+      parts: pytree of arrays [n, ...], a leading axis over the parts.
+      shares: float32 [n], the weights of the parts, 1 on average.
+
+    Returns:
+      The statistics after the last part, the weighted mean of `values`, and the `rows` of all parts, [n, ...].
     """
 
-    def add(carry, each):
-        (stats, total), (rows, share) = carry, each
-        stats, new, after = part(stats, rows)
-        total = jax.tree.map(lambda t, x: t + share * x, total, new)
-        return (stats, total), after
+    def add(carry, part_and_share):
+        (stats, total), (part, share) = carry, part_and_share
+        stats, values, rows = fn(stats, part)
+        total = jax.tree.map(lambda t, x: t + share * x, total, values)
+        return (stats, total), rows
 
-    shapes = jax.eval_shape(part, stats, jax.tree.map(lambda x: x[0], parts))[1]
-    # Inside shard_map a sum over a device's own rows varies over the devices, and so must what it starts from.
+    shapes = jax.eval_shape(fn, stats, jax.tree.map(lambda x: x[0], parts))[1]
+    # Inside shard_map the sum over a device's own rows varies over the devices, so its initial value has to vary too.
     zeros = jax.tree.map(
         lambda s: varying.like(jnp.zeros(s.shape, s.dtype), shares), shapes
     )
@@ -113,60 +129,72 @@ def _scan_mean(part, stats, parts, shares):
     return stats, jax.tree.map(lambda x: x / len(shares), total), rows
 
 
-def exchanged(compute: Callable, exchange: Named, first: int, mesh: Mesh) -> Callable:
-    """Computes gradients on each device's own rows and reduces them by the exchange."""
+def with_exchange(
+    compute: Callable, exchange: Named, first: int, mesh: Mesh
+) -> Callable:
+    """Wraps a function that computes gradients, so that each device computes its own and the exchange reduces them.
+
+    Args:
+      compute: (params, stats, carry, batch, key) → (grads, stats, carry, metrics).
+      exchange: the named method of the plug point `exchange`.
+      first: the step at which the phase began.
+      mesh: the mesh over whose axes `BATCH` the rows of a batch are divided.
+
+    Returns:
+      A function with the arguments and results of `compute`, for the global batch.
+    """
     name, method = exchange
 
-    def local(params, stats, mine, carry, batch, key):
-        # A replicated weight's gradient would be summed over devices already; a varying one's is the device's own.
-        varied = functools.partial(
+    def compute_on_device(params, stats, device_state, carry, batch, key):
+        # JAX sums the gradient of a replicated weight over the devices. The gradient of a varying weight stays local.
+        vary = functools.partial(
             jax.tree.map, lambda w: jax.lax.pcast(w, BATCH, to="varying")
         )
-        # Running statistics are over all devices, and so are the shares of batches in them.
-        extra = {k: v if k == SHARES else varied(v) for k, v in stats["extra"].items()}
-        params, stats = varied(params), stats | {"extra": extra}
-        own_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH))
+        # Running statistics are computed over all devices, and so are the shares of batches in them.
+        extra = {k: v if k == SHARES else vary(v) for k, v in stats["extra"].items()}
+        params, stats = vary(params), stats | {"extra": extra}
+        device_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH))
         step = stats["step"]
-        grads, stats, carry, metrics = compute(params, stats, carry, batch, own_key)
+        grads, stats, carry, metrics = compute(params, stats, carry, batch, device_key)
         count = batch["mask"].sum(dtype=jnp.float32)
-        share = count / _not_zero(jax.lax.pmean(count, BATCH))
+        share = count / _one_if_zero(jax.lax.pmean(count, BATCH))
         grads, metrics = jax.tree.map(lambda x: share * x, (grads, metrics))
         own = methods.Own(
             params={},
-            state=jax.tree.map(lambda x: x[0], mine),  # [1, ...]: this device's
-            key=jax.random.fold_in(own_key, 1),
+            state=jax.tree.map(lambda x: x[0], device_state),  # from [1, ...]
+            key=jax.random.fold_in(device_key, 1),
             step=step - first,
             train=True,
         )
-        grads, mine = method.exchange(grads, BATCH, own)
-        _check_shared(grads, name)
-        mine = jax.tree.map(lambda x: x[None], mine)
+        grads, device_state = method.exchange(grads, BATCH, own)
+        _check_equal_on_devices(grads, name)
+        device_state = jax.tree.map(lambda x: x[None], device_state)
         stats = {k: v for k, v in stats.items() if k != "step"}
-        stats = jax.tree.map(_agreed, stats)
-        return grads, stats, mine, carry, jax.lax.pmean(metrics, BATCH)
+        stats = jax.tree.map(_reconcile, stats)
+        return grads, stats, device_state, carry, jax.lax.pmean(metrics, BATCH)
 
     mapped = jax.shard_map(
-        local,
+        compute_on_device,
         mesh=mesh,
         in_specs=(P(), P(), P(BATCH), P(BATCH), P(BATCH), P()),
         out_specs=(P(), P(), P(BATCH), P(BATCH), P()),
     )
 
-    def computed(params, stats, carry, batch, key):
-        mine = stats["extra"].get(name)
+    def compute_and_exchange(params, stats, carry, batch, key):
+        device_states = stats["extra"].get(name)
         others = {k: v for k, v in stats["extra"].items() if k != name}
-        grads, stats, mine, carry, metrics = mapped(
-            params, stats | {"extra": others}, mine, carry, batch, key
+        grads, stats, device_states, carry, metrics = mapped(
+            params, stats | {"extra": others}, device_states, carry, batch, key
         )
-        if jax.tree.leaves(mine):
-            stats["extra"] |= {name: mine}
+        if jax.tree.leaves(device_states):
+            stats["extra"] |= {name: device_states}
         return grads, stats, carry, metrics
 
-    return computed
+    return compute_and_exchange
 
 
-def _check_shared(grads, name: str) -> None:
-    """Raises a UserError for gradients that still differ between the devices."""
+def _check_equal_on_devices(grads, name: str) -> None:
+    """Raises a UserError if gradients may still differ between the devices after the exchange called `name`."""
     if any(varying.axes(g) for g in jax.tree.leaves(grads)):
         raise UserError(
             f"config.exchange: {name} returns gradients that differ between the devices: return their mean over the"
@@ -174,8 +202,8 @@ def _check_shared(grads, name: str) -> None:
         )
 
 
-def _agreed(x):
-    """Reconciles a statistic that differs between devices: by the mean, or by the largest of counts and flags."""
+def _reconcile(x):
+    """Makes a statistic equal on all devices: takes the mean of floats, and the maximum of integers and flags."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jax.lax.pmean(x, BATCH)
     if x.dtype == bool:

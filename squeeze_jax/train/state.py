@@ -1,4 +1,4 @@
-"""A training run's complete state at one moment."""
+"""The training state: parameters, statistics and optimizer state; creates it and hands it from phase to phase."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,17 +16,18 @@ from squeeze_jax.train import forward
 
 
 class State(NamedTuple):
-    """Everything that a step reads and changes; only the position in the data is kept beside it.
+    """Everything that a training step reads and changes. A checkpoint adds the position in the data.
 
     Attributes:
-      step: int32 [], updates done so far, over all phases.
-      params: float32 master weights, as `{module: {name: array}}`; under "methods" those that methods own, by name.
-      stats: running statistics of the normalisations, in float32; may be empty.
-      opt: the state of the optax chain.
+      step: int32 [], number of updates so far, over all phases.
+      params: float32 master weights, as `{module: {name: array}}`; the parameters that methods own stand under "methods",
+        by name.
+      stats: float32 running statistics of the normalisation layers; may be empty.
+      opt: state of the optax chain.
       ema: `{"params", "stats"}` averaged over the steps, or None.
-      extra: state that methods own, by name, or None; that of the exchange has a leading axis over the devices. Under
-        "batch_shares" the shares of batches in `stats`, see `nn.norm.BatchNorm`.
-      carry: what a recurrent network carries from batch to batch, [batch, ...], or None.
+      extra: state that methods own, by name, or None. The state of an exchange has a leading axis over the devices. The
+        entry "batch_shares" holds the shares of batches in `stats`, see `nn.norm.BatchNorm`.
+      carry: hidden states that a recurrent network carries from batch to batch, [batch, ...], or None.
     """
 
     step: jax.Array
@@ -38,26 +39,34 @@ class State(NamedTuple):
     carry: Any = None
 
     def variables(self, *, averaged: bool = True) -> dict[str, Any]:
-        """Returns the variables for `forward.run`, to evaluate and export; averaged weights if there are any."""
+        """Returns the variables for `forward.run`.
+
+        Args:
+          averaged: whether to take the averaged weights and statistics, if the state has them.
+        """
         source = self.ema if averaged and self.ema else self._asdict()
         variables = {"params": source["params"], "batch_stats": source["stats"]}
         extra = {"extra": self.extra} if self.extra else {}
         return variables | extra | {"step": self.step}
 
     def plain(self, *, averaged: bool = True) -> dict[str, Any]:
-        """Returns {"params", "batch_stats"} for `model.apply`, for a network that no method changes."""
-        whole = self.variables(averaged=averaged)
-        params = {k: v for k, v in whole["params"].items() if k != METHODS}
-        return {"params": params, "batch_stats": whole["batch_stats"]}
+        """Returns {"params", "batch_stats"} for `model.apply`, for a network that no method changes.
+
+        Args:
+          averaged: see `variables`.
+        """
+        variables = self.variables(averaged=averaged)
+        params = {k: v for k, v in variables["params"].items() if k != METHODS}
+        return {"params": params, "batch_stats": variables["batch_stats"]}
 
 
 class Owner(NamedTuple):
-    """What a method owns beside the network; see `methods.py`.
+    """The functions that create a method's own parameters and state; see `methods.py`.
 
     Attributes:
-      init: (key, params) → its parameters, or None.
-      state: params → its state, or None.
-      devices: how many copies of the state there are, one a device; 0 for one state that all share.
+      init: (key, params) → the method's parameters; None for no parameters.
+      state: params → the method's state; None for no state.
+      devices: number of copies of the state, one per device; 0 for one state that all devices share.
     """
 
     init: Callable | None = None
@@ -76,37 +85,39 @@ def create(
     ema: bool = False,
     carry_rows: int = 0,
 ) -> State:
-    """Initialises a state; pure, so that it can be jitted and `eval_shape`d.
+    """Creates an initial state. The function is pure, so that `jax.jit` and `jax.eval_shape` accept it.
 
     Args:
-      model: maps what `example` is of to (logits, endpoints).
-      tx: the optimizer's chain.
-      example: pytree of `jax.ShapeDtypeStruct`s, what the network is called with.
-      key: the seed of the initial weights.
-      given: {"params", "batch_stats"}, either may be left out or have only some of the leaves: what to begin with
-        instead; "params" may have "methods" as well.
-      owners: what methods own, by name.
-      ema: whether to carry averaged weights.
-      carry_rows: examples of a batch, for a recurrent network's carry; 0 for none.
+      model: a Linen module, inputs → (logits, endpoints).
+      tx: the optax chain.
+      example: the shapes of the inputs, a pytree of `jax.ShapeDtypeStruct`s.
+      key: random key of the initial weights.
+      given: pretrained values that replace the initial ones, {"params", "batch_stats"}. Either key may be absent or
+        have only some of the leaves; "params" may contain "methods".
+      owners: the methods that own parameters or state, by name.
+      ema: whether the state has averaged weights.
+      carry_rows: number of examples in a batch, for the carry of a recurrent network; 0 for no carry.
     """
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example)
-    variables = model.init(key, zeros, **forward.mode(model, False))
-    begin = given or {}
-    params = _merged(variables["params"], begin.get("params", {}))
-    stats = _merged(variables.get("batch_stats", {}), begin.get("batch_stats", {}))
+    variables = model.init(key, zeros, **forward.mode_argument(model, False))
+    pretrained = given or {}
+    known_stats = pretrained.get("batch_stats", {})
+    params = _replace_leaves(variables["params"], pretrained.get("params", {}))
+    stats = _replace_leaves(variables.get("batch_stats", {}), known_stats)
     owned, extra = {}, {}
     for name, owner in (owners or {}).items():
-        fold = zlib.crc32(name.encode()) & 0x7FFFFFFF
+        seed = zlib.crc32(name.encode()) & 0x7FFFFFFF
         if owner.init is not None:
-            owned[name] = owner.init(jax.random.fold_in(key, fold), params)
+            owned[name] = owner.init(jax.random.fold_in(key, seed), params)
         state = owner.state(params) if owner.state is not None else None
         if jax.tree.leaves(state):
-            extra[name] = _copies(state, owner.devices)
+            extra[name] = _copy_per_device(state, owner.devices)
     owned = {name: value for name, value in owned.items() if jax.tree.leaves(value)}
-    if counted := shares(stats, begin.get("batch_stats")):
-        extra[SHARES] = counted
+    if batch_shares := shares(stats, known_stats):
+        extra[SHARES] = batch_shares
     if owned:
-        params[METHODS] = _merged(owned, begin.get("params", {}).get(METHODS, {}))
+        known = pretrained.get("params", {}).get(METHODS, {})
+        params[METHODS] = _replace_leaves(owned, known)
     average = jax.tree.map(jnp.copy, {"params": params, "stats": stats})
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -119,7 +130,8 @@ def create(
     )
 
 
-def _copies(state, devices: int):
+def _copy_per_device(state, devices: int):
+    """Adds a leading axis of copies, one per device, to the arrays of a state; with `devices` 0 returns it unchanged."""
     if not devices:
         return state
     return jax.tree.map(
@@ -127,40 +139,41 @@ def _copies(state, devices: int):
     )
 
 
-def _merged(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces the leaves of a tree by those that are given."""
+def _replace_leaves(whole: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts with the leaves of `whole`, replaced by the leaves of `new` where it has the same path."""
     return {
-        name: _merged(value, given.get(name, {}))
+        name: _replace_leaves(value, new.get(name, {}))
         if isinstance(value, Mapping)
-        else given.get(name, value)
+        else new.get(name, value)
         for name, value in whole.items()
     }
 
 
-def handed_over(before: State, fresh: State) -> tuple[State, list[str]]:
-    """Returns the state that a phase begins with, from the state that the phase before ended with.
+def hand_over(before: State, fresh: State) -> tuple[State, list[str]]:
+    """Returns the state with which a phase begins, from the last state of the phase before.
 
-    Weights, statistics and averages go on; what methods own goes on under the same name and of the same shapes. The
-    optimizer's state goes on if it is of the same kind, but learning-rate schedules begin anew.
+    Weights, running statistics and averages continue. Parameters and state of a method continue if the next phase has them
+    under the same name and with the same shapes. The optimizer's state continues if its structure and shapes stay the
+    same, but learning-rate schedules begin anew.
 
     Args:
-      before: the last state, already changed by the transition; host arrays.
-      fresh: a new state of the next phase's shapes.
+      before: the last state of the phase before, on the host, already changed by the transition.
+      fresh: a newly created state of the next phase.
 
     Returns:
-      The state, with the shapes of `fresh`; and a line for what begins anew.
+      The state, with the shapes of `fresh`; and one line of text for each part that begins anew.
     """
     lines = []
 
-    def same(a, b):
+    def same_shapes(a, b):
         shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(t)] for t in (a, b)]
-        alike = jax.tree.structure(a) == jax.tree.structure(b)
-        return alike and shapes[0] == shapes[1]
+        same_structure = jax.tree.structure(a) == jax.tree.structure(b)
+        return same_structure and shapes[0] == shapes[1]
 
-    def continued(name, old, new):
+    def choose(name, old, new):
         if new is None or not jax.tree.leaves(new):
             return new
-        if same(old, new):
+        if same_shapes(old, new):
             return old
         if old is not None and jax.tree.leaves(old):
             lines.append(f"the {name} begins anew: its shapes are others")
@@ -178,7 +191,7 @@ def handed_over(before: State, fresh: State) -> tuple[State, list[str]]:
     if fresh.ema is not None:
         source = before.ema or {"params": before.params, "stats": before.stats}
         ema = tree.overlaid({"params": params, "stats": stats}, source)
-    opt = continued("optimizer's state", before.opt, fresh.opt)
+    opt = choose("optimizer's state", before.opt, fresh.opt)
     opt = jax.tree.map(
         lambda s: (
             s._replace(count=0 * s.count)
@@ -190,13 +203,13 @@ def handed_over(before: State, fresh: State) -> tuple[State, list[str]]:
     )
     old = before.extra or {}
     extra = {
-        name: continued(f"state of {name}", old.get(name), value)
+        name: choose(f"state of {name}", old.get(name), value)
         for name, value in (fresh.extra or {}).items()
         if name != SHARES
     }
-    if counted := (fresh.extra or {}).get(SHARES):
-        extra[SHARES] = tree.overlaid(counted, old.get(SHARES, {}))
-    carry = continued("carry", before.carry, fresh.carry)
+    if batch_shares := (fresh.extra or {}).get(SHARES):
+        extra[SHARES] = tree.overlaid(batch_shares, old.get(SHARES, {}))
+    carry = choose("carry", before.carry, fresh.carry)
     return (
         State(before.step, params, stats, opt, ema, extra or None, carry),
         lines,

@@ -1,12 +1,14 @@
-"""One training step, pure: `(state, batch, key, *frozen) → (state, metrics)`, in four parts with five plug points.
+"""Builds the training step, a pure function `(state, batch, key, *frozen) → (state, metrics)` with five plug points.
 
-    prepare      augmentation, and the teachers' outputs
-    gradients    one forward pass and `jax.value_and_grad` of it, or a method of the plug point `gradients`;
-                 forward: see `train/forward.py`; objective: the sum of the loss terms
-    exchange     reduces gradients over the devices inside `jax.shard_map`; without a method the compiler does
-    update       the ordered list of gradient transforms with the optimizer in it, then the averaged weights
+A step has four parts:
 
-Sharding stays outside: the arrays that come in carry it. Only an explicit gradient exchange needs the mesh.
+    prepare      augments the batch and computes the teachers' outputs
+    gradients    one forward pass and `jax.value_and_grad` of it, or a method of the plug point `gradients`. The plug
+                 point `forward` changes the network, see `train/forward.py`; `objective` is the sum of the losses
+    exchange     reduces the gradients over the devices inside `jax.shard_map`; without a method the compiler does it
+    update       applies the ordered list of gradient transforms, which contains the optimizer, and averages the weights
+
+The step does not handle sharding, because its input arrays carry it. Only an explicit gradient exchange needs the mesh.
 """
 
 import dataclasses
@@ -27,9 +29,9 @@ from squeeze_jax.train import forward, split
 from squeeze_jax.train.arguments import (
     Term,
     check_state,
-    exchange_of,
+    full_forms,
     image,
-    settled,
+    named_exchange,
     with_mask,
 )
 from squeeze_jax.train.forward import Network
@@ -39,13 +41,13 @@ from squeeze_jax.train.state import Owner, State, create
 
 
 class Parts(NamedTuple):
-    """The parts of a step, each pure.
+    """The parts of a training step, as pure functions.
 
     Attributes:
       prepare: (state, batch, key, *frozen) → batch.
-      gradients: (state, batch, key) → `Computed`; exchanged already.
-      update: (state, computed, examples, key) → (state, metrics).
-      fused: whether `gradients` may be traced.
+      gradients: (state, batch, key) → `Computed`, including the exchange of gradients.
+      update: (state, computed, examples, key) → (state, metrics); `examples` is the number of examples that count.
+      fused: whether `gradients` may be traced and compiled together with the other parts.
     """
 
     prepare: Callable
@@ -66,7 +68,7 @@ class Computed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """A training step and the state that it begins with, so that settings which must agree are given once.
+    """A training step and the function that creates its initial state from the same settings.
 
     Attributes:
       run: (state, batch, key, *frozen) → (state, metrics).
@@ -77,55 +79,59 @@ class Step:
     create: Callable
 
     def __call__(self, state: State, batch: dict, key: jax.Array, *frozen):
-        """Does one step; see `make`."""
+        """Runs one training step; see `make`."""
         return self.run(state, batch, key, *frozen)
 
     def init(
         self, key: jax.Array, batch: dict, *, given: Mapping[str, Any] | None = None
     ) -> State:
-        """Creates the state: weights, the optimizer's state, averaged weights, what methods own, a carry.
+        """Creates the initial state: weights, optimizer state, averaged weights, parameters and state of methods, carry.
 
         Args:
-          key: the seed of the initial weights.
-          batch: one batch, or the shapes of one, {name: [b, ...]}.
-          given: see `state.create`: weights to begin with instead.
+          key: random key of the initial weights.
+          batch: one batch {name: [b, ...]}, or its shapes.
+          given: pretrained values that replace initial ones, see `state.create`.
         """
         return self.create(key, batch, given)
 
 
 def make(network: Network | Any, update: Any, objective: Any, **plugs) -> Step:
-    """Builds the whole step as one function; the arguments are those of `parts`.
+    """Builds a training step; the arguments are those of `parts`.
 
         step = make(model, optax.adam(1e-3), cross_entropy.make(), ema=0.999)
         state = step.init(key, batch)
         step = jax.jit(step)
         state, metrics = step(state, batch, key)
 
-    A batch is a dict of arrays [b, ...]; "mask", bool [b], says which examples count, by default all. The module's call
-    may return logits alone, and tells training from evaluation by one of the arguments that `forward.mode` names.
+    A batch is a dict of arrays [b, ...]. Its "mask", bool [b], is true for the examples that count, by default for all.
+    The module may return logits alone. Its call switches between training and evaluation by one of the arguments that
+    `forward.mode_argument` names, or by none.
 
     Returns:
-      (state, batch, key, *frozen) → (state, metrics), and `init`. Metrics are float32 scalars: "loss", "grad_norm",
-      "examples" (how many counted) and the objective's own. A step whose gradients are compiled in pieces compiles its
-      other parts itself.
+      The `Step`, a function (state, batch, key, *frozen) → (state, metrics) with a method `init`. Metrics are float32
+      scalars: "loss", "grad_norm", "examples" (the number of examples that count) and the metrics of the objective. A
+      step with a `gradients` method that is not fused cannot be jitted; it compiles its other parts itself.
 
     Raises:
-      UserError: when called, a state that does not fit the step, or a batch whose arrays are not equally long.
+      UserError: the step was called with a state that does not fit it, or with a batch whose arrays have different
+        numbers of examples.
     """
-    creates = functools.partial(_created, network, update, objective, plugs)
-    return Step(whole(parts(network, update, objective, **plugs)), creates)
+    create_state = functools.partial(_create_state, network, update, objective, plugs)
+    return Step(compose(parts(network, update, objective, **plugs)), create_state)
 
 
-def _created(network, update, objective, plugs, key, batch, given) -> State:
-    network, update, terms = settled(network, update, objective)
-    exchange, mesh = exchange_of(plugs.get("exchange")), plugs.get("mesh")
+def _create_state(network, update, objective, plugs, key, batch, given) -> State:
+    """Creates the initial state of a step; the arguments are those of `make` and `Step.init`."""
+    network, update, terms = full_forms(network, update, objective)
+    exchange, mesh = named_exchange(plugs.get("exchange")), plugs.get("mesh")
     devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
     shapes = jax.eval_shape(with_mask, batch)
-    read = plugs.get("inputs", image)
-    example = jax.eval_shape(read, shapes)
+    inputs = plugs.get("inputs", image)
+    example = jax.eval_shape(inputs, shapes)
     owners = {}
     if network.forwards:
-        accepted = forward.taps(network.model, example, network.forwards.values())
+        forwards = network.forwards.values()
+        accepted = forward.accepted_taps(network.model, example, forwards)
         for (name, f), taps in zip(network.forwards.items(), accepted, strict=True):
             owners[name] = Owner(
                 f.init and (lambda key, params, f=f, t=taps: f.init(key, params, t)),
@@ -143,7 +149,7 @@ def _created(network, update, objective, plugs, key, batch, given) -> State:
         if hasattr(network.model, "initial_carry")
         else 0
     )
-    creates = functools.partial(
+    create_jitted = functools.partial(
         create,
         network.model,
         update.tx,
@@ -153,25 +159,26 @@ def _created(network, update, objective, plugs, key, batch, given) -> State:
         ema=bool(plugs.get("ema")),
         carry_rows=rows,
     )
-    return jax.jit(creates)(key)
+    return jax.jit(create_jitted)(key)
 
 
-def whole(pieces: Parts, **compiled) -> Callable:
-    """Composes the parts of a step, see `make`.
+def compose(parts: Parts, **jit_options) -> Callable:
+    """Composes the parts of a step to one function, (state, batch, key, *frozen) → (state, metrics).
 
     Args:
-      pieces: the parts.
-      **compiled: how `jax.jit` compiles the update where the gradients are compiled in pieces, such as out_shardings.
+      parts: the parts that the function `parts` built.
+      **jit_options: options of `jax.jit` for the part `update`, such as out_shardings. They serve parts that are not
+        fused, whose `prepare` and `update` are jitted here one by one.
     """
-    prepare, finish = pieces.prepare, pieces.update
-    if not pieces.fused:
-        prepare, finish = jax.jit(prepare), jax.jit(finish, **compiled)
+    prepare, update = parts.prepare, parts.update
+    if not parts.fused:
+        prepare, update = jax.jit(prepare), jax.jit(update, **jit_options)
 
     def step(state: State, batch: dict, key: jax.Array, *frozen) -> tuple[State, dict]:
         batch = prepare(state, batch, key, *frozen)
         examples = jnp.sum(batch["mask"].astype(jnp.float32))
-        computed = pieces.gradients(state, batch, key)
-        return finish(state, computed, examples, key)
+        computed = parts.gradients(state, batch, key)
+        return update(state, computed, examples, key)
 
     return step
 
@@ -190,35 +197,37 @@ def parts(
     accumulate: int = 1,
     ema: float = 0.0,
 ) -> Parts:
-    """Builds the parts of a step.
+    """Builds the parts of a training step.
 
     Args:
-      network: of `forward.make`, or a Linen module alone.
+      network: a network that `forward.make` built, or a Linen module alone.
       update: gradient transforms in order, see `optim.chain`, or one optax transform.
-      objective: the terms of the loss, or one plain loss.
-      prepare: (key, batch) → batch on the accelerator: augmentation.
-      inputs: batch → what the network reads.
-      teach: (frozen, batch) → what the objective finds as `batch["teacher"]`: outputs of other networks, whose weights
-        `frozen` the step takes as its fourth argument. It is outside of what is differentiated.
-      gradients: a method of that plug point; None for one forward pass.
-      exchange: a method of that plug point, or a plain function; None leaves the mean to the compiler.
-      mesh: needed by `exchange`, whose parameters must be replicated.
-      accumulate: split the batch into so many parts, one after the other. A mean of the loss by `nn.means.mean` is that
-        of the whole batch, as over the devices of an exchange; whatever else a loss returns is averaged over the parts by
-        their examples that count.
-      ema: decay of the averaged weights, 0 for none; it warms up as (1 + t) / (10 + t).
+      objective: the terms of the objective, or one loss, (logits, endpoints, batch) → (scalar, metrics).
+      prepare: (key, batch) → batch; augments the batch on the devices.
+      inputs: batch → the inputs of the network.
+      teach: (frozen, batch) → teacher outputs, which the objective finds in `batch["teacher"]`. `frozen`, the fourth
+        argument of the step, holds the teachers' weights. No gradients flow into the teachers.
+      gradients: a method of the plug point `gradients`; None for one forward pass.
+      exchange: a method of the plug point `exchange`, or a plain function; None leaves the mean to the compiler.
+      mesh: the mesh of `exchange`; its parameters must be replicated.
+      accumulate: number of parts of a batch that are computed one after the other. Means by `nn.means.mean` are means over
+        the whole batch, also over the devices of an exchange. Everything else that a loss returns is averaged over the
+        parts, weighted by their numbers of examples that count.
+      ema: decay of the averaged weights, 0 for none; after t updates it is at most (1 + t) / (10 + t).
     """
-    network, update, objective = settled(network, update, objective)
-    exchange = exchange_of(exchange)
+    network, update, objective = full_forms(network, update, objective)
+    exchange = named_exchange(exchange)
     fused = gradients is None or gradients.method.fused
-    compute, weigh = _computed(network, objective, inputs, gradients)
+    compute, weigh = _gradient_functions(network, objective, inputs, gradients)
     if accumulate > 1 or exchange is not None:
         axes = BATCH if exchange is not None else ()
-        compute = functools.partial(split.in_parts, compute, weigh, accumulate, axes)
+        compute = functools.partial(
+            split.compute_in_parts, compute, weigh, accumulate, axes
+        )
     if exchange is not None:
-        compute = split.exchanged(compute, exchange, network.first, mesh)
+        compute = split.with_exchange(compute, exchange, network.first, mesh)
 
-    def prepared(state, batch, key, *frozen):
+    def prepare_batch(state, batch, key, *frozen):
         check_state(state, update, ema)
         prepare_key, _ = _keys(key, state.step)
         batch = prepare(prepare_key, with_mask(batch))
@@ -226,7 +235,7 @@ def parts(
             batch = batch | {"teacher": teach(*frozen, batch)}
         return batch
 
-    def computed(state, batch, key):
+    def compute_gradients(state, batch, key):
         _, forward_key = _keys(key, state.step)
         stats = {"batch_stats": state.stats, "step": state.step}
         stats["extra"] = dict(state.extra or {})
@@ -236,16 +245,17 @@ def parts(
         extra = stats["extra"] or None
         return Computed(grads, stats["batch_stats"], extra, carry, metrics)
 
-    def updated(state, computed, examples, key):
+    def update_state(state, computed, examples, key):
         _, forward_key = _keys(key, state.step)
-        return _updated(
+        return _update_state(
             state, computed, examples, forward_key, update, ema, network.first
         )
 
-    return Parts(prepared, computed, updated, fused)
+    return Parts(prepare_batch, compute_gradients, update_state, fused)
 
 
 def _keys(key, step):
+    """Returns the random keys of a step: one for `prepare`, and one for the forward pass and the update."""
     return jax.random.split(jax.random.fold_in(key, step))
 
 
@@ -255,12 +265,13 @@ def make_evaluation(
     *,
     inputs: Callable = image,
 ):
-    """Builds `(variables, batch) → (sums, rows)`, see `metrics._metric.Metric`; rows get "mask" and "index" too.
+    """Builds an evaluation step, (variables, batch) → (sums, rows); see `metrics._metric.Metric`.
 
-    With a carry as the third argument it returns ((sums, rows), carry).
+    If `measure` returns rows, the step adds "mask" and, if the batch has it, "index" to them. Called with the carry of a
+    recurrent network as the third argument, the step returns ((sums, rows), carry).
 
     Args:
-      network, inputs: as in `parts`.
+      network, inputs: see `parts`.
       measure: (logits, batch) → (sums, rows).
     """
     if not isinstance(network, Network):
@@ -271,17 +282,24 @@ def make_evaluation(
         outputs, _ = forward.run(network, variables, inputs(batch), **options)
         sums, rows = measure(outputs[0], batch)
         kept = [k for k in ("mask", "index") if k in batch and rows]
-        scored = sums, rows | {k: batch[k] for k in kept}
-        return scored if carry is None else (scored, outputs[1]["carry"])
+        measured = sums, rows | {k: batch[k] for k in kept}
+        return measured if carry is None else (measured, outputs[1]["carry"])
 
     return evaluate
 
 
-def _computed(network, terms, inputs, gradients):
-    """Returns two functions of (params, stats, carry, batch, key), where the batch may be a part of one.
+def _gradient_functions(network, terms, inputs, gradients):
+    """Builds two functions, `compute` and `weigh`, of (params, stats, carry, batch, key); the batch may be a part of one.
 
-    The first returns (grads, stats, carry, metrics). The second returns by term the sums of weights of the loss' means,
-    in a forward pass that the compiler leaves out, but for what these sums depend on.
+    `compute` returns (grads, stats, carry, metrics). `weigh` returns for each term the sums of weights by which the means
+    of its loss divide, {name: tuple of float32 []}. It runs a forward pass, of which the compiler keeps only what these
+    sums depend on.
+
+    Args:
+      network: a `Network`.
+      terms: the terms of the objective.
+      inputs: batch → the inputs of the network.
+      gradients: a named method of the plug point `gradients`, or None.
     """
 
     def outputs(params, stats, batch, key, **options):
@@ -303,7 +321,7 @@ def _computed(network, terms, inputs, gradients):
             own = forward.own(term.name, variables, first=network.first, key=key)
             with means.divide_by(stats.get("divisors", {}).get(term.name)):
                 returned = term.objective.loss(logits, endpoints, batch, plain, own)
-            value, record, *state = _checked(term.name, returned)
+            value, record, *state = _check_returned(term.name, returned)
             if state:
                 extra[term.name] = state[0]
             if len(terms) > 1 or term.weight != 1:
@@ -343,17 +361,20 @@ def _computed(network, terms, inputs, gradients):
         logits, endpoints, stats = outputs(params, stats, batch, key)
         totals = {}
         for term in terms:
-            one = functools.partial(objective, terms=(term,))
             with means.record_weight_sums() as counts:
-                one(logits, endpoints, batch, params, key, stats)
+                objective(logits, endpoints, batch, params, key, stats, terms=(term,))
             totals[term.name] = tuple(counts)
         return totals
 
     return compute, weigh
 
 
-def _checked(name: str, returned: Any) -> tuple:
-    """Returns what a loss returned; raises a UserError if that is not (scalar, metrics) or (scalar, metrics, state)."""
+def _check_returned(name: str, returned: Any) -> tuple:
+    """Returns the result of a loss unchanged, if it is (scalar, metrics) or (scalar, metrics, state).
+
+    Raises:
+      UserError: the loss called `name` returned anything else.
+    """
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         raise UserError(
             f"the loss {name} returns a {type(returned).__name__}: return (scalar, metrics), or (scalar, metrics, state)"
@@ -374,14 +395,25 @@ def _with_carry(stats, carry):
     return stats if carry is None else stats | {"carry": carry}
 
 
-def _updated(state, computed, examples, key, update, ema, first):
-    """Returns the next state and the metrics."""
+def _update_state(state, computed, examples, key, update, ema, first):
+    """Returns the next state and the metrics of the step.
+
+    Args:
+      state: the state before the step.
+      computed: the `Computed` of the step, whose gradients are exchanged.
+      examples: float32 [], number of examples that count.
+      key: random key of the forward pass.
+      update, ema: see `parts`.
+      first: the step at which the phase began.
+    """
     params, opt = apply_update(
         update, computed.grads, state.opt, state.params, key, state.step - first
     )
     average = state.ema
     if ema:
-        t = state.step.astype(jnp.float32)  # the average goes on over the phases
+        t = state.step.astype(
+            jnp.float32
+        )  # counts over all phases, as the average does
         decay = jnp.minimum(ema, (1 + t) / (10 + t))
         fresh = {"params": params, "stats": computed.stats}
         average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, fresh)
@@ -406,13 +438,15 @@ def _updated(state, computed, examples, key, update, ema, first):
 
 
 def apply_update(update: methods.Update, grads, opt, params, key, step):
-    """Returns (params, optimizer state) after the gradient transforms.
+    """Applies the gradient transforms; returns the new (params, optimizer state).
 
     Args:
-      update: of `optim.chain`.
-      grads, opt, params: of a state.
-      key: random, for transforms that draw.
-      step: int32 [], updates done in this phase.
+      update: the gradient transforms, as `optim.chain` joins them.
+      grads: gradients of `params`.
+      opt: the state of the transforms.
+      params: the parameters before the update.
+      key: random key for transforms that draw random numbers.
+      step: int32 [], number of updates so far in this phase.
     """
     tx = optax.with_extra_args_support(update.tx)
     key = jax.random.fold_in(key, 2)

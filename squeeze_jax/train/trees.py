@@ -1,4 +1,7 @@
-"""Any pytree of arrays as a `State`, so that `Checkpoints` saves and restores it: a dict, a TrainState, the state of an NNX module."""
+"""Packs any pytree of arrays into a `State`, so that `Checkpoints` saves and restores it.
+
+The pytree may be a dict, a TrainState of Flax, or the state of an NNX module.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,20 +14,20 @@ from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.train.state import State
 
 
-def packed(whole: Any, step: int) -> State:
-    """Returns a state whose params are the leaves of a pytree by their paths.
+def pack(pytree: Any, step: int) -> State:
+    """Returns a `State` whose params are the leaves of a pytree, by their paths.
 
-    Keys of `jax.random` are saved as their numbers. Empty arrays hold nothing, and are left out.
+    Saves random keys of `jax.random` as their key data, and leaves empty arrays out.
 
     Args:
-      whole: a pytree of arrays, numbers and random keys, or of `jax.ShapeDtypeStruct`s.
-      step: under which it is saved.
+      pytree: arrays, numbers and random keys, or `jax.ShapeDtypeStruct`s of them.
+      step: the step of the state.
 
     Raises:
-      UserError: a leaf that is none of these, or nothing to save.
+      UserError: a leaf is none of these, or there is nothing to save.
     """
     leaves = {}
-    for name, leaf in _named(whole).items():
+    for name, leaf in _leaves_by_path(pytree).items():
         if isinstance(leaf, bool | int | float | complex | np.generic):
             leaf = np.asarray(leaf)
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
@@ -32,11 +35,11 @@ def packed(whole: Any, step: int) -> State:
                 f"{name} is {shortened(repr(leaf), 60)}: a checkpoint holds arrays, numbers and random keys"
             )
         if _is_key(leaf):
-            shapes = isinstance(leaf, jax.ShapeDtypeStruct)
+            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
             data = jax.random.key_data
-            leaf = jax.eval_shape(data, leaf) if shapes else data(leaf)
+            leaf = jax.eval_shape(data, leaf) if is_shape else data(leaf)
         if isinstance(leaf, np.ndarray):
-            leaf = jnp.asarray(_words(leaf))
+            leaf = jnp.asarray(_as_at_most_32_bits(leaf))
         if leaf.size:
             leaves[name] = leaf
     if not leaves:
@@ -44,41 +47,53 @@ def packed(whole: Any, step: int) -> State:
     return State(jnp.asarray(step, jnp.int32), {"tree": leaves}, {}, ())
 
 
-def unpacked(state: State, like: Any) -> Any:
-    """Returns the pytree of a packed state, with the structure and the kinds of leaves of `like`."""
+def unpack(state: State, like: Any) -> Any:
+    """Returns the pytree that `pack` packed.
+
+    Args:
+      state: the state, with restored arrays.
+      like: a pytree with the structure of the packed one. Each leaf of the result has the type of the leaf in `like`:
+        Python number, numpy array, JAX array or random key.
+    """
     arrays = state.params["tree"]
 
-    def leaf(name, old):
+    def restore(name, template):
         if name not in arrays:
-            return old  # empty
-        if _is_key(old):
-            kind = jax.random.key_impl(old) if isinstance(old, jax.Array) else None
-            return jax.random.wrap_key_data(arrays[name], impl=kind)
-        if not isinstance(old, bool | int | float | complex | np.generic | np.ndarray):
+            return template  # an empty array, which is not saved
+        if _is_key(template):
+            is_array = isinstance(template, jax.Array)
+            impl = jax.random.key_impl(template) if is_array else None
+            return jax.random.wrap_key_data(arrays[name], impl=impl)
+        on_host = bool | int | float | complex | np.generic | np.ndarray
+        if not isinstance(template, on_host):
             return arrays[name]
-        kind = np.asarray(old)
+        shape, dtype = np.shape(template), np.asarray(template).dtype
         value = np.ascontiguousarray(arrays[name])
-        if value.dtype != kind.dtype:
-            value = value.view(kind.dtype)
-        value = value.reshape(kind.shape)
-        if isinstance(old, np.ndarray):
+        if value.dtype != dtype:
+            value = value.view(dtype)
+        value = value.reshape(shape)
+        if isinstance(template, np.ndarray):
             return value
-        return value[()] if isinstance(old, np.generic) else value.item()
+        return value[()] if isinstance(template, np.generic) else value.item()
 
-    leaves = [leaf(name, old) for name, old in _named(like).items()]
+    leaves = [restore(name, leaf) for name, leaf in _leaves_by_path(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def plain(value: Any, where: str = "config") -> Any:
-    """Returns what JSON holds of settings: numbers of numpy as Python's, tuples as lists.
+def to_json(value: Any, where: str = "config") -> Any:
+    """Converts settings to what JSON holds: numpy numbers to Python numbers, tuples to lists, keys to strings.
+
+    Args:
+      value: a number, string, None, list, tuple or dict of these.
+      where: the name of the value in an error.
 
     Raises:
-      UserError: a value that JSON has nothing for; names the key.
+      UserError: JSON cannot hold the value; the message names its key.
     """
     if isinstance(value, Mapping):
-        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): to_json(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v, f"{where}.{i}") for i, v in enumerate(value)]
+        return [to_json(v, f"{where}.{i}") for i, v in enumerate(value)]
     if isinstance(value, np.generic) or (
         hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
     ):
@@ -90,13 +105,14 @@ def plain(value: Any, where: str = "config") -> Any:
     )
 
 
-def _named(whole: Any) -> dict[str, Any]:
-    paths = jax.tree_util.tree_leaves_with_path(whole)
+def _leaves_by_path(pytree: Any) -> dict[str, Any]:
+    """Returns the leaves by their key paths, such as "['a'][0]"; a pytree that is one leaf has the name "value"."""
+    paths = jax.tree_util.tree_leaves_with_path(pytree)
     return {jax.tree_util.keystr(path) or "value": leaf for path, leaf in paths}
 
 
-def _words(array: np.ndarray) -> np.ndarray:
-    """Returns numbers of 64 bits and more, which JAX would round, as words of 32."""
+def _as_at_most_32_bits(array: np.ndarray) -> np.ndarray:
+    """Views numbers of 64 bits or more as uint32, because JAX would round them to 32 bits; returns others unchanged."""
     return array.reshape(-1).view(np.uint32) if array.dtype.itemsize > 4 else array
 
 

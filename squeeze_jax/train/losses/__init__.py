@@ -1,4 +1,4 @@
-"""Losses of tasks, one a file; the file's name is the key."""
+"""Losses of tasks, one per file. A config names a loss by its file, such as "losses.cross_entropy"."""
 
 from squeeze_jax import registry
 

@@ -1,4 +1,7 @@
-"""Labels that are no class: a loss of them is no number, so that a wrong number of classes cannot pass for a good network."""
+"""Checks labels. A label that is none of the classes makes the loss NaN.
+
+Without this check a network with the wrong number of classes could get a good score.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,46 +10,47 @@ import numpy as np
 from squeeze_jax.errors import UserError
 
 
-def known(
+def nan_for_invalid_labels(
     labels: jax.Array, classes: int, counts: jax.Array, *values: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Returns values, such as losses and hits, in float32: NaN where a label that counts is none of the classes.
+    """Returns values, such as losses and hits, in float32, with NaN wherever a label that counts is none of the classes.
 
     Args:
       labels: int [...].
-      classes: how many there are: labels are 0 to classes - 1.
-      counts: [...], zero or False where a label may be anything, as that of a padded example.
-      *values: [...] each.
+      classes: number of classes; valid labels are 0 to classes - 1.
+      counts: [...], zero or False for labels that do not count, such as those of padded examples, which may be invalid.
+      *values: arrays [...].
 
     Raises:
-      UserError: labels that are no integers; outside of `jax.jit` also a label that is none of the classes.
+      UserError: the labels are no integers; outside of `jax.jit` also if a label that counts is invalid.
     """
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UserError(
             f"labels are {labels.dtype} {list(labels.shape)}: give integers, the numbers of the classes"
         )
-    wrong = ((labels < 0) | (labels >= classes)) & (counts != 0)
-    if not isinstance(wrong, jax.core.Tracer) and wrong.any():
-        first = int(np.asarray(labels)[np.asarray(wrong)][0])
+    invalid = ((labels < 0) | (labels >= classes)) & (counts != 0)
+    if not isinstance(invalid, jax.core.Tracer) and invalid.any():
+        first = int(np.asarray(labels)[np.asarray(invalid)][0])
         raise UserError(
             f"the label {first} is none of the {classes} classes, 0 to {classes - 1}: make the network with more classes, or"
             " correct the labels"
         )
-    return tuple(jnp.where(wrong, jnp.nan, v.astype(jnp.float32)) for v in values)
+    return tuple(jnp.where(invalid, jnp.nan, v.astype(jnp.float32)) for v in values)
 
 
 def check_shapes(logits: jax.Array, labels: jax.Array) -> None:
-    """Checks that there is one label for each row of logits, or a share of each class.
+    """Raises a UserError unless labels fit logits.
 
-    Raises:
-      UserError: there is not.
+    Args:
+      logits: [..., classes].
+      labels: int [...], or float [..., classes] with the probability of each class.
     """
-    wanted = logits.shape[:-1]
-    shares = jnp.issubdtype(labels.dtype, jnp.floating)
-    if shares and labels.shape == logits.shape:
+    expected = logits.shape[:-1]
+    are_probabilities = jnp.issubdtype(labels.dtype, jnp.floating)
+    if are_probabilities and labels.shape == logits.shape:
         return
-    if shares or labels.shape != wanted:
+    if are_probabilities or labels.shape != expected:
         raise UserError(
-            f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give integers {list(wanted)}, or"
-            f" the share of each class as floats {list(logits.shape)}"
+            f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give integers {list(expected)},"
+            f" or the share of each class as floats {list(logits.shape)}"
         )

@@ -1,4 +1,4 @@
-"""The loss of several labels per example: the sigmoid cross-entropy of each class, averaged over the classes."""
+"""The loss of multi-label classification: the sigmoid cross-entropy of each class, averaged over the classes."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,14 @@ from squeeze_jax.train.losses import _labels
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"label_accuracy"})`.
 
-    The loss takes logits [b, classes] and "label" float [b, classes], whose entries are 1 for the labels of an example and 0
-    for the other classes, or probabilities between. "label_accuracy" is the share of entries on the right side of 0.5.
+    The loss takes logits [b, classes] and batch["label"] float [b, classes]: 1 for the classes of an example and 0 for the
+    others, or probabilities. "label_accuracy" is the share of entries whose predicted probability is on the same side of
+    0.5 as the label.
     """
 
     def loss(logits, endpoints, batch):
         del endpoints
-        losses = scored(logits, batch["label"])
+        losses = example_losses(logits, batch["label"])
         hits = (logits > 0) == (batch["label"] > 0.5)
         accuracy = mean(hits.astype(jnp.float32).mean(-1), batch["mask"])
         return mean(losses, batch["mask"]), {"label_accuracy": accuracy}
@@ -28,15 +29,15 @@ def make() -> Callable:
     return loss
 
 
-def scored(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the loss of each example in nats, float32 [b]; NaN where a label lies outside 0 to 1.
+def example_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the loss of each example in nats, float32 [b]; NaN for an example with a label outside 0 to 1.
 
     Args:
       logits: [b, classes].
       labels: float [b, classes], 0 to 1.
 
     Raises:
-      UserError: labels of another shape or of integers.
+      UserError: the labels have another shape than the logits, or are integers.
     """
     if labels.shape != logits.shape or not jnp.issubdtype(labels.dtype, jnp.floating):
         raise UserError(
@@ -45,6 +46,6 @@ def scored(logits: jax.Array, labels: jax.Array) -> jax.Array:
         )
     _labels.check_shapes(logits, labels)
     labels = labels.astype(jnp.float32)
-    inside = ((labels >= 0) & (labels <= 1)).all(-1)
+    valid = ((labels >= 0) & (labels <= 1)).all(-1)
     losses = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels)
-    return jnp.where(inside, losses.mean(-1), jnp.nan)
+    return jnp.where(valid, losses.mean(-1), jnp.nan)

@@ -1,4 +1,4 @@
-"""The objective of language models that read from left to right: cross-entropy of each next token."""
+"""The loss of causal language models: the cross-entropy of each next token."""
 
 from collections.abc import Callable
 
@@ -10,25 +10,28 @@ from squeeze_jax.train.losses.masked_lm import token_losses
 
 
 def make() -> Callable:
-    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; logits and batch are those of `scored`."""
+    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; see `next_token_losses` for logits and batch."""
 
     def loss(logits, endpoints, batch):
         del endpoints
-        losses, hits, weights = scored(logits, batch)
+        losses, hits, weights = next_token_losses(logits, batch)
         return mean(losses, weights), {"accuracy": mean(hits, weights)}
 
     return loss
 
 
-def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What each token but the first contributes.
+def next_token_losses(
+    logits: jax.Array, batch: dict
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the loss of each token except the first of a sequence, which has no token before it.
 
     Args:
-      logits: [b, l, vocabulary], of the token after each.
-      batch: "tokens" int [b, l], "attended" [b, l], "mask" [b].
+      logits: [b, l, vocabulary]; position i predicts token i + 1.
+      batch: "tokens" int [b, l]; "attended" [b, l], the padding mask; "mask" [b], the examples that count.
 
     Returns:
-      Losses in nats, whether the token is the likeliest, and weights, float32 [b, l - 1] each.
+      Losses in nats, hits (1 where the token has the highest logit) and weights (1 where the token counts), float32
+      [b, l - 1] each.
     """
     weights = batch["attended"][:, 1:] * batch["mask"][:, None].astype(jnp.float32)
     losses, hits = token_losses(logits[:, :-1], batch["tokens"][:, 1:], weights)

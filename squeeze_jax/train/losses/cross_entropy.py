@@ -1,8 +1,8 @@
-"""The objective of plain classification, of images or of each pixel: softmax cross-entropy with label smoothing.
+"""The loss of classification, of examples or of pixels: softmax cross-entropy with label smoothing.
 
-`x(logits, endpoints, batch) → (scalar, metrics)` is the shape of every objective; `batch["mask"]` says which examples
-count. Label smoothing: Szegedy et al., arXiv 1512.00567. Of a map of labels, every pixel that counts has the same weight
-(Long et al., arXiv 1411.4038, section 3): a pixel of label `IGNORED` does not count.
+All losses have the signature `loss(logits, endpoints, batch) → (scalar, metrics)`. `batch["mask"]` is true for the examples
+that count. Label smoothing is described by Szegedy et al., arXiv 1512.00567. For a map of labels, all pixels that count
+have the same weight (Long et al., arXiv 1411.4038, section 3); pixels with the label `IGNORED` do not count.
 """
 
 from collections.abc import Callable
@@ -21,35 +21,35 @@ from squeeze_jax.train.losses import _labels
 def make(label_smoothing: Rate = 0.0) -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`.
 
-    The loss takes logits [b, classes] with "label", or logits [b, h, w, classes] with "target", int [b, h, w]; then mean
-    loss and accuracy are over the pixels that count.
+    The loss takes logits [b, classes] with batch["label"], or logits [b, h, w, classes] with batch["target"], int
+    [b, h, w]. With a target, loss and accuracy are means over the pixels that count.
 
     Args:
-      label_smoothing: weight of the uniform distribution in the target, in [0, 1).
+      label_smoothing: weight of the uniform distribution in the target distribution, in [0, 1).
     """
 
     def loss(logits, endpoints, batch):
         del endpoints
-        labels, counts = labelled(logits, batch)
-        losses, hits = scored(logits, labels, counts, label_smoothing)
+        labels, counts = labels_and_mask(logits, batch)
+        losses, hits = losses_and_hits(logits, labels, counts, label_smoothing)
         return mean(losses, counts), {"accuracy": mean(hits, counts)}
 
     return loss
 
 
-def scored(
+def losses_and_hits(
     logits: jax.Array, labels: jax.Array, counts: jax.Array, label_smoothing: float = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns losses in nats and whether the label is the likeliest class, float32 [...]; see `_labels.known`.
+    """Returns the losses in nats, and hits: 1 where the label has the highest logit; float32 [...] each.
 
     Args:
       logits: [..., classes].
-      labels: int [...], or the share of each class, float [..., classes].
-      counts: [...], which labels count.
+      labels: int [...], or the probability of each class, float [..., classes].
+      counts: [...], zero or False where the label does not count.
       label_smoothing: see `make`.
 
     Raises:
-      UserError: labels of another shape, or that are none of the classes.
+      UserError: the labels have a wrong shape, or one is none of the classes; see `_labels.nan_for_invalid_labels`.
     """
     _labels.check_shapes(logits, labels)
     classes = logits.shape[-1]
@@ -60,14 +60,18 @@ def scored(
     hits = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
     if labels.ndim == logits.ndim:
         return losses, hits.astype(jnp.float32)
-    return _labels.known(labels, classes, counts, losses, hits)
+    return _labels.nan_for_invalid_labels(labels, classes, counts, losses, hits)
 
 
-def labelled(logits: jax.Array, batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the labels of the examples or pixels, and a mask of the same leading axes that says which count.
+def labels_and_mask(logits: jax.Array, batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the labels of the examples or pixels, and a mask that is true for the labels that count.
+
+    Args:
+      logits: [b, classes] or [b, h, w, classes].
+      batch: "mask" bool [b]; "label", or "target" int [b, h, w].
 
     Raises:
-      UserError: the map of labels has another size than the map of logits.
+      UserError: the target has another size than the logits.
     """
     if "target" not in batch:
         return batch["label"], batch["mask"]
@@ -82,6 +86,6 @@ def labelled(logits: jax.Array, batch) -> tuple[jax.Array, jax.Array]:
 
 
 def one_hot(label: jax.Array, classes: int) -> jax.Array:
-    """Returns labels as float32 [..., classes], whether given as integers or mixed already."""
-    integers = jnp.issubdtype(label.dtype, jnp.integer)
-    return jax.nn.one_hot(label, classes) if integers else label
+    """Returns integer labels as one-hot vectors, float32 [..., classes]; returns probabilities of classes unchanged."""
+    are_integers = jnp.issubdtype(label.dtype, jnp.integer)
+    return jax.nn.one_hot(label, classes) if are_integers else label

@@ -1,6 +1,6 @@
-"""The objective of masked language models: cross-entropy of the chosen tokens; Devlin et al., arXiv 1810.04805.
+"""The loss of masked language models: the cross-entropy of the masked tokens.
 
-The mean is over the chosen tokens of all examples that count, not over examples.
+Devlin et al., arXiv 1810.04805. The loss is a mean over the masked tokens of all examples that count, not over examples.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,29 +14,33 @@ from squeeze_jax.train.losses import _labels
 
 
 def make() -> Callable:
-    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; logits and batch are those of `scored`."""
+    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; see `masked_losses` for logits and batch."""
 
     def loss(logits, endpoints, batch):
         del endpoints
-        losses, hits, weights = scored(logits, batch)
+        losses, hits, weights = masked_losses(logits, batch)
         return mean(losses, weights), {"accuracy": mean(hits, weights)}
 
     return loss
 
 
-def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What each place contributes.
+def masked_losses(
+    logits: jax.Array, batch: dict
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the loss of each masked token.
 
     Args:
-      logits: [b, p, vocabulary], or [b, l, vocabulary], of which those at "positions" are taken.
-      batch: "targets" int [b, p], the tokens that were there; "chosen" [b, p], which of them count; "mask" [b], which
-        examples count; where not all positions are scored "positions" int [b, p].
+      logits: [b, p, vocabulary] for p positions per sequence. Or [b, l, vocabulary] for all positions, of which the
+        function takes those in "positions".
+      batch: "targets" int [b, p], the original tokens; "chosen" [b, p], 1 for the targets that count; "mask" [b], the
+        examples that count; "positions" int [b, p], unless p = l.
 
     Returns:
-      Losses in nats, whether the target is the likeliest token, and weights, float32 [b, p] each.
+      Losses in nats, hits (1 where the target has the highest logit) and weights (1 where the target counts), float32
+      [b, p] each.
 
     Raises:
-      UserError: a batch without masked tokens, or logits of something else.
+      UserError: the batch has no masked tokens, or the logits have another shape.
     """
     if "targets" not in batch:
         raise UserError(
@@ -45,8 +49,8 @@ def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
     targets = batch["targets"]
     shape = tuple(getattr(logits, "shape", logits))
     if "positions" in batch and shape[:2] == batch["tokens"].shape:
-        at = batch["positions"][..., None]
-        logits = jnp.take_along_axis(logits, at, axis=1, mode="clip")
+        positions = batch["positions"][..., None]
+        logits = jnp.take_along_axis(logits, positions, axis=1, mode="clip")
         shape = logits.shape
     if len(shape) != 3 or shape[:2] != targets.shape:
         raise UserError(
@@ -57,16 +61,20 @@ def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Ar
     return *token_losses(logits, targets, weights), weights
 
 
-def part(logits, name: str) -> jax.Array:
-    """One output of a network that has several.
+def head_logits(logits, name: str) -> jax.Array:
+    """Returns the logits of one head of a network with several heads.
+
+    Args:
+      logits: {name of a head: logits}.
+      name: the head.
 
     Raises:
-      UserError: it has not.
+      UserError: the network has no such head.
     """
     if not isinstance(logits, Mapping) or name not in logits:
-        has = ", ".join(logits) if isinstance(logits, Mapping) else "one array"
+        outputs = ", ".join(logits) if isinstance(logits, Mapping) else "one array"
         raise UserError(
-            f"the loss reads the network's {name}, and it gives {has}: its task, the objective and config.data.kind should"
+            f"the loss reads the network's {name}, and it gives {outputs}: its task, the objective and config.data.kind should"
             " be of one kind"
         )
     return logits[name]
@@ -75,14 +83,21 @@ def part(logits, name: str) -> jax.Array:
 def token_losses(
     logits: jax.Array, targets: jax.Array, counts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cross-entropies in nats and whether the target is the likeliest, float32 [...]; see `_labels.known`.
+    """Returns the cross-entropies in nats, and hits: 1 where the target has the highest logit; float32 [...] each.
 
     Args:
       logits: [..., vocabulary].
       targets: int [...].
-      counts: [...], which targets count.
+      counts: [...], zero or False where the target does not count.
+
+    Raises:
+      UserError: a target is not in the vocabulary; see `_labels.nan_for_invalid_labels`.
     """
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
+    target_logits = jnp.take_along_axis(
+        logits, targets[..., None], axis=-1, mode="clip"
+    )
+    losses = jax.nn.logsumexp(logits, axis=-1) - target_logits[..., 0]
     hits = jnp.argmax(logits, -1) == targets
-    return _labels.known(targets, logits.shape[-1], counts, losses, hits)
+    return _labels.nan_for_invalid_labels(
+        targets, logits.shape[-1], counts, losses, hits
+    )

@@ -1,6 +1,6 @@
-"""The objective of language models on contiguous text: cross-entropy of the token after each.
+"""The loss of language models on contiguous text: the cross-entropy of each next token.
 
-Unlike `losses.causal_lm` it has a target for the last token of a window too, which is the first token of the next window.
+Unlike `losses.causal_lm`, it also has a target for the last position of a window: the first token of the next window.
 """
 
 from collections.abc import Callable
@@ -14,28 +14,31 @@ from squeeze_jax.train.losses.masked_lm import token_losses
 
 
 def make() -> Callable:
-    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; logits and batch are those of `scored`."""
+    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; see `target_losses` for logits and batch."""
 
     def loss(logits, endpoints, batch):
         del endpoints
-        losses, hits, weights = scored(logits, batch)
+        losses, hits, weights = target_losses(logits, batch)
         return mean(losses, weights), {"accuracy": mean(hits, weights)}
 
     return loss
 
 
-def scored(logits: jax.Array, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the loss of each target, whether it is the likeliest token, and its weight.
+def target_losses(
+    logits: jax.Array, batch: dict
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the loss of each target.
 
     Args:
-      logits: [b, l, vocabulary], of the token after each.
-      batch: "targets" int [b, l]; "attended" [b, l], which targets count; "mask" [b], which rows count.
+      logits: [b, l, vocabulary]; position i predicts the token after it.
+      batch: "targets" int [b, l]; "attended" [b, l], 1 for the targets that count; "mask" [b], the rows that count.
 
     Returns:
-      Losses in nats, hits and weights, float32 [b, l] each.
+      Losses in nats, hits (1 where the target has the highest logit) and weights (1 where the target counts), float32
+      [b, l] each.
 
     Raises:
-      UserError: a batch without targets, or logits of another shape.
+      UserError: the batch has no targets, or the logits have another shape.
     """
     if "targets" not in batch or "fresh" not in batch:
         raise UserError(

@@ -1,35 +1,44 @@
-"""The objective of BERT and ALBERT: masked tokens, and how two segments go together.
+"""The pretraining loss of BERT and ALBERT: masked tokens plus the prediction of how two segments belong together.
 
-Devlin et al., arXiv 1810.04805, section A.2: the sum of both mean losses. Lan et al., arXiv 1909.11942, section 3.1.
+The loss is the sum of both mean losses (Devlin et al., arXiv 1810.04805, section A.2). BERT predicts whether the second
+segment follows the first; ALBERT predicts their order (Lan et al., arXiv 1909.11942, section 3.1).
 """
 
 from collections.abc import Callable
 
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import masked_lm
-from squeeze_jax.train.losses.masked_lm import part
+from squeeze_jax.train.losses.masked_lm import head_logits
 
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (loss, {"accuracy", "order_accuracy"})`.
 
-    Logits are {"masked_lm": see `masked_lm.scored`, "next_sentence": [b, 2]}; the batch has "label" int [b] as well.
+    Logits are {"masked_lm": see `masked_lm.masked_losses`, "next_sentence": [b, 2]}. The batch also has "label" int [b],
+    the class of a pair of segments.
     """
 
     def loss(logits, endpoints, batch):
         del endpoints
-        losses, hits, weights = masked_lm.scored(part(logits, "masked_lm"), batch)
-        order, right = ordered(part(logits, "next_sentence"), batch)
+        token_logits = head_logits(logits, "masked_lm")
+        losses, hits, weights = masked_lm.masked_losses(token_logits, batch)
+        order_logits = head_logits(logits, "next_sentence")
+        order_losses, order_hits = segment_losses(order_logits, batch)
         total = mean(losses, weights)
-        total += mean(order, batch["mask"])
+        total += mean(order_losses, batch["mask"])
         return total, {
             "accuracy": mean(hits, weights),
-            "order_accuracy": mean(right, batch["mask"]),
+            "order_accuracy": mean(order_hits, batch["mask"]),
         }
 
     return loss
 
 
-def ordered(logits, batch):
-    """Cross-entropies and whether the label is the likelier, float32 [b]; logits [b, 2], "label" int [b]."""
+def segment_losses(logits, batch):
+    """Returns the cross-entropies of pairs of segments, and hits: 1 where the label has the higher logit; float32 [b] each.
+
+    Args:
+      logits: [b, 2].
+      batch: "label" int [b], and "mask" [b].
+    """
     return masked_lm.token_losses(logits, batch["label"], batch["mask"])

@@ -1,6 +1,7 @@
-"""ELECTRA's objective: a generator's masked tokens, and a discriminator's guess which tokens are the generator's.
+"""The pretraining loss of ELECTRA: masked tokens for the generator, replaced tokens for the discriminator.
 
-Clark et al., arXiv 2003.10555, section 2: loss = masked LM + λ binary cross-entropy over all real tokens; λ = 50, Table 6.
+Clark et al., arXiv 2003.10555, section 2: loss = masked LM loss of the generator + λ * binary cross-entropy of the
+discriminator over all real tokens. λ is 50 (Table 6).
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import NonNegative
 from squeeze_jax.train.losses import masked_lm
-from squeeze_jax.train.losses.masked_lm import part
+from squeeze_jax.train.losses.masked_lm import head_logits
 
 WEIGHT = 50.0
 
@@ -20,15 +21,15 @@ WEIGHT = 50.0
 def make(discriminator: NonNegative = WEIGHT) -> Callable:
     """Returns `loss(logits, endpoints, batch) → (loss, metrics)`.
 
-    Logits are {"masked_lm": see `masked_lm.scored`, "replaced": [b, l]}, and endpoints have "is_replaced" [b, l], both from
-    `models/electra_pretraining.py`. Metrics are "accuracy", the generator's, "replaced_accuracy", the discriminator's, and
-    "generator_loss" and "replaced_loss".
+    Logits are {"masked_lm": see `masked_lm.masked_losses`, "replaced": [b, l]}, and endpoints contain "is_replaced" [b, l];
+    `models/electra_pretraining.py` computes both. Metrics are "accuracy" of the generator, "replaced_accuracy" of the
+    discriminator, "generator_loss" and "replaced_loss".
 
     Args:
-      discriminator: weight of its loss, λ.
+      discriminator: weight λ of the discriminator's loss.
 
     Raises:
-      UserError: a negative weight.
+      UserError: the weight is negative.
     """
     if discriminator < 0:
         raise UserError(
@@ -36,29 +37,39 @@ def make(discriminator: NonNegative = WEIGHT) -> Callable:
         )
 
     def loss(logits, endpoints, batch):
-        generated, judgement = (part(logits, k) for k in ("masked_lm", "replaced"))
-        losses, hits, weights = masked_lm.scored(generated, batch)
-        wrong, right, real = judged(judgement, endpoints["is_replaced"], batch)
-        first, second = mean(losses, weights), mean(wrong, real)
-        return first + discriminator * second, {
+        generator_logits = head_logits(logits, "masked_lm")
+        discriminator_logits = head_logits(logits, "replaced")
+        losses, hits, weights = masked_lm.masked_losses(generator_logits, batch)
+        replaced_losses, replaced_hits, real = discriminator_losses(
+            discriminator_logits, endpoints["is_replaced"], batch
+        )
+        generator_loss = mean(losses, weights)
+        replaced_loss = mean(replaced_losses, real)
+        return generator_loss + discriminator * replaced_loss, {
             "accuracy": mean(hits, weights),
-            "replaced_accuracy": mean(right, real),
-            "generator_loss": first,
-            "replaced_loss": second,
+            "replaced_accuracy": mean(replaced_hits, real),
+            "generator_loss": generator_loss,
+            "replaced_loss": replaced_loss,
         }
 
     return loss
 
 
-def judged(logits, is_replaced, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Binary cross-entropies in nats, whether the sign is right, and weights, float32 [b, l] each.
+def discriminator_losses(
+    logits, is_replaced, batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the discriminator's loss of each token.
 
     Args:
-      logits: [b, l], positive for a replaced token.
-      is_replaced: [b, l], whether it is.
-      batch: "attended" [b, l] and "mask" [b].
+      logits: [b, l], positive where the discriminator predicts a replaced token.
+      is_replaced: [b, l], nonzero where the generator replaced the token.
+      batch: "attended" [b, l], the padding mask, and "mask" [b], the examples that count.
+
+    Returns:
+      Binary cross-entropies in nats, hits (1 where the prediction is right) and weights (1 for real tokens of examples
+      that count), float32 [b, l] each.
     """
-    replaced = is_replaced != 0
-    losses = jax.nn.softplus(jnp.where(replaced, -logits, logits))
-    right = ((logits > 0) == replaced).astype(jnp.float32)
-    return losses, right, batch["attended"] * batch["mask"][:, None].astype(jnp.float32)
+    is_replaced = is_replaced != 0
+    losses = jax.nn.softplus(jnp.where(is_replaced, -logits, logits))
+    hits = ((logits > 0) == is_replaced).astype(jnp.float32)
+    return losses, hits, batch["attended"] * batch["mask"][:, None].astype(jnp.float32)

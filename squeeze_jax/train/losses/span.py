@@ -1,7 +1,7 @@
-"""The objective of extractive question answering: where in the sequence an answer begins and where it ends.
+"""The loss of extractive question answering: cross-entropies of the start and end positions of the answer.
 
-Every position of the sequence competes, padding and the question included, as in BERT, arXiv 1810.04805: that an answer
-lies within the document is learned, and seen to when answers are read off.
+The softmax covers all positions of the sequence, also the question and the padding, as in BERT, arXiv 1810.04805. The
+network learns that an answer lies within the document, and the code that extracts answers ensures it.
 """
 
 from collections.abc import Callable
@@ -16,34 +16,45 @@ SIDES = ("start", "end")
 
 
 def make() -> Callable:
-    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; accuracy is of begin and end together.
+    """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`.
 
-    logits are {"start": [b, l], "end": [b, l]}, labels batch["start"] and batch["end"], int [b], 0 where the answer is
-    not in the window.
+    Logits are {"start": [b, l], "end": [b, l]}. Labels are batch["start"] and batch["end"], int [b]; they are 0 if the
+    window does not contain the answer. The loss is the mean over both sides. "accuracy" is the share of windows whose
+    start and end are both right.
     """
 
     def loss(logits, endpoints, batch):
         del endpoints
-        parts, hits = zip(*(_side(logits, batch, k) for k in SIDES), strict=True)
+        sides = (_side_loss(logits, batch, side) for side in SIDES)
+        losses, hits = zip(*sides, strict=True)
         accuracy = mean(hits[0] & hits[1], batch["mask"])
-        return (parts[0] + parts[1]) / 2, {"accuracy": accuracy}
+        return (losses[0] + losses[1]) / 2, {"accuracy": accuracy}
 
     return loss
 
 
-def losses(logits: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropies [b] of logits [b, l] and positions int [b], and which of them count: those not beyond the sequence.
+def position_losses(
+    logits: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the cross-entropies of positions, and a mask of the positions that count.
 
-    That of a negative position is NaN.
+    Args:
+      logits: [b, l].
+      position: int [b]. Positions of l or more do not count; negative positions give NaN.
+
+    Returns:
+      Losses in nats, float32 [b], and the mask, bool [b].
     """
     inside = position < logits.shape[-1]
     label = jnp.where(inside, jnp.maximum(position, 0), 0)
-    each = optax.softmax_cross_entropy_with_integer_labels
-    values = each(logits.astype(jnp.float32), label)
-    return jnp.where(position < 0, jnp.nan, values), inside
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), label
+    )
+    return jnp.where(position < 0, jnp.nan, losses), inside
 
 
-def _side(logits, batch, key):
-    values, inside = losses(logits[key], batch[key])
-    hit = jnp.argmax(logits[key], -1) == batch[key]
-    return mean(values, batch["mask"] & inside), hit
+def _side_loss(logits, batch, side):
+    """Returns the mean loss of one side, "start" or "end", and bool [b]: whether each predicted position is right."""
+    losses, inside = position_losses(logits[side], batch[side])
+    hits = jnp.argmax(logits[side], -1) == batch[side]
+    return mean(losses, batch["mask"] & inside), hits

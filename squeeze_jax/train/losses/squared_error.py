@@ -1,4 +1,4 @@
-"""The objective of a regression: the mean squared error of one number an example."""
+"""The loss of regression: the mean squared error of one number per example."""
 
 from collections.abc import Callable
 
@@ -10,22 +10,25 @@ from squeeze_jax.nn.means import mean
 
 
 def make() -> Callable:
-    """Returns `loss(logits, endpoints, batch) → (mean squared error, {"absolute_error"})` of `batch["label"]` float [b]."""
+    """Returns `loss(logits, endpoints, batch) → (mean squared error, {"absolute_error"})`.
+
+    The loss takes logits [b, 1] or [b], and batch["label"] float [b].
+    """
 
     def loss(logits, endpoints, batch):
         del endpoints
-        error = number(logits) - batch["label"].astype(jnp.float32)
+        error = predicted_number(logits) - batch["label"].astype(jnp.float32)
         absolute = mean(jnp.abs(error), batch["mask"])
         return mean(jnp.square(error), batch["mask"]), {"absolute_error": absolute}
 
     return loss
 
 
-def number(logits: jax.Array) -> jax.Array:
-    """[b, 1] or [b] → float32 [b].
+def predicted_number(logits: jax.Array) -> jax.Array:
+    """Returns the predicted numbers, float32 [b], from logits [b, 1] or [b].
 
     Raises:
-      UserError: more than one number an example.
+      UserError: the network returns more than one number per example.
     """
     if logits.shape[1:] not in ((), (1,)):
         raise UserError(

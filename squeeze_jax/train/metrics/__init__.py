@@ -1,4 +1,4 @@
-"""Evaluations, one a file: what is measured of each batch, and the scores that come of it."""
+"""Evaluation metrics, one per file: what to measure on each batch, and how to compute scores from it."""
 
 from squeeze_jax import registry
 from squeeze_jax.train.metrics._metric import Metric

@@ -1,7 +1,7 @@
-"""How well answers in words agree with the accepted ones: exact match and F1 of SQuAD, arXiv 1606.05250 and 1806.03822.
+"""Scores answers against accepted answers: exact match and F1 of SQuAD (arXiv 1606.05250 and 1806.03822).
 
-The rules are those of the official evaluation, so that its numbers come out for the same predictions, odd corners
-included: SQuAD 1.1 and 2.0 differ in what two texts share that have no word left once articles are gone.
+The rules are those of the official evaluation, also in special cases, so that the same predictions get the same scores.
+One such case: for two texts that have no words left after articles are removed, F1 is 0 in SQuAD 1.1 and 1 in SQuAD 2.0.
 """
 
 import re
@@ -16,76 +16,86 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words(text: str) -> list[str]:
-    """What is compared of a text: words in lower case, without ASCII punctuation, then without English articles."""
+    """Returns the words of a text that scores compare: in lower case, without ASCII punctuation and English articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def accepted(answers: Sequence[str], version2: bool) -> list[str]:
-    """The texts that a prediction is compared with; in SQuAD 2.0 "" stands for no answer."""
+def accepted_answers(answers: Sequence[str], version2: bool) -> list[str]:
+    """Returns the answers that a prediction is compared with.
+
+    For SQuAD 2.0 it drops answers without words, and returns [""], which stands for "no answer", if none is left.
+    """
     if not version2:
         return list(answers)
     return [text for text in answers if words(text)] or [""]
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the words are those of one of the accepted answers, in order."""
-    said = words(prediction)
-    return float(any(said == words(text) for text in answers))
+    """Returns 1.0 if the prediction has the same words in the same order as one of the accepted answers, else 0.0."""
+    predicted = words(prediction)
+    return float(any(predicted == words(text) for text in answers))
 
 
 def f1(prediction: str, answers: Sequence[str], version2: bool = False) -> float:
-    """2 p r / (p + r) of the words as bags, for the accepted answer where it is the highest.
+    """Returns the F1 score of a prediction's words, 0 to 1: the highest over the accepted answers.
+
+    F1 = 2 p r / (p + r), where p and r are precision and recall of the words, which are compared without their order.
 
     Args:
-      prediction: text.
-      answers: accepted texts.
-      version2: whether two texts without a word agree, as in SQuAD 2.0; in 1.1 they have nothing in common.
+      prediction: the predicted text.
+      answers: the accepted texts.
+      version2: whether two texts without words get an F1 of 1, as in SQuAD 2.0; in SQuAD 1.1 they get 0.
     """
-    said = Counter(words(prediction))
-    return max(_overlap(said, Counter(words(t)), version2) for t in answers)
+    predicted = Counter(words(prediction))
+    return max(_f1(predicted, Counter(words(text)), version2) for text in answers)
 
 
-def _overlap(said: Counter, wanted: Counter, version2: bool) -> float:
-    if not said or not wanted:
-        return float(version2 and said == wanted)
-    # 2pr / (p + r) with p = common / said and r = common / wanted.
-    return 2 * (said & wanted).total() / (said.total() + wanted.total())
+def _f1(predicted: Counter, accepted: Counter, version2: bool) -> float:
+    """Returns the F1 score of two bags of words; see `f1`."""
+    if not predicted or not accepted:
+        return float(version2 and predicted == accepted)
+    # 2 p r / (p + r) with p = common / predicted and r = common / accepted.
+    return 2 * (predicted & accepted).total() / (predicted.total() + accepted.total())
 
 
 def evaluate(
     answers: Mapping[str, Sequence[str]], predictions: Mapping[str, str], version2: bool
 ) -> dict[str, float]:
-    """Exact match and F1 in percent over all questions; a question without a prediction is an error of the caller.
+    """Returns exact match and F1 in percent, averaged over all questions.
 
     Args:
-      answers: accepted texts of each question's id; none where the question has no answer.
-      predictions: the text for each id; "" says that there is no answer.
-      version2: by the rules of SQuAD 2.0, which also tells questions with an answer from those without.
+      answers: {id of a question: accepted answers}; an empty list if the question has no answer.
+      predictions: {id: predicted text}, with every id of `answers`; "" predicts that there is no answer.
+      version2: whether the rules of SQuAD 2.0 apply.
 
     Returns:
-      "exact" and "f1", and for 2.0 the same with "has_answer_" and "no_answer_" before, where there are such questions.
+      "exact" and "f1". For SQuAD 2.0 also "has_answer_exact", "has_answer_f1", "no_answer_exact" and "no_answer_f1", over
+      the questions with and without an answer, if there are such questions.
     """
-    scores = each(answers, predictions, version2)
-    has = np.array([bool(texts) for texts in answers.values()])
-    groups = {"": np.ones_like(has)}
+    scores = question_scores(answers, predictions, version2)
+    has_answer = np.array([bool(texts) for texts in answers.values()])
+    groups = {"": np.ones_like(has_answer)}
     if version2:
-        groups |= {"has_answer_": has, "no_answer_": ~has}
+        groups |= {"has_answer_": has_answer, "no_answer_": ~has_answer}
     return {
-        f"{group}{name}": 100 * float(values[which].mean())
-        for group, which in groups.items()
-        if which.any()
+        f"{prefix}{name}": 100 * float(values[in_group].mean())
+        for prefix, in_group in groups.items()
+        if in_group.any()
         for name, values in scores.items()
     }
 
 
-def each(
+def question_scores(
     answers: Mapping[str, Sequence[str]], predictions: Mapping[str, str], version2: bool
 ) -> dict[str, np.ndarray]:
-    """ "exact" and "f1" of every question, 0 to 1, in the order of `answers`."""
-    rows = [(predictions[id], accepted(a, version2)) for id, a in answers.items()]
+    """Returns "exact" and "f1" of every question, 0 to 1, as arrays in the order of `answers`; see `evaluate`."""
+    pairs = [
+        (predictions[id], accepted_answers(texts, version2))
+        for id, texts in answers.items()
+    ]
     return {
-        "exact": np.array([exact(*row) for row in rows]),
-        "f1": np.array([f1(*row, version2) for row in rows]),
+        "exact": np.array([exact(*pair) for pair in pairs]),
+        "f1": np.array([f1(*pair, version2) for pair in pairs]),
     }
 
 
@@ -94,30 +104,33 @@ def thresholds(
     predictions: Mapping[str, str],
     odds: Mapping[str, float],
 ) -> dict[str, float]:
-    """The best scores of SQuAD 2.0 in percent that a threshold on the odds of "no answer" can give, and where they are.
+    """Returns the best SQuAD 2.0 scores in percent that a threshold for "no answer" can reach, and the best thresholds.
 
-    Questions are answered in the order of their odds, the others count as said to have no answer; the best point of
-    that order is found for each score by itself.
+    A question gets the answer "no answer" if its odds of having no answer exceed the threshold. The thresholds of exact
+    match and F1 are chosen independently.
 
     Args:
       answers: see `evaluate`.
-      predictions: the text for each id, as if every question had an answer.
-      odds: of "no answer" for each id, any scale, more is likelier.
+      predictions: {id: predicted text}, as if every question had an answer.
+      odds: {id: odds that the question has no answer}, on any scale.
 
     Returns:
-      "best_exact", "best_exact_threshold", "best_f1", "best_f1_threshold": no answer where the odds are above that;
-      0 where answering nothing is best.
+      "best_exact", "best_exact_threshold", "best_f1" and "best_f1_threshold". A threshold is 0 if it is best to answer
+      no question at all.
     """
-    has = np.array([bool(texts) for texts in answers.values()])
-    said = np.array([bool(predictions[id]) for id in answers])
+    has_answer = np.array([bool(texts) for texts in answers.values()])
+    is_predicted = np.array([bool(predictions[id]) for id in answers])
     values = np.array([odds[id] for id in answers], np.float64)
     order = np.argsort(values, kind="stable")
     best = {}
-    for name, scores in each(answers, predictions, True).items():
-        # Answering a question gains its score; answering what has no answer loses the point of having said nothing.
-        gains = np.cumsum(np.where(has, scores, -said.astype(float))[order])
-        at = int(gains.argmax())
-        gain = max(gains[at], 0.0)
-        best[f"best_{name}"] = 100 * float(((~has).sum() + gain) / len(has))
-        best[f"best_{name}_threshold"] = float(values[order][at]) if gain > 0 else 0.0
+    for name, scores in question_scores(answers, predictions, True).items():
+        # Begin without any answers, which earns one point for each question that has none. Then answer the questions in
+        # the order of their odds: this gains the score of a question with an answer, and loses the point of one without.
+        changes = np.where(has_answer, scores, -is_predicted.astype(float))
+        gains = np.cumsum(changes[order])
+        best_index = int(gains.argmax())
+        gain = max(gains[best_index], 0.0)
+        best[f"best_{name}"] = 100 * float(((~has_answer).sum() + gain) / len(order))
+        threshold = float(values[order][best_index]) if gain > 0 else 0.0
+        best[f"best_{name}_threshold"] = threshold
     return best

@@ -1,42 +1,50 @@
-"""Classification: cross-entropy, and how often the label is the likeliest class or among the five likeliest."""
+"""Classification metrics: cross-entropy, accuracy and top-5 accuracy."""
 
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax.train.losses._labels import known
-from squeeze_jax.train.losses.cross_entropy import scored
+from squeeze_jax.train.losses._labels import nan_for_invalid_labels
+from squeeze_jax.train.losses.cross_entropy import losses_and_hits
 from squeeze_jax.train.metrics._metric import Metric
 
 
 def make(data=None) -> Metric:
-    """Scores "eval_loss", "eval_accuracy" and "eval_top5"; everything is summed on the devices."""
+    """Returns the metric with scores "eval_loss", "eval_accuracy" and "eval_top5".
+
+    All are sums over examples on the devices; no rows are kept.
+    """
     return Metric(measure, score, "eval_accuracy", names=("eval_accuracy", "eval_top5"))
 
 
 def measure(logits, batch):
-    """logits: [b, classes], batch: {"label": int [b], "mask": bool [b]} → sums "loss", "top1", "top5", "examples".
+    """Measures a batch.
 
-    A label that is none of the classes makes the sums NaN.
+    Args:
+      logits: [b, classes].
+      batch: "label" int [b] and "mask" bool [b]. A label that counts but is none of the classes makes the sums NaN.
+
+    Returns:
+      The sums "loss", "top1", "top5" and "examples", float32 [], and no rows.
     """
     logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-    losses, _ = scored(logits, batch["label"], batch["mask"])
-    # Of equal logits the first counts as the higher, so that a constant network is right by chance alone.
-    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-    hits = best == batch["label"][:, None]
-    first, five = known(
+    losses, _ = losses_and_hits(logits, batch["label"], batch["mask"])
+    # Among equal logits the first ranks highest, so that a network with constant outputs is right only by chance.
+    top_classes = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    hits = top_classes == batch["label"][:, None]
+    top1, top5 = nan_for_invalid_labels(
         batch["label"], logits.shape[-1], mask, hits[:, 0], hits.any(-1)
     )
     sums = {
         "loss": jnp.sum(losses * mask),
-        "top1": jnp.sum(first * mask),
-        "top5": jnp.sum(five * mask),
+        "top1": jnp.sum(top1 * mask),
+        "top5": jnp.sum(top5 * mask),
         "examples": jnp.sum(mask),
     }
     return sums, {}
 
 
 def score(sums, rows):
-    """Means over the examples."""
+    """Returns the scores of `make`: the sums divided by the number of examples."""
     del rows
     count = max(sums["examples"], 1)
     names = {"eval_loss": "loss", "eval_accuracy": "top1", "eval_top5": "top5"}

@@ -1,24 +1,26 @@
-"""GLUE's scores, Wang et al., arXiv 1804.07461: each task's own, and the one number that counts in GLUE's mean.
+"""The metrics of the GLUE tasks (Wang et al., arXiv 1804.07461).
 
-| task                | scores                                                                         | "eval_score"            |
-|---------------------|--------------------------------------------------------------------------------|-------------------------|
-| cola                | "eval_matthews": Matthews' correlation coefficient                             | that                    |
-| sst2, qnli, rte, wnli | "eval_accuracy"                                                              | that                    |
-| mrpc, qqp           | "eval_accuracy", "eval_f1" of class 1                                          | their mean              |
-| stsb                | "eval_pearson", "eval_spearman"                                                | their mean              |
-| mnli                | "eval_accuracy" (matched), "eval_accuracy_mismatched" where the set has such examples | their mean, or the one |
+Each task has its own scores. "eval_score" is their mean, which is the task's contribution to the average over GLUE.
 
-All lie between 0 and 1 (correlations -1 and 1), and higher is better. Where a score is not defined it is 0, the value of
-knowing nothing: Matthews' coefficient and F1 where the prediction is constant, as scikit-learn has it in the official
-code, and correlations with a constant, or with what is not finite, for which that code (scipy) gives "not a number": of
-which no one could say that it is the best.
+| task                  | scores                                                                                   |
+|-----------------------|------------------------------------------------------------------------------------------|
+| cola                  | "eval_matthews": Matthews' correlation coefficient                                       |
+| sst2, qnli, rte, wnli | "eval_accuracy"                                                                          |
+| mrpc, qqp             | "eval_accuracy", "eval_f1" of class 1                                                    |
+| stsb                  | "eval_pearson", "eval_spearman"                                                          |
+| mnli                  | "eval_accuracy" (matched), and "eval_accuracy_mismatched" if the data have such examples |
+
+Scores lie between 0 and 1, correlations between -1 and 1; higher is better. A score that is not defined is 0, as for a
+network without knowledge. Matthews' coefficient and F1 of constant predictions are 0 in the official code too
+(scikit-learn). For correlations with a constant or with values that are not finite, the official code (scipy) returns NaN,
+which could not be ranked.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.train.losses.cross_entropy import scored
-from squeeze_jax.train.losses.squared_error import number
+from squeeze_jax.train.losses.cross_entropy import losses_and_hits
+from squeeze_jax.train.losses.squared_error import predicted_number
 from squeeze_jax.train.metrics._metric import Metric
 
 NAMES = {
@@ -31,61 +33,66 @@ NAMES = {
 
 
 def make(data) -> Metric:
-    """Scores of one task.
+    """Returns the metric of one task, with the scores of the table, "eval_score" and "eval_loss".
 
     Args:
-      data: has `task`, and `matched`: how many of MNLI's evaluation examples, the first ones, are matched.
+      data: the data task. Its `task` is the name in the table; its `matched` is the number of matched examples, which
+        come first in MNLI's evaluation set.
     """
     names = NAMES.get(data.task, ("accuracy",))
     if data.task == "mnli" and data.matched in (0, data.num_eval):
         names = ("accuracy",)
-    measure = measured_number if data.task == "stsb" else _classes
+    measure = measure_regression if data.task == "stsb" else _measure_classification
 
     def score(sums, rows):
-        """The table's scores and "eval_loss"."""
-        found = scores(data.task, rows, data.matched)
+        named = scores(data.task, rows, data.matched)
         loss = sums["loss"] / max(sums["examples"], 1)
-        return {"eval_loss": float(loss)} | {f"eval_{k}": v for k, v in found.items()}
+        return {"eval_loss": float(loss)} | {f"eval_{k}": v for k, v in named.items()}
 
     headline = f"eval_{names[0]}" if len(names) == 1 else "eval_score"
     return Metric(measure, score, headline, tuple(f"eval_{n}" for n in (*names, "score")))  # fmt: skip
 
 
 def scores(task: str, rows, matched: int = 0) -> dict[str, float]:
-    """The table's scores without "eval_".
+    """Returns the scores of a task and their mean "score", under the names of the table without "eval_".
 
     Args:
-      task: of the table.
-      rows: "prediction" and "label" [n] of all examples, and "index" [n] where the task is mnli.
+      task: name of the task in the table.
+      rows: "prediction" and "label" [n] of all examples; for the task mnli also "index" [n].
       matched: see `make`.
     """
-    found, label = np.asarray(rows["prediction"]), np.asarray(rows["label"])
+    prediction, label = np.asarray(rows["prediction"]), np.asarray(rows["label"])
     if task == "stsb":
-        made = {
-            "pearson": pearson(found, label),
-            "spearman": pearson(ranks(found), ranks(label)),
+        values = {
+            "pearson": pearson(prediction, label),
+            "spearman": pearson(ranks(prediction), ranks(label)),
         }
     elif task == "cola":
-        made = {"matthews": pearson(found, label)}
-    elif task == "mnli" and _both(first := rows["index"] < matched):
-        hit = found == label
-        made = {
-            "accuracy": float(hit[first].mean()),
-            "accuracy_mismatched": float(hit[~first].mean()),
+        values = {"matthews": pearson(prediction, label)}
+    elif task == "mnli" and _is_mixed(is_matched := rows["index"] < matched):
+        hits = prediction == label
+        values = {
+            "accuracy": float(hits[is_matched].mean()),
+            "accuracy_mismatched": float(hits[~is_matched].mean()),
         }
     else:
-        made = {"accuracy": float((found == label).mean()) if len(label) else 0.0}
+        hits = prediction == label
+        values = {"accuracy": float(hits.mean()) if len(label) else 0.0}
         if task in ("mrpc", "qqp"):
-            made["f1"] = f1(found, label)
-    return made | {"score": float(np.mean(list(made.values())))}
+            values["f1"] = f1(prediction, label)
+    return values | {"score": float(np.mean(list(values.values())))}
 
 
-def _both(which: np.ndarray) -> bool:
-    return which.any() and not which.all()
+def _is_mixed(flags: np.ndarray) -> bool:
+    """Returns whether some flags are true and some are false."""
+    return flags.any() and not flags.all()
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of two arrays [n]; of zeros and ones it is Matthews' coefficient. 0 where it is not defined."""
+    """Returns Pearson's correlation of two arrays [n], or 0 if it is not defined.
+
+    For arrays of zeros and ones it equals Matthews' correlation coefficient.
+    """
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     if len(a) < 2 or not np.isfinite(a).all() or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
@@ -94,32 +101,48 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The place of each value in the sorted array [n], equal values at their mean place; not finite ones stay."""
+    """Returns the ranks of values [n], counted from 1; equal values get the mean of their ranks.
+
+    Returns the values unchanged if one of them is not finite.
+    """
     values = np.asarray(values, np.float64)
     if not np.isfinite(values).all():
         return values
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def f1(prediction: np.ndarray, label: np.ndarray) -> float:
-    """2 p r / (p + r) of class 1: twice what is rightly said to be in it, of what is said and what is. 0 where nothing is."""
-    said, true = np.asarray(prediction) == 1, np.asarray(label) == 1
-    total = said.sum() + true.sum()
-    return float(2 * (said & true).sum() / total) if total else 0.0
+    """Returns the F1 score of class 1: 2 TP / (2 TP + FP + FN); 0 if class 1 occurs in neither array.
+
+    Args:
+      prediction, label: int [n], the predicted and the true classes.
+    """
+    predicted, true = np.asarray(prediction) == 1, np.asarray(label) == 1
+    total = predicted.sum() + true.sum()
+    return float(2 * (predicted & true).sum() / total) if total else 0.0
 
 
-def _classes(logits, batch):
-    """logits: [b, classes], "label": int [b] → rows "prediction", "label" [b]."""
+def _measure_classification(logits, batch):
+    """Measures a batch: logits [b, classes], "label" int [b] → sums "loss", "examples"; rows "prediction", "label" [b]."""
     logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-    losses, _ = scored(logits, batch["label"], batch["mask"])
+    losses, _ = losses_and_hits(logits, batch["label"], batch["mask"])
     sums = {"loss": jnp.sum(losses * mask), "examples": jnp.sum(mask)}
     return sums, {"prediction": jnp.argmax(logits, -1), "label": batch["label"]}
 
 
-def measured_number(logits, batch):
-    """logits: [b, 1], "label": float [b] → sums of squared errors, rows "prediction", "label" [b]."""
-    found, mask = number(logits), batch["mask"].astype(jnp.float32)
-    losses = jnp.square(found - batch["label"])
+def measure_regression(logits, batch):
+    """Measures a batch of a regression.
+
+    Args:
+      logits: [b, 1].
+      batch: "label" float [b] and "mask" bool [b].
+
+    Returns:
+      The sums "loss" (squared errors) and "examples", float32 []; and the rows "prediction" and "label", float [b].
+    """
+    prediction = predicted_number(logits)
+    mask = batch["mask"].astype(jnp.float32)
+    losses = jnp.square(prediction - batch["label"])
     sums = {"loss": jnp.sum(losses * mask), "examples": jnp.sum(mask)}
-    return sums, {"prediction": found, "label": batch["label"]}
+    return sums, {"prediction": prediction, "label": batch["label"]}

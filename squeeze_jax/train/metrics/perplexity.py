@@ -1,4 +1,4 @@
-"""Language models on contiguous text: the mean loss of next tokens, its exponential, and how many are the likeliest."""
+"""Metrics of language models on contiguous text: loss, accuracy and perplexity of the next token."""
 
 import math
 
@@ -7,16 +7,19 @@ import jax.numpy as jnp
 from squeeze_jax.train.losses import next_token
 from squeeze_jax.train.metrics._metric import Metric
 
-# The exponential of a larger number is no float.
+# The exponential of a larger number exceeds the range of a float.
 _LARGEST = 700.0
 
 
 def make(data) -> Metric:
-    """Scores "eval_loss" (nats a token), "eval_accuracy" and "eval_perplexity", the exponential of the mean loss."""
+    """Returns the metric with the scores "eval_loss" (nats per token), "eval_accuracy" and "eval_perplexity".
+
+    The perplexity is the exponential of the mean loss.
+    """
     del data
 
     def measure(logits, batch):
-        losses, hits, weights = next_token.scored(logits, batch)
+        losses, hits, weights = next_token.target_losses(logits, batch)
         sums = {
             "loss": jnp.sum(losses * weights),
             "hits": jnp.sum(hits * weights),
@@ -29,7 +32,7 @@ def make(data) -> Metric:
 
 
 def score(sums, rows):
-    """Returns the means over the tokens that count, and the perplexity."""
+    """Returns the scores of `make`, which are means over the tokens that count."""
     del rows
     tokens = max(sums["tokens"], 1.0)
     loss = sums["loss"] / tokens

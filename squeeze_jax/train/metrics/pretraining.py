@@ -1,4 +1,4 @@
-"""Pretraining on text: how well masked or next tokens are told, and what is told of segments or of replaced tokens."""
+"""Metrics of pretraining on text: prediction of masked or next tokens, of the order of segments, and of replaced tokens."""
 
 import math
 from collections.abc import Mapping
@@ -8,37 +8,45 @@ import jax.numpy as jnp
 from squeeze_jax.train.losses import causal_lm, masked_lm, pretraining_loss, replaced
 from squeeze_jax.train.metrics._metric import Metric
 
-# Beyond it there is no float.
+# The exponential of a larger number exceeds the range of a float.
 _LARGEST = 700.0
 
 
 def make(data) -> Metric:
-    """Scores "eval_loss", "eval_accuracy" and "eval_perplexity", the last two of tokens; all are sums on the devices.
+    """Returns the metric with the scores "eval_loss", "eval_accuracy" and "eval_perplexity".
 
-    With two segments "eval_order_accuracy" is of them. With replaced tokens the first three are the generator's, except
-    that "eval_loss" has the weight of `losses.replaced` for both, and "eval_replaced_accuracy" is the discriminator's.
+    Accuracy and perplexity measure the prediction of tokens; for ELECTRA, by the generator. A network that also predicts the order
+    of two segments has the score "eval_order_accuracy"; ELECTRA has "eval_replaced_accuracy" of the discriminator.
+    "eval_loss" is the sum of all losses, in which the discriminator's has the default weight of `losses.replaced`.
 
     Args:
-      data: of `data/tasks/pretraining.py`: what masks a batch.
+      data: a data task of `data/tasks/pretraining.py`, whose `masked` masks a batch.
     """
 
     def measure(logits, batch):
         batch = data.masked(batch)
         examples = batch["mask"].astype(jnp.float32)
-        parts = logits if isinstance(logits, Mapping) else {"masked_lm": logits}
-        scored = masked_lm.scored if "targets" in batch else causal_lm.scored
-        found = {"tokens": scored(masked_lm.part(parts, "masked_lm"), batch)}
-        if "next_sentence" in parts:
-            losses, right = pretraining_loss.ordered(parts["next_sentence"], batch)
-            found["order"] = (losses, right, examples)
-        if "replaced" in parts:
-            found["replaced"] = replaced.judged(
-                parts["replaced"], parts["is_replaced"], batch
+        heads = logits if isinstance(logits, Mapping) else {"masked_lm": logits}
+        token_losses = (
+            masked_lm.masked_losses
+            if "targets" in batch
+            else causal_lm.next_token_losses
+        )
+        token_logits = masked_lm.head_logits(heads, "masked_lm")
+        results = {"tokens": token_losses(token_logits, batch)}
+        if "next_sentence" in heads:
+            losses, hits = pretraining_loss.segment_losses(
+                heads["next_sentence"], batch
+            )
+            results["order"] = (losses, hits, examples)
+        if "replaced" in heads:
+            results["replaced"] = replaced.discriminator_losses(
+                heads["replaced"], heads["is_replaced"], batch
             )
         sums = {"examples": jnp.sum(examples)}
-        for name, (losses, right, weights) in found.items():
+        for name, (losses, hits, weights) in results.items():
             sums[f"{name}_loss"] = jnp.sum(losses * weights)
-            sums[f"{name}_right"] = jnp.sum(right * weights)
+            sums[f"{name}_hits"] = jnp.sum(hits * weights)
             sums[f"{name}_count"] = jnp.sum(weights)
         return sums, {}
 
@@ -46,17 +54,18 @@ def make(data) -> Metric:
 
 
 def score(sums, rows):
-    """Means over what is counted, and the perplexity, the exponential of the tokens' mean loss."""
+    """Returns the scores of `make`: means over the tokens or pairs that count, and the perplexity."""
     del rows
 
-    def mean(name, of):
-        return float(sums[f"{name}_{of}"]) / max(float(sums[f"{name}_count"]), 1.0)
+    def mean(name, quantity):
+        count = max(float(sums[f"{name}_count"]), 1.0)
+        return float(sums[f"{name}_{quantity}"]) / count
 
     loss = total = mean("tokens", "loss")
-    scores = {"eval_accuracy": mean("tokens", "right")}
+    scores = {"eval_accuracy": mean("tokens", "hits")}
     scores["eval_perplexity"] = math.exp(min(loss, _LARGEST))
     for name, weight in ("order", 1.0), ("replaced", replaced.WEIGHT):
         if f"{name}_loss" in sums:
             total += weight * mean(name, "loss")
-            scores[f"eval_{name}_accuracy"] = mean(name, "right")
+            scores[f"eval_{name}_accuracy"] = mean(name, "hits")
     return {"eval_loss": total, **scores}

@@ -1,25 +1,25 @@
-"""One number per example: errors and correlations."""
+"""Regression metrics for one number per example: errors and correlations."""
 
 import numpy as np
 
 from squeeze_jax.train.metrics._metric import Metric
-from squeeze_jax.train.metrics.glue import measured_number, pearson, ranks
+from squeeze_jax.train.metrics.glue import measure_regression, pearson, ranks
 
 NAMES = ("eval_rmse", "eval_absolute_error", "eval_pearson", "eval_spearman")
 
 
 def make(data=None) -> Metric:
-    """Scores "eval_loss" (mean squared error) and those in `NAMES`.
+    """Returns the metric with the scores "eval_loss" (the mean squared error) and `NAMES`.
 
-    "eval_rmse" is the root of the mean squared error and "eval_absolute_error" the mean absolute error, in the unit of the labels.
-    A correlation with a constant is 0.
+    "eval_rmse" is the root of the mean squared error, and "eval_absolute_error" the mean absolute error; both have the unit
+    of the labels. A correlation with a constant is 0.
     """
     lower = (*Metric._field_defaults["lower"], "eval_rmse", "eval_absolute_error")
-    return Metric(measured_number, score, "eval_rmse", NAMES, lower=lower)
+    return Metric(measure_regression, score, "eval_rmse", NAMES, lower=lower)
 
 
 def score(sums, rows):
-    """Returns the scores of `make`; rows are "prediction" and "label" float [n]."""
+    """Returns the scores of `make`; `rows` are "prediction" and "label", float [n]."""
     examples = max(sums["examples"], 1)
     predicted = np.asarray(rows["prediction"], np.float64)
     label = np.asarray(rows["label"], np.float64)

@@ -1,6 +1,6 @@
-"""Semantic segmentation: a confusion matrix of all pixels, and the scores that follow from it.
+"""Semantic segmentation metrics, computed from the confusion matrix of all pixels.
 
-Pixel accuracy and mean IoU are those of Long et al., arXiv 1411.4038, section 5: with n_ij the number of pixels of class
+Pixel accuracy and mean IoU are defined as by Long et al., arXiv 1411.4038, section 5: with n_ij the number of pixels of class
 i predicted as class j, IoU_i = n_ii / (Σ_j n_ij + Σ_j n_ji - n_ii). The matrix is summed over the whole evaluation set
 before any score is computed.
 """
@@ -11,20 +11,20 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.train.losses.cross_entropy import labelled, scored
+from squeeze_jax.train.losses.cross_entropy import labels_and_mask, losses_and_hits
 from squeeze_jax.train.metrics._metric import Metric
 
 HEADLINE = "eval_mean_iou"
 
 
 def make(data) -> Metric:
-    """Scores "eval_loss", "eval_pixel_accuracy", "eval_mean_iou" and one "eval_iou_CLASS" per class.
+    """Returns the metric with the scores "eval_loss", "eval_pixel_accuracy", "eval_mean_iou" and "eval_iou_CLASS".
 
-    A class that neither a target nor a prediction contains has no IoU: it does not count in the mean, and its own score
-    is left out.
+    There is one "eval_iou_CLASS" per class. A class that occurs in neither targets nor predictions has no IoU: the mean does
+    not count it, and its score is absent.
 
     Args:
-      data: its `label_names` name the classes.
+      data: the data task, whose `label_names` are the names of the classes.
     """
     names = tuple("eval_iou_" + re.sub(r"\W+", "_", n) for n in data.label_names)
     choices = ("eval_pixel_accuracy", HEADLINE)
@@ -32,17 +32,23 @@ def make(data) -> Metric:
 
 
 def measure(logits, batch):
-    """logits: [b, h, w, classes], batch: {"target": int [b, h, w], "mask": bool [b]} → sums.
+    """Measures a batch.
 
-    Sums are "loss" and "examples", float32, and "confusion", int32 [classes, classes], rows the true classes: integers,
-    because float32 cannot count beyond 2**24 pixels.
+    Args:
+      logits: [b, h, w, classes].
+      batch: "target" int [b, h, w] and "mask" bool [b].
+
+    Returns:
+      The sums "loss" and "examples", float32 [], and "confusion", int32 [classes, classes], whose rows are the true
+      classes; and no rows. The matrix has integers, because float32 cannot count beyond 2**24 pixels.
     """
     logits, classes = logits.astype(jnp.float32), logits.shape[-1]
-    labels, counts = labelled(logits, batch)
-    losses, _ = scored(logits, labels, counts)
+    labels, counts = labels_and_mask(logits, batch)
+    losses, _ = losses_and_hits(logits, labels, counts)
     cell = labels * classes + jnp.argmax(logits, -1)
-    inside = counts & (labels >= 0) & (labels < classes)
-    cell = jnp.where(inside, cell, classes * classes)  # one cell more, thrown away
+    valid = counts & (labels >= 0) & (labels < classes)
+    # Pixels that do not count go to one more cell, which is dropped.
+    cell = jnp.where(valid, cell, classes * classes)
     cells = jnp.zeros(classes * classes + 1, jnp.int32).at[cell.reshape(-1)].add(1)
     sums = {
         "loss": jnp.sum(jnp.where(counts, losses, 0)),
@@ -53,12 +59,13 @@ def measure(logits, batch):
 
 
 def score(names, sums, rows):
-    """Returns the scores of the summed matrix; `names` are those of the classes' scores."""
+    """Returns the scores of `make`; `names` are the names of the scores of the classes."""
     del rows
     confusion = np.asarray(sums["confusion"], np.int64)
-    if np.isnan(sums["loss"]):  # the network's numbers are none, or a label no class
-        names_of_all = ("eval_loss", "eval_pixel_accuracy", HEADLINE)
-        return dict.fromkeys(names_of_all, float("nan"))
+    # The loss is NaN if logits are NaN or a label is none of the classes.
+    if np.isnan(sums["loss"]):
+        overall = ("eval_loss", "eval_pixel_accuracy", HEADLINE)
+        return dict.fromkeys(overall, float("nan"))
     hits, pixels = np.diag(confusion), max(int(confusion.sum()), 1)
     union = confusion.sum(0) + confusion.sum(1) - hits
     present = np.flatnonzero(union)

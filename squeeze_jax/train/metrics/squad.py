@@ -1,7 +1,8 @@
-"""Extractive question answering: exact match and F1 of the answers read off all windows, as SQuAD's official evaluation.
+"""Metrics of extractive question answering: exact match and F1 of the answers, as in SQuAD's official evaluation.
 
-In percent, as published. For version 2 also apart for questions with an answer and without, and the best scores that a
-threshold on "no answer" would give: that is `config.data.null_threshold`, which `eval_exact` and `eval_f1` are at.
+An answer is chosen among all windows of a question. Scores are in percent, as published. For SQuAD 2.0 there are also
+scores for questions with an answer and for those without, and the best scores that any threshold for "no answer" could
+reach. "eval_exact" and "eval_f1" use the threshold `config.data.null_threshold`.
 """
 
 import functools
@@ -14,10 +15,13 @@ from squeeze_jax.train.metrics._metric import Metric
 
 
 def make(data) -> Metric:
-    """Scores "eval_loss", "eval_exact", "eval_f1", and for version 2 "eval_has_answer_f1", "eval_best_f1_threshold" and so on.
+    """Returns the metric with the scores "eval_loss", "eval_exact" and "eval_f1".
+
+    For SQuAD 2.0 it also has the scores of `_answers.thresholds` and those of questions with and without an answer, such
+    as "eval_best_f1_threshold" and "eval_has_answer_f1".
 
     Args:
-      data: of `data.tasks.squad`.
+      data: a data task of `data.tasks.squad`.
     """
     return Metric(
         functools.partial(measure, length=data.length),
@@ -28,30 +32,35 @@ def make(data) -> Metric:
 
 
 def measure(logits, batch, *, length: int):
-    """logits: {"start": [b, l], "end": [b, l]}, batch: {"start": int [b], "end": int [b], "mask": bool [b]}, l ≤ length.
+    """Measures a batch of windows.
+
+    Args:
+      logits: {"start": [b, l], "end": [b, l]} with l ≤ length.
+      batch: "start" int [b], "end" int [b] and "mask" bool [b].
+      length: number of positions in the rows.
 
     Returns:
-      sums "examples" and of each side "<side>_loss" and "<side>_count", the windows whose position is not beyond l; rows
-      "start", "end", float32 [b, length]: the logits, -inf beyond l.
+      The sums "examples", and for each side "<side>_loss" and "<side>_count", the number of windows whose position is
+      below l. The rows "start" and "end", float32 [b, length]: the logits, padded with -inf.
     """
     mask, rows = batch["mask"].astype(jnp.float32), {}
     sums = {"examples": jnp.sum(mask)}
     for side in span.SIDES:
-        values, inside = span.losses(logits[side], batch[side])
-        sums[f"{side}_loss"] = jnp.sum(values * mask * inside)
+        losses, inside = span.position_losses(logits[side], batch[side])
+        sums[f"{side}_loss"] = jnp.sum(losses * mask * inside)
         sums[f"{side}_count"] = jnp.sum(mask * inside)
         x = logits[side].astype(jnp.float32)
-        beyond = ((0, 0), (0, length - x.shape[1]))
-        rows[side] = jnp.pad(x, beyond, constant_values=-jnp.inf)
+        padding = ((0, 0), (0, length - x.shape[1]))
+        rows[side] = jnp.pad(x, padding, constant_values=-jnp.inf)
     return sums, rows
 
 
 def score(sums, rows, *, data):
-    """Mean loss, as that of `losses.span` over all windows, and the scores of the answers to all questions."""
-    found, golds = data.answers(rows), data.golds
-    scores = _answers.evaluate(golds, found.texts(data.threshold), data.version2)
+    """Returns the scores of `make`: the mean loss over all windows, as in `losses.span`, and the scores of all answers."""
+    answers, golds = data.answers(rows), data.golds
+    scores = _answers.evaluate(golds, answers.texts(data.threshold), data.version2)
     if data.version2:
-        scores |= _answers.thresholds(golds, found.texts(), found.odds)
+        scores |= _answers.thresholds(golds, answers.texts(), answers.odds)
     sides = [float(sums[f"{k}_loss"] / max(sums[f"{k}_count"], 1)) for k in span.SIDES]
     return {"eval_loss": sum(sides) / len(sides)} | {
         f"eval_{name}": value for name, value in scores.items()
