@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from squeeze_jax.data import files, pipeline
+from squeeze_jax.data import pipeline, text_files
 from squeeze_jax.data.pipeline import Batch
-from squeeze_jax.data.text import Told
+from squeeze_jax.data.text import Progress
 from squeeze_jax.data.tokens import END, Tokenizer
 from squeeze_jax.errors import UserError
 
@@ -61,7 +61,7 @@ def read(
     # Arrays of many lines each: one for every line would take several times the memory of the tokens.
     tokens, ends, documents = [], [], []
     count = places = read = 0
-    tell = Told("lines")
+    tell = Progress("lines")
     for path in paths:
         fresh = True
         for lines in _chunks(path):
@@ -113,7 +113,7 @@ def _marks(tokenizer: Tokenizer) -> np.ndarray:
 
 def _chunks(path: str | Path) -> Iterator[list[str]]:
     """Lines of a file without white space around them, so many at once."""
-    lines = (line.strip() for line in files.lines(Path(path).expanduser()))
+    lines = (line.strip() for line in text_files.read_lines(Path(path).expanduser()))
     while some := list(itertools.islice(lines, LINES)):
         yield some
 

@@ -17,7 +17,7 @@ from squeeze_jax.data import photos, pipeline, survey, vision
 from squeeze_jax.data.annotations import Annotation
 from squeeze_jax.data.normalise import check_normalisation, normalised, per_channel
 from squeeze_jax.data.pipeline import Batch, Batches
-from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.reader import ImageReader, readers
 from squeeze_jax.data.source import Source
 
 
@@ -55,8 +55,8 @@ class ImageSet:
 
     label_names: tuple[str, ...]
     view: vision.View
-    train_reader: Reader
-    eval_reader: Reader
+    train_reader: ImageReader
+    eval_reader: ImageReader
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from squeeze_jax.data import files
+from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError
 
 
@@ -80,7 +80,7 @@ def read(path: str | Path) -> Questions:
 
 
 def _json(path: Path):
-    content = files.text(path)
+    content = text_files.read_text(path)
     if not content.strip():
         raise UserError(f"{path} is empty")
     try:

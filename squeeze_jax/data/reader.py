@@ -25,7 +25,7 @@ class _Cache(NamedTuple):
     rows: Batch  # images and their labels or annotations, without "mask"
 
 
-class Reader:
+class ImageReader:
     """One split under one view. Its methods are pure functions of their arguments and may run in any thread.
 
     Args:
@@ -174,7 +174,7 @@ def readers(
     cache_mb: int,
     corrupt: str,
     annotation: Annotation | None = None,
-) -> tuple[Reader, Reader]:
+) -> tuple[ImageReader, ImageReader]:
     """Returns the readers of the training and of the evaluation split.
 
     Args:
@@ -183,7 +183,7 @@ def readers(
       workers: worker processes, which cannot share decoded images.
       cache_mb: decoded images are kept in memory if all of them take no more MiB than this.
       corrupt: "skip" skips a training image that cannot be decoded; "raise" makes it an error.
-      annotation: see `Reader`.
+      annotation: see `ImageReader`.
     """
     size = math.prod(view.shape)
     if annotation is not None:
@@ -193,6 +193,6 @@ def readers(
     same = dict(cached=cached, annotation=annotation)
     classes = len(source.label_names)
     return (
-        Reader(source.train, classes, view, skip=corrupt == "skip", **same),
-        Reader(source.eval, classes, view, skip=False, **same),
+        ImageReader(source.train, classes, view, skip=corrupt == "skip", **same),
+        ImageReader(source.eval, classes, view, skip=False, **same),
     )

@@ -54,7 +54,7 @@ class Windows(NamedTuple):
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Text]:
     """Tokenizes documents with offsets; tells on stderr how far it is."""
-    done, tell = [], text.Told("documents", len(texts))
+    done, tell = [], text.Progress("documents", len(texts))
     for begin in range(0, len(texts), CHUNK):
         some = texts[begin : begin + CHUNK]
         done += [Text(*found) for found in tokenizer.locate_many(some)]
@@ -155,7 +155,7 @@ class Split(NamedTuple):
     sources: list[str]
     documents: list[Text]
     windows: Windows
-    reader: text.Reader
+    reader: text.SequenceReader
 
     @property
     def which(self) -> list[int]:
@@ -194,5 +194,7 @@ class Cutter:
         )
         sequences = (self.tokenizer.pair(*pair, self.length) for pair in pairs)
         packed = text.pack(sequences, start=start, end=end)
-        reader = text.Reader(packed, self.length, self.buckets, self.tokenizer.pad)
+        reader = text.SequenceReader(
+            packed, self.length, self.buckets, self.tokenizer.pad
+        )
         return Split(content.questions, content.documents, documents, made, reader)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from squeeze_jax.data import files
+from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError, nearest, shortened
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -69,7 +69,7 @@ def read(path: Path, separator: str | None = None) -> Table:
 
 def _json_lines(path: Path) -> Table:
     rows, numbers, columns = [], [], {}
-    for number, line in enumerate(files.lines(path), 1):
+    for number, line in enumerate(text_files.read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -89,7 +89,7 @@ def _json_lines(path: Path) -> Table:
 
 
 def _cells(path: Path, separator: str, quoting: bool) -> Table:
-    content = io.StringIO(files.text(path), newline="")
+    content = io.StringIO(text_files.read_text(path), newline="")
     limit = csv.field_size_limit(LARGEST_CELL)
     style = dict(strict=True) if quoting else dict(quoting=csv.QUOTE_NONE)
     reader = csv.reader(content, delimiter=separator, **style)

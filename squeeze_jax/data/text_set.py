@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from squeeze_jax.data import answering, files, text
-from squeeze_jax.data.text import Reader, Stream
+from squeeze_jax.data import answering, text, text_files
+from squeeze_jax.data.text import SequenceReader, Stream
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
 
@@ -132,23 +132,23 @@ class TextSet:
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Stream:
-        """Returns the endless stream of shuffled batches, see `text.Reader.train`.
+        """Returns the endless stream of shuffled batches, see `text.SequenceReader.train`.
 
         Raises:
-          UserError: there is no training split, or what `text.Reader.train` raises.
+          UserError: there is no training split, or what `text.SequenceReader.train` raises.
         """
         if self.train_split is None:
             raise UserError("config.data.train is None: it names no split to train on")
         return self._train_reader.train(batch, seed, start, process)
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Stream:
-        """Returns each evaluation example once, see `text.Reader.eval`."""
+        """Returns each evaluation example once, see `text.SequenceReader.eval`."""
         return self._eval_reader.eval(batch, process)
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Returns the shapes of batches, one dict per length."""
         labels = {"label": self.eval_split.labels}
-        return text.specs(rows, (*self.buckets, self.length), labels)
+        return text.batch_specs(rows, (*self.buckets, self.length), labels)
 
     def augment(self, key: jax.Array, batch: dict) -> dict:
         """Returns the batch as it is."""
@@ -161,26 +161,28 @@ class TextSet:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.exported(self.length)
+        return text.exported_inputs(self.length)
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.example(self.length)
+        return text.example_inputs(self.length)
 
     # A split is tokenized when it is first read, because not every job reads every split.
     @functools.cached_property
-    def _train_reader(self) -> Reader:
+    def _train_reader(self) -> SequenceReader:
         return self.reader(self.train_split)
 
     @functools.cached_property
-    def _eval_reader(self) -> Reader:
+    def _eval_reader(self) -> SequenceReader:
         return self.reader(self.eval_split)
 
-    def reader(self, split: Split) -> Reader:
+    def reader(self, split: Split) -> SequenceReader:
         """Tokenizes a split and returns its reader."""
         first, second = (*split.texts, None)[:2]
         labels = {} if split.labels is None else {"label": split.labels}
         sequences = text.tokenize(self.tokenizer, first, second, self.length, **labels)
-        return Reader(sequences, self.length, self.buckets, self.tokenizer.pad or 0)
+        return SequenceReader(
+            sequences, self.length, self.buckets, self.tokenizer.pad or 0
+        )
 
     def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
         """Yields the answer to each text, or why it has none.
@@ -214,7 +216,7 @@ class TextSet:
         columns = tuple(list(column) for column in zip(*texts, strict=True))
         reader = dataclasses.replace(self.reader(Split(columns, None)), buckets=())
         batch = next(reader.eval(len(texts)))
-        batch = {name: batch[name].astype(np.int32) for name in text.READ}
+        batch = {name: batch[name].astype(np.int32) for name in text.INPUT_KEYS}
         return np.asarray(run(batch), np.float32)
 
     def _texts(self, word: str) -> list[tuple[tuple[str, ...] | None, str]]:
@@ -225,7 +227,7 @@ class TextSet:
             is_file = False
         if not is_file:
             return [answering.attempt(self._parts, word, repr(word))]
-        content, reason = answering.attempt(files.text, Path(word))
+        content, reason = answering.attempt(text_files.read_text, Path(word))
         if not reason and not content.strip():
             reason = f"{word} holds no text"
         if reason:

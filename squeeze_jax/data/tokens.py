@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from squeeze_jax.data import files, token_options, tokenizer
+from squeeze_jax.data import text_files, token_options, tokenizer
 from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
 from squeeze_jax.files import write
@@ -169,12 +169,12 @@ def _letters(lines: Iterator[str]) -> tuple[list[str], list[str]]:
 
 
 def _lines(paths: list[Path]) -> Iterator[str]:
-    return itertools.chain.from_iterable(map(files.lines, paths))
+    return itertools.chain.from_iterable(map(text_files.read_lines, paths))
 
 
 def _wordpiece(path: Path, config: dict) -> Tokenizer:
     vocabulary = {}
-    lines = [line.rstrip("\r\n") for line in files.text(path).split("\n")]
+    lines = [line.rstrip("\r\n") for line in text_files.read_text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     for number, token in enumerate(lines, 1):
@@ -214,7 +214,7 @@ def _byte_level(folder: Path, config: dict) -> Tokenizer:
     try:
         model = models.BPE.from_file(*(str(folder / name) for name in BPE))
     except Exception as error:  # the library's own
-        files.text(folder / BPE[1])
+        text_files.read_text(folder / BPE[1])
         raise UserError(
             f"{folder} holds no byte-level BPE in {' and '.join(BPE)}: {_line(error)}"
         ) from None
@@ -240,7 +240,7 @@ def _added(read: Tokenizer, special: dict, config: dict, path: Path) -> Tokenize
 
 def _from_json(path: Path, config: dict) -> Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(files.text(path))
+        backend = tokenizers.Tokenizer.from_str(text_files.read_text(path))
     except Exception as error:  # the library's own, and UserErrors
         if isinstance(error, UserError):
             raise
@@ -289,7 +289,7 @@ def _demand(vocabulary, wanted, path) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(files.text(path))
+        content = json.loads(text_files.read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):

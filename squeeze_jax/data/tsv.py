@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from squeeze_jax.data import files
+from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def read(
     Raises:
       UserError: a file that cannot be read or is empty, or a line with another number of columns.
     """
-    lines = [line.removesuffix("\r") for line in files.text(path).split("\n")]
+    lines = [line.removesuffix("\r") for line in text_files.read_text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     first = 1

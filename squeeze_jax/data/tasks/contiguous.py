@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.data import answering, files, pipeline
+from squeeze_jax.data import answering, pipeline, text_files
 from squeeze_jax.data.text import Stream
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count, PathStr, Whole
@@ -95,9 +95,11 @@ def _read(paths: Paths, level: Level) -> list[str]:
     for path in paths:
         path = Path(path).expanduser()
         if level == "characters":
-            tokens += files.text(path)
+            tokens += text_files.read_text(path)
         else:
-            lines = ((*line.split(), END_OF_LINE) for line in files.lines(path))
+            lines = (
+                (*line.split(), END_OF_LINE) for line in text_files.read_lines(path)
+            )
             tokens += itertools.chain.from_iterable(lines)
     return tokens
 

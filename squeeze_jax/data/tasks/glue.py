@@ -10,7 +10,7 @@ import numpy as np
 
 from squeeze_jax import registry
 from squeeze_jax.data import glue, text, text_set, tokens
-from squeeze_jax.data.text import Reader, Stream
+from squeeze_jax.data.text import SequenceReader, Stream
 from squeeze_jax.data.text_set import Split, TextSet, likeliest, number
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count, PathStr, Whole
@@ -134,5 +134,5 @@ class Glue(TextSet):
         return glue.read_test(self.files, self.task)
 
     @functools.cached_property
-    def _test_reader(self) -> Reader:
+    def _test_reader(self) -> SequenceReader:
         return self.reader(self._test)

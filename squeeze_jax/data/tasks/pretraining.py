@@ -184,7 +184,7 @@ class Pretraining:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.exported(self.length)
+        return text.exported_inputs(self.length)
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)

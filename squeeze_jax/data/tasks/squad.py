@@ -15,7 +15,15 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from squeeze_jax.data import answering, answers, files, questions, spans, text, tokens
+from squeeze_jax.data import (
+    answering,
+    answers,
+    questions,
+    spans,
+    text,
+    text_files,
+    tokens,
+)
 from squeeze_jax.data.answers import SIDES, Answers, Best
 from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.spans import Cutter, Split
@@ -185,7 +193,7 @@ class Squad:
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> text.Stream:
-        """The endless stream of shuffled windows, see `text.Reader.train`.
+        """The endless stream of shuffled windows, see `text.SequenceReader.train`.
 
         Raises:
           UserError: also where there is no training file.
@@ -197,7 +205,7 @@ class Squad:
         return self.train_split.reader.train(batch, seed, start, process)
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> text.Stream:
-        """Every window of the evaluation questions once, see `text.Reader.eval`."""
+        """Every window of the evaluation questions once, see `text.SequenceReader.eval`."""
         return self.eval_split.reader.eval(batch, process)
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
@@ -214,10 +222,10 @@ class Squad:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.exported(self.length)
+        return text.exported_inputs(self.length)
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.example(self.length)
+        return text.example_inputs(self.length)
 
     @property
     def threshold(self) -> float | None:
@@ -337,11 +345,11 @@ class Squad:
             yield f"  {chances[i]:6.1%}  {said}  ({where}score {score:.2f})"
 
 
-def _run(reader: text.Reader, run: Callable) -> dict[str, np.ndarray]:
+def _run(reader: text.SequenceReader, run: Callable) -> dict[str, np.ndarray]:
     """Logits {"start", "end"}: [w, l] of all windows."""
     parts = []
     for batch in dataclasses.replace(reader, buckets=()).eval(PREDICTED):
-        rows = {key: batch[key].astype(np.int32) for key in text.READ}
+        rows = {key: batch[key].astype(np.int32) for key in text.INPUT_KEYS}
         logits = run(rows)
         parts.append({side: np.asarray(logits[side])[batch["mask"]] for side in SIDES})
     return {side: np.concatenate([part[side] for part in parts]) for side in SIDES}
@@ -355,7 +363,7 @@ def _document(given: str) -> str:
     except (OSError, ValueError, RuntimeError):  # a text, too long for a name
         there = False
     if there:
-        given = files.text(path)
+        given = text_files.read_text(path)
     elif given == "".join(given.split()) and Path(given).suffix:
         raise UserError(f"no such file: {given}")
     if not given.strip():
