@@ -114,7 +114,7 @@ def around(tokenizer: Tokenizer) -> tuple[int, int, int]:
     Raises:
       UserError: a tokenizer that does not put one token, such as [CLS], before and [SEP] between.
     """
-    content = [piece.content for piece in tokenizer.two]
+    content = [part.content for part in tokenizer.pair_template]
     a, b = content.index("A"), content.index("B")
     if a != 1 or b - a < 2 or content[0] != tokenizer.cls:
         raise UserError(
