@@ -115,13 +115,13 @@ class Folder(NamedTuple):
         Raises:
           UserError: a file that is not as the task's are; says in which line.
         """
-        path = tsv.find(self.path(task, part))
+        path = tsv.find_file(self.path(task, part))
         if path is None:
             return None
         kind = TASKS[task]
         header = kind.header if labels else None
         # Predictions are known by the number of the line: of a test set none can be left out.
-        table = tsv.read(path, header, broken=kind.broken and labels)
+        table = tsv.read(path, header, skip_broken=kind.broken and labels)
         if labels and kind.words:
             table = _decided(kind, table)
         texts = tuple(table.column(name) for name in kind.columns)

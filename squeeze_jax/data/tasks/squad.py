@@ -86,7 +86,7 @@ def make(
         )
     text.check_widths(length, buckets)
     loaded = tokens.load(tokenizer)
-    spans.around(loaded)
+    spans.special_token_counts(loaded)
     if loaded.pad is None:
         raise UserError(
             f"{tokenizer} has no token for padding, such as [PAD]: name it in tokenizer_config.json"
@@ -104,7 +104,7 @@ def make(
 
 def _usable(content: Questions) -> Questions:
     """Those that have a label, and those that are said to have no answer."""
-    pairs = zip(content.questions, questions.places(content), strict=True)
+    pairs = zip(content.questions, questions.answer_places(content), strict=True)
     kept = [q for q, place in pairs if place or not q.answers]
     total = len(content.questions)
     if len(kept) < total:
@@ -180,7 +180,7 @@ class Squad:
         return self._split(self.eval_content)
 
     def _split(self, content: Questions) -> Split:
-        return self.cutter.split(content, questions.places(content))
+        return self.cutter.split(content, questions.answer_places(content))
 
     @property
     def num_train(self) -> int:
@@ -272,7 +272,7 @@ class Squad:
 
     def _read_off(self, split: Split, logits: Mapping[str, np.ndarray]) -> Answers:
         limits = dict(n_best=self.n_best, max_answer=self.max_answer)
-        return answers.read_off(split, logits, **limits)
+        return answers.best_answers(split, logits, **limits)
 
     def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
         """The likeliest answers to questions about a document, with where they stand in it.
@@ -328,7 +328,7 @@ class Squad:
     def _lines(self, found: Answers, id: str) -> Iterator[str]:
         best = list(found.best[id])
         if self.version2:
-            best.append(Best("", 0, 0, found.nothing[id]))
+            best.append(Best("", 0, 0, found.no_answer[id]))
         best = [each for each in best if np.isfinite(each.score)]
         if not best:
             yield "  no answer could be read off: the network's scores are not finite"
