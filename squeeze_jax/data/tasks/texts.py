@@ -11,7 +11,7 @@ import numpy as np
 
 from squeeze_jax.data import tables, text_set, tokens
 from squeeze_jax.data.text import check_widths
-from squeeze_jax.data.text_set import Split, TextSet, likeliest, number
+from squeeze_jax.data.text_set import Split, TextSet, format_class, format_number
 from squeeze_jax.errors import UserError, nearest, shortened
 from squeeze_jax.ranges import Count, PathStr, Share, Whole
 
@@ -362,13 +362,13 @@ def _label_matrix(rows: Rows, names: Sequence[str], separate) -> np.ndarray:
 def _answer(target: str, names: tuple[str, ...]):
     """Returns the function that prints a network's outputs for one text."""
     return {
-        "class": partial(likeliest, names),
-        "number": number,
-        "labels": partial(_likely, names),
+        "class": partial(format_class, names),
+        "number": format_number,
+        "labels": partial(_format_labels, names),
     }[target]
 
 
-def _likely(names: Sequence[str], logits: np.ndarray) -> str:
+def _format_labels(names: Sequence[str], logits: np.ndarray) -> str:
     """Returns the classes with a probability of one half or more, such as "toxic 93.1%, insult 61.0%"."""
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     order = np.argsort(-probabilities, kind="stable")
