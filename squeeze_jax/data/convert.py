@@ -40,8 +40,8 @@ def convert(
 
     Args:
       archive: the `.npz`.
-      name: the data set's name in TFDS's spelling: lower case letters, digits and underscores.
-      data_dir: the folder of data sets, created if need be.
+      name: the dataset's name in TFDS's spelling: lower case letters, digits and underscores.
+      data_dir: the folder of datasets, created if need be.
       progress: called now and then with the split, the images written and the split's size.
 
     Returns:
@@ -140,7 +140,7 @@ def _load(archive: Path) -> tuple[dict[str, tuple], tuple[str, ...]]:
 
 
 def _write(splits, classes, name, work, progress) -> Path:
-    """Lets TFDS write everything below `work`; returns the data set's folder there."""
+    """Lets TFDS write everything below `work`; returns the dataset's folder there."""
     import tensorflow_datasets as tfds
 
     shape = _shape(splits)

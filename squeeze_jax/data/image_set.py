@@ -29,7 +29,7 @@ def unchanged(key: jax.Array, batch: dict) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A data set of images, see `pipeline.Data`; `make` builds it.
+    """A dataset of images, see `pipeline.Data`; `make` builds it.
 
     Batches are dicts of numpy arrays: "image" uint8 [b, h, w, c], the `arrays` of the task, "mask" bool [b] (False: padding
     or a skipped image), "index" int64 [b].
@@ -167,7 +167,7 @@ def make(
     """Puts the images of a source under a view.
 
     Args:
-      source: the data set.
+      source: the dataset.
       view: how images are looked at.
       mean, std: of the pixels in units of 0..1, one number or one a channel.
       workers, threads, cache_mb, corrupt: see `tasks/images.py`.

@@ -178,7 +178,7 @@ def readers(
     """Returns the readers of the training and of the evaluation split.
 
     Args:
-      source: the data set.
+      source: the dataset.
       view: how images are looked at.
       workers: worker processes, which cannot share decoded images.
       cache_mb: decoded images are kept in memory if all of them take no more MiB than this.

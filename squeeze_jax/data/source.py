@@ -53,7 +53,7 @@ class Examples(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored.
+    """A dataset: `label_names[label]` is a class, `channels` is 1 or 3 as stored.
 
     `ignored` lists the labels of targets that do not count; it is None where images have no targets.
     `most_boxes` names the image with the most boxes and counts them: (name, count); it is None where images have no boxes.
@@ -78,7 +78,7 @@ class Source:
 
 
 def make(source: Mapping) -> Source:
-    """Opens the data set that `config.data.source` names, such as {"name": "tfds", "dataset": "cifar10", ...}.
+    """Opens the dataset that `config.data.source` names, such as {"name": "tfds", "dataset": "cifar10", ...}.
 
     Raises:
       UserError: an unknown or missing key, or what the source itself finds wrong.

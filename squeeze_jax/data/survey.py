@@ -13,10 +13,10 @@ SAMPLE = 10_000  # files that are looked at; more are sampled evenly
 
 
 class Survey(NamedTuple):
-    """A data set's images, counted.
+    """A dataset's images, counted.
 
     Attributes:
-      total: images of the data set.
+      total: images of the dataset.
       sizes: how many images have each (width, height), of those looked at.
       grey, colour: images with one channel and with more; transparency does not count.
       transparent: images with an alpha channel or a transparent colour.

@@ -1,4 +1,4 @@
-"""A data set that is not at hand: its classes and channels are known, its images are noise.
+"""A dataset that is not at hand: its classes and channels are known, its images are noise.
 
 The jobs predict and export take it where the images of a trained network's run are gone: predict reads none of them, and
 export compares files with the live network, for which noise serves. Nothing is trained, measured or calibrated on it.

@@ -2,7 +2,7 @@
 
 The JSON file lists `images` (id, file_name, width, height), `categories` (id, name) and `annotations` (image_id,
 category_id, bbox [x, y, width, height] in pixels of the upright image, iscrowd). Category ids may have gaps: classes are
-numbered from 0 in the order of their ids. Images without boxes stay in the data set. Two kinds of annotations are left out,
+numbered from 0 in the order of their ids. Images without boxes stay in the dataset. Two kinds of annotations are left out,
 and a log line counts them: crowds (iscrowd = 1), whose box holds many objects, and boxes of zero width or height, such as
 the two in `instances_train2017.json`.
 """

@@ -29,15 +29,15 @@ def make(
     train: PathStr = "train",
     eval: PathStr = "test",
 ) -> Source:
-    """Opens a prepared data set.
+    """Opens a prepared dataset.
 
     Args:
       dataset: its name as TFDS writes it: "cifar10", "imagenet_resized/32x32", "cifar10:1.0.0"; the newest version unless given.
-      data_dir: the folder of data sets; `~` is expanded.
+      data_dir: the folder of datasets; `~` is expanded.
       train, eval: splits, slices allowed: "train[:90%]".
 
     Raises:
-      UserError: no such folder, data set, config, version or split; not an image classification set; not ArrayRecord files.
+      UserError: no such folder, dataset, config, version or split; not an image classification set; not ArrayRecord files.
     """
     folder = find(dataset, data_dir)
     builder = tfds.builder_from_directory(folder)
@@ -67,7 +67,7 @@ def make(
 
 
 def _survey(shape: tuple[int | None, ...], total: int) -> Survey:
-    """Counts the images by the (h, w, c) that the data set's metadata tell; None where it differs."""
+    """Counts the images by the (h, w, c) that the dataset's metadata tell; None where it differs."""
     height, width, channels = shape
     sizes = {(width, height): total} if height and width else {}
     grey = total if channels == 1 else 0
@@ -76,7 +76,7 @@ def _survey(shape: tuple[int | None, ...], total: int) -> Survey:
 
 
 def find(dataset: str, data_dir: str) -> Path:
-    """Returns the folder `data_dir/name[/config]/version` of a prepared data set, or raises a UserError that says what is there."""
+    """Returns the folder `data_dir/name[/config]/version` of a prepared dataset, or raises a UserError that says what is there."""
     base = Path(data_dir).expanduser()
     files.check_utf8(base, "config.data.source.data_dir")
     if not base.is_dir():

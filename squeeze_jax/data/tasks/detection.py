@@ -41,7 +41,7 @@ def make(
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> ImageSet:
-    """Opens a data set; the parameters are the keys of `config.data`.
+    """Opens a dataset; the parameters are the keys of `config.data`.
 
     A batch has "boxes" float32 [b, max_boxes, 4] (left, top, right, bottom in pixels of the image in the batch), "box_labels"
     int32 [b, max_boxes] (-1: padding) and "dropped_boxes" int32 [b] (boxes of the example that a crop left out). The library

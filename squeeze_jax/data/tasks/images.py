@@ -49,7 +49,7 @@ def make(
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> ImageSet:
-    """Opens a data set; the parameters are the keys of `config.data`.
+    """Opens a dataset; the parameters are the keys of `config.data`.
 
     Args:
       source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "..."}.
@@ -71,7 +71,7 @@ def make(
       workers: worker processes that prepare batches; 0 leaves it to threads. Needed only where decoding is slower than the
         training step, as the threads of one process share Python's lock for a part of the work.
       threads: threads that prepare batches, in each process.
-      cache_mb: a data set that takes less than this decoded is kept decoded in memory after its first epoch (not for
+      cache_mb: a dataset that takes less than this decoded is kept decoded in memory after its first epoch (not for
         "random_resized", not in worker processes); 0 never.
       corrupt: a training image that cannot be decoded is an error, or is skipped: a black image, mask False, and a warning. In
         evaluation it is always an error.

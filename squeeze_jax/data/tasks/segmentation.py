@@ -40,7 +40,7 @@ def make(
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> ImageSet:
-    """Opens a data set; the parameters are the keys of `config.data`.
+    """Opens a dataset; the parameters are the keys of `config.data`.
 
     Targets take the nearest pixel where images are interpolated, and the ignored label 255 where images are padded.
 
