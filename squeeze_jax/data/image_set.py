@@ -1,7 +1,7 @@
-"""A set of images under one view: what all tasks of images share.
+"""Datasets of images: the parts that all image tasks share.
 
-A task of `data/tasks` makes one `ImageSet`. It says which annotation its images have, which arrays a batch holds beside
-the pixels, and how training batches change and answers are printed.
+An image task in `data/tasks` makes one `ImageSet`. The task decides which annotation its images have, which arrays a batch
+holds in addition to the pixels, how training batches are augmented, and how predictions are printed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from squeeze_jax.data.source import Source
 
 
 def unchanged(key: jax.Array, batch: dict) -> dict:
-    """Returns a training batch as it is: the reader has augmented it."""
+    """Returns a training batch as it is, because the reader has already augmented it."""
     del key
     return batch
 
@@ -35,18 +35,18 @@ class ImageSet:
     or a skipped image), "index" int64 [b].
 
     Attributes:
-      label_names: of the classes.
-      view: how images are looked at.
-      train_reader, eval_reader: the two splits.
+      label_names: the names of the classes.
+      view: the size and the transforms of the images.
+      train_reader, eval_reader: read the two splits.
       mean, std: of the pixels, see `inputs`.
-      workers, threads: processes and threads that prepare batches.
-      arrays: {name: (shape of one row, dtype)} of what a batch tells about its images.
-      having: what the images have, for `describe`, such as " with boxes".
+      workers, threads: the numbers of processes and threads that prepare batches.
+      arrays: {name: (shape of one row, dtype)} of the batch arrays that go to the devices, besides "image" and "mask".
+      having: the kind of annotation, for `describe`, such as " with boxes".
       objective, metrics: see `pipeline.Data`.
-      augment: (key, batch) → batch: random changes of a training batch, under jit.
+      augment: (key, batch) → batch, changes a training batch at random under jit.
       fixed: whether a training example is the same each time it comes.
-      predict: see `pipeline.Data`; None where a task prints no answers.
-      notes: lines of the plan before training.
+      predict: see `pipeline.Data`; None if the task prints no predictions.
+      notes: lines of the plan that is printed before training.
     """
 
     reads = "images"
@@ -76,7 +76,7 @@ class ImageSet:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Returns (h, w, c) of an image."""
+        """(h, w, c) of an image."""
         return self.view.shape
 
     @property
@@ -107,17 +107,19 @@ class ImageSet:
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Batches:
         """Returns the endless stream of shuffled, augmented batches, see `pipeline.training`."""
-        how = dict(workers=self.workers, threads=self.threads)
-        return pipeline.training(self.train_reader, batch, seed, start, process, **how)
+        options = dict(workers=self.workers, threads=self.threads)
+        return pipeline.training(
+            self.train_reader, batch, seed, start, process, **options
+        )
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
         """Returns each evaluation image once and in order, see `pipeline.evaluation`.
 
         Raises:
-          UserError: also while iterating, for an image that cannot be decoded.
+          UserError: the processes cannot share the batch evenly; or, while iterating, an image cannot be decoded.
         """
-        how = dict(workers=self.workers, threads=self.threads)
-        return pipeline.evaluation(self.eval_reader, batch, process, **how)
+        options = dict(workers=self.workers, threads=self.threads)
+        return pipeline.evaluation(self.eval_reader, batch, process, **options)
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Returns the one shape that all batches have."""
@@ -130,17 +132,21 @@ class ImageSet:
         ]
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns (x / 255 - mean) / std of a batch's pixels, float32 [b, h, w, c]."""
+        """Returns the normalised pixels of a batch, (x / 255 - mean) / std, float32 [b, h, w, c]."""
         return normalised(batch["image"], self.mean, self.std)
 
     def example(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
 
     def decode(self, image: bytes | str | os.PathLike, name: str = "") -> np.ndarray:
-        """Returns uint8 [h, w, c] of an encoded image, or of a file by its path, as evaluation sees it.
+        """Returns an image as evaluation sees it, uint8 [h, w, c].
+
+        Args:
+          image: the bytes of an encoded image, or the path of a file.
+          name: the name of the bytes in errors.
 
         Raises:
-          UserError: no such file, or no image; calls it by its path, or bytes by `name`.
+          UserError: there is no such file, or it is not an image.
         """
         return photos.decode(image, self.view, name)
 
@@ -164,19 +170,19 @@ def make(
     predict: Callable[[Sequence[str], Callable], Iterator[str]] | None = None,
     notes: Sequence[str] = (),
 ) -> ImageSet:
-    """Puts the images of a source under a view.
+    """Makes a dataset of the images of a source under a view.
 
     Args:
-      source: the dataset.
-      view: how images are looked at.
-      mean, std: of the pixels in units of 0..1, one number or one a channel.
+      source: the images.
+      view: the size and the transforms of the images.
+      mean, std: of the pixels in units of 0..1, one number or one per channel.
       workers, threads, cache_mb, corrupt: see `tasks/images.py`.
       arrays, objective, metrics, having, augment, predict: see `ImageSet`.
       annotation: the kind of annotation that moves with the pixels; None for images that have a label.
-      notes: lines of the plan, beside those about files left out and changes of the stored images.
+      notes: further lines of the plan, after those about files left out and changes of the stored images.
 
     Raises:
-      UserError: another number of means or deviations than channels; a deviation that is not positive.
+      UserError: the number of means or deviations does not fit the channels, or a deviation is not positive.
     """
     mean, std = per_channel(mean), per_channel(std)
     check_normalisation(mean, std, view.channels)
@@ -204,5 +210,5 @@ def make(
 
 
 def class_name(label_names: Sequence[str], label: int) -> str:
-    """Returns a label's name; a network may have more classes than the data name."""
+    """Returns the name of a class; "class 7" if the dataset has no name for it, because a network may have more classes."""
     return label_names[label] if label < len(label_names) else f"class {label}"

@@ -69,7 +69,7 @@ def _header(name: str, opened: Callable) -> tuple[tuple[int, int], str, bool] | 
         opened(name) as file,
         Image.open(file) as image,
     ):
-        return vision.upright_size(image), image.mode, vision.transparent(image)
+        return vision.upright_size(image), image.mode, vision.is_transparent(image)
     return None
 
 
