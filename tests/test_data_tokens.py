@@ -148,7 +148,16 @@ def test_a_saved_tokenizer_is_the_same_for_transformers_and_us(
     again = tokens.load(tmp_path / "saved")
     (tmp_path / "saved/tokenizer.json").unlink()
     third = tokens.load(tmp_path / "saved")  # from the vocabulary alone
-    for role in ("size", "pad", "unknown", "cls", "sep", "mask", "one", "two"):
+    for role in (
+        "size",
+        "pad",
+        "unknown",
+        "cls",
+        "sep",
+        "mask",
+        "single_template",
+        "pair_template",
+    ):
         assert getattr(again, role) == getattr(ours, role)
         assert getattr(third, role) == getattr(ours, role)
     for text in sentences:

@@ -205,7 +205,7 @@ def make(
         augment=augment,
         fixed=still and augment is unchanged,
         predict=predict,
-        notes=(*survey.notes(source, view), *notes),
+        notes=(*survey.plan_notes(source, view), *notes),
     )
 
 

@@ -71,7 +71,7 @@ def make(
         )
     names = tuple(name for _, name in sorted(categories[0].items()))
     paths = [image.path for split in splits for image in split.images]
-    surveyed = survey.look(paths, files.open)
+    surveyed = survey.survey_images(paths, files.open)
     for split in splits:
         split.check(len(names))
     return Source(
@@ -92,13 +92,13 @@ def _notes(
     places = {PurePosixPath(folder) for folder in folders}
     others = [
         name
-        for name in photos.listed(listed - used).images
+        for name in photos.separate_images(listed - used).images
         if PurePosixPath(name).parent in places
     ]
     if not others:
         return ()
     return (
-        f"left out in {files.root}: {len(others)} images without annotations ({photos.some(others)})",
+        f"left out in {files.root}: {len(others)} images without annotations ({photos.join_names(others)})",
     )
 
 

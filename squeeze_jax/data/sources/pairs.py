@@ -45,7 +45,7 @@ def make(
     names = files.names()
     pairs = {split: _pairs(files, set(names), split) for split in splits}
     images = [image for image, _ in pairs[train] + pairs[eval]]
-    surveyed = survey.look(images, files.open)
+    surveyed = survey.survey_images(images, files.open)
     return Source(
         label_names=_names(classes),
         channels=surveyed.channels,
@@ -78,7 +78,7 @@ def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
     """Returns (image, target) of every image of a split, sorted."""
     images = [
         name
-        for name in photos.listed(listed).images
+        for name in photos.separate_images(listed).images
         if PurePosixPath(name).parent == PurePosixPath(split)
     ]
     if not images:
@@ -104,16 +104,16 @@ def _notes(files, names: Sequence[str], pairs: dict[str, tuple]) -> tuple[str, .
 
     def concerns(name: str) -> bool:
         path = PurePosixPath(name)
-        return bool(folders & set(path.parents)) or photos.hidden(path.parts[0])
+        return bool(folders & set(path.parents)) or photos.is_hidden(path.parts[0])
 
-    listing = photos.listed(n for n in names if n not in used and concerns(n))
+    listing = photos.separate_images(n for n in names if n not in used and concerns(n))
     alone = [n for n in listing.images if PurePosixPath(n).parent in targets]
     misplaced = [n for n in listing.images if PurePosixPath(n).parent not in targets]
     others = [*listing.left_out, *misplaced]
     notes = []
     if alone:
         notes.append(
-            f"left out in {files.root}: {len(alone)} target{'s' if len(alone) > 1 else ''} without an image ({photos.some(alone)})"
+            f"left out in {files.root}: {len(alone)} target{'s' if len(alone) > 1 else ''} without an image ({photos.join_names(alone)})"
         )
     if others:
         notes.append(f"left out in {files.root}: {photos.describe(others)}")

@@ -135,7 +135,7 @@ def _predict(
     Raises:
       UserError: no file; after all answers, files that have none.
     """
-    files, left_out = photos.find(given)
+    files, left_out = photos.find_images(given)
     yield from left_out
     reasons = []
     for begin in range(0, len(files), PREDICTED):

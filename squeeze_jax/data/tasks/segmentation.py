@@ -109,10 +109,10 @@ def _predict(
     Raises:
       UserError: no file; after all answers, files that have none.
     """
-    found, left_out = photos.find(given)
+    found, left_out = photos.find_images(given)
     written = [path for path in found if path.name.endswith(ENDING)]
     if written:
-        names = photos.some([str(path) for path in written])
+        names = photos.join_names([str(path) for path in written])
         left_out.append(f"left out: {len(written)} *{ENDING} files ({names})")
     yield from left_out
     paths = [path for path in found if path not in set(written)]
