@@ -26,9 +26,9 @@ from squeeze_jax.ranges import PathStr
 log = logging.getLogger(__name__)
 
 LIMIT = (
-    1e9  # pixels; no number of a box is as large, and NaN and infinity are not below it
+    1e9  # pixels; all numbers of a box must be smaller, which NaN and infinity are not
 )
-SHOWN = 20  # names of files in an error
+SHOWN = 20  # the number of file names that an error compares with
 LISTS = ("images", "categories", "annotations")
 
 
@@ -40,7 +40,7 @@ def make(
     eval: PathStr = "annotations/instances_val2017.json",
     eval_images: PathStr = "val2017",
 ) -> Source:
-    """Reads the annotations of both splits and checks them against the images that are there.
+    """Reads the annotations of both splits and checks them against the image files.
 
     Args:
       root: a folder, or a zip archive; `~` is expanded.
@@ -48,21 +48,21 @@ def make(
       train_images, eval_images: the folders of their images, below `root`; "" for `root` itself.
 
     Raises:
-      UserError: no such file, a file that is not in COCO's format, a missing image, an unknown category or image id, a box
-        outside its image, a split without boxes, splits with different categories.
+      UserError: a file or an image is missing, a file is not in COCO's format, a category or image id is unknown, a box lies
+        outside its image, a split has no boxes, or the splits have different categories.
     """
     files = Zip(root) if str(root).endswith(".zip") else Folder(root)
-    listed = set(files.names())
+    file_names = set(files.names())
     splits, categories = [], []
     for key, path, folder in (
         ("train", train, train_images),
         ("eval", eval, eval_images),
     ):
-        tables = _tables(files, listed, key, path)
+        tables = _tables(files, file_names, key, path)
         where = f"{files.root}/{path}"
         categories.append(_categories(tables["categories"], where))
         images = _images(tables["images"], where, folder)
-        _check_files(images, listed, files, where, key)
+        _check_files(images, file_names, files, where, key)
         boxes = _boxes(tables["annotations"], where, images, categories[-1])
         splits.append(_Split(files, *boxes))
     if categories[0] != categories[1]:
@@ -81,18 +81,18 @@ def make(
         eval=splits[1],
         most_boxes=max((split.most_boxes() for split in splits), key=lambda m: m[1]),
         survey=surveyed,
-        notes=_notes(files, listed, set(paths), (train_images, eval_images)),
+        notes=_notes(files, file_names, set(paths), (train_images, eval_images)),
     )
 
 
 def _notes(
-    files: Folder | Zip, listed: set[str], used: set[str], folders: tuple[str, str]
+    files: Folder | Zip, file_names: set[str], used: set[str], folders: tuple[str, str]
 ) -> tuple[str, ...]:
     """Returns a line that counts and names the images in the splits' folders that no JSON file lists."""
     places = {PurePosixPath(folder) for folder in folders}
     others = [
         name
-        for name in photos.separate_images(listed - used).images
+        for name in photos.separate_images(file_names - used).images
         if PurePosixPath(name).parent in places
     ]
     if not others:
@@ -111,9 +111,8 @@ class _Image(NamedTuple):
 class _Split:
     files: Folder | Zip
     images: tuple[_Image, ...]
-    starts: (
-        np.ndarray
-    )  # int [images + 1]: the boxes of image i are starts[i] to starts[i + 1]
+    # int [images + 1]: the boxes of image i are those from starts[i] to starts[i + 1].
+    starts: np.ndarray
     corners: np.ndarray  # float32 [boxes, 4]
     labels: np.ndarray  # int32 [boxes]
 
@@ -135,11 +134,11 @@ class _Split:
         return f"{self.files.root}/{self.images[i].path}"
 
     def boxes(self, i: int) -> Boxes:
-        own = slice(self.starts[i], self.starts[i + 1])
-        return Boxes(self.corners[own], self.labels[own], self.images[i].size)
+        rows = slice(self.starts[i], self.starts[i + 1])
+        return Boxes(self.corners[rows], self.labels[rows], self.images[i].size)
 
     def check(self, num_classes: int) -> None:
-        """Raises a UserError for a box outside its image, where the file gives the image's size."""
+        """Raises a UserError for a box outside its image; images whose size the file does not state are not checked."""
         for i, image in enumerate(self.images):
             if image.size is not None and self.starts[i] < self.starts[i + 1]:
                 checked_boxes(self.boxes(i), image.size, num_classes, self.name(i))
@@ -150,13 +149,13 @@ class _Split:
 
 
 def _tables(
-    files: Folder | Zip, listed: set[str], key: str, path: str
+    files: Folder | Zip, file_names: set[str], key: str, path: str
 ) -> dict[str, list[dict]]:
     """Returns the three lists of a JSON file, whose entries are objects."""
-    if path not in listed:
-        found = sorted(name for name in listed if name.endswith(".json"))
+    if path not in file_names:
+        others = sorted(name for name in file_names if name.endswith(".json"))
         raise UserError(
-            f"config.data.source.{key}: {files.root} has no {path}{nearest(path, found[:SHOWN])}"
+            f"config.data.source.{key}: {files.root} has no {path}{nearest(path, others[:SHOWN])}"
         )
     where = f"{files.root}/{path}"
     try:
@@ -180,11 +179,11 @@ def _tables(
 
 
 def _field(entry: dict, key: str, kinds: tuple[type, ...], where: str) -> Any:
-    """Returns an entry's value of one of these types; a bool is no int."""
+    """Returns an entry's value under a key; raises a UserError unless it has one of these types. A bool is not an int."""
     value = entry.get(key)
     if type(value) not in kinds:
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"{where} has {key} = {value!r}: it should be {wanted}")
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{where} has {key} = {value!r}: it should be {expected}")
     return value
 
 
@@ -216,12 +215,12 @@ def _images(entries: list[dict], where: str, folder: str) -> dict[int | str, _Im
 
 def _check_files(
     images: dict[int | str, _Image],
-    listed: set[str],
+    file_names: set[str],
     files: Folder | Zip,
     where: str,
     key: str,
 ) -> None:
-    missing = [image.path for image in images.values() if image.path not in listed]
+    missing = [image.path for image in images.values() if image.path not in file_names]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
@@ -280,8 +279,8 @@ def _boxes(
 def _bbox(entry: dict, where: str) -> list[float]:
     """Returns x, y, width, height."""
     bbox = entry.get("bbox")
-    fine = isinstance(bbox, list) and len(bbox) == 4
-    if not fine or not all(type(v) in (int, float) and abs(v) < LIMIT for v in bbox):
+    is_four = isinstance(bbox, list) and len(bbox) == 4
+    if not is_four or not all(type(v) in (int, float) and abs(v) < LIMIT for v in bbox):
         raise UserError(
             f"{where} has bbox = {bbox!r}: it should be four numbers, [x, y, width, height]"
         )
