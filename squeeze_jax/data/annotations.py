@@ -70,20 +70,24 @@ class Maps:
         self._table[[*ignored, IGNORED]] = IGNORED
 
     def empty(self, rows: int) -> Batch:
+        """Returns `rows` label maps without labels: all pixels are ignored."""
         return {"target": np.full((rows, *self.view.shape[:2]), IGNORED, np.uint8)}
 
     def read(
         self, example: Example, size: tuple[int, int], draws: np.ndarray | None
     ) -> Batch:
+        """Returns the label map of an image, see `Annotation.read`."""
         labels = self._labels(example, size)
         if draws is None:
             return {"target": target.still(labels, self.view)}
         return {"target": target.random_resized(labels, self.view, draws)}
 
     def pad_crop(self, batch: Batch, draws: np.ndarray) -> None:
+        """Moves the label maps of a batch as `vision.pad_crop` moves its images; works in place."""
         batch["target"] = target.pad_crop(batch["target"], self.view.pad, draws)
 
     def flip(self, batch: Batch, draws: np.ndarray) -> None:
+        """Mirrors the label maps whose images `vision.augment` mirrors; works in place."""
         target.flip(batch["target"], draws)
 
     def _labels(self, example: Example, size: tuple[int, int]) -> np.ndarray:
@@ -134,6 +138,7 @@ class BoxLists:
         self.max_boxes, self.min_visible = max_boxes, min_visible
 
     def empty(self, rows: int) -> Batch:
+        """Returns `rows` rows without boxes."""
         return {
             "boxes": np.zeros((rows, self.max_boxes, 4), np.float32),
             "box_labels": np.full((rows, self.max_boxes), NO_BOX, np.int32),
@@ -143,6 +148,7 @@ class BoxLists:
     def read(
         self, example: Example, size: tuple[int, int], draws: np.ndarray | None
     ) -> Batch:
+        """Returns the boxes of an image, see `Annotation.read`."""
         if example.boxes is None:
             raise UserError(
                 f"{example.name} has no boxes, and its source says that images have: give it Boxes of length 0"
@@ -164,6 +170,7 @@ class BoxLists:
         return {key: values[0] for key, values in batch.items()}
 
     def pad_crop(self, batch: Batch, draws: np.ndarray) -> None:
+        """Moves the boxes of a batch as `vision.pad_crop` moves its images; works in place."""
         height, width, _ = self.view.shape
         pad = self.view.pad
         for i, (y, x) in enumerate(vision.pad_corners(pad, draws)):
@@ -175,6 +182,7 @@ class BoxLists:
             batch["dropped_boxes"][i] += dropped
 
     def flip(self, batch: Batch, draws: np.ndarray) -> None:
+        """Mirrors the boxes whose images `vision.augment` mirrors; works in place."""
         for i in vision.flipped_indices(draws):
             _set_boxes(
                 batch, i, target.flip_boxes(_boxes_of(batch, i), self.view.shape[1])

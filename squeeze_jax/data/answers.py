@@ -165,8 +165,8 @@ def _highest(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _rank(candidates: Candidates, n_best: int) -> Candidates:
     """Returns each answer to a question once, sorted by score, at most `n_best` per question."""
-    # Of answers with the same characters, the one with the higher score comes first and is kept. If scores are equal, the answer
-    # that begins first ranks higher, then the one that ends first.
+    # The first of several answers with the same characters is kept: the one with the highest score. If scores are equal, the
+    # answer that begins first ranks higher, then the one that ends first.
     order = np.lexsort(
         (-candidates.score, candidates.end, candidates.begin, candidates.question)
     )

@@ -1,7 +1,7 @@
 """Converts a packed archive of images into TFDS files, once: `python -m squeeze_jax.data.convert ARCHIVE.npz --name=cifar10 --data_dir=DIR`.
 
-An archive is a `.npz` with `classes` (the label names) and three arrays per split: `SPLIT_jpeg` (the bytes of all encoded files,
-one after the other, uint8), `SPLIT_offsets` (the n + 1 positions where each file begins and the last one ends) and
+An archive is a `.npz` with `classes` (the label names) and three arrays per split: `SPLIT_jpeg` (the bytes of all encoded
+files, one after the other, uint8), `SPLIT_offsets` (the n + 1 positions where each file begins and the last one ends) and
 `SPLIT_labels`. The result is the folder that TFDS itself would write, `DIR/NAME/1.0.0` with ArrayRecord files in the archive's
 order. `squeeze_jax.data` and `tfds.builder_from_directory` read it.
 """

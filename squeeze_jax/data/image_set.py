@@ -72,6 +72,7 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int:
+        """The number of classes."""
         return len(self.label_names)
 
     @property
@@ -81,10 +82,12 @@ class ImageSet:
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         return {"num_classes": self.num_classes}
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         size = "{}x{}x{}".format(*self.shape)
         return (
             f"{self.num_train:,} train + {self.num_eval:,} test images at {size}{self.having},"
@@ -93,14 +96,17 @@ class ImageSet:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
         return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
 
     @property
     def num_train(self) -> int:
+        """The number of training images."""
         return len(self.train_reader)
 
     @property
     def num_eval(self) -> int:
+        """The number of evaluation images."""
         return len(self.eval_reader)
 
     def train(
@@ -136,6 +142,7 @@ class ImageSet:
         return normalised(batch["image"], self.mean, self.std)
 
     def example(self) -> jax.ShapeDtypeStruct:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
 
     def decode(self, image: bytes | str | os.PathLike, name: str = "") -> np.ndarray:

@@ -99,7 +99,7 @@ class Data(Protocol):
         """Returns a training batch with random changes; runs under jit."""
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> Any:
-        """Returns the network inputs of a batch; runs under jit. They must be computable from the arrays in `exported` alone."""
+        """Returns the network inputs of a batch; runs under jit. A batch with only the arrays in `exported` must be enough."""
 
     def example(self) -> Any:
         """Returns the shapes and dtypes of `inputs` for a batch of one example."""
@@ -261,7 +261,11 @@ def _close(running: list) -> None:
 
 
 def share(batch: int, count: int) -> int:
-    """Returns how many rows of a global batch each of `count` processes gets; raises a UserError if `count` does not divide it."""
+    """Returns how many rows of a global batch each of `count` processes gets.
+
+    Raises:
+      UserError: the batch is not positive, or `count` does not divide it.
+    """
     if batch <= 0 or batch % count:
         raise UserError(f"batch = {batch} is not divisible by {count} processes")
     return batch // count

@@ -49,7 +49,8 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int]) -> list[Example]: ...
+    def read(self, indices: Sequence[int]) -> list[Example]:
+        """Returns the examples at these indices."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,13 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Text]:
 
 
 def window_bounds(tokens: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Yields windows [begin, end) of up to `room` tokens over a document of `tokens` tokens; neighbours share `stride` tokens."""
+    """Yields windows [begin, end) over a document.
+
+    Args:
+      tokens: of the document.
+      room: the largest number of tokens in a window.
+      stride: the number of tokens that a window shares with the one before.
+    """
     begin = 0
     while begin + room < tokens:
         yield begin, begin + room

@@ -114,7 +114,7 @@ def tokenize(
       **fields: further arrays [n, ...] with one row per text or pair, such as label=[n].
 
     Raises:
-      UserError: `length` leaves no room for text beside the special tokens.
+      UserError: `length` leaves no room for text next to the special tokens.
     """
     room = tokenizer.room(length, seconds is not None)
     sequences, report, cut = [], Progress("texts", len(firsts)), 0
@@ -363,7 +363,7 @@ class _BatchOrder:
         return self._window[1][step - window]
 
     def _sorted_batches(self, first: int, last: int) -> np.ndarray:
-        """Returns the examples of batches [first, last), sorted by length into batches in random order, [last - first, batch]."""
+        """Returns the examples of batches [first, last), int64 [last - first, batch]: sorted by length, batches in random order."""
         indices = self._examples(first * self.batch, last * self.batch)
         indices = indices[np.argsort(self.lengths[indices], kind="stable")]
         order = _permutation(last - first, self.seed, first, 1)

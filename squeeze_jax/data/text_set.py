@@ -109,24 +109,29 @@ class TextSet:
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         kind = "pairs of texts" if self.pair else "texts"
         train = f"{self.num_train:,} train + " if self.train_split else ""
         return f"{train}{self.num_eval:,} test {kind} of {self.source}, up to {self.length} tokens"
 
     @property
     def num_train(self) -> int:
+        """The number of training examples."""
         return len(self.train_split) if self.train_split else 0
 
     @property
     def num_eval(self) -> int:
+        """The number of evaluation examples."""
         return len(self.eval_split)
 
     @property
     def vocabulary(self) -> int:
+        """The number of token ids."""
         return self.tokenizer.size
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         return {"task": "classification", "num_classes": max(1, len(self.label_names))}
 
     def train(
@@ -161,9 +166,11 @@ class TextSet:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
         return text.exported_inputs(self.length)
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return text.example_inputs(self.length)
 
     # A split is tokenized when it is first read, because not every job reads every split.

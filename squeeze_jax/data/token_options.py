@@ -39,7 +39,7 @@ def check(config: Mapping[str, Any], folder: Path) -> None:
 def adapt(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named, where: Path
 ) -> tokenizers.Tokenizer:
-    """Returns the backend from a tokenizer.json with the options of the tokenizer_config.json beside it applied.
+    """Returns the backend from a tokenizer.json with the options of the tokenizer_config.json next to it applied.
 
     Args:
       backend: the tokenizer in tokenizer.json; may be changed in place.

@@ -136,7 +136,7 @@ class Tokenizer:
         )
 
     def room(self, length: int, pair: bool = False) -> int:
-        """Returns how many tokens of text fit into a sequence of `length` tokens, beside its special tokens.
+        """Returns how many tokens of text fit into a sequence of `length` tokens together with its special tokens.
 
         Raises:
           UserError: there is no room for one token of each text.

@@ -26,7 +26,7 @@ CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 def load(path: str | Path) -> Tokenizer:
     """Reads a tokenizer from a folder or a file.
 
-    The options and the special tokens in tokenizer_config.json and special_tokens_map.json beside the file are applied, such
+    The options and the special tokens in tokenizer_config.json and special_tokens_map.json next to the file are applied, such
     as "do_lower_case" and "add_prefix_space". If "do_lower_case" is not set, a vocab.txt with capital letters makes a cased
     tokenizer.
 

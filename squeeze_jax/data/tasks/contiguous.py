@@ -185,6 +185,7 @@ class Contiguous:
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         unknown = ""
         if UNKNOWN in self.words.tokens:
             share = np.mean(self.eval_tokens == self.words.tokens.index(UNKNOWN))
@@ -196,26 +197,32 @@ class Contiguous:
 
     @property
     def vocabulary(self) -> int:
+        """The number of tokens in the vocabulary."""
         return len(self.words.tokens)
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         return {"task": "causal_lm", "vocabulary": self.vocabulary}
 
     @property
     def objective(self) -> dict[str, str]:
+        """The default loss, see `pipeline.Data`."""
         return {"name": "losses.next_token"}
 
     @property
     def num_train(self) -> int:
+        """The number of windows in the training text."""
         return (len(self.train_tokens) - 1) // self.length
 
     @property
     def num_eval(self) -> int:
+        """The number of windows in the evaluation text."""
         return -(-(len(self.eval_tokens) - 1) // self.length)
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
         return {"tokens": jax.ShapeDtypeStruct((self.length,), np.int32)}
 
     def train(
@@ -312,6 +319,7 @@ class Contiguous:
         return {key: batch[key] for key in ("tokens", "fresh") if key in batch}
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return jax.eval_shape(self.inputs, self.specs(1)[0])
 
     def predict(self, arguments: Sequence[str], run: Callable) -> Iterator[str]:

@@ -154,10 +154,12 @@ class Pretraining:
 
     @property
     def fixed(self) -> bool:
+        """Whether a training example is the same each time it comes; masked tokens are not."""
         return self.kind == "causal"
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         targets = {
             "masked": "masked tokens",
             "replaced": "replaced tokens",
@@ -168,30 +170,36 @@ class Pretraining:
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         masked = "masked_lm" if self.order == "none" else "pretraining"
         tasks = {"masked": masked, "replaced": "pretraining", "causal": "causal_lm"}
         return {"task": tasks[self.kind]}
 
     @property
     def objective(self) -> dict[str, str]:
+        """The default loss, see `pipeline.Data`."""
         loss = "masked_lm" if self.order == "none" else "pretraining_loss"
         names = {"masked": loss, "replaced": "replaced", "causal": "causal_lm"}
         return {"name": f"losses.{names[self.kind]}"}
 
     @property
     def vocabulary(self) -> int:
+        """The number of token ids."""
         return self.tokenizer.size
 
     @property
     def num_train(self) -> int:
+        """The number of training sequences."""
         return len(self.train_reader)
 
     @property
     def num_eval(self) -> int:
+        """The number of evaluation sequences."""
         return len(self.eval_reader)
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
         return text.exported_inputs(self.length)
 
     def train(
@@ -266,6 +274,7 @@ class Pretraining:
         return x | {name: batch[name] for name in extra if name in batch}
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return jax.eval_shape(self.inputs, self.specs(1)[0])
 
     def predict(self, arguments: Sequence[str], run: Callable) -> Iterator[str]:

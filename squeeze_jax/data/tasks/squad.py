@@ -150,14 +150,17 @@ class Squad:
 
     @property
     def length(self) -> int:
+        """The number of tokens of a window."""
         return self.cutter.length
 
     @property
     def vocabulary(self) -> int:
+        """The number of token ids."""
         return self.cutter.tokenizer.size
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         contents = {"train": self.train_content, "test": self.eval_content}
         parts = [
             f"{len(content.questions):,} {name}"
@@ -178,10 +181,12 @@ class Squad:
     # A split is tokenized when it is first read, because not every job reads every split.
     @functools.cached_property
     def train_split(self) -> Split | None:
+        """The training questions as windows; None for evaluation alone."""
         return None if self.train_content is None else self._split(self.train_content)
 
     @functools.cached_property
     def eval_split(self) -> Split:
+        """The evaluation questions as windows."""
         return self._split(self.eval_content)
 
     def _split(self, content: Questions) -> Split:
@@ -189,10 +194,12 @@ class Squad:
 
     @property
     def num_train(self) -> int:
+        """The number of training windows."""
         return len(self.train_split.windows) if self.train_split else 0
 
     @property
     def num_eval(self) -> int:
+        """The number of evaluation windows."""
         return len(self.eval_split.windows)
 
     def train(
@@ -227,9 +234,11 @@ class Squad:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
         return text.exported_inputs(self.length)
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return text.example_inputs(self.length)
 
     @property
