@@ -144,7 +144,8 @@ class Progress:
     """Prints on stderr how much has been tokenized, such as "tokenized 8,192 of 67,349 texts".
 
     An instance is called with the number tokenized so far. It prints nothing in the first `PATIENCE` seconds. After that it
-    prints a new line every 10 seconds. On a terminal with a known total it rewrites one line every 0.2 seconds instead.
+    prints a new line every 10 seconds. On a terminal with a known total it rewrites one line every 0.2 seconds instead. If it
+    has printed anything, it also prints a line at the end, when the total is reached.
 
     Args:
       noun: what is counted, in the plural, such as "texts".
@@ -158,6 +159,7 @@ class Progress:
         self.has_printed = False
 
     def __call__(self, done: int) -> None:
+        """Prints a line if one is due; `done` is the number tokenized so far."""
         last = self.total is not None and done >= self.total
         if time.monotonic() >= self.next or (last and self.has_printed):
             end = "" if self.live and not last else "\n"
@@ -211,10 +213,14 @@ class SequenceReader:
         """Returns the endless stream of shuffled training batches.
 
         Args:
-          batch, seed, start, process: see `pipeline.training`.
+          batch: the size of the global batch, over all processes.
+          seed: 0 to 2**32 - 1; decides the order.
+          start: the number of examples of the global stream that have been consumed; a multiple of `batch`.
+          process: (index, count); yields rows [index * batch / count, (index + 1) * batch / count) of each global batch.
 
         Raises:
-          UserError: there are no examples, or an error that `pipeline.training` raises.
+          UserError: there are no examples, the processes cannot share the batch evenly, `start` lies within a batch, or the
+            seed is out of range.
         """
         index, count = process
         rows = pipeline.share(batch, count)
@@ -234,7 +240,8 @@ class SequenceReader:
         Rows of padding, with "mask" False, fill up the last batch.
 
         Args:
-          batch, process: see `pipeline.evaluation`.
+          batch: the size of the global batch, over all processes.
+          process: (index, count); yields rows [index * batch / count, (index + 1) * batch / count) of each global batch.
 
         Raises:
           UserError: the processes cannot share the batch evenly.
@@ -428,7 +435,12 @@ class Stream:
 
 
 def check_widths(length: int, buckets: Sequence[int]) -> None:
-    """Raises a UserError unless `config.data.buckets` are ascending widths between 0 and `config.data.length`."""
+    """Raises a UserError unless the widths `buckets` are strictly ascending, positive and below `length`.
+
+    Args:
+      length: the config key `config.data.length`.
+      buckets: the config key `config.data.buckets`.
+    """
     buckets = tuple(buckets)
     if sorted(set(buckets)) != list(buckets) or not all(
         0 < width < length for width in buckets

@@ -31,9 +31,9 @@ def load(path: str | Path) -> Tokenizer:
     tokenizer.
 
     Args:
-      path: one of these files, or a folder, of which the first one present is read: tokenizer.json, vocab.txt (WordPiece), or
-        vocab.json with merges.txt (byte-level BPE; like RoBERTa's if the vocabulary has "<s>", like GPT-2's if it has
-        "<|endoftext|>").
+      path: a tokenizer.json, a vocab.txt (WordPiece), or a vocab.json with a merges.txt beside it (byte-level BPE, like
+        RoBERTa's if the vocabulary has "<s>", like GPT-2's if it has "<|endoftext|>"). Of a folder, the first of these files
+        is read that exists.
 
     Raises:
       UserError: there is no such file or folder, the file is in another format, a vocabulary has an empty line or a token
