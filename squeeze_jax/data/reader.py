@@ -17,11 +17,8 @@ from squeeze_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-UNKNOWN, GOOD, BAD = (
-    0,
-    1,
-    2,
-)  # an image that is not decoded yet, decoded, or undecodable
+# States of an image: not decoded yet, decoded, undecodable.
+UNKNOWN, GOOD, BAD = 0, 1, 2
 
 
 class _Cache(NamedTuple):

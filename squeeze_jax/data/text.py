@@ -30,11 +30,8 @@ log = logging.getLogger(__name__)
 WINDOW = 50  # batches whose examples are sorted by length together
 CHUNK = 4096  # texts tokenized at a time
 PATIENCE = 3.0  # seconds before the first line about progress
-INPUT_KEYS = (
-    "tokens",
-    "segments",
-    "attended",
-)  # the arrays of a batch that a network reads
+# The arrays of a batch that a network reads.
+INPUT_KEYS = ("tokens", "segments", "attended")
 
 
 @dataclasses.dataclass(frozen=True)

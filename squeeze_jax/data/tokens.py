@@ -148,7 +148,7 @@ def train(
         raise UserError(
             f"size = {size} is too small for a vocabulary: special tokens and letters of these files are {least}"
         )
-    # Listing the letters fixes their ids. The trainer would number letters within words by chance, and it breaks ties by id.
+    # Listing the letters fixes their ids: the trainer numbers other letters within words by chance, and it breaks ties by id.
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=size,
         min_frequency=frequency,

@@ -25,9 +25,8 @@ from squeeze_jax.ranges import PathStr
 
 log = logging.getLogger(__name__)
 
-LIMIT = (
-    1e9  # pixels; all numbers of a box must be smaller, which NaN and infinity are not
-)
+# In pixels. All numbers of a box must be smaller, which also excludes NaN and infinity.
+LIMIT = 1e9
 SHOWN = 20  # the number of file names that an error compares with
 LISTS = ("images", "categories", "annotations")
 

@@ -24,7 +24,7 @@ from squeeze_jax.ranges import (
     Whole,
 )
 
-PREDICTED = 32  # images at a time
+PREDICTED = 32  # images in one batch of the job predict
 
 
 def make(

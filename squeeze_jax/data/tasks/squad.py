@@ -32,7 +32,7 @@ from squeeze_jax.ranges import Count, Finite, PathStr, Whole
 
 log = logging.getLogger(__name__)
 
-PREDICTED = 8  # windows at a time
+PREDICTED = 8  # windows in one batch of the job predict
 SHOWN = 3  # answers that the job predict prints for a question
 
 
