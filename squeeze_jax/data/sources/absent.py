@@ -26,7 +26,7 @@ def make(
 
     Args:
       classes: the names of the classes.
-      channels: of the images.
+      channels: the number of channels of the images.
       ignored: the labels in targets that do not count; None for images without targets.
     """
     noise = _Noise(channels, ignored is not None)

@@ -43,8 +43,10 @@ def make(
 
     Args:
       root: a folder, or a zip archive; `~` is expanded.
-      train, eval: the JSON files of the two splits, below `root`.
-      train_images, eval_images: the folders of their images, below `root`; "" for `root` itself.
+      train: the JSON file of the training split, below `root`.
+      train_images: the folder of the training images, below `root`; "" for `root` itself.
+      eval: the JSON file of the evaluation split, below `root`.
+      eval_images: the folder of the evaluation images, below `root`; "" for `root` itself.
 
     Raises:
       UserError: a file or an image is missing, a file is not in COCO's format, a category or image id is unknown, a box lies

@@ -31,7 +31,7 @@ def make(
         names them.
       classes: the names of the classes in the order of their numbers, or a text file with one name per line.
       ignored: labels that do not count, 0 to 255, in addition to 255; the number of a class leaves out that class.
-      train, eval: the folders of the two splits; those of their targets have `annot` at the end of their names.
+      train, eval: the folders of the training and evaluation images; their targets are in folders with `annot` appended.
 
     Raises:
       UserError: there is no such folder or split, an image has no target, or there are fewer than two classes.

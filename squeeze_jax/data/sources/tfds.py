@@ -32,9 +32,10 @@ def make(
     """Opens a prepared dataset.
 
     Args:
-      dataset: its name as TFDS writes it: "cifar10", "imagenet_resized/32x32", "cifar10:1.0.0"; without a version, the newest.
+      dataset: the dataset's name as TFDS writes it: "cifar10", "imagenet_resized/32x32", "cifar10:1.0.0"; without a
+        version, the newest.
       data_dir: the folder of datasets; `~` is expanded.
-      train, eval: splits, or slices of them such as "train[:90%]".
+      train, eval: the splits to train and to evaluate on, or slices of splits such as "train[:90%]".
 
     Raises:
       UserError: there is no such folder, dataset, config, version or split; the dataset is not for image classification; or

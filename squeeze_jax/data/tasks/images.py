@@ -55,19 +55,21 @@ def make(
       source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "D"}.
       size: images become size x size pixels, or (height, width).
       channels: 1 or 3; None takes those of the source: 1 if all images are grey, otherwise 3.
-      mean, std: of the pixels in units of 0..1, one number or one per channel; networks read (x / 255 - mean) / std.
+      mean, std: the mean and the standard deviation of pixels in units of 0..1, one number or one per channel; networks read
+        (x / 255 - mean) / std.
       crop: of training images. "none": as in evaluation; "pad": the evaluation image is padded by `pad` black pixels on each
-        side and cropped back at a random place; "random_resized": a crop with a random share `scale` of the original's area
-        and an aspect ratio of 3/4 to 4/3 is resized.
-      pad, scale: see crop.
+        side and cropped back at a random place; "random_resized": a crop with a random share of the original's area, between
+        the two numbers of `scale`, and an aspect ratio of 3/4 to 4/3 is resized.
+      pad: for crop = "pad", the width of the padding in pixels.
+      scale: for crop = "random_resized", the least and the greatest share of the original's area.
       flip: whether to mirror half of the training images left to right.
       randaugment: the number of RandAugment operations for each training image, 0 to 20.
-      magnitude: their strength, 0 to 30.
+      magnitude: the strength of the RandAugment operations, 0 to 30.
       eval_resize: evaluation images are resized to this short side, then cropped in the centre, as torchvision's
         Resize(256) and CenterCrop(224) do. 0 resizes them by `resize`.
       resize: for evaluation images with another aspect ratio. "crop": they are resized until they just cover the size, and
         their centre is cropped; "squash": they are resized to the size, which changes their aspect ratio.
-      mixup, cutmix: α of their Beta distributions, applied by `augment`; 0 is off.
+      mixup, cutmix: α of the Beta distributions of mixup and CutMix; 0 is off.
       workers: the number of worker processes that prepare batches; with 0, threads prepare them. Workers help only if decoding
         is slower than the training step, because the threads of one process share Python's lock for a part of the work.
       threads: the number of threads that prepare batches, in each process.

@@ -52,12 +52,12 @@ def make(
         two segments were swapped; "next_sentence": predicts whether the second segment is from another document.
       sentences: "lines" if a sentence is a line; "marks" if . ! ? within a line also end sentences. Segments are cut at the
         ends of sentences.
-      share: the fraction of the tokens that is chosen.
+      share: the fraction of the tokens that is chosen, for the network to predict.
       predictions: the largest number of chosen tokens in a sequence; logits are computed for these alone. None means `share`
         of `length`. 0 chooses as many as None but computes the logits of all tokens, which is several times slower in a small
         network.
-      masked, random: the fractions of the chosen tokens that become [MASK], and a random token; the others stay. None means
-        0.8 and 0.1, and for kind = "replaced" 0.85 and 0.
+      masked: the fraction of the chosen tokens that become [MASK]; None means 0.8, and for kind = "replaced" 0.85.
+      random: the fraction of the chosen tokens that become a random token; None means 0.1, and for kind = "replaced" 0.
       whole_words: whether either all tokens of a word are chosen, or none.
       threads: the number of threads that prepare batches.
 

@@ -56,9 +56,9 @@ def make(
     of a window that does not show the answer is its first token.
 
     Args:
-      eval, train: files in the format of SQuAD, .json or .json.gz, also of version 2; without `train` there is only
-        evaluation.
+      eval: the file of questions to evaluate on, in the format of SQuAD 1.1 or 2.0: .json or .json.gz.
       tokenizer: a folder or a file, see `tokens.load`.
+      train: the file of questions to train on, in the same format; None for evaluation alone.
       length: tokens of a window, special tokens included.
       stride: tokens of the document that a window shares with the one before.
       max_question: the largest number of tokens of a question; longer questions are cut off.

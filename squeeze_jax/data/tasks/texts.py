@@ -79,9 +79,9 @@ def make(
     Args:
       train: the table to train on: .csv, .tsv or .jsonl, also .gz; see `tables.read`. None for evaluation alone.
       tokenizer: a folder or a file, see `tokens.load`.
-      eval: the table to evaluate on; None holds out a share of `train`.
-      holdout: that share, 0 to 1. A hash of the text decides whether a row is held out, so rows added later move no other row,
-        and equal texts are in the same split.
+      eval: the table to evaluate on; None holds out a share of `train`, see `holdout`.
+      holdout: the share of `train` to evaluate on if there is no `eval`, 0 to 1. A hash of the text decides whether a row is
+        held out, so rows added later move no other row, and equal texts are in the same split.
       text: the column of the texts, or two columns for pairs of texts.
       label: the column of the labels; for target="labels" also several columns of 0 and 1, one for each class.
       target: "class": each text has one of several classes; "number": a number (regression); "labels": any number of
