@@ -38,8 +38,8 @@ def make(
       length: the largest number of tokens of a sequence, special tokens included; longer texts are cut off.
       buckets: shorter lengths that batches may be padded to, ascending; see `text`.
       train, eval: the splits to train and to evaluate on, such as "train" and "dev", or parts of a split, such as
-        "dev_matched", "dev[:90%]" or "train[1000:]". "dev" of MNLI is the matched examples followed by the mismatched ones, as far as their files exist. None for `train`
-        allows evaluation alone.
+        "dev_matched", "dev[:90%]" or "train[1000:]". "dev" of MNLI is the matched examples followed by the mismatched ones, as
+        far as their files exist. None for `train` allows evaluation alone.
       limit_train: the number of training examples, chosen at random but always the same; those of a smaller number are among
         those of a larger one. 0 takes all.
 
