@@ -13,7 +13,7 @@ from PIL import Image
 from squeeze_jax import data
 from squeeze_jax.data import vision
 from squeeze_jax.data.annotations import BoxLists
-from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.reader import ImageReader, readers
 from squeeze_jax.data.source import Boxes, Example, Source
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import predict
@@ -228,7 +228,7 @@ def reader(corners, labels=None, *, belongs=None, limit=9, min_visible=0.0, **vi
     )
     view = vision.View(**dict(size=20, channels=3, eval_resize=20) | view)
     lists = BoxLists(view, 3, limit, min_visible)
-    return Reader(examples, 3, view, skip=False, cached=False, annotation=lists)
+    return ImageReader(examples, 3, view, skip=False, cached=False, annotation=lists)
 
 
 # 40x20 pixels are cropped to columns 10 to 30. The first box ends at column 8: outside. The second lies half inside, the

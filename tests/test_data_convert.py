@@ -160,7 +160,7 @@ def test_a_killed_conversion_never_looks_complete(tmp_path, long, written):
 def test_two_conversions_do_not_meet(tmp_path):
     packed, work = archive(tmp_path / "a.npz"), tmp_path / "d" / ".pets.incomplete"
     work.mkdir(parents=True)
-    with convert._alone(work), pytest.raises(UserError) as error:
+    with convert._exclusive(work), pytest.raises(UserError) as error:
         convert.convert(packed, "pets", tmp_path / "d")
     assert str(error.value) == f"another conversion is writing to {work}"
     assert convert.convert(packed, "pets", tmp_path / "d")[1]

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from squeeze_jax.data import documents, files, questions, tokens, tsv
+from squeeze_jax.data import documents, questions, text_files, tokens, tsv
 from squeeze_jax.errors import UserError
 
 TEXT = "one\r\ntwo \u2028 \x85 \x0c still two\n\nfour, été"
@@ -24,7 +24,7 @@ def write(tmp_path):
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_a_file_and_its_lines(write, name, mark):
     path = write(name, mark + TEXT.encode())
-    assert files.text(path) == TEXT
+    assert text_files.read_text(path) == TEXT
     # Only the ends of lines end lines.
     assert [line.rstrip("\n") for line in lines(path)] == [
         "one",
@@ -53,11 +53,11 @@ def damaged(write):
 
 
 def lines(path):
-    return list(files.lines(path))
+    return list(text_files.read_lines(path))
 
 
 READERS = {
-    "text": files.text,
+    "text": text_files.read_text,
     "lines": lines,
     "documents": lambda path: documents.read([path], small(path.parent)),
     "questions": questions.read,
@@ -82,7 +82,7 @@ def test_files_that_cannot_be_read(write, reader):
 def test_what_is_not_utf_8_is_named_by_its_line(write, name):
     # Far behind what is read at once.
     path = write(name, b"a line\n" * 5000 + "café\n".encode("latin-1") + b"more\n" * 99)
-    for read in files.text, lines:
+    for read in text_files.read_text, lines:
         with pytest.raises(UserError) as caught:
             read(path)
         assert str(caught.value) == (

@@ -37,7 +37,7 @@ def real(shared, vocabulary):
 
 @pytest.mark.parametrize("task", SIZES)
 def test_sizes_of_the_real_files(shared, task):
-    files = glue.source(str(shared / "data/text/glue"), None)
+    files = glue.open_files(str(shared / "data/text/glue"), None)
     train, dev, test = SIZES[task]
     if train:
         assert len(glue.read(files, task, "train", "")) == train
@@ -61,7 +61,7 @@ def test_sizes_of_the_real_files(shared, task):
     ],
 )  # fmt: skip
 def test_the_first_examples(shared, task, number, texts, label):
-    files = glue.source(str(shared / "data/text/glue"), None)
+    files = glue.open_files(str(shared / "data/text/glue"), None)
     split = glue.read(files, task, "dev", "")
     assert [column[number] for column in split.texts] == texts
     assert split.labels[number] == label
@@ -220,7 +220,7 @@ def test_examples_that_people_did_not_agree_about(tmp_path, caplog):
     # As in multinli_1.0_dev_matched.txt, where the label is the first column.
     rows = "gold_label\tsentence1\tsentence2\n-\ta\tb\nneutral\tc\td\n-\te\tf\n"
     root = folder(tmp_path, MNLI__dev_matched=rows)
-    files = glue.source(str(root), None)
+    files = glue.open_files(str(root), None)
     split = glue.read(files, "mnli", "dev", "")
     assert split.texts == (["c", "e"], ["d", "f"])
     assert split.labels.tolist() == [1, 1]
@@ -230,7 +230,7 @@ def test_examples_that_people_did_not_agree_about(tmp_path, caplog):
 
 def test_no_line_of_a_test_set_is_left_out(tmp_path):
     broken = "id\tquestion1\tquestion2\n0\tp\tq\n1\tr\n2\ts\tt\n"
-    files = glue.source(str(folder(tmp_path, QQP__test=broken)), None)
+    files = glue.open_files(str(folder(tmp_path, QQP__test=broken)), None)
     with pytest.raises(UserError, match=r"QQP/test.tsv:3 has 2 columns, not 3: id, q"):
         glue.read_test(files, "qqp")
 

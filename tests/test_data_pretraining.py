@@ -339,8 +339,8 @@ class TestData:
         x = jit(made.inputs)(device(made, batch))
         assert {"targets", "chosen", "positions"} < x.keys()
         assert made.objective == {"name": "losses.replaced"}
-        assert made.how.masked == 0.85
-        assert made.how.random == 0
+        assert made.masking.masked == 0.85
+        assert made.masking.random == 0
         assert jax.tree.map(jnp.shape, made.example())["targets"] == (1, 2)
 
     def test_what_an_exported_file_takes_is_not_masked(self, text, vocabulary):

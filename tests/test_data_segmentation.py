@@ -96,7 +96,7 @@ def test_a_map_takes_the_pixels_of_the_box_of_its_image():
     _, labels = blocks(64, 80)
     view = vision.View((32, 24), 3, crop="random_resized", scale=(0.3, 0.9))
     for row in draws(0, 0, 10, vision.DRAWS):
-        left, top, right, bottom = vision.box(80, 64, view.scale, row)
+        left, top, right, bottom = vision.random_box(80, 64, view.scale, row)
         y = (top + (np.arange(32) + 0.5) * (bottom - top) / 32).astype(int)
         x = (left + (np.arange(24) + 0.5) * (right - left) / 24).astype(int)
         found = target.random_resized(labels, view, row)

@@ -106,7 +106,7 @@ def test_scores_at_the_labels_give_the_answers_that_tokens_can_give(whole):
     scores = _answers.evaluate(whole.golds, said, False)
     assert scores["exact"] > 99.69
     assert scores["f1"] > 99.75
-    places = questions.places(whole.eval_content)
+    places = questions.answer_places(whole.eval_content)
     for row, (begin, end) in zip(split.questions, places, strict=True):
         first, last = split.documents[row.document].locate(begin, end)
         offsets = split.documents[row.document].offsets
@@ -122,7 +122,7 @@ def brute(split, start, end, n_best, max_answer):
     """{question: [(score, begin, end)]} by trying everything."""
     found = {}
     for w, (number, begin, stop, place) in enumerate(zip(*split.windows, strict=True)):
-        offsets = split.documents[split.which[number]].offsets
+        offsets = split.documents[split.document_of[number]].offsets
         there = range(place, place + stop - begin)
         firsts = sorted(there, key=lambda i, w=w: -start[w, i])[:n_best]
         lasts = sorted(there, key=lambda i, w=w: -end[w, i])[:n_best]
@@ -151,7 +151,7 @@ def test_the_best_answers_are_those_of_a_search_through_everything(
     logits = {s: rng.normal(size=shape).astype(np.float32) for s in answers.SIDES}
     limits = dict(n_best=n_best, max_answer=max_answer)
     found = answers.search(
-        split.windows, split.documents, split.which, *logits.values(), **limits
+        split.windows, split.documents, split.document_of, *logits.values(), **limits
     )
     expected = brute(split, *logits.values(), **limits)
     for number, rows in expected.items():
@@ -209,9 +209,9 @@ def test_nothing_is_the_least_of_all_windows(river):
     rows = pointing(data, {0: (0, 0), 1: (0, 0)}, high=3.0)
     assert data.num_eval == 3
     found = data.answers(rows)
-    assert found.nothing == {"none": 0}
+    assert found.no_answer == {"none": 0}
     rows["start"][2, 0] = 1
-    assert data.answers(rows).nothing == {"none": 1}
+    assert data.answers(rows).no_answer == {"none": 1}
 
 
 def test_scores_that_are_not_finite_give_no_answer(river):

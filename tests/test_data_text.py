@@ -20,7 +20,7 @@ def sequences(count, longest=60, seed=0):
 
 
 def reader(count, buckets=(16, 32), **options):
-    return text.Reader(sequences(count), 64, buckets, pad=7, **options)
+    return text.SequenceReader(sequences(count), 64, buckets, pad=7, **options)
 
 
 def check(batch, source):
@@ -145,7 +145,10 @@ def test_taking_some():
     source = sequences(20)
     some = source.take(np.array([7, 3, 3]))
     assert (some.lengths == source.lengths[[7, 3, 3]]).all()
-    check(next(text.Reader(some, 64, pad=7).eval(1)) | {"index": np.array([7])}, source)
+    check(
+        next(text.SequenceReader(some, 64, pad=7).eval(1)) | {"index": np.array([7])},
+        source,
+    )
     assert some.fields["label"].tolist() == [3.5, 1.5, 1.5]
 
 
@@ -167,7 +170,7 @@ def test_tokenizing(vocabulary, capfd, monkeypatch):
     assert found.segments.tolist() == [0, 0, 0, 0, 1] + [0, 0, 0, 1, 1] + [0] * 4 + [1] * 3  # fmt: skip
     assert found.fields["label"].tolist() == [0, 1, 2]
     assert capfd.readouterr().err == "tokenized 2 of 3 texts\ntokenized 3 of 3 texts\n"
-    tell = text.Told("lines")
+    tell = text.Progress("lines")
     tell(5)
     assert capfd.readouterr().err == "tokenized 5 lines\n"
     one = text.tokenize(tokenizer, ["a dog"], None, 7)

@@ -148,7 +148,16 @@ def test_a_saved_tokenizer_is_the_same_for_transformers_and_us(
     again = tokens.load(tmp_path / "saved")
     (tmp_path / "saved/tokenizer.json").unlink()
     third = tokens.load(tmp_path / "saved")  # from the vocabulary alone
-    for role in ("size", "pad", "unknown", "cls", "sep", "mask", "one", "two"):
+    for role in (
+        "size",
+        "pad",
+        "unknown",
+        "cls",
+        "sep",
+        "mask",
+        "single_template",
+        "pair_template",
+    ):
         assert getattr(again, role) == getattr(ours, role)
         assert getattr(third, role) == getattr(ours, role)
     for text in sentences:
@@ -241,14 +250,18 @@ def test_a_tokenizer_of_another_kind(transformers, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert theirs("a", "bb")["input_ids"] == ids.tolist()
     again = tokens.load(tmp_path / "saved")
-    assert (again.one, again.two, again.size) == (tokenizer.one, tokenizer.two, 7)
+    assert (again.single_template, again.pair_template, again.size) == (
+        tokenizer.single_template,
+        tokenizer.pair_template,
+        7,
+    )
 
 
 def test_pickling(uncased):
     tokenizer = tokens.load(uncased)
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode("unbelievable")[0].tolist() == tokenizer.encode("unbelievable")[0].tolist()  # fmt: skip
-    assert again.two == tokenizer.two
+    assert again.pair_template == tokenizer.pair_template
 
 
 def test_training_a_vocabulary(shared, transformers, tmp_path):

@@ -204,7 +204,8 @@ def test_noise_instead_of_a_file_is_undecodable():
 def test_random_boxes_have_the_promised_distribution():
     scale = (0.08, 1.0)
     boxes = [
-        vision.box(500, 400, scale, row) for row in draws(0, 0, 4000, vision.DRAWS)
+        vision.random_box(500, 400, scale, row)
+        for row in draws(0, 0, 4000, vision.DRAWS)
     ]
     left, top, right, bottom = np.array(boxes).T
     assert left.min() >= 0
@@ -244,7 +245,10 @@ def test_random_boxes_match_torchvisions(torchvision):
         ]
     )
     ours = np.array(
-        [vision.box(300, 100, (0.3, 1.0), r) for r in draws(1, 0, 3000, vision.DRAWS)]
+        [
+            vision.random_box(300, 100, (0.3, 1.0), r)
+            for r in draws(1, 0, 3000, vision.DRAWS)
+        ]
     )
     ours = np.stack(
         [ours[:, 1], ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 2] - ours[:, 0]], 1
@@ -266,9 +270,9 @@ def test_random_boxes_match_torchvisions(torchvision):
 
 def test_a_box_that_never_fits_is_the_largest_centred_one():
     # 400 x 100 pixels, all of the area: widths near 200 and heights near 200 never fit; ratio 4/3 → 133 x 100.
-    assert vision.box(400, 100, (1.0, 1.0), ROW) == (133, 0, 266, 100)
+    assert vision.random_box(400, 100, (1.0, 1.0), ROW) == (133, 0, 266, 100)
     # 100 x 400: ratio 3/4 → 100 x 133.
-    assert vision.box(100, 400, (1.0, 1.0), ROW) == (0, 133, 100, 266)
+    assert vision.random_box(100, 400, (1.0, 1.0), ROW) == (0, 133, 100, 266)
 
 
 def test_random_resized_is_crop_then_resize(torchvision):
@@ -277,7 +281,7 @@ def test_random_resized_is_crop_then_resize(torchvision):
     pixels = smooth(90, 120)
     keys = view(32, crop="random_resized", scale=(0.2, 0.6))
     for row in draws(3, 0, 20, vision.DRAWS):
-        left, top, right, bottom = vision.box(120, 90, keys.scale, row)
+        left, top, right, bottom = vision.random_box(120, 90, keys.scale, row)
         expected = F.resized_crop(
             Image.fromarray(pixels), top, left, bottom - top, right - left, (32, 32)
         )

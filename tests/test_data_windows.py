@@ -61,7 +61,7 @@ def test_windows_are_those_of_transformers(
     )
     content = content._replace(questions=rows)
     cutter = spans.Cutter(ours, length, stride, 99, ())
-    split = cutter.split(content, questions.places(content))
+    split = cutter.split(content, questions.answer_places(content))
     windows, packed = split.windows, split.reader.sequences
     assert windows.question.tolist() == expected["overflow_to_sample_mapping"]
     assert len(windows) > 353
@@ -87,9 +87,9 @@ def test_windows_are_those_of_transformers(
 
 
 def test_windows_overlap_by_the_stride():
-    assert list(spans.cut(10, room=4, stride=1)) == [(0, 4), (3, 7), (6, 10)]
-    assert list(spans.cut(9, room=4, stride=0)) == [(0, 4), (4, 8), (8, 9)]
-    assert list(spans.cut(4, room=4, stride=3)) == [(0, 4)]
+    assert list(spans.window_bounds(10, room=4, stride=1)) == [(0, 4), (3, 7), (6, 10)]
+    assert list(spans.window_bounds(9, room=4, stride=0)) == [(0, 4), (4, 8), (8, 9)]
+    assert list(spans.window_bounds(4, room=4, stride=3)) == [(0, 4)]
 
 
 def test_a_question_is_cut_and_an_answer_that_is_not_in_a_window_is_at_the_first_token(

@@ -181,12 +181,12 @@ def test_a_sample_of_many_files_is_stated(tmp_path, monkeypatch):
         looked.append(name)
         return open(tmp_path / name, "rb")
 
-    found = survey.look(names, read)
+    found = survey.survey_images(names, read)
     # Every 2.5th file.
     assert looked == ["00", "02", "05", "07", "10", "12", "15", "17", "20", "22"]
     assert (found.total, found.grey, found.channels) == (25, 10, 1)
     view = vision.View(size=4, channels=1)
-    assert survey.changes(found, view)[-1] == "counted in a sample of 10"
+    assert survey.describe_changes(found, view)[-1] == "counted in a sample of 10"
 
 
 # --- files that are left out ---------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_what_is_no_image_is_left_out_counted_and_named(tmp_path, name):
     for image in images:
         put(tmp_path / "g", image)
     put(tmp_path / "g", name)
-    paths, lines = photos.find([str(tmp_path / "g")])
+    paths, lines = photos.find_images([str(tmp_path / "g")])
     assert [path.name for path in paths] == list(images)
     assert lines == [f"left out in {tmp_path / 'g'}: 1 {INTRUDERS[name]} ({first})"]
 
@@ -253,7 +253,7 @@ def test_the_same_suffixes_count_everywhere(tmp_path, suffix):
     keys = as_pairs(tmp_path / "p", {name: image})[0]
     keys.pop("name")
     assert len(pairs.make(**keys).train) == 1
-    paths, lines = photos.find([str(tmp_path / "f" / "train")])
+    paths, lines = photos.find_images([str(tmp_path / "f" / "train")])
     assert ([p.name for p in paths], lines) == ([name, name], [])
 
 
@@ -677,7 +677,7 @@ LOOKED = survey.Survey(5, {(28, 28): 5}, grey=5)
     ],
 )  # fmt: skip
 def test_changes_of_images_in_words(found, view, said):
-    assert survey.changes(found, vision.View(**view)) == said
+    assert survey.describe_changes(found, vision.View(**view)) == said
 
 
 def test_headers_tell_all_that_is_counted(tmp_path):
@@ -689,7 +689,7 @@ def test_headers_tell_all_that_is_counted(tmp_path):
         "bad.png": b"bad",
     }
     paths = [str(put(tmp_path, name, image)) for name, image in images.items()]
-    found = survey.look([*paths, str(tmp_path / "none.png")], functools.partial(open, mode="rb"))  # fmt: skip
+    found = survey.survey_images([*paths, str(tmp_path / "none.png")], functools.partial(open, mode="rb"))  # fmt: skip
     assert found == survey.Survey(
         total=6,
         sizes={(8, 8): 3, (8, 4): 1},

@@ -182,4 +182,4 @@ def test_a_deep_image_is_turned_upright():
     image = encode(Image.fromarray(wide), exif=exif)
     found = vision.still(image, vision.View(size=(8, 4), channels=1))
     np.testing.assert_array_equal(found[..., 0], np.rot90(wide // 257, -1))
-    assert survey.look(["x"], lambda _: io.BytesIO(image)).sizes == {(4, 8): 1}  # fmt: skip
+    assert survey.survey_images(["x"], lambda _: io.BytesIO(image)).sizes == {(4, 8): 1}  # fmt: skip

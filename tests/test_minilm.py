@@ -31,7 +31,7 @@ def folder():
 def batch(folder):
     """{"tokens", "segments", "attended"} of [4, 32] by our tokenizer."""
     found = text.tokenize(tokens.load(folder), list(SENTENCES), None, LENGTH)
-    rows = next(text.Reader(found, LENGTH).eval(len(SENTENCES)))
+    rows = next(text.SequenceReader(found, LENGTH).eval(len(SENTENCES)))
     return {k: rows[k] for k in ("tokens", "segments")} | {"attended": rows["attended"]}
 
 

@@ -1,7 +1,7 @@
-"""The annotations that move with an image's pixels, checked and laid out as rows of a batch: maps of labels, and boxes.
+"""Annotations that move with an image's pixels: label maps and boxes, checked and laid out as the rows of a batch.
 
-`target.py` moves one annotation; a class here reads it from an `Example`, names the example that is wrong, and gives all
-rows of a batch one shape.
+The classes here read an annotation from an `Example`, raise an error that names the example if it is wrong, and give all
+rows of a batch the same shape. `target.py` crops, resizes and flips a single annotation.
 """
 
 from collections.abc import Sequence
@@ -14,47 +14,49 @@ from squeeze_jax.data.pipeline import Batch
 from squeeze_jax.data.source import IGNORED, Boxes, Example
 from squeeze_jax.errors import UserError
 
-OUTSIDE = 254  # in a table of labels: no class and not ignored
+OUTSIDE = 254  # stands for a label that is neither a class nor ignored
 NO_BOX = -1  # the label of a row without a box
-TOLERANCE = (
-    1.0  # pixels by which a box may reach out of its image, as rounding makes it
-)
+TOLERANCE = 1.0  # pixels that a box may reach beyond its image, because of rounding
 
 
 class Annotation(Protocol):
-    """One kind of annotation under one view."""
+    """One kind of annotation under one view, such as `Maps` or `BoxLists`."""
 
     def empty(self, rows: int) -> Batch:
-        """Returns so many rows without an annotation."""
+        """Returns a batch of `rows` rows without annotations."""
 
     def read(
         self, example: Example, size: tuple[int, int], draws: np.ndarray | None
     ) -> Batch:
-        """Returns one row: the annotation of an upright image of that (width, height).
+        """Returns one row: the annotation of an image, moved in the same way as the image.
 
-        It is moved as `vision.still` moves the image, or as `vision.random_resized` does with the random numbers [DRAWS].
+        Args:
+          example: has the annotation.
+          size: (width, height) of the upright image.
+          draws: random numbers [DRAWS], to move the annotation as `vision.random_resized` does; None to move it as
+            `vision.still` does.
 
         Raises:
-          UserError: an annotation that cannot be read or does not fit its image or the classes.
+          UserError: the annotation cannot be read, or does not fit its image or the classes.
         """
 
     def pad_crop(self, batch: Batch, draws: np.ndarray) -> None:
-        """Moves the annotations of a batch as `vision.pad_crop` moves its images, in place."""
+        """Moves the annotations of a batch as `vision.pad_crop` moves its images; works in place."""
 
     def flip(self, batch: Batch, draws: np.ndarray) -> None:
-        """Mirrors the annotations whose images `vision.augment` mirrors, in place."""
+        """Mirrors the annotations whose images `vision.augment` mirrors; works in place."""
 
 
 class Maps:
-    """Maps of labels: "target" uint8 [b, h, w], 255 where a pixel does not count.
+    """Label maps: "target" uint8 [b, h, w], with 255 for pixels that do not count.
 
     Args:
-      view: how images are looked at.
-      num_classes: labels must be below it, or be ignored.
-      ignored: labels in the files that do not count, beside 255.
+      view: the size and the transforms of the images.
+      num_classes: labels must be below this number, or be ignored.
+      ignored: labels in the files that do not count, in addition to 255.
 
     Raises:
-      UserError: more classes than 8 bits tell apart.
+      UserError: there are more classes than 8-bit labels allow.
     """
 
     def __init__(self, view: vision.View, num_classes: int, ignored: Sequence[int]):
@@ -63,29 +65,33 @@ class Maps:
                 f"a target has 8-bit labels, at most {OUTSIDE} classes, not {num_classes}"
             )
         self.view, self.num_classes = view, num_classes
-        self._table = np.full(256, OUTSIDE, np.uint8)  # what each stored label becomes
+        self._table = np.full(256, OUTSIDE, np.uint8)  # stored label → label in a batch
         self._table[:num_classes] = np.arange(num_classes)
         self._table[[*ignored, IGNORED]] = IGNORED
 
     def empty(self, rows: int) -> Batch:
+        """Returns `rows` label maps without labels: all pixels are ignored."""
         return {"target": np.full((rows, *self.view.shape[:2]), IGNORED, np.uint8)}
 
     def read(
         self, example: Example, size: tuple[int, int], draws: np.ndarray | None
     ) -> Batch:
+        """Returns the label map of an image, see `Annotation.read`."""
         labels = self._labels(example, size)
         if draws is None:
             return {"target": target.still(labels, self.view)}
         return {"target": target.random_resized(labels, self.view, draws)}
 
     def pad_crop(self, batch: Batch, draws: np.ndarray) -> None:
+        """Moves the label maps of a batch as `vision.pad_crop` moves its images; works in place."""
         batch["target"] = target.pad_crop(batch["target"], self.view.pad, draws)
 
     def flip(self, batch: Batch, draws: np.ndarray) -> None:
+        """Mirrors the label maps whose images `vision.augment` mirrors; works in place."""
         target.flip(batch["target"], draws)
 
     def _labels(self, example: Example, size: tuple[int, int]) -> np.ndarray:
-        """The labels of an image of that (width, height), uint8 [h, w]."""
+        """Returns the labels of an image with the given (width, height), uint8 [h, w]."""
         name = f"the target of {example.name}"
         try:
             stored = target.read(example.target)
@@ -111,12 +117,12 @@ class BoxLists:
     """Boxes: "boxes" float32 [b, n, 4], "box_labels" int32 [b, n], "dropped_boxes" int32 [b].
 
     A box is left, top, right, bottom in pixels of the view. The boxes of an image come first, in their stored order; the other
-    rows are zeros with the label -1. A crop clips boxes; it drops a box of which nothing, or less than `min_visible` of its
-    area before the crop, stays inside. "dropped_boxes" counts the dropped boxes of each image.
+    rows are zeros with the label -1. A crop clips boxes. It drops a box if nothing of it stays inside, or less than
+    `min_visible` of its area. "dropped_boxes" counts the dropped boxes of each image.
 
     Args:
-      view: how images are looked at.
-      num_classes: labels must be below it.
+      view: the size and the transforms of the images.
+      num_classes: labels must be below this number.
       max_boxes: n; an image with more boxes is an error.
       min_visible: 0 to 1.
     """
@@ -132,6 +138,7 @@ class BoxLists:
         self.max_boxes, self.min_visible = max_boxes, min_visible
 
     def empty(self, rows: int) -> Batch:
+        """Returns `rows` rows without boxes."""
         return {
             "boxes": np.zeros((rows, self.max_boxes, 4), np.float32),
             "box_labels": np.full((rows, self.max_boxes), NO_BOX, np.int32),
@@ -141,6 +148,7 @@ class BoxLists:
     def read(
         self, example: Example, size: tuple[int, int], draws: np.ndarray | None
     ) -> Batch:
+        """Returns the boxes of an image, see `Annotation.read`."""
         if example.boxes is None:
             raise UserError(
                 f"{example.name} has no boxes, and its source says that images have: give it Boxes of length 0"
@@ -157,32 +165,36 @@ class BoxLists:
                 boxes, size, self.view, draws, self.min_visible
             )
         batch = self.empty(1)
-        _put(batch, 0, moved)
+        _set_boxes(batch, 0, moved)
         batch["dropped_boxes"][0] = dropped
         return {key: values[0] for key, values in batch.items()}
 
     def pad_crop(self, batch: Batch, draws: np.ndarray) -> None:
+        """Moves the boxes of a batch as `vision.pad_crop` moves its images; works in place."""
         height, width, _ = self.view.shape
         pad = self.view.pad
         for i, (y, x) in enumerate(vision.pad_corners(pad, draws)):
             area = (x - pad, y - pad, x - pad + width, y - pad + height)
             boxes, dropped = target.crop_boxes(
-                _get(batch, i), area, (width, height), self.min_visible
+                _boxes_of(batch, i), area, (width, height), self.min_visible
             )
-            _put(batch, i, boxes)
+            _set_boxes(batch, i, boxes)
             batch["dropped_boxes"][i] += dropped
 
     def flip(self, batch: Batch, draws: np.ndarray) -> None:
-        for i in vision.flipped(draws):
-            _put(batch, i, target.flip_boxes(_get(batch, i), self.view.shape[1]))
+        """Mirrors the boxes whose images `vision.augment` mirrors; works in place."""
+        for i in vision.flipped_indices(draws):
+            _set_boxes(
+                batch, i, target.flip_boxes(_boxes_of(batch, i), self.view.shape[1])
+            )
 
 
-def _get(batch: Batch, i: int) -> Boxes:
+def _boxes_of(batch: Batch, i: int) -> Boxes:
     count = (batch["box_labels"][i] != NO_BOX).sum()
     return Boxes(batch["boxes"][i, :count], batch["box_labels"][i, :count])
 
 
-def _put(batch: Batch, i: int, boxes: Boxes) -> None:
+def _set_boxes(batch: Batch, i: int, boxes: Boxes) -> None:
     count = len(boxes.labels)
     batch["boxes"][i, :count], batch["boxes"][i, count:] = boxes.corners, 0
     batch["box_labels"][i, :count] = boxes.labels
@@ -192,17 +204,17 @@ def _put(batch: Batch, i: int, boxes: Boxes) -> None:
 def checked_boxes(
     boxes: Boxes, size: tuple[int, int], num_classes: int, name: str
 ) -> Boxes:
-    """Returns boxes clipped to their upright image, after checking that they lie in it within a pixel.
+    """Checks boxes against their upright image, and returns them clipped to it; they may reach beyond it by one pixel.
 
     Args:
-      boxes: as they are stored.
+      boxes: the stored boxes.
       size: (width, height) of the image.
-      num_classes: labels must be below it.
-      name: what an error calls the image.
+      num_classes: labels must be below this number.
+      name: the name of the image in errors.
 
     Raises:
-      UserError: boxes for an image of another size, corners that are not finite, not in order or outside the image, a label
-        that is no class.
+      UserError: the boxes are for an image of another size; corners are not finite, not in order or outside the image; or a
+        label is not a class.
     """
     w, h = size
     if boxes.size is not None and tuple(boxes.size) != size:
@@ -223,14 +235,14 @@ def checked_boxes(
     clipped = corners.clip(0, np.array([w, h] * 2))
     ordered = (clipped[:, 0] < clipped[:, 2]) & (clipped[:, 1] < clipped[:, 3])
     known = (labels >= 0) & (labels < num_classes)
-    for fine, fault in (
+    for is_valid, fault in (
         (finite, "has a number that is not finite"),
         (inside, f"reaches out of the image of {w}x{h} pixels"),
         (ordered, "should have left < right and top < bottom inside the image"),
         (known, f"has a label outside the data set's {num_classes} classes"),
     ):
-        if not fine.all():
-            i = int(np.argmin(fine))
+        if not is_valid.all():
+            i = int(np.argmin(is_valid))
             where = ", ".join(f"{number:g}" for number in corners[i].tolist())
             raise UserError(
                 f"box {i} of {name}, ({where}) with label {labels[i]}, {fault}; mend or remove it"
@@ -239,7 +251,7 @@ def checked_boxes(
 
 
 def too_many_boxes(name: str, count: int, max_boxes: int) -> UserError:
-    """Returns the error for an image with more boxes than a batch has room for."""
+    """Returns the error for an image that has more boxes than fit into a batch."""
     return UserError(
         f"{name} has {count} boxes, more than config.data.max_boxes = {max_boxes}: raise it to {count}"
     )

@@ -1,4 +1,4 @@
-"""How the job predict goes on where one of its inputs has no answer: a line for the input, and an error at the end."""
+"""Lets the job predict continue if an input has no answer: it prints a line for the input, and raises an error at the end."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ from squeeze_jax.errors import UserError
 
 
 def attempt(fn: Callable, *arguments: Any) -> tuple[Any, str]:
-    """Calls a function that reads an input.
+    """Calls a function and catches a UserError.
 
     Returns:
-      What the function returns and "", or None and the line of the UserError that it raised.
+      (the function's result, ""), or (None, the message of the UserError).
     """
     try:
         return fn(*arguments), ""
@@ -19,12 +19,12 @@ def attempt(fn: Callable, *arguments: Any) -> tuple[Any, str]:
 
 
 def check(reasons: Sequence[str], total: int, noun: str) -> None:
-    """Raises a UserError if inputs have no answer, which makes the exit status 1.
+    """Raises a UserError if any input has no answer; the program's exit status is then 1.
 
     Args:
       reasons: a line for each input without an answer.
-      total: how many inputs there are.
-      noun: what an input is, such as "image".
+      total: the number of inputs.
+      noun: the word for an input, such as "image".
     """
     if reasons and total == 1:
         raise UserError(reasons[0])

@@ -1,4 +1,4 @@
-"""Answers read off a network's scores of where they begin and end, over all windows of a question."""
+"""Finds the best answers to questions from a network's logits for where an answer begins and ends, over all windows."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 
 from squeeze_jax.data.spans import Split, Text, Windows
 
-CHUNK = 1000  # windows that are searched at a time
+CHUNK = 1000  # windows searched at a time
 SIDES = ("start", "end")
 
 
 class Best(NamedTuple):
-    """An answer that was read off, and characters [begin, end) of its document; `score` is the sum of two logits."""
+    """An answer: its text, the characters [begin, end) of the document, and its score, the sum of two logits."""
 
     text: str
     begin: int
@@ -21,65 +21,71 @@ class Best(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What was read off, by the questions' ids.
+    """The answers to questions, as dicts by the questions' ids.
 
     Attributes:
-      best: answers, the best first; there may be none where logits are not finite.
-      nothing: score of "no answer".
+      best: the answers to a question, the best first; the list may be empty if logits are not finite.
+      no_answer: the score of "no answer" to a question.
     """
 
     best: dict[str, list[Best]]
-    nothing: dict[str, float]
+    no_answer: dict[str, float]
 
     @property
     def odds(self) -> dict[str, float]:
-        """How far the score of "no answer" is above the best answer's."""
+        """The score of "no answer" minus the best answer's score, for each question."""
         return {
-            id: self.nothing[id] - (best[0].score if best else -np.inf)
+            id: self.no_answer[id] - (best[0].score if best else -np.inf)
             for id, best in self.best.items()
         }
 
     def texts(self, threshold: float | None = None) -> dict[str, str]:
-        """The best answers; "" where the odds of "no answer" are above the threshold, if there is one."""
-        said = {id: best[0].text if best else "" for id, best in self.best.items()}
+        """Returns the text of the best answer to each question; "" for "no answer".
+
+        Args:
+          threshold: "no answer" wins if its `odds` are above this; None for questions that all have an answer.
+        """
+        texts = {id: best[0].text if best else "" for id, best in self.best.items()}
         if threshold is None:
-            return said
+            return texts
         odds = self.odds
-        return {id: "" if odds[id] > threshold else said[id] for id in said}
+        return {id: "" if odds[id] > threshold else texts[id] for id in texts}
 
 
-def read_off(
+def best_answers(
     split: Split, logits: Mapping[str, np.ndarray], *, n_best: int, max_answer: int
 ) -> Answers:
-    """The best answers to every question of a split.
+    """Returns the best answers to every question of a split.
 
     Args:
-      split: questions as windows.
-      logits: "start" and "end", float [w, l], of all its windows in order.
+      split: the questions as windows.
+      logits: {"start", "end"}: float [w, l], for all windows in order.
       n_best, max_answer: see `search`.
     """
     sides = [logits[side] for side in SIDES]
     limits = dict(n_best=n_best, max_answer=max_answer)
-    found = search(split.windows, split.documents, split.which, *sides, **limits)
-    none = nothing(split.windows, *sides, len(split.questions))
+    candidates = search(
+        split.windows, split.documents, split.document_of, *sides, **limits
+    )
+    no_answer = no_answer_scores(split.windows, *sides, len(split.questions))
     best: dict[str, list[Best]] = {q.id: [] for q in split.questions}
-    for number, begin, end, score in zip(*found, strict=True):
-        question = split.questions[number]
+    for index, begin, end, score in zip(*candidates, strict=True):
+        question = split.questions[index]
         text = split.sources[question.document][begin:end]
         begin += len(text) - len(text.lstrip())
         if text := text.strip():
             place = int(begin), int(begin) + len(text)
             best[question.id].append(Best(text, *place, float(score)))
-    return Answers(best, dict(zip(best, none.tolist(), strict=True)))
+    return Answers(best, dict(zip(best, no_answer.tolist(), strict=True)))
 
 
-class Found(NamedTuple):
-    """Answers read off, numpy arrays [n], those of a question side by side, the best first.
+class Candidates(NamedTuple):
+    """Possible answers, as numpy arrays [n]; those of one question are neighbours, the best first.
 
     Attributes:
-      question: number of the question.
+      question: index of the question.
       begin, end: characters [begin, end) of its document.
-      score: sum of the two logits.
+      score: the sum of the two logits.
     """
 
     question: np.ndarray
@@ -91,53 +97,54 @@ class Found(NamedTuple):
 def search(
     windows: Windows,
     documents: Sequence[Text],
-    which: Sequence[int],
+    document_of: Sequence[int],
     start: np.ndarray,
     end: np.ndarray,
     *,
     n_best: int,
     max_answer: int,
-) -> Found:
-    """The best answers of every question over all its windows.
+) -> Candidates:
+    """Returns the best answers to every question over all its windows.
 
-    The `n_best` highest begins and ends of each window, among tokens of the document, are paired; no token is left out
-    because another window shows more around it, and an answer found in two windows counts as the better of them.
+    In each window it combines the `n_best` tokens of the document with the highest start logits and those with the highest end
+    logits. A token counts in every window that shows it, even if another window shows more of the text around it. An answer
+    that occurs in two windows gets the higher of its two scores.
 
     Args:
-      windows: of which scores are given.
-      documents: tokenized.
-      which: the document of each question.
+      windows: the windows that the logits belong to.
+      documents: the tokenized documents.
+      document_of: the index of each question's document.
       start, end: logits, float [w, l].
-      n_best: answers of a question at most.
-      max_answer: tokens of an answer at most.
+      n_best: the largest number of answers to a question.
+      max_answer: the largest number of tokens in an answer.
     """
     parts = []
-    for some in range(0, len(windows), CHUNK):
-        rows = slice(some, some + CHUNK)
+    for first_row in range(0, len(windows), CHUNK):
+        rows = slice(first_row, first_row + CHUNK)
         part = Windows(*(column[rows] for column in windows))
-        parts.append(_pairs(part, start[rows], end[rows], n_best, max_answer))
+        parts.append(_best_spans(part, start[rows], end[rows], n_best, max_answer))
     question, first, last, score = map(np.concatenate, zip(*parts, strict=True))
-    texts = [documents[d] for d in which]
+    texts = [documents[d] for d in document_of]
     begin = np.array(
         [texts[q].offsets[t, 0] for q, t in zip(question, first, strict=True)], int
     )
     stop = np.array(
         [texts[q].offsets[t, 1] for q, t in zip(question, last, strict=True)], int
     )
-    return _rank(Found(question, begin, stop, score), n_best)
+    return _rank(Candidates(question, begin, stop, score), n_best)
 
 
-def _pairs(windows, start, end, n_best, max_answer):
-    """Columns question, first token, last token, score of the `n_best` best pairs of each window."""
+def _best_spans(windows, start, end, n_best, max_answer):
+    """Returns the arrays question, first token, last token and score of the `n_best` best spans of each window."""
     positions = np.arange(start.shape[1])
     stop = windows.place + windows.end - windows.begin
     inside = (positions >= windows.place[:, None]) & (positions < stop[:, None])
-    first, start = _top(np.where(inside, start, -np.inf), n_best)
-    last, end = _top(np.where(inside, end, -np.inf), n_best)
+    first, start = _highest(np.where(inside, start, -np.inf), n_best)
+    last, end = _highest(np.where(inside, end, -np.inf), n_best)
     tokens = last[:, None, :] - first[:, :, None] + 1
     allowed = (tokens >= 1) & (tokens <= max_answer)
     scores = np.where(allowed, start[:, :, None] + end[:, None, :], -np.inf)
-    best, scores = _top(scores.reshape(len(scores), -1), n_best)
+    best, scores = _highest(scores.reshape(len(scores), -1), n_best)
     row, rank = np.nonzero(np.isfinite(scores))
     a, b = np.divmod(best[row, rank], last.shape[1])
     shift = (windows.begin - windows.place)[row]
@@ -149,33 +156,46 @@ def _pairs(windows, start, end, n_best, max_answer):
     )
 
 
-def _top(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and values of the highest of each row, in no order."""
+def _highest(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices and the values of the `count` highest entries of each row, in no particular order."""
     count = min(count, values.shape[1])
     index = np.argpartition(values, -count, axis=1)[:, -count:]
     return index, np.take_along_axis(values, index, 1)
 
 
-def _rank(found: Found, n_best: int) -> Found:
-    """Each answer of a question once, sorted by score, `n_best` of a question at most."""
-    # Of the same characters the better comes first and stays; a tie goes to what begins, then ends first.
-    order = np.lexsort((-found.score, found.end, found.begin, found.question))
-    found = Found(*(column[order] for column in found))
-    same = [column[1:] == column[:-1] for column in found[:3]]
+def _rank(candidates: Candidates, n_best: int) -> Candidates:
+    """Returns each answer to a question once, sorted by score, at most `n_best` per question."""
+    # The first of several answers with the same characters is kept: the one with the highest score. If scores are equal, the
+    # answer that begins first ranks higher, then the one that ends first.
+    order = np.lexsort(
+        (-candidates.score, candidates.end, candidates.begin, candidates.question)
+    )
+    candidates = Candidates(*(column[order] for column in candidates))
+    same = [column[1:] == column[:-1] for column in candidates[:3]]
     keep = np.r_[True, ~np.logical_and.reduce(same)][: len(order)]
-    found = Found(*(column[keep] for column in found))
-    order = np.lexsort((found.end, found.begin, -found.score, found.question))
-    found = Found(*(column[order] for column in found))
-    first = np.searchsorted(found.question, found.question)
+    candidates = Candidates(*(column[keep] for column in candidates))
+    order = np.lexsort(
+        (candidates.end, candidates.begin, -candidates.score, candidates.question)
+    )
+    candidates = Candidates(*(column[order] for column in candidates))
+    first = np.searchsorted(candidates.question, candidates.question)
     keep = np.arange(len(first)) - first < n_best
-    return Found(*(column[keep] for column in found))
+    return Candidates(*(column[keep] for column in candidates))
 
 
-def nothing(
+def no_answer_scores(
     windows: Windows, start: np.ndarray, end: np.ndarray, questions: int
 ) -> np.ndarray:
-    """Score of "no answer" of every question, float [questions]: the lowest of its windows' at their first token."""
+    """Returns the score of "no answer" to every question, float [questions].
+
+    A window's score is the sum of the two logits at its first token. A question's score is the lowest of its windows.
+
+    Args:
+      windows: the windows that the logits belong to.
+      start, end: logits, float [w, l].
+      questions: the number of questions.
+    """
     scores = np.full(questions, np.inf)
-    # Windows whose scores are not numbers have no say.
+    # `fmin` ignores windows whose scores are not numbers.
     np.fmin.at(scores, windows.question, start[:, 0] + end[:, 0])
     return scores

@@ -1,9 +1,9 @@
 """Converts a packed archive of images into TFDS files, once: `python -m squeeze_jax.data.convert ARCHIVE.npz --name=cifar10 --data_dir=DIR`.
 
-An archive is a `.npz` with `classes` (the label names) and, for each split, `SPLIT_jpeg` (all encoded files after each other, uint8),
-`SPLIT_offsets` (where each begins, and the end: n + 1 numbers) and `SPLIT_labels`. The result is what TFDS itself would have
-written, `DIR/NAME/1.0.0` with ArrayRecord files in the archive's order; `squeeze_jax.data` and
-`tfds.builder_from_directory` read it.
+An archive is a `.npz` with `classes` (the label names) and three arrays per split: `SPLIT_jpeg` (the bytes of all encoded
+files, one after the other, uint8), `SPLIT_offsets` (the n + 1 positions where each file begins and the last one ends) and
+`SPLIT_labels`. The result is the folder that TFDS itself would write, `DIR/NAME/1.0.0` with ArrayRecord files in the archive's
+order. `squeeze_jax.data` and `tfds.builder_from_directory` read it.
 """
 
 import argparse
@@ -33,23 +33,23 @@ def convert(
     data_dir: str | os.PathLike,
     progress: Callable[[str, int, int], None] = lambda split, done, total: None,
 ) -> tuple[Path, bool]:
-    """Writes `data_dir/name/1.0.0`, or finds it there.
+    """Converts an archive to the folder `data_dir/name/1.0.0`, unless that folder exists.
 
-    All is written beside it under a hidden name and renamed at the end: what a killed run leaves never looks complete, and
-    the next run clears it away.
+    The files are first written to a hidden folder beside it, which is renamed at the end. So a killed run never leaves a folder
+    that looks complete, and the next run removes its files.
 
     Args:
       archive: the `.npz`.
-      name: the data set's name in TFDS's spelling: lower case letters, digits and underscores.
-      data_dir: the folder of data sets, created if need be.
-      progress: called now and then with the split, the images written and the split's size.
+      name: the dataset's name in TFDS's spelling: lower case letters, digits and underscores.
+      data_dir: the folder of datasets; created if needed.
+      progress: is called now and then with the split, the number of images written and the split's size.
 
     Returns:
       The folder, and whether this call wrote it.
 
     Raises:
-      UserError: a bad name, a file that is not such an archive, a label without a class, an image that is none, or another
-        conversion to the same place going on.
+      UserError: the name is bad, the file is not such an archive, a label has no class, an image cannot be read, the folder
+        cannot be written, or another conversion to the same folder is running.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise UserError(
@@ -66,25 +66,24 @@ def convert(
         final.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {base}: {error.strerror}") from None
-    with _alone(work):
+    with _exclusive(work):
         if final.is_dir():
             return final, False
         for leftover in work.iterdir():
             shutil.rmtree(leftover)
         written = _write(splits, classes, name, work, progress)
-        for (
-            file
-        ) in written.iterdir():  # or power failing after the rename loses the contents
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        # Without fsync, a power failure after the rename could lose the contents.
+        for path in written.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         os.rename(written, final)
         shutil.rmtree(work)
     return final, True
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder; the system lets go of it however the process ends."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder; the system releases it however the process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -99,7 +98,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _load(archive: Path) -> tuple[dict[str, tuple], tuple[str, ...]]:
     """Returns `{split: (bytes, offsets, labels)}` and the class names, checked."""
     try:
-        # Opened here, because numpy forgets to close what turns out to be no archive.
+        # The file is opened here, because numpy does not close a file that is not an archive.
         with open(archive, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
@@ -140,7 +139,7 @@ def _load(archive: Path) -> tuple[dict[str, tuple], tuple[str, ...]]:
 
 
 def _write(splits, classes, name, work, progress) -> Path:
-    """Lets TFDS write everything below `work`; returns the data set's folder there."""
+    """Makes TFDS write the dataset below `work`; returns its folder there."""
     import tensorflow_datasets as tfds
 
     shape = _shape(splits)
@@ -187,7 +186,7 @@ def _images(split) -> Iterator[tuple[bytes, int]]:
 
 
 def _shape(splits) -> tuple[int | None, int | None, int]:
-    """The (h, w, c) that all images share, None where they differ; reads only the files' headers."""
+    """Returns the (h, w, c) that all images share, with None for a side that differs; reads only the files' headers."""
     shapes = set()
     for name, split in splits.items():
         for i, (image, _) in enumerate(_images(split)):
@@ -206,6 +205,7 @@ def _shape(splits) -> tuple[int | None, int | None, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m squeeze_jax.data.convert", description=__doc__.splitlines()[0]
     )

@@ -1,6 +1,6 @@
-"""GLUE, nine tasks of English sentences and pairs of them: what they are, their files, and files to submit.
+"""The nine tasks of GLUE on English sentences and sentence pairs: a table of the tasks, their files, and files to submit.
 
-Wang et al., arXiv 1804.07461. The files are the folders that GLUE gives out, or a data set of TFDS.
+Wang et al., arXiv 1804.07461. The files are in the folders that GLUE distributes, or prepared by TFDS.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ class Task(NamedTuple):
     """One task.
 
     Attributes:
-      folder: where its files are; also the name of the file to submit.
-      columns: of its one or two texts.
-      label: that of the label.
-      names: of the classes, by number as GLUE and TFDS count them; () for a regression.
-      features: what TFDS calls the texts.
-      words: whether files have the classes' names, not their numbers.
-      header: of files for training and evaluation where these have none.
-      broken: whether the published files for training and evaluation have lines that lack columns.
+      folder: the folder of its files; also the name of the file to submit.
+      columns: the names of the columns of its one or two texts.
+      label: the name of the label's column.
+      names: of the classes, in the order of GLUE and TFDS; () for a regression.
+      features: the names of the texts in TFDS.
+      named: whether the files hold class names; otherwise they hold class numbers.
+      header: the names of all columns, if the files for training and evaluation have no header.
+      incomplete: whether the published files for training and evaluation have lines that lack columns.
     """
 
     folder: str
@@ -39,9 +39,9 @@ class Task(NamedTuple):
     label: str
     names: tuple[str, ...]
     features: tuple[str, ...]
-    words: bool = False
+    named: bool = False
     header: tuple[str, ...] | None = None
-    broken: bool = False
+    incomplete: bool = False
 
 
 SENTENCES = ("sentence1", "sentence2")
@@ -72,7 +72,7 @@ TASKS = {
         "is_duplicate",
         ("not_duplicate", "duplicate"),
         ("question1", "question2"),
-        broken=True,
+        incomplete=True,
     ),
     "mnli": Task(
         "MNLI",
@@ -80,7 +80,7 @@ TASKS = {
         "gold_label",
         ("entailment", "neutral", "contradiction"),
         ("premise", "hypothesis"),
-        words=True,
+        named=True,
     ),
     "qnli": Task(
         "QNLI",
@@ -88,53 +88,59 @@ TASKS = {
         "label",
         ENTAILMENT,
         ("question", "sentence"),
-        words=True,
+        named=True,
     ),
-    "rte": Task("RTE", SENTENCES, "label", ENTAILMENT, SENTENCES, words=True),
+    "rte": Task("RTE", SENTENCES, "label", ENTAILMENT, SENTENCES, named=True),
     "wnli": Task(
         "WNLI", SENTENCES, "label", ("not_entailment", "entailment"), SENTENCES
     ),
 }
-# MNLI has two of each split but the training one, from genres that are in that and from others; and its networks are
-# also asked about GLUE's diagnostic set.
+# MNLI has two evaluation and two test splits: "matched" from the genres of the training split, "mismatched" from others.
+# Networks for MNLI are also evaluated on GLUE's diagnostic set.
 GENRES = ("matched", "mismatched")
 DIAGNOSTIC = "diagnostic"
 SUBMITTED = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", DIAGNOSTIC: "AX"}
-UNDECIDED = "-"
+UNDECIDED = "-"  # the label of examples that annotators did not agree about
 SLICE = re.compile(r"(?P<name>[^\[\]]+)\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\]")
 
 
 class Folder(NamedTuple):
-    """The folder that GLUE's own script makes: CoLA/train.tsv and so on, .tsv or .tsv.gz."""
+    """The folder that GLUE's own script makes, with CoLA/train.tsv and so on, .tsv or .tsv.gz."""
 
     root: Path
 
     def read(self, task: str, part: str, labels: bool) -> Split | None:
-        """One file; None where it is not there.
+        """Reads one file; returns None if it is missing.
+
+        Args:
+          task: a key of `TASKS`.
+          part: the file's name without ".tsv", such as "train" or "dev_matched".
+          labels: whether the file has labels.
 
         Raises:
-          UserError: a file that is not as the task's are; says in which line.
+          UserError: the file has not the format of the task; the error names the line.
         """
-        path = tsv.find(self.path(task, part))
+        path = tsv.find_file(self.path(task, part))
         if path is None:
             return None
         kind = TASKS[task]
         header = kind.header if labels else None
-        # Predictions are known by the number of the line: of a test set none can be left out.
-        table = tsv.read(path, header, broken=kind.broken and labels)
-        if labels and kind.words:
-            table = _decided(kind, table)
+        # Predictions for a test set are numbered by line, so no line of it can be left out.
+        table = tsv.read(path, header, skip_broken=kind.incomplete and labels)
+        if labels and kind.named:
+            table = _without_undecided(kind, table)
         texts = tuple(table.column(name) for name in kind.columns)
-        found = _labels(kind, table) if labels else None
-        return Split(texts, found, {part: len(texts[0])})
+        values = _labels(kind, table) if labels else None
+        return Split(texts, values, {part: len(texts[0])})
 
     def path(self, task: str, part: str) -> Path:
+        """Returns the path of a file, without ".gz"."""
         folder = DIAGNOSTIC if part == DIAGNOSTIC else TASKS[task].folder
         return self.root / folder / f"{part}.tsv"
 
 
-def _decided(kind: Task, table: tsv.Table) -> tsv.Table:
-    """Without the examples that people did not agree about: MultiNLI's own files and SNLI's have some, GLUE's none."""
+def _without_undecided(kind: Task, table: tsv.Table) -> tsv.Table:
+    """Leaves out the examples that annotators did not agree about: the files of MultiNLI and SNLI have some, GLUE's none."""
     kept = [cell != UNDECIDED for cell in table.column(kind.label)]
     if all(kept):
         return table
@@ -152,9 +158,9 @@ def _labels(kind: Task, table: tsv.Table) -> np.ndarray:
     cells = table.column(kind.label)
     places = zip(cells, table.lines, strict=True)
     if not kind.names:
-        found = [_number(cell, f"{table.path}:{line}") for cell, line in places]
-        return np.array(found, np.float32)
-    names = kind.names if kind.words else [str(n) for n in range(len(kind.names))]
+        numbers = [_parse_number(cell, f"{table.path}:{line}") for cell, line in places]
+        return np.array(numbers, np.float32)
+    names = kind.names if kind.named else [str(n) for n in range(len(kind.names))]
     number = {name: n for n, name in enumerate(names)}
     for cell, line in places:
         if cell not in number:
@@ -164,7 +170,7 @@ def _labels(kind: Task, table: tsv.Table) -> np.ndarray:
     return np.array([number[cell] for cell in cells], np.int32)
 
 
-def _number(cell: str, where: str) -> float:
+def _parse_number(cell: str, where: str) -> float:
     try:
         value = float(cell)
     except ValueError:
@@ -174,11 +180,15 @@ def _number(cell: str, where: str) -> float:
     return value
 
 
-def source(folder: str | None, data_dir: str | None):
-    """The files, in a folder of GLUE's or prepared by TFDS; both have `read` and `path`.
+def open_files(folder: str | None, data_dir: str | None):
+    """Returns the files of GLUE, as an object with the methods `read` and `path` of `Folder`.
+
+    Args:
+      folder: the folder that GLUE's own script makes, or None.
+      data_dir: the folder where TFDS has prepared the dataset glue, or None.
 
     Raises:
-      UserError: both or none given, or no such folder.
+      UserError: both or neither are given, or there is no such folder.
     """
     if (folder is None) == (data_dir is None):
         raise UserError(
@@ -196,17 +206,17 @@ def source(folder: str | None, data_dir: str | None):
 
 
 def read(files, task: str, split: str, option: str) -> Split:
-    """Labelled examples of a split.
+    """Reads the labelled examples of a split.
 
     Args:
-      files: from `source`.
-      task: of TASKS.
-      split: "train", "dev", "dev_matched", or a slice of one: "dev[:500]", "train[90%:]"; "dev" of MNLI is both genres, or
-        matched alone where the other is not there.
-      option: what the user calls it, such as "config.data.train".
+      files: from `open_files`.
+      task: a key of `TASKS`.
+      split: "train", "dev", "dev_matched", or a slice of one, "dev[:500]" or "train[90%:]". "dev" of MNLI is the matched
+        examples followed by the mismatched ones, as far as their files exist.
+      option: the config key that names the split, for errors, such as "config.data.train".
 
     Raises:
-      UserError: no such split, or an empty one.
+      UserError: the split does not exist, or it is empty.
     """
     match = SLICE.fullmatch(split)
     name = match["name"] if match else split
@@ -214,51 +224,57 @@ def read(files, task: str, split: str, option: str) -> Split:
         raise UserError(
             f"{option} = {split!r} is no split: write 'dev', 'dev[:500]' or 'dev[90%:]'"
         )
-    found = _parts(files, task, name, labels=True)
-    if not found:
+    splits = _read_parts(files, task, name, labels=True)
+    if not splits:
         raise UserError(
-            f"{files.path(task, _first(task, name))} is not there: {option} = {split!r} may name another split,"
+            f"{files.path(task, _first_part(task, name))} is not there: {option} = {split!r} may name another split,"
             " such as 'dev', or a part of one, such as 'dev[:90%]'"
         )
     if match:
-        found = [_sliced(each, match["first"], match["last"]) for each in found]
-    joined = join(found)
+        splits = [_slice(each, match["first"], match["last"]) for each in splits]
+    joined = join(splits)
     if not len(joined):
         raise UserError(f"{option} = {split!r} of {task} has no examples")
     return joined
 
 
 def read_test(files, task: str) -> Split:
-    """Test examples, without labels; of MNLI those of both genres and the diagnostic set, what is there of them.
+    """Reads the test examples, which have no labels.
+
+    For MNLI these are the examples of both genres and of the diagnostic set, as far as their files exist.
+
+    Args:
+      files: from `open_files`.
+      task: a key of `TASKS`.
 
     Raises:
-      UserError: nothing there.
+      UserError: there is no file.
     """
-    found = _parts(files, task, "test", labels=False)
+    splits = _read_parts(files, task, "test", labels=False)
     if task == "mnli":
-        more = files.read(task, DIAGNOSTIC, labels=False)
-        found += [more] if more else []
-    if not found:
+        diagnostic = files.read(task, DIAGNOSTIC, labels=False)
+        splits += [diagnostic] if diagnostic else []
+    if not splits:
         raise UserError(
-            f"{files.path(task, _first(task, 'test'))} is not there: without it there is nothing to submit"
+            f"{files.path(task, _first_part(task, 'test'))} is not there: without it there is nothing to submit"
         )
-    return join(found)
+    return join(splits)
 
 
-def _first(task: str, name: str) -> str:
+def _first_part(task: str, name: str) -> str:
     both = task == "mnli" and name in ("dev", "test")
     return f"{name}_{GENRES[0]}" if both else name
 
 
-def _parts(files, task: str, name: str, labels: bool) -> list[Split]:
+def _read_parts(files, task: str, name: str, labels: bool) -> list[Split]:
     names = [name]
     if task == "mnli" and name in ("dev", "test"):
         names = [f"{name}_{genre}" for genre in GENRES]
-    found = [files.read(task, each, labels) for each in names]
-    return [split for split in found if split is not None]
+    splits = [files.read(task, each, labels) for each in names]
+    return [split for split in splits if split is not None]
 
 
-def _sliced(split: Split, first: str | None, last: str | None) -> Split:
+def _slice(split: Split, first: str | None, last: str | None) -> Split:
     def place(bound, default):
         if bound is None:
             return default
@@ -271,7 +287,7 @@ def _sliced(split: Split, first: str | None, last: str | None) -> Split:
 
 
 def join(splits: Sequence[Split]) -> Split:
-    """Splits after each other; of all or none the labels are known."""
+    """Joins splits one after the other; either all of them have labels, or none."""
     columns = zip(*(split.texts for split in splits), strict=True)
     texts = [list(itertools.chain.from_iterable(column)) for column in columns]
     labels = None
@@ -282,23 +298,23 @@ def join(splits: Sequence[Split]) -> Split:
 
 
 def submission(task: str, predictions: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Files for gluebenchmark.com: {"SST-2.tsv": text}.
+    """Returns the files to submit to gluebenchmark.com, {"SST-2.tsv": content}.
 
     Args:
-      task: of TASKS.
-      predictions: {part of the test set: classes int [n], or numbers for a regression}: "test", or for MNLI "test_matched",
-        "test_mismatched" and "diagnostic".
+      task: a key of `TASKS`.
+      predictions: {part of the test set: class numbers int [n], or numbers for a regression}. The parts are "test", or for
+        MNLI "test_matched", "test_mismatched" and "diagnostic".
 
     Returns:
-      One file a part, with the header "index", "prediction". Classes are written as the task's files have them, numbers with
-      three digits, brought into 0 to 5.
+      One file per part, with the columns "index" and "prediction". Classes are written as in the task's own files. Numbers are
+      clipped to 0..5 and written with three decimals.
     """
     kind, files = TASKS[task], {}
     for part, values in predictions.items():
         if not kind.names:
             cells = [f"{value:.3f}" for value in np.clip(values, 0, 5)]
         else:
-            cells = [kind.names[n] if kind.words else str(int(n)) for n in values]
+            cells = [kind.names[n] if kind.named else str(int(n)) for n in values]
         lines = ["index\tprediction", *(f"{n}\t{cell}" for n, cell in enumerate(cells))]
         files[f"{SUBMITTED.get(part, kind.folder)}.tsv"] = "\n".join(lines) + "\n"
     return files

@@ -1,4 +1,4 @@
-"""GLUE as TFDS prepares it, `DATA_DIR/glue/TASK/VERSION`: ArrayRecord files, read without TensorFlow."""
+"""Reads GLUE as TFDS prepares it: ArrayRecord files in `DATA_DIR/glue/TASK/VERSION`, read without TensorFlow."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +15,20 @@ FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 
 
 class Prepared(NamedTuple):
-    """A folder of TFDS's data sets; examples come in the order of their "idx", which is that of GLUE's files."""
+    """A folder of TFDS datasets; examples come in the order of their "idx", which is the order of GLUE's own files."""
 
     root: Path
 
     def read(self, task: str, part: str, labels: bool) -> Split | None:
-        """One split; None where it is not there.
+        """Reads one split of the newest version; returns None if it is missing.
+
+        Args:
+          task: a key of `glue.TASKS`.
+          part: the split's name in GLUE's own files, such as "train" or "dev_matched".
+          labels: whether the split has labels.
 
         Raises:
-          UserError: files in another format, damaged, or of another data set.
+          UserError: the files are in another format, damaged, or of another dataset.
         """
         path, kind = self.path(task, part).parent, TASKS[task]
         versions = [p.parent for p in path.glob("*/dataset_info.json")]
@@ -40,8 +45,8 @@ class Prepared(NamedTuple):
                 f" `tfds build glue/{path.name} --file_format=array_record --data_dir={self.root}`"
             )
         features = dict(builder.info.features)
-        wanted = [*kind.features, "idx", *(["label"] if labels else [])]
-        if lacking := [name for name in wanted if name not in features]:
+        required = [*kind.features, "idx", *(["label"] if labels else [])]
+        if lacking := [name for name in required if name not in features]:
             raise UserError(
                 f"{newest} is not GLUE's {task}: it lacks {', '.join(lacking)} and has {', '.join(sorted(features))}"
             )
@@ -56,11 +61,11 @@ class Prepared(NamedTuple):
             [row[name].bytes_list.value[0].decode() for row in rows]
             for name in kind.features
         )
-        found = _labels(kind, features["label"], rows, newest) if labels else None
-        return Split(texts, found, {part: len(rows)})
+        values = _labels(kind, features["label"], rows, newest) if labels else None
+        return Split(texts, values, {part: len(rows)})
 
     def path(self, task: str, part: str) -> Path:
-        """What lies where, but for the version: folder of a config, name of a split."""
+        """Returns the folder of a task without its version, followed by the name of a split in TFDS."""
         if part == DIAGNOSTIC:
             return self.root / "glue" / "ax" / "test"
         return self.root / "glue" / task / part.replace("dev", "validation")
@@ -68,9 +73,9 @@ class Prepared(NamedTuple):
 
 def _rows(records, name: str) -> list:
     try:
-        found = records.__getitems__(range(len(records)))
-        return [tf_example_pb2.Example.FromString(row).features.feature for row in found]  # fmt: skip
-    # What ArrayRecord and protobuf raise for damaged files.
+        rows = records.__getitems__(range(len(records)))
+        return [tf_example_pb2.Example.FromString(row).features.feature for row in rows]  # fmt: skip
+    # ArrayRecord and protobuf raise these for damaged files.
     except (RuntimeError, IndexError, DecodeError) as error:
         raise UserError(
             f"cannot read {name}: {' '.join(str(error).split())}; delete and prepare it again"
@@ -80,10 +85,10 @@ def _rows(records, name: str) -> list:
 def _labels(kind, feature, rows, path: Path) -> np.ndarray:
     if not kind.names:
         return np.array([row["label"].float_list.value[0] for row in rows], np.float32)
-    theirs = getattr(feature, "names", ())
-    if set(theirs) != set(kind.names):
+    tfds_names = getattr(feature, "names", ())
+    if set(tfds_names) != set(kind.names):
         raise UserError(
-            f"{path} has the labels {', '.join(theirs)}, not {', '.join(kind.names)}"
+            f"{path} has the labels {', '.join(tfds_names)}, not {', '.join(kind.names)}"
         )
-    ours = np.array([kind.names.index(name) for name in theirs], np.int32)
-    return ours[[row["label"].int64_list.value[0] for row in rows]]
+    numbers = np.array([kind.names.index(name) for name in tfds_names], np.int32)
+    return numbers[[row["label"].int64_list.value[0] for row in rows]]

@@ -1,7 +1,7 @@
-"""A set of images under one view: what all tasks of images share.
+"""Datasets of images: the parts that all image tasks share.
 
-A task of `data/tasks` makes one `ImageSet`. It says which annotation its images have, which arrays a batch holds beside
-the pixels, and how training batches change and answers are printed.
+An image task in `data/tasks` makes one `ImageSet`. The task decides which annotation its images have, which arrays a batch
+holds in addition to the pixels, how training batches are augmented, and how predictions are printed.
 """
 
 import dataclasses
@@ -17,36 +17,36 @@ from squeeze_jax.data import photos, pipeline, survey, vision
 from squeeze_jax.data.annotations import Annotation
 from squeeze_jax.data.normalise import check_normalisation, normalised, per_channel
 from squeeze_jax.data.pipeline import Batch, Batches
-from squeeze_jax.data.reader import Reader, readers
+from squeeze_jax.data.reader import ImageReader, readers
 from squeeze_jax.data.source import Source
 
 
 def unchanged(key: jax.Array, batch: dict) -> dict:
-    """Returns a training batch as it is: the reader has augmented it."""
+    """Returns a training batch as it is, because the reader has already augmented it."""
     del key
     return batch
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A data set of images, see `pipeline.Data`; `make` builds it.
+    """A dataset of images, see `pipeline.Data`; `make` builds it.
 
     Batches are dicts of numpy arrays: "image" uint8 [b, h, w, c], the `arrays` of the task, "mask" bool [b] (False: padding
     or a skipped image), "index" int64 [b].
 
     Attributes:
-      label_names: of the classes.
-      view: how images are looked at.
-      train_reader, eval_reader: the two splits.
+      label_names: the names of the classes.
+      view: the size and the transforms of the images.
+      train_reader, eval_reader: read the two splits.
       mean, std: of the pixels, see `inputs`.
-      workers, threads: processes and threads that prepare batches.
-      arrays: {name: (shape of one row, dtype)} of what a batch tells about its images.
-      having: what the images have, for `describe`, such as " with boxes".
+      workers, threads: the numbers of processes and threads that prepare batches.
+      arrays: {name: (shape of one row, dtype)} of the batch arrays that go to the devices, besides "image" and "mask".
+      having: the kind of annotation, for `describe`, such as " with boxes".
       objective, metrics: see `pipeline.Data`.
-      augment: (key, batch) → batch: random changes of a training batch, under jit.
+      augment: (key, batch) → batch, changes a training batch at random under jit.
       fixed: whether a training example is the same each time it comes.
-      predict: see `pipeline.Data`; None where a task prints no answers.
-      notes: lines of the plan before training.
+      predict: see `pipeline.Data`; None if the task prints no predictions.
+      notes: lines of the plan that is printed before training.
     """
 
     reads = "images"
@@ -55,8 +55,8 @@ class ImageSet:
 
     label_names: tuple[str, ...]
     view: vision.View
-    train_reader: Reader
-    eval_reader: Reader
+    train_reader: ImageReader
+    eval_reader: ImageReader
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int
@@ -72,19 +72,22 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int:
+        """The number of classes."""
         return len(self.label_names)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Returns (h, w, c) of an image."""
+        """(h, w, c) of an image."""
         return self.view.shape
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         return {"num_classes": self.num_classes}
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         size = "{}x{}x{}".format(*self.shape)
         return (
             f"{self.num_train:,} train + {self.num_eval:,} test images at {size}{self.having},"
@@ -93,31 +96,36 @@ class ImageSet:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
         return {"image": jax.ShapeDtypeStruct(self.shape, jnp.float32)}
 
     @property
     def num_train(self) -> int:
+        """The number of training images."""
         return len(self.train_reader)
 
     @property
     def num_eval(self) -> int:
+        """The number of evaluation images."""
         return len(self.eval_reader)
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Batches:
         """Returns the endless stream of shuffled, augmented batches, see `pipeline.training`."""
-        how = dict(workers=self.workers, threads=self.threads)
-        return pipeline.training(self.train_reader, batch, seed, start, process, **how)
+        options = dict(workers=self.workers, threads=self.threads)
+        return pipeline.training(
+            self.train_reader, batch, seed, start, process, **options
+        )
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
         """Returns each evaluation image once and in order, see `pipeline.evaluation`.
 
         Raises:
-          UserError: also while iterating, for an image that cannot be decoded.
+          UserError: the processes cannot share the batch evenly; or, while iterating, an image cannot be decoded.
         """
-        how = dict(workers=self.workers, threads=self.threads)
-        return pipeline.evaluation(self.eval_reader, batch, process, **how)
+        options = dict(workers=self.workers, threads=self.threads)
+        return pipeline.evaluation(self.eval_reader, batch, process, **options)
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Returns the one shape that all batches have."""
@@ -130,17 +138,22 @@ class ImageSet:
         ]
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns (x / 255 - mean) / std of a batch's pixels, float32 [b, h, w, c]."""
+        """Returns the normalised pixels of a batch, (x / 255 - mean) / std, float32 [b, h, w, c]."""
         return normalised(batch["image"], self.mean, self.std)
 
     def example(self) -> jax.ShapeDtypeStruct:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
 
     def decode(self, image: bytes | str | os.PathLike, name: str = "") -> np.ndarray:
-        """Returns uint8 [h, w, c] of an encoded image, or of a file by its path, as evaluation sees it.
+        """Returns an image as evaluation sees it, uint8 [h, w, c].
+
+        Args:
+          image: the bytes of an encoded image, or the path of a file.
+          name: the name of the bytes in errors.
 
         Raises:
-          UserError: no such file, or no image; calls it by its path, or bytes by `name`.
+          UserError: there is no such file, or it is not an image.
         """
         return photos.decode(image, self.view, name)
 
@@ -164,19 +177,19 @@ def make(
     predict: Callable[[Sequence[str], Callable], Iterator[str]] | None = None,
     notes: Sequence[str] = (),
 ) -> ImageSet:
-    """Puts the images of a source under a view.
+    """Makes a dataset of the images of a source under a view.
 
     Args:
-      source: the data set.
-      view: how images are looked at.
-      mean, std: of the pixels in units of 0..1, one number or one a channel.
+      source: the images.
+      view: the size and the transforms of the images.
+      mean, std: of the pixels in units of 0..1, one number or one per channel.
       workers, threads, cache_mb, corrupt: see `tasks/images.py`.
       arrays, objective, metrics, having, augment, predict: see `ImageSet`.
       annotation: the kind of annotation that moves with the pixels; None for images that have a label.
-      notes: lines of the plan, beside those about files left out and changes of the stored images.
+      notes: further lines of the plan, after those about files left out and changes of the stored images.
 
     Raises:
-      UserError: another number of means or deviations than channels; a deviation that is not positive.
+      UserError: the number of means or deviations does not fit the channels, or a deviation is not positive.
     """
     mean, std = per_channel(mean), per_channel(std)
     check_normalisation(mean, std, view.channels)
@@ -199,10 +212,10 @@ def make(
         augment=augment,
         fixed=still and augment is unchanged,
         predict=predict,
-        notes=(*survey.notes(source, view), *notes),
+        notes=(*survey.plan_notes(source, view), *notes),
     )
 
 
 def class_name(label_names: Sequence[str], label: int) -> str:
-    """Returns a label's name; a network may have more classes than the data name."""
+    """Returns the name of a class; "class 7" if the dataset has no name for it, because a network may have more classes."""
     return label_names[label] if label < len(label_names) else f"class {label}"

@@ -1,8 +1,8 @@
-"""Masked tokens, chosen on the accelerator: which, and what stands in their places.
+"""Chooses tokens and masks them on the accelerator, for masked language models.
 
-Devlin et al., arXiv 1810.04805, section 3.1: of the tokens a share is chosen; of these 80% become [MASK], 10% a random
-token, and 10% stay. They are chosen anew whenever a sequence is seen (Liu et al., arXiv 1907.11692, section 4.1), here as a
-function of one number of each row, so that the same number chooses the same tokens on any machine and in any batch.
+As in Devlin et al., arXiv 1810.04805, section 3.1, a share of the tokens is chosen; 80% of these become [MASK], 10% become a
+random token, and 10% stay. The choice is made anew whenever a sequence is seen (Liu et al., arXiv 1907.11692, section 4.1).
+Here it is a function of one number per row, so the same number chooses the same tokens on any machine and in any batch.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from squeeze_jax.errors import UserError
 
 
 class Masking(NamedTuple):
-    """How tokens are masked; see `make`.
+    """The options of masking; `make` builds them.
 
     Attributes:
-      mask: the id that stands for a masked token.
-      size: of the vocabulary, from which random tokens come.
+      mask: the id of the mask token.
+      size: of the vocabulary, from which random tokens are drawn.
       special: ids that are never chosen.
-      share: of the tokens that may be chosen, in (0, 1).
-      positions: at most so many of a sequence.
-      masked, random: shares of those chosen that become `mask`, and a random token.
-      continues: bool [size], whether a token goes on with the word before it, or None to choose tokens by themselves.
+      share: the fraction of the other tokens that is chosen, in (0, 1).
+      positions: the largest number of chosen tokens in a sequence.
+      masked, random: the fractions of the chosen tokens that become `mask`, and a random token; the others stay.
+      continues: bool [size], whether a token continues the word before it, to choose whole words; None to choose single tokens.
     """
 
     mask: int
@@ -48,10 +48,16 @@ def make(
     random: float,
     whole_words: bool,
 ) -> Masking:
-    """Checks how tokens shall be masked.
+    """Checks and returns the options of masking.
+
+    Args:
+      tokenizer: has the vocabulary and the special tokens.
+      share, positions, masked, random: see `Masking`.
+      whole_words: whether either all tokens of a word are chosen, or none.
 
     Raises:
-      UserError: shares out of range, a tokenizer without a mask, or words that cannot be told.
+      UserError: fractions out of range, a tokenizer without a mask token, or, for `whole_words`, a vocabulary that does not
+        mark where words begin.
     """
     if not 0 < share < 1:
         raise UserError(f"config.data.share = {share} should lie between 0 and 1")
@@ -78,12 +84,12 @@ def make(
 
 
 def continuations(tokenizer: Tokenizer) -> np.ndarray:
-    """Whether each token goes on with the word before it, bool [size].
+    """Returns whether each token of the vocabulary continues the word before it, bool [size].
 
-    WordPiece marks those that do with "##", byte-level pairs those that do not with a space, "Ġ".
+    WordPiece marks such tokens with "##". Byte-level BPE marks the other tokens with a space, "Ġ".
 
     Raises:
-      UserError: a vocabulary with neither mark.
+      UserError: the vocabulary has neither mark.
     """
     tokens = [tokenizer.token(id) for id in range(tokenizer.size)]
     for mark, continues in ("##", True), ("Ġ", False):
@@ -96,92 +102,99 @@ def continuations(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def apply(
-    draws: jax.Array, tokens: jax.Array, attended: jax.Array, how: Masking
+    draws: jax.Array, tokens: jax.Array, attended: jax.Array, options: Masking
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Chooses max(1, round(share n)) of the n tokens that may be, at most `positions`, without repetition; under jit.
+    """Chooses tokens of each row at random and masks them; runs under jit.
 
-    Where words are kept whole it takes words in random order until so many tokens are chosen, and passes over those of
-    more tokens than are still wanted; fewer are chosen where all that are left have more.
+    In a row with n tokens that may be chosen it chooses max(1, round(share * n)), at most `positions`, and none twice. To keep
+    words whole, it takes words in random order until that many tokens are chosen. It passes over words that have more tokens
+    than are still wanted, and chooses fewer tokens if all words left are too long.
 
     Args:
-      draws: int [b], the number of each row.
-      tokens, attended: [b, l]; what is not attended is not chosen, nor are special tokens.
-      how: see `make`.
+      draws: int [b], the random number that decides the choice in each row.
+      tokens: int32 [b, l].
+      attended: bool [b, l], the padding mask; padding is never chosen, nor are special tokens.
+      options: see `Masking`.
 
     Returns:
-      The masked tokens [b, l], and of p = min(positions, l) places: where they are int32 [b, p], what was there int32
-      [b, p], and which count, bool [b, p]: where there are fewer to choose the others point to anything.
+      The masked tokens [b, l]; then, with p = min(positions, l), the chosen positions int32 [b, p], the tokens that were there
+      before, int32 [b, p], and whether each of the p entries counts, bool [b, p]. If fewer than p tokens are chosen, the
+      entries that do not count hold arbitrary positions.
     """
-    return jax.vmap(lambda *row: _apply(*row, how))(draws, tokens, attended)
+    return jax.vmap(lambda *row: _mask_row(*row, options))(draws, tokens, attended)
 
 
-def on_host(how: Masking) -> Callable[..., np.ndarray]:
-    """Returns `(draws, tokens, attended) → tokens` as `apply` masks them, numpy, on the CPU and for any thread."""
-    run = jax.jit(lambda *rows: apply(*rows, how)[0])
+def on_host(options: Masking) -> Callable[..., np.ndarray]:
+    """Returns a function of numpy arrays (draws, tokens, attended) that returns the tokens as `apply` masks them.
+
+    It computes on the CPU and may be called from any thread.
+    """
+    run = jax.jit(lambda *rows: apply(*rows, options)[0])
 
     def masked(*arrays):
         rows = len(arrays[0])
-        # As few shapes as there are powers of two.
-        more = (1 << (rows - 1).bit_length()) - rows
-        padded = [np.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        # Padding to a power of two keeps the number of compiled shapes small.
+        extra = (1 << (rows - 1).bit_length()) - rows
+        padded = [np.pad(a, [(0, extra)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return np.array(run(*padded)[:rows])
 
     return masked
 
 
-def _apply(draw, tokens, attended, how):
+def _mask_row(draw, tokens, attended, options):
     length = len(tokens)
-    special = jnp.array(how.special, jnp.int32)
-    may = attended & (tokens[:, None] != special).all(-1)
-    count = jnp.round(how.share * may.sum()).astype(jnp.int32)
-    count = jnp.where(may.any(), jnp.maximum(count, 1), 0)
-    count = jnp.minimum(count, how.positions)
-    places = min(how.positions, length)
-    # All at once, as each call takes long to compile.
-    noise = jax.random.uniform(jax.random.key(draw), (length + 2 * places,))
-    noise, action, other = jnp.split(noise, [length, length + places])
-    if how.continues is None:
-        _, at = jax.lax.top_k(jnp.where(may, noise, -1.0), places)
-        chosen = jnp.arange(places) < count
+    special = jnp.array(options.special, jnp.int32)
+    maskable = attended & (tokens[:, None] != special).all(-1)
+    count = jnp.round(options.share * maskable.sum()).astype(jnp.int32)
+    count = jnp.where(maskable.any(), jnp.maximum(count, 1), 0)
+    count = jnp.minimum(count, options.positions)
+    num_positions = min(options.positions, length)
+    # All random numbers are drawn in one call, because each call takes long to compile.
+    noise = jax.random.uniform(jax.random.key(draw), (length + 2 * num_positions,))
+    noise, action, other = jnp.split(noise, [length, length + num_positions])
+    if options.continues is None:
+        _, positions = jax.lax.top_k(jnp.where(maskable, noise, -1.0), num_positions)
+        chosen = jnp.arange(num_positions) < count
     else:
-        at, chosen = _words(noise, tokens, may, count, how)
-        at, chosen = at[:places], chosen[:places]
-    targets = tokens[at]
-    fresh = jnp.floor(other * how.size).astype(tokens.dtype)
-    new = jnp.where(action < how.masked + how.random, fresh, targets)
-    new = jnp.where(action < how.masked, how.mask, new)
-    # Beyond the end is nowhere.
-    where = jnp.where(chosen, at, length)
-    return tokens.at[where].set(new, mode="drop"), at.astype(jnp.int32), targets, chosen
+        positions, chosen = _choose_words(noise, tokens, maskable, count, options)
+        positions, chosen = positions[:num_positions], chosen[:num_positions]
+    targets = tokens[positions]
+    random_tokens = jnp.floor(other * options.size).astype(tokens.dtype)
+    new = jnp.where(action < options.masked + options.random, random_tokens, targets)
+    new = jnp.where(action < options.masked, options.mask, new)
+    # Positions that are not chosen point beyond the end, where `set` drops them.
+    destinations = jnp.where(chosen, positions, length)
+    masked = tokens.at[destinations].set(new, mode="drop")
+    return masked, positions.astype(jnp.int32), targets, chosen
 
 
-def _words(noise, tokens, may, count, how):
-    """Positions, those that are chosen before the others, and which these are, both [l]."""
+def _choose_words(noise, tokens, maskable, count, options):
+    """Returns all positions, the chosen ones first, and whether each is chosen, both [l]."""
     length = len(tokens)
-    first = ~jnp.roll(may, 1).at[0].set(False)
-    word = jnp.cumsum(first | ~jnp.asarray(how.continues)[tokens]) - 1
-    # The sort keeps the tokens of a word together.
-    rank = jnp.where(may, noise[word], 2.0)
-    at = jnp.argsort(rank, stable=True)
-    word, may = word[at], may[at]
+    first = ~jnp.roll(maskable, 1).at[0].set(False)
+    word = jnp.cumsum(first | ~jnp.asarray(options.continues)[tokens]) - 1
+    # The sort puts words in random order and keeps the tokens of a word together.
+    rank = jnp.where(maskable, noise[word], 2.0)
+    positions = jnp.argsort(rank, stable=True)
+    word, maskable = word[positions], maskable[positions]
 
-    def of_words(reduce, values):
-        """What is reduced over the tokens of a word, for each of its tokens."""
+    def reduce_words(reduce, values):
+        """Reduces values over the tokens of each word; returns the result for each token."""
         return getattr(jnp.zeros(length, jnp.int32).at[word], reduce)(values)[word]
 
-    sizes = of_words("add", may.astype(jnp.int32))
+    sizes = reduce_words("add", maskable.astype(jnp.int32))
 
     def fitting(chosen):
-        return may & ~chosen & (sizes <= count - chosen.sum())
+        return maskable & ~chosen & (sizes <= count - chosen.sum())
 
     def take(chosen):
-        # One after the other up to the first that does not fit: it will not come again.
+        # Takes words in order until one exceeds the count. That word no longer fits, so the next iteration skips it.
         words = fitting(chosen)
-        ends = of_words("max", jnp.cumsum(words))
+        ends = reduce_words("max", jnp.cumsum(words))
         return chosen | (words & (ends <= count - chosen.sum()))
 
     start = jnp.zeros(length, bool)
     chosen = jax.lax.while_loop(lambda chosen: fitting(chosen).any(), take, start)
     order = jnp.argsort(~chosen, stable=True)
-    return at[order], chosen[order]
+    return positions[order], chosen[order]

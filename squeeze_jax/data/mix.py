@@ -3,8 +3,8 @@
 mixup (arXiv 1710.09412): x = λ x_i + (1 - λ) x_j, y = λ y_i + (1 - λ) y_j, λ ~ Beta(α, α).
 CutMix (arXiv 1905.04899): a box of x_j, of about 1 - λ of the area, is pasted into x_i; y is weighted by the areas.
 
-Each example has its own λ; its partner is the next of the batch, which the shuffled order makes as random as any, and which
-needs no traffic between devices but one row.
+Each example has its own λ. Its partner is the next example of the batch: the shuffled order makes that choice random, and
+devices exchange only one row.
 """
 
 import jax
@@ -12,26 +12,27 @@ import jax.numpy as jnp
 
 
 def augment(key, batch, *, num_classes: int, mixup: float, cutmix: float):
-    """Mixes each example with its neighbour; with both strengths given, half of the examples each way.
+    """Mixes each example with the next one of the batch, by mixup or CutMix.
 
-    An example that is masked, or whose neighbour is, stays as it is.
+    If both are on, a random half of the examples is mixed by each. An example stays as it is if it or its neighbour has
+    "mask" False.
 
     Args:
       key: a jax random key.
-      batch: dict with "image" [b, h, w, c], "label" int [b], "mask" bool [b]; other entries pass through.
-      num_classes: width of the soft labels.
-      mixup, cutmix: α of the Beta distributions; 0 is off. With both off the batch comes back as it is.
+      batch: dict with "image" [b, h, w, c], "label" int [b], "mask" bool [b]; other entries stay as they are.
+      num_classes: the width of the soft labels.
+      mixup, cutmix: α of the Beta distributions; 0 is off. With both off, the batch is returned unchanged.
 
     Returns:
-      The batch with "label" float32 [b, num_classes], rows summing to 1, and "image" float32 in its old range (its old
-      dtype where only CutMix is on).
+      The batch with "label" float32 [b, num_classes], whose rows sum to 1, and "image" float32 in its old range, or in its
+      old dtype if only CutMix is on.
     """
     if not mixup and not cutmix:
         return batch
     images, mask = batch["image"], batch["mask"]
     b, h, w, _ = images.shape
     labels = jax.nn.one_hot(batch["label"], num_classes)
-    # Mixed with others a label that is no class could not be told any more.
+    # A label that is not a class becomes NaN, because it could not be detected after mixing.
     outside = (batch["label"] < 0) | (batch["label"] >= num_classes)
     labels = jnp.where((outside & batch["mask"])[:, None], jnp.nan, labels)
     whole = ~(mask & jnp.roll(mask, -1))
@@ -53,7 +54,7 @@ def augment(key, batch, *, num_classes: int, mixup: float, cutmix: float):
 
 
 def blend(images, labels, lam):
-    """mixup of [b, h, w, c] and [b, classes] by λ [b]; float32 images."""
+    """Returns images [b, h, w, c] and labels [b, classes] mixed by mixup with λ [b]; images become float32."""
     pixel = lam[:, None, None, None]
     images = images.astype(jnp.float32)
     images = pixel * images + (1 - pixel) * jnp.roll(images, -1, axis=0)
@@ -62,7 +63,12 @@ def blend(images, labels, lam):
 
 
 def paste(images, labels, boxes):
-    """CutMix of [b, h, w, c] and [b, classes] by boxes, int [b, 4]: top, bottom, left, right, ends excluded."""
+    """Returns images [b, h, w, c] and labels [b, classes] mixed by CutMix.
+
+    Args:
+      images, labels: of the batch.
+      boxes: int [b, 4]: top, bottom, left, right; bottom and right are excluded.
+    """
     _, h, w, _ = images.shape
     top, bottom, left, right = (boxes[:, i, None, None] for i in range(4))
     y, x = jnp.arange(h)[None, :, None], jnp.arange(w)[None, None, :]
@@ -73,7 +79,7 @@ def paste(images, labels, boxes):
 
 
 def boxes(key, lam, h: int, w: int):
-    """Random boxes, int [b, 4], of sides sqrt(1 - λ) of the image's, clipped at its border; λ [b]."""
+    """Returns random boxes, int [b, 4], whose sides are sqrt(1 - λ) of the image's, clipped at its border; λ is [b]."""
     cut = jnp.sqrt(1 - lam)
     across, down = jax.random.split(key)
 

@@ -1,4 +1,4 @@
-"""From pixels 0..255 to the numbers that networks read."""
+"""Normalises pixels 0..255 by mean and standard deviation."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from squeeze_jax.errors import UserError
 
 def per_channel(numbers: float | Sequence[float]) -> tuple[float, ...]:
     """Returns one number, or one for each channel, as a tuple of floats."""
-    one = isinstance(numbers, int | float)
-    return (float(numbers),) if one else tuple(map(float, numbers))
+    is_single = isinstance(numbers, int | float)
+    return (float(numbers),) if is_single else tuple(map(float, numbers))
 
 
 def check_normalisation(
@@ -27,6 +27,11 @@ def check_normalisation(
 
 
 def normalised(images, mean: Sequence[float], std: Sequence[float]):
-    """Returns (x / 255 - mean) / std of [b, h, w, c] pixels of any dtype; a jnp function, float32."""
+    """Returns (x / 255 - mean) / std, float32, for pixels [b, h, w, c] of any dtype; runs under jit.
+
+    Args:
+      images: the pixels.
+      mean, std: in units of 0..1, one number or one per channel.
+    """
     mean, std = (jnp.array(v, jnp.float32) for v in (mean, std))
     return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std

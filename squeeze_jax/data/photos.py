@@ -1,6 +1,6 @@
-"""Image files: which files of a folder or archive are images, which are left out, and decoding one by its path.
+"""Image files: finds the images in a folder or archive, describes the files that are left out, and decodes single images.
 
-Training, pairs and the job predict share this list of suffixes and this walk over folders.
+Image sources and the job predict share this list of suffixes and this walk over folders.
 """
 
 import os
@@ -18,12 +18,12 @@ SUFFIXES = (
     *(".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
     *(".jp2", ".j2k"),
 )
-# Folders and files, in lower case, that systems put among the user's; names with a leading dot are hidden anyway.
+# Lower-case names of folders and files that operating systems add; names with a leading dot are always hidden.
 SYSTEM = (
     *("__macosx", "@eadir", "$recycle.bin", "system volume information"),
     *("lost+found", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 )
-NAMED = 3  # files that a line names before it only counts
+NAMED = 3  # the number of files that a line names; it only counts the others
 
 
 class Listing(NamedTuple):
@@ -38,54 +38,64 @@ class Listing(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder of that name is hidden or belongs to the operating system."""
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder with this name is hidden or belongs to the operating system."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of that name is an image by its suffix, in upper or lower case."""
+    """Returns whether a file with this name is an image, judged by its suffix in upper or lower case."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def refuse(error: OSError) -> None:
-    """Raises a UserError for a folder that the system does not let us read."""
+def raise_unreadable(error: OSError) -> None:
+    """Raises a UserError for a folder that cannot be read."""
     raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
 
-def walk(folder: Path, unreadable: Callable[[OSError], None] = refuse) -> list[str]:
-    """Lists the paths of all files below a folder, links followed; a hidden folder is one path that ends in "/".
+def walk(
+    folder: Path, unreadable: Callable[[OSError], None] = raise_unreadable
+) -> list[str]:
+    """Lists the paths of all files below a folder, and follows links.
 
-    A link to one of the folders around it is listed like a hidden folder.
+    A hidden folder is not entered: it is one path that ends in "/". The same holds for a link to one of the folders that
+    contain it.
 
     Args:
-      folder: where to begin.
-      unreadable: is called for a folder that cannot be read, and is a UserError unless given.
+      folder: the folder.
+      unreadable: is called for a folder that cannot be read; by default it raises a UserError.
+
+    Returns:
+      The paths, relative to `folder`.
     """
     real = folder.resolve()
-    around = {str(folder): (real, *real.parents)}
+    ancestors_of = {str(folder): (real, *real.parents)}
     paths = []
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        below = PurePosixPath(Path(place).relative_to(folder).as_posix())
-        above = around.pop(place)
+        relative = PurePosixPath(Path(place).relative_to(folder).as_posix())
+        ancestors = ancestors_of.pop(place)
         for name in list(folders):
-            # A link to a folder around it would be walked without end.
-            inside = Path(place, name).resolve()
-            if hidden(name) or inside in above:
+            # Following a link to a folder that contains it would never end.
+            target = Path(place, name).resolve()
+            if is_hidden(name) or target in ancestors:
                 folders.remove(name)
-                paths.append(f"{below / name}/")
+                paths.append(f"{relative / name}/")
             else:
-                around[os.path.join(place, name)] = (inside, *above)
-        paths += [str(below / name) for name in files]
+                ancestors_of[os.path.join(place, name)] = (target, *ancestors)
+        paths += [str(relative / name) for name in files]
     return paths
 
 
-def listed(paths: Iterable[str]) -> Listing:
-    """Separates images from other files; everything below a hidden folder counts as that folder."""
+def separate_images(paths: Iterable[str]) -> Listing:
+    """Separates images from other files; all paths below a hidden folder become the one path of that folder.
+
+    Args:
+      paths: as `walk` returns them.
+    """
     images, left_out = [], set()
     for path in paths:
         parts = path.removesuffix("/").split("/")
-        cut = next((i for i, part in enumerate(parts) if hidden(part)), None)
+        cut = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
         if cut is not None and cut + 1 < len(parts):
             left_out.add("/".join(parts[: cut + 1]) + "/")
         elif cut is None and not path.endswith("/") and is_image(path):
@@ -97,28 +107,33 @@ def listed(paths: Iterable[str]) -> Listing:
 
 
 def describe(left_out: Sequence[str]) -> str:
-    """Counts and names what a listing leaves out, such as "1 hidden folder (a/.b), 2 .txt files (a/c.txt, a/d.txt)"."""
+    """Counts and names the paths that a listing leaves out: "1 hidden folder (a/.b), 2 .txt files (a/c.txt, a/d.txt)"."""
     kinds = {}
     for path in left_out:
         kinds.setdefault(_kind(path), []).append(path.removesuffix("/"))
     return ", ".join(
-        f"{len(paths)} {kind}{'s' if len(paths) > 1 else ''} ({some(paths)})"
+        f"{len(paths)} {kind}{'s' if len(paths) > 1 else ''} ({join_names(paths)})"
         for kind, paths in kinds.items()
     )
 
 
-def some(names: Sequence[str]) -> str:
-    """Joins the first names with commas, and dots if there are more."""
+def join_names(names: Sequence[str]) -> str:
+    """Returns the first `NAMED` names joined with commas, and "..." if there are more names."""
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def decode(
     image: bytes | str | os.PathLike, view: vision.View, name: str = ""
 ) -> np.ndarray:
-    """Returns uint8 [h, w, c] of an encoded image, or of a file by its path, as evaluation sees it.
+    """Returns an image as evaluation sees it, uint8 [h, w, c].
+
+    Args:
+      image: the bytes of an encoded image, or the path of a file.
+      view: the size and the transforms.
+      name: the name of the bytes in errors.
 
     Raises:
-      UserError: no such file, or no image; calls it by its path, or bytes by `name`.
+      UserError: there is no such file, or it is not an image.
     """
     if not isinstance(image, bytes):
         name, path = str(image), Path(image)
@@ -132,17 +147,17 @@ def decode(
         raise UserError(f"cannot decode image {name}: {error}") from None
 
 
-def find(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Lists the files that the job predict answers, and what it leaves out.
+def find_images(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Lists the image files for the job predict, and describes the files that it leaves out.
 
     Args:
-      arguments: files, which need no suffix of images and may be missing, and folders, which are searched in depth.
+      arguments: files and folders. Files may have any suffix and may be missing; folders are searched in depth.
 
     Returns:
-      The paths in order, and for each folder a line that counts and names the files in it that are not listed.
+      The paths in order, and for each folder a line that counts and names the files left out.
 
     Raises:
-      UserError: no argument, an empty one, only one and that is missing, folders without images.
+      UserError: there is no argument, an argument is empty, the only argument is missing, or no folder holds an image.
     """
     if not arguments:
         raise UserError(
@@ -153,19 +168,19 @@ def find(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
         if not str(argument):
             raise UserError("the name of an image file is empty: name a file or folder")
         path = Path(argument)
-        if not os.path.isdir(path):  # False also of a name that is too long
+        if not os.path.isdir(path):  # also False for a name that is too long
             if len(arguments) == 1 and not os.path.lexists(path):
                 raise UserError(f"no such file or folder: {path}")
             files.append(path)
             continue
-        closed = []
-        listing = listed(walk(path, closed.append))
-        # A folder that cannot be read has its line among the answers.
-        files += [Path(error.filename) for error in closed]
+        errors = []
+        listing = separate_images(walk(path, errors.append))
+        # A folder that cannot be read is listed as a file, so that the job prints a line about it.
+        files += [Path(error.filename) for error in errors]
         if listing.left_out:
             lines.append(f"left out in {path}: {describe(listing.left_out)}")
         if not listing.images and not files and len(arguments) == 1:
-            raise UserError(f"{path} holds no image{_instead(listing.left_out)}")
+            raise UserError(f"{path} holds no image{_why_no_image(listing.left_out)}")
         if not listing.images:
             lines.append(f"{path} holds no image")
         files += [path / image for image in listing.images]
@@ -174,7 +189,7 @@ def find(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     return files, lines
 
 
-def _instead(left_out: Sequence[str]) -> str:
+def _why_no_image(left_out: Sequence[str]) -> str:
     if left_out:
         return f": left out {describe(left_out)}; images end in {' '.join(SUFFIXES)}"
     return f" (looked for {' '.join(SUFFIXES)})"
@@ -183,8 +198,8 @@ def _instead(left_out: Sequence[str]) -> str:
 def _kind(path: str) -> str:
     name = PurePosixPath(path).name
     if path.endswith("/"):
-        return "hidden folder" if hidden(name) else "backward link"
-    if hidden(name):
+        return "hidden folder" if is_hidden(name) else "backward link"
+    if is_hidden(name):
         return "hidden file"
     if is_image(path):
         return "misplaced image"

@@ -1,9 +1,9 @@
-"""What data are, and the input pipeline: which example comes when, and batches, by Grain.
+"""The interface `Data` of all datasets, and the input pipeline, which orders examples and prepares batches with Grain.
 
-The training stream is endless, and what stands at its position p is a pure function of (seed, p): Grain's index shuffle says
-which example of which epoch it is, and a counter-based generator (Philox) gives the random numbers of its augmentation. So a
-run resumes at any batch, any number of processes share a global batch, and threads or worker processes change nothing but
-the speed.
+The training stream is endless, and the example at its position p is a pure function of (seed, p). Grain's index shuffle
+decides which example of which epoch it is, and the counter-based generator Philox gives the random numbers of its
+augmentation. So a run can resume at any batch, any number of processes can share a global batch, and the numbers of threads
+and worker processes change only the speed.
 """
 
 import multiprocessing
@@ -27,14 +27,14 @@ Batch = dict[str, np.ndarray]
 
 
 def make(name: str = "images", **options) -> "Data":
-    """Opens data; the parameters are the keys of `config.data`.
+    """Opens a dataset; the parameters are the keys of `config.data`.
 
     Args:
-      name: a file of `data/tasks`: what kind of examples.
-      **options: of its `make`.
+      name: the kind of examples: a file of `data/tasks`, without ".py", or the path of a Python file.
+      **options: the parameters of that file's `make`.
 
     Raises:
-      UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
+      UserError: a key is unknown or missing, a value is out of range, or the file itself raises an error.
     """
     module = registry.load(TASKS, name, "kind of data")
     registry.check(module.make, options, "config.data")
@@ -49,24 +49,24 @@ def make(name: str = "images", **options) -> "Data":
 
 
 class Data(Protocol):
-    """Examples of one kind, to train and to evaluate on; a file of `data/tasks` makes it.
+    """A dataset with a training and an evaluation split; a file of `data/tasks` makes it.
 
-    A batch is a dict of numpy arrays [b, ...]: what a network reads, its label, "mask" bool [b] (False: padding or a
-    skipped example; weight 0), "index" int64 [b] (which example of the split; -1 for padding).
+    A batch is a dict of numpy arrays [b, ...]: the network inputs, the labels, "mask" bool [b] (False: padding or a skipped
+    example, which has weight 0), and "index" int64 [b] (the example in the split; -1 for padding).
 
     Attributes:
-      reads: what its networks read, as the INPUTS of a model's file: "images" or "tokens".
-      noun: of one example, as in "MACs per image".
-      describe: what there is, in a phrase.
-      num_train, num_eval: examples.
-      label_names: of the classes; empty where there are none.
-      model: options of `models.make` that the data decide, where a config leaves them open.
-      objective: the loss that fits, as a section of a config: {"name": "losses.cross_entropy"}.
+      reads: the kind of network inputs, "images" or "tokens"; a model's file has the same word in INPUTS.
+      noun: the word for one example, as in "MACs per image".
+      describe: a phrase about the dataset, such as "1,437 train + 360 test images at 8x8x1, 10 classes".
+      num_train, num_eval: the numbers of examples.
+      label_names: the names of the classes; empty if there are none.
+      model: options of `models.make` that follow from the data; a config may override them.
+      objective: the default loss, as a section of a config: {"name": "losses.cross_entropy"}.
       fixed: whether a training example is the same each time it comes.
-      metrics: the evaluation that fits, a file of `train/metrics`.
+      metrics: the evaluation, a file of `train/metrics`.
       notes: lines of the plan about files left out and changes of the stored examples; may be missing.
       ranges: {name of an exported input: (least, greatest value)}, such as {"image": (0, 255)}; may be missing.
-      exported: {name: shape without the batch axis} of what an exported file takes, names as in a batch.
+      exported: {name: shape without the batch axis} of the inputs of an exported file, with the names in a batch.
     """
 
     reads: str
@@ -84,45 +84,50 @@ class Data(Protocol):
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Iterator[Batch]:
-        """The endless stream of training batches, see `training`."""
+        """Returns the endless stream of training batches, see `training`."""
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """Every evaluation example once, see `evaluation`."""
+        """Returns every evaluation example once, see `evaluation`."""
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """The arrays of a batch of so many rows that go to the devices: one dict a shape they come in, the largest last."""
+        """Returns the shapes and dtypes of the batch arrays that go to the devices, for a batch of `rows` rows.
+
+        There is one dict for each shape that batches may have, the largest last.
+        """
 
     def augment(self, key: jax.Array, batch: dict) -> dict:
-        """Random changes of a training batch, under jit."""
+        """Returns a training batch with random changes; runs under jit."""
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> Any:
-        """What a network is called with, under jit; of the batch it takes no more than `exported` names."""
+        """Returns the network inputs of a batch; runs under jit. A batch with only the arrays in `exported` must be enough."""
 
     def example(self) -> Any:
-        """Shapes of what `inputs` makes of one example."""
+        """Returns the shapes and dtypes of `inputs` for a batch of one example."""
 
-    def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
-        """Lines that tell what a network says of what the user gave.
+    def predict(self, arguments: Sequence[str], run: Callable) -> Iterator[str]:
+        """Yields the lines that the job predict prints: a network's predictions for the user's inputs.
 
         Args:
-          given: words of the command line, such as names of files.
-          run: {name of `exported`: [b, ...]} → logits, numpy.
+          arguments: words of the command line, such as file names or texts.
+          run: calls the network: {name in `exported`: numpy array [b, ...]} → logits as numpy arrays.
 
         Raises:
-          UserError: nothing given, or what cannot be read.
+          UserError: there are no arguments, or an input cannot be read.
         """
 
 
-# What every job but predict uses of data; a file of the user's own may leave `predict` out.
+# Every job except predict uses these methods; a file of the user's own may leave `predict` out.
 _METHODS = ("train", "eval", "specs", "augment", "inputs", "example")
 _ATTRIBUTES = (*Data.__annotations__, *_METHODS)
 
 
 class Reader(Protocol):
-    """A split of examples by index; its methods are pure and may run in any thread or process.
+    """A split whose examples are read by index; its methods are pure and may run in any thread or process.
+
+    `ImageReader` and `documents.Examples` are such readers. `text.SequenceReader` makes its batches itself.
 
     Attributes:
-      draws: random numbers that the transforms of one example need.
+      draws: the number of random numbers that the transforms of one example use, a multiple of 4.
     """
 
     draws: int
@@ -130,13 +135,18 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
 
     def random(self, indices: np.ndarray, draws: np.ndarray) -> Batch:
-        """Training examples int [b] under the transforms that uniform numbers [b, draws] decide; with "mask"."""
+        """Returns a batch of training examples with "mask".
+
+        Args:
+          indices: of the examples, int [b].
+          draws: uniform numbers in [0, 1), [b, self.draws], that decide the random transforms.
+        """
 
     def still(self, indices: np.ndarray) -> Batch:
-        """Evaluation examples int [b], at least one; with "mask"."""
+        """Returns a batch of evaluation examples with "mask"; `indices` are int [b], at least one."""
 
     def empty(self, rows: int) -> Batch:
-        """So many rows of padding, mask False."""
+        """Returns a batch of `rows` rows of padding, with "mask" False."""
 
 
 def training(
@@ -151,27 +161,28 @@ def training(
 ) -> "Batches":
     """Returns the endless stream of shuffled, augmented training batches.
 
-    Batches go on over the ends of epochs, so that each is full; an epoch is `len(reader)` examples, each once.
+    Batches cross the ends of epochs, so each batch is full. An epoch holds each of the `len(reader)` examples once.
 
     Args:
-      reader: of the split.
-      batch: the global batch, over all processes.
+      reader: reads the split.
+      batch: the size of the global batch, over all processes.
       seed: 0 to 2**32 - 1; decides the order and the augmentation.
-      start: how many examples of the global stream have been consumed; a multiple of `batch`.
+      start: the number of examples of the global stream that have been consumed; a multiple of `batch`.
       process: (index, count); yields rows [index * batch / count, (index + 1) * batch / count) of each global batch.
-      workers, threads: processes, and threads in each, that prepare batches; 0 workers for this process alone.
+      workers, threads: the number of processes that prepare batches, and of threads in each; with 0 workers the threads of
+        this process prepare them.
 
     Returns:
       An iterator; its `close()` stops threads and worker processes at once instead of at garbage collection.
 
     Raises:
-      UserError: a batch that the processes cannot share, a `start` between batches, a seed out of range.
+      UserError: the processes cannot share the batch evenly, `start` lies within a batch, or the seed is out of range.
     """
     index, count = process
     rows = share(batch, count)
     check_start(batch, seed, start)
     order = grain.MapDataset.range(len(reader)).seed(seed).shuffle().repeat()
-    # It is endless; asked for a remainder, Grain counts beyond its largest integer.
+    # The stream is endless, so it has no remainder. Without `drop_remainder`, Grain would count beyond its largest integer.
     chunks = order.batch(rows, drop_remainder=True, batch_fn=np.array)
     chunks = chunks.map_with_index(_Train(reader, seed, rows))
     return iterate(chunks[start // rows + index :: count], workers, threads)
@@ -185,13 +196,13 @@ def evaluation(
     workers: int = 0,
     threads: int = 2,
 ) -> "Batches":
-    """Returns the split once, in order; the last batches are filled up with masked rows.
+    """Returns the split once, in order; rows of padding fill up the last batches.
 
     Args:
       reader, batch, process, workers, threads: as for `training`; each process gets the same number of batches.
 
     Raises:
-      UserError: a batch that the processes cannot share; while iterating, an example that cannot be read.
+      UserError: the processes cannot share the batch evenly; or, while iterating, an example cannot be read.
     """
     index, count = process
     rows = share(batch, count)
@@ -200,26 +211,35 @@ def evaluation(
 
 
 def iterate(chunks: grain.MapDataset, workers: int, threads: int) -> "Batches":
-    """Batches in the order of a data set of them, prepared ahead."""
+    """Returns an iterator over a Grain dataset of batches, in its order; threads or worker processes prepare them ahead.
+
+    Args:
+      chunks: the batches.
+      workers, threads: see `training`.
+    """
     options = grain.ReadOptions(threads, 2 * threads)
     batches = chunks.to_iter_dataset(options)
     if workers:
-        _spare_flags()
+        _mark_flags_present()
         options = grain.MultiprocessingOptions(workers, 2)
-        batches = batches.mp_prefetch(options, worker_init_fn=_outlive_nobody)
+        batches = batches.mp_prefetch(options, worker_init_fn=_set_up_worker)
     return Batches(batches, copy=workers > 0)
 
 
 class Batches:
-    """Iterator over batches, and what runs behind it.
+    """An iterator over batches, with the threads and worker processes that prepare them.
 
-    `close()` stops the threads and worker processes; otherwise they stop with the last reference or at the program's exit.
+    `close()` stops these; otherwise they stop when the last reference is gone, or when the program exits.
+
+    Args:
+      batches: the dataset of batches.
+      copy: whether to copy batches out of the shared memory of worker processes.
     """
 
     def __init__(self, batches: grain.IterDataset, copy: bool):
         self._copy = copy
         self._running = [iter(batches)]
-        # Grain's own clean-up fails noisily once the interpreter takes modules apart.
+        # Grain's own clean-up prints errors if it runs while the interpreter shuts down.
         self.close = weakref.finalize(self, _close, self._running)
 
     def __iter__(self) -> "Batches":
@@ -229,7 +249,7 @@ class Batches:
         if not self._running:
             raise StopIteration
         batch = next(self._running[0])
-        # Out of shared memory, which else leaks with a batch that is alive at exit.
+        # The copy is not in shared memory, which would leak if a batch were alive at the program's exit.
         if self._copy:
             batch = {key: np.array(value) for key, value in batch.items()}
         return batch
@@ -241,14 +261,18 @@ def _close(running: list) -> None:
 
 
 def share(batch: int, count: int) -> int:
-    """Rows of a global batch that each of `count` processes gets, or a UserError."""
+    """Returns how many rows of a global batch each of `count` processes gets.
+
+    Raises:
+      UserError: the batch is not positive, or `count` does not divide it.
+    """
     if batch <= 0 or batch % count:
         raise UserError(f"batch = {batch} is not divisible by {count} processes")
     return batch // count
 
 
 def check_start(batch: int, seed: int, start: int) -> None:
-    """Raises a UserError for a start between batches, or a seed out of range."""
+    """Raises a UserError if `start` lies within a batch, or if the seed is out of range."""
     if start % batch:
         raise UserError(
             f"cannot resume after {start} examples with batch {batch}: {start} is not a multiple of it"
@@ -258,7 +282,7 @@ def check_start(batch: int, seed: int, start: int) -> None:
 
 
 class _Train(NamedTuple):
-    """The chunk of `rows` consecutive examples that starts at position `chunk * rows` of the stream."""
+    """Reads the `rows` consecutive training examples that start at position `chunk * rows` of the stream."""
 
     reader: Reader
     seed: int
@@ -271,7 +295,7 @@ class _Train(NamedTuple):
 
 
 class _Eval(NamedTuple):
-    """The same for the evaluation split, in its own order, padded at its end."""
+    """Reads `rows` consecutive evaluation examples from index `chunk * rows` on, with padding after the last example."""
 
     reader: Reader
     rows: int
@@ -279,29 +303,36 @@ class _Eval(NamedTuple):
     def __call__(self, chunk: int) -> Batch:
         index = np.arange(chunk * self.rows, (chunk + 1) * self.rows)
         index[index >= len(self.reader)] = -1
-        there = np.flatnonzero(index >= 0)
+        occupied = np.flatnonzero(index >= 0)
         batch = self.reader.empty(self.rows)
-        if len(there):
-            for key, values in self.reader.still(index[there]).items():
-                batch[key][there] = values
+        if len(occupied):
+            for key, values in self.reader.still(index[occupied]).items():
+                batch[key][occupied] = values
         return batch | {"index": index}
 
 
 def draws(seed: int, start: int, count: int, width: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) for `count` positions from `start`: float64 [count, width], width a multiple of 4.
+    """Returns uniform random numbers in [0, 1) for positions of the stream, float64 [count, width].
 
-    Philox turns a counter into four words under a key. Each position owns a range of the counter, so its numbers do not
-    depend on which positions are asked for together.
+    Philox turns a counter into four random words under a key. Each position has its own range of the counter, so its numbers
+    do not depend on which positions are computed together.
+
+    Args:
+      seed: the key.
+      start: the first position.
+      count: the number of positions.
+      width: the number of random numbers per position, a multiple of 4.
     """
     words = np.random.Philox(key=seed, counter=start * (width // 4))
     bits = words.random_raw(count * width).reshape(count, width)
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def _spare_flags() -> None:
-    """Lets Grain start workers in a program that parses no absl flags, such as a notebook.
+def _mark_flags_present() -> None:
+    """Lets Grain start worker processes in a program that parses no absl flags, such as a notebook.
 
-    Grain 0.2.18 reads a flag of its own there and fails (google/grain issue 1355); one marked as present is readable.
+    Grain 0.2.18 reads a flag of its own and fails if flags are not parsed (google/grain issue 1355). A flag that is marked as
+    present can be read.
     """
     flags, name = (
         sys.modules["absl.flags"].FLAGS,
@@ -311,8 +342,8 @@ def _spare_flags() -> None:
         flags[name].present = 1
 
 
-def _outlive_nobody(worker: int, count: int) -> None:
-    """Sets up a worker process: signals are for the main process to handle, and if that dies, so do we."""
+def _set_up_worker(worker: int, count: int) -> None:
+    """Sets up a worker process: it ignores signals, which the main process handles, and exits if the main process dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

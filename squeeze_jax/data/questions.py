@@ -1,16 +1,16 @@
-"""Questions about documents, with answers that stand in them, from the files of SQuAD 1.1 and 2.0 (also XQuAD, MLQA)."""
+"""Reads questions about documents, with answers in them, from files in the format of SQuAD 1.1 and 2.0 (also XQuAD, MLQA)."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from squeeze_jax.data import files
+from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError
 
 
 class Answer(NamedTuple):
-    """A text, and the character of the document where it is said to begin."""
+    """An answer's text, and the character of the document where it begins according to the file."""
 
     text: str
     begin: int
@@ -20,10 +20,10 @@ class Question(NamedTuple):
     """A question about one document.
 
     Attributes:
-      id: of the file's, which predictions are called by.
-      text: without white space around it.
-      document: number of the document it is about.
-      answers: those that people gave; empty where the document has none.
+      id: in the file; predictions are named by it.
+      text: of the question, without white space around it.
+      document: index of the document that it is about.
+      answers: of human annotators; empty if the document does not answer the question.
     """
 
     id: str
@@ -36,9 +36,9 @@ class Questions(NamedTuple):
     """The content of a file.
 
     Attributes:
-      documents: texts.
-      questions: in the file's order.
-      version2: whether there may be questions without an answer, as in SQuAD 2.0.
+      documents: the texts.
+      questions: in the order of the file.
+      version2: whether questions may have no answer, as in SQuAD 2.0.
     """
 
     documents: list[str]
@@ -47,16 +47,16 @@ class Questions(NamedTuple):
 
 
 def read(path: str | Path) -> Questions:
-    """Reads a file in the format of SQuAD: .json, also compressed, .json.gz.
+    """Reads a file in the format of SQuAD, .json or .json.gz.
 
-    The file is of version 2 where "is_impossible" appears or its "version" begins with 2 or v2.
+    The file is of version 2 if a question has the key "is_impossible", or if its "version" begins with 2 or v2.
 
     Raises:
-      UserError: no such file, not JSON, another structure (says where), no question, an id that comes twice, or a question
-        that has no answer and is not said to have none.
+      UserError: the file is missing, not JSON, of another structure (the error says where), without questions, or has an id
+        twice; or a question has no answers and is not marked "is_impossible".
     """
     path = Path(path).expanduser()
-    content = _json(path)
+    content = _load_json(path)
     if not isinstance(content, dict) or "data" not in content:
         raise UserError(
             f'{path} has no "data": the file should be as SQuAD\'s, {{"version": …, "data": [{{"paragraphs": …}}]}}'
@@ -79,8 +79,8 @@ def read(path: str | Path) -> Questions:
     return Questions(documents, questions, version2)
 
 
-def _json(path: Path):
-    content = files.text(path)
+def _load_json(path: Path):
+    content = text_files.read_text(path)
     if not content.strip():
         raise UserError(f"{path} is empty")
     try:
@@ -90,26 +90,29 @@ def _json(path: Path):
 
 
 def _paragraphs(content, path: Path) -> Iterator[tuple[str, str, list]]:
-    """(where in the file, document, its questions)."""
-    for a, article in enumerate(_get(content, "data", list, f"{path}: ")):
+    """Yields (place in the file, document, its questions) for each paragraph."""
+    for a, article in enumerate(_get_entry(content, "data", list, f"{path}: ")):
         where = f"{path}: .data[{a}]"
-        for p, paragraph in enumerate(_get(article, "paragraphs", list, where)):
+        for p, paragraph in enumerate(_get_entry(article, "paragraphs", list, where)):
             here = f"{where}.paragraphs[{p}]"
-            document = _get(paragraph, "context", str, here)
-            yield here, document, _get(paragraph, "qas", list, here)
+            document = _get_entry(paragraph, "context", str, here)
+            yield here, document, _get_entry(paragraph, "qas", list, here)
 
 
 def _question(row, document: int, where: str) -> Question:
-    id, text = _get(row, "id", str, where), _get(row, "question", str, where).strip()
+    id, text = (
+        _get_entry(row, "id", str, where),
+        _get_entry(row, "question", str, where).strip(),
+    )
     if not text:
         raise UserError(f"{where}: the question {id!r} has no text")
     if row.get("is_impossible"):
         return Question(id, text, document, ())
     answers = []
-    for i, answer in enumerate(_get(row, "answers", list, where)):
+    for i, answer in enumerate(_get_entry(row, "answers", list, where)):
         here = f"{where}.answers[{i}]"
-        begin = _get(answer, "answer_start", int, here)
-        answers.append(Answer(_get(answer, "text", str, here), begin))
+        begin = _get_entry(answer, "answer_start", int, here)
+        answers.append(Answer(_get_entry(answer, "text", str, here), begin))
     if not answers:
         raise UserError(
             f'{where}: the question {id!r} has no answers; where there is none it needs "is_impossible": true'
@@ -117,7 +120,7 @@ def _question(row, document: int, where: str) -> Question:
     return Question(id, text, document, tuple(answers))
 
 
-def _get(row, key: str, kind: type, where: str):
+def _get_entry(row, key: str, kind: type, where: str):
     value = row.get(key) if isinstance(row, dict) else None
     if not isinstance(value, kind):
         names = {list: "a list", str: "a text", int: "a whole number"}
@@ -125,17 +128,20 @@ def _get(row, key: str, kind: type, where: str):
     return value
 
 
-def places(content: Questions) -> list[tuple[int, int] | None]:
-    """Characters [begin, end) of each question's first answer that is where the file says, or None."""
-    found = []
+def answer_places(content: Questions) -> list[tuple[int, int] | None]:
+    """Returns the characters [begin, end) of each question's answer in its document; None if there is no such answer.
+
+    It is the first answer whose text stands where the file claims.
+    """
+    answer_places = []
     for question in content.questions:
         document = content.documents[question.document]
-        places = (_place(answer, document) for answer in question.answers)
-        found.append(next(filter(None, places), None))
-    return found
+        places = (_answer_place(answer, document) for answer in question.answers)
+        answer_places.append(next(filter(None, places), None))
+    return answer_places
 
 
-def _place(answer: Answer, document: str) -> tuple[int, int] | None:
+def _answer_place(answer: Answer, document: str) -> tuple[int, int] | None:
     text, begin = answer
     bare = text.strip()
     if not bare or begin < 0 or document[begin : begin + len(text)] != text:

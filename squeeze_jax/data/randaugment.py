@@ -1,7 +1,7 @@
-"""RandAugment (arXiv 1909.13719): a few random operations, all of one strength, on the host with Pillow.
+"""RandAugment (arXiv 1909.13719): applies a few random operations of the same strength to an image, on the host with Pillow.
 
-Operations and their ranges are those of AutoAugment (arXiv 1805.09501, table 6) as torchvision orders them; magnitude runs
-from 0 to 30, where 30 is the end of each range. What moves into the picture is mid-grey.
+The operations and their ranges are those of AutoAugment (arXiv 1805.09501, table 6), in the order of torchvision. The
+magnitude runs from 0 to 30, and 30 is the end of each range. Pixels from beyond the image's border are mid-grey.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ Op = Callable[[Image.Image, float, float], Image.Image]
 
 
 def apply(picture: Image.Image, draws: np.ndarray, magnitude: float) -> Image.Image:
-    """Applies one operation for each row of `draws`.
+    """Applies n random operations to a picture, one after the other.
 
     Args:
-      picture: mode "L" or "RGB".
-      draws: [n, 2] uniform numbers in [0, 1): which operation, and in which direction where it has two.
-      magnitude: 0 to 30.
+      picture: of mode "L" or "RGB".
+      draws: uniform numbers in [0, 1), [n, 2]: the first chooses the operation, the second its direction if it has two.
+      magnitude: the strength, 0 to 30.
     """
     for choice, side in draws:
         op = OPS[int(choice * len(OPS))][1]

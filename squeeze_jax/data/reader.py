@@ -1,4 +1,4 @@
-"""Images of a split by index: read, decode, check, keep the decoded ones in memory if asked to, and transform.
+"""Reads the images of a split by index: decodes, checks and transforms them, and may keep decoded images in memory.
 
 An image has one label, or an annotation that moves with its pixels: a target or boxes, see `annotations.py`.
 """
@@ -17,6 +17,7 @@ from squeeze_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# States of an image: not decoded yet, decoded, undecodable.
 UNKNOWN, GOOD, BAD = 0, 1, 2
 
 
@@ -25,15 +26,15 @@ class _Cache(NamedTuple):
     rows: Batch  # images and their labels or annotations, without "mask"
 
 
-class Reader:
-    """One split under one view. Its methods are pure functions of their arguments and may run in any thread.
+class ImageReader:
+    """Reads the images of one split under one view. Its methods are pure functions and may run in any thread.
 
     Args:
       examples: the split.
-      num_classes: labels must be below it.
-      view: how images are looked at.
+      num_classes: labels must be below this number.
+      view: the size and the transforms of the images.
       skip: whether an image that cannot be decoded is skipped; otherwise it is an error.
-      cached: whether to keep decoded images in memory. A worker process gets a copy without them.
+      cached: whether to keep decoded images in memory. A worker process gets a copy of the reader without them.
       annotation: the kind of annotation that moves with the pixels; None for images that have a label.
 
     Raises:
@@ -61,7 +62,7 @@ class Reader:
         self.skip = skip
         self._skipped = set()
         self._annotation = annotation
-        # A random crop of a random area is cut from the original, which has any size.
+        # "random_resized" crops the original image, which may have any size, so a resized image is of no use to it.
         self._cache = None
         if cached and view.crop != "random_resized":
             rows = self._rows(len(examples))
@@ -74,13 +75,17 @@ class Reader:
         return self.__dict__ | {"_cache": None}
 
     def still(self, indices: np.ndarray) -> Batch:
-        """Evaluation images: "image" uint8 [b, h, w, c], "mask" bool [b], and "label" int32 [b] or what is annotated.
+        """Returns evaluation images.
 
-        Those not decoded are black.
+        Args:
+          indices: int [b].
+
+        Returns:
+          A batch with "image" uint8 [b, h, w, c], "mask" bool [b], and "label" int32 [b] or the arrays of the annotation. An
+          image that is skipped is black, with "mask" False.
 
         Raises:
-          UserError: a label outside the classes, a wrong annotation or, unless they are skipped, an image that cannot be
-            decoded.
+          UserError: a label is outside the classes, an annotation is wrong, or an image cannot be decoded and is not skipped.
         """
         if self._cache is None:
             return self._decode(indices)
@@ -95,7 +100,12 @@ class Reader:
         return batch | {"mask": state[indices] == GOOD}
 
     def random(self, indices: np.ndarray, draws: np.ndarray) -> Batch:
-        """Training images, as `still`, under the random transforms that `draws` [b, vision.DRAWS] decide."""
+        """Returns training images under random transforms; the arrays are those of `still`.
+
+        Args:
+          indices: int [b].
+          draws: uniform numbers in [0, 1), [b, vision.DRAWS], that decide the transforms.
+        """
         view, annotation = self.view, self._annotation
         if view.crop == "random_resized":
             batch = self._decode(indices, draws)
@@ -112,13 +122,13 @@ class Reader:
         return batch | {"image": images}
 
     def empty(self, rows: int) -> Batch:
-        """Black images that do not count."""
+        """Returns a batch of `rows` black images with "mask" False."""
         batch = self._rows(rows)
         batch["image"][:] = 0
         return batch | {"mask": np.zeros(rows, bool)}
 
     def _rows(self, rows: int) -> Batch:
-        """Returns images of undefined pixels with labels or annotations that are empty."""
+        """Returns a batch of `rows` images with undefined pixels and with empty labels or annotations."""
         if self._annotation is None:
             labels = {"label": np.zeros(rows, np.int32)}
         else:
@@ -126,7 +136,7 @@ class Reader:
         return {"image": np.empty((rows, *self.view.shape), np.uint8)} | labels
 
     def _decode(self, indices: np.ndarray, draws: np.ndarray | None = None) -> Batch:
-        """Returns examples as evaluation sees them, or crops of a random area if there are `draws`."""
+        """Returns examples as evaluation sees them, or random resized crops if `draws` are given."""
         batch = self.empty(len(indices))
         for i, example in enumerate(self.examples.read(indices.tolist())):
             row = None if draws is None else draws[i]
@@ -174,25 +184,25 @@ def readers(
     cache_mb: int,
     corrupt: str,
     annotation: Annotation | None = None,
-) -> tuple[Reader, Reader]:
+) -> tuple[ImageReader, ImageReader]:
     """Returns the readers of the training and of the evaluation split.
 
     Args:
-      source: the data set.
-      view: how images are looked at.
-      workers: worker processes, which cannot share decoded images.
+      source: the dataset.
+      view: the size and the transforms of the images.
+      workers: the number of worker processes; with any, decoded images are not kept, because processes cannot share them.
       cache_mb: decoded images are kept in memory if all of them take no more MiB than this.
       corrupt: "skip" skips a training image that cannot be decoded; "raise" makes it an error.
-      annotation: see `Reader`.
+      annotation: see `ImageReader`.
     """
     size = math.prod(view.shape)
     if annotation is not None:
         size += sum(array.nbytes for array in annotation.empty(1).values())
     images = len(source.train) + len(source.eval)
     cached = workers == 0 and images * size / 2**20 <= cache_mb
-    same = dict(cached=cached, annotation=annotation)
+    shared = dict(cached=cached, annotation=annotation)
     classes = len(source.label_names)
     return (
-        Reader(source.train, classes, view, skip=corrupt == "skip", **same),
-        Reader(source.eval, classes, view, skip=False, **same),
+        ImageReader(source.train, classes, view, skip=corrupt == "skip", **shared),
+        ImageReader(source.eval, classes, view, skip=False, **shared),
     )

@@ -1,7 +1,7 @@
-"""A source of images: two splits of encoded or raw images with labels, targets or boxes, and the classes' names.
+"""Sources of images: two splits of encoded or raw images with labels, targets or boxes, and the names of the classes.
 
-A file in `sources/` has one function `make(...) -> Source`; its parameters are the keys of `config.data.source` beside
-`name`, which is the file's name. Splits must survive pickling, because worker processes get a copy.
+A file in `sources/` has one function `make(...) -> Source`. Its parameters are the keys of `config.data.source`, except
+`name`, which is the file's name. Splits must be picklable, because worker processes get a copy.
 """
 
 import dataclasses
@@ -16,16 +16,17 @@ from squeeze_jax.errors import UserError
 
 SOURCES = "squeeze_jax.data.sources"
 IGNORED = 255  # the label of pixels that do not count, in every batch
-LABELS = "one label per image"  # what a source for classification has
+LABELS = "one label per image"  # `Source.annotation` for classification
 
 
 class Boxes(NamedTuple):
-    """The boxes of one image, in pixels of the upright image: as `vision` decodes it, after its EXIF rotation.
+    """The boxes of one image, in pixels of the upright image, which `vision` decodes and rotates by its EXIF tag.
 
     Attributes:
       corners: float32 [n, 4]: left, top, right, bottom; the image spans 0 to its width and 0 to its height.
-      labels: int [n]: class numbers.
-      size: (width, height) of the image that the boxes belong to, where the source knows it; the decoded image must match.
+      labels: class numbers, int [n].
+      size: (width, height) of the image that the boxes belong to, which the decoded image must have; None if the source does
+        not know it.
     """
 
     corners: np.ndarray
@@ -34,30 +35,36 @@ class Boxes(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One example as it is stored."""
+    """One stored example."""
 
     image: bytes | np.ndarray  # an encoded image file, or uint8 [h, w, c]
     label: int
-    name: str  # how an error calls it: a path, or "cifar10 train[17]"
+    name: str  # names the example in errors: a path, or "cifar10 train[17]"
     target: bytes | np.ndarray | None = None  # class numbers: a PNG, or uint8 [h, w]
-    boxes: Boxes | None = None  # objects; an image without any has Boxes of length 0
+    boxes: Boxes | None = None  # an image without objects has Boxes of length 0
 
 
 class Examples(Protocol):
-    """One split; examples are read many at a time because storage is fastest that way."""
+    """One split. It reads many examples at a time, because storage is fastest that way."""
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int]) -> list[Example]: ...
+    def read(self, indices: Sequence[int]) -> list[Example]:
+        """Returns the examples at these indices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set: `label_names[label]` is a class, `channels` is 1 or 3 as stored.
+    """A dataset of images.
 
-    `ignored` lists the labels of targets that do not count; it is None where images have no targets.
-    `most_boxes` names the image with the most boxes and counts them: (name, count); it is None where images have no boxes.
-    `survey` counts the stored images' sizes and kinds, where they are known; `notes` are lines about files left out.
+    Attributes:
+      label_names: the names of the classes, in the order of the labels.
+      channels: of the stored images, 1 or 3.
+      train, eval: the two splits.
+      ignored: the labels in targets that do not count; None if images have no targets.
+      most_boxes: (name, number of boxes) of the image with the most boxes; None if images have no boxes.
+      survey: counts of the stored images' sizes and kinds; None if they are not known.
+      notes: lines about files left out.
     """
 
     label_names: tuple[str, ...]
@@ -71,17 +78,17 @@ class Source:
 
     @property
     def annotation(self) -> str:
-        """Returns what the images have, in words for an error."""
+        """The kind of annotation that the images have, in words for an error."""
         if self.most_boxes is not None:
             return "boxes"
         return LABELS if self.ignored is None else "targets"
 
 
 def make(source: Mapping) -> Source:
-    """Opens the data set that `config.data.source` names, such as {"name": "tfds", "dataset": "cifar10", ...}.
+    """Opens the dataset that `config.data.source` names, such as {"name": "tfds", "dataset": "cifar10", ...}.
 
     Raises:
-      UserError: an unknown or missing key, or what the source itself finds wrong.
+      UserError: a key is unknown or missing, or the source itself raises an error.
     """
     if not isinstance(source, Mapping) or "name" not in source:
         raise UserError(

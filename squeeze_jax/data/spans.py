@@ -1,7 +1,7 @@
-"""Windows over documents of any length, for questions whose answers stand in them.
+"""Cuts questions with long documents into windows, for extractive question answering.
 
-A window is the question and as much of the document as fits beside it; windows overlap by `stride` tokens. The scheme is
-that of BERT, arXiv 1810.04805, section 4.2, and window for window that of `transformers`' tokenizers.
+A window is the question and as much of the document as fits beside it; neighbouring windows share `stride` tokens. The scheme
+follows BERT, arXiv 1810.04805, section 4.2, and gives exactly the windows of the tokenizers in `transformers`.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.tokenizer import Tokenizer
 from squeeze_jax.errors import UserError
 
-CHUNK = 1000  # documents that are tokenized at a time
+CHUNK = 1000  # documents tokenized at a time
 
 
 class Text(NamedTuple):
-    """A tokenized text: ids int32 [n], and where each token begins and ends in it, in characters, int32 [n, 2]."""
+    """A tokenized text: the token ids, int32 [n], and the characters [begin, end) of each token, int32 [n, 2]."""
 
     ids: np.ndarray
     offsets: np.ndarray
 
     def locate(self, begin: int, end: int) -> tuple[int, int] | None:
-        """The first and the last token that has a part of the characters [begin, end); None where none does.
+        """Returns the first and the last token that overlap the characters [begin, end); None if no token does.
 
-        Of several tokens that are bytes of one character all count.
+        If several tokens are bytes of one character, all of them overlap it.
         """
         first = int(np.searchsorted(self.offsets[:, 1], begin, side="right"))
         last = int(np.searchsorted(self.offsets[:, 0], end, side="left")) - 1
@@ -35,12 +35,12 @@ class Text(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Windows, numpy int arrays [w].
+    """Windows, as numpy int arrays [w].
 
     Attributes:
-      question: number of the question.
-      begin, end: which tokens of its document the window shows, [begin, end).
-      place: where in the sequence the first of these stands.
+      question: index of the question.
+      begin, end: the window shows the tokens [begin, end) of the question's document.
+      place: the position of the first of these tokens in the window's sequence.
     """
 
     question: np.ndarray
@@ -53,17 +53,23 @@ class Windows(NamedTuple):
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Text]:
-    """Tokenizes documents with offsets; tells on stderr how far it is."""
-    done, tell = [], text.Told("documents", len(texts))
+    """Tokenizes documents and keeps the characters of each token; prints progress on stderr if it takes long."""
+    documents, report = [], text.Progress("documents", len(texts))
     for begin in range(0, len(texts), CHUNK):
-        some = texts[begin : begin + CHUNK]
-        done += [Text(*found) for found in tokenizer.locate_many(some)]
-        tell(len(done))
-    return done
+        chunk = texts[begin : begin + CHUNK]
+        documents += [Text(*encoding) for encoding in tokenizer.locate_many(chunk)]
+        report(len(documents))
+    return documents
 
 
-def cut(tokens: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
-    """Windows [begin, end) of up to `room` tokens over a document, each `stride` tokens into the one before."""
+def window_bounds(tokens: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
+    """Yields windows [begin, end) over a document.
+
+    Args:
+      tokens: of the document.
+      room: the largest number of tokens in a window.
+      stride: the number of tokens that a window shares with the one before.
+    """
     begin = 0
     while begin + room < tokens:
         yield begin, begin + room
@@ -71,31 +77,33 @@ def cut(tokens: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
     yield begin, tokens
 
 
-def windows(
+def make_windows(
     questions: Sequence[np.ndarray],
     documents: Sequence[Text],
-    which: Sequence[int],
+    document_of: Sequence[int],
     tokenizer: Tokenizer,
     length: int,
     stride: int,
 ) -> Windows:
-    """Windows of all questions, in order.
+    """Returns the windows of all questions, in order.
 
     Args:
-      questions: ids of their tokens.
-      documents: tokenized.
-      which: the document of each question.
-      tokenizer: whose special tokens stand around.
-      length: of a sequence, special tokens included.
-      stride: tokens that a window has in common with the one before.
+      questions: the token ids of each question.
+      documents: the tokenized documents.
+      document_of: the index of each question's document.
+      tokenizer: has the special tokens around the texts.
+      length: tokens of a window's sequence, special tokens included.
+      stride: tokens that a window shares with the one before.
 
     Raises:
-      UserError: a question so long that windows would not get on.
+      UserError: a question is so long that its windows would not advance.
     """
-    before, between, _ = around(tokenizer)
+    before, between, _ = special_token_counts(tokenizer)
     space = tokenizer.room(length, pair=True)
     rows = []
-    for number, (question, document) in enumerate(zip(questions, which, strict=True)):
+    for number, (question, document) in enumerate(
+        zip(questions, document_of, strict=True)
+    ):
         room = space - len(question)
         if room <= stride:
             raise UserError(
@@ -104,17 +112,17 @@ def windows(
             )
         place = before + len(question) + between
         tokens = len(documents[document].ids)
-        rows += [(number, *span, place) for span in cut(tokens, room, stride)]
+        rows += [(number, *span, place) for span in window_bounds(tokens, room, stride)]
     return Windows(*np.array(rows, np.int32).reshape(-1, 4).T)
 
 
-def around(tokenizer: Tokenizer) -> tuple[int, int, int]:
-    """How many special tokens stand before a question, between it and the document, and after that.
+def special_token_counts(tokenizer: Tokenizer) -> tuple[int, int, int]:
+    """Returns how many special tokens stand before a question, between it and its document, and after the document.
 
     Raises:
-      UserError: a tokenizer that does not put one token, such as [CLS], before and [SEP] between.
+      UserError: the tokenizer does not put its "cls" token alone before the question, and a special token between the two.
     """
-    content = [piece.content for piece in tokenizer.two]
+    content = [part.content for part in tokenizer.pair_template]
     a, b = content.index("A"), content.index("B")
     if a != 1 or b - a < 2 or content[0] != tokenizer.cls:
         raise UserError(
@@ -124,48 +132,51 @@ def around(tokenizer: Tokenizer) -> tuple[int, int, int]:
     return a, b - a - 1, len(content) - b - 1
 
 
-def marks(
+def label_positions(
     windows: Windows, spans: Sequence[tuple[int, int] | None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where in each window the answer begins and ends, int32 [w]; (0, 0), the first token, where it is not in there whole.
+    """Returns the positions of the answer's first and last token in each window, int32 [w] each.
+
+    Both are 0, the position of the first token, if the window does not show the whole answer.
 
     Args:
       windows: of the questions.
-      spans: the first and the last token of the answer in each question's document; None for no answer.
+      spans: the answer's first and last token in each question's document; None for no answer.
     """
-    known = np.array([(-1, -1) if span is None else span for span in spans], np.int32)
-    first, last = known.reshape(-1, 2)[windows.question].T
+    pairs = np.array([(-1, -1) if span is None else span for span in spans], np.int32)
+    first, last = pairs.reshape(-1, 2)[windows.question].T
     inside = (first >= windows.begin) & (last < windows.end) & (first >= 0)
     shift = windows.place - windows.begin
     return np.where(inside, first + shift, 0), np.where(inside, last + shift, 0)
 
 
 class Split(NamedTuple):
-    """Questions as windows.
+    """A split of questions, cut into windows.
 
     Attributes:
-      questions: that windows are of.
+      questions: in the order of the file.
       sources: the documents' texts.
-      documents: the same tokenized.
+      documents: the tokenized documents.
       windows: in the order of the questions.
-      reader: of what a network reads, and labels "start" and "end", 0 where a window does not show the answer.
+      reader: reads the windows as sequences, with labels "start" and "end": the positions of the answer's first and last token,
+        0 if the window does not show the whole answer.
     """
 
     questions: list[Question]
     sources: list[str]
     documents: list[Text]
     windows: Windows
-    reader: text.Reader
+    reader: text.SequenceReader
 
     @property
-    def which(self) -> list[int]:
-        """The document of each question."""
+    def document_of(self) -> list[int]:
+        """The index of each question's document."""
         return [question.document for question in self.questions]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cutter:
-    """Makes windows of questions; attributes as the arguments of `tasks.squad.make`."""
+    """Cuts questions into windows; its attributes are arguments of `tasks.squad.make`."""
 
     tokenizer: Tokenizer
     length: int
@@ -176,23 +187,30 @@ class Cutter:
     def split(
         self, content: Questions, labels: Sequence[tuple[int, int] | None]
     ) -> Split:
-        """Windows of the questions, with labels from characters [begin, end) of each one's answer, or None."""
+        """Returns the questions as windows.
+
+        Args:
+          content: the questions and their documents.
+          labels: the characters [begin, end) of each question's answer; None for no answer.
+        """
         documents = tokenize(self.tokenizer, content.documents)
-        asked = self.tokenizer.encode_many([q.text for q in content.questions])
-        asked = [ids[: self.max_question] for ids in asked]
-        which = [question.document for question in content.questions]
+        questions = self.tokenizer.encode_many([q.text for q in content.questions])
+        questions = [ids[: self.max_question] for ids in questions]
+        document_of = [question.document for question in content.questions]
         shape = self.tokenizer, self.length, self.stride
-        made = windows(asked, documents, which, *shape)
+        windows = make_windows(questions, documents, document_of, *shape)
         places = [
             label and documents[number].locate(*label)
-            for number, label in zip(which, labels, strict=True)
+            for number, label in zip(document_of, labels, strict=True)
         ]
-        start, end = marks(made, places)
+        start, end = label_positions(windows, places)
         pairs = (
-            (asked[q], documents[which[q]].ids[begin:end])
-            for q, begin, end in zip(*made[:3], strict=True)
+            (questions[q], documents[document_of[q]].ids[begin:end])
+            for q, begin, end in zip(*windows[:3], strict=True)
         )
         sequences = (self.tokenizer.pair(*pair, self.length) for pair in pairs)
         packed = text.pack(sequences, start=start, end=end)
-        reader = text.Reader(packed, self.length, self.buckets, self.tokenizer.pad)
-        return Split(content.questions, content.documents, documents, made, reader)
+        reader = text.SequenceReader(
+            packed, self.length, self.buckets, self.tokenizer.pad
+        )
+        return Split(content.questions, content.documents, documents, windows, reader)

@@ -1,4 +1,4 @@
-"""What stored images are, by their headers, before any is decoded: sizes, grey or colour, and what becomes of them."""
+"""Counts the sizes and kinds of stored images by reading their headers only, and describes how a view changes them."""
 
 import contextlib
 from collections import Counter
@@ -9,19 +9,19 @@ from PIL import Image
 
 from squeeze_jax.data import photos, vision
 
-SAMPLE = 10_000  # files that are looked at; more are sampled evenly
+SAMPLE = 10_000  # the largest number of files whose headers are read
 
 
 class Survey(NamedTuple):
-    """A data set's images, counted.
+    """Counts of a dataset's images.
 
     Attributes:
-      total: images of the data set.
-      sizes: how many images have each (width, height), of those looked at.
-      grey, colour: images with one channel and with more; transparency does not count.
-      transparent: images with an alpha channel or a transparent colour.
-      deep: images of 16 or 32 bits per channel.
-      unreadable: names of files whose header cannot be read.
+      total: the number of images in the dataset.
+      sizes: {(width, height): number of images} of the images whose headers were read.
+      grey, colour: the numbers of images with one channel and with more; transparency is not a channel here.
+      transparent: the number of images with an alpha channel or a transparent colour.
+      deep: the number of images with 16 or 32 bits per channel.
+      unreadable: the names of files whose headers cannot be read.
     """
 
     total: int
@@ -34,22 +34,24 @@ class Survey(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Returns 1 if all images are grey, otherwise 3, which loses nothing."""
+        """1 if all images are grey, otherwise 3, which loses no colours."""
         return 1 if self.grey and not self.colour else 3
 
 
-def look(names: Sequence[str], opened: Callable[[str], IO[bytes]]) -> Survey:
-    """Reads the headers of image files: of all, or of `SAMPLE` files evenly spaced if there are more.
+def survey_images(
+    names: Sequence[str], open_file: Callable[[str], IO[bytes]]
+) -> Survey:
+    """Counts images by the headers of their files: of all files, or of `SAMPLE` evenly spaced ones if there are more.
 
     Args:
       names: of the files.
-      opened: opens a file by its name.
+      open_file: opens a file by its name.
     """
     step = max(1.0, len(names) / SAMPLE)
     chosen = [names[int(i * step)] for i in range(min(len(names), SAMPLE))]
     sizes, counts, unreadable = Counter(), Counter(), []
     for name in chosen:
-        header = _header(name, opened)
+        header = _header(name, open_file)
         if header is None:
             unreadable.append(name)
             continue
@@ -61,20 +63,21 @@ def look(names: Sequence[str], opened: Callable[[str], IO[bytes]]) -> Survey:
     return Survey(len(names), dict(sizes), **counts, unreadable=tuple(unreadable))
 
 
-def _header(name: str, opened: Callable) -> tuple[tuple[int, int], str, bool] | None:
-    # What cannot be read is met again, and named with its reason, when it is decoded.
+def _header(name: str, open_file: Callable) -> tuple[tuple[int, int], str, bool] | None:
+    """Returns the (width, height), the mode and whether it is transparent; None if the header cannot be read."""
+    # The error is not lost: decoding the file later raises it again, with the file's name.
     with (
         contextlib.suppress(vision.Undecodable),
         vision.decoding(),
-        opened(name) as file,
+        open_file(name) as file,
         Image.open(file) as image,
     ):
-        return vision.upright_size(image), image.mode, vision.transparent(image)
+        return vision.upright_size(image), image.mode, vision.is_transparent(image)
     return None
 
 
-def changes(survey: Survey, view: vision.View) -> list[str]:
-    """Returns a phrase for each change of the stored images: their sizes, channels, transparency and depth."""
+def describe_changes(survey: Survey, view: vision.View) -> list[str]:
+    """Returns a phrase for each way in which a view changes the stored images: size, channels, transparency and depth."""
     phrases = [p for p in (_sizes(survey, view), _channels(survey, view)) if p]
     if survey.transparent:
         phrases.append(f"{survey.transparent:,} with transparency, laid on white")
@@ -82,18 +85,18 @@ def changes(survey: Survey, view: vision.View) -> list[str]:
         phrases.append(f"{survey.deep:,} of 16 or 32 bits, turned into 8 bits")
     if survey.unreadable:
         phrases.append(
-            f"{len(survey.unreadable):,} that cannot be read ({photos.some(survey.unreadable)})"
+            f"{len(survey.unreadable):,} that cannot be read ({photos.join_names(survey.unreadable)})"
         )
-    looked = survey.grey + survey.colour + len(survey.unreadable)
-    if phrases and looked < survey.total:
-        phrases.append(f"counted in a sample of {looked:,}")
+    examined = survey.grey + survey.colour + len(survey.unreadable)
+    if phrases and examined < survey.total:
+        phrases.append(f"counted in a sample of {examined:,}")
     return phrases
 
 
-def notes(source, view: vision.View) -> tuple[str, ...]:
+def plan_notes(source, view: vision.View) -> tuple[str, ...]:
     """Returns the lines that a plan prints about a source under a view: changes of its images, and files left out."""
-    changed = changes(source.survey, view) if source.survey else []
-    lines = [f"{source.survey.total:,} images: {'; '.join(changed)}"] if changed else []
+    changes = describe_changes(source.survey, view) if source.survey else []
+    lines = [f"{source.survey.total:,} images: {'; '.join(changes)}"] if changes else []
     return (*lines, *source.notes)
 
 
@@ -106,17 +109,17 @@ def _sizes(survey: Survey, view: vision.View) -> str:
     if len(sizes) > 1:
         stored += f" to {sizes[-1][0]}x{sizes[-1][1]} ({len(sizes):,} sizes)"
     wanted = f"{width}x{height}"
-    how = f"resized to {wanted}"
+    change = f"resized to {wanted}"
     other_aspect = any(w * height != h * width for w, h in sizes)
     short = view.eval_resize or (width if width == height else 0)
     if view.eval_resize or (other_aspect and view.resize == vision.CROP):
         to = f"a short side of {short}" if short else f"cover {wanted}"
-        how = f"resized to {to}, of which the central {wanted} count"
+        change = f"resized to {to}, of which the central {wanted} count"
     elif other_aspect:
-        how += " with another aspect ratio"
+        change += " with another aspect ratio"
     if view.crop == "random_resized":
-        how += f" (in training random crops, resized to {wanted})"
-    return f"{stored} pixels, {how}"
+        change += f" (in training random crops, resized to {wanted})"
+    return f"{stored} pixels, {change}"
 
 
 def _channels(survey: Survey, view: vision.View) -> str:

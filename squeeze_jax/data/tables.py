@@ -1,4 +1,4 @@
-"""Tables of the user's own: .csv, .tsv and .jsonl files, also gzipped; mistakes are named by file and line."""
+"""Reads the user's own tables, .csv, .tsv and .jsonl files, also gzipped; errors name the file and the line."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from squeeze_jax.data import files
+from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError, nearest, shortened
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -21,9 +21,9 @@ class Table(NamedTuple):
     Attributes:
       path: the file.
       columns: names of the columns.
-      rows: one dict {column: value} per row; values are strings, or what JSON holds. A JSON row may lack columns.
-      lines: the line of the file where each row begins, from 1.
-      quoted: cells of a .tsv file that begin and end with a quotation mark, which stays a part of them.
+      rows: one dict {column: value} per row; values are strings, or any JSON values. A row of a .jsonl file may lack columns.
+      lines: the line number where each row begins in the file, from 1.
+      quoted: the number of cells in a .tsv file that begin and end with quotation marks, which stay a part of the cells.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Table(NamedTuple):
     quoted: int = 0
 
     def check_column(self, name: str, key: str) -> None:
-        """Raises a UserError if the table lacks a column; `key` is the config key that names it."""
+        """Raises a UserError if the table lacks the column `name`; `key` is the config key that names the column."""
         if name not in self.columns:
             raise UserError(
                 f"{key} = {name!r} is no column of {self.path}{nearest(name, self.columns)}"
@@ -41,16 +41,16 @@ class Table(NamedTuple):
 
 
 def read(path: Path, separator: str | None = None) -> Table:
-    """Reads a table; its kind follows from the file's name.
+    """Reads a table; the end of the file's name decides its format.
 
     Args:
-      path: a .csv file (cells may stand in quotation marks and then hold line breaks), a .tsv file (no quoting), or a .jsonl
-        file (one JSON object a line); also with .gz behind. UTF-8.
-      separator: the character between cells, where it is not that of the file's kind.
+      path: a UTF-8 file. .csv: cells in quotation marks may hold line breaks; .tsv: no quoting; .jsonl or .ndjson: one JSON
+        object per line. The name may also end in .gz.
+      separator: the character between cells; None for the comma of .csv and the tab of .tsv.
 
     Raises:
-      UserError: another kind of file, one that cannot be read, a row with another number of cells than the first line, or no
-        rows.
+      UserError: the format is unknown, the file cannot be read or has no rows, or a row has not as many cells as the first
+        line.
     """
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     suffix = suffix.lower()
@@ -69,7 +69,7 @@ def read(path: Path, separator: str | None = None) -> Table:
 
 def _json_lines(path: Path) -> Table:
     rows, numbers, columns = [], [], {}
-    for number, line in enumerate(files.lines(path), 1):
+    for number, line in enumerate(text_files.read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -89,7 +89,7 @@ def _json_lines(path: Path) -> Table:
 
 
 def _cells(path: Path, separator: str, quoting: bool) -> Table:
-    content = io.StringIO(files.text(path), newline="")
+    content = io.StringIO(text_files.read_text(path), newline="")
     limit = csv.field_size_limit(LARGEST_CELL)
     style = dict(strict=True) if quoting else dict(quoting=csv.QUOTE_NONE)
     reader = csv.reader(content, delimiter=separator, **style)
@@ -97,7 +97,7 @@ def _cells(path: Path, separator: str, quoting: bool) -> Table:
     begin = 1
     try:
         for record in reader:
-            if record:  # an empty line is none
+            if record:  # an empty line is not a row
                 records.append(record)
                 begins.append(begin)
             begin = reader.line_num + 1

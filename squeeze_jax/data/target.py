@@ -1,7 +1,7 @@
-"""Maps of labels and boxes, moved as `vision.py` moves their image.
+"""Crops, resizes and flips label maps and boxes in the same way as `vision.py` does their images.
 
-A map has one class number per pixel and takes the nearest pixel wherever an image is interpolated; what an image is padded
-with has the label `IGNORED`. Functions get the random numbers of the image, and so the same crop and the same flip.
+A label map has one class number per pixel. Where an image is interpolated, it takes the nearest pixel; where an image is
+padded, it has the label `IGNORED`. The functions get the random numbers of the image, so they make the same crop and flip.
 """
 
 import io
@@ -12,14 +12,17 @@ from PIL import Image
 from squeeze_jax.data import vision
 from squeeze_jax.data.source import IGNORED, Boxes
 
-MODES = ("1", "L", "P")
+MODES = ("1", "L", "P")  # Pillow's modes of images whose pixels can be class numbers
 
 
 def read(target: bytes | np.ndarray) -> np.ndarray:
-    """Returns the class numbers of a map, uint8 [h, w]; of a PNG with a palette its indices.
+    """Returns the class numbers of a label map, uint8 [h, w]; for a PNG with a palette, the indices in the palette.
+
+    Args:
+      target: an encoded image, or uint8 [h, w].
 
     Raises:
-      vision.Undecodable: the bytes are no image, or one that has colours instead of class numbers.
+      vision.Undecodable: the bytes are not an image, or the image has colours instead of class numbers.
     """
     if isinstance(target, np.ndarray):
         return target
@@ -34,11 +37,11 @@ def read(target: bytes | np.ndarray) -> np.ndarray:
 
 
 def still(target: np.ndarray, view: vision.View) -> np.ndarray:
-    """Returns the map that belongs to `vision.still`: uint8 [h, w] of any size → uint8 of the view's size."""
+    """Moves a label map as `vision.still` moves its image: uint8 [h, w] of any size → uint8 of the view's size."""
     height, width, _ = view.shape
     picture = Image.fromarray(target)
     if view.eval_resize:
-        size = vision.resized(picture.size, view.eval_resize)
+        size = vision.size_with_short_side(picture.size, view.eval_resize)
         picture = picture.resize(size, Image.Resampling.NEAREST)
         return _cropped(np.asarray(picture), vision.centre(size, (width, height)))
     return np.asarray(picture.resize((width, height), Image.Resampling.NEAREST))
@@ -47,29 +50,29 @@ def still(target: np.ndarray, view: vision.View) -> np.ndarray:
 def random_resized(
     target: np.ndarray, view: vision.View, draws: np.ndarray
 ) -> np.ndarray:
-    """Returns the map that belongs to `vision.random_resized` with the same random numbers [DRAWS]."""
+    """Moves a label map, uint8 [h, w], as `vision.random_resized` moves its image with the same random numbers [DRAWS]."""
     height, width, _ = view.shape
     picture = Image.fromarray(target)
-    area = vision.box(*picture.size, view.scale, draws)
+    area = vision.random_box(*picture.size, view.scale, draws)
     return np.asarray(
         picture.resize((width, height), Image.Resampling.NEAREST, box=area)
     )
 
 
 def pad_crop(targets: np.ndarray, pad: int, draws: np.ndarray) -> np.ndarray:
-    """Returns the maps that belong to `vision.pad_crop`: uint8 [b, h, w] → the same shape; draws [b, DRAWS]."""
+    """Moves label maps, uint8 [b, h, w], as `vision.pad_crop` moves their images with the same random numbers [b, DRAWS]."""
     return vision.pad_crop(targets, pad, draws, fill=IGNORED)
 
 
 def flip(targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Mirrors the maps whose images `vision.augment` mirrors, in place: uint8 [b, h, w]."""
-    chosen = vision.flipped(draws)
-    targets[chosen] = targets[chosen][:, :, ::-1]
+    """Mirrors the label maps, uint8 [b, h, w], whose images `vision.augment` mirrors; works in place."""
+    mirrored = vision.flipped_indices(draws)
+    targets[mirrored] = targets[mirrored][:, :, ::-1]
     return targets
 
 
 def _cropped(target: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """A crop that may reach beyond the map."""
+    """Returns a crop of a label map; pixels beyond the map have the label `IGNORED`."""
     left, top, right, bottom = box
     h, w = target.shape
     out = np.full((bottom - top, right - left), IGNORED, np.uint8)
@@ -89,16 +92,16 @@ def crop_boxes(
     size: tuple[int, int],
     min_visible: float = 0.0,
 ) -> tuple[Boxes, int]:
-    """Moves boxes into a crop that is resized, and clips them there.
+    """Moves boxes from an image into a resized crop of it, and clips them to the crop.
 
     Args:
-      boxes: in the image.
-      area: (left, top, right, bottom) of the crop in the image; it may reach beyond it.
+      boxes: in pixels of the image.
+      area: (left, top, right, bottom) of the crop in the image; the crop may reach beyond the image.
       size: (width, height) that the crop is resized to.
-      min_visible: the share of a box's area that has to be inside the crop, 0 to 1.
+      min_visible: the share of a box's area that must be inside the crop to keep the box, 0 to 1.
 
     Returns:
-      The boxes with an area inside the crop that is large enough, and how many are dropped.
+      The boxes that are kept, and the number of those that are dropped: they have no area or too little area in the crop.
     """
     left, top, right, bottom = area
     scale = np.array([size[0] / (right - left), size[1] / (bottom - top)] * 2)
@@ -106,13 +109,13 @@ def crop_boxes(
     clipped = moved.clip(0, np.array(size * 2))
     corners = clipped.astype(np.float32)
     kept = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
-    # Scaling may round a box that ends at the border to a hair beyond it: that is no loss of area.
+    # Rounding may move a box that ends at the border slightly beyond it. The factor keeps this from counting as lost area.
     kept &= _areas(clipped) >= min_visible * _areas(moved) * (1 - 1e-6)
     return Boxes(corners[kept], boxes.labels[kept]), int((~kept).sum())
 
 
 def flip_boxes(boxes: Boxes, width: int) -> Boxes:
-    """Mirrors the boxes of an image of that width left to right."""
+    """Mirrors the boxes of an image of `width` pixels left to right."""
     left, top, right, bottom = boxes.corners.T
     return boxes._replace(
         corners=np.stack([width - right, top, width - left, bottom], 1)
@@ -122,13 +125,23 @@ def flip_boxes(boxes: Boxes, width: int) -> Boxes:
 def still_boxes(
     boxes: Boxes, size: tuple[int, int], view: vision.View, min_visible: float = 0.0
 ) -> tuple[Boxes, int]:
-    """Moves the boxes of an image of that (width, height) as `vision.still` moves its pixels; returns as `crop_boxes`."""
+    """Moves the boxes of an image as `vision.still` moves its pixels.
+
+    Args:
+      boxes: in pixels of the image.
+      size: (width, height) of the image.
+      view: the size and the transforms.
+      min_visible: see `crop_boxes`.
+
+    Returns:
+      The boxes that are kept, and the number of those that are dropped.
+    """
     height, width, _ = view.shape
     if not view.eval_resize:
         return crop_boxes(boxes, (0, 0, *size), (width, height), min_visible)
-    resized = vision.resized(size, view.eval_resize)
-    boxes, lost = crop_boxes(boxes, (0, 0, *size), resized)
-    area = vision.centre(resized, (width, height))
+    resized_size = vision.size_with_short_side(size, view.eval_resize)
+    boxes, lost = crop_boxes(boxes, (0, 0, *size), resized_size)
+    area = vision.centre(resized_size, (width, height))
     boxes, outside = crop_boxes(boxes, area, (width, height), min_visible)
     return boxes, lost + outside
 
@@ -140,9 +153,20 @@ def random_resized_boxes(
     draws: np.ndarray,
     min_visible: float = 0.0,
 ) -> tuple[Boxes, int]:
-    """Moves the boxes of an image as `vision.random_resized` does with the same numbers; returns as `crop_boxes`."""
+    """Moves the boxes of an image as `vision.random_resized` moves its pixels.
+
+    Args:
+      boxes: in pixels of the image.
+      size: (width, height) of the image.
+      view: the size and the transforms.
+      draws: the random numbers of the image, [DRAWS].
+      min_visible: see `crop_boxes`.
+
+    Returns:
+      The boxes that are kept, and the number of those that are dropped.
+    """
     height, width, _ = view.shape
-    area = vision.box(*size, view.scale, draws)
+    area = vision.random_box(*size, view.scale, draws)
     return crop_boxes(boxes, area, (width, height), min_visible)
 
 

@@ -1,4 +1,4 @@
-"""A dataset of texts, or of pairs of texts, with labels: what the tasks `texts` and `glue` share."""
+"""Datasets of texts, or of pairs of texts, with labels: the parts that the tasks `texts` and `glue` share."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from squeeze_jax.data import answering, files, text
-from squeeze_jax.data.text import Reader, Stream
+from squeeze_jax.data import answering, text, text_files
+from squeeze_jax.data.text import SequenceReader, Stream
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
 
@@ -49,20 +49,20 @@ class Split:
 def random_subset(total: int, count: int) -> list[int]:
     """Returns `count` of the indices 0 to total - 1, in order; the choice depends on the arguments alone.
 
-    The choice of a smaller count is a part of that of a larger one.
+    The chosen indices of a smaller count are among those of a larger count.
     """
     words = np.random.Philox(key=0).random_raw(total)
     return sorted(np.argsort(words, kind="stable")[:count].tolist())
 
 
 def warn_of_overlap(train: Split, evaluated: Split) -> None:
-    """Logs how many evaluation examples are training examples too."""
+    """Logs a warning that counts the evaluation examples whose texts are training examples too."""
     train_texts = set(zip(*train.texts, strict=True))
-    both = sum(example in train_texts for example in zip(*evaluated.texts, strict=True))
-    if both:
+    shared = sum(texts in train_texts for texts in zip(*evaluated.texts, strict=True))
+    if shared:
         log.warning(
             "config.data.train has %d of the %d examples of config.data.eval",
-            both,
+            shared,
             len(evaluated),
         )
 
@@ -82,8 +82,8 @@ class TextSet:
       label_names: of the classes; () for a regression.
       source: what the examples are, in a phrase, such as "GLUE's sst2".
       objective, metrics: see `pipeline.Data`.
-      answer: float32 [outputs] of one text → the words that the job predict prints.
-      notes: lines of the plan before training.
+      answer: turns the outputs for one text, float32 [outputs], into the words that the job predict prints.
+      notes: lines of the plan that is printed before training.
     """
 
     reads = "tokens"
@@ -104,51 +104,56 @@ class TextSet:
 
     @property
     def pair(self) -> bool:
-        """Returns whether an example is a pair of texts."""
+        """Whether an example is a pair of texts."""
         return len(self.eval_split.texts) == 2
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         kind = "pairs of texts" if self.pair else "texts"
         train = f"{self.num_train:,} train + " if self.train_split else ""
         return f"{train}{self.num_eval:,} test {kind} of {self.source}, up to {self.length} tokens"
 
     @property
     def num_train(self) -> int:
+        """The number of training examples."""
         return len(self.train_split) if self.train_split else 0
 
     @property
     def num_eval(self) -> int:
+        """The number of evaluation examples."""
         return len(self.eval_split)
 
     @property
     def vocabulary(self) -> int:
+        """The number of token ids."""
         return self.tokenizer.size
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         return {"task": "classification", "num_classes": max(1, len(self.label_names))}
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Stream:
-        """Returns the endless stream of shuffled batches, see `text.Reader.train`.
+        """Returns the endless stream of shuffled batches, see `text.SequenceReader.train`.
 
         Raises:
-          UserError: there is no training split, or what `text.Reader.train` raises.
+          UserError: there is no training split, or what `text.SequenceReader.train` raises.
         """
         if self.train_split is None:
             raise UserError("config.data.train is None: it names no split to train on")
         return self._train_reader.train(batch, seed, start, process)
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Stream:
-        """Returns each evaluation example once, see `text.Reader.eval`."""
+        """Returns each evaluation example once, see `text.SequenceReader.eval`."""
         return self._eval_reader.eval(batch, process)
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Returns the shapes of batches, one dict per length."""
         labels = {"label": self.eval_split.labels}
-        return text.specs(rows, (*self.buckets, self.length), labels)
+        return text.batch_specs(rows, (*self.buckets, self.length), labels)
 
     def augment(self, key: jax.Array, batch: dict) -> dict:
         """Returns the batch as it is."""
@@ -161,71 +166,77 @@ class TextSet:
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.exported(self.length)
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
+        return text.exported_inputs(self.length)
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.example(self.length)
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
+        return text.example_inputs(self.length)
 
     # A split is tokenized when it is first read, because not every job reads every split.
     @functools.cached_property
-    def _train_reader(self) -> Reader:
+    def _train_reader(self) -> SequenceReader:
         return self.reader(self.train_split)
 
     @functools.cached_property
-    def _eval_reader(self) -> Reader:
+    def _eval_reader(self) -> SequenceReader:
         return self.reader(self.eval_split)
 
-    def reader(self, split: Split) -> Reader:
+    def reader(self, split: Split) -> SequenceReader:
         """Tokenizes a split and returns its reader."""
         first, second = (*split.texts, None)[:2]
         labels = {} if split.labels is None else {"label": split.labels}
         sequences = text.tokenize(self.tokenizer, first, second, self.length, **labels)
-        return Reader(sequences, self.length, self.buckets, self.tokenizer.pad or 0)
+        return SequenceReader(
+            sequences, self.length, self.buckets, self.tokenizer.pad or 0
+        )
 
-    def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
-        """Yields the answer to each text, or why it has none.
+    def predict(self, arguments: Sequence[str], run: Callable) -> Iterator[str]:
+        """Yields one line per text: the network's answer, or the reason why there is none.
 
-        Texts are words of the command line, pairs "a ||| b", or files with one text or pair a line.
+        Args:
+          arguments: texts, pairs "a ||| b", or names of files with one text or pair per line.
+          run: see `pipeline.Data`.
 
         Raises:
-          UserError: no text; after all answers, texts or files that have none.
+          UserError: there is no text; or, after all answers, a text or a file has no answer.
         """
-        tried = [attempt for word in given for attempt in self._texts(word)]
-        if not tried:
+        attempts = [attempt for word in arguments for attempt in self._texts(word)]
+        if not attempts:
             form = f"'A SENTENCE. {BETWEEN} ANOTHER.'" if self.pair else "'A SENTENCE.'"
             raise UserError(
                 f"the job predict needs texts, or files of them: run.py --job=predict --workdir=DIR {form}"
             )
-        reasons = [reason for _, reason in tried if reason]
-        if len(tried) == 1:
+        reasons = [reason for _, reason in attempts if reason]
+        if len(attempts) == 1:
             answering.check(reasons, 1, "text")
-        for begin in range(0, len(tried), PREDICTED):
-            batch = tried[begin : begin + PREDICTED]
-            good = [parts for parts, reason in batch if not reason]
-            rows = iter(self._outputs(good, run) if good else ())
+        for begin in range(0, len(attempts), PREDICTED):
+            batch = attempts[begin : begin + PREDICTED]
+            usable = [parts for parts, reason in batch if not reason]
+            rows = iter(self._outputs(usable, run) if usable else ())
             for parts, reason in batch:
                 yield (
                     reason or f"{self.answer(next(rows))}  {f' {BETWEEN} '.join(parts)}"
                 )
-        answering.check(reasons, len(tried), "text")
+        answering.check(reasons, len(attempts), "text")
 
     def _outputs(self, texts: Sequence[tuple[str, ...]], run: Callable) -> np.ndarray:
         """Returns the network's outputs for texts or pairs, float32 [b, outputs]."""
         columns = tuple(list(column) for column in zip(*texts, strict=True))
         reader = dataclasses.replace(self.reader(Split(columns, None)), buckets=())
         batch = next(reader.eval(len(texts)))
-        batch = {name: batch[name].astype(np.int32) for name in text.READ}
+        batch = {name: batch[name].astype(np.int32) for name in text.INPUT_KEYS}
         return np.asarray(run(batch), np.float32)
 
     def _texts(self, word: str) -> list[tuple[tuple[str, ...] | None, str]]:
         """Returns (parts, "") or (None, why it cannot be used) for each text that a word of the command line names."""
         try:
             is_file = Path(word).is_file()
-        except OSError:  # a long sentence is no name of a file
+        except OSError:  # a long sentence is not a valid file name
             is_file = False
         if not is_file:
             return [answering.attempt(self._parts, word, repr(word))]
-        content, reason = answering.attempt(files.text, Path(word))
+        content, reason = answering.attempt(text_files.read_text, Path(word))
         if not reason and not content.strip():
             reason = f"{word} holds no text"
         if reason:
@@ -238,18 +249,18 @@ class TextSet:
 
     def _parts(self, line: str, where: str) -> tuple[str, ...]:
         """Returns the one or two texts of a line; `where` names the line in an error."""
-        between = BETWEEN if BETWEEN in line else "\t"
-        parts = tuple(part.strip() for part in line.split(between))
+        separator = BETWEEN if BETWEEN in line else "\t"
+        parts = tuple(part.strip() for part in line.split(separator))
         if len(parts) != (2 if self.pair else 1) or not all(parts):
-            wanted = f"two, as 'a {BETWEEN} b'" if self.pair else "one"
+            expected = f"two, as 'a {BETWEEN} b'" if self.pair else "one"
             count = len([part for part in parts if part])
             raise UserError(
-                f"{where}: {count} texts where {self.source} takes {wanted}"
+                f"{where}: {count} texts where {self.source} takes {expected}"
             )
         return parts
 
 
-def likeliest(label_names: Sequence[str], logits: np.ndarray) -> str:
+def format_class(label_names: Sequence[str], logits: np.ndarray) -> str:
     """Returns the likeliest class and its probability, such as "positive 93.1%"."""
     best = int(logits.argmax())
     probability = 1 / np.exp(logits - logits[best]).sum()
@@ -257,6 +268,6 @@ def likeliest(label_names: Sequence[str], logits: np.ndarray) -> str:
     return f"{label_names[best] if known else f'class {best}'} {probability:.1%}"
 
 
-def number(outputs: np.ndarray) -> str:
-    """Returns the number of a regression."""
+def format_number(outputs: np.ndarray) -> str:
+    """Returns the output of a regression as text with two decimals, such as "4.25"."""
     return f"{outputs.reshape(-1)[0]:.2f}"

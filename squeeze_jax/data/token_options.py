@@ -1,4 +1,4 @@
-"""Options of tokenizer_config.json that change ids, put into a backend as `transformers` 5.23 does."""
+"""Applies the options of tokenizer_config.json that change token ids to a tokenizer, as `transformers` 5.23 does."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from squeeze_jax.data import tokenizer
 from squeeze_jax.errors import UserError, shortened
 
-# These classes of `transformers` take a tokenizer.json as it is.
+# These classes of `transformers` use a tokenizer.json as it is.
 GENERIC = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 FLAGS = [
     "do_lower_case",
@@ -28,7 +28,7 @@ TOKEN = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def check(config: Mapping[str, Any], folder: Path) -> None:
-    """Raises a UserError for an option of another type than true, false or null."""
+    """Raises a UserError if one of the options in `FLAGS` is not true, false or null."""
     for name in FLAGS:
         if not isinstance(config.get(name), bool | None):
             raise UserError(
@@ -39,39 +39,39 @@ def check(config: Mapping[str, Any], folder: Path) -> None:
 def adapt(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named, where: Path
 ) -> tokenizers.Tokenizer:
-    """Returns the backend of a tokenizer.json that splits text as the options beside the file say.
+    """Returns the backend from a tokenizer.json with the options of the tokenizer_config.json next to it applied.
 
     Args:
-      backend: of tokenizer.json; may be changed in place.
-      config: of tokenizer_config.json. A generic "tokenizer_class" takes the backend as it is.
-      named: {role: token} of its special tokens.
-      where: tokenizer.json.
+      backend: the tokenizer in tokenizer.json; may be changed in place.
+      config: the content of tokenizer_config.json. If "tokenizer_class" is one of `GENERIC`, the backend stays unchanged.
+      named: the special tokens that `config` names, {role: token}.
+      where: the path of tokenizer.json, for errors.
 
     Raises:
-      UserError: an option that cannot be put into this backend.
+      UserError: the config has an option that this backend cannot follow.
     """
     if config.get("tokenizer_class") in GENERIC:
         return backend
-    backend = _with_flags(backend, config, where)
+    backend = _with_token_flags(backend, config, where)
     content = json.loads(backend.to_str())
     kind = content["model"].get("type")
     if isinstance(backend.normalizer, normalizers.BertNormalizer):
         _normalize(backend, config)
-    elif kind != "BPE":  # whose classes ignore these options
-        _demand_same(content["normalizer"], config, where)
+    elif kind != "BPE":  # the classes of BPE tokenizers ignore these options
+        _check_normalizer(content["normalizer"], config, where)
     space = config.get("add_prefix_space")
     if space is not None and isinstance(
         backend.pre_tokenizer, pre_tokenizers.ByteLevel
     ):
         backend.pre_tokenizer.add_prefix_space = space
     if kind == "WordPiece":
-        _rename(backend, named, where)
+        _set_special_tokens(backend, named, where)
     return backend
 
 
-def _with_flags(backend, config, where) -> tokenizers.Tokenizer:
-    """Returns the backend with its added tokens matched as "added_tokens_decoder" says, such as with the space before."""
-    flags = {token.content: token for token in _numbered(config, where)}
+def _with_token_flags(backend, config, where) -> tokenizers.Tokenizer:
+    """Returns the backend whose added tokens match text by the flags in "added_tokens_decoder", such as "lstrip"."""
+    flags = {token.content: token for token in _decoder_tokens(config, where)}
     content = json.loads(backend.to_str())
     for token in content["added_tokens"]:
         if token["content"] in flags:
@@ -81,18 +81,21 @@ def _with_flags(backend, config, where) -> tokenizers.Tokenizer:
 
 
 def add(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named, where) -> None:
-    """Adds the tokens that a tokenizer_config.json names, sets whether text may hold special tokens, and what stands around it.
+    """Adds the tokens of a tokenizer_config.json to a backend, in place, and applies its options about special tokens.
+
+    The option "split_special_tokens" makes special tokens within a text plain text. "add_bos_token" and "add_eos_token" put a
+    token before and after each text, unless the backend has its own template for sequences.
 
     Args:
       backend: changed in place.
       config, named, where: see `adapt`.
 
     Raises:
-      UserError: an entry that is no token, or a token for the ends of texts that the vocabulary lacks.
+      UserError: an entry is not a token, or the vocabulary lacks the token to put around texts.
     """
     present = {t.content for t in backend.get_added_tokens_decoder().values()}
     new = {}
-    for token in _tokens(config, named, where):
+    for token in _added_tokens(config, named, where):
         if token.content not in present:
             new.setdefault(token.content, token)
     backend.add_tokens(list(new.values()))
@@ -106,7 +109,7 @@ def add(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named, where) 
 
 
 def _surround(backend, config, where) -> None:
-    """Puts the tokens that begin and end a text around each text."""
+    """Makes the backend put its "bos" and "eos" tokens around each text, if the config asks for them."""
     around, ids = {}, {}
     for name in "bos", "eos":
         around[name] = ""
@@ -148,7 +151,7 @@ def _normalize(backend, config) -> None:
     )
 
 
-def _demand_same(normalizer, config, where) -> None:
+def _check_normalizer(normalizer, config, where) -> None:
     text = json.dumps(normalizer)
     for name, has in (
         ("do_lower_case", '"Lowercase"' in text),
@@ -160,43 +163,43 @@ def _demand_same(normalizer, config, where) -> None:
             )
 
 
-def _rename(backend, named, where) -> None:
-    """Puts a BERT tokenizer's unknown token and its tokens around texts at their places."""
+def _set_special_tokens(backend, named, where) -> None:
+    """Makes a BERT tokenizer use the unknown token, the "cls" and the "sep" token that the config names."""
     if "unknown" in named:
         backend.model.unk_token = named["unknown"]
     if not {"cls", "sep"} & named.keys():
         return
-    around = [named.get("cls", "[CLS]"), named.get("sep", "[SEP]")]
-    cls, sep = around
-    ids = [backend.token_to_id(token) for token in around]
+    cls_and_sep = [named.get("cls", "[CLS]"), named.get("sep", "[SEP]")]
+    cls, sep = cls_and_sep
+    ids = [backend.token_to_id(token) for token in cls_and_sep]
     if None in ids:
-        lacking = around[ids.index(None)]
+        lacking = cls_and_sep[ids.index(None)]
         raise UserError(
             f"{where} lacks the token {lacking!r} that tokenizer_config.json names"
         )
     backend.post_processor = processors.TemplateProcessing(
         single=f"{cls}:0 $A:0 {sep}:0",
         pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=list(zip(around, ids, strict=True)),
+        special_tokens=list(zip(cls_and_sep, ids, strict=True)),
     )
 
 
-def _tokens(config, named, where) -> Iterator[tokenizers.AddedToken]:
-    """The tokens that a configuration adds, in the order in which `transformers` numbers them."""
-    yield from _numbered(config, where)
+def _added_tokens(config, named, where) -> Iterator[tokenizers.AddedToken]:
+    """Yields the tokens that a configuration adds, in the order in which `transformers` numbers them."""
+    yield from _decoder_tokens(config, where)
     for role in named:
         entry = config[tokenizer.ROLES[role][0]]
-        yield _token(
+        yield _parse_token(
             entry | {"special": True} if isinstance(entry, dict) else entry, where
         )
     for name in ("additional_special_tokens", "extra_special_tokens"):
         extra = config.get(name) or ()
         for token in extra.values() if isinstance(extra, dict) else extra:
-            yield _token(token, where)
+            yield _parse_token(token, where)
 
 
-def _numbered(config, where) -> Iterator[tokenizers.AddedToken]:
-    """The tokens of "added_tokens_decoder", in the order of their ids."""
+def _decoder_tokens(config, where) -> Iterator[tokenizers.AddedToken]:
+    """Yields the tokens of "added_tokens_decoder", in the order of their ids."""
     numbered = config.get("added_tokens_decoder") or {}
     try:
         numbered = sorted((int(id), token) for id, token in numbered.items())
@@ -205,10 +208,10 @@ def _numbered(config, where) -> Iterator[tokenizers.AddedToken]:
             f"{where}: added_tokens_decoder beside it should be {{id: token}}"
         ) from None
     for _, token in numbered:
-        yield _token(token, where)
+        yield _parse_token(token, where)
 
 
-def _token(token, where) -> tokenizers.AddedToken:
+def _parse_token(token, where) -> tokenizers.AddedToken:
     if isinstance(token, str):
         return tokenizers.AddedToken(token, special=True)
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):

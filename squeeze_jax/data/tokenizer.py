@@ -1,7 +1,7 @@
-"""What a tokenizer is, and the kinds of it, made from a vocabulary in memory by the `tokenizers` library.
+"""The class `Tokenizer`, and functions that build tokenizers from vocabularies in memory with the library `tokenizers`.
 
-WordPiece (BERT and what follows it; Wu et al., arXiv 1609.08144) and byte-level byte-pair encoding (GPT-2; Radford et al.,
-2019). Files are read and written in `tokens`.
+There are WordPiece tokenizers, as in BERT (Wu et al., arXiv 1609.08144), and byte-level byte-pair encoding, as in GPT-2
+(Radford et al., 2019) and RoBERTa. `tokens` reads and writes their files.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from squeeze_jax.errors import UserError
 
-# {role: (its name in `transformers`, what it is usually called)}
+# {role of a special token: (its name in `transformers`, the usual tokens)}
 ROLES = {
     "pad": ("pad_token", ("[PAD]", "<pad>")),
     "unknown": ("unk_token", ("[UNK]", "<unk>", "<|endoftext|>")),
@@ -30,25 +30,26 @@ ROBERTA["mask"] = "<mask>"
 END = "<|endoftext|>"
 
 
-class Piece(NamedTuple):
-    """One part of a sequence: a text ("A" or "B"), or the id of a special token; and its segment."""
+class TemplatePart(NamedTuple):
+    """One part of a sequence template: the content is a text ("A" or "B") or a special token's id; the segment is 0 or 1."""
 
     content: str | int
     segment: int
 
 
-A, B = Piece("A", 0), Piece("B", 1)
+A, B = TemplatePart("A", 0), TemplatePart("B", 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer; `tokens.load` and `tokens.train` build it. Survives pickling.
+    """A tokenizer; `tokens.load` and `tokens.train` build it. It can be pickled.
 
     Attributes:
-      backend: the library's, without truncation and padding.
-      size: of its vocabulary: the largest id and one.
-      pad, unknown, cls, sep, mask: ids of the special tokens; None where it has none.
-      one, two: how a sequence of one text and one of two are made.
+      backend: the tokenizer of the library `tokenizers`, without truncation and padding.
+      size: of the vocabulary: the largest id + 1.
+      pad, unknown, cls, sep, mask: ids of the special tokens; None for those that it lacks.
+      single_template, pair_template: the parts of a sequence of one text and of a sequence of two, such as
+        [CLS] A [SEP] and [CLS] A [SEP] B [SEP].
     """
 
     backend: tokenizers.Tokenizer
@@ -58,24 +59,24 @@ class Tokenizer:
     cls: int | None
     sep: int | None
     mask: int | None
-    one: tuple[Piece, ...] = (A,)
-    two: tuple[Piece, ...] = (A, B)
+    single_template: tuple[TemplatePart, ...] = (A,)
+    pair_template: tuple[TemplatePart, ...] = (A, B)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the ids of a text, int32 [n], and where each begins and ends in it, in characters, int32 [n, 2].
+        """Returns the token ids of a text, int32 [n], and the characters [begin, end) of each token, int32 [n, 2].
 
-        Without special tokens around it; one that stands in the text, such as "[MASK]", is itself.
+        No special tokens are added. A special token within the text, such as "[MASK]", becomes that one token.
         """
-        (found,) = self.locate_many([text])
-        return found
+        (encoding,) = self.locate_many([text])
+        return encoding
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns only the ids of each text, int32 [n]; many times as fast, on all cores."""
-        found = self._encode(self.backend.encode_batch_fast, texts)
-        return [np.array(each.ids, np.int32) for each in found]
+        """Returns the token ids of each text, int32 [n], without places; many times as fast as `encode`, on all cores."""
+        encodings = self._encode(self.backend.encode_batch_fast, texts)
+        return [np.array(each.ids, np.int32) for each in encodings]
 
     def locate_many(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns of each text what `encode` does, on all cores."""
+        """Returns the result of `encode` for each text, on all cores."""
         return [
             (np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2))
             for e in self._encode(self.backend.encode_batch, texts)
@@ -95,54 +96,69 @@ class Tokenizer:
             raise
 
     def token(self, id: int) -> str:
-        """The token that an id stands for, such as "##ing"."""
-        found = self.backend.id_to_token(int(id))
-        return "" if found is None else found
+        """Returns the token with this id, such as "##ing"; "" if no token has it."""
+        token = self.backend.id_to_token(int(id))
+        return "" if token is None else token
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
+        """Returns the text that token ids stand for, without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def single(self, ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a text's ids with special tokens, and segments, int32 [n] each, n ≤ length; cut off at its end.
+        """Adds special tokens around a text and cuts off its end if needed.
+
+        Args:
+          ids: the token ids of the text.
+          length: the largest number of tokens of the sequence, special tokens included.
+
+        Returns:
+          The sequence's token ids and segments, int32 [n] each, n ≤ length.
 
         Raises:
-          UserError: no room for one token of the text.
+          UserError: `length` leaves no room for one token of the text.
         """
-        return _join(self.one, {"A": ids[: self._room(self.one, length)]})
+        return _fill_template(
+            self.single_template, {"A": ids[: self._room(self.single_template, length)]}
+        )
 
     def pair(
         self, a: np.ndarray, b: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `single`, of two texts; tokens are taken from the end of the longer until they fit."""
-        room = self._room(self.two, length)
+        """Joins two texts as `single` does one; cuts tokens from the end of the longer text until both fit."""
+        room = self._room(self.pair_template, length)
         short, long = sorted((len(a), len(b)))
         if short + long > room:
             short = min(short, room // 2)
             long = room - short
-        keep = (long, short) if len(a) > len(b) else (short, long)
-        return _join(self.two, {"A": a[: keep[0]], "B": b[: keep[1]]})
+        kept = (long, short) if len(a) > len(b) else (short, long)
+        return _fill_template(
+            self.pair_template, {"A": a[: kept[0]], "B": b[: kept[1]]}
+        )
 
     def room(self, length: int, pair: bool = False) -> int:
-        """How many tokens of text a sequence of `length` has room for."""
-        return self._room(self.two if pair else self.one, length)
+        """Returns how many tokens of text fit into a sequence of `length` tokens together with its special tokens.
 
-    def _room(self, form: tuple[Piece, ...], length: int) -> int:
-        texts = sum(piece.content in ("A", "B") for piece in form)
-        room = length - (len(form) - texts)
+        Raises:
+          UserError: there is no room for one token of each text.
+        """
+        return self._room(self.pair_template if pair else self.single_template, length)
+
+    def _room(self, template: tuple[TemplatePart, ...], length: int) -> int:
+        texts = sum(part.content in ("A", "B") for part in template)
+        room = length - (len(template) - texts)
         if room < texts:
             raise UserError(
-                f"length = {length} leaves no room for text beside {len(form) - texts} special tokens"
+                f"length = {length} leaves no room for text beside {len(template) - texts} special tokens"
             )
         return room
 
 
-def _join(form: tuple[Piece, ...], texts: dict[str, np.ndarray]):
-    parts = [texts.get(content, (content,)) for content, _ in form]
-    # Several times as fast as concatenating arrays, as the parts are small.
+def _fill_template(template: tuple[TemplatePart, ...], texts: dict[str, np.ndarray]):
+    parts = [texts.get(content, (content,)) for content, _ in template]
+    # The parts are small, so this is several times as fast as concatenating arrays.
     ids, segments = np.empty((2, sum(map(len, parts))), np.int32)
     begin = 0
-    for part, (_, segment) in zip(parts, form, strict=True):
+    for part, (_, segment) in zip(parts, template, strict=True):
         end = begin + len(part)
         ids[begin:end], segments[begin:end] = part, segment
         begin = end
@@ -157,18 +173,18 @@ def bert(
     accents: bool | None = None,
     chinese: bool = True,
 ) -> Tokenizer:
-    """BERT's: WordPiece, [CLS] A [SEP] B [SEP].
+    """Returns a WordPiece tokenizer like BERT's, whose pairs of texts become [CLS] A [SEP] B [SEP].
 
     Args:
       vocabulary: {token: id}.
-      special: {role: token}; all but "mask" in the vocabulary.
+      special: {role: token}; the vocabulary holds all of them, except possibly "mask".
       lower: whether text is lower-cased.
-      accents: whether accents are taken off; None for where it is lower-cased.
+      accents: whether accents are removed; None removes them if text is lower-cased.
       chinese: whether each Chinese character is a word.
     """
     model = models.WordPiece(dict(vocabulary), unk_token=special["unknown"])
-    backend = words(model, lower, accents, chinese)
-    _add(backend, [t for t in special.values() if t in vocabulary])
+    backend = bert_backend(model, lower, accents, chinese)
+    _add_special_tokens(backend, [t for t in special.values() if t in vocabulary])
     cls, sep = special["cls"], special["sep"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{cls}:0 $A:0 {sep}:0",
@@ -178,10 +194,15 @@ def bert(
     return wrap(backend, special)
 
 
-def words(
+def bert_backend(
     model, lower: bool, accents: bool | None = None, chinese: bool = True
 ) -> tokenizers.Tokenizer:
-    """BERT's way to words, before a model of their pieces."""
+    """Returns a backend that splits text into words as BERT does, and words into pieces by `model`.
+
+    Args:
+      model: a model of the library `tokenizers`, such as `models.WordPiece`.
+      lower, accents, chinese: see `bert`.
+    """
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -202,20 +223,23 @@ def byte_level(
     space: bool = False,
     trim: bool = True,
 ) -> Tokenizer:
-    """GPT-2's, or with a "cls" among the special tokens RoBERTa's: <s> A </s></s> B </s>, one segment.
+    """Returns a byte-level BPE tokenizer like RoBERTa's if `special` has "cls", otherwise like GPT-2's.
+
+    RoBERTa's pairs of texts become <s> A </s></s> B </s>, all in segment 0.
 
     Args:
-      model: byte-level byte pairs.
-      vocabulary: {token: id} of it.
-      special: {role: token}; "cls" and "sep" in the vocabulary.
-      space: whether a text gets a space before it.
-      trim: whether places of RoBERTa's tokens leave out the space before them.
+      model: byte-level byte-pair encoding.
+      vocabulary: the model's {token: id}.
+      special: {role: token}; the vocabulary holds "cls" and "sep" if they are given.
+      space: whether a space is put before each text.
+      trim: whether the places that `Tokenizer.encode` returns exclude the space before a token; for RoBERTa alone.
     """
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     backend.decoder = decoders.ByteLevel()
-    named = [*special.values(), END]
-    _add(backend, dict.fromkeys(t for t in named if t in vocabulary))
+    candidates = [*special.values(), END]
+    present = dict.fromkeys(t for t in candidates if t in vocabulary)
+    _add_special_tokens(backend, present)
     if "cls" in special:
         sep, cls = ((special[k], vocabulary[special[k]]) for k in ("sep", "cls"))
         backend.post_processor = processors.RobertaProcessing(sep, cls, trim, space)
@@ -225,55 +249,57 @@ def byte_level(
 
 
 def wrap(backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> Tokenizer:
-    """A tokenizer of the library's.
+    """Returns the `Tokenizer` with a given backend.
 
     Args:
-      backend: without truncation and padding. Where it does not say how sequences are made, they are as BERT's or RoBERTa's.
+      backend: a tokenizer of the library `tokenizers`, without truncation and padding. If it puts nothing around texts and
+        has the tokens "cls" and "sep", sequences are made as for RoBERTa if "cls" is <s>, otherwise as for BERT.
       special: {role: token}.
     """
     ids = {role: backend.token_to_id(special.get(role, "")) for role in ROLES}
-    one, two = _forms(json.loads(backend.to_str())["post_processor"])
-    if one == (A,) and ids["cls"] is not None and ids["sep"] is not None:
+    single, pair = _templates(json.loads(backend.to_str())["post_processor"])
+    if single == (A,) and ids["cls"] is not None and ids["sep"] is not None:
         around = {"cls": ["", ids["cls"]], "sep": ["", ids["sep"]]}
         double = special["cls"] == ROBERTA["cls"]
         kind = "RobertaProcessing" if double else "BertProcessing"
-        one, two = _forms(around | {"type": kind})
+        single, pair = _templates(around | {"type": kind})
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    return Tokenizer(backend, size, **ids, one=one, two=two)
+    return Tokenizer(backend, size, **ids, single_template=single, pair_template=pair)
 
 
-def _forms(processor: dict | None):
-    """How sequences of one text and of two are made, from what a tokenizer.json says of it."""
+def _templates(processor: dict | None):
+    """Returns the templates of one text and of two, from the "post_processor" of a tokenizer.json."""
     kind = processor and processor["type"]
     if kind == "Sequence":
-        found = [_forms(each) for each in processor["processors"]]
-        return next((f for f in found if f != ((A,), (A, B))), ((A,), (A, B)))
+        templates = [_templates(each) for each in processor["processors"]]
+        return next((t for t in templates if t != ((A,), (A, B))), ((A,), (A, B)))
     if kind == "TemplateProcessing":
         special = processor["special_tokens"]
         return tuple(
-            tuple(_pieces(processor[name], special)) for name in ("single", "pair")
+            tuple(_template_parts(processor[name], special))
+            for name in ("single", "pair")
         )
     if kind in ("BertProcessing", "RobertaProcessing"):
         double = kind == "RobertaProcessing"
-        cls, sep = (Piece(processor[name][1], 0) for name in ("cls", "sep"))
+        cls, sep = (TemplatePart(processor[name][1], 0) for name in ("cls", "sep"))
         middle = (sep, sep, B._replace(segment=0)) if double else (sep, B)
         last = sep if double else sep._replace(segment=1)
         return (cls, A, sep), (cls, A, *middle, last)
     return (A,), (A, B)
 
 
-def _pieces(template: list, special: dict) -> Iterator[Piece]:
+def _template_parts(template: list, special: dict) -> Iterator[TemplatePart]:
     for each in template:
         ((kind, value),) = each.items()
         if kind == "Sequence":
-            yield Piece(value["id"], value["type_id"])
+            yield TemplatePart(value["id"], value["type_id"])
         else:
             for id in special[value["id"]]["ids"]:
-                yield Piece(id, value["type_id"])
+                yield TemplatePart(id, value["type_id"])
 
 
-def _add(backend: tokenizers.Tokenizer, special) -> None:
-    # The space before a masked word is a part of the word.
+def _add_special_tokens(backend: tokenizers.Tokenizer, special) -> None:
+    # In RoBERTa, the space before a word is a part of it, so <mask> takes the space as well.
     backend.add_special_tokens(
         [tokenizers.AddedToken(t, lstrip=t == ROBERTA["mask"]) for t in special]
     )

@@ -1,18 +1,25 @@
-"""Files of tab-separated columns, one example a line, no quoting; mistakes are named by file and line."""
+"""Reads files of tab-separated columns with one example per line and no quoting; errors name the file and the line."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from squeeze_jax.data import files
+from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 class Table(NamedTuple):
-    """A file's content: rows of as many cells as the header has; `lines` says where each stands."""
+    """The content of a file.
+
+    Attributes:
+      path: the file.
+      header: the names of the columns.
+      rows: one list of cells per row, as many as there are columns.
+      lines: the line number of each row in the file, from 1.
+    """
 
     path: Path
     header: tuple[str, ...]
@@ -20,35 +27,35 @@ class Table(NamedTuple):
     lines: list[int]
 
     def column(self, name: str) -> list[str]:
-        """The cells under a name, or a UserError that says which names there are."""
+        """Returns the cells of a column; raises a UserError that lists the columns if there is no such name."""
         if name not in self.header:
             raise UserError(
                 f"{self.path} lacks the column {name!r}: it has {', '.join(self.header)}"
             )
-        place = self.header.index(name)
-        return [row[place] for row in self.rows]
+        column = self.header.index(name)
+        return [row[column] for row in self.rows]
 
 
-def find(path: Path) -> Path | None:
-    """The file, or the same compressed, whichever is there."""
-    both = (path, path.with_name(f"{path.name}.gz"))
-    return next((p for p in both if p.is_file()), None)
+def find_file(path: Path) -> Path | None:
+    """Returns `path`, or the path of the gzipped file beside it if only that exists; None if neither exists."""
+    candidates = (path, path.with_name(f"{path.name}.gz"))
+    return next((p for p in candidates if p.is_file()), None)
 
 
 def read(
-    path: Path, header: Sequence[str] | None = None, *, broken: bool = False
+    path: Path, header: Sequence[str] | None = None, *, skip_broken: bool = False
 ) -> Table:
-    """Reads a .tsv, or .tsv.gz; UTF-8, a byte order mark is passed over.
+    """Reads a .tsv or .tsv.gz file in UTF-8; skips a byte order mark.
 
     Args:
       path: the file.
-      header: names of the columns where the file has none in its first line.
-      broken: whether lines with another number of columns are left out, with a warning; otherwise they are an error.
+      header: the names of the columns, for a file without them; None if the first line has them.
+      skip_broken: whether to leave out lines with another number of columns, with a warning; otherwise they are an error.
 
     Raises:
-      UserError: a file that cannot be read or is empty, or a line with another number of columns.
+      UserError: the file cannot be read or is empty, or a line has another number of columns.
     """
-    lines = [line.removesuffix("\r") for line in files.text(path).split("\n")]
+    lines = [line.removesuffix("\r") for line in text_files.read_text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     first = 1
@@ -62,7 +69,7 @@ def read(
         if len(cells) == len(header):
             rows.append(cells)
             numbers.append(number)
-        elif broken:
+        elif skip_broken:
             left_out += 1
         else:
             raise UserError(

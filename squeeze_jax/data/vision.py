@@ -1,12 +1,13 @@
-"""From an encoded image to uint8 [h, w, c]: decoding, resizing, and the random crops and flips of training.
+"""Decodes, resizes, crops and flips images: from encoded files to uint8 [h, w, c].
 
-Random transforms take their randomness as uniform numbers in [0, 1), one row of `DRAWS` an example, so that they are pure
-functions that work on whole batches. The random crops are those of GoogLeNet (arXiv 1409.4842, section 6) for
-"random_resized" and of ResNet (arXiv 1512.03385, section 4.2) for "pad". Evaluation rounds and interpolates as torchvision
-does, so that published weights see the pixels that their accuracies were measured on.
+Random transforms are pure functions of whole batches: they take uniform numbers in [0, 1), one row of `DRAWS` per example. The
+random crops follow GoogLeNet (arXiv 1409.4842, section 6) for "random_resized" and ResNet (arXiv 1512.03385, section 4.2) for
+"pad". Evaluation rounds and interpolates as torchvision does, so that published weights see the pixels that their accuracies
+were measured on.
 
-What is not 8-bit grey or RGB: transparency is laid on white; 16 bits are divided by 256, so that 65535 becomes 255; floats are
-0 to 1; of an animation the first frame counts; CMYK and other colours are converted without their profile.
+Images that are not 8-bit grey or RGB are converted. Transparency is laid on white. 16 bits are divided by 256, so that 65535
+becomes 255. Floats range from 0 to 1. The first frame of an animation is read. CMYK and other colours are converted without
+their profile.
 """
 
 import contextlib
@@ -20,27 +21,27 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from squeeze_jax.data import randaugment
 from squeeze_jax.errors import UserError
 
-# Which of an example's uniform numbers serve what.
+# The positions of each transform's numbers among the `DRAWS` uniform numbers of an example.
 FLIP, CORNER, ATTEMPTS, OPS, DRAWS = 0, slice(1, 3), slice(3, 23), 24, 64
 MAX_OPS = (DRAWS - OPS) // 2
 MODES = {1: "L", 3: "RGB"}
-DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's, more than 8 bits
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes above 8 bits
 GREY = ("1", "L", "LA", "La", *DEEP)
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 PAD = 4
 ASPECT = (3 / 4, 4 / 3)
 ORIENTATION = 0x0112  # the EXIF tag
 CROP, SQUASH = "crop", "squash"  # the values of `View.resize`
-LONG = 32  # an image that is this many times as long as it is wide
+LONG = 32  # the ratio of sides above which only the centre of an image is resized
 
 
 class Undecodable(ValueError):
-    """The bytes are no image. The message is the reason; the caller knows the name."""
+    """The bytes are not an image. The message is the reason; the caller adds the name of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How images are looked at; the fields are parameters of `data.make`, and are described there."""
+    """The size and the transforms of images; `make` in `tasks/images.py` describes the fields."""
 
     size: int | tuple[int, int]
     channels: int
@@ -56,13 +57,17 @@ class View:
     def __post_init__(self):
         low, high = self.scale
         short = min(self.size) if isinstance(self.size, tuple) else self.size
-        # Of an image that is padded by its own size, a crop may show nothing; the default is allowed for any size.
-        most = max(short - 1, PAD)
-        for key, fine, valid in (
+        # If an image is padded by its own size, a crop may show only padding. The default is allowed for any size.
+        largest_pad = max(short - 1, PAD)
+        for key, is_valid, valid in (
             ("size", len(self.shape) == 3 and short > 0, "positive, one or (h, w)"),
             ("channels", self.channels in MODES, "1 or 3"),
             ("pad", self.pad >= 0, "0 or more"),
-            ("pad", self.pad <= most, f"at most {most} for images of this size"),
+            (
+                "pad",
+                self.pad <= largest_pad,
+                f"at most {largest_pad} for images of this size",
+            ),
             ("scale", 0 < low <= high <= 1, "0 < low <= high <= 1"),
             ("randaugment", 0 <= self.randaugment <= MAX_OPS, f"0 to {MAX_OPS}"),
             (
@@ -77,7 +82,7 @@ class View:
             ),
             ("resize", self.resize in (CROP, SQUASH), f"{CROP!r} or {SQUASH!r}"),
         ):
-            if not fine:
+            if not is_valid:
                 value = getattr(self, key)
                 raise UserError(f"config.data.{key} = {value!r} should be {valid}")
 
@@ -89,19 +94,20 @@ class View:
 
 
 def still(image: bytes | np.ndarray, view: View) -> np.ndarray:
-    """Returns an image as evaluation sees it: resized to cover the view and cropped in the centre, or squashed into it.
+    """Returns an image as evaluation sees it: resized to cover the view's size and cropped in the centre, or squashed to it.
 
-    For a square size this is torchvision's `Resize(size)` and `CenterCrop(size)`; with `eval_resize` it is
+    For a square size, the crop is torchvision's `Resize(size)` and `CenterCrop(size)`; with `eval_resize` it is
     `Resize(eval_resize)` and `CenterCrop(size)`.
 
     Args:
       image: an encoded file, or uint8 [h, w, c].
+      view: the size and the transforms.
 
     Returns:
       uint8 `view.shape`.
 
     Raises:
-      Undecodable: the bytes are no image.
+      Undecodable: the bytes are not an image.
     """
     height, width, _ = view.shape
     raw = isinstance(image, np.ndarray) and image.shape == view.shape
@@ -121,27 +127,31 @@ def resized_size(size: tuple[int, int], view: View) -> tuple[int, int]:
     """Returns the (width, height) of an image before its centre is cropped; sizes are (width, height)."""
     height, width, _ = view.shape
     if view.eval_resize:
-        return resized(size, view.eval_resize)
-    return (width, height) if view.resize == SQUASH else covering(size, (width, height))
+        return size_with_short_side(size, view.eval_resize)
+    return (
+        (width, height)
+        if view.resize == SQUASH
+        else covering_size(size, (width, height))
+    )
 
 
-def covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
-    """Returns the smallest (width, height) of an image of that size that covers the wanted one at its aspect ratio."""
+def covering_size(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    """Returns the smallest (width, height) with the aspect ratio of `size` that covers `wanted`; sizes are (width, height)."""
     (w, h), (width, height) = size, wanted
     if width * h >= height * w:
         return width, width * h // w
     return height * w // h, height
 
 
-def resized(size: tuple[int, int], short: int) -> tuple[int, int]:
-    """Returns the (width, height) of an image of that size after its short side has become `short`."""
+def size_with_short_side(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """Returns the (width, height) of an image of that size after its short side is resized to `short`."""
     w, h = size
     long = int(short * max(w, h) / min(w, h))
     return (short, long) if w <= h else (long, short)
 
 
 def centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Returns (left, top, right, bottom) of the central crop; sizes are (width, height)."""
+    """Returns (left, top, right, bottom) of the central crop of `wanted` pixels; sizes are (width, height)."""
     left, top = (round((n - m) / 2) for n, m in zip(size, wanted, strict=True))
     return left, top, left + wanted[0], top + wanted[1]
 
@@ -149,26 +159,26 @@ def centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, in
 def random_resized(
     image: bytes | np.ndarray, view: View, draws: np.ndarray
 ) -> np.ndarray:
-    """A crop of random area and aspect ratio, resized to the view's size.
+    """Cuts a crop of random area and aspect ratio out of an image and resizes it to the view's size.
 
     Args:
       image: an encoded file, or uint8 [h, w, c].
-      view: `scale` bounds the crop's share of the area.
-      draws: [DRAWS] uniform numbers.
+      view: has the size; its `scale` bounds the crop's share of the area.
+      draws: uniform numbers [DRAWS].
 
     Returns:
       uint8 `view.shape`.
 
     Raises:
-      Undecodable: the bytes are no image.
+      Undecodable: the bytes are not an image.
     """
     picture = _open(image, load=False)
     w, h = picture.size
-    left, top, right, bottom = box(w, h, view.scale, draws)
+    left, top, right, bottom = random_box(w, h, view.scale, draws)
     height, width, _ = view.shape
     shrink = min((right - left) / width, (bottom - top) / height)
     if shrink >= 2:
-        # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time; a crop stays at least as large as the result.
+        # JPEG decodes at 1/2, 1/4 or 1/8 of the size in a fraction of the time; the crop stays at least as large as the result.
         picture.draft(
             MODES[view.channels], (int(-(-w // shrink)), int(-(-h // shrink)))
         )
@@ -180,11 +190,19 @@ def random_resized(
         return _array(picture.resize(size, Image.Resampling.BILINEAR, box=area))
 
 
-def box(width: int, height: int, scale, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """Returns (left, top, right, bottom) of a random crop.
+def random_box(
+    width: int, height: int, scale, draws: np.ndarray
+) -> tuple[int, int, int, int]:
+    """Returns (left, top, right, bottom) of a random crop, as in GoogLeNet (arXiv 1409.4842, section 6).
 
-    Ten attempts draw the share of the area uniformly from `scale` and the aspect ratio log-uniformly from 3/4 to 4/3; the
-    first that fits counts. If none does, it is the largest centred crop whose ratio is within those bounds.
+    Ten attempts draw the crop's share of the area uniformly from `scale` and its aspect ratio log-uniformly from 3/4 to 4/3.
+    The first attempt that fits into the image counts. If none fits, the result is the largest centred crop with an aspect
+    ratio within those bounds.
+
+    Args:
+      width, height: of the image.
+      scale: the least and the greatest share of the area.
+      draws: uniform numbers [DRAWS].
     """
     share, tilt = draws[ATTEMPTS].reshape(2, 10)
     area = width * height * (scale[0] + share * (scale[1] - scale[0]))
@@ -206,13 +224,16 @@ def box(width: int, height: int, scale, draws: np.ndarray) -> tuple[int, int, in
 def pad_crop(
     images: np.ndarray, pad: int, draws: np.ndarray, fill: int = 0
 ) -> np.ndarray:
-    """Pads with `fill` (black) and crops back to the old size at a random place; draws [b, DRAWS].
+    """Pads images on all sides and crops them back to their size at random places, as in ResNet (arXiv 1512.03385).
 
     Args:
-      images: [b, h, w, c], or maps of labels [b, h, w].
+      images: [b, h, w, c], or label maps [b, h, w].
+      pad: the width of the padding in pixels.
+      draws: uniform numbers [b, DRAWS].
+      fill: the value of the padding; 0 is black.
 
     Returns:
-      The same shape.
+      An array of the same shape.
     """
     b, h, w, *c = images.shape
     padded = np.full((b, h + 2 * pad, w + 2 * pad, *c), fill, images.dtype)
@@ -224,19 +245,20 @@ def pad_crop(
 
 
 def pad_corners(pad: int, draws: np.ndarray) -> list[list[int]]:
-    """Returns the [top, left] corner of each crop of `pad_crop` in the padded image; draws [b, DRAWS]."""
+    """Returns the [top, left] corner of each crop of `pad_crop` in its padded image; `draws` are [b, DRAWS]."""
     return (draws[:, CORNER] * (2 * pad + 1)).astype(int).tolist()
 
 
 def augment(images: np.ndarray, view: View, draws: np.ndarray) -> np.ndarray:
-    """Flips each image with probability 1/2, then RandAugment, as `view` says; works in place.
+    """Mirrors each image with probability 1/2 and applies RandAugment, if the view asks for them; works in place.
 
     Args:
       images: uint8 [b, h, w, c].
-      draws: [b, DRAWS] uniform numbers.
+      view: has the transforms.
+      draws: uniform numbers [b, DRAWS].
     """
     if view.flip:
-        chosen = flipped(draws)
+        chosen = flipped_indices(draws)
         mirror = np.arange(images.shape[2])[::-1]
         images[chosen] = images[chosen].take(mirror, axis=2)  # half the time of [::-1]
     for i in range(len(images) if view.randaugment else 0):
@@ -246,16 +268,16 @@ def augment(images: np.ndarray, view: View, draws: np.ndarray) -> np.ndarray:
     return images
 
 
-def flipped(draws: np.ndarray) -> np.ndarray:
-    """Returns the indices of the images that are mirrored; draws [b, DRAWS]."""
+def flipped_indices(draws: np.ndarray) -> np.ndarray:
+    """Returns the indices of the images that `augment` mirrors; `draws` are [b, DRAWS]."""
     return np.flatnonzero(draws[:, FLIP] < 0.5)
 
 
 def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Returns the (width, height) of an upright image; of most files only the header is read.
+    """Returns the (width, height) of an upright image; for most files this reads only the header.
 
     Raises:
-      Undecodable: the bytes are no image.
+      Undecodable: the bytes are not an image.
     """
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
@@ -268,21 +290,21 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
     return picture.size[::-1] if sideways else picture.size
 
 
-def transparent(picture: Image.Image) -> bool:
-    """Whether a picture has an alpha channel or a transparent colour, by its header."""
+def is_transparent(picture: Image.Image) -> bool:
+    """Returns whether a picture has an alpha channel or a transparent colour, according to its header."""
     return picture.has_transparency_data
 
 
 def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
-    """A picture, upright; of a file without EXIF rotation only the header is read unless `load`."""
+    """Returns an upright picture; without `load` it reads only the header of a file that has no EXIF rotation."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     with decoding():
         picture = Image.open(io.BytesIO(image))
-        turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1
+        rotated = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1
         if picture.mode in DEEP:
             picture = _eight_bits(picture)
-        if turned:
+        if rotated:
             return ImageOps.exif_transpose(picture)
         if load:
             picture.load()
@@ -290,11 +312,11 @@ def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Returns the grey picture of one with 16 bits, or with floats in 0..1; white where it is transparent."""
+    """Converts a picture of 16 bits, or of floats in 0..1, to 8-bit grey; transparent pixels become white."""
     pixels, clear = np.asarray(picture), picture.info.get("transparency")
     tags = getattr(picture, "tag_v2", {})
     if picture.mode == "F":
-        # The comparison is False of NaN, too.
+        # The comparison is also False for NaN.
         if not (pixels >= 0).all() or not (pixels <= 1).all():
             raise Undecodable(
                 f"its float pixels are {pixels.min():g} to {pixels.max():g}, not 0 to 1: scale them, or save 8 or 16 bits"
@@ -305,21 +327,22 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
             "its pixels are 32-bit integers, which have no fixed white: save 8 or 16 bits"
         )
     else:
-        # Of formats other than TIFF, mode "I" is 16 bits. A camera's 12 bits arrive as they are, 0 to 4095.
+        # In formats other than TIFF, mode "I" is 16 bits. The 12 bits of a camera are not scaled: 0 to 4095.
         bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
         grey = (pixels >> (bits - 8)).clip(0, 255)
     grey = grey.astype(np.uint8)
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow knows of 8 bits only
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white; Pillow handles this for 8 bits only
         grey = 255 - grey
     if clear is not None:
         grey[pixels == clear] = 255
-    shallow = Image.fromarray(grey)
-    shallow.getexif().update(picture.getexif())  # for its rotation
-    return shallow
+    converted = Image.fromarray(grey)
+    converted.getexif().update(picture.getexif())  # for its rotation
+    return converted
 
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
+    """Turns the exceptions that Pillow raises for damaged files into `Undecodable` within this context."""
     try:
         yield
     except MemoryError:
@@ -336,7 +359,7 @@ def _in_mode(picture: Image.Image, channels: int) -> Image.Image:
     with decoding():
         if picture.mode == "LAB":  # Pillow converts it only to RGB
             picture = picture.convert("RGB")
-        if transparent(picture):
+        if is_transparent(picture):
             picture = picture.convert("RGBA")
             white = Image.new("RGB", picture.size, "white")
             white.paste(picture.convert("RGB"), mask=picture.getchannel("A"))
@@ -355,9 +378,9 @@ def _resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _centre_of_long(
     picture: Image.Image, size: tuple[int, int], wanted: tuple[int, int]
 ) -> Image.Image:
-    """Resizes an image and crops its centre, without the ends, which could take more memory than there is.
+    """Resizes only the centre of an image, because resizing all of a very long image could take too much memory.
 
-    Pillow rounds the box to float32, so a pixel may differ by 1 from the crop of the whole.
+    Pillow rounds the box to float32, so a pixel may differ by 1 from the crop of the whole resized image.
     """
     left, top, right, bottom = centre(size, wanted)
     x0, y0 = max(left, 0), max(top, 0)

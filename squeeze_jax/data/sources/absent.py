@@ -1,7 +1,8 @@
-"""A data set that is not at hand: its classes and channels are known, its images are noise.
+"""Stands in for a dataset that is not available: its classes and channels are known, its images are noise.
 
-The jobs predict and export take it where the images of a trained network's run are gone: predict reads none of them, and
-export compares files with the live network, for which noise serves. Nothing is trained, measured or calibrated on it.
+The jobs predict and export use it if the images that a network was trained on are missing. The job predict reads no images of
+it, and export needs only some inputs, to compare exported files with the live network. Nothing is trained, measured or
+calibrated on it.
 """
 
 import dataclasses
@@ -21,12 +22,12 @@ def make(
     channels: Literal[1, 3],
     ignored: tuple[Integer, ...] | None = None,
 ) -> Source:
-    """Returns two splits of 128 images of noise.
+    """Returns a source with two splits of 128 images of noise.
 
     Args:
-      classes: their names.
-      channels: of the images.
-      ignored: labels of targets that do not count; None for images with one label.
+      classes: the names of the classes.
+      channels: the number of channels of the images.
+      ignored: the labels in targets that do not count; None for images without targets.
     """
     noise = _Noise(channels, ignored is not None)
     return Source(tuple(classes), channels, noise, noise, ignored)

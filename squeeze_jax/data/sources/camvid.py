@@ -28,13 +28,13 @@ VOID = 11
 
 
 def make(path: PathStr, eval: Literal["test", "val"] = "test") -> Source:
-    """Opens the images in a zip archive or an unpacked folder.
+    """Opens the dataset in a zip archive or an unpacked folder.
 
     Args:
-      path: the archive or folder with `train/NAME.webp` (or PNG) and `trainannot/NAME.png`, and so for val and test.
+      path: the archive or folder with `train/NAME.webp` (or PNG) and `trainannot/NAME.png`, and likewise for val and test.
       eval: the split for evaluation.
 
     Raises:
-      UserError: no such archive, or an image without a target.
+      UserError: there is no such archive or folder, or an image has no target.
     """
     return pairs.make(path, CLASSES, ignored=(VOID,), eval=eval)

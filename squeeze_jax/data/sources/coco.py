@@ -2,7 +2,7 @@
 
 The JSON file lists `images` (id, file_name, width, height), `categories` (id, name) and `annotations` (image_id,
 category_id, bbox [x, y, width, height] in pixels of the upright image, iscrowd). Category ids may have gaps: classes are
-numbered from 0 in the order of their ids. Images without boxes stay in the data set. Two kinds of annotations are left out,
+numbered from 0 in the order of their ids. Images without boxes stay in the dataset. Two kinds of annotations are left out,
 and a log line counts them: crowds (iscrowd = 1), whose box holds many objects, and boxes of zero width or height, such as
 the two in `instances_train2017.json`.
 """
@@ -25,10 +25,9 @@ from squeeze_jax.ranges import PathStr
 
 log = logging.getLogger(__name__)
 
-LIMIT = (
-    1e9  # pixels; no number of a box is as large, and NaN and infinity are not below it
-)
-SHOWN = 20  # names of files in an error
+# In pixels. All numbers of a box must be smaller, which also excludes NaN and infinity.
+LIMIT = 1e9
+SHOWN = 20  # the number of file names that an error compares with
 LISTS = ("images", "categories", "annotations")
 
 
@@ -40,29 +39,31 @@ def make(
     eval: PathStr = "annotations/instances_val2017.json",
     eval_images: PathStr = "val2017",
 ) -> Source:
-    """Reads the annotations of both splits and checks them against the images that are there.
+    """Reads the annotations of both splits and checks them against the image files.
 
     Args:
       root: a folder, or a zip archive; `~` is expanded.
-      train, eval: the JSON files of the two splits, below `root`.
-      train_images, eval_images: the folders of their images, below `root`; "" for `root` itself.
+      train: the JSON file of the training split, below `root`.
+      train_images: the folder of the training images, below `root`; "" for `root` itself.
+      eval: the JSON file of the evaluation split, below `root`.
+      eval_images: the folder of the evaluation images, below `root`; "" for `root` itself.
 
     Raises:
-      UserError: no such file, a file that is not in COCO's format, a missing image, an unknown category or image id, a box
-        outside its image, a split without boxes, splits with different categories.
+      UserError: a file or an image is missing, a file is not in COCO's format, a category or image id is unknown, a box lies
+        outside its image, a split has no boxes, or the splits have different categories.
     """
     files = Zip(root) if str(root).endswith(".zip") else Folder(root)
-    listed = set(files.names())
+    file_names = set(files.names())
     splits, categories = [], []
     for key, path, folder in (
         ("train", train, train_images),
         ("eval", eval, eval_images),
     ):
-        tables = _tables(files, listed, key, path)
+        tables = _tables(files, file_names, key, path)
         where = f"{files.root}/{path}"
         categories.append(_categories(tables["categories"], where))
         images = _images(tables["images"], where, folder)
-        _check_files(images, listed, files, where, key)
+        _check_files(images, file_names, files, where, key)
         boxes = _boxes(tables["annotations"], where, images, categories[-1])
         splits.append(_Split(files, *boxes))
     if categories[0] != categories[1]:
@@ -71,7 +72,7 @@ def make(
         )
     names = tuple(name for _, name in sorted(categories[0].items()))
     paths = [image.path for split in splits for image in split.images]
-    surveyed = survey.look(paths, files.open)
+    surveyed = survey.survey_images(paths, files.open)
     for split in splits:
         split.check(len(names))
     return Source(
@@ -81,24 +82,24 @@ def make(
         eval=splits[1],
         most_boxes=max((split.most_boxes() for split in splits), key=lambda m: m[1]),
         survey=surveyed,
-        notes=_notes(files, listed, set(paths), (train_images, eval_images)),
+        notes=_notes(files, file_names, set(paths), (train_images, eval_images)),
     )
 
 
 def _notes(
-    files: Folder | Zip, listed: set[str], used: set[str], folders: tuple[str, str]
+    files: Folder | Zip, file_names: set[str], used: set[str], folders: tuple[str, str]
 ) -> tuple[str, ...]:
     """Returns a line that counts and names the images in the splits' folders that no JSON file lists."""
     places = {PurePosixPath(folder) for folder in folders}
     others = [
         name
-        for name in photos.listed(listed - used).images
+        for name in photos.separate_images(file_names - used).images
         if PurePosixPath(name).parent in places
     ]
     if not others:
         return ()
     return (
-        f"left out in {files.root}: {len(others)} images without annotations ({photos.some(others)})",
+        f"left out in {files.root}: {len(others)} images without annotations ({photos.join_names(others)})",
     )
 
 
@@ -111,9 +112,8 @@ class _Image(NamedTuple):
 class _Split:
     files: Folder | Zip
     images: tuple[_Image, ...]
-    starts: (
-        np.ndarray
-    )  # int [images + 1]: the boxes of image i are starts[i] to starts[i + 1]
+    # int [images + 1]: the boxes of image i are those from starts[i] to starts[i + 1].
+    starts: np.ndarray
     corners: np.ndarray  # float32 [boxes, 4]
     labels: np.ndarray  # int32 [boxes]
 
@@ -135,11 +135,11 @@ class _Split:
         return f"{self.files.root}/{self.images[i].path}"
 
     def boxes(self, i: int) -> Boxes:
-        own = slice(self.starts[i], self.starts[i + 1])
-        return Boxes(self.corners[own], self.labels[own], self.images[i].size)
+        rows = slice(self.starts[i], self.starts[i + 1])
+        return Boxes(self.corners[rows], self.labels[rows], self.images[i].size)
 
     def check(self, num_classes: int) -> None:
-        """Raises a UserError for a box outside its image, where the file gives the image's size."""
+        """Raises a UserError for a box outside its image; images whose size the file does not state are not checked."""
         for i, image in enumerate(self.images):
             if image.size is not None and self.starts[i] < self.starts[i + 1]:
                 checked_boxes(self.boxes(i), image.size, num_classes, self.name(i))
@@ -150,13 +150,13 @@ class _Split:
 
 
 def _tables(
-    files: Folder | Zip, listed: set[str], key: str, path: str
+    files: Folder | Zip, file_names: set[str], key: str, path: str
 ) -> dict[str, list[dict]]:
     """Returns the three lists of a JSON file, whose entries are objects."""
-    if path not in listed:
-        found = sorted(name for name in listed if name.endswith(".json"))
+    if path not in file_names:
+        others = sorted(name for name in file_names if name.endswith(".json"))
         raise UserError(
-            f"config.data.source.{key}: {files.root} has no {path}{nearest(path, found[:SHOWN])}"
+            f"config.data.source.{key}: {files.root} has no {path}{nearest(path, others[:SHOWN])}"
         )
     where = f"{files.root}/{path}"
     try:
@@ -180,11 +180,11 @@ def _tables(
 
 
 def _field(entry: dict, key: str, kinds: tuple[type, ...], where: str) -> Any:
-    """Returns an entry's value of one of these types; a bool is no int."""
+    """Returns an entry's value under a key; raises a UserError unless it has one of these types. A bool is not an int."""
     value = entry.get(key)
     if type(value) not in kinds:
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"{where} has {key} = {value!r}: it should be {wanted}")
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{where} has {key} = {value!r}: it should be {expected}")
     return value
 
 
@@ -216,12 +216,12 @@ def _images(entries: list[dict], where: str, folder: str) -> dict[int | str, _Im
 
 def _check_files(
     images: dict[int | str, _Image],
-    listed: set[str],
+    file_names: set[str],
     files: Folder | Zip,
     where: str,
     key: str,
 ) -> None:
-    missing = [image.path for image in images.values() if image.path not in listed]
+    missing = [image.path for image in images.values() if image.path not in file_names]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
@@ -280,8 +280,8 @@ def _boxes(
 def _bbox(entry: dict, where: str) -> list[float]:
     """Returns x, y, width, height."""
     bbox = entry.get("bbox")
-    fine = isinstance(bbox, list) and len(bbox) == 4
-    if not fine or not all(type(v) in (int, float) and abs(v) < LIMIT for v in bbox):
+    is_four = isinstance(bbox, list) and len(bbox) == 4
+    if not is_four or not all(type(v) in (int, float) and abs(v) < LIMIT for v in bbox):
         raise UserError(
             f"{where} has bbox = {bbox!r}: it should be four numbers, [x, y, width, height]"
         )

@@ -1,6 +1,6 @@
-"""Handwritten digits that come inside scikit-learn: 1,797 images of 8x8 pixels in 17 grey levels, 10 classes.
+"""Handwritten digits that are part of scikit-learn: 1,797 images of 8x8 pixels in 17 grey levels, 10 classes, no download.
 
-The test set of the UCI "Optical Recognition of Handwritten Digits" data (E. Alpaydin, C. Kaynak, 1998). No download.
+They are the test set of the UCI dataset "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from squeeze_jax.data.survey import Survey
 
 
 def make() -> Source:
-    """Returns 1,437 training and 360 evaluation images, grey levels 0..16 stretched to 0..255.
+    """Returns 1,437 training and 360 evaluation images, with the grey levels 0..16 stretched to 0..255.
 
     The split is fixed and stratified: with the examples ordered by class, every fifth is for evaluation.
     """

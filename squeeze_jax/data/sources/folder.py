@@ -1,9 +1,9 @@
-"""A folder of image files, one folder a class.
+"""Image files in folders, with one folder per class.
 
-Two layouts: `root/train/CLASS/*.jpg` beside `root/test/CLASS/*.jpg` (or `val`, `validation`, `eval`), or `root/CLASS/*.jpg` of
-which a fixed share is held out for evaluation. Classes are numbered in the order of their sorted names. Hidden files and
-folders, and files that are no images by their suffix, are left out, counted and named. The images are grey if all are grey,
-otherwise in colour.
+There are two layouts: `root/train/CLASS/*.jpg` beside `root/test/CLASS/*.jpg` (or `val`, `validation`, `eval`), or
+`root/CLASS/*.jpg` with a fixed share held out for evaluation. Classes are numbered in the order of their sorted names. Hidden
+files and folders, and files without the suffix of an image, are left out; a line of the plan counts and names them. The
+dataset is grey if all images are grey, otherwise it is in colour.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ def make(root: PathStr, holdout: Rate = 0.0) -> Source:
 
     Args:
       root: the folder; `~` is expanded.
-      holdout: share of the images in (0, 1) to hold out where `root` has no `train` folder. A file is held out or not by
-        the hash of its class and name alone, so that adding images moves no other.
+      holdout: the share of the images, in (0, 1), to hold out if `root` has no `train` folder. The hash of a file's class and
+        name alone decides whether it is held out, so adding images does not move others.
 
     Raises:
-      UserError: no such folder, no images, a class without images, a class that only the evaluation split has.
+      UserError: there is no such folder, it has no images, a class has no images, or only the evaluation split has a class.
     """
     base = Path(root).expanduser()
     if not base.is_dir():
@@ -44,16 +44,16 @@ def make(root: PathStr, holdout: Rate = 0.0) -> Source:
             raise UserError(
                 f"config.data.source.holdout = {holdout}: {base} has its own split folders; leave holdout out"
             )
-        second = _second(base)
+        eval_folder = _eval_folder(base)
         classes, train, notes = _scan(base, "train")
-        found, test, more = _scan(base, second)
-        notes += more
-        if unused := set(_splits(base)) - {"train", second}:
+        eval_classes, test, eval_notes = _scan(base, eval_folder)
+        notes += eval_notes
+        if unused := set(_splits(base)) - {"train", eval_folder}:
             notes.append(f"not read: {', '.join(sorted(unused))} in {base}")
-        for name in found:
+        for name in eval_classes:
             if name not in classes:
                 raise UserError(
-                    f"{base / second / name}: class {name!r} is not in {base / 'train'}{nearest(name, classes)}"
+                    f"{base / eval_folder / name}: class {name!r} is not in {base / 'train'}{nearest(name, classes)}"
                 )
     else:
         _check_no_split(base)
@@ -63,17 +63,17 @@ def make(root: PathStr, holdout: Rate = 0.0) -> Source:
                 + (f" (it is {holdout}, not between 0 and 1)" if holdout else "")
             )
         classes, files, notes = _scan(base, "")
-        train = [f for f in files if _share(f) >= holdout]
-        test = [f for f in files if _share(f) < holdout]
-    for what, files in ("training", train), ("evaluation", test):
+        train = [f for f in files if _hash(f) >= holdout]
+        test = [f for f in files if _hash(f) < holdout]
+    for use, files in ("training", train), ("evaluation", test):
         if not files:
-            raise UserError(f"{base}: no image is left for {what}")
+            raise UserError(f"{base}: no image is left for {use}")
         present = {file[0] for file in files}
         if absent := [name for name in classes if name not in present]:
-            notes.append(f"without an image for {what}: {photos.some(absent)}")
+            notes.append(f"without an image for {use}: {photos.join_names(absent)}")
     label = {name: i for i, name in enumerate(classes)}
     paths = [str(path) for _, _, path in train + test]
-    surveyed = survey.look(paths, functools.partial(open, mode="rb"))
+    surveyed = survey.survey_images(paths, functools.partial(open, mode="rb"))
     return Source(
         label_names=tuple(classes),
         channels=surveyed.channels,
@@ -84,20 +84,20 @@ def make(root: PathStr, holdout: Rate = 0.0) -> Source:
     )
 
 
-def _second(base: Path) -> str:
-    """Returns the name of the folder of the evaluation split."""
-    second = next((n for n in EVAL_NAMES if (base / n).is_dir()), None)
-    if second is None:
+def _eval_folder(base: Path) -> str:
+    """Returns the name of the evaluation split's folder."""
+    name = next((n for n in EVAL_NAMES if (base / n).is_dir()), None)
+    if name is None:
         similar = [n for n in _splits(base) if n != "train"]
         raise UserError(
             f"{base} has a train folder but no {' or '.join(EVAL_NAMES)} folder beside it"
             + (f": rename {similar[0]}" if similar else "")
         )
-    return second
+    return name
 
 
 def _check_no_split(base: Path) -> None:
-    """Raises a UserError if a folder has splits of other names than train, which would become classes."""
+    """Raises a UserError if a folder has splits with other names than train, which would be read as classes."""
     splits = _splits(base)
     if splits:
         raise UserError(
@@ -115,11 +115,11 @@ def _splits(base: Path) -> list[str]:
 def _scan(
     base: Path, split: str
 ) -> tuple[list[str], list[tuple[str, str, Path]], list[str]]:
-    """Returns the sorted class names, `(class, name inside the class, path)` of every image, and lines of what is left out."""
+    """Returns the sorted class names, `(class, path inside the class, path)` of every image, and lines about files left out."""
     place = base / split
-    listing = photos.listed(photos.walk(place))
+    listing = photos.separate_images(photos.walk(place))
     classes = sorted(
-        p.name for p in place.iterdir() if p.is_dir() and not photos.hidden(p.name)
+        p.name for p in place.iterdir() if p.is_dir() and not photos.is_hidden(p.name)
     )
     if not classes:
         raise UserError(
@@ -149,9 +149,9 @@ def _scan(
     return classes, files, notes
 
 
-def _share(file: tuple[str, str, Path]) -> float:
-    """A fixed pseudo-random number in [0, 1) for a file of a class."""
-    # A name that is no UTF-8 is hashed by its bytes.
+def _hash(file: tuple[str, str, Path]) -> float:
+    """Returns a pseudo-random number in [0, 1) that depends only on a file's class and name."""
+    # A name that is not UTF-8 is hashed by its bytes.
     name = f"{file[0]}/{file[1]}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
 
@@ -165,12 +165,12 @@ class _Files:
 
     def read(self, indices: Sequence[int]) -> list[Example]:
         return [
-            Example(_bytes(self.files[i][0]), self.files[i][1], self.files[i][0])
+            Example(_read_bytes(self.files[i][0]), self.files[i][1], self.files[i][0])
             for i in indices
         ]
 
 
-def _bytes(path: str) -> bytes:
+def _read_bytes(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Images with a target each: `root/train/NAME.jpg` beside `root/trainannot/NAME.png`, in a folder or a zip archive.
+"""Pairs of an image and its target, `root/train/NAME.jpg` and `root/trainannot/NAME.png`, in a folder or a zip archive.
 
-A target is a PNG of one 8-bit channel: the class number of each pixel. 255 marks pixels that do not count.
+A target is a PNG with one 8-bit channel, the class number of each pixel. 255 marks pixels that do not count.
 """
 
 import dataclasses
@@ -24,16 +24,17 @@ def make(
     train: PathStr = "train",
     eval: PathStr = "test",
 ) -> Source:
-    """Lists the images under `root` that a target belongs to.
+    """Lists the images under `root` and their targets.
 
     Args:
-      root: a folder, or a zip archive; `~` is expanded. Hidden and other files are left out, counted and named.
-      classes: names of the classes in the order of their numbers, or a text file with one name per line.
-      ignored: labels beside 255 that do not count, 0 to 255; the number of a class leaves that class out.
-      train, eval: folders of the two splits; `annot` is appended for the folders of their targets.
+      root: a folder or a zip archive; `~` is expanded. Hidden and other files are left out; a line of the plan counts and
+        names them.
+      classes: the names of the classes in the order of their numbers, or a text file with one name per line.
+      ignored: labels that do not count, 0 to 255, in addition to 255; the number of a class leaves out that class.
+      train, eval: the folders of the training and evaluation images; their targets are in folders with `annot` appended.
 
     Raises:
-      UserError: no such folder or split, an image without a target, fewer than two classes.
+      UserError: there is no such folder or split, an image has no target, or there are fewer than two classes.
     """
     for label in ignored:
         if not 0 <= label <= 255:
@@ -45,7 +46,7 @@ def make(
     names = files.names()
     pairs = {split: _pairs(files, set(names), split) for split in splits}
     images = [image for image, _ in pairs[train] + pairs[eval]]
-    surveyed = survey.look(images, files.open)
+    surveyed = survey.survey_images(images, files.open)
     return Source(
         label_names=_names(classes),
         channels=surveyed.channels,
@@ -75,10 +76,10 @@ def _names(classes: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
-    """Returns (image, target) of every image of a split, sorted."""
+    """Returns the paths (image, target) for every image of a split, sorted."""
     images = [
         name
-        for name in photos.listed(listed).images
+        for name in photos.separate_images(listed).images
         if PurePosixPath(name).parent == PurePosixPath(split)
     ]
     if not images:
@@ -97,23 +98,25 @@ def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
 
 
 def _notes(files, names: Sequence[str], pairs: dict[str, tuple]) -> tuple[str, ...]:
-    """Returns lines that count and name targets without an image, and what else is left out in the splits' folders."""
+    """Returns lines that count and name the targets without an image and the other files left out in the splits' folders."""
     used = {name for split in pairs.values() for pair in split for name in pair}
     targets = {PurePosixPath(f"{split}annot") for split in pairs}
     folders = {PurePosixPath(split) for split in pairs} | targets
 
-    def concerns(name: str) -> bool:
+    def is_relevant(name: str) -> bool:
         path = PurePosixPath(name)
-        return bool(folders & set(path.parents)) or photos.hidden(path.parts[0])
+        return bool(folders & set(path.parents)) or photos.is_hidden(path.parts[0])
 
-    listing = photos.listed(n for n in names if n not in used and concerns(n))
-    alone = [n for n in listing.images if PurePosixPath(n).parent in targets]
+    listing = photos.separate_images(
+        n for n in names if n not in used and is_relevant(n)
+    )
+    unpaired = [n for n in listing.images if PurePosixPath(n).parent in targets]
     misplaced = [n for n in listing.images if PurePosixPath(n).parent not in targets]
     others = [*listing.left_out, *misplaced]
     notes = []
-    if alone:
+    if unpaired:
         notes.append(
-            f"left out in {files.root}: {len(alone)} target{'s' if len(alone) > 1 else ''} without an image ({photos.some(alone)})"
+            f"left out in {files.root}: {len(unpaired)} target{'s' if len(unpaired) > 1 else ''} without an image ({photos.join_names(unpaired)})"
         )
     if others:
         notes.append(f"left out in {files.root}: {photos.describe(others)}")
@@ -140,7 +143,7 @@ class _Pairs:
 
 
 class Folder:
-    """Files below a folder, by their path from there."""
+    """The files below a folder, named by their paths relative to it."""
 
     def __init__(self, root: str):
         self.root = Path(root).expanduser()
@@ -150,12 +153,15 @@ class Folder:
             )
 
     def names(self) -> list[str]:
+        """Returns the paths of all files."""
         return photos.walk(self.root)
 
     def open(self, name: str) -> IO[bytes]:
+        """Opens a file for reading."""
         return open(self.root / name, "rb")
 
     def read(self, name: str) -> bytes:
+        """Returns the content of a file; raises a UserError if it cannot be read."""
         try:
             return (self.root / name).read_bytes()
         except OSError as error:
@@ -165,7 +171,7 @@ class Folder:
 
 
 class Zip:
-    """Files in a zip archive, read from there; each process opens the archive for itself."""
+    """The files in a zip archive, named by their paths in it; each process opens the archive itself."""
 
     def __init__(self, root: str):
         self.root = Path(root).expanduser()
@@ -179,16 +185,19 @@ class Zip:
         self._open()
 
     def names(self) -> list[str]:
+        """Returns the paths of all files."""
         return [name for name in self._archive.namelist() if not name.endswith("/")]
 
     def open(self, name: str) -> IO[bytes]:
+        """Opens a file for reading."""
         return self._archive.open(name)
 
     def read(self, name: str) -> bytes:
+        """Returns the content of a file; raises a UserError if it cannot be read."""
         try:
-            return self._archive.read(name)  # zipfile locks the file among threads
+            return self._archive.read(name)  # zipfile has a lock for threads
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            # Encrypted files and unknown compressions are a RuntimeError.
+            # Encrypted files and unknown compressions raise a RuntimeError.
             raise UserError(f"cannot read {name} in {self.root}: {error}") from None
 
     def _open(self):

@@ -1,7 +1,7 @@
-"""Any image classification set of TensorFlow Datasets, read from ArrayRecord files without TensorFlow.
+"""Any image classification dataset of TensorFlow Datasets (TFDS), read from ArrayRecord files without TensorFlow.
 
-The files come from `tfds build NAME --file_format=array_record` or from `python -m squeeze_jax.data.convert`. Images stay encoded
-here: Pillow decodes them later, in the threads or worker processes of the pipeline.
+`tfds build NAME --file_format=array_record` or `python -m squeeze_jax.data.convert` makes the files. Images stay encoded here:
+Pillow decodes them later, in the threads or worker processes of the pipeline.
 """
 
 import dataclasses
@@ -29,15 +29,17 @@ def make(
     train: PathStr = "train",
     eval: PathStr = "test",
 ) -> Source:
-    """Opens a prepared data set.
+    """Opens a prepared dataset.
 
     Args:
-      dataset: its name as TFDS writes it: "cifar10", "imagenet_resized/32x32", "cifar10:1.0.0"; the newest version unless given.
-      data_dir: the folder of data sets; `~` is expanded.
-      train, eval: splits, slices allowed: "train[:90%]".
+      dataset: the dataset's name as TFDS writes it: "cifar10", "imagenet_resized/32x32", "cifar10:1.0.0"; without a
+        version, the newest.
+      data_dir: the folder of datasets; `~` is expanded.
+      train, eval: the splits to train and to evaluate on, or slices of splits such as "train[:90%]".
 
     Raises:
-      UserError: no such folder, data set, config, version or split; not an image classification set; not ArrayRecord files.
+      UserError: there is no such folder, dataset, config, version or split; the dataset is not for image classification; or
+        its files are not ArrayRecord files.
     """
     folder = find(dataset, data_dir)
     builder = tfds.builder_from_directory(folder)
@@ -67,7 +69,7 @@ def make(
 
 
 def _survey(shape: tuple[int | None, ...], total: int) -> Survey:
-    """Counts the images by the (h, w, c) that the data set's metadata tell; None where it differs."""
+    """Counts the images by the (h, w, c) in the dataset's metadata, which is None for a side that differs among images."""
     height, width, channels = shape
     sizes = {(width, height): total} if height and width else {}
     grey = total if channels == 1 else 0
@@ -76,7 +78,14 @@ def _survey(shape: tuple[int | None, ...], total: int) -> Survey:
 
 
 def find(dataset: str, data_dir: str) -> Path:
-    """Returns the folder `data_dir/name[/config]/version` of a prepared data set, or raises a UserError that says what is there."""
+    """Returns the folder `data_dir/name[/config]/version` of a prepared dataset.
+
+    Args:
+      dataset, data_dir: see `make`.
+
+    Raises:
+      UserError: there is no such dataset; the error names those that exist.
+    """
     base = Path(data_dir).expanduser()
     files.check_utf8(base, "config.data.source.data_dir")
     if not base.is_dir():
@@ -101,14 +110,14 @@ def find(dataset: str, data_dir: str) -> Path:
 
 
 def _prepared(base: Path) -> dict[str, list[str]]:
-    """Returns `{"name" or "name/config": versions}` of what lies finished in a folder."""
-    found = {}
+    """Returns `{"name" or "name/config": versions}` for the complete datasets in a folder."""
+    versions = {}
     for pattern in "*/*/dataset_info.json", "*/*/*/dataset_info.json":
         for file in sorted(base.glob(pattern)):
             path = file.parent.parent.relative_to(base).as_posix()
             if VERSION.fullmatch(file.parent.name) and not path.startswith("."):
-                found.setdefault(path, []).append(file.parent.name)
-    return found
+                versions.setdefault(path, []).append(file.parent.name)
+    return versions
 
 
 def _recipe(dataset: str, data_dir: str) -> str:
@@ -135,7 +144,7 @@ def _open(builder, split: str) -> Sequence[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """Serialized examples; only the two features wanted are taken out, without what TFDS does for every feature."""
+    """Serialized examples. It reads only the image and the label, because TFDS spends time on every feature."""
 
     records: Sequence[bytes]
     image: str
@@ -146,17 +155,17 @@ class _Records:
         return len(self.records)
 
     def read(self, indices: Sequence[int]) -> list[Example]:
-        found = []
+        examples = []
         try:
             rows = self.records.__getitems__([int(i) for i in indices])
             for i, row in zip(indices, rows, strict=True):
                 feature = tf_example_pb2.Example.FromString(row).features.feature
                 image = feature[self.image].bytes_list.value[0]
                 label = feature[self.label].int64_list.value[0]
-                found.append(Example(image, label, f"{self.name}[{i}]"))
-        # What ArrayRecord and protobuf raise for damaged files; a file cut short may also give empty records.
+                examples.append(Example(image, label, f"{self.name}[{i}]"))
+        # ArrayRecord and protobuf raise these for damaged files; a truncated file may also give empty records.
         except (RuntimeError, IndexError, DecodeError) as error:
             raise UserError(
                 f"cannot read {self.name}: {' '.join(str(error).split())}; delete and prepare it again"
             ) from None
-        return found
+        return examples

@@ -1,4 +1,4 @@
-"""Contiguous text for recurrent networks: each batch continues the one before it, and the network carries its state over.
+"""Contiguous text for recurrent networks: each batch continues the previous one, and the network carries its state over.
 
 The text is cut into streams of equal length, one for each row of a batch, as in Zaremba et al., arXiv 1409.2329, and in
 PyTorch's example word_language_model. Row i of batch k + 1 continues row i of batch k. Inputs are `length` tokens, targets
@@ -11,10 +11,11 @@ used.
 
 Evaluation. The text is cut into consecutive windows, the last one padded, and each stream is a run of them. So every token
 but the first is predicted exactly once. A stream other than the first begins in the middle of the text: it first reads the
-`warm_up` windows before its own, with mask=False, so that it begins with a state of that many windows instead of zeros.
-With streams=1 the network reads the text from end to end, and the perplexity is exact, but the other rows of a batch are
-computed in vain. The default is as many streams as a batch has rows: on Penn Treebank's test text a `small` network's
-perplexity was 172.957 with 20 streams that begin after 4 windows of 20 words, 172.984 after none, and 172.951 with one.
+`warm_up` windows before its own, with mask=False, so that its state is the result of that many windows instead of zeros.
+With streams=1 the network reads the text from beginning to end, and the perplexity is exact, but the other rows of a batch are
+computed in vain. The default is as many streams as a batch has rows. On the test text of Penn Treebank, a `small` network's
+perplexity was 172.957 with 20 streams and a warm-up of 4 windows of 20 words, 172.984 without warm-up, and 172.951 with one
+stream.
 """
 
 import collections
@@ -28,14 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.data import answering, files, pipeline
+from squeeze_jax.data import answering, pipeline, text_files
 from squeeze_jax.data.text import Stream
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count, PathStr, Whole
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
-LIKELIEST = 5  # next tokens that `predict` tells
+LIKELIEST = 5  # next tokens that `predict` prints
 
 Level = Literal["words", "characters"]
 Paths = str | tuple[str, ...]
@@ -55,26 +56,25 @@ def make(
     Args:
       train: text files to train on, UTF-8, gzipped if the name ends in ".gz". Their tokens are the vocabulary.
       eval: text files to evaluate on. Words that the vocabulary lacks become "<unk>" if it has that.
-      length: tokens of a window, over which gradients flow; at least 1.
+      length: tokens of a window; gradients flow through one window. At least 1.
       level: "words" are separated by white space, and each line ends in "<eos>"; "characters" are the text as it is.
-      streams: rows of an evaluation batch that are used, at least 1; None for all.
-      warm_up: windows that an evaluation stream reads before its first own one, at least 0.
+      streams: the number of rows of an evaluation batch that are used, at least 1; None uses all.
+      warm_up: the number of windows that an evaluation stream reads before its own first window, at least 0.
 
     Raises:
-      UserError: a file that cannot be read, too little text, a value out of range, or a token that the vocabulary
-        lacks.
+      UserError: a file cannot be read, there is too little text, a value is out of range, or the vocabulary lacks a token.
     """
     for key, value, least in ("length", length, 1), ("warm_up", warm_up, 0):
         if value < least:
             raise UserError(f"config.data.{key} = {value} should be at least {least}")
     if streams is not None and streams < 1:
         raise UserError(f"config.data.streams = {streams} should be at least 1")
-    training = _read(train, level)
+    training = _read_tokens(train, level)
     vocabulary = Vocabulary.of(training, level)
     data = Contiguous(
         vocabulary,
         vocabulary.encode(training, "config.data.train"),
-        vocabulary.encode(_read(eval, level), "config.data.eval"),
+        vocabulary.encode(_read_tokens(eval, level), "config.data.eval"),
         length,
         streams,
         warm_up,
@@ -88,23 +88,25 @@ def make(
     return data
 
 
-def _read(paths: Paths, level: Level) -> list[str]:
+def _read_tokens(paths: Paths, level: Level) -> list[str]:
     """Reads the tokens of text files, one file after the other."""
     paths = [paths] if isinstance(paths, str) else paths
     tokens = []
     for path in paths:
         path = Path(path).expanduser()
         if level == "characters":
-            tokens += files.text(path)
+            tokens += text_files.read_text(path)
         else:
-            lines = ((*line.split(), END_OF_LINE) for line in files.lines(path))
+            lines = (
+                (*line.split(), END_OF_LINE) for line in text_files.read_lines(path)
+            )
             tokens += itertools.chain.from_iterable(lines)
     return tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and their numbers.
+    """The tokens of a text; a token's id is its index.
 
     Attributes:
       tokens: the most frequent first, equally frequent ones in alphabetical order.
@@ -122,15 +124,19 @@ class Vocabulary:
         return Vocabulary(tuple(ordered), level)
 
     def encode(self, text: Sequence[str], where: str) -> np.ndarray:
-        """Returns the numbers of tokens, int32 [n].
+        """Returns the ids of tokens, int32 [n].
+
+        Args:
+          text: the tokens.
+          where: the name of the text, for errors.
 
         Raises:
-          UserError: a token that is not in the vocabulary, which has no "<unk>" either; `where` names the text.
+          UserError: the vocabulary lacks a token, and also "<unk>".
         """
-        numbers = {token: number for number, token in enumerate(self.tokens)}
-        other = numbers.get(UNKNOWN, -1)
-        ids = np.array([numbers.get(token, other) for token in text], np.int32)
-        unknown = [text[at] for at in np.flatnonzero(ids < 0)]
+        id_of = {token: id for id, token in enumerate(self.tokens)}
+        unknown_id = id_of.get(UNKNOWN, -1)
+        ids = np.array([id_of.get(token, unknown_id) for token in text], np.int32)
+        unknown = [text[position] for position in np.flatnonzero(ids < 0)]
         if unknown:
             fix = "add such text to config.data.train"
             if self.level == "words":
@@ -141,11 +147,11 @@ class Vocabulary:
         return ids
 
     def split(self, text: str) -> list[str]:
-        """Returns the tokens of one line; a line of words begins after the end of another."""
+        """Returns the tokens of one line. A line of words begins with "<eos>", as if it followed another line."""
         if self.level == "characters":
             return list(text)
-        begin = [END_OF_LINE] if END_OF_LINE in self.tokens else []
-        return begin + text.split()
+        prefix = [END_OF_LINE] if END_OF_LINE in self.tokens else []
+        return prefix + text.split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +163,8 @@ class Contiguous:
     state) and "index" int64 [b], the window. In training windows are numbered stream by stream.
 
     Attributes:
-      words: tokens and their numbers.
-      train_tokens, eval_tokens: int32 [n].
+      words: the vocabulary.
+      train_tokens, eval_tokens: token ids, int32 [n].
       length, streams, warm_up: see `make`.
     """
 
@@ -179,6 +185,7 @@ class Contiguous:
 
     @property
     def describe(self) -> str:
+        """A phrase about the dataset."""
         unknown = ""
         if UNKNOWN in self.words.tokens:
             share = np.mean(self.eval_tokens == self.words.tokens.index(UNKNOWN))
@@ -190,35 +197,44 @@ class Contiguous:
 
     @property
     def vocabulary(self) -> int:
+        """The number of tokens in the vocabulary."""
         return len(self.words.tokens)
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         return {"task": "causal_lm", "vocabulary": self.vocabulary}
 
     @property
     def objective(self) -> dict[str, str]:
+        """The default loss, see `pipeline.Data`."""
         return {"name": "losses.next_token"}
 
     @property
     def num_train(self) -> int:
+        """The number of windows in the training text."""
         return (len(self.train_tokens) - 1) // self.length
 
     @property
     def num_eval(self) -> int:
+        """The number of windows in the evaluation text."""
         return -(-(len(self.eval_tokens) - 1) // self.length)
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
         return {"tokens": jax.ShapeDtypeStruct((self.length,), np.int32)}
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Stream:
-        """Returns the endless stream of training batches; takes the arguments of `pipeline.training`.
+        """Returns the endless stream of training batches.
+
+        Args:
+          batch, seed, start, process: see `pipeline.training`.
 
         Raises:
-          UserError: as that, or text too short for so many streams.
+          UserError: the text is too short for so many streams, or an error that `pipeline.training` raises.
         """
         index, count = process
         rows = pipeline.share(batch, count)
@@ -244,20 +260,24 @@ class Contiguous:
         return Stream(make, start // batch, None)
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> Stream:
-        """Returns each evaluation window once, see the top of this file; takes the arguments of `pipeline.evaluation`."""
+        """Returns each evaluation window once, see the top of this file.
+
+        Args:
+          batch, process: see `pipeline.evaluation`.
+        """
         index, count = process
         rows = pipeline.share(batch, count)
         streams = min(batch, self.streams or batch, self.num_eval)
-        own = -(-self.num_eval // streams)
-        before = min(self.warm_up, (streams - 1) * own)
+        windows_per_stream = -(-self.num_eval // streams)
+        warm_up = min(self.warm_up, (streams - 1) * windows_per_stream)
         row = np.arange(index * rows, (index + 1) * rows)
 
         def make(step):
-            window = row * own + step - before
-            read = (row < streams) & (window >= 0) & (window < self.num_eval)
-            scored = read & (step >= before)
+            window = row * windows_per_stream + step - warm_up
+            is_read = (row < streams) & (window >= 0) & (window < self.num_eval)
+            scored = is_read & (step >= warm_up)
             batch = self._windows(
-                self.eval_tokens, np.where(read, window, 0) * self.length
+                self.eval_tokens, np.where(is_read, window, 0) * self.length
             )
             return batch | {
                 "fresh": (window == 0) | (step == 0),
@@ -265,15 +285,15 @@ class Contiguous:
                 "index": np.where(scored, window, -1),
             }
 
-        return Stream(make, 0, before + own)
+        return Stream(make, 0, warm_up + windows_per_stream)
 
     def _windows(self, text: np.ndarray, begins: np.ndarray) -> pipeline.Batch:
         """Returns "tokens", "targets" and "attended" of the windows that begin at these positions."""
-        at = begins[:, None] + np.arange(self.length)
+        positions = begins[:, None] + np.arange(self.length)
         return {
-            "tokens": np.take(text, at, mode="clip"),
-            "targets": np.take(text, at + 1, mode="clip"),
-            "attended": at + 1 < len(text),
+            "tokens": np.take(text, positions, mode="clip"),
+            "targets": np.take(text, positions + 1, mode="clip"),
+            "attended": positions + 1 < len(text),
         }
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
@@ -299,25 +319,30 @@ class Contiguous:
         return {key: batch[key] for key in ("tokens", "fresh") if key in batch}
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return jax.eval_shape(self.inputs, self.specs(1)[0])
 
-    def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
+    def predict(self, arguments: Sequence[str], run: Callable) -> Iterator[str]:
         """Yields the perplexity of each text and the likeliest next tokens; reads only the end of a long text.
 
+        Args:
+          arguments: the texts.
+          run: see `pipeline.Data`.
+
         Raises:
-          UserError: no text; after all answers, texts that are empty or have tokens that the vocabulary lacks.
+          UserError: there is no text; or, after all predictions, a text is empty or has tokens that the vocabulary lacks.
         """
-        if not given:
+        if not arguments:
             raise UserError("the job predict needs texts: run.py --job=predict TEXT")
         reasons = []
-        for prompt in given:
+        for prompt in arguments:
             ids, reason = answering.attempt(self._ids, prompt)
             if not reason:
-                yield from self._told(prompt, ids, run)
-            elif len(given) > 1:
+                yield from self._lines(prompt, ids, run)
+            elif len(arguments) > 1:
                 yield reason
             reasons += [reason] if reason else []
-        answering.check(reasons, len(given), "text")
+        answering.check(reasons, len(arguments), "text")
 
     def _ids(self, prompt: str) -> np.ndarray:
         """Returns the last tokens of a text, int [l], or raises a UserError."""
@@ -326,15 +351,15 @@ class Contiguous:
         ids = self.words.encode(self.words.split(prompt), repr(prompt))
         return ids[-self.length :]
 
-    def _told(self, prompt: str, ids: np.ndarray, run: Callable) -> Iterator[str]:
+    def _lines(self, prompt: str, ids: np.ndarray, run: Callable) -> Iterator[str]:
         tokens = np.zeros((1, self.length), np.int32)
         tokens[0, : len(ids)] = ids
         logits = jnp.asarray(run({"tokens": tokens})[0, : len(ids)], jnp.float32)
-        shares = np.asarray(jax.nn.softmax(logits))
+        probabilities = np.asarray(jax.nn.softmax(logits))
         yield prompt
         if len(ids) > 1:
-            losses = -np.log(shares[np.arange(len(ids) - 1), ids[1:]])
+            losses = -np.log(probabilities[np.arange(len(ids) - 1), ids[1:]])
             yield f"  perplexity {np.exp(losses.mean()):.1f} of {len(losses)} {self.words.level}"
-        best = np.argsort(-shares[-1], kind="stable")[:LIKELIEST]
-        names = (f"{self.words.tokens[i]!r} {shares[-1, i]:.1%}" for i in best)
+        best = np.argsort(-probabilities[-1], kind="stable")[:LIKELIEST]
+        names = (f"{self.words.tokens[i]!r} {probabilities[-1, i]:.1%}" for i in best)
         yield "  next " + ", ".join(names)

@@ -41,28 +41,29 @@ def make(
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> ImageSet:
-    """Opens a data set; the parameters are the keys of `config.data`.
+    """Opens a dataset; the parameters are the keys of `config.data`.
 
     A batch has "boxes" float32 [b, max_boxes, 4] (left, top, right, bottom in pixels of the image in the batch), "box_labels"
     int32 [b, max_boxes] (-1: padding) and "dropped_boxes" int32 [b] (boxes of the example that a crop left out). The library
     has no detector yet. One needs the files `train/losses/detection.py` and `train/metrics/detection.py`.
 
-    Boxes move with their images and are clipped to them. RandAugment, mixup and CutMix are not available: they move no boxes.
+    Boxes move with their images and are clipped to them. RandAugment, mixup and CutMix are not available, because they do not
+    move boxes.
 
     Args:
-      source: `{"name": a file of data/sources, ...its keys}`: one whose images have boxes, such as coco.
+      source: `{"name": a file of data/sources, ...its keys}`; its images must have boxes, as those of coco.
       size: images become size x size pixels, or (height, width).
-      max_boxes: rows for the boxes of an image, 1 or more; an image with more boxes is an error.
-      min_visible: the share of its area, 0 to 1, that a box keeps inside a crop, or the crop drops it; 0: a box is dropped
-        only if nothing of it is inside.
-      channels, mean, std, crop, pad, scale, flip: as for images, see `tasks/images.py`.
-      eval_resize: evaluation images are resized to this short side, then cropped in the centre, and boxes with them; 0:
-        resized directly, which drops no box.
-      workers, threads, cache_mb, corrupt: as for images.
+      max_boxes: the number of rows for the boxes of an image, 1 or more; an image with more boxes is an error.
+      min_visible: a crop drops a box if less than this share of the box's area is inside, 0 to 1. With 0 it drops only boxes
+        that are completely outside.
+      channels, mean, std, crop, pad, scale, flip: as for the task `images`, see `tasks/images.py`.
+      eval_resize: evaluation images are resized to this short side, then cropped in the centre, and boxes with them. 0
+        resizes them to the size directly, which drops no box.
+      workers, threads, cache_mb, corrupt: as for the task `images`, see `tasks/images.py`.
 
     Raises:
-      UserError: an unknown or missing key, a value out of range, an image with too many boxes, or what the source itself
-        finds wrong.
+      UserError: a key is unknown or missing, a value is out of range, an image has too many boxes, or the source itself raises
+        an error.
     """
     opened = open_source(source)
     if opened.most_boxes is None:

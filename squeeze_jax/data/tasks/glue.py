@@ -1,4 +1,4 @@
-"""GLUE: classes, or for STS-B a number, of English sentences and pairs of them. Wang et al., arXiv 1804.07461."""
+"""GLUE: classifies English sentences or sentence pairs, or for STS-B predicts a number. Wang et al., arXiv 1804.07461."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import numpy as np
 
 from squeeze_jax import registry
 from squeeze_jax.data import glue, text, text_set, tokens
-from squeeze_jax.data.text import Reader, Stream
-from squeeze_jax.data.text_set import Split, TextSet, likeliest, number
+from squeeze_jax.data.text import SequenceReader, Stream
+from squeeze_jax.data.text_set import Split, TextSet, format_class, format_number
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count, PathStr, Whole
 
@@ -32,21 +32,22 @@ def make(
 
     Args:
       task: "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte" or "wnli".
-      tokenizer: folder or file, see `tokens.load`.
-      folder: GLUE's files as its own script lays them out: FOLDER/SST-2/train.tsv, also .tsv.gz.
-      data_dir: instead of it, a folder where TFDS has prepared the data set glue.
-      length: tokens of a sequence at most, special ones included; longer texts are cut off.
-      buckets: shorter lengths that sequences may be padded to, ascending; see `text`.
-      train, eval: splits, "train" and "dev"; or parts of one, "dev_matched", "dev[:90%]", "train[1000:]". Of MNLI, "dev" is
-        the matched examples, followed by the mismatched ones where these are there. None for `train`: evaluation alone.
-      limit_train: so many training examples, drawn at random but always the same, and a smaller number's are among a
-        larger one's; 0 for all.
+      tokenizer: a folder or a file, see `tokens.load`.
+      folder: the folder of GLUE's files as its own script lays them out, FOLDER/SST-2/train.tsv, also .tsv.gz.
+      data_dir: instead of `folder`, a folder where TFDS has prepared the dataset glue.
+      length: the largest number of tokens of a sequence, special tokens included; longer texts are cut off.
+      buckets: shorter lengths that batches may be padded to, ascending; see `text`.
+      train, eval: the splits to train and to evaluate on, such as "train" and "dev", or parts of a split, such as
+        "dev_matched", "dev[:90%]" or "train[1000:]". "dev" of MNLI is the matched examples followed by the mismatched ones, as
+        far as their files exist. None for `train` allows evaluation alone.
+      limit_train: the number of training examples, chosen at random but always the same; those of a smaller number are among
+        those of a larger one. 0 takes all.
 
     Raises:
-      UserError: an unknown task, a file that is missing or wrong, no tokenizer, or a value out of range.
+      UserError: the task is unknown, a file or the tokenizer is missing or wrong, or a value is out of range.
     """
     kind = registry.row(glue.TASKS, task, "GLUE task")
-    files = glue.source(folder, data_dir)
+    files = glue.open_files(folder, data_dir)
     loaded = tokens.load(tokenizer)
     pair = len(kind.columns) == 2
     loaded.room(length, pair)
@@ -77,7 +78,7 @@ def make(
         source=f"GLUE's {task}",
         objective={"name": f"losses.{loss}"},
         metrics="glue",
-        answer=partial(likeliest, kind.names) if kind.names else number,
+        answer=partial(format_class, kind.names) if kind.names else format_number,
     )
 
 
@@ -87,7 +88,7 @@ class Glue(TextSet):
 
     Attributes:
       task: its name.
-      files: of GLUE, see `glue.source`.
+      files: the files of GLUE, see `glue.open_files`.
     """
 
     task: str = ""
@@ -95,12 +96,15 @@ class Glue(TextSet):
 
     @property
     def matched(self) -> int:
-        """Returns how many of the evaluation examples, the first ones, are MNLI's matched ones."""
+        """The number of evaluation examples that are not MNLI's mismatched ones; they come first."""
         parts = self.eval_split.parts.items()
         return sum(n for name, n in parts if not name.endswith("_mismatched"))
 
     def test(self, batch: int, process: tuple[int, int] = (0, 1)) -> Stream:
-        """Returns each example of the test set once, without "label"; of MNLI that of all three test sets.
+        """Returns each test example once, without "label"; for MNLI these are the examples of all three test sets.
+
+        Args:
+          batch, process: see `pipeline.evaluation`.
 
         Raises:
           UserError: the files are missing or wrong.
@@ -108,13 +112,13 @@ class Glue(TextSet):
         return self._test_reader.eval(batch, process)
 
     def submission(self, rows: Mapping[str, np.ndarray]) -> dict[str, str]:
-        """Returns the files to submit, {"SST-2.tsv": text}.
+        """Returns the files to submit to gluebenchmark.com, {"SST-2.tsv": content}.
 
         Args:
           rows: "logits" [n, classes] and "index" [n] of all examples of `test`, in any order.
 
         Raises:
-          ValueError: not each example once.
+          ValueError: `rows` do not hold each example once.
         """
         order = np.argsort(rows["index"])
         logits = np.asarray(rows["logits"], np.float32)[order]
@@ -134,5 +138,5 @@ class Glue(TextSet):
         return glue.read_test(self.files, self.task)
 
     @functools.cached_property
-    def _test_reader(self) -> Reader:
+    def _test_reader(self) -> SequenceReader:
         return self.reader(self._test)

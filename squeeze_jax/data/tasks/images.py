@@ -1,4 +1,4 @@
-"""Images and their classes: which pixels a network gets, from a source of `data/sources`."""
+"""Image classification: images with one label each, from a source of `data/sources`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ from squeeze_jax.ranges import (
     Whole,
 )
 
-PREDICTED = 32  # images at a time
+PREDICTED = 32  # images in one batch of the job predict
 
 
 def make(
@@ -49,35 +49,37 @@ def make(
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> ImageSet:
-    """Opens a data set; the parameters are the keys of `config.data`.
+    """Opens a dataset; the parameters are the keys of `config.data`.
 
     Args:
-      source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "..."}.
+      source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "D"}.
       size: images become size x size pixels, or (height, width).
-      channels: 1 or 3; None keeps what the source has: 1 if all images are grey, otherwise 3.
-      mean, std: of the pixels in units of 0..1, one number or one a channel; `normalise` gives (x / 255 - mean) / std.
-      crop: of training images. "none": as for evaluation; "pad": the evaluation image, padded by `pad` black pixels on each
-        side and cropped back at random; "random_resized": a crop of a random `scale` share of the original's area and an aspect
-        ratio of 3/4 to 4/3, resized.
-      pad, scale: see crop.
-      flip: mirror half of the training images left to right.
-      randaugment: number of RandAugment operations for each training image, 0 to 20.
-      magnitude: their strength, 0 to 30.
+      channels: 1 or 3; None takes those of the source: 1 if all images are grey, otherwise 3.
+      mean, std: the mean and the standard deviation of pixels in units of 0..1, one number or one per channel; networks read
+        (x / 255 - mean) / std.
+      crop: of training images. "none": as in evaluation; "pad": the evaluation image is padded by `pad` black pixels on each
+        side and cropped back at a random place; "random_resized": a crop with a random share of the original's area, between
+        the two numbers of `scale`, and an aspect ratio of 3/4 to 4/3 is resized.
+      pad: for crop = "pad", the width of the padding in pixels.
+      scale: for crop = "random_resized", the least and the greatest share of the original's area.
+      flip: whether to mirror half of the training images left to right.
+      randaugment: the number of RandAugment operations for each training image, 0 to 20.
+      magnitude: the strength of the RandAugment operations, 0 to 30.
       eval_resize: evaluation images are resized to this short side, then cropped in the centre, as torchvision's
-        Resize(256) and CenterCrop(224) do; 0: to the size itself, see resize.
-      resize: what becomes of evaluation images of another aspect ratio. "crop": they are resized until they just cover the
-        size, and their centre is cropped; "squash": they are resized to the size, which changes their aspect ratio.
-      mixup, cutmix: α of their Beta distributions, applied by `augment`; 0 is off.
-      workers: worker processes that prepare batches; 0 leaves it to threads. Needed only where decoding is slower than the
-        training step, as the threads of one process share Python's lock for a part of the work.
-      threads: threads that prepare batches, in each process.
-      cache_mb: a data set that takes less than this decoded is kept decoded in memory after its first epoch (not for
-        "random_resized", not in worker processes); 0 never.
-      corrupt: a training image that cannot be decoded is an error, or is skipped: a black image, mask False, and a warning. In
-        evaluation it is always an error.
+        Resize(256) and CenterCrop(224) do. 0 resizes them by `resize`.
+      resize: for evaluation images with another aspect ratio. "crop": they are resized until they just cover the size, and
+        their centre is cropped; "squash": they are resized to the size, which changes their aspect ratio.
+      mixup, cutmix: α of the Beta distributions of mixup and CutMix; 0 is off.
+      workers: the number of worker processes that prepare batches; with 0, threads prepare them. Workers help only if decoding
+        is slower than the training step, because the threads of one process share Python's lock for a part of the work.
+      threads: the number of threads that prepare batches, in each process.
+      cache_mb: a dataset whose decoded images take at most this many MiB is kept decoded in memory after its first epoch, but
+        not for "random_resized" and not in worker processes. 0 is off.
+      corrupt: for a training image that cannot be decoded. "raise": an error; "skip": a black image with "mask" False, and a
+        warning. In evaluation it is always an error.
 
     Raises:
-      UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
+      UserError: a key is unknown or missing, a value is out of range, or the source itself raises an error.
     """
     opened = open_source(source)
     if opened.annotation != LABELS:
@@ -127,26 +129,32 @@ def make(
 def _predict(
     view: vision.View,
     label_names: Sequence[str],
-    given: Sequence[str],
+    arguments: Sequence[str],
     run: Callable,
 ) -> Iterator[str]:
-    """Yields the five likeliest labels of each image file, also in folders, or why it has no answer.
+    """Yields the five likeliest classes of each image file, or the reason why there are none.
+
+    Args:
+      view: the size and the transforms.
+      label_names: the names of the classes.
+      arguments: image files, or folders of them.
+      run: see `pipeline.Data`.
 
     Raises:
-      UserError: no file; after all answers, files that have none.
+      UserError: there is no file; or, after all answers, a file has no answer.
     """
-    files, left_out = photos.find(given)
+    files, left_out = photos.find_images(arguments)
     yield from left_out
     reasons = []
     for begin in range(0, len(files), PREDICTED):
-        some = files[begin : begin + PREDICTED]
-        tried = [answering.attempt(photos.decode, path, view) for path in some]
-        reasons += [reason for _, reason in tried if reason]
-        if reasons and len(files) == 1:  # the error says it
+        paths = files[begin : begin + PREDICTED]
+        attempts = [answering.attempt(photos.decode, path, view) for path in paths]
+        reasons += [reason for _, reason in attempts if reason]
+        if reasons and len(files) == 1:  # the error below has the reason
             break
-        good = [image for image, reason in tried if not reason]
-        rows = iter(_probabilities(good, run) if good else ())
-        for path, (_, reason) in zip(some, tried, strict=True):
+        images = [image for image, reason in attempts if not reason]
+        rows = iter(_probabilities(images, run) if images else ())
+        for path, (_, reason) in zip(paths, attempts, strict=True):
             yield str(path)
             if reason:
                 yield f"  {reason}"
@@ -158,6 +166,6 @@ def _predict(
 
 
 def _probabilities(images: Sequence[np.ndarray], run: Callable) -> np.ndarray:
-    """Returns float32 [b, num_classes] of decoded images."""
+    """Returns the probabilities of the classes for decoded images, float32 [b, num_classes]."""
     logits = jnp.asarray(run({"image": np.stack(images)}), jnp.float32)
     return np.asarray(jax.nn.softmax(logits))

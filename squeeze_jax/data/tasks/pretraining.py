@@ -1,8 +1,9 @@
-"""Raw text to pretrain on: masked tokens, the order of sentences, tokens that were replaced, or the next token.
+"""Pretraining on raw text: networks predict masked tokens, the order of sentences, replaced tokens, or the next token.
 
-Files of plain text, UTF-8, gzipped or not; a blank line ends a document. Without an order a sequence is a block of the text,
-see `documents.Blocks`; with one it has two segments, see `documents.Pairs`. Tokens are masked on the accelerator, anew in
-every epoch, and in evaluation always the same, so that two runs compare; see `masking`.
+The files are plain UTF-8 text, gzipped or not; a blank line ends a document. A sequence is a block of the text (see
+`documents.Blocks`), or two segments if the order of sentences is predicted too (see `documents.Pairs`). Tokens are masked on
+the accelerator, anew in every epoch (see `masking`). In evaluation the same tokens are always masked, so that runs can be
+compared.
 """
 
 import dataclasses
@@ -41,26 +42,27 @@ def make(
     """Reads and tokenizes text; the parameters are the keys of `config.data`.
 
     Args:
-      files: text to train on.
-      tokenizer: a folder or a vocabulary, see `tokens.load`.
-      length: tokens of a sequence, with special tokens.
-      eval: text to evaluate on, or the share of the documents of `files` that is kept for that.
-      kind: "masked": encoders that fill in masked tokens; "replaced": ELECTRA, arXiv 2003.10555; "causal": decoders that tell
-        the next token.
-      order: of "masked", whether there are two segments, and what is told of them: whether they have changed places, or
-        whether the second is from elsewhere.
-      sentences: what ends a sentence, where segments are cut: "lines", or also the "marks" . ! ? within them.
-      share: of the tokens that are chosen.
-      predictions: at most so many tokens of a sequence are chosen, and scores are computed for so many alone; None for `share`
-        of `length`. 0 chooses as None does and computes the scores of all tokens, which is several times slower in a
-        small network.
-      masked, random: shares of the chosen tokens that become [MASK], and a random token; the others stay. None for 0.8 and
-        0.1, of "replaced" for 0.85 and 0.
-      whole_words: whether all tokens of a word are chosen, or none.
-      threads: that prepare batches.
+      files: text files to train on.
+      tokenizer: a folder or a file, see `tokens.load`.
+      length: tokens of a sequence, special tokens included.
+      eval: text files to evaluate on, or the fraction of the documents in `files` that is held out for evaluation.
+      kind: the networks and their task. "masked": encoders predict masked tokens; "replaced": ELECTRA, arXiv 2003.10555;
+        "causal": decoders predict the next token.
+      order: for kind = "masked", the second task. "none": only masked tokens are predicted. "sentence_order": predicts whether
+        two segments were swapped; "next_sentence": predicts whether the second segment is from another document.
+      sentences: "lines" if a sentence is a line; "marks" if . ! ? within a line also end sentences. Segments are cut at the
+        ends of sentences.
+      share: the fraction of the tokens that is chosen, for the network to predict.
+      predictions: the largest number of chosen tokens in a sequence; logits are computed for these alone. None means `share`
+        of `length`. 0 chooses as many as None but computes the logits of all tokens, which is several times slower in a small
+        network.
+      masked: the fraction of the chosen tokens that become [MASK]; None means 0.8, and for kind = "replaced" 0.85.
+      random: the fraction of the chosen tokens that become a random token; None means 0.1, and for kind = "replaced" 0.
+      whole_words: whether either all tokens of a word are chosen, or none.
+      threads: the number of threads that prepare batches.
 
     Raises:
-      UserError: a file that is not there, a value out of range, or text that is too little for what shall be done with it.
+      UserError: a file is missing, a value is out of range, or there is too little text.
     """
     if kind != "masked" and order != "none":
         raise UserError(
@@ -73,15 +75,15 @@ def make(
     if threads < 0:
         raise UserError(f"config.data.threads = {threads} should not be negative")
     loaded = tokens.load(tokenizer)
-    usual = (0.85, 0.0) if kind == "replaced" else (0.8, 0.1)
-    how = None
+    defaults = (0.85, 0.0) if kind == "replaced" else (0.8, 0.1)
+    masking_options = None
     if kind != "causal":
-        how = masking.make(
+        masking_options = masking.make(
             loaded,
             share=share,
             positions=predictions or math.ceil(share * length),
-            masked=usual[0] if masked is None else masked,
-            random=usual[1] if random is None else random,
+            masked=defaults[0] if masked is None else masked,
+            random=defaults[1] if random is None else random,
             whole_words=whole_words,
         )
     elif length < 2:
@@ -92,18 +94,24 @@ def make(
             return Blocks(split, loaded, length, bare=kind == "causal")
         return Pairs(split, loaded, length, order, use)
 
-    host = masking.on_host(how) if how else None
-    splits = _read(files, eval, loaded, sentences, kind == "causal")
-    train, held = (
-        Examples(cut(split, use), length, loaded.pad or 0, host)
+    mask_on_host = masking.on_host(masking_options) if masking_options else None
+    splits = _read_splits(files, eval, loaded, sentences, kind == "causal")
+    train, evaluated = (
+        Examples(cut(split, use), length, loaded.pad or 0, mask_on_host)
         for split, use in zip(splits, ("to train on", "to evaluate on"), strict=True)
     )
-    gathers = how is not None and predictions != 0 and how.positions < length
-    return Pretraining(loaded, length, kind, order, how, gathers, train, held, threads)
+    gathers = (
+        masking_options is not None
+        and predictions != 0
+        and masking_options.positions < length
+    )
+    return Pretraining(
+        loaded, length, kind, order, masking_options, gathers, train, evaluated, threads
+    )
 
 
-def _read(files, eval, tokenizer, sentences, newlines):
-    """Documents to train and to evaluate on."""
+def _read_splits(files, eval, tokenizer, sentences, newlines):
+    """Returns the documents to train on and those to evaluate on."""
 
     def read(names):
         names = [names] if isinstance(names, str) else names
@@ -118,15 +126,15 @@ def _read(files, eval, tokenizer, sentences, newlines):
 class Pretraining:
     """Text to pretrain on, see `pipeline.Data`; `make` builds it.
 
-    Batches are those of `documents.Examples` and "index" int64 [b]; `masked` adds "targets" and "chosen" [b, p], and
-    "positions" int32 [b, p] where only those are scored.
+    A batch has the arrays of `documents.Examples` and "index" int64 [b]. `masked` adds "targets" int32 and "chosen" bool. If
+    logits are computed for chosen positions alone, both are [b, p], and "positions" int32 [b, p] is added; otherwise both are
+    [b, l].
 
     Attributes:
-      tokenizer, length, kind, order: see `make`.
-      how: tokens are masked; None for "causal".
-      gathers: whether only chosen positions are scored.
+      tokenizer, length, kind, order, threads: see `make`.
+      masking: the options of masking; None for "causal".
+      gathers: whether logits are computed for chosen positions alone.
       train_reader, eval_reader: the splits.
-      threads: see `make`.
     """
 
     reads = "tokens"
@@ -138,7 +146,7 @@ class Pretraining:
     length: int
     kind: Kind
     order: str
-    how: masking.Masking | None
+    masking: masking.Masking | None
     gathers: bool
     train_reader: Examples
     eval_reader: Examples
@@ -146,144 +154,174 @@ class Pretraining:
 
     @property
     def fixed(self) -> bool:
+        """Whether a training example is the same each time it comes; masked tokens are not."""
         return self.kind == "causal"
 
     @property
     def describe(self) -> str:
-        what = {
+        """A phrase about the dataset."""
+        targets = {
             "masked": "masked tokens",
             "replaced": "replaced tokens",
             "causal": "next tokens",
         }[self.kind]
         order = "" if self.order == "none" else f", {self.order.replace('_', ' ')}"
-        return f"{self.num_train:,} train + {self.num_eval:,} test sequences of {self.length} tokens: {what}{order}"
+        return f"{self.num_train:,} train + {self.num_eval:,} test sequences of {self.length} tokens: {targets}{order}"
 
     @property
     def model(self) -> dict[str, Any]:
+        """Options of the model that follow from the data, see `pipeline.Data`."""
         masked = "masked_lm" if self.order == "none" else "pretraining"
         tasks = {"masked": masked, "replaced": "pretraining", "causal": "causal_lm"}
         return {"task": tasks[self.kind]}
 
     @property
     def objective(self) -> dict[str, str]:
+        """The default loss, see `pipeline.Data`."""
         loss = "masked_lm" if self.order == "none" else "pretraining_loss"
         names = {"masked": loss, "replaced": "replaced", "causal": "causal_lm"}
         return {"name": f"losses.{names[self.kind]}"}
 
     @property
     def vocabulary(self) -> int:
+        """The number of token ids."""
         return self.tokenizer.size
 
     @property
     def num_train(self) -> int:
+        """The number of training sequences."""
         return len(self.train_reader)
 
     @property
     def num_eval(self) -> int:
+        """The number of evaluation sequences."""
         return len(self.eval_reader)
 
     @property
     def exported(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return text.exported(self.length)
+        """Shapes and dtypes of an exported file's inputs, without the batch axis."""
+        return text.exported_inputs(self.length)
 
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> pipeline.Batches:
-        """The endless stream of shuffled batches, see `pipeline.training`; tokens are not masked yet."""
+        """Returns the endless stream of shuffled batches, see `pipeline.training`; tokens are not masked yet."""
         return pipeline.training(
             self.train_reader, batch, seed, start, process, threads=self.threads
         )
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> pipeline.Batches:
-        """Every evaluation example once and in order, see `pipeline.evaluation`; tokens are masked."""
+        """Returns every evaluation example once and in order, see `pipeline.evaluation`; tokens are already masked."""
         return pipeline.evaluation(
             self.eval_reader, batch, process, threads=self.threads
         )
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """All batches have one shape."""
-        like = self.eval_reader.empty(1)
+        """Returns the one shape that all batches of `rows` rows have."""
+        example = self.eval_reader.empty(1)
         return [
             {
                 k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype)
-                for k, v in like.items()
+                for k, v in example.items()
             }
         ]
 
     def masked(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """A batch with masked tokens and what they were, as "draw" decides; as it is where these are there, or for "causal"."""
+        """Returns a batch with masked tokens and their targets, chosen by its "draw"; runs under jit.
+
+        A batch stays as it is if it has targets already, or for kind = "causal".
+        """
         batch = dict(batch)
-        if self.how is None or "targets" in batch:
+        if self.masking is None or "targets" in batch:
             return batch
         original = batch["original"]
-        batch["tokens"], at, targets, chosen = masking.apply(
-            batch["draw"], original, batch["attended"], self.how
+        batch["tokens"], positions, targets, chosen = masking.apply(
+            batch["draw"], original, batch["attended"], self.masking
         )
         if self.gathers:
-            return batch | {"positions": at, "targets": targets, "chosen": chosen}
+            return batch | {
+                "positions": positions,
+                "targets": targets,
+                "chosen": chosen,
+            }
 
-        def spread(at, chosen):
-            where = jnp.where(chosen, at, self.length)
-            return jnp.zeros(self.length, bool).at[where].set(True, mode="drop")
+        def spread(positions, chosen):
+            destinations = jnp.where(chosen, positions, self.length)
+            flags = jnp.zeros(self.length, bool)
+            return flags.at[destinations].set(True, mode="drop")
 
-        return batch | {"targets": original, "chosen": jax.vmap(spread)(at, chosen)}
+        chosen = jax.vmap(spread)(positions, chosen)
+        return batch | {"targets": original, "chosen": chosen}
 
     def augment(self, key: jax.Array | None, batch: dict) -> dict:
-        """See `masked`: all that is random is a function of the batch, and so of the seed and the position in the stream."""
+        """Masks the tokens of a training batch, see `masked`.
+
+        The batch holds its own random numbers, so the result depends only on the seed and the position in the stream.
+        """
         del key
         return self.masked(batch)
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """What an encoder is called with; tokens of "original" text are masked if they are not yet."""
+        """Returns the network inputs of a batch; masks the tokens if the batch has "original" and no targets yet.
+
+        Besides those of `text.inputs` they are "positions", and for "replaced" also "targets" and "chosen", if present.
+        """
         if "original" in batch:
             batch = self.masked(batch)
         x = text.inputs(batch)
         names = ("positions", "targets", "chosen")
-        wanted = names if self.kind == "replaced" else names[:1]
-        return x | {name: batch[name] for name in wanted if name in batch}
+        extra = names if self.kind == "replaced" else names[:1]
+        return x | {name: batch[name] for name in extra if name in batch}
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the network inputs for a batch of one example."""
         return jax.eval_shape(self.inputs, self.specs(1)[0])
 
-    def predict(self, given: Sequence[str], run: Callable) -> Iterator[str]:
-        """Of each text the five likeliest tokens for each [MASK], or after its end; or how likely each token was replaced.
+    def predict(self, arguments: Sequence[str], run: Callable) -> Iterator[str]:
+        """Yields the network's predictions for each text.
 
-        Of a text that is too long the end is left out, or the beginning where the question is what comes after it.
+        For "masked" they are the five likeliest tokens at each [MASK], for "causal" those after the end of the text, and for
+        "replaced" the probability that each token was replaced. A text that is too long loses its end, or for "causal" its
+        beginning.
+
+        Args:
+          arguments: the texts.
+          run: see `pipeline.Data`.
 
         Raises:
-          UserError: no text; after all answers, texts that are empty or lack a masked token.
+          UserError: there is no text; or, after all predictions, a text is empty or lacks a mask token.
         """
-        if not given:
+        if not arguments:
             raise UserError("the job predict needs texts: run.py --job=predict TEXT")
         reasons = []
-        for each in given:
-            row, reason = answering.attempt(self._row, each)
+        for line in arguments:
+            row, reason = answering.attempt(self._row, line)
             if not reason:
                 logits = self._logits(row, run)
-                yield each
-                yield from self._told(row, logits)
-            elif len(given) > 1:
+                yield line
+                yield from self._lines(row, logits)
+            elif len(arguments) > 1:
                 yield reason
             reasons += [reason] if reason else []
-        answering.check(reasons, len(given), "text")
+        answering.check(reasons, len(arguments), "text")
 
-    def _row(self, given: str) -> np.ndarray:
-        """Returns the tokens that the network reads of a text, int [l], or raises a UserError."""
-        ids, _ = self.tokenizer.encode(given)
+    def _row(self, line: str) -> np.ndarray:
+        """Returns the tokens of a text that the network reads, int [l], or raises a UserError."""
+        ids, _ = self.tokenizer.encode(line)
         if not len(ids):
-            raise UserError(f"{given!r} is an empty text: there is nothing to tell")
+            raise UserError(f"{line!r} is an empty text: there is nothing to tell")
         row = ids[-self.length :]
         if self.kind != "causal":
             row, _ = self.tokenizer.single(ids, self.length)
         if self.kind == "masked" and self.tokenizer.mask not in row:
             mask = self.tokenizer.token(self.tokenizer.mask)
             raise UserError(
-                f"{given!r} has no {mask} within {self.length} tokens: write it where a token shall be found"
+                f"{line!r} has no {mask} within {self.length} tokens: write it where a token shall be found"
             )
         return row
 
     def _logits(self, row: np.ndarray, run: Callable) -> Any:
-        """Returns what the network answers to one row of tokens, padded to the length of the data."""
+        """Returns the network's logits for one row of tokens, padded to `length`."""
         filled = np.full(self.length, self.tokenizer.pad or 0, np.int32)
         filled[: len(row)] = row
         attended = (np.arange(self.length) < len(row)).astype(np.int32)
@@ -291,21 +329,21 @@ class Pretraining:
         batch = {"tokens": filled, "segments": segments, "attended": attended}
         return run({key: array[None] for key, array in batch.items()})
 
-    def _told(self, row, logits) -> Iterator[str]:
+    def _lines(self, row, logits) -> Iterator[str]:
         if self.kind == "replaced":
-            shares = np.asarray(jax.nn.sigmoid(logits["replaced"]))[0]
-            for id, share in zip(row, shares, strict=False):
-                yield f"  {share:6.1%}  {self.tokenizer.token(id)}"
+            probabilities = np.asarray(jax.nn.sigmoid(logits["replaced"]))[0]
+            for id, probability in zip(row, probabilities, strict=False):
+                yield f"  {probability:6.1%}  {self.tokenizer.token(id)}"
             return
         if isinstance(logits, Mapping):
             logits = logits["masked_lm"]
-        places = [len(row) - 1]
+        positions = [len(row) - 1]
         if self.kind == "masked":
-            places = np.flatnonzero(row == self.tokenizer.mask)
-        for place in places:
-            shares = np.asarray(
-                jax.nn.softmax(jnp.asarray(logits[0, place], jnp.float32))
+            positions = np.flatnonzero(row == self.tokenizer.mask)
+        for position in positions:
+            probabilities = np.asarray(
+                jax.nn.softmax(jnp.asarray(logits[0, position], jnp.float32))
             )
-            best = np.argsort(-shares)[:5]
-            found = (f"{self.tokenizer.token(i)} {shares[i]:.1%}" for i in best)
-            yield "  " + ", ".join(found)
+            best = np.argsort(-probabilities)[:5]
+            names = (f"{self.tokenizer.token(i)} {probabilities[i]:.1%}" for i in best)
+            yield "  " + ", ".join(names)

@@ -18,7 +18,7 @@ from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Finite, Part, Pixels, Positive, Range, Threads, Whole
 
-ENDING = "_classes.png"  # of the files that the job predict writes
+ENDING = "_classes.png"  # the end of the names of files that the job predict writes
 GOLDEN = 0.618034  # turns of the colour wheel from one class to the next
 
 
@@ -40,21 +40,21 @@ def make(
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
 ) -> ImageSet:
-    """Opens a data set; the parameters are the keys of `config.data`.
+    """Opens a dataset; the parameters are the keys of `config.data`.
 
-    Targets take the nearest pixel where images are interpolated, and the ignored label 255 where images are padded.
+    Where images are interpolated, targets take the nearest pixel; where images are padded, targets have the ignored label 255.
 
     Args:
-      source: `{"name": a file of data/sources, ...its keys}`: one whose images have targets, such as camvid or pairs.
+      source: `{"name": a file of data/sources, ...its keys}`; its images must have targets, as those of camvid or pairs.
       size: images and targets become size x size pixels, or (height, width).
-      channels, mean, std, crop, pad, scale, flip: as for images, see `tasks/images.py`.
+      channels, mean, std, crop, pad, scale, flip: as for the task `images`, see `tasks/images.py`.
       eval_resize: evaluation images and targets are resized to this short side, then cropped in the centre; a crop that
-        reaches beyond the image is padded; 0: resized directly.
-      ignore: a label in the files, beside those that the source ignores, that does not count; 255 never does.
-      workers, threads, cache_mb, corrupt: as for images.
+        reaches beyond the image is padded. 0 resizes them to the size directly.
+      ignore: a label in the files that does not count, in addition to those that the source ignores and to 255.
+      workers, threads, cache_mb, corrupt: as for the task `images`, see `tasks/images.py`.
 
     Raises:
-      UserError: an unknown or missing key, a value out of range, or what the source itself finds wrong.
+      UserError: a key is unknown or missing, a value is out of range, or the source itself raises an error.
     """
     opened = open_source(source)
     if opened.ignored is None:
@@ -99,30 +99,38 @@ def _ignored(source: Source, ignore: int) -> tuple[str, ...]:
 def _predict(
     view: vision.View,
     label_names: Sequence[str],
-    given: Sequence[str],
+    arguments: Sequence[str],
     run: Callable,
 ) -> Iterator[str]:
-    """Writes each image's classes to NAME_classes.png beside it, and tells their shares of the pixels.
+    """Writes each image's classes to NAME_classes.png beside it, and yields their shares of the pixels.
 
-    The PNG has a palette, the class numbers as its pixels, and the size that the network sees.
+    The PNG has a palette, the class numbers as its pixels, and the size of the network's inputs.
+
+    Args:
+      view: the size and the transforms.
+      label_names: the names of the classes.
+      arguments: image files, or folders of them.
+      run: see `pipeline.Data`.
 
     Raises:
-      UserError: no file; after all answers, files that have none.
+      UserError: there is no file; or, after all answers, a file has no answer.
     """
-    found, left_out = photos.find(given)
-    written = [path for path in found if path.name.endswith(ENDING)]
+    listed, left_out = photos.find_images(arguments)
+    written = [path for path in listed if path.name.endswith(ENDING)]
     if written:
-        names = photos.some([str(path) for path in written])
+        names = photos.join_names([str(path) for path in written])
         left_out.append(f"left out: {len(written)} *{ENDING} files ({names})")
     yield from left_out
-    paths = [path for path in found if path not in set(written)]
+    paths = [path for path in listed if path not in set(written)]
     reasons, pictures = [], {}
     for path in paths:
         image, reason = answering.attempt(photos.decode, path, view)
         if not reason:
             logits = np.asarray(run({"image": image[None]}))[0]
-            arguments = (path, logits.argmax(-1), label_names, pictures)
-            lines, reason = answering.attempt(_write, *arguments)
+            labels = logits.argmax(-1)
+            lines, reason = answering.attempt(
+                _write, path, labels, label_names, pictures
+            )
         if not reason:
             yield from lines
         elif len(paths) > 1:
@@ -138,16 +146,16 @@ def _write(
     label_names: Sequence[str],
     pictures: dict[Path, Path],
 ) -> list[str]:
-    """Writes the classes of one image, int [h, w], and returns the lines about them.
+    """Writes the classes of one image to a file and returns the lines about them.
 
     Args:
-      path: the image.
-      labels: of its pixels.
-      label_names: of the classes.
-      pictures: {written file: its image}, which grows by this one.
+      path: of the image.
+      labels: of its pixels, int [h, w].
+      label_names: the names of the classes.
+      pictures: {written file: its image}; this image is added.
 
     Raises:
-      UserError: a file that cannot be written or that holds the classes of another image.
+      UserError: the file cannot be written, or it already holds the classes of another image.
     """
     written = path.with_name(path.stem + ENDING)
     if written in pictures:
@@ -170,7 +178,7 @@ def _write(
 
 
 def palette(classes: int) -> list[int]:
-    """Returns red, green and blue, 0..255, of one colour after another, hues as far apart as possible."""
+    """Returns the red, green and blue values, 0..255, of one colour per class, with hues far apart from each other."""
     colours = []
     for number in range(classes):
         value = 1.0 if number % 2 == 0 else 0.7

@@ -11,11 +11,11 @@ import numpy as np
 
 from squeeze_jax.data import tables, text_set, tokens
 from squeeze_jax.data.text import check_widths
-from squeeze_jax.data.text_set import Split, TextSet, likeliest, number
+from squeeze_jax.data.text_set import Split, TextSet, format_class, format_number
 from squeeze_jax.errors import UserError, nearest, shortened
 from squeeze_jax.ranges import Count, PathStr, Share, Whole
 
-SHOWN = 3  # rows that a line of the plan names
+SHOWN = 3  # the number of rows that a line of the plan names
 LOSSES = {
     "class": "cross_entropy",
     "number": "squared_error",
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
         )
 
     def places(self):
-        """Yields (label, "FILE:LINE") of each row."""
+        """Yields (label, "FILE:LINE") for each row."""
         for value, line in zip(self.values, self.lines, strict=True):
             yield value, f"{self.path}:{line}"
 
@@ -78,23 +78,24 @@ def make(
 
     Args:
       train: the table to train on: .csv, .tsv or .jsonl, also .gz; see `tables.read`. None for evaluation alone.
-      tokenizer: folder or file, see `tokens.load`.
-      eval: the table to evaluate on; None takes a share of `train`.
-      holdout: that share, 0 to 1. A hash of the text decides, so that rows added later move no other row, and equal texts are
-        on the same side.
+      tokenizer: a folder or a file, see `tokens.load`.
+      eval: the table to evaluate on; None holds out a share of `train`, see `holdout`.
+      holdout: the share of `train` to evaluate on if there is no `eval`, 0 to 1. A hash of the text decides whether a row is
+        held out, so rows added later move no other row, and equal texts are in the same split.
       text: the column of the texts, or two columns for pairs of texts.
       label: the column of the labels; for target="labels" also several columns of 0 and 1, one for each class.
       target: "class": each text has one of several classes; "number": a number (regression); "labels": any number of
         classes, also none.
-      classes: names of the classes in their order; () for those of `train`, sorted.
-      separator: the character between cells, where it is not the comma of .csv or the tab of .tsv.
+      classes: the names of the classes in their order; () takes those of `train`, sorted.
+      separator: the character between cells; None for the comma of .csv and the tab of .tsv.
       label_separator: for target="labels" with one column, the character between labels; a .jsonl file may have lists.
-      length: tokens of a sequence at most, special tokens included; longer texts are cut off, and a line says how many.
-      buckets: shorter lengths that batches may have, ascending; see `text`.
-      limit_train: number of training examples, drawn at random but always the same; 0 for all.
+      length: the largest number of tokens of a sequence, special tokens included; longer texts are cut off, and a log line
+        counts them.
+      buckets: shorter lengths that batches may be padded to, ascending; see `text`.
+      limit_train: the number of training examples, chosen at random but always the same; 0 takes all.
 
     Raises:
-      UserError: a table, a column, a label or a tokenizer that is missing or wrong; says in which line.
+      UserError: a table, a column, a label or a tokenizer is missing or wrong; the error names the line.
     """
     columns = (text,) if isinstance(text, str) else tuple(text)
     labels = (label,) if isinstance(label, str) else tuple(label)
@@ -106,34 +107,36 @@ def make(
         raise UserError(
             "config.data needs a table to train on or to evaluate on: set train or eval"
         )
-    unlabelled = target == "labels" and len(labels) == 1  # an empty cell: no label
+    unlabelled = target == "labels" and len(labels) == 1  # an empty cell means no label
     reading = partial(
-        _read,
+        _read_rows,
         columns=columns,
         labels=labels,
         separator=separator,
         unlabelled=unlabelled,
     )
-    whole = None if train is None else reading(train)
-    held = reading(eval) if eval is not None else None
-    if held is None:
-        whole, held = _held_out(whole, holdout)
-    rows = held if whole is None else whole
+    train_rows = None if train is None else reading(train)
+    eval_rows = reading(eval) if eval is not None else None
+    if eval_rows is None:
+        train_rows, eval_rows = _hold_out(train_rows, holdout)
+    rows = eval_rows if train_rows is None else train_rows
     if target == "number":
         names, read = (), _numbers
     elif target == "labels":
-        separate = partial(_present, columns=labels, separator=label_separator)
+        separate = partial(_row_labels, columns=labels, separator=label_separator)
         several = len(labels) > 1
         names = classes or (labels if several else _label_names(rows, separate))
         read = partial(_label_matrix, names=names, separate=separate)
     else:
         names = classes or _class_names(rows, columns)
         read = partial(_class_numbers, names=names)
-    evaluated = Split(held.texts, read(held), {str(held.path): len(held.values)})
-    training, notes = None, list(held.notes)
-    if whole is not None:
-        training = Split(whole.texts, read(whole), {str(whole.path): len(whole.values)})
-        notes = [*whole.notes, *(n for n in notes if n not in whole.notes)]
+    parts = {str(eval_rows.path): len(eval_rows.values)}
+    evaluated = Split(eval_rows.texts, read(eval_rows), parts)
+    training, notes = None, list(eval_rows.notes)
+    if train_rows is not None:
+        parts = {str(train_rows.path): len(train_rows.values)}
+        training = Split(train_rows.texts, read(train_rows), parts)
+        notes = [*train_rows.notes, *(n for n in notes if n not in train_rows.notes)]
         text_set.warn_of_overlap(training, evaluated)
         if 0 < limit_train < len(training):
             training = training.take(text_set.random_subset(len(training), limit_train))
@@ -169,19 +172,19 @@ def _check_columns(texts: Sequence[str], labels: Sequence[str], target: str) -> 
         )
 
 
-def _read(path: str, columns, labels, separator, unlabelled: bool) -> Rows:
+def _read_rows(path: str, columns, labels, separator, unlabelled: bool) -> Rows:
     """Returns the rows of a table that have texts and labels."""
     table = tables.read(Path(path).expanduser(), separator)
     for key, names in (("text", columns), ("label", labels)):
         for name in names:
             table.check_column(name, f"config.data.{key}")
-    texts, values, lines, without = [], [], [], []
+    texts, values, lines, skipped = [], [], [], []
     for row, line in zip(table.rows, table.lines, strict=True):
-        parts = [_words(row.get(name), name, table, line) for name in columns]
+        parts = [_cell_text(row.get(name), name, table, line) for name in columns]
         cells = [row.get(name) for name in labels]
         lacking = [cell is None or (cell == "" and not unlabelled) for cell in cells]
         if not all(parts) or all(lacking):
-            without.append(line)
+            skipped.append(line)
             continue
         if any(lacking):
             name = labels[lacking.index(True)]
@@ -192,11 +195,11 @@ def _read(path: str, columns, labels, separator, unlabelled: bool) -> Rows:
     if not texts:
         raise UserError(f"{table.path} has no row with a text and a label")
     notes = []
-    if without:
-        shown = ", ".join(f"line {line}" for line in without[:SHOWN])
-        more = ", ..." if len(without) > SHOWN else ""
+    if skipped:
+        examples = ", ".join(f"line {line}" for line in skipped[:SHOWN])
+        dots = ", ..." if len(skipped) > SHOWN else ""
         notes.append(
-            f"{table.path}: {len(without):,} rows without a text or a label left out ({shown}{more})"
+            f"{table.path}: {len(skipped):,} rows without a text or a label left out ({examples}{dots})"
         )
     if table.quoted:
         notes.append(
@@ -206,7 +209,7 @@ def _read(path: str, columns, labels, separator, unlabelled: bool) -> Rows:
     return Rows(table.path, columns, values, lines, tuple(notes))
 
 
-def _words(cell: Any, column: str, table: tables.Table, line: int) -> str:
+def _cell_text(cell: Any, column: str, table: tables.Table, line: int) -> str:
     if cell is None:
         return ""
     if not isinstance(cell, str):
@@ -216,13 +219,13 @@ def _words(cell: Any, column: str, table: tables.Table, line: int) -> str:
     return cell.strip()
 
 
-def _held_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
+def _hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
     """Returns the rows to train on and those to evaluate on."""
     held, kept = [], []
     for index, parts in enumerate(zip(*rows.texts, strict=True)):
-        words = hashlib.sha256("\t".join(parts).encode(errors="replace")).digest()
-        held_out = int.from_bytes(words[:8], "big") < share * 2**64
-        (held if held_out else kept).append(index)
+        digest = hashlib.sha256("\t".join(parts).encode(errors="replace")).digest()
+        is_held_out = int.from_bytes(digest[:8], "big") < share * 2**64
+        (held if is_held_out else kept).append(index)
     if not held or not kept:
         raise UserError(
             f"config.data.holdout = {share} leaves {len(kept)} rows to train on and {len(held)} to evaluate on: change it, or"
@@ -231,7 +234,7 @@ def _held_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
     return rows.take(kept), rows.take(held)
 
 
-def _name(value: Any, where: str) -> str:
+def _class_name(value: Any, where: str) -> str:
     """Returns a label as the name of a class."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -242,8 +245,8 @@ def _name(value: Any, where: str) -> str:
     )
 
 
-def _sorted(names: set[str]) -> tuple[str, ...]:
-    """Returns names of classes in order: by value if all are integers."""
+def _sort_names(names: set[str]) -> tuple[str, ...]:
+    """Returns the names of classes in order: by value if all are integers, otherwise alphabetically."""
     try:
         return tuple(sorted(names, key=int))
     except ValueError:
@@ -254,9 +257,9 @@ def _class_names(rows: Rows, columns: Sequence[str]) -> tuple[str, ...]:
     """Returns the classes of a table, sorted.
 
     Raises:
-      UserError: one class, or labels that are numbers with a fraction.
+      UserError: there is only one class, each row has its own class, or the labels are numbers with fractions.
     """
-    names = {_name(value, where) for value, where in rows.places()}
+    names = {_class_name(value, where) for value, where in rows.places()}
     if len(names) == 1:
         raise UserError(
             f"{rows.path} has the one class {shortened(repr(*names), 60)}: a classifier needs two or more"
@@ -271,7 +274,7 @@ def _class_names(rows: Rows, columns: Sequence[str]) -> tuple[str, ...]:
         raise UserError(
             f"{rows.path} has {len(names):,} classes in as many rows: config.data.label should name the column of the classes"
         )
-    return _sorted(names)
+    return _sort_names(names)
 
 
 def _is_number(name: str) -> bool:
@@ -290,32 +293,32 @@ def _class_numbers(rows: Rows, names: Sequence[str]) -> np.ndarray:
     number_of = {name: n for n, name in enumerate(names)}
     numbers = []
     for value, where in rows.places():
-        name = _name(value, where)
+        name = _class_name(value, where)
         if name not in number_of:
-            raise UserError(_unknown(name, where, names))
+            raise UserError(_unknown_label(name, where, names))
         numbers.append(number_of[name])
     return np.array(numbers, np.int32)
 
 
-def _unknown(name: str, where: str, names: Sequence[str]) -> str:
-    shown = shortened(", ".join(names), 200)
-    return f"{where} has the label {shortened(repr(name), 60)}{nearest(name, names)}, none of the classes {shown}"
+def _unknown_label(name: str, where: str, names: Sequence[str]) -> str:
+    classes = shortened(", ".join(names), 200)
+    return f"{where} has the label {shortened(repr(name), 60)}{nearest(name, names)}, none of the classes {classes}"
 
 
 def _numbers(rows: Rows) -> np.ndarray:
     """Returns the label of each row, float32 [n]."""
     numbers = []
     for value, where in rows.places():
-        text_of = str(value).strip()
-        if isinstance(value, bool) or not _is_number(text_of):
+        digits = str(value).strip()
+        if isinstance(value, bool) or not _is_number(digits):
             raise UserError(
                 f"{where} has the label {shortened(repr(value), 60)}, which is not a number"
             )
-        numbers.append(float(text_of))
+        numbers.append(float(digits))
     return np.array(numbers, np.float32)
 
 
-def _present(
+def _row_labels(
     value: Any, where: str, columns: Sequence[str], separator: str
 ) -> list[str]:
     """Returns the names of the labels of one row."""
@@ -326,8 +329,8 @@ def _present(
             if _is_yes(cell, column, where)
         ]
     if isinstance(value, list):
-        return [_name(each, where) for each in value]
-    parts = (part.strip() for part in _name(value, where).split(separator))
+        return [_class_name(each, where) for each in value]
+    parts = (part.strip() for part in _class_name(value, where).split(separator))
     return [part for part in parts if part]
 
 
@@ -344,7 +347,7 @@ def _label_names(rows: Rows, separate) -> tuple[str, ...]:
     names = {name for value, where in rows.places() for name in separate(value, where)}
     if not names:
         raise UserError(f"{rows.path} has no labels")
-    return _sorted(names)
+    return _sort_names(names)
 
 
 def _label_matrix(rows: Rows, names: Sequence[str], separate) -> np.ndarray:
@@ -354,7 +357,7 @@ def _label_matrix(rows: Rows, names: Sequence[str], separate) -> np.ndarray:
     for row, (value, where) in enumerate(rows.places()):
         for name in separate(value, where):
             if name not in number_of:
-                raise UserError(_unknown(name, where, names))
+                raise UserError(_unknown_label(name, where, names))
             matrix[row, number_of[name]] = 1
     return matrix
 
@@ -362,13 +365,13 @@ def _label_matrix(rows: Rows, names: Sequence[str], separate) -> np.ndarray:
 def _answer(target: str, names: tuple[str, ...]):
     """Returns the function that prints a network's outputs for one text."""
     return {
-        "class": partial(likeliest, names),
-        "number": number,
-        "labels": partial(_likely, names),
+        "class": partial(format_class, names),
+        "number": format_number,
+        "labels": partial(_format_labels, names),
     }[target]
 
 
-def _likely(names: Sequence[str], logits: np.ndarray) -> str:
+def _format_labels(names: Sequence[str], logits: np.ndarray) -> str:
     """Returns the classes with a probability of one half or more, such as "toxic 93.1%, insult 61.0%"."""
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     order = np.argsort(-probabilities, kind="stable")

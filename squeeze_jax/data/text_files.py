@@ -1,4 +1,4 @@
-"""Text files, UTF-8, gzipped where their name ends in ".gz"; what cannot be read is named by file and line."""
+"""Reads UTF-8 text files, gzipped if their name ends in ".gz"; errors name the file and the line."""
 
 import gzip
 import zlib
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from squeeze_jax.errors import UserError
 
-# What reading, and decompressing what is damaged or cut off, raise.
+# The exceptions that reading a file raises, and decompressing one that is damaged or cut off.
 FAILURES = (OSError, EOFError, zlib.error)
 
 
-def text(path: Path) -> str:
-    """What is in a file, its ends of lines as they are; a byte order mark is passed over.
+def read_text(path: Path) -> str:
+    """Returns the content of a text file, with its line ends unchanged and without a byte order mark.
 
     Raises:
-      UserError: a file that is not there, damaged, or no UTF-8.
+      UserError: the file is missing, damaged, or not UTF-8.
     """
     try:
         content = path.read_bytes()
@@ -27,23 +27,27 @@ def text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise _foreign(path, line, error) from None
+        raise _not_utf8(path, line, error) from None
 
 
-def lines(path: Path) -> Iterator[str]:
-    """Lines of a file with their ends, read one after the other; otherwise as `text`."""
-    opened = gzip.open if path.suffix == ".gz" else open
+def read_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a text file one after the other, each with its line end; skips a byte order mark.
+
+    Raises:
+      UserError: the file is missing, damaged, or not UTF-8.
+    """
+    open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
+        with open_file(path, "rt", encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError:
-        # It says where in a part of the file; the line has to be looked for.
-        with opened(path, "rb") as file:
+        # The error counts bytes from the start of a buffer, not of the file, so the line is searched for.
+        with open_file(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
-                    raise _foreign(path, number, error) from None
+                    raise _not_utf8(path, number, error) from None
         raise
     except FAILURES as error:
         raise _unreadable(path, error) from None
@@ -54,7 +58,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"cannot read {path}: {reason}")
 
 
-def _foreign(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> UserError:
     byte = error.object[error.start]
     return UserError(
         f"{path}:{line} is not UTF-8 text, as its byte 0x{byte:02x} tells: save the file as UTF-8"
