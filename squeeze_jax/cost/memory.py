@@ -146,7 +146,7 @@ def peak(
     if bits is not None:
         program.check_bits(bits, "bits")
     traced = program.trace(
-        fn, *args, first=True, weight_argnums=weight_argnums, **kwargs
+        fn, *args, first_output=True, weight_argnums=weight_argnums, **kwargs
     )
     snapshots = _snapshots(traced, bits, in_place)
     highest = max(snapshots, key=lambda s: s.bytes)  # the first of equals
@@ -178,7 +178,7 @@ def compiled(
     Raises:
       UserError: arguments that do not fit the function, or a function that neither takes nor closes over any array.
     """
-    weights, run, args = call.measured(fn, args, kwargs, weight_argnums)
+    weights, run, args = call.split_for_compilation(fn, args, kwargs, weight_argnums)
     abstract = jax.eval_shape(lambda a: a, args)
     with lowering("native"):
         executable = jax.jit(run, keep_unused=True).lower(weights, abstract).compile()
@@ -393,7 +393,7 @@ def _control_flow_snapshots(
     """
     outside_bytes, stacked_bytes = dict(live_bytes), {}
     if op.name == "scan":
-        first, carries = program.scanned(op.params)
+        first, carries = program.scan_input_counts(op.params)
         initial_carry = op.inputs[first : first + carries]
         stacked_bytes = {
             v: output_bytes[v] for v in op.outputs[carries:] if v in output_bytes

@@ -45,7 +45,9 @@ def lacking(fn: Callable, given: Any) -> list[str]:
     Args:
       fn, given: as of `written_out`.
     """
-    operations = [op for op, _, _ in program.runs(program.trace(fn, given), _nothing)]
+    operations = [
+        op for op, _, _ in program.executions(program.trace(fn, given), _nothing)
+    ]
     return list(
         dict.fromkeys(
             f"{_called(op)} in {op.layer or 'the function itself'}"
