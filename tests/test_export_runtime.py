@@ -124,7 +124,7 @@ def test_memory_counts_the_file_and_not_the_images(tmp_path, images):
         given = tmp_path / "many.npy"
         np.save(given, many)
         file = tmp_path / kind / "model.tflite"
-        printed = process.python(
+        printed = process.run_module(
             "squeeze_jax.export.runtime",
             *(file, f"--images={given}", "--runs=2"),
             what="it",

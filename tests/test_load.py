@@ -12,7 +12,7 @@ from squeeze_jax import models, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs._load import load
 from squeeze_jax.nn.conv import lowering
-from squeeze_jax.weights import files, pretrained
+from squeeze_jax.weights import pretrained, weight_files
 
 SIZE = 32
 
@@ -160,7 +160,7 @@ def test_caffe_weights_are_recognised(shared, caplog):
     path = shared / "weights" / "squeezenet_v1_0" / "squeezenet_v1_0_deepcomp_f32.npz"
     net, variables = load(path, "squeezenet", variant="1.0")
     assert "recognised as those of caffe" in caplog.text
-    stored, ours = files.read(path), variables["params"]
+    stored, ours = weight_files.read(path), variables["params"]
     np.testing.assert_array_equal(
         ours["fire9"]["expand3x3"]["kernel"],
         stored["fire9/conv3x3_2/w"].transpose(2, 3, 1, 0),

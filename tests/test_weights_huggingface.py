@@ -7,7 +7,7 @@ import torch
 
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.weights import files
+from squeeze_jax.weights import weight_files
 
 MODELS = "squeeze_jax.models"
 FAMILIES = {
@@ -93,7 +93,7 @@ def test_a_pooler_that_only_the_class_has_is_written_fresh(tmp_path, transformer
     net, variables = made("squeezebert", task="masked_lm", layer_epsilon=1e-12)
     assert "pooler" not in variables["params"]
     models.save(tmp_path, net, variables)
-    kernel = files.read(tmp_path / "model.safetensors")[
+    kernel = weight_files.read(tmp_path / "model.safetensors")[
         "transformer.pooler.dense.weight"
     ]
     assert 0.015 < kernel.std() < 0.02

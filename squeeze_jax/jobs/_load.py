@@ -65,7 +65,7 @@ def load(
 def _into(net, network, name, example, fresh):
     """Returns the variables of a network with the weights of a run's, and a new classifier where that does not fit."""
     variables = network.plain(network.options, fresh)
-    shapes = foreign.shapes(net, _load.input_of(net, example))
+    shapes = foreign.variable_shapes(net, _load.example_input(net, example))
     head = _pretrained.head_names(name)
     loaded, want = tree.flatten(variables), tree.flatten(dict(shapes))
     taken = {}
@@ -85,4 +85,4 @@ def _into(net, network, name, example, fresh):
         _log.warning(
             "%s: %s initialised anew: train it", network.where, ", ".join(layers)
         )
-    return _load.completed(net, taken, example, fresh)
+    return _load.complete_variables(net, taken, example, fresh)

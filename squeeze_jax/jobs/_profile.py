@@ -58,7 +58,7 @@ def run(built, settings) -> Measured:
     )
     if settings.cores is None:
         return _measured(**task)
-    printed = process.python(
+    printed = process.run_module(
         __name__,
         *(settings.cores, json.dumps(task)),
         what=f"{built.options['name']} on {settings.cores} of the CPU's cores",

@@ -266,7 +266,7 @@ def text(rows: Sequence[Mapping[str, Any]]) -> str:
             notes[len(cells)] = row
             cells.append([row["layer"], *[""] * len(columns)])
     names = max(len(row[0]) for row in cells)
-    lines = table.aligned(cells).splitlines()
+    lines = table.align(cells).splitlines()
     for at, row in notes.items():  # not in a column, which would get as wide
         name = row["layer"].ljust(names)
         lines[at + 1] = f"{name}  not counted: {row['not_counted']}"

@@ -11,7 +11,7 @@ import numpy as np
 from squeeze_jax import export, registry, stop
 from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.export import listing, process
-from squeeze_jax.export.runnable import format_of, named
+from squeeze_jax.export.runnable import load_format, name_outputs
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.ranges import Count, Distinct, Positive, Share
@@ -90,7 +90,7 @@ def write(built: Built, workdir: pathlib.Path) -> list[str]:
     folder, step, rejected = workdir / "export", int(state.step), []
     for key in settings.formats:
         stop.check()
-        integer = format_of(key).INTEGER
+        integer = load_format(key).INTEGER
         try:
             (file,) = export.make(
                 live(built, state, integer=integer),
@@ -127,7 +127,7 @@ def _check_calibration(built: Built, settings: Settings) -> None:
     if built.experiment.data.get("source", {}).get("name") != "absent":
         return
     for key in settings.formats:
-        if format_of(key).INTEGER:
+        if load_format(key).INTEGER:
             raise UserError(
                 f"the format {key} needs the run's images, to measure ranges and to compare answers: restore them, or leave"
                 " the format out of config.export.formats"
@@ -151,7 +151,7 @@ def live(built: Built, state: State, *, endpoints: bool = False, integer: bool =
 
     def fn(batch):
         (logits, stages), _ = forward.run(network, variables, built.data.inputs(batch))
-        return stages | named(logits) if endpoints else logits
+        return stages | name_outputs(logits) if endpoints else logits
 
     return fn
 
