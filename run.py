@@ -20,20 +20,33 @@ Runs an experiment from a config to a trained network to files that run on devic
   python run.py --job=evaluate --workdir=DIR           one part again, from the work directory
   python run.py --job=predict --workdir=DIR PHOTO.jpg FOLDER       labels of images; of a text, "A SENTENCE."
   python run.py --job=seeds --config=configs/glue_minilm.py --config.seeds='(0, 1, 2)'      the best of several
+  python run.py --job=export --help                    what a job does, and its settings
 
 Stop it with Ctrl-C at any time; the same command continues where it was."""
 
 
 def parse(argv):
-    from squeeze_jax import registry
     from squeeze_jax.errors import UserError, nearest
 
-    jobs = registry.names("squeeze_jax.jobs")
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h",
+        "--help",
+        action="store_true",
+        help="print this, or with --job=NAME the settings of a job",
+    )
+    parser.add_argument(
+        "--list",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="print the names that a config may use, or the keys of one, such as --list=optim or --list=model.resnet",
     )
     parser.add_argument(
         "inputs", nargs="*", help="files, folders or texts, for --job=predict"
@@ -54,8 +67,7 @@ def parse(argv):
     )
     parser.add_argument(
         "--job",
-        default="main",
-        help=f"one of {', '.join(jobs)}; default: main, which is all in turn",
+        help="what to do, see below; default: main",
     )
     parser.add_argument(
         "--coordinator",
@@ -78,7 +90,23 @@ def parse(argv):
             flag = other.partition("=")[0]
             raise UserError(f"unknown flag {flag}{nearest(flag, parser_flags(parser))}")
     args.inputs += others
+    if args.help or args.list is not None:
+        print(help_text(parser, args))
+        sys.exit(0)
+    args.job = args.job or "main"
     return args, overrides
+
+
+def help_text(parser, args):
+    """Returns what --help or --list prints."""
+    from squeeze_jax.jobs import _help
+
+    if args.list is not None:
+        return _help.keys(args.list) if args.list else _help.names()
+    if args.job is not None:
+        return _help.job(args.job)
+    parser.epilog = f"{_help.jobs()}\n\nNames and keys for configs: --list"
+    return parser.format_help()
 
 
 def parser_flags(parser):

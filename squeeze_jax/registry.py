@@ -186,6 +186,7 @@ def options(defaults: typing.Any, without: Sequence[str] = ()) -> Callable:
         ]
         fn.__signature__ = signature.replace(parameters=own + shared)
         fn.__annotations__ |= {p.name: p.annotation for p in shared}
+        fn.__options__ = type(defaults)  # whose docstring describes them
         return fn
 
     return declare

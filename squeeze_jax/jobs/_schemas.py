@@ -16,7 +16,7 @@ from squeeze_jax.jobs import (
 from squeeze_jax.train import optim, sharding
 from squeeze_jax.train.checkpoint import Checkpoints
 
-_SECTIONS = {
+SECTIONS = {
     "optim": optim.make,
     "sharding": sharding.make_mesh,
     "checkpoint": Checkpoints,
@@ -76,8 +76,8 @@ def find(config: Mapping[str, Any], names: Sequence[str]) -> Key | None:
 
 def _function(config: Mapping[str, Any], section: str) -> Callable | None:
     """Returns the function or class that a section's keys are parameters of."""
-    if section in _SECTIONS:
-        return _SECTIONS[section]
+    if section in SECTIONS:
+        return SECTIONS[section]
     if section in _settings.with_settings():
         return registry.load(_settings.JOBS, section, "job").Settings
     if section not in _NAMED or not isinstance(config.get(section), Mapping):

@@ -1,0 +1,105 @@
+"""Builds the documentation: `pip install -r docs/requirements.txt && sphinx-build -W docs docs/_build`.
+
+`DOCS_EXECUTE=1` runs the notebooks, so that they appear with their pictures; without it they appear as they are stored.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import sys
+from itertools import zip_longest
+
+DOCS = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]
+
+import squeeze_jax  # noqa: E402
+
+project = "squeeze_jax"
+author = "the authors of squeeze_jax"
+version = release = squeeze_jax.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = [
+    "_build",
+    "_generated",
+    "jupyter_execute",
+    "requirements.txt",
+    "results",
+]
+
+html_theme = "sphinx_book_theme"
+html_title = "squeeze_jax"
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "force" if os.environ.get("DOCS_EXECUTE") else "off"
+nb_execution_timeout = 3600
+nb_execution_raise_on_error = True
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+napoleon_use_ivar = True
+napoleon_google_docstring = True
+
+# Docstrings are written for people who read them in a terminal or an editor.
+default_role = "literal"
+
+
+def as_rst(app, what, name, obj, options, lines):
+    """Turns a docstring, which is written like Markdown, into reStructuredText, before napoleon reads its sections."""
+    section, literal, made = False, False, []
+    for line in lines:
+        indented = line.startswith("  ")
+        if re.fullmatch(r"\w+:", line):
+            section = line[:-1] in ("Args", "Attributes", "Returns", "Raises", "Yields")
+        elif line.strip() and not indented:
+            section = False
+        if section:
+            literal = False
+        elif indented and not literal:  # a drawing or a table
+            made += [*([""] if made and made[-1].strip() else []), "::", ""]
+            literal = True
+        elif literal and line.strip() and not indented:
+            made += [""]
+            literal = False
+        made.append(line if literal else escaped(line, section))
+    lines[:] = made
+
+
+def escaped(line, section):
+    """Returns a line with code in double backquotes, and without characters that reStructuredText would interpret."""
+    begin = re.match(r"\s*\*{0,2}\w+(, \*{0,2}\w+)*: ", line) if section else None
+    head = begin[0] if begin else ""  # names of parameters, which napoleon reads
+    if "," in head:
+        head = head.replace("*", "\\*")
+    rest = line[len(begin[0]) :] if begin else line
+    parts = re.split(r"(`[^`]+`)", rest)
+    plain = (re.sub(r"([*|`]|_\b)", r"\\\1", p) for p in parts[::2])
+    code = (f"`{p}`\\ " for p in parts[1::2])  # a letter may follow
+    return head + "".join(
+        part for pair in zip_longest(plain, code, fillvalue="") for part in pair
+    )
+
+
+def prepare(app):
+    """Copies the notebooks into the sources and generates the tables."""
+    import tables
+
+    target = DOCS / "_notebooks"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(DOCS.parent / "notebooks", target)
+    tables.write(DOCS / "_generated")
+
+
+def setup(app):
+    app.connect("builder-inited", prepare)
+    app.connect("autodoc-process-docstring", as_rst, priority=400)
