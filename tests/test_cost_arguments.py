@@ -230,11 +230,15 @@ def test_equations_without_an_arrow_are_no_layers():
 @pytest.mark.parametrize(
     ("fn", "args", "line"),
     [
-        (nn.Dense(3), (), "Dense takes (inputs), and is called otherwise: missing a"),
-        (nn.Dense(3), (X, X), "Dense takes (inputs), and is called otherwise: too"),
-        (nn.Dense(3), ((2, 4),), "Dense gets (2, 4), which is no array: pass an"),
+        (
+            nn.Dense(3),
+            (),
+            "Dense takes (inputs), and the call does not match: missing a",
+        ),
+        (nn.Dense(3), (X, X), "Dense takes (inputs), and the call does not match: too"),
+        (nn.Dense(3), ((2, 4),), "Dense gets (2, 4), which is not an array: pass an"),
         (jnp.dot, (X,), "dot takes (a, b, precision, preferred_element_type"),
-        (7, (X,), "7 is no function and no module"),
+        (7, (X,), "7 is neither a function nor a module"),
     ],
 )
 def test_a_call_that_does_not_fit_is_one_line(fn, args, line):

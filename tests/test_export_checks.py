@@ -46,7 +46,7 @@ class Trained(nn.Module):
     ("dropout", "message"),
     [
         (True, "is random: it draws random numbers"),
-        (False, "another one beside other examples"),
+        (False, "changes with the other examples"),
     ],
 )
 def test_a_network_in_training_mode_is_said_so(

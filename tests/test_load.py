@@ -195,9 +195,13 @@ def test_our_own_names_are_recognised(state, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        (None, {}, "does not say which network it is of: give model="),
-        ("squeezenet", {}, "not of squeezenet by the names of torchvision, caffe, sq"),
-        ("mobilenet_v2", {}, "is not of mobilenet_v2 by the names of torchvision"),
+        (None, {}, "does not name its network: give model="),
+        (
+            "squeezenet",
+            {},
+            "does not fit squeezenet by the names of torchvision, caffe, sq",
+        ),
+        ("mobilenet_v2", {}, "does not fit mobilenet_v2 by the names of torchvision"),
         ("bert", {}, "bert has no map of names"),
         ("resnt", {}, "unknown model 'resnt'; did you mean 'resnet'"),
         ("resnet", {"names": "tochvision"}, "knows the names of keras, timm, torchv"),
@@ -217,7 +221,7 @@ def test_weights_of_another_network_are_one_line(
 
 def test_options_of_a_network_that_is_made_are_refused(tmp_path):
     net = models.make("resnet", variant="18")
-    with pytest.raises(UserError, match="num_classes has no effect on a network that"):
+    with pytest.raises(UserError, match="num_classes has no effect on an existing"):
         load(tmp_path / "w.pth", net, num_classes=3)
 
 

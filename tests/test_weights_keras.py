@@ -254,7 +254,9 @@ def test_an_archive_of_unnamed_layers_is_read_by_its_config(saved, tmp_path):
     assert arrays.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(arrays[name], array, err_msg=name)
-    with pytest.raises(UserError, match=r"not tell .*save the model as \.keras or"):
+    with pytest.raises(
+        UserError, match=r"does not name the layer .*save the model as \.keras or"
+    ):
         weight_files.read(weights)
 
 

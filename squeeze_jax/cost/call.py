@@ -28,7 +28,7 @@ def check(fn: Callable | nn.Module, args: tuple, kwargs: Mapping) -> None:
         an array.
     """
     if not callable(fn):
-        raise UserError(f"{shown(fn)} is no function and no module")
+        raise UserError(f"{shown(fn)} is neither a function nor a module")
     method = kwargs.get("method") or "__call__"
     target, keywords = fn, dict(kwargs)
     if isinstance(fn, nn.Module):
@@ -45,13 +45,13 @@ def check(fn: Callable | nn.Module, args: tuple, kwargs: Mapping) -> None:
         except TypeError as error:
             takes = ", ".join(signature.parameters)
             raise UserError(
-                f"{name} takes ({takes}), and is called otherwise: {error}"
+                f"{name} takes ({takes}), and the call does not match: {error}"
             ) from None
     if is_module(fn) and not has_arrays((args, keywords)):
         shape = next((a for a in args if _is_shape(a)), None)
         if shape is not None:
             raise UserError(
-                f"{name} gets {shape}, which is no array: pass an array or jax.ShapeDtypeStruct({shape}, jnp.float32)"
+                f"{name} gets {shape}, which is not an array: pass an array or jax.ShapeDtypeStruct({shape}, jnp.float32)"
             )
 
 
@@ -172,7 +172,7 @@ def hoist_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, .
     arrays = tuple(traced.consts)
     if not any(hasattr(c, "shape") and hasattr(c, "dtype") for c in arrays):
         raise UserError(
-            "the function has no arguments and no arrays that could be some, so XLA computes its result while it compiles: pass the"
+            "the function has no arguments and closes over no arrays, so XLA would compute its result during compilation: pass the"
             " arrays as arguments"
         )
 

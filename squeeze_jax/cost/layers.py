@@ -123,7 +123,7 @@ def _bits(weight_bits: Any, params: dict, module: bool) -> dict[str, int]:
         return dict.fromkeys(params, bits) | {"": bits}
     if not module:
         raise UserError(
-            "weight_bits: rules go by the names of parameters, which only a Linen module has; give one number of bits"
+            "weight_bits: rules match names of parameters, which only a Linen module has; give one number of bits"
         )
     rules = [tuple(r) if isinstance(r, list) else r for r in weight_bits]
     bits_by_name = tree.apply_rules(rules, params, default=FLOAT, where="weight_bits")

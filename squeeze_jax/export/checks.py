@@ -108,10 +108,11 @@ def check_independence(
         difference = np.abs(values.astype(np.float64) - row).max(initial=0)
         if difference <= limit:
             continue
-        is_random = _is_random(fn, runnable.inputs)
-        cause = "random: it draws random numbers, as dropout does" if is_random else ""
+        problem = "changes with the other examples of its batch"
+        if _is_random(fn, runnable.inputs):
+            problem = "is random: the function draws random numbers, as dropout does"
         raise UserError(
-            f"the output {name} of a check example is {cause or 'another one beside other examples'} (by {difference:.2g}): {TRAINING}"
+            f"the output {name} of a check example {problem} (by {difference:.2g}): {TRAINING}"
         )
 
 

@@ -218,10 +218,12 @@ def library() -> Path:
         version = "none"
     if version != VERSION:
         raise UserError(
-            f"operators are timed with ai-edge-litert {VERSION}, here is {version}: pip install ai-edge-litert=={VERSION}"
+            f"timing operators needs ai-edge-litert {VERSION}, but {version} is installed: pip install ai-edge-litert=={VERSION}"
         )
     (folder,) = importlib.util.find_spec("ai_edge_litert").submodule_search_locations
     path = Path(folder, "libLiteRt.so")
     if not path.is_file():
-        raise UserError("operators are timed on Linux alone: here is no libLiteRt.so")
+        raise UserError(
+            "operators can be timed only on Linux: ai-edge-litert has no libLiteRt.so here"
+        )
     return path

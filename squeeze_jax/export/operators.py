@@ -184,13 +184,15 @@ def _measure(path, example, runs, warmup) -> tuple[dict, dict]:
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one is needed")
     if Path(path).suffix != ".tflite":
-        raise UserError(f"{path}: operators are timed of .tflite files")
+        raise UserError(f"{path}: only operators of .tflite files can be timed")
     inputs = open_file(path).inputs  # raises a clear error for a file that cannot run
     arrays = check_examples(
         runtime.read_arrays(example) if example else random_example(inputs), inputs
     )
     if any(len(array) > 1 for array in arrays.values()):
-        raise UserError("operators are timed on one example: give arrays [1, ...]")
+        raise UserError(
+            "operators can be timed only on one example: give arrays [1, ...]"
+        )
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path))

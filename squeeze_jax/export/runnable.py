@@ -79,7 +79,7 @@ def open_file(path: str | Path, threads: int | None = None) -> Runnable:
     loaders = registry.own_files() | {key: key for key in registry.names(FORMATS)}
     if extension not in loaders:
         raise UserError(
-            f"{path} is no exported file that can be run: expected .stablehlo or .tflite, or for a format of your own the"
+            f"{path} is not an exported file that can be run: expected .stablehlo or .tflite, or for a format of your own the"
             " name of its Python file"
         )
     try:

@@ -162,7 +162,7 @@ def save(
     """
     if isinstance(net, Reshaped):
         raise UserError(
-            "transformers has no encoder with widths or absent layers of its own: it could not load this network"
+            "transformers supports no changed widths or absent layers: it could not load this network"
         )
     if getattr(net, "num_classes", 0) is None:
         raise UserError(
@@ -170,7 +170,7 @@ def save(
         )
     module = sys.modules[type(net).__module__]
     if not hasattr(module, "HUGGINGFACE"):
-        raise UserError(f"{type(net).__name__} is no encoder that transformers has")
+        raise UserError(f"transformers has no encoder {type(net).__name__}")
     family = module.HUGGINGFACE
     if net.task not in family.classes:
         raise UserError(

@@ -68,7 +68,7 @@ def load(
     is_network = isinstance(model, nn.Module)
     if is_network and options:
         raise UserError(
-            f"{next(iter(options))} has no effect on a network that is made: give the network's name as model, or make it so"
+            f"{next(iter(options))} has no effect on an existing network: give the network's name as model, or build it with that option"
         )
     if fresh is None:
         fresh = jax.random.key(0)
@@ -81,7 +81,7 @@ def load(
         else:
             if model is None:
                 raise UserError(
-                    f"{path} does not say which network it is of: give model=models.make(…) or its name"
+                    f"{path} does not name its network: give model=models.make(…) or its name"
                 )
             net = model if is_network else _make.make(model, **options)
             variables = _load_file(path, net, example, names, under, key, fresh)
@@ -221,8 +221,8 @@ def _describe_unknown_names(arrays, net, module, path, shares) -> str:
         if not _share_present({"": theirs}, arrays)
     )
     return (
-        f"{path} is not of {_model_name(module)} by the names of {', '.join([*shares, pretrained.OWN])}: {missing[0]} would be"
-        f" {missing[1]} in {best}'s, the file has {first}, for example: choose another model, or give names and under"
+        f"{path} does not fit {_model_name(module)} by the names of {', '.join([*shares, pretrained.OWN])}: {missing[0]} would be"
+        f" {missing[1]} in {best}'s, but the file has {first}, for example: choose another model, or give names and under"
     )
 
 

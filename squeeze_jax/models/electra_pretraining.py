@@ -88,7 +88,7 @@ class ElectraPretraining(nn.Module):
         target_names = [name for name in _TARGETS if name in x]
         if len(target_names) == 1:
             raise UserError(
-                f"inputs have {target_names[0]!r} alone: give both of {' and '.join(_TARGETS)}, or neither"
+                f"inputs have only {target_names[0]!r}: give both of {' and '.join(_TARGETS)}, or neither"
             )
         plain = {name: array for name, array in x.items() if name not in _TARGETS}
         scores, _ = self.generator(plain, train=train)

@@ -364,7 +364,7 @@ def to_huggingface(net: MobileBert) -> dict[str, Any]:
         )
     if not net.trigram and row.embedding_features == row.features:
         raise UserError(
-            "transformers' MobileBERT without trigrams widens no embeddings that are as wide as the layers: save one with"
+            "transformers' MobileBERT without trigrams does not support embeddings as wide as the layers: save a network with"
             " another embedding_features"
         )
     return huggingface.config_from_net(net, _KEYS) | {

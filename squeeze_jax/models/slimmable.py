@@ -186,7 +186,7 @@ def make(
     """
     if len({percent(width) for width in switches}) < len(switches):
         raise UserError(
-            f"switches = {switches} has two of the same percentage: each width has normalisations of its own, norm25 and so on"
+            f"switches = {switches} has two widths of the same percentage, which names their normalisations: choose other widths"
         )
     row = registry.row(VARIANTS, variant, "variant of slimmable")
     if not switches or max(switches) != 1 or min(switches) <= 0:
@@ -227,8 +227,8 @@ def extract(options: dict, variables: dict, width: float) -> tuple[dict, dict]:
     for channels in (row.stem, *(c for c, _ in row.blocks)):
         if scaled(scaled(channels, base), width) != scaled(channels, base * width):
             raise UserError(
-                f"width = {width}: {channels} channels times {base} times {width} do not round to what the slimmable network"
-                " uses; make it with width=1.0"
+                f"width = {width}: {channels} channels times {base} times {width} round to another number than in the"
+                " slimmable network: build it with width=1.0"
             )
     plain = {**options, "width": options.get("width", 1.0) * width, "switches": (1.0,)}
     net = make(**{k: v for k, v in plain.items() if k != "name"})

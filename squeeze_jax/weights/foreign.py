@@ -112,7 +112,7 @@ def check_options(
     ]
     own = " and ".join(f"{k} = {options[k]!r}" for k in published[0])
     raise UserError(
-        f"config.init.names = {names!r}: the weights are of a network with other options than {own}: set {', or '.join(wanted)}"
+        f"config.init.names = {names!r}: the published network does not have {own}: set {', or '.join(wanted)}"
     )
 
 

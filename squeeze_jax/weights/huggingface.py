@@ -219,7 +219,7 @@ def config_from_net(net, keys: Mapping[str, str] = BERT_KEYS) -> Config:
         value = next(getattr(p, option) for p in parts if hasattr(p, option))
         if option == "segments" and not value:
             raise UserError(
-                f"transformers' {type(net).__name__} embeds segments: it could not run one of segments = 0"
+                f"transformers' {type(net).__name__} embeds segments: it could not load a network with segments = 0"
             )
         if option == "activation":
             value = next(

@@ -160,7 +160,7 @@ def _layer_name(file, layer: str, names_by_path: Mapping[str, str]) -> str:
             names.append(str(name))
         elif end == len(parts):
             raise UserError(
-                f"the weights file does not tell which layer {layer} is, as those of Keras' first version 3 do not: save"
+                f"the weights file does not name the layer {layer}, because the first versions of Keras 3 store no names: save"
                 " the model as .keras or .h5"
             )
     return "/".join(names)
