@@ -45,7 +45,7 @@ class Trained(nn.Module):
 @pytest.mark.parametrize(
     ("dropout", "message"),
     [
-        (True, "is random: it draws random numbers"),
+        (True, "is random: the function draws random numbers"),
         (False, "changes with the other examples"),
     ],
 )
