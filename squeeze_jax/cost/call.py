@@ -92,7 +92,7 @@ def split(
       weight_argnums: positions of a function's arguments that are weights.
 
     Returns:
-      (weights, function, arrays). The weights of a Linen module are shapes; those of an NNX module or a function are arrays.
+      (weights, function, arrays). The weights are shapes for a Linen module, and arrays for an NNX module or a function.
 
     Raises:
       UserError: the arguments do not fit the call, `weight_argnums` names a position without an argument, or it is given for

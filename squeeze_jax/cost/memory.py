@@ -77,7 +77,7 @@ class Memory(NamedTuple):
     """Peak memory of activations.
 
     Attributes:
-      bytes: live at the peak.
+      bytes: number of bytes that are live at the peak.
       operation: the operation at the first peak, such as "add"; "inputs" if the inputs alone need the most memory.
       layer: the layer of that operation.
       shapes: shapes of the values that are live at the peak.
@@ -127,9 +127,9 @@ def peak(
     """Finds the peak memory of activations of `fn(*args, **kwargs)` without running it.
 
     Args:
-      fn: any function that JAX can trace; arrays that it closes over are weights. For a Linen or NNX module the peak is
-        that of the forward pass (also in training mode: no gradients) up to its result, or up to the first result if it
-        returns a tuple. The module's variables are weights.
+      fn: any function that JAX can trace; arrays that it closes over are weights. For a Linen or NNX module the forward pass
+        is measured, also in training mode (no gradients), and the module's variables are weights. If the module returns a
+        tuple, only its first element is computed.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; a batch of one is what a device runs. Arguments
         without any array are static.
       bits: bits of a floating-point activation, 1 to 64, such as 8 for int8 or 32 for float32. None takes the size of
@@ -196,6 +196,10 @@ def compiled(
 def _snapshots(body: Program, bits: int | None, in_place: bool) -> list[_Snapshot]:
     """Returns the memory in use before the first operation of a program and during each operation, in order.
 
+    The live buffers are followed from operation to operation. If an operation fuses or works in place, its output takes over
+    the buffer of its input; otherwise its outputs get new buffers. After each operation the buffers that no later operation
+    reads are freed.
+
     The first snapshot holds the program's inputs. Operations whose outputs only share a buffer have no snapshot. Loops,
     conditionals and operations that need a padded copy have several.
 
@@ -257,8 +261,8 @@ def _buffer_owners(
 ) -> dict[Value, Value]:
     """Returns {value: the value whose buffer it shares}; values with a buffer of their own are not keys.
 
-    A value is materialized if some reader needs all its elements in memory: every reader but an elementwise operation, and
-    the caller of the program. A reshape or broadcast needs its input materialized only if its output is.
+    A value is materialized if some reader needs all its elements in memory. Elementwise operations do not need this; all other
+    operations and the caller of the program do. A reshape or broadcast needs its input materialized only if its output is.
     """
     materialized = set(outputs)
     for op in reversed(operations):

@@ -213,7 +213,8 @@ def _record(
             windows, intervals = _read_events(ProfileData.from_file(str(path)), module)
     if len(windows) != runs or not intervals:
         raise UserError(
-            f"JAX's profiler recorded no operations on this device ({jax.default_backend()}): measure only the whole, with latency.measure"
+            f"JAX's profiler recorded no operations on this device ({jax.default_backend()}): measure only the whole, with"
+            " latency.measure"
         )
     return windows, intervals
 

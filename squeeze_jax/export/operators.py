@@ -271,7 +271,7 @@ def read_operators(path: str | Path) -> list[Node]:
         )  # an operator newer than the schema
         read = [op.Inputs(i) for i in range(op.InputsLength())]
         written = [op.Outputs(i) for i in range(op.OutputsLength())]
-        # An output of the network has its own name, without a layer; the names of the weights then tell the layer.
+        # An output of the network has a name without a layer; the names of the weights then contain the layer.
         names = [
             graph.Tensors(t).Name() or b"" for t in written[:1] + read[1:] if t >= 0
         ]
