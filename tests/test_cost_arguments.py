@@ -86,7 +86,7 @@ def test_weights_of_a_function_are_told_from_activations():
 def test_what_a_function_without_arguments_closes_over_becomes_its_arguments():
     """Folded by the compiler, nothing would be left to time."""
     x = jnp.arange(4.0).reshape(2, 2)
-    fn, arrays = call.hoisted(lambda: x @ x)
+    fn, arrays = call.hoist_constants(lambda: x @ x)
     assert len(arrays) == 1
     np.testing.assert_array_equal(fn(*arrays), x @ x)
     np.testing.assert_array_equal(fn(3 * arrays[0]), 9 * (x @ x))
@@ -114,7 +114,7 @@ def closures():
 def test_every_measurement_makes_constants_arguments(name):
     fn = closures()[name]
     x = np.arange(9.0).reshape(3, 3)
-    hoisted, (array,) = call.hoisted(fn)
+    hoisted, (array,) = call.hoist_constants(fn)
     np.testing.assert_array_equal(hoisted(array), x @ x)
     np.testing.assert_array_equal(hoisted(2 * array), 4 * (x @ x))
     plan = memory.compiled(fn)
@@ -230,11 +230,15 @@ def test_equations_without_an_arrow_are_no_layers():
 @pytest.mark.parametrize(
     ("fn", "args", "line"),
     [
-        (nn.Dense(3), (), "Dense takes (inputs), and is called otherwise: missing a"),
-        (nn.Dense(3), (X, X), "Dense takes (inputs), and is called otherwise: too"),
-        (nn.Dense(3), ((2, 4),), "Dense gets (2, 4), which is no array: pass an"),
+        (
+            nn.Dense(3),
+            (),
+            "Dense takes (inputs), and the call does not match: missing a",
+        ),
+        (nn.Dense(3), (X, X), "Dense takes (inputs), and the call does not match: too"),
+        (nn.Dense(3), ((2, 4),), "Dense gets (2, 4), which is not an array: pass an"),
         (jnp.dot, (X,), "dot takes (a, b, precision, preferred_element_type"),
-        (7, (X,), "7 is no function and no module"),
+        (7, (X,), "7 is neither a function nor a module"),
     ],
 )
 def test_a_call_that_does_not_fit_is_one_line(fn, args, line):

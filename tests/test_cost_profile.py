@@ -66,7 +66,7 @@ def test_programs_of_other_layers_have_other_names():
 
     def program_name(layer):
         module, args = Net(layer, name="net"), (jnp.ones((2, 3)),)
-        found = profile._compiled(module, args, {}, None, {layer: None})[0].as_text()
+        found = profile._compile(module, args, {}, None, {layer: None})[0].as_text()
         return found.split(maxsplit=2)[1]
 
     names = [program_name(layer) for layer in ("first", "other", "first")]
@@ -118,7 +118,7 @@ def test_time_is_divided_by_hand():
     }
     ran = [(2, 8, "a"), (4, 10, "b"), (11, 15, "loop"), (12, 13, "c"), (18, 25, "copy")]
     intervals = [Interval(MS * s, MS * e, name) for s, e, name in ran]
-    parts = profile._divided((0, 20 * MS), intervals, operations)
+    parts = profile._divide_among_layers((0, 20 * MS), intervals, operations)
     idle = parts.pop(profile._IDLE)
     expected = {"A": 4, "B": 4, "C": 1, "L": 3, None: 2}
     assert parts == pytest.approx(expected)
@@ -128,7 +128,7 @@ def test_time_is_divided_by_hand():
 def test_an_operation_ends_where_what_reads_it_begins():
     operations = {"a": Operation(), "b": Operation(inputs=("a",)), "c": Operation()}
     names = [(0, 9, "a"), (2, 3, "c"), (4, 6, "b"), (10, 12, "a"), (11, 13, "c")]
-    found = profile._settled([Interval(*each) for each in names], operations)
+    found = profile._trim_to_readers([Interval(*each) for each in names], operations)
     assert [tuple(i) for i in found] == [(0, 4, "a"), *names[1:]]
 
 
@@ -142,7 +142,7 @@ def test_operations_belong_to_the_run_they_began_in():
 
 def test_the_middle_half():
     runs = [{"a": 1}, {"a": 4, "b": 2}, {"a": 100}, {"a": 2}]  # totals 1, 6, 100, 2
-    assert profile._middle(runs) == {"a": 3, "b": 1}
+    assert profile._middle_half_mean(runs) == {"a": 3, "b": 1}
 
 
 PROGRAM = """\

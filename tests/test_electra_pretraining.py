@@ -83,7 +83,7 @@ def test_generators_are_the_papers(variant):
 
 def test_both_are_as_in_transformers(transformers, tmp_path, run):
     net, variables, x, logits, endpoints = run
-    parts = electra_pretraining.apart(net, variables)
+    parts = electra_pretraining.split_networks(net, variables)
     theirs = {}
     for name, part in parts._asdict().items():
         models.save(tmp_path / name, *part)
@@ -221,7 +221,7 @@ def test_without_targets_nothing_is_replaced(run):
 
 def test_taken_apart_they_are_those_that_were_trained(run):
     net, variables, x, logits, endpoints = run
-    discriminator, generator = electra_pretraining.apart(net, variables)
+    discriminator, generator = electra_pretraining.split_networks(net, variables)
     x = {k: v for k, v in x.items() if k not in ("targets", "chosen")}
     plain = {k: v for k, v in x.items() if k != "positions"}
     for part, given, expected in (

@@ -12,7 +12,7 @@ from jax import export
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.formats import tflite
-from squeeze_jax.export.runnable import specs
+from squeeze_jax.export.runnable import input_specs
 from squeeze_jax.nn.composite import keep_composites
 from squeeze_jax.nn.conv import lowering
 
@@ -208,7 +208,7 @@ def test_an_exported_encoder_has_one_operation_for_gelu_and_for_a_lookup(name):
     from ai_edge_litert.interpreter import Interpreter
 
     with keep_composites():
-        content = tflite.convert(fn, specs({"tokens": x[0]}))[tflite.SUFFIX]
+        content = tflite.convert(fn, input_specs({"tokens": x[0]}))[tflite.SUFFIX]
     interpreter = Interpreter(model_content=content)
     interpreter.allocate_tensors()
     found = collections.Counter(o["op_name"] for o in interpreter._get_ops_details())

@@ -343,7 +343,7 @@ def test_gradients_equal_transformers(tmp_path):
 
     names = registry.load(MODELS, "bert").huggingface_names(ours)
     flat = tree.flatten(gradient(variables["params"]))
-    found = foreign.state(flat, names, sequences=False)
+    found = foreign.to_torch(flat, names, sequences=False)
     expected = {
         key.removeprefix("bert."): p.grad.numpy() for key, p in net.named_parameters()
     }
@@ -420,6 +420,8 @@ def test_a_layer_equals_that_of_pytorch(norm_first, causal):
     names |= {"attention/output": "self_attn.out_proj", "attention_norm": "norm1"}
     names |= {"ffn_in": "linear1", "ffn_out": "linear2", "ffn_norm": "norm2"}
     layer = encoder.Layer(4, 24, epsilon=1e-3, norm_first=norm_first, causal=causal)
-    variables = foreign.fit(arrays, foreign.shapes(layer, jnp.zeros((1, 2, 16))), names)
+    variables = foreign.fit(
+        arrays, foreign.variable_shapes(layer, jnp.zeros((1, 2, 16))), names
+    )
     found, _ = jit(layer.apply)(variables, x.numpy(), mask.numpy())
     close(found, expected)

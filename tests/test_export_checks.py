@@ -45,8 +45,8 @@ class Trained(nn.Module):
 @pytest.mark.parametrize(
     ("dropout", "message"),
     [
-        (True, "is random: it draws random numbers"),
-        (False, "another one beside other examples"),
+        (True, "is random: the function draws random numbers"),
+        (False, "changes with the other examples"),
     ],
 )
 def test_a_network_in_training_mode_is_said_so(
@@ -278,7 +278,7 @@ def test_files_hold_the_converters_own_operations(tmp_path):
         formats=("tflite", "stablehlo"),
         check={"x": x},
     )
-    kinds = [node.kind for node in operators.in_file(files[0].path)]
+    kinds = [node.kind for node in operators.read_operators(files[0].path)]
     assert kinds.count("DEPTHWISE_CONV_2D") == 1
     assert kinds.count("CONV_2D") == 2
     assert len(kinds) <= 5

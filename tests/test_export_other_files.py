@@ -41,7 +41,7 @@ def written(path, fn, *arrays, tensors=None, signatures=None):
     tensors: names of the inputs' tensors. signatures: names of signatures, all of the same graph; none by default.
     """
     program = jax_export.export(jax.jit(fn), platforms=("cpu",))(*arrays)
-    content = tflite.flatbuffer(
+    content = tflite.to_flatbuffer(
         program.mlir_module_serialized,
         inputs=[f"in{i}" for i in range(len(arrays))],
         outputs=[f"out{i}" for i in range(len(program.out_avals))],

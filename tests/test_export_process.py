@@ -53,7 +53,7 @@ def test_processes_that_fail(code, kind, message, tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(f"import os, signal, sys, time\n{code}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(kind, match=message):
-        process.python("child", what="it", timeout=0.5 if "sleep" in code else 30)
+        process.run_module("child", what="it", timeout=0.5 if "sleep" in code else 30)
 
 
 def test_child_processes_have_their_own_xla_settings(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_child_processes_have_their_own_xla_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
-    found = json.loads(process.python("child", what="it", timeout=30))
+    found = json.loads(process.run_module("child", what="it", timeout=30))
     assert "XLA_FLAGS" not in found
     assert "JAX_ENABLE_X64" not in found
     assert found["JAX_PLATFORMS"] == "cpu"
@@ -79,5 +79,5 @@ def test_a_format_whose_packages_are_missing_says_so(monkeypatch):
     """As on Linux for ARM, where the converter is not built."""
     monkeypatch.setattr(tflite, "NEEDS", ("litert-converter", "no-such-package"))
     with pytest.raises(UserError, match="tflite needs the package no-such-package"):
-        runnable.format_of("tflite")
-    assert runnable.format_of("stablehlo").NEEDS == ()
+        runnable.load_format("tflite")
+    assert runnable.load_format("stablehlo").NEEDS == ()

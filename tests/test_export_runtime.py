@@ -124,7 +124,7 @@ def test_memory_counts_the_file_and_not_the_images(tmp_path, images):
         given = tmp_path / "many.npy"
         np.save(given, many)
         file = tmp_path / kind / "model.tflite"
-        printed = process.python(
+        printed = process.run_module(
             "squeeze_jax.export.runtime",
             *(file, f"--images={given}", "--runs=2"),
             what="it",
@@ -170,7 +170,7 @@ def test_command_line(folder, images, tmp_path):
         (
             "x.onnx",
             b"x",
-            r"x.onnx is no exported file .* expected .stablehlo or .tflite",
+            r"x.onnx is not an exported file .* expected .stablehlo or .tflite",
         ),
         ("cut.tflite", b"TFL3", r"cut.tflite cannot be run as tflite: \S"),
         ("cut.stablehlo", b"abcd" * 9, r"cut.stablehlo cannot be run as stablehlo: \S"),

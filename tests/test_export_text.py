@@ -83,10 +83,10 @@ def exported(request, tmp_path_factory):
 def test_every_format_agrees(exported):
     task, fn, folder, made = exported
     x = sentences(24)
-    live = runnable.named(jax.jit(fn)(x))
+    live = runnable.name_outputs(jax.jit(fn)(x))
     for key, name in FILES.items():
         assert made[key].path == folder / name
-        found = runnable.named(runtime.load(folder / name)(x))
+        found = runnable.name_outputs(runtime.load(folder / name)(x))
         assert found.keys() == set(OUTPUTS[task])
         for output, values in found.items():
             assert values.shape == live[output].shape
@@ -106,7 +106,7 @@ def test_what_is_not_attended_does_not_count(exported):
     other = x | {"tokens": np.where(x["attended"], x["tokens"], 7)}
     for key, name in FILES.items():
         run = runtime.load(folder / name, batch=24)
-        one, two = runnable.named(run(x)), runnable.named(run(other))
+        one, two = runnable.name_outputs(run(x)), runnable.name_outputs(run(other))
         for output, values in one.items():
             seen = x["attended"] == 1
             seen = seen if values.shape == seen.shape else np.ones(values.shape, bool)
@@ -119,7 +119,10 @@ def test_stablehlo_takes_a_mapping(exported):
     task, fn, folder, _ = exported
     file = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
     x = sentences(5)
-    found, expected = runnable.named(file.call(x)), runnable.named(jax.jit(fn)(x))
+    found, expected = (
+        runnable.name_outputs(file.call(x)),
+        runnable.name_outputs(jax.jit(fn)(x)),
+    )
     assert found.keys() == set(OUTPUTS[task])
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=1e-4)
@@ -146,7 +149,7 @@ def test_dynamic_weights_are_integers_and_activations_floats(exported):
     kernels = [d for d in kernels if d["dtype"] == np.int8]
     assert len(kernels) == 12  # six convolutions in each of two layers
     assert np.float32 in details.values()
-    entries, exits = tflite.signature(interpreter)
+    entries, exits = tflite.signature_details(interpreter)
     assert {e["dtype"] for e in entries.values()} == {np.int32}
     assert {e["dtype"] for e in exits.values()} == {np.float32}
 
@@ -241,8 +244,10 @@ def test_measured_alone(exported, tmp_path):
     x = sentences(3)
     found = runtime.measure(folder / "model_dynamic.tflite", x, runs=3, warmup=1)
     expected = runtime.load(folder / "model_dynamic.tflite", threads=1)(x)
-    for name, values in runnable.named(found["outputs"]).items():
-        np.testing.assert_allclose(values, runnable.named(expected)[name], atol=1e-5)
+    for name, values in runnable.name_outputs(found["outputs"]).items():
+        np.testing.assert_allclose(
+            values, runnable.name_outputs(expected)[name], atol=1e-5
+        )
     np.savez(tmp_path / "x.npz", **x)
     command = [sys.executable, "-m", "squeeze_jax.export.runtime"]
     given = [str(folder / "model.tflite"), f"--examples={tmp_path / 'x.npz'}"]
@@ -265,7 +270,7 @@ def test_operators(exported):
     task, _, folder, _ = exported
     x = sentences(1)
     found = operators.measure(folder / "model.tflite", x, runs=3, warmup=1)
-    expected = runnable.named(runtime.load(folder / "model.tflite")(x))
+    expected = runnable.name_outputs(runtime.load(folder / "model.tflite")(x))
     assert found.outputs.keys() == set(OUTPUTS[task])
     for name, values in expected.items():
         np.testing.assert_allclose(found.outputs[name], values, atol=1e-5)
@@ -281,7 +286,7 @@ def test_noise_fits_every_table():
         "image": runnable.Spec((2, 2, 3), np.dtype(np.float32)),
         "tokens": runnable.Spec((5,), np.dtype(np.int32)),
     }
-    made = operators.noise(inputs)
+    made = operators.random_example(inputs)
     assert made["image"].shape == (1, 2, 2, 3)
     assert 200 < made["image"].max() <= 255
     assert made["tokens"].dtype == np.int32

@@ -12,7 +12,7 @@ from squeeze_jax import models, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs._load import load
 from squeeze_jax.nn.conv import lowering
-from squeeze_jax.weights import files, pretrained
+from squeeze_jax.weights import pretrained, weight_files
 
 SIZE = 32
 
@@ -160,7 +160,7 @@ def test_caffe_weights_are_recognised(shared, caplog):
     path = shared / "weights" / "squeezenet_v1_0" / "squeezenet_v1_0_deepcomp_f32.npz"
     net, variables = load(path, "squeezenet", variant="1.0")
     assert "recognised as those of caffe" in caplog.text
-    stored, ours = files.read(path), variables["params"]
+    stored, ours = weight_files.read(path), variables["params"]
     np.testing.assert_array_equal(
         ours["fire9"]["expand3x3"]["kernel"],
         stored["fire9/conv3x3_2/w"].transpose(2, 3, 1, 0),
@@ -195,9 +195,13 @@ def test_our_own_names_are_recognised(state, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
-        (None, {}, "does not say which network it is of: give model="),
-        ("squeezenet", {}, "not of squeezenet by the names of torchvision, caffe, sq"),
-        ("mobilenet_v2", {}, "is not of mobilenet_v2 by the names of torchvision"),
+        (None, {}, "does not name its network: give model="),
+        (
+            "squeezenet",
+            {},
+            "does not fit squeezenet by the names of torchvision, caffe, sq",
+        ),
+        ("mobilenet_v2", {}, "does not fit mobilenet_v2 by the names of torchvision"),
         ("bert", {}, "bert has no map of names"),
         ("resnt", {}, "unknown model 'resnt'; did you mean 'resnet'"),
         ("resnet", {"names": "tochvision"}, "knows the names of keras, timm, torchv"),
@@ -217,7 +221,7 @@ def test_weights_of_another_network_are_one_line(
 
 def test_options_of_a_network_that_is_made_are_refused(tmp_path):
     net = models.make("resnet", variant="18")
-    with pytest.raises(UserError, match="num_classes has no effect on a network that"):
+    with pytest.raises(UserError, match="num_classes has no effect on an existing"):
         load(tmp_path / "w.pth", net, num_classes=3)
 
 

@@ -18,7 +18,7 @@ from squeeze_jax.comm import mean
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.formats import tflite
-from squeeze_jax.export.runnable import specs
+from squeeze_jax.export.runnable import input_specs
 from squeeze_jax.nn.intercept import intercepting
 from squeeze_jax.train import sharding, state, step
 from squeeze_jax.train.losses import next_token
@@ -329,7 +329,7 @@ def test_litert_runs_a_window():
     net, variables = ours()
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, 5)).astype(np.int32)
     fn = functools.partial(net.apply, variables)
-    content = tflite.convert(lambda x: fn(x)[0], specs({"tokens": tokens[0]}))
+    content = tflite.convert(lambda x: fn(x)[0], input_specs({"tokens": tokens[0]}))
     interpreter = Interpreter(model_content=content[tflite.SUFFIX])
     interpreter.allocate_tensors()
     operators = [o["op_name"] for o in interpreter._get_ops_details()]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional
 
 from squeeze_jax import models, registry, tree
-from squeeze_jax.weights import files, foreign
+from squeeze_jax.weights import foreign, weight_files
 
 pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
 
@@ -53,7 +53,7 @@ def ours(name, options, state, size, *, naming="torchvision_names", **more):
     net = models.make(name, **options, **more)
     names = getattr(registry.load("squeeze_jax.models", name), naming)(net)
     arrays = {key: value.numpy() for key, value in state.items()}
-    like = foreign.shapes(net, jnp.zeros((1, size, size, 3)))
+    like = foreign.variable_shapes(net, jnp.zeros((1, size, size, 3)))
     return net, foreign.fit(arrays, like, names)
 
 
@@ -149,7 +149,7 @@ def training_steps_agree(theirs, net, names):
     x = np.random.default_rng(0).normal(size=(4, 24, 24, 3)).astype(np.float32)
     logits = theirs(torch.tensor(x).permute(0, 3, 1, 2))
     functional.cross_entropy(logits, torch.arange(4)).backward()
-    like = foreign.shapes(net, jnp.zeros((1, 24, 24, 3)))
+    like = foreign.variable_shapes(net, jnp.zeros((1, 24, 24, 3)))
     variables = foreign.fit({k: v.numpy() for k, v in state.items()}, like, names)
 
     @jax.jit
@@ -290,7 +290,7 @@ def photographs(shared):
 
 def test_squeezenet_of_deep_compression_classifies_photographs(shared):
     folder = shared / "weights" / "squeezenet_v1_0"
-    arrays = files.read(folder / "squeezenet_v1_0_deepcomp_f32.npz")
+    arrays = weight_files.read(folder / "squeezenet_v1_0_deepcomp_f32.npz")
     images, labels = photographs(shared)
     assert len(images) == 50
     weights = {name: torch.tensor(array) for name, array in arrays.items()}
@@ -300,7 +300,7 @@ def test_squeezenet_of_deep_compression_classifies_photographs(shared):
 
     net = models.make("squeezenet", variant="1.0", conv10_padding=1)
     names = registry.load("squeeze_jax.models", "squeezenet").caffe_names(net)
-    like = foreign.shapes(net, jnp.zeros((1, 227, 227, 3)))
+    like = foreign.variable_shapes(net, jnp.zeros((1, 227, 227, 3)))
     variables = foreign.fit(arrays, like, names)
     apply = jax.jit(lambda x: net.apply(variables, x)[0])
     logits = np.concatenate([apply(images[i : i + 10]) for i in range(0, 50, 10)])

@@ -65,7 +65,7 @@ def test_a_file_resizes_by_one_operator(wanted, align, tmp_path):
     path = tmp_path / "resize.tflite"
     (content,) = tflite.convert(lambda a: resized(a["image"]), inputs).values()
     path.write_bytes(content)
-    assert [node.kind for node in operators.in_file(path)] == ["RESIZE_BILINEAR"]
+    assert [node.kind for node in operators.read_operators(path)] == ["RESIZE_BILINEAR"]
     (found,) = tflite.load(path).run({"image": x}).values()
     np.testing.assert_allclose(found, resized(jnp.asarray(x)), atol=1e-5)
 

@@ -338,7 +338,7 @@ def test_the_runtime_of_the_library_comes_before_a_file_of_its_name(folder):
     registry.load("squeeze_jax.comm", "./stablehlo.py", "method")
     (folder / "model.stablehlo").write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be run as stablehlo"):
-        runnable.opened(folder / "model.stablehlo")
+        runnable.open_file(folder / "model.stablehlo")
 
 
 def test_an_own_model_is_made_with_its_options(folder):

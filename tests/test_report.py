@@ -280,10 +280,10 @@ NET = [
 
 
 def test_costs_leave_out_what_shows_nothing():
-    names = [row["layer"] for row in costs.shown(NET[:-1])]
+    names = [row["layer"] for row in costs.visible_layers(NET[:-1])]
     # norm is beside the greater concatenate; sum is the only one after embedding, of which nothing is alive
     assert names == ["conv", "concatenate", "spectrum", "embedding", "sum"]
-    assert costs.shown([]) == []
+    assert costs.visible_layers([]) == []
 
 
 WIDE = layer("encoder/layers_11/" * 5 + "query", 999_000, 999_000, 999_000, "fft " * 99)
@@ -302,7 +302,7 @@ WIDE = layer("encoder/layers_11/" * 5 + "query", 999_000, 999_000, 999_000, "fft
 def test_costs_are_legible(rows, monkeypatch):
     figure = costs.draw(rows, title="squeezenet " * 30, caption="peak at add " * 30)
     texts = legible(figure, monkeypatch)
-    assert len(texts) > 4 * len(costs.shown(rows[:-1]))
+    assert len(texts) > 4 * len(costs.visible_layers(rows[:-1]))
     if rows is NET:
         assert "not counted: cholesky; fft" in texts
         assert "MACs: 1 M in all" in texts

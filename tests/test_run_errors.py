@@ -161,7 +161,7 @@ def test_a_flipped_bit_of_an_exported_file_is_noticed(tmp_path, suffix):
     with pytest.raises(UserError, match=r"is damaged: its checksum is not that of"):
         export.find_files(tmp_path, [suffix], 3)
     with pytest.raises(UserError, match=r"is damaged: its checksum is not that of"):
-        runnable.opened(path)
+        runnable.open_file(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"tflite": 1}', b"\xff"])

@@ -148,7 +148,7 @@ def test_what_is_fine_tuned_is_what_is_saved(electra):
         dict(variant="toy", generator=0.25) | SIZES
     )
     params = {"embeddings": 1, "generator": {"a": 2}, "discriminator": {"a": 3}}
-    alone, variables = electra_pretraining.apart(net, {"params": params})[0]
+    alone, variables = electra_pretraining.split_networks(net, {"params": params})[0]
     assert models.make(**options) == alone
     assert part({"params": params}) == variables
     assert variables == {"params": {"embeddings": 1, "a": 3}}

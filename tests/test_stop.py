@@ -111,7 +111,7 @@ def test_a_child_ends_with_the_request(tmp_path):
         patch.setenv("PYTHONPATH", str(tmp_path))
         threading.Timer(0.5, send).start()
         with pytest.raises(stop.Stopped):
-            process.python("slow_module", what="it", timeout=60)
+            process.run_module("slow_module", what="it", timeout=60)
     assert time.monotonic() - begin < 30
     assert not stop.children
 

@@ -10,7 +10,7 @@ import torch
 from squeeze_jax import models
 from squeeze_jax.errors import UserError
 from squeeze_jax.models.squeezenet import torchvision_names
-from squeeze_jax.weights import files, foreign
+from squeeze_jax.weights import foreign, weight_files
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_safetensors_are_read_as_written(tmp_path, arrays):
     arrays["brain"] = np.asarray(jnp.linspace(-1, 1, 5).astype(jnp.bfloat16))
     path = tmp_path / "w.safetensors"
     safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
-    found = files.read(path)
+    found = weight_files.read(path)
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype
@@ -39,7 +39,7 @@ def test_npz_and_torch_files_are_read_as_written(tmp_path, arrays):
     state = {name: torch.tensor(array) for name, array in arrays.items()}
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     for name in ("w.npz", "w.pth"):
-        found = files.read(tmp_path / name)
+        found = weight_files.read(tmp_path / name)
         assert found.keys() == arrays.keys()
         for key, array in arrays.items():
             np.testing.assert_array_equal(found[key], array)
@@ -50,7 +50,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"\x10\0\0\0\0\0\0\0 not what it says it is")
     with pytest.raises(UserError, match=f"{name} is damaged") as error:
-        files.read(path)
+        weight_files.read(path)
     assert "\n" not in str(error.value)
 
 
@@ -70,7 +70,7 @@ def test_a_header_of_something_else_is_damaged(tmp_path, header):
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
     with pytest.raises(UserError, match=r"w\.safetensors is damaged"):
-        files.read(path)
+        weight_files.read(path)
 
 
 def test_numbers_that_are_not_read_are_named(tmp_path):
@@ -78,7 +78,7 @@ def test_numbers_that_are_not_read_are_named(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"1")
     with pytest.raises(UserError, match=r"a in .* is F8_E4M3, which is not read"):
-        files.read(path)
+        weight_files.read(path)
 
 
 @pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.bin"])
@@ -91,12 +91,12 @@ def test_what_git_left_instead_of_weights_is_named(tmp_path, name):
     with pytest.raises(
         UserError, match=f"{name} is a pointer of Git LFS.*git lfs pull"
     ):
-        files.read(tmp_path / name)
+        weight_files.read(tmp_path / name)
 
 
 def test_parameters_are_tensors(tmp_path):
     torch.save({"a": torch.nn.Parameter(torch.ones(2))}, tmp_path / "w.bin")
-    assert files.read(tmp_path / "w.bin")["a"].tolist() == [1, 1]
+    assert weight_files.read(tmp_path / "w.bin")["a"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_parameters_are_tensors(tmp_path):
 def test_checkpoints_of_something_else_are_named(tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=message):
-        files.read(tmp_path / "w.pt")
+        weight_files.read(tmp_path / "w.pt")
 
 
 def test_a_truncated_safetensors_file_is_damaged(tmp_path, arrays):
@@ -120,21 +120,21 @@ def test_a_truncated_safetensors_file_is_damaged(tmp_path, arrays):
     safetensors.numpy.save_file(arrays, path)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="damaged"):
-        files.read(path)
+        weight_files.read(path)
 
 
 def test_missing_files_and_unknown_endings_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no weights file .*w\.npz"):
-        files.read(tmp_path / "w.npz")
+        weight_files.read(tmp_path / "w.npz")
     with pytest.raises(UserError, match=r"unknown ending: use \.npz"):
-        files.read(tmp_path / "w.onnx")
+        weight_files.read(tmp_path / "w.onnx")
 
 
 @pytest.fixture(scope="module")
 def tiny():
     """A net, its shapes, and a checkpoint of it in PyTorch's names and layout."""
     net = models.make("squeezenet", variant="tiny", num_classes=5)
-    like = foreign.shapes(net, jnp.zeros((1, 32, 32, 3)))
+    like = foreign.variable_shapes(net, jnp.zeros((1, 32, 32, 3)))
     rng, checkpoint = np.random.default_rng(0), {}
     for ours, theirs in torchvision_names(net).items():
         leaves = like["params"]

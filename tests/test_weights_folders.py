@@ -10,7 +10,7 @@ import torch
 
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.weights import files, huggingface
+from squeeze_jax.weights import huggingface, weight_files
 
 MODELS = "squeeze_jax.models"
 FAMILIES = [
@@ -60,16 +60,16 @@ def folder(tmp_path):
 def rewrite(folder, change=lambda arrays: None, **config):
     """Changes a folder's arrays and config.json."""
     path = folder / "model.safetensors"
-    arrays = files.read(path)
+    arrays = weight_files.read(path)
     change(arrays)
-    files.write_safetensors(path, arrays)
+    weight_files.write_safetensors(path, arrays)
     old = huggingface.read_config(folder)
     (folder / "config.json").write_text(json.dumps(old | config))
 
 
 def test_files_of_older_kinds_are_read(folder):
     path, variables = folder
-    arrays = files.read(path / "model.safetensors")
+    arrays = weight_files.read(path / "model.safetensors")
     state = {
         # As the first BERTs call them.
         k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(

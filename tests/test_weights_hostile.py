@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.weights import files
+from squeeze_jax.weights import weight_files
 
 NOT_RUN = "no checkpoint of tensors alone, and code in one is not run"
 
@@ -98,7 +98,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, write, ending, words):
     path = folder / f"hostile.{ending}"
     write(path)
     with pytest.raises(UserError, match=words) as caught:
-        files.read(path)
+        weight_files.read(path)
     assert "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)  # how to run it all the same
     assert sorted(tmp_path.rglob("*")) == [folder, path]
@@ -118,13 +118,13 @@ def test_names_that_lead_out_of_an_archive_write_nothing(tmp_path, monkeypatch):
     torch.save({"weight": torch.ones(2)}, folder / "w.pth")
     with zipfile.ZipFile(folder / "w.pth", "a") as archive:
         archive.writestr("../owned", b"")
-    assert list(files.read(folder / "w.npz")) == ["../owned"]  # a name, no place
+    assert list(weight_files.read(folder / "w.npz")) == ["../owned"]  # a name, no place
     for name, words in (
         ("w.pth", "not in a subdirectory"),
         ("w.keras", "holds no model"),
     ):
         with pytest.raises(UserError, match=rf"damaged \(.*{words}") as caught:
-            files.read(folder / name)
+            weight_files.read(folder / name)
         assert "\n" not in str(caught.value)
     names = sorted(path.name for path in tmp_path.rglob("*"))
     assert names == ["inside", "w.keras", "w.npz", "w.pth"]
@@ -153,7 +153,7 @@ def test_hdf5_of_another_structure_is_one_line(tmp_path, write):
     with h5py.File(tmp_path / "w.h5", "w") as file:
         write(file)
     with pytest.raises(UserError, match=r"w\.h5 is damaged") as caught:
-        files.read(tmp_path / "w.h5")
+        weight_files.read(tmp_path / "w.h5")
     assert "\n" not in str(caught.value)
 
 
@@ -166,7 +166,7 @@ def test_an_archive_with_another_config_is_one_line(tmp_path, config):
         archive.writestr("model.weights.h5", content.getvalue())
         archive.writestr("config.json", config)
     with pytest.raises(UserError, match=r"w\.keras is damaged") as caught:
-        files.read(tmp_path / "w.keras")
+        weight_files.read(tmp_path / "w.keras")
     assert "\n" not in str(caught.value)
 
 
@@ -176,12 +176,12 @@ def test_two_layers_of_one_name_are_refused(tmp_path):
             file[f"layers/{layer}/vars/0"] = np.ones((2, 2))
             file[f"layers/{layer}/vars"].attrs["name"] = "same"
     with pytest.raises(UserError, match=r"two layers of w\.weights\.h5 .* called same"):
-        files.read(tmp_path / "w.weights.h5")
+        weight_files.read(tmp_path / "w.weights.h5")
 
 
 def test_harmless_files_of_old_versions_are_read(tmp_path):
     state = {"weight": torch.arange(6.0).reshape(2, 3)}
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
     np.testing.assert_array_equal(
-        files.read(tmp_path / "w.pth")["weight"], state["weight"].numpy()
+        weight_files.read(tmp_path / "w.pth")["weight"], state["weight"].numpy()
     )

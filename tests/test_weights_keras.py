@@ -16,7 +16,7 @@ import torch
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import lowering
-from squeeze_jax.weights import files, foreign, pretrained
+from squeeze_jax.weights import foreign, pretrained, weight_files
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"  # Keras on NumPy 2
@@ -94,7 +94,7 @@ def ours(name, **options):
 
 
 def load(path, net, names="keras", **options):
-    like = foreign.shapes(net, jnp.zeros((1, SIZE, SIZE, 3)))
+    like = foreign.variable_shapes(net, jnp.zeros((1, SIZE, SIZE, 3)))
     module = registry.load("squeeze_jax.models", type(net).__module__.split(".")[-1])
     return pretrained.load(str(path), names, net, module, like, **options)
 
@@ -204,7 +204,7 @@ def test_every_layout_has_the_same_arrays(saved):
         ("h5", ["optimizer_weights left out"]),
     ):
         notes = []
-        arrays = files.read(folder / f"w.{ending}", notes)
+        arrays = weight_files.read(folder / f"w.{ending}", notes)
         assert notes == left
         assert arrays.keys() == expected.keys()
         for name, array in expected.items():
@@ -221,7 +221,7 @@ def test_bfloat16_is_read(keras, tmp_path):
         warnings.simplefilter("ignore")
         model.save(tmp_path / "w.h5")
     for ending in "keras", "h5":
-        kernel = files.read(tmp_path / f"w.{ending}")["d/kernel"]
+        kernel = weight_files.read(tmp_path / f"w.{ending}")["d/kernel"]
         assert kernel.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(kernel.astype(np.float32), expected)
 
@@ -249,13 +249,15 @@ def test_an_archive_of_unnamed_layers_is_read_by_its_config(saved, tmp_path):
     with zipfile.ZipFile(tmp_path / "w.keras", "w") as archive:
         archive.writestr("config.json", config)
         archive.write(weights, "model.weights.h5")
-    arrays = files.read(tmp_path / "w.keras")
-    expected = files.read(folder / "w.keras")
+    arrays = weight_files.read(tmp_path / "w.keras")
+    expected = weight_files.read(folder / "w.keras")
     assert arrays.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(arrays[name], array, err_msg=name)
-    with pytest.raises(UserError, match=r"not tell .*save the model as \.keras or"):
-        files.read(weights)
+    with pytest.raises(
+        UserError, match=r"does not name the layer .*save the model as \.keras or"
+    ):
+        weight_files.read(weights)
 
 
 def earlier(arrays, path):
@@ -285,7 +287,7 @@ def renamed(name):
 
 def test_files_of_keras_2_have_names_with_slashes(tmp_path):
     net = models.make("mobilenet_v3", variant="tiny", num_classes=10, **SAME)
-    like = foreign.shapes(net, jnp.zeros((1, 16, 16, 3)))
+    like = foreign.variable_shapes(net, jnp.zeros((1, 16, 16, 3)))
     module = registry.load("squeeze_jax.models", "mobilenet_v3")
     layers = {ours: names[0] for ours, names in module.keras_names(net).items()}
     rng, arrays = np.random.default_rng(0), {}
@@ -302,7 +304,7 @@ def test_files_of_keras_2_have_names_with_slashes(tmp_path):
             their = "beta" if norm_bias else leaves.get(end, end)
             arrays[f"{layers[layer]}/{their}"] = rng.normal(size=shape).astype("f")
     earlier({renamed(name): array for name, array in arrays.items()}, tmp_path / "w.h5")
-    assert "expanded_conv_1/squeeze_excite/Conv_1/kernel" in files.read(
+    assert "expanded_conv_1/squeeze_excite/Conv_1/kernel" in weight_files.read(
         tmp_path / "w.h5"
     )
     np.savez(tmp_path / "w.npz", **arrays)

@@ -13,7 +13,7 @@ import torch
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment
-from squeeze_jax.weights import files, foreign, pretrained
+from squeeze_jax.weights import foreign, pretrained, weight_files
 
 SIZE = 32
 
@@ -46,7 +46,7 @@ def saved(mobilenet, tmp_path_factory):
 
 def load(path, names, *, classes=10, name="mobilenet_v2", **options):
     net = models.make(name, num_classes=classes)
-    like = foreign.shapes(net, jnp.zeros((1, SIZE, SIZE, 3)))
+    like = foreign.variable_shapes(net, jnp.zeros((1, SIZE, SIZE, 3)))
     module = registry.load("squeeze_jax.models", name)
     return net, *pretrained.load(str(path), names, net, module, like, **options)
 
@@ -143,7 +143,7 @@ def test_keras_kernels_are_as_ours(tmp_path, layout):
             layer = name.partition("/")[0]
             place = f"model_weights/{layer}/{name}:0" if layout == "legacy" else name
             file[place] = array
-    found = files.read(path)
+    found = weight_files.read(path)
     assert set(found) == set(arrays)
     like = {
         "params": {
@@ -235,7 +235,7 @@ def test_a_damaged_header_is_one_line(tmp_path, header):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match=r"bad\.safetensors is damaged") as caught:
-        files.read(path)
+        weight_files.read(path)
     assert "\n" not in str(caught.value)
 
 
@@ -256,7 +256,7 @@ def test_shapes_that_no_file_holds_are_one_line(tmp_path):
         ("page.npz", "no archive of plain arrays"),
     ):
         with pytest.raises(UserError, match=rf"{name} is damaged .*{words}") as caught:
-            files.read(tmp_path / name)
+            weight_files.read(tmp_path / name)
         assert "pickle" not in str(caught.value)
 
 
@@ -285,7 +285,7 @@ def test_a_key_chooses_between_two_networks_in_one_file(saved, mobilenet, tmp_pa
         ("model", "model", "model_ema", 1),
         ("model_ema", "model_ema", "model", 2),
     ):
-        arrays = files.read(tmp_path / "both.pth", notes := [], key=key)
+        arrays = weight_files.read(tmp_path / "both.pth", notes := [], key=key)
         kernel = arrays["features.0.0.weight"].transpose(2, 3, 1, 0)
         np.testing.assert_array_equal(kernel, factor * first)
         line = takes.format(repr(taken), left, repr(left))
@@ -295,9 +295,9 @@ def test_a_key_chooses_between_two_networks_in_one_file(saved, mobilenet, tmp_pa
     kernel = built.initial_variables()["params"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, 2 * first)
     with pytest.raises(UserError, match=r"key = 'ema': .* there is model, model_ema$"):
-        files.read(tmp_path / "both.pth", key="ema")
+        weight_files.read(tmp_path / "both.pth", key="ema")
     with pytest.raises(UserError, match=r"key = 'ema': .* no such part: leave it out$"):
-        files.read(saved / "plain.pth", key="ema")
+        weight_files.read(saved / "plain.pth", key="ema")
 
 
 def test_numbers_that_are_not_finite_are_named(saved, tmp_path):
@@ -326,7 +326,7 @@ def test_other_networks_give_torchvisions_logits(
     torch.save(peer.state_dict(), tmp_path / "w.pth")
     net = models.make(name, num_classes=10, **options)
     x = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
-    like = foreign.shapes(net, jnp.zeros(x.shape))
+    like = foreign.variable_shapes(net, jnp.zeros(x.shape))
     module = registry.load("squeeze_jax.models", name)
     variables, _ = pretrained.load(
         str(tmp_path / "w.pth"), "torchvision", net, module, like

@@ -47,7 +47,7 @@ def test_logits_are_timms(timm, tmp_path, theirs, name, variant, options):
     torch.save(peer.state_dict(), tmp_path / "w.pth")
     net = models.make(name, variant=variant, num_classes=10, **options)
     x = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
-    like = foreign.shapes(net, jnp.zeros(x.shape))
+    like = foreign.variable_shapes(net, jnp.zeros(x.shape))
     module = registry.load("squeeze_jax.models", name)
     variables, lines = pretrained.load(
         str(tmp_path / "w.pth"), "timm", net, module, like

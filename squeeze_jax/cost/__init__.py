@@ -1,4 +1,4 @@
-"""What a function costs: parameters, MACs, memory, latency."""
+"""Costs of a function: parameters, multiply-accumulates (MACs), memory and latency."""
 
 from squeeze_jax import registry
 

@@ -1,8 +1,8 @@
-"""A call of a function or a module as a function of weights and arrays alone, from which its costs are counted.
+"""Splits the call of a function or module into weights and arrays, from which its costs are counted.
 
-Arguments that hold arrays are inputs. All others, such as a string, a number, a tuple of numbers or a function, are static: the
-function gets them as they are. Weights are a Linen module's variables, an NNX module's state, and those arguments of a function
-that `weight_argnums` names.
+Arguments that hold arrays are inputs. All other arguments, such as a string, a number, a tuple of numbers or a function,
+are static: the function gets them unchanged. Weights are a Linen module's variables, an NNX module's state, or those
+arguments of a function that `weight_argnums` names.
 """
 
 import inspect
@@ -17,22 +17,23 @@ from jax.extend import core
 
 from squeeze_jax.errors import UserError, shown
 
-_APPLY = ("rngs", "mutable")  # options of Linen's `apply` that `init` has not
+_APPLY = ("rngs", "mutable")  # arguments of Linen's `apply` that `init` does not take
 
 
 def check(fn: Callable | nn.Module, args: tuple, kwargs: Mapping) -> None:
     """Checks that a function or a module can be called with these arguments.
 
     Raises:
-      UserError: it is no function, an argument is missing, unknown or too many, or a module gets a shape and no array.
+      UserError: `fn` is not callable, an argument is missing, unknown or one too many, or a module gets a shape instead of
+        an array.
     """
     if not callable(fn):
-        raise UserError(f"{shown(fn)} is no function and no module")
+        raise UserError(f"{shown(fn)} is neither a function nor a module")
     method = kwargs.get("method") or "__call__"
-    target, named = fn, dict(kwargs)
+    target, keywords = fn, dict(kwargs)
     if isinstance(fn, nn.Module):
         target = getattr(fn, method, None) if isinstance(method, str) else None
-        named = {k: v for k, v in kwargs.items() if k not in (*_APPLY, "method")}
+        keywords = {k: v for k, v in kwargs.items() if k not in (*_APPLY, "method")}
     name = getattr(fn, "__name__", type(fn).__name__)
     try:
         signature = inspect.signature(target) if target is not None else None
@@ -40,34 +41,36 @@ def check(fn: Callable | nn.Module, args: tuple, kwargs: Mapping) -> None:
         signature = None
     if signature is not None:
         try:
-            signature.bind(*args, **named)
+            signature.bind(*args, **keywords)
         except TypeError as error:
             takes = ", ".join(signature.parameters)
             raise UserError(
-                f"{name} takes ({takes}), and is called otherwise: {error}"
+                f"{name} takes ({takes}), and the call does not match: {error}"
             ) from None
-    if is_module(fn) and not has_arrays((args, named)):
+    if is_module(fn) and not has_arrays((args, keywords)):
         shape = next((a for a in args if _is_shape(a)), None)
         if shape is not None:
             raise UserError(
-                f"{name} gets {shape}, which is no array: pass an array or jax.ShapeDtypeStruct({shape}, jnp.float32)"
+                f"{name} gets {shape}, which is not an array: pass an array or jax.ShapeDtypeStruct({shape}, jnp.float32)"
             )
 
 
-def variables(module: nn.Module, *args, **kwargs) -> dict[str, Any]:
-    """Returns the shapes of a Linen module's variables, without making them."""
+def variable_shapes(module: nn.Module, *args, **kwargs) -> dict[str, Any]:
+    """Returns the variables of a Linen module as `jax.ShapeDtypeStruct`s, without initializing them."""
     check(module, args, kwargs)
-    arrays, whole = _static_apart(args, kwargs)
+    arrays, restore = _separate_static(args, kwargs)
 
     def init(arrays):
-        positional, named = whole(arrays)
-        return initialised(module, jax.random.key(0), positional, named)
+        positional, keywords = restore(arrays)
+        return init_variables(module, jax.random.key(0), positional, keywords)
 
     return jax.eval_shape(init, arrays)
 
 
-def initialised(module: nn.Module, key, args: tuple, kwargs: Mapping) -> dict[str, Any]:
-    """Returns a Linen module's variables for the arguments of its `apply`."""
+def init_variables(
+    module: nn.Module, key, args: tuple, kwargs: Mapping
+) -> dict[str, Any]:
+    """Initializes a Linen module's variables, given the arguments of its `apply`."""
     return module.init(
         key, *args, **{k: v for k, v in kwargs.items() if k not in _APPLY}
     )
@@ -77,141 +80,151 @@ def split(
     fn: Callable | nn.Module,
     args: tuple,
     kwargs: Mapping,
-    first: bool,
+    first_output: bool,
     weight_argnums: int | Sequence[int] = (),
 ) -> tuple[dict[str, Any], Callable, tuple]:
-    """Returns the weights, the function of (weights, arrays), and the arrays among the arguments.
+    """Splits a call into its weights, a function of (weights, arrays), and the arrays among the arguments.
 
     Args:
       fn: a function or a module.
       args, kwargs: its arguments.
-      first: of a tuple that a module returns keep the first alone.
-      weight_argnums: positions of the arguments of a function that are weights.
+      first_output: if a module returns a tuple, keep only the first element.
+      weight_argnums: positions of a function's arguments that are weights.
 
     Returns:
-      Weights, function and arrays. The weights are shapes for a Linen module, and arrays for an NNX module or a function.
+      (weights, function, arrays). The weights are shapes for a Linen module, and arrays for an NNX module or a function.
 
     Raises:
-      UserError: a call that does not fit, a position of weights that there is not, or positions for a module.
+      UserError: the arguments do not fit the call, `weight_argnums` names a position without an argument, or it is given for
+        a module.
     """
-    places = (weight_argnums,) if isinstance(weight_argnums, int) else weight_argnums
+    positions = (weight_argnums,) if isinstance(weight_argnums, int) else weight_argnums
     check(fn, args, kwargs)
     if is_module(fn):
-        if places:
+        if positions:
             raise UserError(
                 "weight_argnums is for functions: the weights of a module are its variables"
             )
-        of = _linen if isinstance(fn, nn.Module) else _nnx
-        weights, call, arrays = of(fn, args, kwargs)
+        split_module = _split_linen if isinstance(fn, nn.Module) else _split_nnx
+        weights, call, arrays = split_module(fn, args, kwargs)
 
         def run(weights, arrays):
-            found = call(weights, arrays)
-            return found[0] if first and isinstance(found, tuple) else found
+            outputs = call(weights, arrays)
+            keep_first = first_output and isinstance(outputs, tuple)
+            return outputs[0] if keep_first else outputs
 
         return weights, run, arrays
-    for place in places:
-        if not 0 <= place < len(args):
+    for position in positions:
+        if not 0 <= position < len(args):
             raise UserError(
                 f"weight_argnums = {weight_argnums}: the function is called with {len(args)} arguments, 0 to {len(args) - 1}"
             )
-    weights = {str(i): args[i] for i in places}
-    others = tuple(None if i in places else a for i, a in enumerate(args))
-    arrays, whole = _static_apart(others, kwargs)
+    weights = {str(i): args[i] for i in positions}
+    others = tuple(None if i in positions else a for i, a in enumerate(args))
+    arrays, restore = _separate_static(others, kwargs)
 
     def run_function(weights, arrays):
-        positional, named = whole(arrays)
-        return fn(*(weights.get(str(i), x) for i, x in enumerate(positional)), **named)
+        positional, keywords = restore(arrays)
+        return fn(
+            *(weights.get(str(i), x) for i, x in enumerate(positional)), **keywords
+        )
 
     return weights, run_function, arrays
 
 
-def measured(
+def split_for_compilation(
     fn: Callable | nn.Module,
     args: tuple,
     kwargs: Mapping,
     weight_argnums: int | Sequence[int] = (),
 ) -> tuple[dict[str, Any], Callable, tuple]:
-    """Returns what `split` does, to be compiled: of a call without arrays the weights are what the function closes over."""
+    """Splits a call as `split` does, so that compilation leaves work to measure.
+
+    If the call has neither weights nor array arguments, the arrays that the function closes over become the weights. As
+    constants they would let XLA compute the result during compilation.
+    """
     weights, run, arrays = split(fn, args, kwargs, True, weight_argnums)
     if arrays or weights:
         return weights, run, arrays
-    of_constants, constants = hoisted(lambda: run({}, ()))
+    run_with_constants, constants = hoist_constants(lambda: run({}, ()))
     weights = {f"constant{i:04}": c for i, c in enumerate(constants)}
-    return weights, lambda weights, _: of_constants(*weights.values()), ()
+    return weights, lambda weights, _: run_with_constants(*weights.values()), ()
 
 
-def bound(fn: Callable, args: tuple, kwargs: Mapping) -> tuple:
-    """Returns a function and its arguments without the static ones, which the function holds: (fn, *arguments)."""
-    weights, run, arrays = split(fn, args, kwargs, first=False)
+def bind_static(fn: Callable, args: tuple, kwargs: Mapping) -> tuple:
+    """Binds a function's static arguments and returns (function of the other arguments, *other arguments)."""
+    weights, run, arrays = split(fn, args, kwargs, first_output=False)
     return (lambda *a: run(weights, a), *arrays)
 
 
-def hoisted(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, ...]]:
-    """Returns a function without arguments as one of the arrays that it closes over, and these arrays.
+def hoist_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """Turns the arrays that a function without arguments closes over into arguments, and returns (function, arrays).
 
-    XLA computes what depends on constants alone while it compiles, and nothing is left to measure.
+    XLA computes results that depend only on constants during compilation, and nothing would be left to measure.
 
     Raises:
-      UserError: it closes over no array.
+      UserError: the function closes over no array.
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)()
     structure = jax.tree.structure(result)
-    # Constants of functions inside that are jitted come to the surface.
-    traced = jax.make_jaxpr(lambda: _evaluated(closed.jaxpr, closed.consts))()
+    # A second trace, without inner jitted functions, collects the constants of these functions as well.
+    traced = jax.make_jaxpr(lambda: _evaluate(closed.jaxpr, closed.consts))()
     arrays = tuple(traced.consts)
     if not any(hasattr(c, "shape") and hasattr(c, "dtype") for c in arrays):
         raise UserError(
-            "the function has no arguments and no arrays that could be some, so XLA computes its result while it compiles: pass the"
+            "the function has no arguments and closes over no arrays, so XLA would compute its result during compilation: pass the"
             " arrays as arguments"
         )
 
     def run(*arrays):
-        return jax.tree.unflatten(structure, _evaluated(traced.jaxpr, arrays))
+        return jax.tree.unflatten(structure, _evaluate(traced.jaxpr, arrays))
 
     return run, arrays
 
 
 def is_module(fn: Any) -> bool:
-    """Whether it is a module of Linen or of NNX."""
-    nnx = sys.modules.get("flax.nnx")  # if nobody imports it, nothing is one of its
+    """Returns whether `fn` is a Linen or NNX module."""
+    nnx = sys.modules.get(
+        "flax.nnx"
+    )  # if NNX was never imported, `fn` cannot be one of its modules
     return isinstance(fn, nn.Module) or (nnx is not None and isinstance(fn, nnx.Module))
 
 
 def has_arrays(argument: Any) -> bool:
-    """Whether some leaf of a pytree is an array or a `jax.ShapeDtypeStruct`."""
+    """Returns whether any leaf of a pytree is an array or a `jax.ShapeDtypeStruct`."""
     return any(
         hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         for leaf in jax.tree.leaves(argument)
     )
 
 
-def _linen(module: nn.Module, args: tuple, kwargs: Mapping):
+def _split_linen(module: nn.Module, args: tuple, kwargs: Mapping):
     options = {k: v for k, v in kwargs.items() if k in _APPLY}
     kwargs = {k: v for k, v in kwargs.items() if k not in _APPLY}
-    arrays, whole = _static_apart(args, kwargs)
-    weights = variables(module, *args, **kwargs)
+    arrays, restore = _separate_static(args, kwargs)
+    weights = variable_shapes(module, *args, **kwargs)
 
     def call(weights, arrays):
-        positional, named = whole(arrays)
-        return module.apply(weights, *positional, **named, **options)
+        positional, keywords = restore(arrays)
+        return module.apply(weights, *positional, **keywords, **options)
 
     def train(weights, arrays):
-        positional, named = whole(arrays)
+        positional, keywords = restore(arrays)
         keys = dict.fromkeys(("params", "dropout", "sample"), jax.random.key(0))
         rngs = options.get("rngs") or {}
         rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
         streams = {"rngs": keys | dict(rngs), "mutable": True}
-        # What changes is no result, and so costs nothing.
-        return module.apply(weights, *positional, **named, **streams)[0]
+        # Updated variables are dropped from the results, so they cost nothing.
+        return module.apply(weights, *positional, **keywords, **streams)[0]
 
     try:
         jax.eval_shape(call, weights, arrays)
     except (ModifyScopeVariableError, InvalidRngError, UserError):
-        return weights, train, arrays  # in training mode: variables change, or it draws
+        return weights, train, arrays  # it updates variables or draws random numbers
     return weights, call, arrays
 
 
-def _nnx(module, args: tuple, kwargs: Mapping):
+def _split_nnx(module, args: tuple, kwargs: Mapping):
     from flax import nnx
 
     graph, state = nnx.split(module)
@@ -219,33 +232,33 @@ def _nnx(module, args: tuple, kwargs: Mapping):
     weights = {
         jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves
     }
-    arrays, whole = _static_apart(args, kwargs)
+    arrays, restore = _separate_static(args, kwargs)
 
     def call(weights, arrays):
-        positional, named = whole(arrays)
-        # Merged anew, so that it may change its statistics and random streams.
+        positional, keywords = restore(arrays)
+        # A fresh copy of the module, whose statistics and random streams may change.
         state = jax.tree.unflatten(structure, weights.values())
-        return nnx.merge(graph, state)(*positional, **named)
+        return nnx.merge(graph, state)(*positional, **keywords)
 
     return weights, call, arrays
 
 
-def _static_apart(args: tuple, kwargs: Mapping) -> tuple[tuple, Callable]:
-    """Returns the arguments that hold arrays, and a function that puts the static ones back: arrays → (args, kwargs)."""
-    places = [i for i, a in enumerate(args) if has_arrays(a)]
+def _separate_static(args: tuple, kwargs: Mapping) -> tuple[tuple, Callable]:
+    """Returns the arguments that hold arrays, and a function that adds the static ones again: arrays → (args, kwargs)."""
+    positions = [i for i, a in enumerate(args) if has_arrays(a)]
     names = [k for k, v in kwargs.items() if has_arrays(v)]
-    arrays = (*(args[i] for i in places), *(kwargs[k] for k in names))
+    arrays = (*(args[i] for i in positions), *(kwargs[k] for k in names))
 
-    def whole(arrays):
-        given = dict(zip([*places, *names], arrays, strict=True))
-        positional = tuple(given.get(i, a) for i, a in enumerate(args))
-        return positional, {k: given.get(k, v) for k, v in kwargs.items()}
+    def restore(arrays):
+        replaced = dict(zip([*positions, *names], arrays, strict=True))
+        positional = tuple(replaced.get(i, a) for i, a in enumerate(args))
+        return positional, {k: replaced.get(k, v) for k, v in kwargs.items()}
 
-    return arrays, whole
+    return arrays, restore
 
 
-def _evaluated(jaxpr: core.Jaxpr, constants: Sequence, arguments: Sequence = ()):
-    """Computes a jaxpr's outputs under the names of its layers; jitted functions inside become a part of it."""
+def _evaluate(jaxpr: core.Jaxpr, constants: Sequence, arguments: Sequence = ()):
+    """Computes a jaxpr's outputs within the name scopes of its layers; inner jitted functions are inlined."""
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= dict(zip(jaxpr.invars, arguments, strict=True))
 
@@ -257,7 +270,7 @@ def _evaluated(jaxpr: core.Jaxpr, constants: Sequence, arguments: Sequence = ())
         with jax.named_scope(str(eqn.source_info.name_stack)):
             if eqn.primitive.name in ("jit", "pjit"):
                 inner = eqn.params["jaxpr"]
-                outputs = _evaluated(inner.jaxpr, inner.consts, inputs)
+                outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
             else:
                 params = eqn.primitive.get_bind_params(eqn.params)
                 outputs = eqn.primitive.bind(*inputs, **params)

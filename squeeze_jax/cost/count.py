@@ -1,14 +1,14 @@
-"""Parameters and multiply-accumulates (MACs), counted in what JAX would run and not declared by anyone.
+"""Counts parameters and multiply-accumulates (MACs) in the operations that JAX would run.
 
-The rules, which give the published counts of torchvision's networks to the digit:
+The rules give the published counts of torchvision's networks to the digit:
   * One MAC is one multiplication and one addition: two FLOPs.
-  * Convolutions and matrix products count; normalisation, bias, activations, pooling and elementwise work do not.
-  * A convolution counts full windows, also where they reach into the padding; one that only moves numbers, as
+  * Convolutions and matrix products count. Normalisation, bias, activations, pooling and elementwise operations do not.
+  * A convolution counts full windows, also where they reach into the padding. A convolution that only moves numbers, as
     `lax.conv_general_dilated_patches` does, counts nothing.
-  * Loops count each iteration, a conditional its costliest branch, `jax.shard_map` the work of all its devices.
+  * A loop counts each iteration, a conditional its costliest branch, `jax.shard_map` the work of all its devices.
   * Every convolution is counted in its native form, whatever lowering the backend would choose.
-What cannot be counted (loops of unknown length, kernels and calls from outside JAX, factorizations) is named in
-`Macs.unknown`. Counts of tools with other rules differ: compare only counts of one tool.
+`Macs.unknown` names what cannot be counted: loops of unknown length, kernels and calls from outside JAX, factorizations.
+Tools with other rules give other counts, so compare only counts of one tool.
 """
 
 import math
@@ -26,9 +26,12 @@ from squeeze_jax.cost.program import Operation
 
 
 class Macs(NamedTuple):
-    """The count of a function: `total` is the sum of `by_layer`, whose keys are module names in order of use.
+    """The MACs of a function.
 
-    `unknown` names what was not counted, as "primitive in layer".
+    Attributes:
+      total: the sum of `by_layer`.
+      by_layer: {module name: MACs}, in order of use.
+      unknown: what was not counted, each as "primitive in layer".
     """
 
     total: int
@@ -40,43 +43,43 @@ def macs(fn: Callable | nn.Module, *args, **kwargs) -> Macs:
     """Counts the MACs of `fn(*args, **kwargs)` without running it.
 
     Args:
-      fn: any function that JAX can trace; of a Linen module the forward pass is counted and the layers are named
-        without the module's own name, as its parameters are.
-      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables. Arguments
-        without any array are static. A module in training mode, such as with train=True, gets random streams, and its
-        statistics may change. The layers of an NNX module have no names.
+      fn: any function that JAX can trace. For a Linen module the forward pass is counted, and layer names omit the
+        module's own name, as parameter names do. The layers of an NNX module have no names.
+      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module the arguments after the variables.
+        Arguments without any array are static. In training mode, such as with train=True, a module gets random streams
+        and may update its statistics.
 
     Raises:
       UserError: arguments that do not fit the function.
     """
     if isinstance(fn, nn.Module):
         return _module_macs(fn, *args, **kwargs)
-    traced = program.trace(*call.bound(fn, args, kwargs))
+    traced = program.trace(*call.bind_static(fn, args, kwargs))
     by_layer, unknown = {}, {}
-    for op, times, count in program.runs(
+    for op, times, count in program.executions(
         traced, lambda op: operation_macs(op) * op.devices
     ):
         if count:
             by_layer[op.layer] = by_layer.get(op.layer, 0) + times * count
-        elif what := _uncounted(op):
-            unknown[f"{what} in {op.layer or 'the function itself'}"] = None
+        elif description := _uncounted(op):
+            unknown[f"{description} in {op.layer or 'the function itself'}"] = None
     return Macs(sum(by_layer.values()), by_layer, tuple(unknown))
 
 
 def parameters(module: nn.Module, *args, **kwargs) -> int:
-    """Counts the trainable parameters of a Linen module called with these arguments, without making them."""
-    return tree.size(call.variables(module, *args, **kwargs).get("params", {}))
+    """Counts the trainable parameters of a Linen module called with these arguments, without initializing them."""
+    return tree.size(call.variable_shapes(module, *args, **kwargs).get("params", {}))
 
 
 def _module_macs(module, *args, **kwargs) -> Macs:
-    weights, run, arrays = call.split(module, args, kwargs, first=False)
+    weights, run, arrays = call.split(module, args, kwargs, first_output=False)
     count = macs(run, weights, arrays)
     root = f"{module.name or type(module).__name__}/"
     by_layer = {k.removeprefix(root): n for k, n in count.by_layer.items()}
     return count._replace(by_layer=by_layer)
 
 
-# Of the primitives that JAX itself defines these multiply, in ways that the rules do not cover.
+# Primitives of JAX that multiply in ways that the rules do not cover.
 _OPAQUE = {
     "cholesky",
     "custom_linear_solve",
@@ -114,7 +117,7 @@ _FREE |= {
     "reshard",
     "shard",
 }
-_FREE -= program.CALLS  # of these only what is inside is known
+_FREE -= program.CALLS  # the operations inside a call are counted, not the call itself
 
 PRODUCTS = {"conv_general_dilated", "dot_general"}
 _KNOWN = PRODUCTS | _FREE | program.KERNELS
@@ -128,7 +131,7 @@ def operation_macs(op: Operation) -> int:
 
 
 def _uncounted(op: Operation) -> str | None:
-    """Describes the part of an operation that the rules do not count."""
+    """Describes the part of an operation that the rules cannot count; None if they count all of it."""
     if op.name == "while":
         return "while loop, counted as one iteration,"
     return None if op.name in _KNOWN else _describe(op.eqn)
@@ -139,7 +142,7 @@ def _conv(eqn) -> int:
     x, kernel = (v.aval.shape for v in eqn.invars)
     out, inputs, *positions = (kernel[i] for i in spec.rhs_spec)
     if math.prod(eqn.params["lhs_dilation"]) > 1:
-        # Transposed: each input position meets the whole kernel, the zeros between them do not.
+        # A transposed convolution multiplies each input by the whole kernel, but not the zeros between the inputs.
         groups = eqn.params["feature_group_count"]
         return math.prod(x) * math.prod(positions) * (out // groups)
     return math.prod(eqn.outvars[0].aval.shape) * math.prod(positions) * inputs

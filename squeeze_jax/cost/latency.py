@@ -1,7 +1,7 @@
-"""Latency: what a function takes on this machine, and how several compare under the same conditions.
+"""Latency: the time a function takes on this machine, and fair comparisons of several functions.
 
-Wall time varies with everything else the machine does, so percentiles are reported, not means; and candidates are compared
-by alternating them within one run and taking the median of the ratios, which a slow spell hits alike.
+Other processes disturb wall time, so percentiles are reported instead of means. To compare candidates, they run alternately
+in one process and the median of the ratios counts: a slow period of the machine affects all of them alike.
 """
 
 import functools
@@ -17,12 +17,13 @@ from squeeze_jax.errors import UserError
 
 
 class Candidate(NamedTuple):
-    """One of several that were alternated.
+    """Timings of one of several candidates that ran alternately.
 
     Attributes:
-      median_ms: median time of a round.
-      ratio: median over rounds of (time of the first candidate / this one's time): above 1 is faster than the first.
-      times_ms: each round's.
+      median_ms: median time over the rounds.
+      ratio: speedup over the first candidate: the median over rounds of (time of the first candidate / time of this one).
+        Above 1 is faster than the first.
+      times_ms: time of each round.
     """
 
     median_ms: float
@@ -33,27 +34,28 @@ class Candidate(NamedTuple):
 def measure(
     fn: Callable[..., Any], *args: Any, runs: int = 100, warmup: int = 10
 ) -> dict[str, float]:
-    """Compiles a function, warms up, and times runs until their results are there.
+    """Compiles a function, warms up, and times runs, each until its results are ready.
 
-    Arrays that a function without arguments closes over become arguments: else XLA computes the result while it compiles.
+    Arrays that a function without arguments closes over become arguments; otherwise XLA would compute the result during
+    compilation.
 
     Args:
-      fn: a jax function of the arguments; jitted here (once more costs nothing).
-      *args: arrays and pytrees; they are put on the default device before.
-      runs: timed runs, at least 1.
-      warmup: runs before them.
+      fn: a JAX function of the arguments; it is jitted here, and may be jitted already.
+      *args: arrays and pytrees; they are moved to the default device before timing.
+      runs: number of timed runs, at least 1.
+      warmup: number of runs before the timed ones.
 
     Returns:
-      dict(p50, p90, p99, spread): ms, and the spread as in `percentiles`.
+      dict(p50, p90, p99, spread): percentiles in ms, and their spread as defined by `timing.percentiles`.
 
     Raises:
-      UserError: no runs, or a function that has no arrays to compute with.
+      UserError: `runs` is below 1, or the function has no arrays to compute with.
     """
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one timed run is needed")
     call.check(fn, args, {})
     if not jax.tree.leaves(args):
-        fn, args = call.hoisted(functools.partial(fn, *args))
+        fn, args = call.hoist_constants(functools.partial(fn, *args))
     args = jax.device_put(args)
     compiled = jax.jit(fn).lower(*args).compile()
     for _ in range(warmup):
@@ -64,16 +66,20 @@ def measure(
 def alternate(
     thunks: Mapping[str, Callable[[], Any]], rounds: int = 10, warmup: int = 1
 ) -> dict[str, Candidate]:
-    """Times candidates in turn, round by round, every other round in reverse order.
+    """Times each candidate once per round, in reverse order every other round.
 
     Args:
-      thunks: functions of nothing by name; jax results are waited for. The first is what ratios refer to. A thunk calls
-        a jitted function with its arrays as arguments: XLA computes what depends on constants alone while it compiles.
-      rounds: how often each is timed, at least 1.
-      warmup: calls of each before, so that nothing is compiled while timing.
+      thunks: {name: function without arguments}; a call is timed until its JAX results are ready. Ratios refer to the first
+        candidate. A thunk should call a jitted function with its arrays as arguments, because XLA computes results that
+        depend only on constants during compilation.
+      rounds: how often each candidate is timed, at least 1.
+      warmup: calls of each candidate before the first round, so that nothing is compiled while timing.
 
     Returns:
-      A `Candidate` for each name, in the given order.
+      {name: `Candidate`}, in the order of `thunks`.
+
+    Raises:
+      UserError: no candidates, or `rounds` is below 1.
     """
     if rounds < 1 or not thunks:
         raise UserError(
@@ -89,14 +95,14 @@ def alternate(
     reference = np.array(times_ms[next(iter(thunks))])
     return {
         name: Candidate(
-            float(np.median(taken)),
-            float(np.median(reference / np.array(taken))),
-            tuple(taken),
+            float(np.median(candidate_ms)),
+            float(np.median(reference / np.array(candidate_ms))),
+            tuple(candidate_ms),
         )
-        for name, taken in times_ms.items()
+        for name, candidate_ms in times_ms.items()
     }
 
 
 def _times(thunk, runs) -> list[float]:
-    """Milliseconds of each run until its results are there."""
+    """Returns the milliseconds of each run until its results are ready."""
     return times(lambda: jax.block_until_ready(thunk()), runs)

@@ -1,16 +1,18 @@
-"""What each layer costs: parameters, MACs, bit operations, bytes moved and arithmetic intensity.
+"""Costs of each layer: parameters, MACs, bit operations, bytes moved and arithmetic intensity.
 
-The operations that `count.macs` counts, by its rules, grouped by Linen module; so the columns add up to its totals.
+The counted operations are those of `count.macs`, under the same rules, grouped by Linen module. So the columns add up to
+its totals.
 
-**Bit operations**: BOPS = sum over MACs of b_w b_a, for weights of b_w and activations of b_a bits; in a product of two
-activations both have b_a. This is the simple product of Bayesian Bits (van Baalen et al. 2020, arXiv 2005.07093) and
-of HAWQ-V3's tables (Yao et al. 2021, arXiv 2011.10680). UNIQ (Baskin et al. 2018, arXiv 1804.10969) adds the
-accumulator, b_w b_a + b_w + b_a + log2(terms of a sum), and has larger numbers: compare only counts of one definition.
+**Bit operations**: BOPS = sum over MACs of b_w b_a, for weights of b_w bits and activations of b_a bits. In a product of
+two activations both factors have b_a bits. This is the simple product of Bayesian Bits (van Baalen et al. 2020, arXiv
+2005.07093) and of HAWQ-V3's tables (Yao et al. 2021, arXiv 2011.10680). UNIQ (Baskin et al. 2018, arXiv 1804.10969) adds
+the accumulator, b_w b_a + b_w + b_a + log2(terms of a sum), and reports larger numbers: compare only counts under one
+definition.
 
-**Bytes**: each counted operation reads its inputs and weights and writes its outputs once, as where nothing stays in a
-cache from one operation to the next; bias, normalisation and activations join it. Intensity, in MACs a byte, tells
-what bounds a layer: below the device's MACs a second / bytes a second it is its memory (Williams et al. 2009, the
-roofline).
+**Bytes**: each counted operation reads its inputs and weights once and writes its outputs once, as if no cache kept
+anything between operations. Bias, normalisation and activations are fused into it. Intensity, in MACs per byte, tells
+whether memory or arithmetic limits a layer: below the device's ratio of MACs/s to bytes/s, memory does (Williams et al.
+2009, the roofline).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,18 +25,18 @@ from squeeze_jax.cost import call, count, program
 from squeeze_jax.cost.program import Value
 from squeeze_jax.errors import UserError
 
-FLOAT = 32  # bits of a parameter that no rule matches
+FLOAT = 32  # bits of a parameter that matches no rule
 
 
 class Layer(NamedTuple):
-    """The cost of a layer, without that of the layers in it.
+    """The cost of a layer, excluding the layers inside it.
 
     Attributes:
-      name: of the module, such as "fire2/squeeze1x1".
-      parameters: trainable ones.
+      name: path of the module, such as "fire2/squeeze1x1".
+      parameters: number of trainable parameters.
       macs: multiply-accumulates.
       bops: bit operations.
-      bytes: read and written by what is counted in `macs`.
+      bytes: bytes that the operations counted in `macs` read and write.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Layer(NamedTuple):
 
     @property
     def intensity(self) -> float:
-        """MACs a byte; 0 where nothing is counted."""
+        """MACs per byte; 0 if the layer moves no bytes."""
         return self.macs / self.bytes if self.bytes else 0.0
 
 
@@ -57,47 +59,49 @@ def layers(
     weight_argnums: int | Sequence[int] = (),
     **kwargs,
 ) -> tuple[Layer, ...]:
-    """Counts what each layer of `fn(*args, **kwargs)` costs, without running it.
+    """Counts the costs of each layer of `fn(*args, **kwargs)` without running it.
 
     Args:
-      fn: any function that JAX can trace; what it closes over are weights. Of a Linen module it is the forward pass,
-        and layers are named as its parameters are; only a module has parameters.
-      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module what follows the variables. Arguments
-        without any array, such as `train=False`, are static.
-      weight_bits: of all weights; or ordered (regex, bits) rules over parameter names, the first that matches decides,
-        32 where none does.
-      activation_bits: of floating-point activations.
-      weight_argnums: positions of the arguments of a function that are weights.
+      fn: any function that JAX can trace; arrays that it closes over are weights. For a Linen module the forward pass is
+        counted, and layers are named as its parameters are. Only a Linen module has parameters.
+      *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; for a module the arguments after the variables.
+        Arguments without any array, such as `train=False`, are static.
+      weight_bits: bits of all weights; or ordered (regex, bits) rules over parameter names, of which the first match
+        decides. A parameter that matches no rule has 32 bits.
+      activation_bits: bits of floating-point activations.
+      weight_argnums: positions of a function's arguments that are weights.
 
     Returns:
       The layers that have parameters or MACs, in order of use.
 
     Raises:
-      UserError: bits that are no integer from 1 to 64, a rule that matches no parameter, rules without a module, or
-        arguments that do not fit the function.
+      UserError: bits are not an integer from 1 to 64, a rule matches no parameter, rules are given for a function that is no
+        Linen module, or the arguments do not fit the function.
     """
     program.check_bits(activation_bits, "activation_bits")
     params = {}
     if isinstance(fn, nn.Module):
-        params = tree.flatten(call.variables(fn, *args, **kwargs).get("params", {}))
+        params = tree.flatten(
+            call.variable_shapes(fn, *args, **kwargs).get("params", {})
+        )
     bits = _bits(weight_bits, params, isinstance(fn, nn.Module))
 
-    def wide(v):
+    def width(v):
         return _width(v, bits, activation_bits)
 
     traced = program.trace(fn, *args, weight_argnums=weight_argnums, **kwargs)
     rows = {op.layer: Layer(op.layer) for op in traced.operations}
-    for op, times, macs in program.runs(
+    for op, times, macs in program.executions(
         traced, lambda op: count.operation_macs(op) * op.devices
     ):
         if op.name in count.PRODUCTS and macs:
             row = rows.get(op.layer, Layer(op.layer))
             left, right = op.inputs
-            moved = sum(v.nbytes(wide(v)) for v in (left, right, *op.outputs))
+            moved_bytes = sum(v.nbytes(width(v)) for v in (left, right, *op.outputs))
             rows[op.layer] = row._replace(
                 macs=row.macs + times * macs,
-                bops=row.bops + times * macs * wide(left) * wide(right),
-                bytes=row.bytes + times * op.devices * moved,
+                bops=row.bops + times * macs * width(left) * width(right),
+                bytes=row.bytes + times * op.devices * moved_bytes,
             )
     for name, leaf in params.items():
         layer = name.rpartition("/")[0] or program.root(fn)
@@ -107,29 +111,32 @@ def layers(
 
 
 def total(rows: tuple[Layer, ...]) -> Layer:
-    """The sum of layers."""
+    """Returns a layer named "total" with the summed costs of all layers."""
     columns = list(zip(*rows, strict=True))[1:] if rows else []
     return Layer("total", *map(sum, columns))
 
 
 def _bits(weight_bits: Any, params: dict, module: bool) -> dict[str, int]:
-    """{parameter's name: its bits}, and under "" those of other weights."""
+    """Returns {parameter name: bits}; the key "" holds the bits of weights that are no parameters."""
     if isinstance(weight_bits, str) or not hasattr(weight_bits, "__iter__"):
         bits = program.check_bits(weight_bits, "weight_bits")
         return dict.fromkeys(params, bits) | {"": bits}
     if not module:
         raise UserError(
-            "weight_bits: rules go by the names of parameters, which only a Linen module has; give one number of bits"
+            "weight_bits: rules match names of parameters, which only a Linen module has; give one number of bits"
         )
     rules = [tuple(r) if isinstance(r, list) else r for r in weight_bits]
-    found = tree.apply_rules(rules, params, default=FLOAT, where="weight_bits")
+    bits_by_name = tree.apply_rules(rules, params, default=FLOAT, where="weight_bits")
     for pattern, bits in rules:
         program.check_bits(bits, f"weight_bits of {pattern!r}")
-    return found | {"": FLOAT}
+    return bits_by_name | {"": FLOAT}
 
 
 def _width(v: Value, bits: dict[str, int], activation_bits: int) -> int:
-    """Bits of a number: of weights made of several parameters the most, of other weights those under ""."""
+    """Returns the bits of one element of a value.
+
+    Weights computed from several parameters have the bits of the widest; weights without a parameter those under "".
+    """
     if v.weights is None:
         return activation_bits
     names = (name.removeprefix("params/") for name in v.weights)

@@ -1,29 +1,35 @@
-"""Peak memory of activations at inference: the most bytes alive at once, operation by operation.
+"""Peak memory of activations at inference: the most bytes that are live at any one time.
 
-An operation needs its inputs and its outputs at once, and whatever a later operation still reads. The peak over the
-order in which a function runs decides whether a network fits a microcontroller, whose runtime plans all activations
-into one arena; weights are read from flash and do not count. The rules are those of TFLite's files and of TFLite
-Micro's planner:
-  * Bias, batch normalisation and other arithmetic with weights, of the same shape, join the convolution, matrix product
-    or sum whose result they alone read; ReLU and ReLU6 join any arithmetic or pooling. Joined, they need no buffer.
-  * Any other operation, also an addition of two activations, writes a buffer of its own. `in_place=True`: an
-    elementwise operation writes to an input of the same size that nothing reads later, as LiteRT and XLA do where they
-    can.
-  * Reshapes and conversions of floats are names for the same buffer; so are broadcasts that elementwise operations
-    read.
-  * A convolution or pooling whose padding is neither none nor that of "SAME" reads a padded copy: TFLite has no other.
-  * A hard swish is one operation; other functions of several steps count as these, which for GELU is more than a
-    runtime with a kernel for it needs.
-  * Inputs stay until their last use, results to the end, and what does not lead to a result is not computed.
-  * `jax.shard_map` works on parts of arrays that lie whole outside it, and its results are held in parts.
-  * A loop holds its stacked inputs and results and what one turn needs; a conditional what its largest branch needs.
-A planner rounds buffers up (TFLite Micro to 16 bytes) and may have to leave gaps: the peak is what no plan of these
-buffers can undercut. For int8 files of SqueezeNet, MobileNetV2 and a small V3 the arena is exactly the peak; for a
-small EfficientNet, whose SiLU and gates overlap in other ways, 19% more.
+While an operation runs, memory holds its inputs, its outputs and every value that a later operation reads. The peak is
+the largest such sum over the operations, in the order in which the function runs them. It decides whether a network
+fits a microcontroller, whose runtime places all activations in one arena. Weights do not count: they are read from flash.
+
+The rules are those of TFLite files and of TFLite Micro's memory planner:
+  * A fused operation needs no buffer. Bias, batch normalisation and other arithmetic with weights fuse into the
+    convolution, matrix product or sum over elements whose result only they read, if they keep its size. ReLU and ReLU6
+    fuse into any arithmetic or pooling operation.
+  * Any other operation writes a new buffer, and so does an addition of two activations. With `in_place=True` an
+    elementwise operation overwrites an input of the same size that no later operation reads, as LiteRT and XLA do where
+    they can.
+  * Reshapes and conversions between floating-point dtypes share the buffer of their input. So do broadcasts that only
+    elementwise operations read.
+  * A convolution or pooling whose padding is neither zero nor "SAME" reads a padded copy of its input, because TFLite
+    has no other padding.
+  * A hard swish is one operation. Other functions count as the several operations that they consist of; for GELU this is
+    more than a runtime with a GELU kernel needs.
+  * Inputs are live until their last use and results until the end. Operations that no result depends on do not run.
+  * The inputs of `jax.shard_map` count as whole arrays; the values inside it and its results count as one device's part.
+  * A loop holds its stacked inputs and results and what one iteration needs. A conditional holds what its largest branch
+    needs.
+
+A planner rounds buffers up (TFLite Micro to 16 bytes) and may have to leave gaps between them, so no plan of these
+buffers needs less than the peak. For int8 files of SqueezeNet, MobileNetV2 and a small MobileNetV3 the arena equals the
+peak exactly. For a small EfficientNet, where the buffers of SiLU and of the gates overlap in other ways, the arena is 19%
+larger.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -36,8 +42,8 @@ from squeeze_jax.cost import call, program
 from squeeze_jax.cost.program import Operation, Program, Value
 from squeeze_jax.nn.conv import lowering
 
-# What renames a buffer.
-_RENAMES = {
+# Primitives whose result shares the buffer of their input.
+_ALIASES = {
     "bitcast_convert_type",
     "copy",
     "copy_p",
@@ -71,11 +77,11 @@ class Memory(NamedTuple):
     """Peak memory of activations.
 
     Attributes:
-      bytes: alive at the peak.
-      operation: where it occurs first, such as "add"; "inputs" where the inputs alone are the most.
+      bytes: number of bytes that are live at the peak.
+      operation: the operation at the first peak, such as "add"; "inputs" if the inputs alone need the most memory.
       layer: the layer of that operation.
-      shapes: of the values alive there.
-      by_layer: {layer: the most bytes alive during any of its operations}, in order of use.
+      shapes: shapes of the values that are live at the peak.
+      by_layer: {layer: the most bytes that are live during any of its operations}, in order of use.
     """
 
     bytes: int
@@ -86,13 +92,13 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What XLA plans for a compiled function, bytes.
+    """The bytes that XLA plans for a compiled function.
 
     Attributes:
-      weights: of the arguments, those that are a module's variables or that `weight_argnums` names.
-      inputs: the other arguments.
-      outputs: results.
-      temporary: between them.
+      weights: bytes of a module's variables, or of the arguments that `weight_argnums` names.
+      inputs: bytes of the other arguments.
+      outputs: bytes of the results.
+      temporary: bytes of the buffers that hold intermediate values.
     """
 
     weights: int
@@ -101,7 +107,9 @@ class Compiled(NamedTuple):
     temporary: int
 
 
-class _Moment(NamedTuple):
+class _Snapshot(NamedTuple):
+    """The memory in use at one point of a run; fields as in `Memory`."""
+
     bytes: int
     operation: str
     layer: str
@@ -119,17 +127,18 @@ def peak(
     """Finds the peak memory of activations of `fn(*args, **kwargs)` without running it.
 
     Args:
-      fn: any function that JAX can trace; what it closes over are weights. Of a Linen or NNX module it is the forward
-        pass to its result, or to the first of the results if they are a tuple, and its variables are weights.
+      fn: any function that JAX can trace; arrays that it closes over are weights. For a Linen or NNX module the forward pass
+        is measured, also in training mode (no gradients), and the module's variables are weights. If the module returns a
+        tuple, only its first element is computed.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; a batch of one is what a device runs. Arguments
-        without any array are static. Of a module in training mode it is its forward pass, without its gradients.
-      bits: of a floating-point activation, 1 to 64: 8 for int8, 32 for float32; None: those of its dtype, as integers
-        have always.
-      in_place: whether an elementwise operation (arithmetic, a comparison, a function such as tanh, `where`) writes its
-        result over one of its inputs. It does if the input has as many bytes as the result, no later operation reads
-        it, and it is no input of the function or of a loop's body. Convolutions, products, pooling, reductions,
-        padding, concatenation and transposition never do.
-      weight_argnums: positions of the arguments of a function that are weights and do not count.
+        without any array are static.
+      bits: bits of a floating-point activation, 1 to 64, such as 8 for int8 or 32 for float32. None takes the size of
+        each activation's dtype. Integers always have the size of their dtype.
+      in_place: whether an elementwise operation (arithmetic, a comparison, a function such as tanh, `where`) overwrites
+        one of its inputs with its result. It does so if the input has as many bytes as the result, no later operation
+        reads the input, and the input is not an input of the function or of a loop's body. Convolutions, matrix
+        products, pooling, reductions, padding, concatenation and transposition never overwrite an input.
+      weight_argnums: positions of a function's arguments that are weights and do not count.
 
     Raises:
       UserError: bits out of range, or arguments that do not fit the function.
@@ -137,14 +146,15 @@ def peak(
     if bits is not None:
         program.check_bits(bits, "bits")
     traced = program.trace(
-        fn, *args, first=True, weight_argnums=weight_argnums, **kwargs
+        fn, *args, first_output=True, weight_argnums=weight_argnums, **kwargs
     )
-    moments = _moments(traced, bits, in_place)
-    top = max(moments, key=lambda m: m.bytes)  # the first of equals
+    snapshots = _snapshots(traced, bits, in_place)
+    highest = max(snapshots, key=lambda s: s.bytes)  # the first of equals
     by_layer = {}
-    for m in moments[1:]:
-        by_layer[m.layer] = max(m.bytes, by_layer.get(m.layer, 0))
-    return Memory(*top, by_layer)
+    for snapshot in snapshots[1:]:
+        layer_peak = by_layer.get(snapshot.layer, 0)
+        by_layer[snapshot.layer] = max(snapshot.bytes, layer_peak)
+    return Memory(*highest, by_layer)
 
 
 def compiled(
@@ -153,23 +163,26 @@ def compiled(
     weight_argnums: int | Sequence[int] = (),
     **kwargs,
 ) -> Compiled | None:
-    """What XLA needs for `fn(*args, **kwargs)`, compiled for the default device in its own dtypes.
+    """Returns the memory that XLA plans for `fn(*args, **kwargs)`, compiled for the default device in its own dtypes.
 
-    Args as for `peak`. Takes as long as compiling does. XLA fuses more than TFLite and may compute in another order,
-    but also transposes and packs for its kernels: neither number bounds the other. If no argument is an array, what the
-    function closes over become its weights, or XLA would compute the result while it compiles.
+    This takes as long as compilation. Neither this number nor `peak` bounds the other: XLA fuses more than TFLite and may
+    compute in another order, but it also transposes and packs arrays for its kernels. If no argument is an array, the
+    arrays that the function closes over become its weights; otherwise XLA would compute the result during compilation.
+
+    Args:
+      fn, *args, weight_argnums, **kwargs: as for `peak`.
 
     Returns:
-      Its plan; None where the backend tells none.
+      XLA's memory plan, or None if the backend reports none.
 
     Raises:
-      UserError: arguments that do not fit the function, or a function of no arrays at all.
+      UserError: arguments that do not fit the function, or a function that neither takes nor closes over any array.
     """
-    weights, run, args = call.measured(fn, args, kwargs, weight_argnums)
+    weights, run, args = call.split_for_compilation(fn, args, kwargs, weight_argnums)
     abstract = jax.eval_shape(lambda a: a, args)
     with lowering("native"):
-        built = jax.jit(run, keep_unused=True).lower(weights, abstract).compile()
-    plan = built.memory_analysis()
+        executable = jax.jit(run, keep_unused=True).lower(weights, abstract).compile()
+    plan = executable.memory_analysis()
     if plan is None:
         return None
     return Compiled(
@@ -180,159 +193,252 @@ def compiled(
     )
 
 
-def _moments(body: Program, bits, in_place) -> list[_Moment]:
-    """The bytes alive before the first operation and during each one."""
-    operations = _needed(body)
-    original = _originals(operations, body.outputs)
+def _snapshots(body: Program, bits: int | None, in_place: bool) -> list[_Snapshot]:
+    """Returns the memory in use before the first operation of a program and during each operation, in order.
 
-    def own(v):
-        return original.get(v, v)
+    The live buffers are followed from operation to operation. If an operation fuses or works in place, its output takes over
+    the buffer of its input; otherwise its outputs get new buffers. After each operation the buffers that no later operation
+    reads are freed.
 
-    last = {own(v): i for i, op in enumerate(operations) for v in op.inputs}
-    last |= {own(v): len(operations) for v in body.outputs}
-    alive = {v: v.nbytes(bits) for v in body.inputs}
-    joins = {}  # value: what may join the operation that made it
-    moments = [_Moment(sum(alive.values()), "inputs", "", _shapes(alive))]
+    The first snapshot holds the program's inputs. Operations whose outputs only share a buffer have no snapshot. Loops,
+    conditionals and operations that need a padded copy have several.
+
+    Args:
+      body: a function's program, or the body of a loop or conditional. Memory outside the body is not included.
+      bits, in_place: as for `peak`.
+    """
+    operations = _needed_operations(body)
+    owners = _buffer_owners(operations, body.outputs)
+
+    def owner(v):
+        return owners.get(v, v)
+
+    last_use = {owner(v): i for i, op in enumerate(operations) for v in op.inputs}
+    last_use |= {owner(v): len(operations) for v in body.outputs}
+    live_bytes = {v: v.nbytes(bits) for v in body.inputs}
+    fusable = {}  # value: names of the operations that may fuse into its producer
+    snapshots = [_Snapshot(sum(live_bytes.values()), "inputs", "", _shapes(live_bytes))]
     for i, op in enumerate(operations):
-        outputs = [v for v in op.outputs if v not in original]
-        read = {own(v) for v in op.inputs if v.weights is None}
-        dying = {v for v in read if last[v] == i and v in alive}
+        outputs = [v for v in op.outputs if v not in owners]
+        read = {owner(v) for v in op.inputs if v.weights is None}
+        dying = {v for v in read if last_use[v] == i and v in live_bytes}
         if outputs:
-            target = _joined(op, read, dying, joins)
-            if target is None and in_place and op.name in _ELEMENTWISE:
-                spare = dying - set(body.inputs)
-                same = (v for v in spare if alive[v] == outputs[0].nbytes(bits))
-                target = next(same, None)
-            made = {v: v.nbytes(bits) for v in outputs}
-            if target is not None:
-                del alive[target]
-                moments.append(_moment(op, alive | made))
+            replaced = _fusion_target(op, read, dying, fusable)
+            if replaced is None and in_place and op.name in _ELEMENTWISE:
+                size = outputs[0].nbytes(bits)
+                candidates = dying - set(body.inputs)
+                same_size = (v for v in candidates if live_bytes[v] == size)
+                replaced = next(same_size, None)
+            output_bytes = {v: v.nbytes(bits) for v in outputs}
+            if replaced is not None:
+                del live_bytes[replaced]
+                snapshots.append(_snapshot(op, live_bytes | output_bytes))
             else:
-                moments += _during(op, alive, dying, made, bits, in_place)
-            alive |= made
+                snapshots += _operation_snapshots(
+                    op, live_bytes, dying, output_bytes, bits, in_place
+                )
+            live_bytes |= output_bytes
             for v in outputs:
-                joins[v] = _may_join(op, target, joins)
-        for v in [v for v in alive if last.get(v, -1) <= i]:
-            del alive[v]
-    return moments
+                fusable[v] = _fusable_operations(op, replaced, fusable)
+        for v in [v for v in live_bytes if last_use.get(v, -1) <= i]:
+            del live_bytes[v]
+    return snapshots
 
 
-def _needed(body: Program) -> list[Operation]:
-    """The operations that results depend on and that work on activations."""
-    wanted, kept = set(body.outputs), []
+def _needed_operations(body: Program) -> list[Operation]:
+    """Returns the operations, in order, that compute activations and that a result of the program depends on."""
+    needed_values, needed_operations = set(body.outputs), []
     for op in reversed(body.operations):
-        activation = any(v.weights is None for v in op.outputs)
-        if activation and not wanted.isdisjoint(op.outputs):
-            kept.append(op)
-            wanted.update(op.inputs)
-    return kept[::-1]
+        is_activation = any(v.weights is None for v in op.outputs)
+        if is_activation and not needed_values.isdisjoint(op.outputs):
+            needed_operations.append(op)
+            needed_values.update(op.inputs)
+    return needed_operations[::-1]
 
 
-def _originals(operations: list[Operation], outputs: list[Value]) -> dict[Value, Value]:
-    """{value: the value whose buffer it is another name for}."""
-    whole = set(outputs)  # whose readers want all elements in memory
+def _buffer_owners(
+    operations: list[Operation], outputs: list[Value]
+) -> dict[Value, Value]:
+    """Returns {value: the value whose buffer it shares}; values with a buffer of their own are not keys.
+
+    A value is materialized if some reader needs all its elements in memory. Elementwise operations do not need this; all other
+    operations and the caller of the program do. A reshape or broadcast needs its input materialized only if its output is.
+    """
+    materialized = set(outputs)
     for op in reversed(operations):
-        passes = op.name in _RENAMES | {"broadcast_in_dim"}
+        may_alias = op.name in _ALIASES | {"broadcast_in_dim"}
         if op.name not in _ELEMENTWISE and not (
-            passes and whole.isdisjoint(op.outputs)
+            may_alias and materialized.isdisjoint(op.outputs)
         ):
-            whole.update(op.inputs)
-    original = {}
+            materialized.update(op.inputs)
+    owners = {}
     for op in operations:
-        if _renames(op, whole):
+        if _shares_buffer(op, materialized):
             for source, v in zip(op.inputs, op.outputs, strict=False):
-                original[v] = original.get(source, source)
-    return original
+                owners[v] = owners.get(source, source)
+    return owners
 
 
-def _renames(op: Operation, whole: set[Value]) -> bool:
+def _shares_buffer(op: Operation, materialized: set[Value]) -> bool:
+    """Returns whether an operation's outputs share the buffers of its inputs.
+
+    These operations do: reshapes and other members of `_ALIASES`, conversions between floating-point dtypes, transpositions
+    that move only axes of length 1, and broadcasts that repeat nothing or whose output need not be materialized. No
+    operation shares the buffer of a weight.
+    """
     if op.inputs and op.inputs[0].weights is not None:
         return False
     if op.name == "broadcast_in_dim":
         grows = math.prod(op.outputs[0].shape) > math.prod(op.inputs[0].shape)
-        return not grows or op.outputs[0] not in whole
+        return not grows or op.outputs[0] not in materialized
     if op.name == "convert_element_type":
-        kinds = [v.dtype for v in (*op.inputs, *op.outputs)]
-        return all(jnp.issubdtype(kind, jnp.floating) for kind in kinds)
-    if op.name == "transpose":  # only axes of one position move
+        dtypes = [v.dtype for v in (*op.inputs, *op.outputs)]
+        return all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+    if op.name == "transpose":
         shape, order = op.inputs[0].shape, op.params["permutation"]
-        long = [axis for axis in order if shape[axis] > 1]
-        return long == sorted(long)
-    return op.name in _RENAMES
+        long_axes = [axis for axis in order if shape[axis] > 1]
+        return long_axes == sorted(long_axes)
+    return op.name in _ALIASES
 
 
-def _joined(op: Operation, read: set, dying: set, joins: dict) -> Value | None:
-    """The value whose operation this one joins."""
+def _fusion_target(op: Operation, read: set, dying: set, fusable: dict) -> Value | None:
+    """Returns the value whose producer an operation fuses into; None if the operation needs a buffer of its own.
+
+    The operation fuses if that value is the only activation it reads, no later operation reads the value, the output has as
+    many elements, and the producer lets this operation fuse. A division of a weight by the value does not fuse.
+
+    Args:
+      op: the operation.
+      read: the activations that it reads.
+      dying: the activations that it is the last to read.
+      fusable: {value: names of the operations that may fuse into its producer}.
+    """
     if len(read) != 1 or read != dying:
         return None
     (v,) = read
     if op.name == "div" and op.inputs[0].weights is not None:
-        return None  # a weight divided by it is not linear in it
-    same = math.prod(v.shape) == math.prod(op.outputs[0].shape)
-    return v if same and op.name in joins.get(v, ()) else None
+        return None  # a weight divided by the value is not linear in the value
+    same_size = math.prod(v.shape) == math.prod(op.outputs[0].shape)
+    return v if same_size and op.name in fusable.get(v, ()) else None
 
 
-def _may_join(op: Operation, target: Value | None, joins: dict) -> set[str]:
-    """Names of the operations that may join that of its result."""
+def _fusable_operations(
+    op: Operation, replaced: Value | None, fusable: dict
+) -> set[str]:
+    """Returns the names of the operations that may fuse into an operation.
+
+    Affine arithmetic and clamps (ReLU, ReLU6) may fuse into a convolution, matrix product or sum. If affine arithmetic takes
+    over the buffer of an earlier value, the same operations may fuse into it as into that value's producer. Into other
+    affine arithmetic, clamps and pooling only clamps may fuse. Nothing fuses into any other operation.
+
+    Args:
+      op: the operation.
+      replaced: the value whose buffer its output takes over, by fusion or in place; None if the output has a new buffer.
+      fusable: {earlier value: names of the operations that may fuse into its producer}.
+    """
     if op.name in _SUMS:
         return _AFFINE | _CLAMP
-    if target in joins and op.name in _AFFINE:
-        return joins[target]
+    if replaced in fusable and op.name in _AFFINE:
+        return fusable[replaced]
     return _CLAMP if op.name in _AFFINE | _CLAMP | _POOLS else set()
 
 
-def _during(op: Operation, alive, dying, made, bits, in_place) -> list[_Moment]:
-    """The moments of an operation with buffers of its own."""
+def _operation_snapshots(
+    op: Operation,
+    live_bytes: dict[Value, int],
+    dying: set[Value],
+    output_bytes: dict[Value, int],
+    bits: int | None,
+    in_place: bool,
+) -> list[_Snapshot]:
+    """Returns the memory in use during an operation that writes new buffers.
+
+    Usually this is one snapshot, with the live values and the outputs. An operation that reads a padded copy of its input
+    has two: while the copy is written, and while the outputs are computed from the copy, after dying inputs are freed.
+    For loops and conditionals see `_control_flow_snapshots`.
+
+    Args:
+      op: the operation.
+      live_bytes: {value: bytes} of the values that are live before it, its inputs included.
+      dying: the live values that it is the last operation to read.
+      output_bytes: {output: bytes}.
+      bits, in_place: as for `peak`.
+    """
     if op.bodies:
-        return _turns(op, alive, dying, made, bits, in_place)
-    padded = _padded(op)
+        return _control_flow_snapshots(
+            op, live_bytes, dying, output_bytes, bits, in_place
+        )
+    padded = _padded_copy(op)
     if padded is None:
-        return [_moment(op, alive | made)]
-    copy = {padded: padded.nbytes(bits)}
-    rest = {v: n for v, n in alive.items() if v not in dying}
-    return [_moment(op, alive | copy), _moment(op, rest | copy | made)]
+        return [_snapshot(op, live_bytes | output_bytes)]
+    copy_bytes = {padded: padded.nbytes(bits)}
+    staying = {v: n for v, n in live_bytes.items() if v not in dying}
+    return [
+        _snapshot(op, live_bytes | copy_bytes),
+        _snapshot(op, staying | copy_bytes | output_bytes),
+    ]
 
 
-def _turns(op: Operation, alive, dying, made, bits, in_place) -> list[_Moment]:
-    outside, results = dict(alive), {}
+def _control_flow_snapshots(
+    op: Operation,
+    live_bytes: dict[Value, int],
+    dying: set[Value],
+    output_bytes: dict[Value, int],
+    bits: int | None,
+    in_place: bool,
+) -> list[_Snapshot]:
+    """Returns the memory in use during a loop or conditional: its own buffers, then those buffers and each body's.
+
+    While a body runs, the values live before the operation and the stacked results of a scan stay in memory. The initial
+    carry of a loop does not stay if nothing else reads it: the body's own carry takes its place.
+
+    Args:
+      As for `_operation_snapshots`.
+    """
+    outside_bytes, stacked_bytes = dict(live_bytes), {}
     if op.name == "scan":
-        first, carries = program.scanned(op.params)
-        start = op.inputs[first : first + carries]
-        results = {v: made[v] for v in op.outputs[carries:] if v in made}
+        first, carries = program.scan_input_counts(op.params)
+        initial_carry = op.inputs[first : first + carries]
+        stacked_bytes = {
+            v: output_bytes[v] for v in op.outputs[carries:] if v in output_bytes
+        }
     else:
-        start = op.inputs if op.name == "while" else ()
-    if op.name in ("scan", "while"):  # the turn's own carry stands for what began it
-        for v in dying.intersection(start):
-            # What the turns read from outside as well stays.
-            if v not in _outside(op.bodies):
-                del outside[v]
-    outside |= results
-    base, shapes = sum(outside.values()), _shapes(outside)
-    moments = [_moment(op, outside | made)]
+        initial_carry = op.inputs if op.name == "while" else ()
+    if op.name in ("scan", "while"):
+        for v in dying.intersection(initial_carry):
+            if v not in _captured_values(op.bodies):  # an iteration may read it again
+                del outside_bytes[v]
+    outside_bytes |= stacked_bytes
+    base, shapes = sum(outside_bytes.values()), _shapes(outside_bytes)
+    snapshots = [_snapshot(op, outside_bytes | output_bytes)]
     for inner in op.bodies:
-        moments += [
-            m._replace(bytes=m.bytes + base, shapes=shapes + m.shapes)
-            for m in _moments(inner, bits, in_place)[1:]  # after the turn's inputs
+        snapshots += [
+            s._replace(bytes=s.bytes + base, shapes=shapes + s.shapes)
+            for s in _snapshots(inner, bits, in_place)[1:]  # without "inputs"
         ]
-    return moments
+    return snapshots
 
 
-def _outside(bodies) -> set[Value]:
-    """What bodies read that they neither make nor are given anew."""
-    read, made = set(), set()
+def _captured_values(bodies: Iterable[Program]) -> set[Value]:
+    """Returns the values from outside that bodies of loops or conditionals read: neither their inputs nor their results."""
+    read, own = set(), set()
     for inner in bodies:
-        made.update(inner.inputs)
+        own.update(inner.inputs)
         for op in inner.operations:
-            read |= {*op.inputs, *_outside(op.bodies)}
-            made.update(op.outputs)
-    return read - made
+            read |= {*op.inputs, *_captured_values(op.bodies)}
+            own.update(op.outputs)
+    return read - own
 
 
-def _padded(op: Operation) -> Value | None:
-    """The padded copy of its input that TFLite makes for an operation."""
+def _padded_copy(op: Operation) -> Value | None:
+    """Returns the padded copy of its input that TFLite makes before a convolution or pooling operation.
+
+    None for every other operation, for padding that is zero or equal to "SAME", and for transposed convolutions, where
+    TFLite crops the output instead.
+    """
     p = op.params
     if op.name == "conv_general_dilated":
-        if math.prod(p["lhs_dilation"]) > 1:  # transposed: cuts its output instead
+        if math.prod(p["lhs_dilation"]) > 1:  # a transposed convolution
             return None
         spec, kernel = p["dimension_numbers"], op.inputs[1].shape
         axes = spec.lhs_spec[2:]
@@ -355,9 +461,11 @@ def _padded(op: Operation) -> Value | None:
     return Value(tuple(shape), v.dtype)
 
 
-def _moment(op: Operation, alive: dict[Value, int]) -> _Moment:
-    return _Moment(sum(alive.values()), op.name, op.layer, _shapes(alive))
+def _snapshot(op: Operation, live_bytes: dict[Value, int]) -> _Snapshot:
+    """Returns the snapshot of an operation during which these values are live."""
+    return _Snapshot(sum(live_bytes.values()), op.name, op.layer, _shapes(live_bytes))
 
 
-def _shapes(alive) -> tuple[tuple[int, ...], ...]:
-    return tuple(v.shape for v in alive)
+def _shapes(values: Iterable[Value]) -> tuple[tuple[int, ...], ...]:
+    """Returns the shape of each value."""
+    return tuple(v.shape for v in values)

@@ -1,8 +1,8 @@
-"""Convolutions whose kernel only selects numbers, such as those inside `lax.conv_general_dilated_patches`.
+"""Recognises convolutions whose kernel only selects numbers, such as those of `lax.conv_general_dilated_patches`.
 
-Their kernel is an identity matrix that the function itself makes from comparisons of positions, so it is known without
-running the function. Each of its rows holds one 1 and zeros: the convolution moves numbers, and its gradient adds them up
-where they came from. Neither multiplies.
+Their kernel is an identity matrix that the function itself computes by comparing positions, so it is known without running
+the function. Each row of the kernel holds one 1 and zeros: the convolution moves numbers, and its gradient adds them up
+at their original positions. Neither multiplies.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 
 from squeeze_jax.cost.program import Operation, Value
 
-# Primitives that make and rearrange such a kernel; a kernel made in any other way is data.
+# Primitives that create and rearrange such a kernel; a kernel computed in any other way counts as data.
 _POSITIONS = {"iota", "eq"}
 _ARRANGE = {
     "add",
@@ -23,16 +23,19 @@ _ARRANGE = {
     "squeeze",
     "transpose",
 }
-_MOST = 2**24  # entries of a kernel that is looked at
+_MAX_KERNEL_SIZE = 2**24  # entries; larger kernels are not evaluated
 
 
 def selects(op: Operation) -> bool:
-    """Whether a convolution's kernel has at most one 1 for each output, or for each input of a group, and else zeros."""
+    """Returns whether a convolution's kernel only selects numbers.
+
+    Such a kernel consists of zeros and at most one 1 for each output, or at most one 1 for each input of a group.
+    """
     value = op.inputs[1]
-    if math.prod(value.shape) > _MOST or not _from_positions(value):
+    if math.prod(value.shape) > _MAX_KERNEL_SIZE or not _from_positions(value):
         return False
     with jax.ensure_compile_time_eval():
-        kernel = np.asarray(_evaluated(value))
+        kernel = np.asarray(_evaluate(value))
     if not np.isin(kernel, (0, 1)).all():
         return False
     spec = op.params["dimension_numbers"].rhs_spec
@@ -45,22 +48,23 @@ def selects(op: Operation) -> bool:
 
 
 def _from_positions(value: Value) -> bool:
-    """Whether an array is made of comparisons of positions alone."""
-    seen, left = set(), [value]
-    while left:
-        source = left.pop().source
+    """Returns whether an array is computed only from comparisons of positions."""
+    seen, pending = set(), [value]
+    while pending:
+        source = pending.pop().source
         if source is None or source.name not in _POSITIONS | _ARRANGE:
             return False
         seen.add(source.name)
         values = zip(source.eqn.invars, source.inputs, strict=True)
-        left += [value for variable, value in values if not hasattr(variable, "val")]
+        pending += [value for variable, value in values if not hasattr(variable, "val")]
     return seen >= _POSITIONS
 
 
-def _evaluated(value: Value):
+def _evaluate(value: Value):
+    """Computes a constant by running the operations that produce it."""
     op = value.source
     arguments = [
-        variable.val if hasattr(variable, "val") else _evaluated(each)
-        for variable, each in zip(op.eqn.invars, op.inputs, strict=True)
+        variable.val if hasattr(variable, "val") else _evaluate(operand)
+        for variable, operand in zip(op.eqn.invars, op.inputs, strict=True)
     ]
     return op.eqn.primitive.bind(*arguments, **op.params)

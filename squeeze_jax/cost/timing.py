@@ -1,4 +1,4 @@
-"""The timing loop that every measurement shares; it needs no JAX, so that runtimes of exported files can be timed without."""
+"""The timing loop of every measurement. It does not import JAX, so runtimes of exported files can be timed without it."""
 
 import gc
 import time
@@ -12,15 +12,14 @@ def times(run: Callable[[], Any], runs: int) -> list[float]:
     """Returns the milliseconds of each run, with Python's garbage collector off.
 
     Args:
-      run: a function of nothing that returns when its work is done.
-      runs: how often it is called.
+      run: a function without arguments that returns when its work is done.
+      runs: number of calls.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
-        times_ns = np.empty(
-            runs, np.int64
-        )  # in place: nothing is allocated while timing
+        # Allocated before the loop, so that timing allocates nothing.
+        times_ns = np.empty(runs, np.int64)
         for i in range(runs):
             start = time.perf_counter_ns()
             run()
@@ -34,10 +33,10 @@ def times(run: Callable[[], Any], runs: int) -> list[float]:
 def percentiles(times_ms: Sequence[float]) -> dict[str, float]:
     """Returns dict(p50, p90, p99, spread) of times in ms.
 
-    The spread is (p90 - p10) / p50: about 0.02 on a quiet machine; above 0.5 the machine was busy and p50 says little.
+    The spread is (p90 - p10) / p50: about 0.02 on an idle machine. Above 0.5 the machine was busy and p50 is unreliable.
 
     Raises:
-      ValueError: no times.
+      ValueError: `times_ms` is empty.
     """
     if not len(times_ms):
         raise ValueError("no times to take percentiles of")

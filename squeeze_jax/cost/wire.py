@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from squeeze_jax.cost import call, hlo, program
 from squeeze_jax.cost.program import Operation
 
-# Primitives, without the "_start" of asynchronous ones. Changes of replication (pvary, pcast) send nothing.
+# Primitives, without the "_start" of asynchronous ones. Primitives that change replication (pvary, pcast) send nothing.
 _KINDS = {
     "all_gather": "all-gather",
     "all_gather_invariant": "all-gather",
@@ -65,12 +65,12 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Wire(NamedTuple):
-    """The traffic of one call, seen from one device; keys are (collective, dtype), such as ("all-gather", "int8").
+    """The traffic of one call, as one device sees it. Keys are (collective, dtype), such as ("all-gather", "int8").
 
     Attributes:
       sent: bytes that each device sends with ring algorithms.
       payload: bytes of the arrays that the collectives work on.
-      unknown: what was not counted.
+      unknown: descriptions of what was not counted.
     """
 
     sent: dict[tuple[str, str], float]
@@ -84,15 +84,15 @@ class Wire(NamedTuple):
 
     def by_kind(self) -> dict[str, float]:
         """{collective: bytes that each device sends}."""
-        return _summed((kind, sent) for (kind, _), sent in self.sent.items())
+        return _sum_by_key((kind, sent) for (kind, _), sent in self.sent.items())
 
     def by_dtype(self) -> dict[str, float]:
         """{dtype: bytes that each device sends}."""
-        return _summed((dtype, sent) for (_, dtype), sent in self.sent.items())
+        return _sum_by_key((dtype, sent) for (_, dtype), sent in self.sent.items())
 
 
-class _Part(NamedTuple):
-    """One array of a collective: its payload in bytes, among n devices."""
+class _CollectiveArray(NamedTuple):
+    """One array of a collective: its payload in bytes and the number of devices that take part."""
 
     kind: str
     dtype: str
@@ -112,41 +112,41 @@ def wire(fn: Callable, *args, **kwargs) -> Wire:
 
     Args:
       fn: any function that JAX can trace. Collectives inside `jax.shard_map` count, on a mesh of real, simulated or
-        abstract devices. The compiler inserts others later, see `compiled_wire`.
+        abstract devices. The compiler inserts further collectives, which only `compiled_wire` counts.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s.
     """
-    traced = program.trace(*call.bound(fn, args, kwargs))
-    parts, unknown = [], {}
+    traced = program.trace(*call.bind_static(fn, args, kwargs))
+    arrays, unknown = [], {}
 
     def cost(op):
-        return sum(part.sent for part in _parts(op))
+        return sum(array.sent for array in _collective_arrays(op))
 
-    for op, times, _ in program.runs(traced, cost):
+    for op, times, _ in program.executions(traced, cost):
         where = f"in {op.layer or 'the function itself'}"
-        if op.name == "while" and any(_sends(body, cost) for body in op.bodies):
+        if op.name == "while" and any(_sends_bytes(body, cost) for body in op.bodies):
             unknown[f"while loop, counted as one iteration, {where}"] = None
-        if _primitive(op) in _UNKNOWN:
+        if _base_name(op) in _UNKNOWN:
             unknown[f"{op.name} {where}"] = None
-        parts += [(part, times) for part in _parts(op)]
-    return _total(parts, unknown)
+        arrays += [(array, times) for array in _collective_arrays(op)]
+    return _sum_traffic(arrays, unknown)
 
 
 def compiled_wire(compiled) -> Wire:
     """Counts the bytes that each device sends in one run of a compiled program.
 
     Args:
-      compiled: what `jax.jit(fn).lower(...).compile()` returns, or its text in XLA's format (HLO).
+      compiled: the result of `jax.jit(fn).lower(...).compile()`, or its text in XLA's format (HLO).
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     header = text.partition("\n")[0]
     devices = math.prod(
         int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
     )
-    computations = hlo._read(text)
+    computations = hlo.computations(text)
     entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)[1]
     unknown = {}
-    parts = list(_compiled_parts(entry, computations, devices, unknown))
-    return _total(parts, unknown)
+    arrays = list(_compiled_arrays(entry, computations, devices, unknown))
+    return _sum_traffic(arrays, unknown)
 
 
 def describe(traffic: Wire) -> str:
@@ -160,126 +160,137 @@ def describe(traffic: Wire) -> str:
     return f"wire {whole} a step and device: {', '.join(parts)}{unknown}"
 
 
-def _total(parts: list[tuple[_Part, int]], unknown: Mapping) -> Wire:
-    sent = _summed(((p.kind, p.dtype), times * p.sent) for p, times in parts)
-    payload = _summed(((p.kind, p.dtype), times * p.payload) for p, times in parts)
+def _sum_traffic(arrays: list[tuple[_CollectiveArray, int]], unknown: Mapping) -> Wire:
+    """Returns the traffic of (array, how often it is sent)."""
+    sent = _sum_by_key(((a.kind, a.dtype), times * a.sent) for a, times in arrays)
+    payload = _sum_by_key(((a.kind, a.dtype), times * a.payload) for a, times in arrays)
     return Wire(sent, payload, tuple(unknown))
 
 
-def _summed(items) -> dict:
+def _sum_by_key(items) -> dict:
     sums = {}
     for key, value in items:
         sums[key] = sums.get(key, 0) + value
     return sums
 
 
-def _sends(body: program.Program, cost) -> bool:
-    return any(sent for _, _, sent in program.runs(body, cost))
+def _sends_bytes(body: program.Program, cost) -> bool:
+    return any(sent for _, _, sent in program.executions(body, cost))
 
 
-def _primitive(op: Operation) -> str:
+def _base_name(op: Operation) -> str:
     return op.name.removesuffix("_start")
 
 
-def _parts(op: Operation) -> list[_Part]:
-    """Returns the arrays that an operation sends; none if it is no collective or runs on one device."""
-    name = _primitive(op)
-    # A primitive of the same name in other versions changes the replication alone, and has no source.
+def _collective_arrays(op: Operation) -> list[_CollectiveArray]:
+    """Returns the arrays that an operation sends; none if it is not a collective or runs on one device."""
+    name = _base_name(op)
+    # In some versions of JAX `pbroadcast` only changes replication; it then has no source.
     kind = "broadcast" if name == "pbroadcast" and "source" in op.params else None
     kind = _KINDS.get(name, kind)
     if kind is None:
         return []
-    devices = _group(op)
+    devices = _group_size(op)
     if devices == 1 or (
         kind == "permute" and all(a == b for a, b in op.params["perm"])
     ):
         return []
-    whole = devices if kind == "all-gather" else 1
+    gathered = devices if kind == "all-gather" else 1
     return [
-        _Part(kind, str(v.dtype), whole * _nbytes(v), devices)
+        _CollectiveArray(kind, str(v.dtype), gathered * _nbytes(v), devices)
         for v in op.inputs
         if v.dtype is not None
     ]
 
 
-def _group(op: Operation) -> int:
+def _group_size(op: Operation) -> int:
     """Returns the number of devices that take part in a collective."""
     if groups := op.params.get("axis_index_groups"):
         return len(groups[0])
     names = op.params.get("axes", op.params.get("axis_name"))
     names = names if isinstance(names, tuple | list | frozenset) else (names,)
-    # Positions are axes of the array, reduced on the device.
+    # Integers are axes of the array, which each device reduces by itself.
     return math.prod(op.axes[name] for name in names if not isinstance(name, int))
 
 
 def _nbytes(v: program.Value) -> int:
-    """Returns the bytes of an array; numbers of less than 8 bits are packed."""
+    """Returns the bytes of an array; numbers with fewer than 8 bits are packed."""
     for kind, info in (jnp.integer, jnp.iinfo), (jnp.floating, jnp.finfo):
         if jnp.issubdtype(v.dtype, kind):
             return -(-math.prod(v.shape) * info(v.dtype).bits // 8)
     return math.prod(v.shape) * v.dtype.itemsize
 
 
-def _compiled_parts(
+def _compiled_arrays(
     name: str, computations: Mapping, devices: int, unknown: dict, times: int = 1
-) -> Iterator[tuple[_Part, int]]:
-    """Yields (part, how often it is sent) of the collectives in a computation and in all that it runs."""
-    inside = computations.get(name, {})
-    for each in inside.values():
-        opcode = each.opcode.removesuffix("-start")
+) -> Iterator[tuple[_CollectiveArray, int]]:
+    """Yields (array, how often it is sent) for the collectives of a computation and of the computations that it runs."""
+    instructions = computations.get(name, {})
+    for instruction in instructions.values():
+        opcode = instruction.opcode.removesuffix("-start")
         if opcode in _COMPILED_UNKNOWN:
             unknown[opcode] = None
         elif opcode in _COMPILED:
-            for part in _operands(_COMPILED[opcode], each, inside, devices, unknown):
-                yield part, times
+            for array in _instruction_arrays(
+                _COMPILED[opcode], instruction, instructions, devices, unknown
+            ):
+                yield array, times
         elif opcode == "while":
-            body, trips = re.search(r"body=%?([\w.-]+)", each.attributes)[1], 1
-            if known := _TRIPS.search(each.attributes):
+            body, trips = re.search(r"body=%?([\w.-]+)", instruction.attributes)[1], 1
+            if known := _TRIPS.search(instruction.attributes):
                 trips = int(known[1])
-            parts = list(
-                _compiled_parts(body, computations, devices, unknown, times * trips)
+            arrays = list(
+                _compiled_arrays(body, computations, devices, unknown, times * trips)
             )
-            if parts and not known:
+            if arrays and not known:
                 unknown["while loop, counted as one iteration"] = None
-            yield from parts
+            yield from arrays
         elif opcode == "conditional":
-            names = " ".join(_BRANCHES.findall(each.attributes))
+            names = " ".join(_BRANCHES.findall(instruction.attributes))
             branches = [
-                list(_compiled_parts(n, computations, devices, unknown, times))
+                list(_compiled_arrays(n, computations, devices, unknown, times))
                 for n in re.findall(r"[\w.-]+", names)
             ]
-            yield from max(branches, key=lambda ps: sum(n * p.sent for p, n in ps))
-        elif called := _called(each):
-            yield from _compiled_parts(called, computations, devices, unknown, times)
+            yield from max(
+                branches, key=lambda arrays: sum(n * a.sent for a, n in arrays)
+            )
+        elif called := _called_computation(instruction):
+            yield from _compiled_arrays(called, computations, devices, unknown, times)
 
 
-def _called(each) -> str | None:
-    """Returns the computation that an instruction calls, but not the function that a reduction applies."""
-    if each.opcode == "call":
-        return re.search(r"to_apply=%?([\w.-]+)", each.attributes)[1]
-    return each.calls
+def _called_computation(instruction) -> str | None:
+    """Returns the computation that an instruction runs, except the function that a reduction applies; None if none."""
+    if instruction.opcode == "call":
+        return re.search(r"to_apply=%?([\w.-]+)", instruction.attributes)[1]
+    return instruction.calls
 
 
-def _operands(kind, each, inside, devices, unknown) -> Iterator[_Part]:
+def _instruction_arrays(
+    kind, instruction, instructions, devices, unknown
+) -> Iterator[_CollectiveArray]:
     """Yields the arrays that an instruction sends."""
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", each.attributes)
+    pairs = re.search(
+        r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes
+    )
     if kind == "permute":
         moved = re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else "")
         group = devices if any(a != b for a, b in moved) else 1
     else:
-        group = _compiled_group(each.attributes, devices)
+        group = _compiled_group_size(instruction.attributes, devices)
     if group is None:
-        unknown[f"{each.opcode} among unknown devices"] = None
+        unknown[f"{instruction.opcode} among unknown devices"] = None
         return
-    whole = group if kind == "all-gather" else 1
-    for name in each.operands:
-        for dtype, bits in _arrays(inside[name].type if name in inside else ""):
+    gathered = group if kind == "all-gather" else 1
+    for name in instruction.operands:
+        for dtype, bits in _typed_sizes(
+            instructions[name].type if name in instructions else ""
+        ):
             if group > 1:
-                yield _Part(kind, dtype, whole * -(-bits // 8), group)
+                yield _CollectiveArray(kind, dtype, gathered * -(-bits // 8), group)
 
 
-def _compiled_group(attributes: str, devices: int) -> int | None:
-    """Returns the number of devices that take part in a collective; None for a notation other than these.
+def _compiled_group_size(attributes: str, devices: int) -> int | None:
+    """Returns the number of devices that take part in a collective; None for any notation other than these.
 
     replica_groups={{0,1},{2,3}}                         lists; {} is all devices
     replica_groups=[2,4]<=[8]                            2 groups of 4
@@ -298,8 +309,8 @@ def _compiled_group(attributes: str, devices: int) -> int | None:
     return None if "replica_groups=" in attributes else devices
 
 
-def _arrays(text: str) -> Iterator[tuple[str, int]]:
-    """(dtype, bits) of each array in a type such as `(f32[8,16]{1,0}, s8[4]{0})`."""
+def _typed_sizes(text: str) -> Iterator[tuple[str, int]]:
+    """Yields (dtype, bits) of each array in a type such as `(f32[8,16]{1,0}, s8[4]{0})`."""
     for name, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text):
         letters, bits, suffix = re.fullmatch(r"([a-z]+)(\d*)(\w*)", name).groups()
         dtype = _DTYPES.get(letters, letters) + bits + (f"_{suffix}" if suffix else "")
@@ -308,7 +319,7 @@ def _arrays(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _size(value: float) -> str:
-    """Bytes with three significant digits, in powers of 1000."""
+    """Formats bytes with three significant digits, in units of powers of 1000."""
     value, units = float(f"{value:.3g}"), ["B", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value, units = float(f"{value / 1000:.3g}"), units[1:]

@@ -1,9 +1,9 @@
-"""From a live model to files that run on devices, each run again and compared before it counts."""
+"""Exports a trained model to files that run on devices. Each file is run and compared with the model before it is kept."""
 
 from squeeze_jax import registry
 
 __all__ = ["Disagreement", "Exported", "load", "make"]
-# Late, so that a process that runs a TFLite file need not load jax.
+# Imported on first use, so that a process that runs a TFLite file need not load JAX.
 _PLACES = dict.fromkeys(("make", "Exported", "Disagreement"), "build") | {
     "load": "runtime"
 }

@@ -1,4 +1,7 @@
-"""From a live function to checked files: convert, run in the file's own runtime, compare, and only then give it its name."""
+"""Exports a function to files: converts it, runs each file in its own runtime, and compares the outputs with the function's.
+
+A file gets its final name only if its outputs agree.
+"""
 
 import dataclasses
 import functools
@@ -16,10 +19,10 @@ from squeeze_jax.export import checks, class_names, process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
 from squeeze_jax.export.runnable import (
     Runnable,
-    fitted,
-    format_of,
-    outputs,
-    specs,
+    check_examples,
+    compute_outputs,
+    input_specs,
+    load_format,
 )
 from squeeze_jax.nn.conv import lowering
 
@@ -31,13 +34,13 @@ CHECK_BATCH = 32
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A file that ran and agreed.
+    """An exported file that ran and agreed with the live model.
 
     Attributes:
-      format: its registry key.
-      path: the file.
-      bytes: its size.
-      max_difference: largest |file - live| over the outputs for the check examples.
+      format: registry key of its format.
+      path: path of the file.
+      bytes: size of the file.
+      max_difference: largest |file output - live output| over the check examples.
       agreement: share of check examples with the same top class, 0..1; see `parity.compare`.
     """
 
@@ -64,63 +67,63 @@ def make(
     classes: Sequence[str] = (),
     timeout: float = 600.0,
 ) -> list[Exported]:
-    """Exports a function to each format; a file gets its name only after it ran and agreed with the live function.
+    """Exports a function to each format and keeps a file only if its outputs agree with the function's.
 
-    A float file agrees if max |file - live| ≤ tolerance · max |live| for each output, an integer file if the share of
-    equal top classes is at least `int8_agreement`, see `parity.compare`. The files are `model.stablehlo` (and
-    `model.mlir`, to read), `model.tflite`, `model_int8.tflite`, `model_dynamic.tflite`. Inputs have the names given
-    here. An output that is an array is called logits, and the outputs in a tuple are called output_0, output_1, ….
-    Files hold XLA's own convolutions.
+    A float file agrees if max |file - live| ≤ tolerance · max |live| for each output. An integer file agrees if the share
+    of equal top classes is at least `int8_agreement`; see `parity.compare`. The files are `model.stablehlo` (with
+    `model.mlir` as readable text), `model.tflite`, `model_int8.tflite` and `model_dynamic.tflite`. Inputs keep their names
+    from `inputs`. A single output array is called logits, and the outputs in a tuple output_0, output_1, …. Files contain
+    XLA's native convolutions.
 
     Args:
-      fn: {name: [b, ...]} → logits [b, ...], or a tuple or a mapping of several outputs; closes over parameters that
-        are host arrays. The outputs of an example may depend on nothing but its inputs: a network in training mode, with
-        the batch's statistics or with dropout, is an error.
+      fn: {name: [b, ...]} → logits [b, ...], or a tuple or mapping of several outputs. Parameters that it closes over are
+        host arrays. The outputs of an example may depend only on its own inputs: a network in training mode, which uses
+        batch statistics or dropout, is an error.
       inputs: {name: jax.ShapeDtypeStruct of one example}, such as {"image": float32 (h, w, c)}, or {"tokens": int32
         (l,), "segments": int32 (l,), "attended": int32 (l,)}.
-      directory: where the files go.
+      directory: folder for the files.
       formats: registry keys: the names of the files in `export/formats`.
-      ranges: {input: (least, greatest value)} of inputs whose ranges are known, such as {"image": (0, 255)} for pixels,
-        which then go into an integer file as they are. The ranges of other inputs are measured on the calibration
-        examples.
+      ranges: {input: (minimum, maximum)} of the inputs whose ranges are known, such as {"image": (0, 255)} for pixels,
+        which an integer file then takes unchanged. The ranges of other inputs are measured on the calibration examples.
       calibration: real examples {name: [n, ...]}, for integer formats that measure ranges.
-      check: real examples {name: [n, ...]} to compare on.
-      endpoints_fn: same inputs → the model's named stages, first to last; tells where a rejected file goes wrong.
-      tolerance: of float formats, relative to an output's largest number.
-      int8_agreement: of integer formats, 0..1; of float formats too where `agreement` is given.
-      agreement: (live outputs, the file's) → float [n], 0..1, of each check example; None for `parity.same_answers`.
-      classes: names of the classes, which go into the files as `labels.txt`: `load(path).classes` reads them.
-      timeout: seconds for one file to run on the check examples.
+      check: real examples {name: [n, ...]} on which outputs are compared.
+      endpoints_fn: the same inputs → the model's named stages, first to last. They locate the error in a rejected file.
+      tolerance: limit for float formats, relative to the largest absolute value of an output.
+      int8_agreement: least agreement for integer formats, 0..1; also for float formats if `agreement` is given.
+      agreement: (live outputs, file outputs) → float [n], the agreement 0..1 of each check example; None for
+        `parity.same_answers`.
+      classes: class names, which the files store as `labels.txt`; `load(path).classes` reads them.
+      timeout: seconds that one file may run on the check examples.
 
     Returns:
-      One `Exported` a format, in order.
+      One `Exported` per format, in order.
 
     Raises:
-      UserError: unknown format, a class name with a line break, no check or calibration examples or of other names, shapes or dtypes than the inputs,
-        a directory that cannot be written to, or outputs of the live function that are not finite, that are no arrays of
-        examples, that are random or depend on other examples.
-      Disagreement: a file does not agree; it is left as `<name>.rejected`, an earlier one of its name untouched.
+      UserError: an unknown format; a class name with a line break; missing check or calibration examples, or examples whose
+        names, shapes or dtypes differ from the inputs; a directory that cannot be written to; or outputs of the live
+        function that are not finite, are not arrays with an axis of examples, are random, or depend on other examples.
+      Disagreement: a file does not agree. It is kept as `<name>.rejected`; an earlier file of that name is left untouched.
       process.Crash: a converter or a runtime failed.
     """
     class_names.check(classes)
-    modules = [format_of(key) for key in formats]
-    inputs, directory = specs(inputs, ranges), files.path(directory)
-    check = fitted(check, inputs, "the model")
-    checks.shapes(fn, inputs)
-    runnable, live = _live(fn, inputs, check)
-    for name, values in live.items():
+    modules = [load_format(key) for key in formats]
+    inputs, directory = input_specs(inputs, ranges), files.path(directory)
+    check = check_examples(check, inputs, "the model")
+    checks.check_output_shapes(fn, inputs)
+    runnable, model_outputs = _run_model(fn, inputs, check)
+    for name, values in model_outputs.items():
         if not np.isfinite(values).all():
-            bad = int(np.argwhere(~np.isfinite(values))[0][0])
+            example = int(np.argwhere(~np.isfinite(values))[0][0])
             raise UserError(
-                f"the model's {name} for check example {bad} are not finite: export a checkpoint from before it diverged"
+                f"the model's {name} for check example {example} are not finite: export a checkpoint from before it diverged"
             )
-    checks.independent(fn, runnable, check, live, CHECK_BATCH)
+    checks.check_independence(fn, runnable, check, model_outputs, CHECK_BATCH)
     limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
     limits["agreement"] = agreement
-    done = []
-    with _scratch(directory) as folder:
+    exported = []
+    with _temporary_folder(directory) as folder:
         run = functools.partial(
-            _converted,
+            _convert_and_run,
             folder=Path(folder),
             inputs=inputs,
             calibration=calibration,
@@ -130,69 +133,90 @@ def make(
         )
         for key, module in zip(formats, modules, strict=True):
             stop.check()
-            paths, found = run(module, fn, STEM)
-            verdict = compare(live, found, integer=module.INTEGER, **limits)
+            paths, file_outputs = run(module, fn, STEM)
+            verdict = compare(
+                model_outputs, file_outputs, integer=module.INTEGER, **limits
+            )
             if not verdict.agrees:
                 for path in paths:
                     os.replace(path, directory / f"{path.name}.rejected")
-                stage, why = None, ""
+                stage, detail = None, ""
                 if endpoints_fn is not None:
-                    stage, why = _blame(endpoints_fn, module, run, tolerance)
-                raise Disagreement(paths[0].name, verdict, stage, why)
+                    stage, detail = _locate_divergence(
+                        endpoints_fn, module, run, tolerance
+                    )
+                raise Disagreement(paths[0].name, verdict, stage, detail)
             for path in paths:
                 os.replace(path, directory / path.name)
-            final = directory / paths[0].name
-            size, same = final.stat().st_size, verdict.agreement
-            done.append(Exported(key, final, size, verdict.difference, same))
-    return done
+            path = directory / paths[0].name
+            exported.append(
+                Exported(
+                    format=key,
+                    path=path,
+                    bytes=path.stat().st_size,
+                    max_difference=verdict.difference,
+                    agreement=verdict.agreement,
+                )
+            )
+    return exported
 
 
-def _converted(
+def _convert_and_run(
     module, fn, name, *, folder, inputs, calibration, check, classes, timeout
 ):
-    """Converts to files in a folder and runs the first; returns (paths, outputs)."""
+    """Converts a function to files in a folder, runs the first file, and returns (paths, outputs of that file)."""
     with lowering("native"):
         contents = module.convert(fn, inputs, calibration)
     if getattr(module, "NAMED", False):
-        runs = next(iter(contents))
-        contents[runs] = class_names.attach(contents[runs], classes)
+        first = next(iter(contents))
+        contents[first] = class_names.attach(contents[first], classes)
     paths = [files.write(folder / (name + end), data) for end, data in contents.items()]
     try:
-        found = runtime.run(paths[0], check, batch=CHECK_BATCH, timeout=timeout)
-    except (
-        UserError,
-        process.Crash,
-    ) as error:  # the examples fit: it is the file's fault
-        said = str(error).replace(f"{folder}{os.sep}", "")  # that folder goes
-        raise process.Crash(f"the converted file does not run: {said}") from None
-    return paths, found["outputs"]
+        results = runtime.run(paths[0], check, batch=CHECK_BATCH, timeout=timeout)
+    except (UserError, process.Crash) as error:
+        # The examples have been checked, so the file is at fault. Its temporary folder will be gone.
+        reason = str(error).replace(f"{folder}{os.sep}", "")
+        raise process.Crash(f"the converted file does not run: {reason}") from None
+    return paths, results["outputs"]
 
 
-def _live(fn, inputs, check) -> tuple[Runnable, dict[str, np.ndarray]]:
-    """Runs a function; returns it as a file would be, and its outputs in its order."""
-    run, names = checks.live(fn)
+def _run_model(fn, inputs, check) -> tuple[Runnable, dict[str, np.ndarray]]:
+    """Runs the live function on the check examples.
+
+    Returns:
+      (the function as a `Runnable`, {name: output [n, ...]} in the function's own order).
+    """
+    run, names = checks.compile_model(fn)
     runnable = Runnable(inputs, None, run, None, "")
-    found = outputs(runnable, check, CHECK_BATCH)
-    return runnable, {name: found[name] for name in names}
+    arrays = compute_outputs(runnable, check, CHECK_BATCH)
+    return runnable, {name: arrays[name] for name in names}
 
 
-def _blame(endpoints_fn, module, run, tolerance) -> tuple[str | None, str]:
-    """Exports the stages in the same way and returns (the first that diverges, what to say of it)."""
-    _, live = _live(endpoints_fn, run.keywords["inputs"], run.keywords["check"])
+def _locate_divergence(endpoints_fn, module, run, tolerance) -> tuple[str | None, str]:
+    """Exports the model's stages in the same format and finds the first stage whose outputs diverge.
+
+    Returns:
+      (stage or None, end of the error message).
+    """
+    _, model_stages = _run_model(
+        endpoints_fn, run.keywords["inputs"], run.keywords["check"]
+    )
     try:
-        _, found = run(module, endpoints_fn, "stages")
+        _, file_stages = run(module, endpoints_fn, "stages")
     except process.Crash as error:
         return None, f"; the stages alone could not be run: {error}"
-    first = first_diverging(live, found, integer=module.INTEGER, tolerance=tolerance)
+    first = first_diverging(
+        model_stages, file_stages, integer=module.INTEGER, tolerance=tolerance
+    )
     if first is None:
-        names = list(live)
+        names = list(model_stages)
         explained = " within what 8 bits explain" if module.INTEGER else ""
         return None, f"; the stages {names[0]} to {names[-1]} agree{explained}"
     return first[0], f" (largest difference {first[1]:.3g})"
 
 
-def _scratch(directory: Path) -> tempfile.TemporaryDirectory:
-    """A folder on the same disk, so that renaming out of it is atomic."""
+def _temporary_folder(directory: Path) -> tempfile.TemporaryDirectory:
+    """Returns a temporary folder on the same disk, so that moving a file out of it is atomic."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=".export-", dir=directory)

@@ -1,6 +1,6 @@
 """Class names inside exported files.
 
-A zip archive behind a file's own bytes holds `labels.txt`, one name a line, where TensorFlow Lite's metadata keep it:
+A zip archive after a file's own bytes holds `labels.txt`, one name per line, as in TensorFlow Lite's metadata.
 `unzip -p model.tflite labels.txt` prints it, and the runtimes ignore it.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from squeeze_jax.errors import UserError
 
 NAME = "labels.txt"
-DAY = (1980, 1, 1, 0, 0, 0)  # the same names make the same bytes
+DAY = (1980, 1, 1, 0, 0, 0)  # a fixed date, so that equal names give equal bytes
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises a UserError for a name with a line break."""
+    """Raises a UserError if a class name has a line break."""
     for name in names:
         if len(name.splitlines()) > 1:
             raise UserError(
@@ -25,21 +25,23 @@ def check(names: Sequence[str]) -> None:
 
 
 def attach(content: bytes, names: Sequence[str]) -> bytes:
-    """Returns a file's content with the names of its classes behind it, or as it is without names."""
+    """Returns a file's content followed by an archive of its class names; unchanged if there are none."""
     if not names:
         return content
     archive = io.BytesIO(content)
     archive.seek(0, io.SEEK_END)
-    with zipfile.ZipFile(archive, "a") as opened:
-        opened.writestr(zipfile.ZipInfo(NAME, DAY), "".join(f"{n}\n" for n in names))
+    with zipfile.ZipFile(archive, "a") as archive_file:
+        archive_file.writestr(
+            zipfile.ZipInfo(NAME, DAY), "".join(f"{n}\n" for n in names)
+        )
     return archive.getvalue()
 
 
 def read(path: str | Path) -> tuple[str, ...]:
-    """Returns the names of the classes of an exported file, in order; () where it has none."""
+    """Returns the class names of an exported file, in order; () if it has none."""
     try:
-        with zipfile.ZipFile(path) as opened:
-            lines = opened.read(NAME).decode()
+        with zipfile.ZipFile(path) as archive_file:
+            lines = archive_file.read(NAME).decode()
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError):
         return ()
     return tuple(lines.splitlines())

@@ -1,6 +1,6 @@
-"""`files.json` beside exported files: what each is, which step it is of, how closely it agrees, and its checksum.
+"""The list of exported files, `files.json` in their folder: format, training step, agreement and checksums.
 
-A damaged file may still run and answer wrongly, so a file is compared with its checksum before it is run.
+A damaged file may still run and give wrong answers, so its checksum is verified before the file is run.
 """
 
 import hashlib
@@ -17,50 +17,50 @@ NAME = "files.json"
 
 
 def record(directory: Path, key: str, entry: Mapping[str, Any], *paths: Path) -> None:
-    """Writes down what is known of a format's files; replaces what was known before.
+    """Adds the entry of a format to the list, or replaces it.
 
     Args:
-      directory: of the files.
+      directory: folder of the exported files.
       key: the format.
       entry: {"path": file name, "step", ...}.
-      *paths: files whose checksums are kept.
+      *paths: files whose checksums are stored in the entry.
     """
-    known = read(directory)
-    if known is None:
+    entries = read(directory)
+    if entries is None:
         warnings.warn(
             f"{directory / NAME} is damaged and written anew: export formats again that it does not list",
             stacklevel=2,
         )
-    sums = {path.name: _sum(path) for path in paths}
-    text = json.dumps((known or {}) | {key: {**entry, "sha256": sums}}, indent=2)
+    checksums = {path.name: _checksum(path) for path in paths}
+    text = json.dumps((entries or {}) | {key: {**entry, "sha256": checksums}}, indent=2)
     files.write(directory / NAME, text + "\n")
 
 
 def read(directory: Path) -> dict[str, dict[str, Any]] | None:
-    """Returns what is known by format: {} without a listing, None if it is damaged."""
+    """Returns {format: entry}; {} if there is no list, None if the list is damaged."""
     path = directory / NAME
     if not path.is_file():
         return {}
     try:
-        known = json.loads(path.read_bytes())
+        entries = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(known, dict) or not all(
-        isinstance(each, dict) and "step" in each for each in known.values()
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict) and "step" in entry for entry in entries.values()
     ):
         return None
-    return known
+    return entries
 
 
 def verify(path: Path) -> None:
-    """Raises a UserError for a file that is not as it was written; one without a checksum passes."""
+    """Raises a UserError if a file differs from its stored checksum. A file without a checksum passes."""
     for entry in (read(path.parent) or {}).values():
         expected = (entry.get("sha256") or {}).get(path.name)
-        if expected is not None and expected != _sum(path):
+        if expected is not None and expected != _checksum(path):
             raise UserError(
                 f"{path} is damaged: its checksum is not that of {path.parent / NAME}; export it again"
             )
 
 
-def _sum(path: Path) -> str:
+def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,8 +1,8 @@
-"""The library inside the package ai-edge-litert, through its C interface: a network with the runtime's profiler.
+"""Runs a network with the runtime's profiler, through the C interface of the library in the package ai-edge-litert.
 
 Types and functions are those of LiteRT's headers litert_compiled_model.h, litert_tensor_buffer.h and litert_profiler.h at
-`VERSION`; other versions declare some of them differently, so no other is called. A wrong call ends the process: use it in
-one of its own.
+`VERSION`. Other versions declare some of them differently, so only this version is called. A wrong call ends the process:
+use it in a child process.
 """
 
 import ctypes
@@ -16,11 +16,11 @@ import numpy as np
 
 from squeeze_jax.errors import UserError
 
-VERSION = "2.3.0"  # of ai-edge-litert
-CPU = 1  # of the accelerators
-INSIDE = 8  # type of an event: an operator inside a delegate
-OPERATOR = 2  # type of an event: an operator of the file, or a delegate as a whole
-DELEGATE = "TfLite"  # how names of delegates begin
+VERSION = "2.3.0"  # version of ai-edge-litert
+CPU = 1  # accelerator
+INSIDE = 8  # event type: an operator inside a delegate
+OPERATOR = 2  # event type: an operator of the file, or a delegate as a whole
+DELEGATE = "TfLite"  # prefix of delegate names
 READ, WRITE = 0, 1
 
 
@@ -38,24 +38,25 @@ class _Event(ctypes.Structure):
 
 
 class Network:
-    """A `.tflite` file opened in LiteRT with its profiler; it lives as its process.
+    """A `.tflite` file opened in LiteRT with its profiler. It stays open until its process ends.
 
     Args:
       path: the file.
-      signature: position of the signature to run. A file without signatures has one, with the names of its tensors.
+      signature: position of the signature to run. For a file without signatures LiteRT creates one with the names of its
+        tensors.
 
     Attributes:
-      inputs, outputs: their names, in the signature's order; without one in the file's.
+      inputs, outputs: names of inputs and outputs, in the order of the signature; in the file's order without one.
 
     Raises:
-      UserError: ai-edge-litert of another version, or without its library.
-      RuntimeError: a call is refused.
+      UserError: ai-edge-litert has another version or lacks its library.
+      RuntimeError: LiteRT refused a call.
     """
 
     def __init__(self, path: Path, signature: int = 0):
         self._signature = ctypes.c_size_t(signature)
         self._loaded = ctypes.CDLL(str(library()))
-        self._kept: list[Any] = []  # what the library still points to
+        self._referenced: list[Any] = []  # objects that the library still points to
         environment, model = self._new(), self._new()
         self._call("CreateEnvironment", 0, None, ctypes.byref(environment))
         name = ctypes.c_char_p(os.fsencode(path))
@@ -86,7 +87,7 @@ class Network:
         )
 
     def run(self) -> None:
-        """Runs it once."""
+        """Runs the network once."""
         self._call(
             "RunCompiledModel",
             *(self._compiled, self._signature),
@@ -95,100 +96,110 @@ class Network:
         )
 
     def write(self, position: int, values: np.ndarray) -> None:
-        """Copies an input in, of the dtype and size that it has in the file; `position` is in `inputs`."""
+        """Copies values to the input at `position` in `inputs`; they must have its dtype and size in the file."""
         values = np.ascontiguousarray(values)
         buffer = self._inputs[position]
-        self._locked(buffer, WRITE, values.nbytes, values.ctypes.data)
+        self._copy(buffer, WRITE, values.nbytes, values.ctypes.data)
 
     def read(self, position: int, shape, dtype) -> np.ndarray:
-        """Returns a copy of an output; `position` is in `outputs`."""
+        """Returns a copy of the output at `position` in `outputs`."""
         values = np.empty(shape, dtype)
         buffer = self._outputs[position]
-        self._locked(buffer, READ, values.nbytes, values.ctypes.data)
+        self._copy(buffer, READ, values.nbytes, values.ctypes.data)
         return values
 
-    def start(self) -> None:
-        """Has the profiler record from now on."""
+    def start_profiler(self) -> None:
+        """Starts recording with the profiler."""
         self._call("StartProfiler", self._profiler)
 
     def events(self) -> list[tuple[str, int | None, int]]:
-        """Takes (name, index in the file or None, µs) of each operator since the last call, in order.
+        """Returns (name, index in the file or None, µs) of each operator that ran since the last call, in order.
 
-        An operator inside a delegate has no index; a delegate as a whole is left out.
+        An operator inside a delegate has no index. A delegate as a whole is omitted.
         """
         count = ctypes.c_int()
         self._call("GetNumProfilerEvents", self._profiler, ctypes.byref(count))
         events = (_Event * count.value)()
-        if count.value:  # of none it would be refused
+        if count.value:  # LiteRT refuses a call for no events
             self._call("GetProfilerEvents", self._profiler, count, events)
-        found = []
+        operators = []
         for event in events:
             name = (event.tag or b"").decode(errors="replace")
             if event.type == INSIDE:
                 name = name.removeprefix("Delegate/")
-                found.append((name, None, event.elapsed_us))
+                operators.append((name, None, event.elapsed_us))
             elif event.type == OPERATOR and not name.startswith(DELEGATE):
-                index = None if event.subgraph else event.index  # of a loop's body
-                found.append((name, index, event.elapsed_us))
+                # The index of an operator in a loop's body is not one in the main graph.
+                index = None if event.subgraph else event.index
+                operators.append((name, index, event.elapsed_us))
         self._call("ResetProfiler", self._profiler)
-        self.start()  # a reset has stopped it
-        return found
+        self.start_profiler()  # the reset has stopped it
+        return operators
 
     def _options(self):
-        """Options: on the CPU, with the profiler."""
-        options, more = self._new(), self._new()
+        """Creates the options to run on the CPU with the profiler."""
+        options, runtime_options = self._new(), self._new()
         self._call("CreateOptions", ctypes.byref(options))
         self._call("SetOptionsHardwareAccelerators", options, CPU)
         text = ctypes.create_string_buffer(b"enable_profiling = true\n")
-        forget = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
-        self._kept += [text, forget]
+        deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+        self._referenced += [text, deleter]
         kind = ctypes.c_char_p(b"runtime_options_string")
-        self._call("CreateOpaqueOptions", kind, text, forget, ctypes.byref(more))
-        self._call("AddOpaqueOptions", options, more)
+        self._call(
+            "CreateOpaqueOptions", kind, text, deleter, ctypes.byref(runtime_options)
+        )
+        self._call("AddOpaqueOptions", options, runtime_options)
         return options
 
     def _names(self, signature, side: str) -> list[str]:
-        """The names of a signature's inputs or outputs, in its order."""
+        """Returns the names of a signature's inputs or outputs (side "Input" or "Output"), in its order."""
         count = ctypes.c_size_t()
         self._call(f"GetNumSignature{side}s", signature, ctypes.byref(count))
-        found = []
+        names = []
         for i in range(count.value):
-            name, at = ctypes.c_char_p(), ctypes.c_size_t(i)
-            self._call(f"GetSignature{side}Name", signature, at, ctypes.byref(name))
-            found.append((name.value or b"").decode())
-        return found
+            name, position = ctypes.c_char_p(), ctypes.c_size_t(i)
+            self._call(
+                f"GetSignature{side}Name", signature, position, ctypes.byref(name)
+            )
+            names.append((name.value or b"").decode())
+        return names
 
     def _buffer(self, environment, signature, side: str, index: int):
-        """Memory for an input or an output."""
-        at = ctypes.c_size_t(index)
-        tensor, needed, made = self._new(), self._new(), self._new()
-        kind = ctypes.create_string_buffer(1024)  # more than a tensor's type takes
+        """Allocates the buffer of an input or output (side "Input" or "Output")."""
+        position = ctypes.c_size_t(index)
+        tensor, requirements, buffer = self._new(), self._new(), self._new()
+        tensor_type = ctypes.create_string_buffer(1024)  # larger than the type's struct
         self._call(
-            f"GetSignature{side}TensorByIndex", signature, at, ctypes.byref(tensor)
+            f"GetSignature{side}TensorByIndex",
+            signature,
+            position,
+            ctypes.byref(tensor),
         )
-        self._call("GetRankedTensorType", tensor, kind)
+        self._call("GetRankedTensorType", tensor, tensor_type)
         self._call(
             f"GetCompiledModel{side}BufferRequirements",
-            *(self._compiled, self._signature, at, ctypes.byref(needed)),
+            *(self._compiled, self._signature, position, ctypes.byref(requirements)),
         )
         self._call(
             "CreateManagedTensorBufferFromRequirements",
-            *(environment, kind, needed, ctypes.byref(made)),
+            *(environment, tensor_type, requirements, ctypes.byref(buffer)),
         )
-        return made
+        return buffer
 
-    def _locked(self, buffer, mode: int, size: int, address: int) -> None:
-        """Copies to or from a buffer."""
-        buffer, there, bytes_there = ctypes.c_void_p(buffer), self._new(), self._size()
-        self._call("GetTensorBufferPackedSize", buffer, ctypes.byref(bytes_there))
-        if bytes_there.value != size:
-            raise RuntimeError(f"a tensor has {bytes_there.value} bytes, not {size}")
-        self._call("LockTensorBuffer", buffer, ctypes.byref(there), mode)
-        target, source = (there, address) if mode == WRITE else (address, there)
+    def _copy(self, buffer, mode: int, size: int, address: int) -> None:
+        """Copies `size` bytes from a host address to a buffer (mode WRITE), or from the buffer to the address (READ)."""
+        buffer, buffer_size = ctypes.c_void_p(buffer), self._size()
+        self._call("GetTensorBufferPackedSize", buffer, ctypes.byref(buffer_size))
+        if buffer_size.value != size:
+            raise RuntimeError(f"a tensor has {buffer_size.value} bytes, not {size}")
+        memory = self._new()
+        self._call("LockTensorBuffer", buffer, ctypes.byref(memory), mode)
+        target, source = (memory, address) if mode == WRITE else (address, memory)
         ctypes.memmove(target, source, size)
         self._call("UnlockTensorBuffer", buffer)
 
     def _call(self, name: str, *arguments) -> None:
+        """Calls a function of the library; raises a RuntimeError unless it returns 0."""
         if status := getattr(self._loaded, f"LiteRt{name}")(*arguments):
             raise RuntimeError(f"LiteRt{name} returned the status {status}")
 
@@ -200,17 +211,19 @@ class Network:
 
 
 def library() -> Path:
-    """The library of the one version whose interface is declared here."""
+    """Returns the path of the library, and checks that it has the version whose interface is declared here."""
     try:
         version = importlib.metadata.version("ai-edge-litert")
     except importlib.metadata.PackageNotFoundError:
         version = "none"
     if version != VERSION:
         raise UserError(
-            f"operators are timed with ai-edge-litert {VERSION}, here is {version}: pip install ai-edge-litert=={VERSION}"
+            f"timing operators needs ai-edge-litert {VERSION}, but {version} is installed: pip install ai-edge-litert=={VERSION}"
         )
     (folder,) = importlib.util.find_spec("ai_edge_litert").submodule_search_locations
     path = Path(folder, "libLiteRt.so")
     if not path.is_file():
-        raise UserError("operators are timed on Linux alone: here is no libLiteRt.so")
+        raise UserError(
+            "operators can be timed only on Linux: ai-edge-litert has no libLiteRt.so here"
+        )
     return path

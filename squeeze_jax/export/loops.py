@@ -1,8 +1,7 @@
-"""Programs without loops, for runtimes that have none.
+"""Unrolls loops, for runtimes that do not support them.
 
-`lax.scan`, `flax.linen.RNN` and `lax.fori_loop` between fixed bounds run a known number of turns: written out one after
-the other, they are the plain operations that LiteRT's converter knows. A loop that ends on a condition cannot be written
-out.
+`lax.scan`, `flax.linen.RNN` and `lax.fori_loop` with fixed bounds run a known number of iterations. Unrolled, they become
+plain operations that LiteRT's converter supports. A loop that ends on a condition cannot be unrolled.
 """
 
 from collections.abc import Callable
@@ -13,70 +12,74 @@ from jax.extend import core
 
 from squeeze_jax.cost import program
 
-MOST_TURNS = 512  # of all loops together; each turn's operations are a part of the file
-# Primitives that LiteRT has no operation for, or that its converter leaves as they are.
-_LACKING = {
+# The most iterations of all loops together: the file stores the operations of each iteration.
+MAX_ITERATIONS = 512
+# Primitives without a LiteRT operation, or that its converter leaves unconverted.
+_UNSUPPORTED = {
     *("cholesky", "eig", "eigh", "fft", "lu", "qr", "svd", "triangular_solve"),
     *("sort", "scan", "while", "random_bits", "threefry2x32", "rng_bit_generator"),
 }
 
 
-def written_out(fn: Callable, given: Any) -> Callable:
-    """Returns a function that computes what `fn` does, without its loops of known length.
+def unroll_loops(fn: Callable, input_shapes: Any) -> Callable:
+    """Returns a function that computes the same as `fn`, with all loops of known length unrolled.
 
     Args:
       fn: a function of one pytree that JAX can trace.
-      given: shapes of its argument.
+      input_shapes: shapes of its argument, as `jax.ShapeDtypeStruct`s.
 
     Returns:
-      `fn` itself where it has no such loop, or where its loops have more than MOST_TURNS turns.
+      `fn` itself if it has no such loop, or if its loops have more than MAX_ITERATIONS iterations.
     """
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(given)
-    if not 0 < _turns(closed.jaxpr) <= MOST_TURNS:
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(input_shapes)
+    if not 0 < _count_iterations(closed.jaxpr) <= MAX_ITERATIONS:
         return fn
     structure = jax.tree.structure(shapes)
-    run = core.jaxpr_as_fun(closed.replace(jaxpr=_unrolled(closed.jaxpr)))
+    run = core.jaxpr_as_fun(closed.replace(jaxpr=_unroll(closed.jaxpr)))
     return lambda x: jax.tree.unflatten(structure, run(*jax.tree.leaves(x)))
 
 
-def lacking(fn: Callable, given: Any) -> list[str]:
-    """Names what a function computes that LiteRT's files cannot hold, such as "fft in encoder/mix".
+def unsupported_operations(fn: Callable, input_shapes: Any) -> list[str]:
+    """Returns descriptions of the operations that a LiteRT file cannot hold, such as "fft in encoder/mix".
 
     Args:
-      fn, given: as of `written_out`.
+      fn, input_shapes: as for `unroll_loops`.
     """
-    operations = [op for op, _, _ in program.runs(program.trace(fn, given), _nothing)]
+    operations = [
+        op for op, _, _ in program.executions(program.trace(fn, input_shapes), _no_cost)
+    ]
     return list(
         dict.fromkeys(
-            f"{_called(op)} in {op.layer or 'the function itself'}"
+            f"{_describe(op)} in {op.layer or 'the function itself'}"
             for op in operations
-            if (op.name in _LACKING and not _written_out(op))
+            if (op.name in _UNSUPPORTED and not _is_unrolled(op))
             or any(str(v.dtype).startswith("complex") for v in op.outputs)
         )
     )
 
 
-def _nothing(op) -> int:
+def _no_cost(op) -> int:
     return 0
 
 
-def _written_out(op) -> bool:
+def _is_unrolled(op) -> bool:
     return op.name == "scan" and op.params["unroll"] == op.params["length"]
 
 
-def _called(op) -> str:
+def _describe(op) -> str:
+    """Describes an unsupported operation for an error message."""
     if op.name == "while":
         return "a loop that ends on a condition"
     if op.name == "scan":
         return f"a loop of {op.params['length']} turns"
-    return op.name if op.name in _LACKING else "complex numbers"
+    return op.name if op.name in _UNSUPPORTED else "complex numbers"
 
 
-def _turns(jaxpr: core.Jaxpr) -> int:
-    """The turns of all scans, those inside others multiplied."""
+def _count_iterations(jaxpr: core.Jaxpr) -> int:
+    """Returns the iterations of all scans; the iterations of nested scans are multiplied."""
     total = 0
     for eqn in jaxpr.eqns:
-        inside = sum(map(_turns, core.jaxprs_in_params(eqn.params)))
+        inside = sum(map(_count_iterations, core.jaxprs_in_params(eqn.params)))
         if eqn.primitive.name == "scan":
             total += eqn.params["length"] * max(1, inside)
         else:
@@ -84,22 +87,23 @@ def _turns(jaxpr: core.Jaxpr) -> int:
     return total
 
 
-def _unrolled(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """The same with each scan in one turn that holds all."""
+def _unroll(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """Returns the jaxpr with each scan unrolled over its whole length."""
     equations = []
     for eqn in jaxpr.eqns:
-        params = {name: _replaced(value) for name, value in eqn.params.items()}
+        params = {name: _unroll_parameter(value) for name, value in eqn.params.items()}
         if eqn.primitive.name == "scan":
             params["unroll"] = params["length"]
         equations.append(eqn.replace(params=params))
     return jaxpr.replace(eqns=equations)
 
 
-def _replaced(value: Any) -> Any:
+def _unroll_parameter(value: Any) -> Any:
+    """Returns an equation's parameter with the scans of every jaxpr in it unrolled."""
     if isinstance(value, core.ClosedJaxpr):
-        return value.replace(jaxpr=_unrolled(value.jaxpr))
+        return value.replace(jaxpr=_unroll(value.jaxpr))
     if isinstance(value, core.Jaxpr):
-        return _unrolled(value)
+        return _unroll(value)
     if type(value) in (tuple, list):
-        return type(value)(map(_replaced, value))
+        return type(value)(map(_unroll_parameter, value))
     return value

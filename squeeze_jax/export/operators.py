@@ -1,17 +1,17 @@
-"""What each operator of a LiteRT file takes, from the runtime's own profiler, alone in a fresh process on one core.
+"""Times each operator of a LiteRT file with the runtime's own profiler, in a child process on one core.
 
     python -m squeeze_jax.export.operators model.tflite --runs=100
 
-LiteRT's Python package has no way to its profiler, and the delegate that runs networks on CPUs, XNNPACK, takes the whole
-graph as one operator; but the library in that package reports what is inside, so it is called through its C interface.
-That is no documented part of the package: it is used with exactly the version that requirements.txt asks for, and in a
-process of its own, where a fault is an error and not the end of this one.
+LiteRT's Python package does not expose its profiler, and its delegate for CPUs, XNNPACK, takes the whole graph as one
+operator. The library in that package does report the operators inside, so it is called through its C interface. That is not
+a documented part of the package. So it is used only with the exact version in requirements.txt, and in a child process,
+where a fault becomes an error and does not end this process.
 
-  * XNNPACK counts whole microseconds, and drops what is left: an operator takes up to one more than it says, and what
-    takes less may read 0. What is missing from the whole is stated, never spread over the others; of a network that
-    takes some microseconds an operator it is most.
-  * An operator's layer is in the names of its file's tensors, where `export.make` has put it. XNNPACK's operators are
-    matched with the file's as `matching` tells; one that has no counterpart belongs to no layer, and a line counts these.
+  * XNNPACK counts whole microseconds and rounds down: an operator takes up to one microsecond more than reported, and a
+    shorter one may read 0. The part of a run that is missing from the operators is reported and never spread over them. In a
+    network whose operators take a few microseconds each, it is most of the run.
+  * The names of the file's tensors contain the layers, which `export.make` has put there. `matching` matches XNNPACK's
+    operators with the file's. An operator without a counterpart belongs to no layer, and one line of the table counts these.
 """
 
 import argparse
@@ -31,27 +31,32 @@ from squeeze_jax.errors import UserError, print_any_name
 from squeeze_jax.export import litert_c, process, runtime
 from squeeze_jax.export.formats.tflite import (
     dequantize,
+    find_signature,
     quantize,
     shares_batch,
-    signature,
-    signature_of,
+    signature_details,
 )
-from squeeze_jax.export.matching import Node, matched, unmatched
-from squeeze_jax.export.runnable import Spec, fitted, opened
+from squeeze_jax.export.matching import (
+    Node,
+    count_unmatched_products,
+    match_layers,
+)
+from squeeze_jax.export.runnable import Spec, check_examples, open_file
 
 
 class Operators(NamedTuple):
-    """What was found; the operators and `elsewhere_ms` add up to the mean of the profiled runs.
+    """Times of a file's operators; the operators and `elsewhere_ms` add up to the mean of the profiled runs.
 
     Attributes:
-      operators: (name, layer or None, ms) of each, in the order they run.
-      elsewhere_ms: of a profiled run, but of no operator: rounding, calling, and the profiler itself, which takes some
-        microseconds an operator outside of what it says.
-      profiled_ms: a run with the profiler.
-      latency_ms: dict(p50, p90, p99, spread) without it.
-      outputs: of the example, {name: [1, ...]}, to compare.
-      core: the CPU's that it ran on, or None.
-      unmatched: convolutions and other products whose layer is not to be told, see `matching.unmatched`.
+      operators: (name, layer or None, ms) of each operator, in the order in which they run.
+      elsewhere_ms: time of a profiled run outside all operators: rounding, calls, and the profiler itself, which takes some
+        microseconds per operator that it does not report.
+      profiled_ms: mean time of a run with the profiler.
+      latency_ms: dict(p50, p90, p99, spread) in ms of runs without the profiler.
+      outputs: {name: [1, ...]} for the example, to compare.
+      core: number of the CPU core that it ran on, or None.
+      unmatched: number of convolutions and other products whose layer is unknown, see
+        `matching.count_unmatched_products`.
     """
 
     operators: tuple[tuple[str, str | None, float], ...]
@@ -63,11 +68,11 @@ class Operators(NamedTuple):
     unmatched: int = 0
 
     def by_layer(self) -> dict[str | None, float]:
-        """{layer: ms}, None for what belongs to none."""
-        found = {}
+        """Returns {layer: ms}; the key None holds operators that belong to no layer."""
+        sums = {}
         for _, layer, ms in self.operators:
-            found[layer] = found.get(layer, 0.0) + ms
-        return found
+            sums[layer] = sums.get(layer, 0.0) + ms
+        return sums
 
 
 def measure(
@@ -78,37 +83,38 @@ def measure(
     warmup: int = 10,
     timeout: float = 600.0,
 ) -> Operators:
-    """Measures the operators of a `.tflite` file on one core, in a process of its own.
+    """Measures the operators of a `.tflite` file on one core, in a child process.
 
     Args:
       path: the file.
-      example: {name: [1, ...]}, or the array of a file with one input, such as pixels 0..255 [1, h, w, c].
-      runs: with the profiler, and as many without.
-      warmup: runs before both.
+      example: {name: [1, ...]}; for a file with one input also the array itself, such as pixels 0..255 [1, h, w, c].
+      runs: number of runs with the profiler, and also of runs without.
+      warmup: runs before the runs without the profiler, and again before those with it.
       timeout: seconds until the process is killed.
 
     Raises:
-      UserError: no such file, another version of LiteRT, an example of another shape.
+      UserError: the file is missing, LiteRT has another version, or the example does not match the file's inputs.
       process.Crash: the runtime died.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        given, found = runtime.written(example, scratch), Path(scratch, "found.npz")
-        printed = process.python(
+    with tempfile.TemporaryDirectory() as folder:
+        example_path = runtime.write_examples(example, folder)
+        outputs_path = Path(folder, "outputs.npz")
+        printed = process.run_module(
             "squeeze_jax.export.operators",
-            *(path, f"--example={given}", f"--outputs={found}"),
+            *(path, f"--example={example_path}", f"--outputs={outputs_path}"),
             *(f"--runs={runs}", f"--warmup={warmup}"),
             what=f"{path} in LiteRT's profiler",
             timeout=timeout,
         )
-        outputs = runtime.read(found)
-    said = json.loads(printed.splitlines()[-1])
-    said["operators"] = tuple(map(tuple, said["operators"]))
-    times = timing.percentiles(said.pop("times_ms"))
-    return Operators(**said, latency_ms=times, outputs=outputs)
+        outputs = runtime.read_arrays(outputs_path)
+    results = json.loads(printed.splitlines()[-1])
+    results["operators"] = tuple(map(tuple, results["operators"]))
+    percentiles = timing.percentiles(results.pop("times_ms"))
+    return Operators(**results, latency_ms=percentiles, outputs=outputs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a table; as the child of `measure`, with --outputs, one line of JSON, and writes the outputs there."""
+    """Prints a table of operators. With --outputs, as `measure` calls it, prints JSON and writes the outputs there."""
     parser = argparse.ArgumentParser(
         "squeeze_jax.export.operators", description=__doc__
     )
@@ -127,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cores = runtime.pin()
-        found, results = _measured(args.file, args.example, args.runs, args.warmup)
+        measured, outputs = _measure(args.file, args.example, args.runs, args.warmup)
     except UserError as error:
         print(error, file=sys.stderr)
         return process.USER_ERROR
@@ -135,89 +141,113 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.file} cannot be profiled: {error}", file=sys.stderr)
         return process.USER_ERROR
     if args.outputs:
-        np.savez(args.outputs, **results)
-        print(json.dumps(found | {"core": cores[0] if cores else None}))
+        np.savez(args.outputs, **outputs)
+        print(json.dumps(measured | {"core": cores[0] if cores else None}))
     else:
-        print(text(found))
+        print(text(measured))
     return 0
 
 
-def text(found: dict) -> str:
-    """A line for each operator, what no operator took, and the whole, in ms; `found` is what `_measured` returns."""
-    rows = [(name, layer or "-", ms) for name, layer, ms in found["operators"]]
-    rows.append(("elsewhere", "-", found["elsewhere_ms"]))
-    rows.append(("a run with the profiler", "", found["profiled_ms"]))
-    rows.append(("a run without, median", "", float(np.median(found["times_ms"]))))
-    wide = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = [f"{'operator':{wide[0]}}  {'layer':{wide[1]}}        ms"]
-    lines += [f"{n:{wide[0]}}  {layer:{wide[1]}}  {ms:8.4f}" for n, layer, ms in rows]
-    if found.get("unmatched"):
+def text(measured: dict) -> str:
+    """Returns a table in ms: a line per operator, the time outside operators, and the time of a run.
+
+    Args:
+      measured: the first result of `_measure`.
+    """
+    rows = [(name, layer or "-", ms) for name, layer, ms in measured["operators"]]
+    rows.append(("elsewhere", "-", measured["elsewhere_ms"]))
+    rows.append(("a run with the profiler", "", measured["profiled_ms"]))
+    rows.append(("a run without, median", "", float(np.median(measured["times_ms"]))))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{'operator':{widths[0]}}  {'layer':{widths[1]}}        ms"]
+    lines += [
+        f"{n:{widths[0]}}  {layer:{widths[1]}}  {ms:8.4f}" for n, layer, ms in rows
+    ]
+    if measured.get("unmatched"):
         lines.append(
-            f"{found['unmatched']} products have no layer: XNNPACK's are not the file's one by one"
+            f"{measured['unmatched']} products have no layer: XNNPACK's are not the file's one by one"
         )
     return "\n".join(lines)
 
 
-def _measured(path, example, runs, warmup) -> tuple[dict, dict]:
-    """What `Operators` is made of but the core, and the outputs."""
+def _measure(path, example, runs, warmup) -> tuple[dict, dict]:
+    """Measures a file in this process.
+
+    Args:
+      path: the file.
+      example: path of a file with the example, or None for a random one.
+      runs, warmup: as for `measure`.
+
+    Returns:
+      (the fields of `Operators` except outputs and core, with times_ms instead of latency_ms; {output: [1, ...]}).
+    """
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one is needed")
     if Path(path).suffix != ".tflite":
-        raise UserError(f"{path}: operators are timed of .tflite files")
-    inputs = opened(path).inputs  # says what is wrong with a file that cannot be run
-    given = fitted(runtime.read(example) if example else noise(inputs), inputs)
-    if any(len(array) > 1 for array in given.values()):
-        raise UserError("operators are timed on one example: give arrays [1, ...]")
+        raise UserError(f"{path}: only operators of .tflite files can be timed")
+    inputs = open_file(path).inputs  # raises a clear error for a file that cannot run
+    arrays = check_examples(
+        runtime.read_arrays(example) if example else random_example(inputs), inputs
+    )
+    if any(len(array) > 1 for array in arrays.values()):
+        raise UserError(
+            "operators can be timed only on one example: give arrays [1, ...]"
+        )
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path))
-    entries, exits = signature(interpreter)
-    batched = shares_batch(entries, exits)
-    chosen = signature_of(interpreter)
-    network = litert_c.Network(Path(path), chosen[0] if chosen else 0)
-    places, ends = (
-        # Without a signature the names are our own, and the file's order is kept.
-        {name: names.index(name) if chosen else i for i, name in enumerate(side)}
-        for side, names in ((entries, network.inputs), (exits, network.outputs))
+    input_details, output_details = signature_details(interpreter)
+    batched = shares_batch(input_details, output_details)
+    signature = find_signature(interpreter)
+    network = litert_c.Network(Path(path), signature[0] if signature else 0)
+    input_positions, output_positions = (
+        # Without a signature the names are ours, in the order of the file.
+        {name: names.index(name) if signature else i for i, name in enumerate(details)}
+        for details, names in (
+            (input_details, network.inputs),
+            (output_details, network.outputs),
+        )
     )
-    for name, entry in entries.items():
-        values = quantize(given[name] if batched else given[name][0], entry)
-        network.write(places[name], np.broadcast_to(values, entry["shape"]))
+    for name, detail in input_details.items():
+        values = quantize(arrays[name] if batched else arrays[name][0], detail)
+        network.write(input_positions[name], np.broadcast_to(values, detail["shape"]))
     timing.times(network.run, warmup)
-    plain = timing.times(network.run, runs)
-    network.start()
+    times_without_profiler = timing.times(network.run, runs)
+    network.start_profiler()
     timing.times(network.run, warmup)
     network.events()
     times, events = [], []
     for _ in range(runs):
         times += timing.times(network.run, 1)
         events.append(network.events())
-    results = {
-        name: dequantize(network.read(ends[name], e["shape"], e["dtype"]), e)
-        for name, e in exits.items()
+    outputs = {
+        name: dequantize(
+            network.read(output_positions[name], d["shape"], d["dtype"]), d
+        )
+        for name, d in output_details.items()
     }
-    results = {name: y[:1] if batched else y[None] for name, y in results.items()}
-    names = [(name, index) for name, index, _ in events[0]]
-    taken = np.mean([[us for *_, us in each] for each in events], axis=0) / 1e3
-    nodes = in_file(path)
-    layers = matched(names, nodes)
+    outputs = {name: y[:1] if batched else y[None] for name, y in outputs.items()}
+    ran = [(name, index) for name, index, _ in events[0]]
+    mean_ms = np.mean([[us for *_, us in run] for run in events], axis=0) / 1e3
+    nodes = read_operators(path)
+    layers = match_layers(ran, nodes)
     operators = [
         (name, layer, float(ms))
-        for (name, _), layer, ms in zip(names, layers, taken, strict=True)
+        for (name, _), layer, ms in zip(ran, layers, mean_ms, strict=True)
     ]
-    whole = float(np.mean(times))
-    found = {
+    run_ms = float(np.mean(times))
+    measured = {
         "operators": operators,
-        "elsewhere_ms": whole - float(taken.sum()),
-        "profiled_ms": whole,
-        "times_ms": plain,
-        "unmatched": unmatched(names, nodes),
+        "elsewhere_ms": run_ms - float(mean_ms.sum()),
+        "profiled_ms": run_ms,
+        "times_ms": times_without_profiler,
+        "unmatched": count_unmatched_products(ran, nodes),
     }
-    return found, results
+    return measured, outputs
 
 
-def noise(inputs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
-    """An example of values 0..255; of integers zeros, which every table has a row for."""
+def random_example(inputs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
+    """Returns an example of random values 0..255; zeros for integers, because every embedding table has a row 0."""
     rng = np.random.default_rng(0)
     return {
         name: rng.uniform(0, 255 * (s.dtype.kind == "f"), (1, *s.shape)).astype(s.dtype)
@@ -225,35 +255,37 @@ def noise(inputs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
     }
 
 
-def in_file(path: str | Path) -> list[Node]:
+def read_operators(path: str | Path) -> list[Node]:
     """Returns the operators of a `.tflite` file, in its order."""
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.Model.GetRootAs(Path(path).read_bytes())
     codes = {v: k for k, v in vars(schema.BuiltinOperator).items() if k[0] != "_"}
-    graph, found = model.Subgraphs(0), []
+    graph, nodes = model.Subgraphs(0), []
     for i in range(graph.OperatorsLength()):
         op = graph.Operators(i)
         code = model.OperatorCodes(op.OpcodeIndex())
         number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
-        kind = codes.get(number, f"OPERATOR_{number}")  # newer than the schema
+        kind = codes.get(
+            number, f"OPERATOR_{number}"
+        )  # an operator newer than the schema
         read = [op.Inputs(i) for i in range(op.InputsLength())]
         written = [op.Outputs(i) for i in range(op.OutputsLength())]
-        # A result of the network bears its own name; the weights still tell.
+        # An output of the network has a name without a layer; the names of the weights then contain the layer.
         names = [
             graph.Tensors(t).Name() or b"" for t in written[:1] + read[1:] if t >= 0
         ]
         names = [name.decode(errors="replace") for name in names]
-        layer = next(filter(None, map(layer_of, names)), None)
-        found.append(Node(kind, layer, tuple(read), tuple(written)))
-    return found
+        layer = next(filter(None, map(layer_in_name, names)), None)
+        nodes.append(Node(kind, layer, tuple(read), tuple(written)))
+    return nodes
 
 
-def layer_of(tensor: str) -> str | None:
-    """The layer in a tensor's name, such as `jit(f)/Net/conv1_norm/mul;jit(f)/Net/conv1/conv_general_dilated1`: conv1.
+def layer_in_name(tensor: str) -> str | None:
+    """Returns the layer in a tensor's name, None if there is none.
 
-    Of several the one with a convolution or a matrix product, else the first; the module's own name is left out, but
-    where it is all there is.
+    `jit(f)/Net/conv1_norm/mul;jit(f)/Net/conv1/conv_general_dilated1` gives conv1: of several operations the one with a
+    convolution or matrix product, else the first. The module's own name is omitted unless there is no other.
     """
     steps = [s for s in tensor.split(";") if s.startswith("jit(")]
     products = [s for s in steps if re.search(r"/(conv_general|dot_general)\w*$", s)]

@@ -1,4 +1,4 @@
-"""Whether a file computes what the live model computes, and where it first does not."""
+"""Compares the outputs of an exported file with those of the live model, and finds the first stage that diverges."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -7,26 +7,30 @@ import numpy as np
 
 from squeeze_jax.errors import Reported
 
-UNSEEN = 1e30  # beyond this a number stands for what may not be seen
-INTEGER_STAGE_ERROR = 0.25  # relative RMS error of a stage beyond what 8 bits explain
+MASKED = 1e30  # larger absolute values mark masked positions
+INTEGER_STAGE_ERROR = (
+    0.25  # relative RMS error of a stage that rounding to 8 bits cannot explain
+)
 
 
 class Disagreement(Reported, RuntimeError):
-    """An exported file does not compute what the live model computes.
+    """Raised when the outputs of an exported file differ from the live model's.
 
     Attributes:
-      difference: largest |file - live| of the outputs.
-      output: which has it.
-      index: (example, class) of it, or as many numbers as the output has axes.
+      difference: largest |file output - live output|.
+      output: name of the output with that difference.
+      index: position of the difference, (example, class) or one number for each axis of the output.
       agreement: share of examples with the same top class.
-      stage: the first diverging output, or None where no stages were given.
+      stage: the first diverging stage, or None if no stages were compared.
     """
 
-    def __init__(self, file: str, verdict: "Verdict", stage: str | None, why: str = ""):
+    def __init__(
+        self, file: str, verdict: "Verdict", stage: str | None, detail: str = ""
+    ):
         self.difference, self.index = verdict.difference, verdict.index
         self.output, self.agreement = verdict.output, verdict.agreement
         self.stage = stage
-        first = f"; the first diverging output is {stage}{why}" if stage else why
+        first = f"; the first diverging output is {stage}{detail}" if stage else detail
         remedy = (
             "; train longer, with a larger config.steps, or lower config.export.int8_agreement"
             if verdict.integer
@@ -38,27 +42,28 @@ class Disagreement(Reported, RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """What a comparison found; `str` of it is the sentence for an error.
+    """The result of a comparison; its `str` is the sentence for an error message.
 
     Attributes:
-      agrees: within the limit.
-      difference: |file - live| that is the largest part of what is allowed; infinite where the file gives no number.
-      output: name of the output that has it.
-      index: position of it.
-      live: the live value there.
-      found: the file's value there.
-      agreement: see `compare`.
-      limit: the largest difference allowed, or the least agreement.
-      by_agreement: which of the two.
-      integer: whether the file is one of integers.
+      agrees: whether the file is within the limits.
+      difference: the |file output - live output| that is largest relative to its allowed difference; infinite if the file
+        gives NaN or infinity.
+      output: name of the output with that difference.
+      index: position of the difference in the output.
+      model_value: the live model's value at that position.
+      file_value: the file's value at that position.
+      agreement: mean agreement of the examples, see `compare`.
+      limit: the least agreement if `by_agreement` is set, otherwise the largest allowed difference.
+      by_agreement: whether the agreement decided, and not the largest difference.
+      integer: whether the file is in an integer format.
     """
 
     agrees: bool
     difference: float
     output: str
     index: tuple[int, ...]
-    live: float
-    found: float
+    model_value: float
+    file_value: float
     agreement: float
     limit: float
     by_agreement: bool
@@ -68,7 +73,7 @@ class Verdict(NamedTuple):
         place = ", ".join(map(str, self.index))
         largest = (
             f"largest difference {self.difference:.3g} at {self.output}[{place}]"
-            f" (live {self.live:.4g}, file {self.found:.4g})"
+            f" (live {self.model_value:.4g}, file {self.file_value:.4g})"
         )
         if self.by_agreement:
             same = f"{self.agreement:.1%} agreement on the check examples"
@@ -77,8 +82,8 @@ class Verdict(NamedTuple):
 
 
 def compare(
-    live: Mapping[str, np.ndarray],
-    found: Mapping[str, np.ndarray],
+    model_outputs: Mapping[str, np.ndarray],
+    file_outputs: Mapping[str, np.ndarray],
     *,
     integer: bool,
     tolerance: float,
@@ -88,98 +93,123 @@ def compare(
     """Compares a file's outputs with the live model's.
 
     Args:
-      live: {name: float32 [n, ...]}, finite.
-      found: the same from the file.
-      integer: judge by the agreement instead of the largest difference.
-      tolerance: max |found - live| ≤ tolerance · max |live| of each output; of one that is zero everywhere ≤ tolerance.
+      model_outputs: {name: float32 [n, ...]} of the live model, finite.
+      file_outputs: the same outputs from the file.
+      integer: whether the agreement decides instead of the largest difference.
+      tolerance: limit of max |file - live| / max |live| for each output; for an output that is zero everywhere, limit of
+        max |file|.
       int8_agreement: least mean agreement of the examples, 0..1.
-      agreement: (live, found) → float [n], 0..1, of each example; the task's own, which float files have to reach too, or
-        None for `same_answers`, which follows from the difference but for ties.
+      agreement: (model_outputs, file_outputs) → float [n], the agreement 0..1 of each example. A task's own function, which
+        float files have to satisfy too; or None for `same_answers`, which for float files follows from a small difference,
+        except for ties.
+
+    Raises:
+      ValueError: the outputs have other names or shapes.
     """
-    shapes = [{k: v.shape for k, v in each.items()} for each in (live, found)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"the live outputs are {shapes[0]}, the file's {shapes[1]}")
-    finite = all(np.isfinite(v).all() for v in found.values())
-    share = float(np.mean((agreement or same_answers)(live, found)))
-    worst = []
-    for name, values in live.items():
-        difference, index = largest_difference(values, found[name])
-        worst.append((difference / _limit(values, tolerance), difference, name, index))
-    _, difference, name, index = max(worst)
-    limit = _limit(live[name], tolerance)
-    near = integer or difference <= limit
-    alike = share >= int8_agreement or not (integer or agreement)
-    by_agreement = integer or (near and not alike)
+    model_shapes, file_shapes = (
+        {name: array.shape for name, array in outputs.items()}
+        for outputs in (model_outputs, file_outputs)
+    )
+    if model_shapes != file_shapes:
+        raise ValueError(
+            f"the live outputs are {model_shapes}, the file's {file_shapes}"
+        )
+    finite = all(np.isfinite(v).all() for v in file_outputs.values())
+    share = float(np.mean((agreement or same_answers)(model_outputs, file_outputs)))
+    differences = []
+    for name, values in model_outputs.items():
+        difference, index = largest_difference(values, file_outputs[name])
+        relative = difference / _limit(values, tolerance)
+        differences.append((relative, difference, name, index))
+    _, difference, name, index = max(differences)
+    limit = _limit(model_outputs[name], tolerance)
+    is_close = integer or difference <= limit
+    same_enough = share >= int8_agreement or not (integer or agreement)
+    by_agreement = integer or (is_close and not same_enough)
     return Verdict(
-        finite and near and alike,
-        *(difference, name, index),
-        *(float(live[name][index]), float(found[name][index])),
-        *(share, int8_agreement if by_agreement else limit, by_agreement, integer),
+        agrees=finite and is_close and same_enough,
+        difference=difference,
+        output=name,
+        index=index,
+        model_value=float(model_outputs[name][index]),
+        file_value=float(file_outputs[name][index]),
+        agreement=share,
+        limit=int8_agreement if by_agreement else limit,
+        by_agreement=by_agreement,
+        integer=integer,
     )
 
 
 def same_answers(
-    live: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+    model_outputs: Mapping[str, np.ndarray], file_outputs: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Returns the agreement of each example [n], 0..1, for outputs that are class scores.
+    """Returns the agreement of each example, float [n] in 0..1, for outputs that are class scores.
 
-    It is whether the top class, the argmax of the last axis, is the same; of several positions, as of a map of classes, the
-    share where it is; of several outputs the product, so that a span agrees where both of its ends do. Of a regression,
-    an output [n, 1], it is 1 - RMS(found - live) / RMS(live), at least 0.
+    The agreement is 1 if the top class, the argmax of the last axis, is the same, else 0. For outputs with several positions,
+    such as a map of classes, it is the share of positions with the same top class. For several outputs it is the product of
+    their agreements, so that a text span agrees only if both of its ends do. For a regression, an output [n, 1] or [n], it is
+    1 - RMS(file - live) / RMS(live), at least 0, and the same for all examples.
     """
-    return np.prod([_same(live[k], found[k]) for k in live], axis=0)
+    agreements = [
+        _same_output(model_outputs[k], file_outputs[k]) for k in model_outputs
+    ]
+    return np.prod(agreements, axis=0)
 
 
-def _same(live: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """The agreement of each example [n], of one output."""
-    if live.shape[1:] in ((), (1,)):
-        errors = np.square(found.astype(np.float64) - live), np.square(live)
-        wrong, size = (np.sqrt(np.mean(e, dtype=np.float64)) for e in errors)
-        right = 1 - wrong / size if wrong else 1.0
-        return np.full(len(live), np.nan_to_num(max(right, 0.0)))
-    equal = live.argmax(-1) == found.argmax(-1)
-    return equal.reshape(len(live), -1).mean(1)
+def _same_output(model_output: np.ndarray, file_output: np.ndarray) -> np.ndarray:
+    """Returns the agreement of each example, float [n], for one output; see `same_answers`."""
+    n = len(model_output)
+    if model_output.shape[1:] in ((), (1,)):
+        squares = (
+            np.square(file_output.astype(np.float64) - model_output),
+            np.square(model_output),
+        )
+        rms_error, rms = (np.sqrt(np.mean(s, dtype=np.float64)) for s in squares)
+        agreement = 1 - rms_error / rms if rms_error else 1.0
+        return np.full(n, np.nan_to_num(max(agreement, 0.0)))
+    equal = model_output.argmax(-1) == file_output.argmax(-1)
+    return equal.reshape(n, -1).mean(1)
 
 
-def largest_difference(live: np.ndarray, found: np.ndarray):
-    """Returns (max |found - live|, its index); where the file gives no number the difference is infinite."""
-    difference = np.abs(found.astype(np.float64) - live)
+def largest_difference(model_output: np.ndarray, file_output: np.ndarray):
+    """Returns (max |file - live|, its index); the difference is infinite where the file gives NaN or infinity."""
+    difference = np.abs(file_output.astype(np.float64) - model_output)
     difference = np.where(np.isfinite(difference), difference, np.inf)
     index = np.unravel_index(difference.argmax(), difference.shape)
     return float(difference[index]), tuple(map(int, index))
 
 
 def first_diverging(
-    live: Mapping[str, np.ndarray],
-    found: Mapping[str, np.ndarray],
+    model_outputs: Mapping[str, np.ndarray],
+    file_outputs: Mapping[str, np.ndarray],
     *,
     integer: bool,
     tolerance: float,
 ) -> tuple[str, float] | None:
-    """Finds the first stage that a file computes differently.
+    """Finds the first stage whose outputs differ between the file and the live model.
 
-    A float stage diverges beyond the tolerance of `compare`; an integer one when its relative RMS error is above a
-    quarter, several times what rounding to 8 bits gives. Where a stage is the lowest float, which stands for what may
-    not be seen, any number as low is right.
+    A float stage diverges if it exceeds the tolerance of `compare`. An integer stage diverges if its relative RMS error is
+    above a quarter, several times the error of rounding to 8 bits. Positions where the live model has the lowest float, which
+    marks masked positions, are not compared.
 
     Args:
-      live: stage outputs by name, first to last.
-      found: the file's.
-      integer: which of the two limits.
+      model_outputs: {stage: outputs} of the live model, first to last.
+      file_outputs: {stage: outputs} of the file.
+      integer: whether the limit for integer stages applies.
       tolerance: as in `compare`.
 
     Returns:
-      (name, largest difference) of the stage, or None where all agree.
+      (name, largest difference) of the stage, or None if all stages agree.
     """
-    for name, expected in live.items():
-        got = found[name]
-        if expected.shape != got.shape:
+    for name, expected in model_outputs.items():
+        actual = file_outputs[name]
+        if expected.shape != actual.shape:
             return name, float("inf")
-        seen = np.abs(expected) < UNSEEN
-        expected, got = np.where(seen, expected, 0), np.where(seen, got, 0)
-        difference, _ = largest_difference(expected, got)
+        visible = np.abs(expected) < MASKED
+        expected, actual = np.where(visible, expected, 0), np.where(visible, actual, 0)
+        difference, _ = largest_difference(expected, actual)
         if integer:
-            error = np.sqrt(np.mean((got.astype(np.float64) - expected) ** 2))
+            error = np.sqrt(np.mean((actual.astype(np.float64) - expected) ** 2))
             scale = np.sqrt(np.mean(expected.astype(np.float64) ** 2))
             diverges = not error <= INTEGER_STAGE_ERROR * scale
         else:
@@ -189,6 +219,6 @@ def first_diverging(
     return None
 
 
-def _limit(live: np.ndarray, tolerance: float) -> float:
-    """The largest difference that is allowed: relative to the output's own largest number."""
-    return tolerance * (float(np.abs(live).max(initial=0)) or 1.0)
+def _limit(model_output: np.ndarray, tolerance: float) -> float:
+    """Returns the largest allowed difference: the tolerance times the output's largest absolute value."""
+    return tolerance * (float(np.abs(model_output).max(initial=0)) or 1.0)

@@ -1,4 +1,4 @@
-"""An exported file, opened: the one shape that every runtime is brought into."""
+"""Opens an exported file in its runtime, and gives every runtime the same interface, `Runnable`."""
 
 import importlib.metadata
 import types
@@ -16,11 +16,11 @@ FORMATS = "squeeze_jax.export.formats"
 
 
 class Spec(NamedTuple):
-    """An input or an output of a file, without the axis of examples, such as ((224, 224, 3), float32).
+    """The shape and dtype of a file's input for one example, such as ((224, 224, 3), float32).
 
     Attributes:
-      shape, dtype: of one example.
-      range: the least and the greatest value that an input may have, such as (0, 255) of pixels, or None: unknown.
+      shape, dtype: shape and dtype of one example, without the batch axis.
+      range: (minimum, maximum) of an input's possible values, such as (0, 255) for pixels; None if unknown.
     """
 
     shape: tuple[int, ...]
@@ -29,14 +29,14 @@ class Spec(NamedTuple):
 
 
 class Runnable(NamedTuple):
-    """A file in its runtime.
+    """A file opened in its runtime.
 
     Attributes:
-      inputs: what it takes, {name: Spec}.
-      batch: the only batch size it takes; None means any.
-      run: {name: [batch, ...]}, of the inputs' dtypes → {name: float32 [batch, ...]} of its outputs.
-      timed: such inputs → a function that runs the file once on them; copying them in is not timed.
-      runtime: name and version of what runs it.
+      inputs: {name: Spec} of its inputs.
+      batch: the only batch size that it accepts; None for any.
+      run: {input: [batch, ...]}, in the dtypes of `inputs` → {output: float32 [batch, ...]}.
+      timed: the same inputs → a function that runs the file once on them. Timing that function excludes copying the inputs.
+      runtime: name and version of the runtime.
     """
 
     inputs: dict[str, Spec]
@@ -46,11 +46,11 @@ class Runnable(NamedTuple):
     runtime: str
 
 
-def format_of(key: str) -> types.ModuleType:
-    """Loads a format's file and looks for the packages that it needs.
+def load_format(key: str) -> types.ModuleType:
+    """Loads the module of an export format and checks that the packages it needs are installed.
 
     Raises:
-      UserError: no such format, or a package is missing, as where it is not built for this kind of machine.
+      UserError: the format is unknown, or a package is missing, for example because it is not built for this platform.
     """
     module = registry.load(FORMATS, key, "export format")
     for package in module.NEEDS:
@@ -64,7 +64,7 @@ def format_of(key: str) -> types.ModuleType:
     return module
 
 
-def opened(path: str | Path, threads: int | None = None) -> Runnable:
+def open_file(path: str | Path, threads: int | None = None) -> Runnable:
     """Opens a file in the runtime that its extension names.
 
     Raises:
@@ -75,11 +75,11 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
         raise UserError(f"no exported file at {path}: export it first")
     listing.verify(path)
     extension = path.suffix.removeprefix(".")
-    # A method or a model of the user's own may be called as a format of the library, so that the library's comes first.
+    # A user's method or model may have the name of a format of the library; the format takes precedence.
     loaders = registry.own_files() | {key: key for key in registry.names(FORMATS)}
     if extension not in loaders:
         raise UserError(
-            f"{path} is no exported file that can be run: expected .stablehlo or .tflite, or for a format of your own the"
+            f"{path} is not an exported file that can be run: expected .stablehlo or .tflite, or for a format of your own the"
             " name of its Python file"
         )
     try:
@@ -88,100 +88,106 @@ def opened(path: str | Path, threads: int | None = None) -> Runnable:
         raise
     except (
         Exception
-    ) as error:  # each runtime has exceptions of its own for a damaged file
+    ) as error:  # each runtime raises its own exceptions for a damaged file
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} cannot be run as {extension}: {reason[0]}") from error
 
 
-def specs(
+def input_specs(
     inputs: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]] | None = None
 ) -> dict[str, Spec]:
-    """Returns inputs as `Spec`s.
+    """Returns {name: Spec} of a model's inputs.
 
     Args:
-      inputs: {name: whatever has a shape and a dtype, such as `jax.ShapeDtypeStruct`}, of one example.
-      ranges: {input: (least, greatest value)}, of those whose ranges are known.
+      inputs: {name: an object with a shape and a dtype of one example, such as `jax.ShapeDtypeStruct`}.
+      ranges: {input: (minimum, maximum)} of the inputs whose ranges are known.
 
     Raises:
-      UserError: inputs that are no such mapping, or a range of an unknown input, of integers, or that is empty.
+      UserError: `inputs` is not such a mapping, or a range is empty or belongs to an unknown or integer input.
     """
     example = "{'image': jax.ShapeDtypeStruct((224, 224, 3), 'float32')}"
     if not isinstance(inputs, Mapping) or not inputs:
         raise UserError(
             f"inputs should be a dict of one example's shapes, such as {example}, not {shortened(repr(inputs), 100)}"
         )
-    for name, each in inputs.items():
-        if not hasattr(each, "shape") or not hasattr(each, "dtype"):
+    for name, array in inputs.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise UserError(
-                f"the input {name!r} is {shortened(repr(each), 100)} and should have a shape and a dtype: {example}"
+                f"the input {name!r} is {shortened(repr(array), 100)} and should have a shape and a dtype: {example}"
             )
-    found = {
-        name: Spec(tuple(map(int, each.shape)), np.dtype(each.dtype))
-        for name, each in inputs.items()
+    specs = {
+        name: Spec(tuple(map(int, array.shape)), np.dtype(array.dtype))
+        for name, array in inputs.items()
     }
-    for name, ends in (ranges or {}).items():
-        if name not in found:
-            raise UserError(f"ranges: there is no input {name!r}{nearest(name, found)}")
-        if found[name].dtype.kind != "f":
+    for name, bounds in (ranges or {}).items():
+        if name not in specs:
+            raise UserError(f"ranges: there is no input {name!r}{nearest(name, specs)}")
+        if specs[name].dtype.kind != "f":
             raise UserError(
-                f"ranges: the input {name} is {found[name].dtype}: integers stay what they are; leave its range out"
+                f"ranges: the input {name} is {specs[name].dtype}: integers stay what they are; leave its range out"
             )
-        ends = tuple(map(float, ends))
-        if len(ends) != 2 or not ends[0] < ends[1] or not np.isfinite(ends).all():
+        bounds = tuple(map(float, bounds))
+        if (
+            len(bounds) != 2
+            or not bounds[0] < bounds[1]
+            or not np.isfinite(bounds).all()
+        ):
             raise UserError(
-                f"ranges: {name} = {ends} should be the least and the greatest value"
+                f"ranges: {name} = {bounds} should be the least and the greatest value"
             )
-        found[name] = found[name]._replace(range=ends)
-    return found
+        specs[name] = specs[name]._replace(range=bounds)
+    return specs
 
 
-def named(found: Any) -> dict[str, Any]:
-    """Returns a function's outputs by name: an array is called logits, and the arrays of a sequence output_0, output_1, ….
+def name_outputs(result: Any) -> dict[str, Any]:
+    """Returns {name: output} for the result of a function.
+
+    A mapping keeps its names. A single array is called logits, and the arrays of a sequence output_0, output_1, ….
 
     Raises:
-      UserError: it is neither, or an output is no array.
+      UserError: the result is none of these or empty, or an output is not an array.
     """
-    if isinstance(found, Mapping):
-        named_outputs = dict(found)
-    elif isinstance(found, tuple | list) and not hasattr(found, "shape"):
-        nested = next((each for each in found if isinstance(each, Mapping)), None)
+    if isinstance(result, Mapping):
+        outputs = dict(result)
+    elif isinstance(result, tuple | list) and not hasattr(result, "shape"):
+        nested = next((item for item in result if isinstance(item, Mapping)), None)
         if nested is not None:
             raise UserError(
                 "the function returns a tuple of outputs and a dict, as a network does with its endpoints: return the"
                 " outputs alone, such as model.apply(variables, x)[0]"
             )
-        named_outputs = {f"output_{i}": each for i, each in enumerate(found)}
+        outputs = {f"output_{i}": item for i, item in enumerate(result)}
     else:
-        named_outputs = {"logits": found}
-    if not named_outputs:
+        outputs = {"logits": result}
+    if not outputs:
         raise UserError(
             "the function returns nothing: it should return an array [b, ...]"
         )
-    for name, each in named_outputs.items():
-        if not hasattr(each, "shape") or not isinstance(name, str):
+    for name, output in outputs.items():
+        if not hasattr(output, "shape") or not isinstance(name, str):
             raise UserError(
-                f"the function's output {name!r} is of type {type(each).__name__}: it should return an array, or a flat dict"
+                f"the function's output {name!r} is of type {type(output).__name__}: it should return an array, or a flat dict"
                 " of arrays by name"
             )
-    return named_outputs
+    return outputs
 
 
-def fitted(
+def check_examples(
     examples: Any, inputs: Mapping[str, Any], taker: str = "the file"
 ) -> dict[str, np.ndarray]:
-    """Checks that examples are what a file takes.
+    """Checks that examples match the inputs of a file, and returns them as arrays.
 
     Args:
-      examples: {name: [n, ...]}; for a file of one input also the array alone.
-      inputs: what it takes, {name: Spec}.
-      taker: what takes them, for errors.
+      examples: {name: [n, ...]}; for a file with one input also the array itself.
+      inputs: {name: Spec} of the file's inputs.
+      taker: name of the file or model in error messages.
 
     Returns:
-      {name: [n, ...]} in the order of the inputs, of the same dtypes as they came.
+      {name: [n, ...]} in the order of the inputs, in the dtypes of the examples.
 
     Raises:
-      UserError: a missing or an unknown input, another shape, real numbers for integers, no examples, or not as many
-        of one input as of another.
+      UserError: an input is missing or unknown, an array has another shape or has floats for integers, there are no examples,
+        or the inputs have different numbers of examples.
     """
     names = ", ".join(inputs)
     if not isinstance(examples, Mapping):
@@ -214,34 +220,37 @@ def fitted(
     return arrays
 
 
-def outputs(runnable: Runnable, examples: Any, batch: int) -> dict[str, np.ndarray]:
-    """Runs all examples, in batches of one size so that a compiled program is compiled once.
+def compute_outputs(
+    runnable: Runnable, examples: Any, batch: int
+) -> dict[str, np.ndarray]:
+    """Runs a file on all examples, in batches of equal size so that its program is compiled only once.
 
     Args:
       runnable: an opened file.
-      examples: see `fitted`, any dtype that fits; pixels are 0..255.
-      batch: examples at a time where the file takes any number.
+      examples: as for `check_examples`, in any dtype that the file accepts; pixels are 0..255.
+      batch: batch size if the file accepts any.
 
     Returns:
-      {name: [n, ...]} of its outputs.
+      {output: [n, ...]}.
 
     Raises:
-      UserError: see `fitted`.
+      UserError: as `check_examples`.
     """
-    arrays = fitted(examples, runnable.inputs)
+    arrays = check_examples(examples, runnable.inputs)
     n = len(next(iter(arrays.values())))
     size = runnable.batch or min(batch, n)
-    parts = []
+    batches = []
     for start in range(0, n, size):
         rows = np.arange(start, start + size).clip(max=n - 1)
-        parts.append(runnable.run(cast(arrays, runnable.inputs, rows)))
+        batches.append(runnable.run(cast_rows(arrays, runnable.inputs, rows)))
     return {
-        name: np.concatenate([part[name] for part in parts])[:n] for name in parts[0]
+        name: np.concatenate([outputs[name] for outputs in batches])[:n]
+        for name in batches[0]
     }
 
 
-def cast(
+def cast_rows(
     arrays: Mapping[str, np.ndarray], inputs: Mapping[str, Spec], rows: Any
 ) -> dict[str, np.ndarray]:
-    """Some examples in the dtypes that a file takes."""
+    """Returns the selected rows of examples, in the dtypes of a file's inputs."""
     return {name: a[rows].astype(inputs[name].dtype) for name, a in arrays.items()}

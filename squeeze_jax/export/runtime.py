@@ -1,16 +1,16 @@
-"""Runs an exported file in its own runtime: in this process, or alone in a fresh one on one core to measure it.
+"""Runs an exported file in its own runtime: in this process, or in a child process on one core to measure it.
 
     python -m squeeze_jax.export.runtime model.tflite --images=x.npy --runs=100
     python -m squeeze_jax.export.runtime model.tflite --examples=named_arrays.npz
 
-**Latency**: batch 1, one core, one thread; warm-up runs, then N timed ones with Python's garbage collector off. Copying the
-inputs in and quantizing them is not timed.
+**Latency**: batch 1, one core, one thread. After warm-up runs, N runs are timed with Python's garbage collector off. Copying
+and quantizing the inputs is not timed.
 
 **Peak memory**: growth of the resident set, from just before the file is opened to its maximum after the timed runs at batch
-1. The runtime's library and the examples are loaded before, and a first program is compiled where the runtime compiles, so
-that growth belongs to the file: its weights, its program, its activations, and for StableHLO XLA's memory while compiling.
-On Linux the kernel's high-water mark is reset before opening (`/proc/self/clear_refs`); elsewhere, and where that is
-forbidden, the mark since the process began is used, and growth below an earlier maximum is not seen.
+1. The runtime's library and the examples are loaded before, and where the runtime compiles, a first program is compiled. So
+the growth belongs to the file: its weights, program and activations, and for StableHLO XLA's memory during compilation. On
+Linux the kernel's high-water mark is reset before opening (`/proc/self/clear_refs`). Elsewhere, and where that is forbidden,
+the high-water mark since the start of the process is used, and growth below an earlier maximum is not seen.
 """
 
 import argparse
@@ -32,7 +32,13 @@ import numpy as np
 from squeeze_jax.cost import timing
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import class_names, process
-from squeeze_jax.export.runnable import Runnable, cast, fitted, opened, outputs
+from squeeze_jax.export.runnable import (
+    Runnable,
+    cast_rows,
+    check_examples,
+    compute_outputs,
+    open_file,
+)
 
 MEGABYTE = 1e6
 
@@ -43,8 +49,8 @@ class File:
 
     Attributes:
       runnable: the file in its runtime.
-      batch: examples at a time where the file takes any number.
-      classes: names of the classes, in the order of its logits; () where the file has none.
+      batch: batch size if the file accepts any.
+      classes: class names, in the order of its logits; () if the file has none.
     """
 
     runnable: Runnable
@@ -52,15 +58,15 @@ class File:
     classes: tuple[str, ...]
 
     def __call__(self, examples: Any) -> np.ndarray | dict[str, np.ndarray]:
-        """Returns the file's output, float32 [n, ...], or {name: output} of several.
+        """Returns the file's output, float32 [n, ...], or {name: output} if it has several.
 
         Args:
-          examples: {name: [n, ...]}, or the array alone where the file has one input, such as pixels 0..255 [n, h, w, c].
+          examples: {name: [n, ...]}; for a file with one input also the array itself, such as pixels 0..255 [n, h, w, c].
 
         Raises:
-          UserError: other examples than the file takes.
+          UserError: the examples do not match the file's inputs.
         """
-        return _alone(outputs(self.runnable, examples, self.batch))
+        return _unwrap_single(compute_outputs(self.runnable, examples, self.batch))
 
 
 def load(path: str | Path, *, batch: int = 64, threads: int | None = None) -> File:
@@ -68,21 +74,23 @@ def load(path: str | Path, *, batch: int = 64, threads: int | None = None) -> Fi
 
     Args:
       path: a `.stablehlo` or `.tflite` file.
-      batch: examples at a time where the file takes any number.
-      threads: CPU threads of LiteRT, all cores by default.
+      batch: batch size if the file accepts any.
+      threads: CPU threads of LiteRT; all cores by default.
 
     Returns:
       A function of examples, see `File`.
 
     Raises:
-      UserError: the file is missing, damaged or of no known format.
+      UserError: the file is missing, damaged or of an unknown format.
     """
-    return File(opened(path, threads), batch, class_names.read(path))
+    return File(open_file(path, threads), batch, class_names.read(path))
 
 
-def _alone(found: dict[str, np.ndarray]) -> np.ndarray | dict[str, np.ndarray]:
-    """Returns the array of one output, or all by name."""
-    return found if len(found) > 1 else next(iter(found.values()))
+def _unwrap_single(
+    outputs: dict[str, np.ndarray],
+) -> np.ndarray | dict[str, np.ndarray]:
+    """Returns the array if there is one output, otherwise {name: output}."""
+    return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
 
 def run(
@@ -92,10 +100,10 @@ def run(
 
     Args:
       path: the file.
-      examples: as the function that `load` returns takes them.
-      runs: timed runs at batch 1; with 0 nothing is measured.
-      warmup: runs before them.
-      batch: examples at a time for the outputs.
+      examples: as for the function that `load` returns.
+      runs: number of timed runs at batch 1; with 0 nothing is measured.
+      warmup: runs before the timed ones.
+      batch: batch size for the outputs.
       timeout: seconds until the process is killed.
 
     Returns:
@@ -103,24 +111,25 @@ def run(
       times_ms: [runs], peak_memory_mb, open_ms, core.
 
     Raises:
-      UserError: the file is missing, damaged, of no known format, or takes other examples.
+      UserError: the file is missing, damaged or of an unknown format, or the examples do not match its inputs.
       process.Crash: the runtime died or hung.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        given, found = written(examples, scratch), Path(scratch, "found.npz")
-        printed = process.python(
+    with tempfile.TemporaryDirectory() as folder:
+        examples_path = write_examples(examples, folder)
+        outputs_path = Path(folder, "outputs.npz")
+        printed = process.run_module(
             "squeeze_jax.export.runtime",
-            *(path, f"--examples={given}", f"--outputs={found}"),
+            *(path, f"--examples={examples_path}", f"--outputs={outputs_path}"),
             *(f"--runs={runs}", f"--warmup={warmup}", f"--batch={batch}"),
             what=f"{path} in its own runtime",
             timeout=timeout,
         )
-        results = read(found)
-    return json.loads(printed.splitlines()[-1]) | {"outputs": results}
+        outputs = read_arrays(outputs_path)
+    return json.loads(printed.splitlines()[-1]) | {"outputs": outputs}
 
 
-def written(examples: Any, folder: str | Path) -> Path:
-    """Writes examples for a child to `read`, and returns the file."""
+def write_examples(examples: Any, folder: str | Path) -> Path:
+    """Writes examples to a file in a folder, from which a child process reads them, and returns its path."""
     if isinstance(examples, Mapping):
         path = Path(folder, "examples.npz")
         np.savez(path, **{name: np.asarray(a) for name, a in examples.items()})
@@ -130,21 +139,21 @@ def written(examples: Any, folder: str | Path) -> Path:
     return path
 
 
-def read(path: str | Path) -> Any:
-    """The array of a `.npy` file, or {name: array} of an `.npz` file.
+def read_arrays(path: str | Path) -> Any:
+    """Reads the array of a `.npy` file, or {name: array} of an `.npz` file.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     try:
-        found = np.load(path)
-        if isinstance(found, np.ndarray):
-            return found
-        with found:
-            return dict(found)
+        content = np.load(path)
+        if isinstance(content, np.ndarray):
+            return content
+        with content:
+            return dict(content)
     except (OSError, ValueError, EOFError, AttributeError) as error:
-        said = str(error).splitlines()[0] if str(error) else "it is no .npy or .npz"
-        raise UserError(f"cannot read examples from {path}: {said}") from None
+        reason = str(error).splitlines()[0] if str(error) else "it is no .npy or .npz"
+        raise UserError(f"cannot read examples from {path}: {reason}") from None
 
 
 def measure(
@@ -156,14 +165,14 @@ def measure(
     warmup: int = 10,
     timeout: float = 1800.0,
 ) -> dict:
-    """Measures a file on one core of a fresh process, and its accuracy where there are labels.
+    """Measures a file on one core in a fresh process, and its accuracy if there are labels.
 
     Args:
       path: the file.
-      examples: as the function that `load` returns takes them.
-      labels: [n] classes, or None; for a file of one output, whose last axis is the classes.
-      runs: timed runs at batch 1.
-      warmup: runs before them.
+      examples: as for the function that `load` returns.
+      labels: [n] classes, for a file with one output whose last axis holds the class scores; or None.
+      runs: number of timed runs at batch 1.
+      warmup: runs before the timed ones.
       timeout: seconds until the process is killed.
 
     Returns:
@@ -171,21 +180,21 @@ def measure(
       outputs: [n, ...], or {name: output} of several); MB are 10^6 bytes.
 
     Raises:
-      As `run`.
+      UserError, process.Crash: as for `run`.
     """
-    found = run(path, examples, runs=max(runs, 1), warmup=warmup, timeout=timeout)
-    logits = _alone(found.pop("outputs"))
-    spread = timing.percentiles(found.pop("times_ms"))
-    right = None if labels is None else logits.argmax(-1) == np.asarray(labels)
-    return found | {
-        "accuracy": None if right is None else float(right.mean()),
-        "latency_ms": {k: spread[k] for k in ("p50", "p90", "p99")},
+    results = run(path, examples, runs=max(runs, 1), warmup=warmup, timeout=timeout)
+    logits = _unwrap_single(results.pop("outputs"))
+    percentiles = timing.percentiles(results.pop("times_ms"))
+    correct = None if labels is None else logits.argmax(-1) == np.asarray(labels)
+    return results | {
+        "accuracy": None if correct is None else float(correct.mean()),
+        "latency_ms": {k: percentiles[k] for k in ("p50", "p90", "p99")},
         "outputs": logits,
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The child: prints one line of JSON, and writes the outputs where it is told."""
+    """Runs a file as a command: prints its measurements as one line of JSON, and writes its outputs to `--outputs`."""
     parser = argparse.ArgumentParser("squeeze_jax.export.runtime", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
@@ -206,38 +215,38 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cores = pin()
-        examples = read(args.examples)
-        _wake(Path(args.file))
-        found = {"bytes": _size(args.file)}
+        examples = read_arrays(args.examples)
+        _load_runtime(Path(args.file))
+        results = {"bytes": _size(args.file)}
         if args.runs:
-            runnable, measured = _measured(args.file, examples, args.runs, args.warmup)
-            found |= measured | {"core": cores[0] if cores else None}
+            runnable, measured = _measure(args.file, examples, args.runs, args.warmup)
+            results |= measured | {"core": cores[0] if cores else None}
         else:
-            runnable = opened(args.file, threads=1)
-        found["runtime"] = runnable.runtime
+            runnable = open_file(args.file, threads=1)
+        results["runtime"] = runnable.runtime
         if args.outputs:
-            np.savez(args.outputs, **outputs(runnable, examples, args.batch))
+            np.savez(args.outputs, **compute_outputs(runnable, examples, args.batch))
     except UserError as error:
         print(error, file=sys.stderr)
         return process.USER_ERROR
-    print(json.dumps(found))
+    print(json.dumps(results))
     return 0
 
 
-def _measured(path, examples, runs, warmup):
-    """The opened file and dict(times_ms, open_ms, peak_memory_mb)."""
-    before = _reset_peak()
+def _measure(path, examples, runs, warmup):
+    """Opens a file, measures it, and returns (opened file, dict(times_ms, open_ms, peak_memory_mb))."""
+    bytes_before = _reset_peak()
     start = time.perf_counter()
-    runnable = opened(path, threads=1)
-    arrays = fitted(examples, runnable.inputs)
-    first = cast(arrays, runnable.inputs, slice(1))
-    outputs(runnable, first, 1)
+    runnable = open_file(path, threads=1)
+    arrays = check_examples(examples, runnable.inputs)
+    first = cast_rows(arrays, runnable.inputs, slice(1))
+    compute_outputs(runnable, first, 1)
     open_ms = 1e3 * (time.perf_counter() - start)
     once = runnable.timed(first)
     for _ in range(warmup):
         once()
     times_ms = timing.times(once, runs)
-    peak = max(_peak() - before, 0) / MEGABYTE
+    peak = max(_peak_bytes() - bytes_before, 0) / MEGABYTE
     return runnable, dict(times_ms=times_ms, open_ms=open_ms, peak_memory_mb=peak)
 
 
@@ -246,27 +255,30 @@ def _size(path) -> int:
 
 
 def pin(cores: int = 1) -> tuple[int, ...] | None:
-    """Confines this process and its later threads to some cores, the one it is on first; None where the system cannot.
+    """Pins this process and its future threads to some cores, starting with the core that it runs on.
 
-    To be called before JAX is imported: its threads are then as many as the cores, and on one core operations are not split.
+    Call it before JAX is imported: JAX then has as many threads as cores, and on one core it does not split operations.
+
+    Returns:
+      The cores, or None if the system cannot pin processes.
     """
     if cores == 1:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     if not hasattr(os, "sched_setaffinity"):
         return None
     allowed = sorted(os.sched_getaffinity(0))
-    try:  # the 39th field: the scheduler has just put this process on an idle core
+    try:  # field 39 is the current core; the scheduler has just put this process on an idle one
         first = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[36])
-        at = allowed.index(first)
+        start = allowed.index(first)
     except (OSError, ValueError, IndexError):
-        at = 0
-    chosen = (allowed[at:] + allowed[:at])[:cores]
-    os.sched_setaffinity(0, chosen)
-    return tuple(chosen)
+        start = 0
+    pinned = (allowed[start:] + allowed[:start])[:cores]
+    os.sched_setaffinity(0, pinned)
+    return tuple(pinned)
 
 
-def _wake(path: Path) -> None:
-    """Loads the runtime, so that its own memory is not counted as the file's."""
+def _load_runtime(path: Path) -> None:
+    """Loads the runtime, so that its own memory does not count as the file's."""
     if path.suffix == ".stablehlo":
         import jax
 
@@ -275,25 +287,25 @@ def _wake(path: Path) -> None:
         try:
             import ai_edge_litert.interpreter  # noqa: F401
         except ImportError:
-            return  # opening the file says what to install
+            return  # opening the file raises an error that names the package to install
 
 
 def _reset_peak() -> int:
-    """Gives free heap back, resets the high-water mark where that is allowed, and returns the resident bytes."""
+    """Returns free heap to the system, resets the high-water mark if allowed, and returns the resident bytes."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return _peak()
-    return _status("VmRSS")
+        return _peak_bytes()
+    return _status_bytes("VmRSS")
 
 
-def _peak() -> int:
-    """The high-water mark of the resident set, bytes."""
+def _peak_bytes() -> int:
+    """Returns the high-water mark of the resident set in bytes."""
     try:
-        return _status("VmHWM")
+        return _status_bytes("VmHWM")
     except OSError:
         import resource
 
@@ -301,7 +313,7 @@ def _peak() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _status(field: str) -> int:
+def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

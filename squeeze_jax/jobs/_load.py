@@ -76,7 +76,7 @@ def _load_into(net, trained, name, example, fresh):
       UserError: a parameter outside the classifier is missing or has another shape.
     """
     variables = trained.plain_variables(trained.options, fresh)
-    shapes = foreign.shapes(net, _load.input_of(net, example))
+    shapes = foreign.variable_shapes(net, _load.example_input(net, example))
     head = _pretrained.head_prefixes(name)
     loaded, expected = tree.flatten(variables), tree.flatten(dict(shapes))
     taken = {}
@@ -96,4 +96,4 @@ def _load_into(net, trained, name, example, fresh):
         _log.warning(
             "%s: %s initialised anew: train it", trained.location, ", ".join(layers)
         )
-    return _load.completed(net, taken, example, fresh)
+    return _load.complete_variables(net, taken, example, fresh)

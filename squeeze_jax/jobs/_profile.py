@@ -64,7 +64,7 @@ def measure(built, settings) -> Measurement:
     )
     if settings.cores is None:
         return _measure(**task)
-    printed = process.python(
+    printed = process.run_module(
         __name__,
         *(settings.cores, json.dumps(task)),
         what=f"{built.options['name']} on {settings.cores} of the CPU's cores",

@@ -301,7 +301,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
             notes[len(cells)] = row
             cells.append([row["layer"], *[""] * len(columns)])
     name_width = max(len(row[0]) for row in cells)
-    lines = table.aligned(cells).splitlines()
+    lines = table.align(cells).splitlines()
     for number, row in notes.items():  # outside the columns, which would get as wide
         name = row["layer"].ljust(name_width)
         lines[number + 1] = f"{name}  not counted: {row['not_counted']}"

@@ -14,7 +14,7 @@ import numpy as np
 from squeeze_jax import export, registry, stop
 from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.export import listing, process
-from squeeze_jax.export.runnable import format_of, named
+from squeeze_jax.export.runnable import load_format, name_outputs
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.ranges import Count, Distinct, Positive, Share
@@ -95,7 +95,7 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
     folder, step, rejected = workdir / "export", int(state.step), []
     for key in settings.formats:
         stop.check()
-        integer = format_of(key).INTEGER
+        integer = load_format(key).INTEGER
         try:
             (file,) = export.make(
                 inference_function(built, state, integer=integer),
@@ -134,7 +134,7 @@ def _check_calibration(built: Built, settings: Settings) -> None:
     if built.experiment.data.get("source", {}).get("name") != "absent":
         return
     for key in settings.formats:
-        if format_of(key).INTEGER:
+        if load_format(key).INTEGER:
             raise UserError(
                 f"the format {key} needs the run's images, to measure ranges and to compare answers: restore them, or leave"
                 " the format out of config.export.formats"
@@ -163,7 +163,7 @@ def inference_function(
     def fn(batch):
         inputs = built.data.inputs(batch)
         (logits, stages), _ = forward.run(network, variables, inputs)
-        return stages | named(logits) if endpoints else logits
+        return stages | name_outputs(logits) if endpoints else logits
 
     return fn
 

@@ -15,7 +15,7 @@ from squeeze_jax import models
 from squeeze_jax.data import tokens
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.parity import Disagreement, Verdict, compare
-from squeeze_jax.export.runnable import named
+from squeeze_jax.export.runnable import name_outputs
 from squeeze_jax.jobs import _settings, evaluate, export
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import units
@@ -100,7 +100,7 @@ def _compare_outputs(built, variables, folder) -> Verdict:
 
         def call(x):
             (logits, _), _ = forward.run(network, variables, built.data.inputs(x))
-            return named(logits)
+            return name_outputs(logits)
 
         with jax.default_matmul_precision("highest"):
             return {k: np.asarray(v) for k, v in jax.jit(call)(examples).items()}

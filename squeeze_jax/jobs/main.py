@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.export.runnable import format_of
+from squeeze_jax.export.runnable import load_format
 from squeeze_jax.jobs import _experiment, _settings, benchmark, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
 
@@ -24,7 +24,7 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
     fit.ready(built)
     if jax.process_count() == 1:
         for key in _settings.job_settings(built, export.Settings).formats:
-            format_of(key)
+            load_format(key)
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:

@@ -130,4 +130,4 @@ def report(
         [name, *(f"{scores[key]:.4f}" for key in names)]
         for name, scores in rows.items()
     ]
-    return table.aligned(lines)
+    return table.align(lines)

@@ -1,4 +1,4 @@
-"""The model zoo: one architecture a file, the file's name is the key."""
+"""The model zoo: one architecture per file. The file's name is its key in `config.model.name`."""
 
 from squeeze_jax.models._folder import class_names, load, options, save
 from squeeze_jax.models._make import check, make

@@ -1,7 +1,7 @@
-"""Builds encoders of text from embeddings, a stack of layers and a task's head.
+"""Builds text encoders from embeddings, a stack of layers and a task's head.
 
-A net is a Linen module with the attributes row, task, num_classes, pooler and settings. Its `__call__` makes the parts by
-`embeddings`, `layers` and `head`, with the arguments in which it differs from BERT, and runs them by `encode`.
+A network is a Linen module with the attributes row, task, num_classes, pooler and settings. Its `__call__` builds the parts
+with `embeddings`, `layers` and `head`, passing the arguments that differ from BERT's, and runs them with `encode`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +26,22 @@ from squeeze_jax.nn.embed import (
 from squeeze_jax.nn.heads import Head, Pooler
 from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
-# The layers that another task or other classes change: a pooler learns what a task asks of it.
+# The layers that depend on the task or the classes; the pooler is trained for the task, too.
 CLASSIFIER = ("pooler", "head")
-# The tasks that score tokens at the input "positions" alone, if there is one, and "features", which teaches such networks.
-_SCORED = ("masked_lm", "pretraining", "features")
+# The tasks that score only the tokens at the input "positions", if it is given; and "features", for teachers of these tasks.
+_TASKS_WITH_POSITIONS = ("masked_lm", "pretraining", "features")
 
 
 class Row(NamedTuple):
-    """A variant: layers, their channels, attention's heads, the feed-forward network's channels, the embeddings' sizes.
+    """The sizes of a variant.
 
-    `embedding_features` are the embeddings' channels; None for those of the layers.
+    Attributes:
+      layers: number of layers.
+      features: channels of a layer's hidden states.
+      heads: attention heads.
+      ffn_features: hidden channels of a feed-forward network.
+      vocabulary, positions, segments: rows of the embedding tables.
+      embedding_features: channels of the embeddings; None for `features`.
     """
 
     layers: int
@@ -49,19 +55,19 @@ class Row(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Options that `make` has in every file of an encoder; `registry.options` puts them into its signature.
+    """Options of `make` that all encoders share; `registry.options` adds them to its signature.
 
     Attributes:
-      num_classes: outputs of the tasks classification (1: regression) and tokens; None for no head and no pooler: the last
-        layer's [b, l, d] stands in place of the logits.
-      layers, features, heads, ffn_features: instead of the variant's; heads divide features.
-      vocabulary, positions: sizes of the embeddings instead of the variant's.
-      activation: of the feed-forward networks, a name of `activations.ACTIVATIONS`.
-      epsilon: of all normalisations.
-      dropout: rate after embeddings and before residual sums, 0 to 1; needs the rng "dropout" in training.
-      attention_dropout: rate on attention's probabilities.
-      head_dropout: rate before a classifier; None for `dropout`.
-      dtype: of everything between the embeddings and the logits; parameters and logits are float32.
+      num_classes: outputs of the tasks classification (1: regression) and tokens. None for no head and no pooler: the network
+        then returns the last hidden states [b, l, d] in place of logits.
+      layers, features, heads, ffn_features: sizes that replace the variant's; heads must divide features.
+      vocabulary, positions: rows of the embedding tables that replace the variant's.
+      activation: activation of the feed-forward networks, a name in `activations.ACTIVATIONS`.
+      epsilon: epsilon of all normalisations.
+      dropout: dropout rate after embeddings and before residual sums, 0 to 1; needs the rng "dropout" in training.
+      attention_dropout: dropout rate of the attention probabilities.
+      head_dropout: dropout rate before a classifier; None for `dropout`.
+      dtype: dtype of the computation between the embeddings and the logits; parameters and logits are float32.
     """
 
     num_classes: Count | None = 2
@@ -80,7 +86,7 @@ class Options(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The options that a net computes with; the sizes are in its row. See `Options`; `head_dropout` is a number."""
+    """The options of a network that are not sizes, see `Options`; here `head_dropout` is always a number."""
 
     activation: str
     epsilon: float
@@ -91,10 +97,10 @@ class Settings(NamedTuple):
 
 
 def settings(options: Options) -> Settings:
-    """Returns the options that are no sizes.
+    """Returns the options that are not sizes.
 
     Raises:
-      UserError: an unknown activation.
+      UserError: the activation is unknown.
     """
     activations.by_name(options.activation)
     if options.head_dropout is None:
@@ -102,38 +108,43 @@ def settings(options: Options) -> Settings:
     return Settings(*(getattr(options, name) for name in Settings._fields))
 
 
-def sized(row: Any, options: Options, **sizes: int | None) -> Any:
-    """Returns a variant's row with the sizes of the options, and others that are not None, instead of its own.
+def replace_sizes(row: Any, options: Options, **sizes: int | None) -> Any:
+    """Returns a variant's row in which the sizes that are not None replace the variant's.
+
+    Args:
+      row: the variant's row.
+      options: options with the sizes that all encoders share.
+      **sizes: the other sizes of an architecture.
 
     Raises:
-      UserError: a size that is not positive.
+      UserError: a size is not positive.
     """
     shared = ("layers", "features", "heads", "ffn_features", "vocabulary", "positions")
     sizes |= {name: getattr(options, name) for name in shared}
     return encoder.with_sizes(row, **sizes)
 
 
-def chosen(
+def row_and_settings(
     variants: Mapping[str, Row],
     variant: str,
     model_type: str,
     options: Options,
     **sizes: int | None,
 ) -> tuple[Row, Settings]:
-    """Returns the sizes and settings of a net.
+    """Returns the sizes and settings of a network.
 
     Args:
-      variants: the rows of a file.
-      variant: the name of one of them.
-      model_type: how an error calls the file.
-      options: what `make` was called with, and the file's defaults.
-      **sizes: the file's own options that are sizes.
+      variants: {variant: row} of an architecture.
+      variant: the variant.
+      model_type: name of the architecture in error messages.
+      options: the options of `make`, with the architecture's defaults.
+      **sizes: options of the architecture that are sizes.
 
     Raises:
-      UserError: an unknown variant or activation, a size that is not positive, heads that do not divide the features.
+      UserError: the variant or activation is unknown, a size is not positive, or the heads do not divide the features.
     """
     row = registry.row(variants, variant, f"variant of {model_type}")
-    row = sized(row, options, **sizes)
+    row = replace_sizes(row, options, **sizes)
     encoder.check_divisors(row.features, row.ffn_features, row.heads)
     return row, settings(options)
 
@@ -145,11 +156,12 @@ def has_pooler(
     tasks: Any = heads.Task,
     need: Sequence[str] = heads.NEED_POOLER,
 ) -> bool:
-    """Whether an encoder has a pooler; see `heads.has_pooler`. A network without classes has one only if `pooler` is
-    true.
+    """Returns whether an encoder has a pooler, see `heads.has_pooler`.
+
+    A network without a head (`num_classes` is None) has one only if `pooler` is True.
 
     Raises:
-      UserError: see `heads.has_pooler`.
+      UserError: as `heads.has_pooler`.
     """
     heads.check_task(task, tasks)
     if num_classes is None:
@@ -158,7 +170,7 @@ def has_pooler(
 
 
 def embeddings(net, **changes: Any) -> Embeddings:
-    """Makes the embeddings; `changes` are the arguments of `Embeddings` that differ from BERT's."""
+    """Builds the embeddings; `changes` are the arguments of `Embeddings` that differ from BERT's."""
     row, settings = net.row, net.settings
     common = {
         "vocabulary": row.vocabulary,
@@ -173,7 +185,7 @@ def embeddings(net, **changes: Any) -> Embeddings:
 
 
 def layer(net, number: int, groups: Groups = encoder.DENSE, **changes: Any):
-    """Makes a layer, which counts from 1; `changes` are the arguments of `encoder.Layer` that differ from BERT's."""
+    """Builds layer `number`, from 1 on; `changes` are the arguments of `encoder.Layer` that differ from BERT's."""
     common = {
         "heads": net.row.heads,
         "ffn_features": net.row.ffn_features,
@@ -189,27 +201,27 @@ def layer(net, number: int, groups: Groups = encoder.DENSE, **changes: Any):
 
 
 def layers(net, **changes: Any) -> list[nn.Module]:
-    """Makes all layers, see `layer`."""
+    """Builds all layers, see `layer`."""
     return [layer(net, n, **changes) for n in range(1, net.row.layers + 1)]
 
 
 def head(net, **changes: Any) -> Head:
-    """Makes the task's head; `changes` are the arguments of `Head` that differ from BERT's."""
-    dropped = net.task in ("classification", "tokens", "choice")
+    """Builds the task's head; `changes` are the arguments of `Head` that differ from BERT's."""
+    has_dropout = net.task in ("classification", "tokens", "choice")
     common = {
         "task": net.task,
         "num_classes": net.num_classes,
         "features": net.row.embedding_features or net.row.features,
         "activation": net.settings.activation,
         "epsilon": net.settings.epsilon,
-        "dropout": net.settings.head_dropout if dropped else 0.0,
+        "dropout": net.settings.head_dropout if has_dropout else 0.0,
         "name": "head",
     }
     return Head(**common | changes)
 
 
 def project(net, y: jax.Array) -> jax.Array:
-    """Takes embeddings to the layers' channels by a fully connected layer, [b, l, e] → [b, l, d]."""
+    """Projects embeddings to the layers' channels with a fully connected layer, [b, l, e] → [b, l, d]."""
     init = encoder.KERNEL_INIT
     layer = Conv(
         net.row.features, (1,), dtype=y.dtype, kernel_init=init, name="project"
@@ -218,12 +230,12 @@ def project(net, y: jax.Array) -> jax.Array:
 
 
 def pool(net, y: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-    """Returns the first token after a fully connected layer and tanh, [b, d], or None without a pooler."""
+    """Returns the first token's hidden state after a fully connected layer and tanh, [b, d]; None without a pooler."""
     return Pooler(name="pooler")(y) if net.pooler else None
 
 
-def unchanged(net, y: jax.Array) -> jax.Array:
-    """Returns y."""
+def identity(net, y: jax.Array) -> jax.Array:
+    """Returns y unchanged."""
     return y
 
 
@@ -236,31 +248,32 @@ def encode(
     *,
     train: bool,
     rows: Callable = lambda mask: None,
-    widen: Callable = unchanged,
-    finish: Callable = unchanged,
+    widen: Callable = identity,
+    finish: Callable = identity,
     pool: Callable = pool,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Runs an encoder inside its `nn.compact` method.
 
     Args:
       net: the encoder, bound.
-      x: {"tokens", "segments", "attended", "position_ids"} of [b, l], see `embed.text_inputs`, and for the tasks masked_lm and
+      x: {"tokens", "segments", "attended", "position_ids"}, each [b, l], see `embed.text_inputs`; and for the tasks masked_lm and
         pretraining "positions" [b, p], see `embed.scored_positions`.
       tables, blocks, last: its embeddings, layers and head.
       train: whether dropout acts.
-      rows: bool [b, l] or None → each token's row in the table of positions, int [b, l], or None to count tokens.
-      widen: (net, embeddings) → what the first layer reads, [b, l, d].
-      finish: (net, the last layer's outputs) → [b, l, d].
-      pool: (net, what `finish` returned, mask) → what stands for a whole sequence, [b, d] or None.
+      rows: padding mask, bool [b, l] or None → each token's row in the table of positions, int [b, l]; or None to number the
+        tokens in order.
+      widen: (net, embeddings) → inputs of the first layer, [b, l, d].
+      finish: (net, outputs of the last layer) → final hidden states, [b, l, d].
+      pool: (net, final hidden states, padding mask) → representation of each sequence, [b, d], or None.
 
     Returns:
-      Logits, see `heads.Head`, and endpoints: embeddings (what the first layer reads), layer1, layer2, … [b, l, d],
-      attention1, … (probabilities) and scores1, … (before the softmax) [b, heads, l, l], and pooled [b, d] if there is
-      one. Without classes the last layer's [b, l, d], float32, stands in place of the logits.
+      (logits, endpoints). Logits: see `heads.Head`; without a head the final hidden states [b, l, d], float32, take their
+      place. Endpoints: embeddings (the inputs of the first layer) and layer1, layer2, … [b, l, d]; attention1, …
+      (probabilities) and scores1, … (before the softmax) [b, heads, l, l]; and pooled [b, d] if there is a pooler.
     """
     network, others = type(net).__name__, ()
-    # A network without a head may teach one that scores tokens, on the same batches.
-    if net.task in _SCORED or net.num_classes is None:
+    # A network without a head may be the teacher of a network that scores tokens, on the same batches.
+    if net.task in _TASKS_WITH_POSITIONS or net.num_classes is None:
         others = ("positions",)
     tokens, segments, mask, at = text_inputs(
         x,
@@ -273,8 +286,8 @@ def encode(
     at = rows(mask) if at is None else at
     y = widen(net, tables(tokens, segments, at=at, train=train))
     endpoints = {"embeddings": y}
-    y, others = encoder.run_layers(blocks, y, mask, train=train)
-    endpoints |= others
+    y, layer_endpoints = encoder.run_layers(blocks, y, mask, train=train)
+    endpoints |= layer_endpoints
     y = finish(net, y)
     pooled = pool(net, y, mask)
     if pooled is not None:
@@ -293,17 +306,18 @@ def encode(
 
 
 def _table_sizes(net, tables: Embeddings) -> Sizes:
+    """Returns the sizes of the embedding tables, against which inputs are checked."""
     row = net.row
     return Sizes(row.vocabulary, row.segments, tables.before + row.positions)
 
 
 def layer_names(parts: Mapping[str, str], layers: int, start: str) -> dict[str, str]:
-    """Names of numbered layers, ours from 1 on and theirs from 0.
+    """Returns {our layer: their layer} of numbered layers, ours numbered from 1 and theirs from 0.
 
     Args:
-      parts: {our part of a layer: theirs}.
-      layers: how many.
-      start: what stands before their number.
+      parts: {our part of a layer: their part}.
+      layers: number of layers.
+      start: prefix of their number.
     """
     return {
         f"layer{number + 1}/{ours}": f"{start}.{number}.{theirs}"

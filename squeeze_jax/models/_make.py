@@ -1,4 +1,4 @@
-"""Networks by name: options, widths of single layers, blocks that are left out, and the momentum of BatchNorm."""
+"""Builds networks by name, and changes the widths of single layers, absent blocks and the momentum of BatchNorm."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ def make(
     norm_momentum: Rate | None = None,
     **options,
 ) -> nn.Module:
-    """Builds the network of `models/<name>.py`, `(x, train) → (logits, endpoints)`; its file says what x is.
+    """Builds the network of `models/<name>.py`, `(x, train) → (logits, endpoints)`. Its file defines the input x.
 
     Args:
       name: the file's name.
-      widths: output channels of single layers, such as {"bottleneck3/expand": 61}; a layer is called as its parameters.
-      absent: residual blocks that are left out, such as ("bottleneck4",).
-      norm_momentum: share of the old running statistics that an update of a `BatchNorm` keeps, in [0, 1), instead of the
-        network's own; lower for short runs.
-      **options: of the file's `make`.
+      widths: output channels of single layers, such as {"bottleneck3/expand": 61}; layers have the names of their parameters.
+      absent: residual blocks to omit, such as ("bottleneck4",).
+      norm_momentum: share of the old running statistics that an update of a `BatchNorm` keeps, in [0, 1); None for the
+        network's own. Short runs need a lower value.
+      **options: options of the file's `make`.
 
     Raises:
-      UserError: an unknown network or option, or a value that does not fit. Unknown layers and blocks, and widths that do
-        not fit each other, are errors of the network's initialization.
+      UserError: the network or an option is unknown, or a value is out of range. Unknown layers and blocks, and widths that do
+        not fit each other, raise an error when the network is initialised.
     """
     own = {"widths": widths, "absent": absent, "norm_momentum": norm_momentum}
     check({"name": name, **own, **options})
@@ -48,11 +48,11 @@ def check(options: Mapping[str, Any], where: str = "config.model") -> None:
     """Checks the names and types of the options of `make`, before anything is built.
 
     Args:
-      options: "name", and others.
-      where: how an error calls them.
+      options: "name" and the other options.
+      where: name of the options in error messages.
 
     Raises:
-      UserError: an unknown network, an unknown or missing option, or a value of another type.
+      UserError: the network or an option is unknown, an option is missing, or a value has another type.
     """
     registry.check(make, options, where)
     module = registry.load(__package__, options["name"], "model")

@@ -1,8 +1,8 @@
-"""timm's names of the inverted bottlenecks that MobileNets and EfficientNets share."""
+"""timm's layer names of the inverted bottlenecks that MobileNets and EfficientNets share."""
 
 
 def stem_and_head() -> dict[str, str]:
-    """Returns {our layer: timm's} outside of the blocks, for networks with a last convolution before the mean."""
+    """Returns {our layer: timm's} outside the blocks, for networks with a last convolution before the mean."""
     names = dict(conv1="conv_stem", conv1_norm="bn1", head="conv_head", head_norm="bn2")
     return names | {"classifier": "classifier"}
 
@@ -11,9 +11,9 @@ def bottleneck(ours: str, theirs: str, *, expand: bool, excite: bool) -> dict[st
     """Returns {our layer: timm's} of one block.
 
     Args:
-      ours, theirs: the block's names.
-      expand: whether it begins with a 1x1 convolution.
-      excite: whether it has squeeze and excitation.
+      ours, theirs: our name and timm's name of the block.
+      expand: whether the block starts with a 1x1 convolution.
+      excite: whether the block has squeeze and excitation.
     """
     units = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl"}
     if not expand:

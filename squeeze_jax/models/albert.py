@@ -1,10 +1,10 @@
-"""ALBERT: one layer's weights for all layers of BERT, and embeddings that are narrower than the layers.
+"""ALBERT: a BERT whose layers share one set of weights, with embeddings that are narrower than the layers.
 
-Lan, Chen, Goodman, Gimpel, Sharma, Soricut 2019, arXiv 1909.11942, Table 1. Sharing saves weights and no computation. A
-fully connected layer widens the embeddings of 128 channels. Instead of next sentences it learns the order of two: the
-task "next_sentence". Sizes, activation and rates are those of the second release, which is without dropout except before
-classifiers, and whose `xlarge` has 16 heads. Where there is some, it acts as in the paper's code; the class in
-`transformers` drops nothing before the residual sum after the feed-forward network.
+Lan, Chen, Goodman, Gimpel, Sharma, Soricut 2019, arXiv 1909.11942, Table 1. Sharing reduces parameters but not computation.
+A fully connected layer widens the embeddings of 128 channels. Instead of next-sentence prediction, ALBERT learns the order of
+two sentences: the task "next_sentence". Sizes, activation and dropout rates are those of the second release, which has
+dropout only before classifiers, and whose `xlarge` has 16 heads. If dropout is set, it acts as in the paper's code; the class
+in `transformers` has no dropout before the residual sum after the feed-forward network.
 """
 
 from collections.abc import Mapping
@@ -63,8 +63,8 @@ _KEYS |= {
     "embedding_size": "embedding_features",
     "num_hidden_groups": "distinct",
 }
-# What its class has where config.json says nothing: the sizes of `xxlarge`.
-_UNSAID = {
+# Defaults of its class in `transformers` for keys that config.json lacks: the sizes of `xxlarge`.
+_DEFAULTS = {
     "hidden_size": 4096,
     "num_attention_heads": 64,
     "intermediate_size": 16384,
@@ -84,10 +84,10 @@ _HEAD_NAMES = {
 
 
 class Albert(nn.Module):
-    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
+    """The ALBERT network; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
 
     Attributes:
-      distinct: layers with weights of their own.
+      distinct: number of layers with their own weights.
     """
 
     row: Row
@@ -99,16 +99,16 @@ class Albert(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
+        """Returns (logits, endpoints), see `_encoder.encode`."""
         count = self.row.layers
-        own = [_encoder.layer(self, n) for n in range(1, self.distinct + 1)]
-        whole = self.task in ("next_sentence", "pretraining")
-        changes = {"dropout": self.settings.head_dropout} if whole else {}
+        distinct = [_encoder.layer(self, n) for n in range(1, self.distinct + 1)]
+        scores_order = self.task in ("next_sentence", "pretraining")
+        changes = {"dropout": self.settings.head_dropout} if scores_order else {}
         return _encoder.encode(
             self,
             x,
             _encoder.embeddings(self),
-            [own[n * self.distinct // count] for n in range(count)],
+            [distinct[n * self.distinct // count] for n in range(count)],
             _encoder.head(self, **changes),
             train=train,
             widen=_encoder.project,
@@ -131,17 +131,19 @@ def make(
     Args:
       variant: a row of VARIANTS.
       task, segments, pooler: see `bert.make`.
-      distinct: layers with weights of their own, at most `layers`; each is used several times in a row.
-      embedding_features: channels of the embeddings instead of the variant's.
-      **options: see `Options`; head_dropout acts also before the order of two sentences.
+      distinct: number of layers with their own weights, at most `layers`; each is used several times in a row.
+      embedding_features: channels of the embeddings that replace the variant's.
+      **options: see `_encoder.Options`; head_dropout acts also before the classifier of the sentence order.
 
     Raises:
-      UserError: unknown variant, task or activation, heads that do not divide the features, or more distinct layers than
-        layers.
+      UserError: the variant, task or activation is unknown, the heads do not divide the features, or `distinct` exceeds the
+        number of layers.
     """
     shared = OPTIONS._replace(**options)
     sizes = {"segments": segments, "embedding_features": embedding_features}
-    row, settings = _encoder.chosen(VARIANTS, variant, "albert", shared, **sizes)
+    row, settings = _encoder.row_and_settings(
+        VARIANTS, variant, "albert", shared, **sizes
+    )
     if not 1 <= distinct <= row.layers:
         raise UserError(
             f"distinct = {distinct}: should be from 1 to the number of layers, {row.layers}"
@@ -151,18 +153,18 @@ def make(
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json.
+    """Returns the options of `make` from a folder's config.json.
 
     Raises:
-      UserError: several layers in a group.
+      UserError: a group has several layers, or config.json has another unsupported value.
     """
     only = huggingface.ONLY | {"inner_group_num": 1}
-    return huggingface.options({**_UNSAID, **config}, _KEYS, only)
+    return huggingface.options_from_config({**_DEFAULTS, **config}, _KEYS, only)
 
 
 def to_huggingface(net: Albert) -> dict[str, Any]:
-    """What config.json says of a net."""
-    return huggingface.config(net, _KEYS)
+    """Returns the entries of config.json for a network."""
+    return huggingface.config_from_net(net, _KEYS)
 
 
 def huggingface_names(net: Albert) -> dict[str, str]:

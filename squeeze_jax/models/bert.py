@@ -1,11 +1,11 @@
-"""BERT: a transformer's encoder, trained to fill in masked words from both sides.
+"""BERT: a transformer encoder, pretrained to predict masked tokens from both sides of their context.
 
 Devlin, Chang, Lee, Toutanova 2018, arXiv 1810.04805: `base` and `large`. Turc, Chang, Lee, Toutanova 2019, arXiv
-1908.08962: the smaller ones, better than their size when they are pretrained before they are distilled. Jiao et al. 2019,
-arXiv 1909.10351: TinyBERT's two, distilled from the teacher's embeddings, layers and attention before the softmax, which
-are the endpoints embeddings, layer1, … and scores1, …. Variants differ in layers and channels alone. Words, positions and
-segments are embedded and summed; each layer is attention and a feed-forward network over all tokens [b, l, d]; a task
-reads all of them or the pooled first one.
+1908.08962: the smaller variants, which are better for their size if they are pretrained before they are distilled. Jiao et
+al. 2019, arXiv 1909.10351: the two TinyBERTs, distilled from the teacher's embeddings, layers and attention scores before the
+softmax; these are the endpoints embeddings, layer1, … and scores1, …. Variants differ only in their sizes. Embeddings of
+tokens, positions and segments are added. Each layer is attention and a feed-forward network over all tokens [b, l, d]. A
+task's head reads all tokens or the pooled first one.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ HUGGINGFACE = huggingface.Family(
         "choice": "BertForMultipleChoice",
     },
     pooled=POOLED,
-    # The last two are TinyBERT's, which take its hidden states to the teacher's width in training.
+    # The last two are TinyBERT's; they project its hidden states to the teacher's width in training.
     heads=(
         "cls.predictions",
         "cls.seq_relationship",
@@ -66,7 +66,7 @@ VARIANTS = {
     "toy": Row(2, 32, 4, 64, vocabulary=99, positions=40),  # for tests
 }
 
-# {our layer: its name in the checkpoints of `transformers`}: what is around the layers, and each task's head.
+# {our layer: its name in the checkpoints of `transformers`}, outside the numbered layers and for each task's head.
 OUTER_NAMES = {
     "embeddings/tokens": "embeddings.word_embeddings",
     "embeddings/positions": "embeddings.position_embeddings",
@@ -94,12 +94,12 @@ HEAD_NAMES = {
 
 
 class Bert(nn.Module):
-    """The net; its endpoints are those of `_encoder.encode`.
+    """The BERT network; for inputs and endpoints see `_encoder.encode`.
 
     Attributes:
-      row: the sizes.
+      row: sizes of the network.
       task, num_classes: see `heads.Head`.
-      pooler: whether there is one.
+      pooler: whether the network has a pooler.
       settings: see `_encoder.Settings`.
     """
 
@@ -111,7 +111,7 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
+        """Returns (logits, endpoints), see `_encoder.encode`."""
         tables, blocks = _encoder.embeddings(self), _encoder.layers(self)
         return _encoder.encode(
             self, x, tables, blocks, _encoder.head(self), train=train
@@ -131,16 +131,16 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      task: what the head is for, see `heads.Head`.
-      segments: rows of the table of segments instead of the variant's; 0 for none.
-      pooler: whether there is one; None where the task needs one.
-      **options: see `Options`.
+      task: task of the head, see `heads.Head`.
+      segments: rows of the table of segments that replace the variant's; 0 for no segments.
+      pooler: whether the network has a pooler; None for one if the task needs it.
+      **options: see `_encoder.Options`.
 
     Raises:
-      UserError: unknown variant, task or activation, or heads that do not divide the features.
+      UserError: the variant, task or activation is unknown, or the heads do not divide the features.
     """
     shared = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(
+    row, settings = _encoder.row_and_settings(
         VARIANTS, variant, "bert", shared, segments=segments
     )
     pooler = _encoder.has_pooler(task, pooler, shared.num_classes)
@@ -148,13 +148,13 @@ def make(
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json."""
-    return huggingface.options(config)
+    """Returns the options of `make` from a folder's config.json."""
+    return huggingface.options_from_config(config)
 
 
 def to_huggingface(net: Bert) -> dict[str, Any]:
-    """What config.json says of a net."""
-    return huggingface.config(net)
+    """Returns the entries of config.json for a network."""
+    return huggingface.config_from_net(net)
 
 
 def huggingface_names(net: Bert) -> dict[str, str]:
@@ -163,7 +163,7 @@ def huggingface_names(net: Bert) -> dict[str, str]:
 
 
 def encoder_names(layers: int) -> dict[str, str]:
-    """The part of `huggingface_names` without the heads."""
+    """Returns `huggingface_names` without the heads."""
     parts = {
         "attention/query": "attention.self.query",
         "attention/key": "attention.self.key",

@@ -1,9 +1,9 @@
-"""DistilBERT: half of BERT's layers, taught by BERT.
+"""DistilBERT: a BERT with half the layers, distilled from BERT.
 
-Sanh, Debut, Chaumond, Wolf 2019, arXiv 1910.01108, section 3: the layers are BERT's, every second one is left out; there
-are no segments and there is no pooler. A classifier has its own layer on the first token, with a ReLU. All normalisations
-have an epsilon of 1e-12, which config.json cannot change. Segments of the input are passed over. In training numbers are
-dropped where BERT drops them; the class in `transformers` drops none before the residual sum after attention.
+Sanh, Debut, Chaumond, Wolf 2019, arXiv 1910.01108, section 3: the layers are BERT's, and every second one is omitted. It has
+no segments and no pooler. A classifier has its own layer on the first token, with a ReLU. All normalisations have an epsilon
+of 1e-12, which config.json cannot change. The input's segments are ignored. Dropout acts where BERT has it; the class in
+`transformers` has none before the residual sum after attention.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ _KEYS = {
     "seq_classif_dropout": "head_dropout",
     "qa_dropout": "span_dropout",
 }
-_EPSILON = 1e-12  # of the class in transformers
+_EPSILON = 1e-12  # epsilon of the class in transformers
 _SEQUENCE = {"head/transform": "pre_classifier", "head/classifier": "classifier"}
 _HEAD_NAMES = {
     **bert.HEAD_NAMES,
@@ -81,10 +81,10 @@ _HEAD_NAMES = {
 
 
 class DistilBert(nn.Module):
-    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
+    """The DistilBERT network; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
 
     Attributes:
-      span_dropout: rate before the layer that finds a span.
+      span_dropout: dropout rate before the layer that scores the ends of a span.
     """
 
     row: Row
@@ -96,7 +96,7 @@ class DistilBert(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
+        """Returns (logits, endpoints), see `_encoder.encode`."""
         rates = {"span": self.span_dropout, "tokens": self.settings.dropout}
         dropout = rates.get(self.task, self.settings.head_dropout)
         head = _encoder.head(self, summary="relu", dropout=dropout)
@@ -116,36 +116,36 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      task: what the head is for, see `heads.Head`.
-      span_dropout: rate before the last layer of the task span.
-      **options: see `Options`; head_dropout is for the tasks classification and choice, that of tokens has `dropout`.
+      task: task of the head, see `heads.Head`.
+      span_dropout: dropout rate before the last layer of the task span.
+      **options: see `_encoder.Options`; head_dropout acts in the tasks classification and choice, `dropout` in the task tokens.
 
     Raises:
-      UserError: unknown variant, task or activation, or heads that do not divide the features.
+      UserError: the variant, task or activation is unknown, or the heads do not divide the features.
     """
     shared = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(VARIANTS, variant, "distilbert", shared)
+    row, settings = _encoder.row_and_settings(VARIANTS, variant, "distilbert", shared)
     check_task(task, Task)
     return DistilBert(row, task, shared.num_classes, False, settings, span_dropout)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json."""
-    return huggingface.options(config, _KEYS)
+    """Returns the options of `make` from a folder's config.json."""
+    return huggingface.options_from_config(config, _KEYS)
 
 
 def to_huggingface(net: DistilBert) -> dict[str, Any]:
-    """What config.json says of a net.
+    """Returns the entries of config.json for a network.
 
     Raises:
-      UserError: the class in `transformers` computes with another epsilon.
+      UserError: the network's epsilon differs from that of the class in `transformers`.
     """
     if net.settings.epsilon != _EPSILON:
         raise UserError(
             f"transformers' DistilBERT normalises with {_EPSILON}, whatever its config says: not with epsilon ="
             f" {net.settings.epsilon}"
         )
-    return huggingface.config(net, _KEYS)
+    return huggingface.config_from_net(net, _KEYS)
 
 
 def huggingface_names(net: DistilBert) -> dict[str, str]:

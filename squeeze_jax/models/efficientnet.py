@@ -1,14 +1,13 @@
 """EfficientNet: depth, width and resolution scaled together.
 
-Tan, Le 2019, arXiv 1905.11946. B0 comes from a search like MobileNetV3's, of inverted residuals with squeeze and
-excitation and swish; B1 to B7 make it deeper, wider and its images larger in a fixed proportion, which gains more than
-any of the three alone. Lite0 to Lite4 (tensorflow/tpu, efficientnet/lite) are for integers and accelerators: no
-excitation, ReLU6 in place of swish, a stem and a head of the same width in all variants, and one block in the first and
-in the last stage.
+Tan, Le 2019, arXiv 1905.11946. B0 comes from a search like MobileNetV3's; its blocks are inverted residuals with squeeze and
+excitation and swish. B1 to B7 increase depth, width and image size in a fixed proportion, which gains more than any of the
+three alone. Lite0 to Lite4 (tensorflow/tpu, efficientnet/lite) are for integer arithmetic and accelerators: they have no
+excitation, ReLU6 instead of swish, a stem and a head of the same width in all variants, and one block in the first and in the
+last stage.
 
-In training a block is left out of a sample's path at a rate that grows linearly with depth (stochastic depth, arXiv
-1603.09382). Momentum and epsilon are those of torchvision's checkpoints; B0 to B4 there do not have the authors' 0.99
-and 0.001. Images are NHWC.
+In training each sample skips a block at a rate that grows linearly with depth (stochastic depth, arXiv 1603.09382). Momentum
+and epsilon are those of torchvision's checkpoints, where B0 to B4 do not have the authors' 0.99 and 0.001. Images are NHWC.
 """
 
 import math
@@ -39,7 +38,7 @@ from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
 from squeeze_jax.weights import foreign
 
-CLASSIFIER = ("classifier",)  # the layers that other classes change
+CLASSIFIER = ("classifier",)  # the layers that depend on the classes
 
 
 class Stage(NamedTuple):
@@ -65,7 +64,7 @@ _TINY = (Stage(6, 16, 1, 2, 5), Stage(1, 16, 1, 1, 3))
 
 
 class Row(NamedTuple):
-    """A variant: multipliers of width and depth, dropout, whether Lite, normalisation as in nn/norm.py, the net."""
+    """A variant: multipliers of width and depth, dropout, whether it is Lite, options of normalisations, sizes."""
 
     width: float
     depth: float
@@ -98,10 +97,10 @@ VARIANTS = {
 
 
 class MBConv(nn.Module):
-    """Expand, depthwise, squeeze and excite, project.
+    """A block: expand, depthwise, squeeze and excite, project.
 
-    `inputs` are the channels of the input by the network's options; `residual`: whether the input is added; `skip` is the
-    rate at which samples take the residual alone.
+    `inputs`: the channels of the input according to the network's options. `residual`: whether the block adds its input.
+    `skip`: the rate at which a sample skips the block.
     """
 
     row: Row
@@ -121,7 +120,7 @@ class MBConv(nn.Module):
         wide = y.shape[-1]
         y = unit(y, wide, stage.kernel, self.strides, groups=wide, name="depthwise")
         if not self.row.lite:
-            # A quarter of the block's input, not of the width inside.
+            # A quarter of the block's input channels, not of the channels inside.
             y = SqueezeExcite(self.inputs // 4, nn.swish, name="squeeze_excite")(y)
         y = unit(y, stage.features, 1, activation=None, name="project")
         if not self.residual:
@@ -131,7 +130,7 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """The net; attributes as in `make`. Endpoints: conv1, stage2, … stage8 (the stages of Table 1), head."""
+    """The EfficientNet network; attributes as in `make`. Endpoints: conv1, stage2, … stage8 (the stages of Table 1), head."""
 
     row: Row
     num_classes: int | None
@@ -141,9 +140,9 @@ class EfficientNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+        """Returns (logits [b, num_classes] in float32, endpoints {name: [b, h', w', c']}) for images x [b, h, w, c].
 
-        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        If `num_classes` is None, the mean of the last feature map, float32 [b, d], takes the place of the logits.
         """
         x = check_images(x, type(self).__name__)
         row, number = self.row, 0
@@ -187,7 +186,7 @@ class EfficientNet(nn.Module):
 
 
 def _unit(row: Row, options: UnitOptions, train: bool):
-    """`conv_norm` as a variant has it."""
+    """Returns `conv_norm` with a variant's activation and options."""
     return partial(
         conv_norm,
         activation=nn.relu6 if row.lite else nn.swish,
@@ -214,18 +213,18 @@ def make(
     Args:
       variant: a row of VARIANTS.
       num_classes: outputs of the classifier; None for no classifier.
-      width: width multiplier instead of the variant's.
-      depth: multiplier of each stage's blocks, rounded up, instead of the variant's.
-      strides: strides of each stage instead of (1, 2, 2, 2, 1, 2, 1); fewer for small images.
+      width: width multiplier that replaces the variant's.
+      depth: multiplier of each stage's number of blocks, which is rounded up; replaces the variant's.
+      strides: strides of each stage that replace (1, 2, 2, 2, 1, 2, 1); smaller ones for small images.
       stem_strides: strides of the first convolution.
-      dropout: rate before the classifier instead of the variant's, 0 to 1; needs the rng "dropout" in training.
-      stochastic_depth: rate at which a block behind the last would be left out, 0 to 1; 0 at the first block and
-        linear between. Drawn for each sample from the rng "dropout".
-      padding, epsilon: see `UnitOptions`; None for the variant's epsilon. Weights of Keras, and those of timm whose names
-        begin with tf_, need "same" and 1e-3.
+      dropout: dropout rate before the classifier, 0 to 1; None for the variant's. It needs the rng "dropout" in training.
+      stochastic_depth: rate at which samples skip a block, 0 to 1. It grows linearly from 0 at the first block to this value
+        just after the last one. Each sample draws from the rng "dropout".
+      padding, epsilon: see `UnitOptions`; None for the variant's epsilon. Keras' weights, and timm's weights
+        whose names start with tf_, need "same" and 1e-3.
 
     Raises:
-      UserError: unknown variant, or not one stride for each stage.
+      UserError: the variant is unknown, or `strides` does not have one value for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of efficientnet")
     strides = stage_strides(strides, [s.strides for s in row.stages])
@@ -253,7 +252,7 @@ def make(
 
 
 def torchvision_names(net: EfficientNet) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its name in torchvision's checkpoints}; raises a UserError for another padding or epsilon."""
     published = dict(padding="symmetric", epsilon=net.row.epsilon)
     foreign.check_options("torchvision", net.options._asdict(), published)
     names = {"classifier": "classifier.1"}
@@ -266,21 +265,25 @@ def torchvision_names(net: EfficientNet) -> dict[str, str]:
         for block in range(stage.blocks):
             ours, theirs = f"stage{index + 1}_{block + 1}", f"features.{index}.{block}"
             units = ["expand"] if stage.expand != 1 else []
-            for at, unit in enumerate([*units, "depthwise", "excite", "project"]):
+            for position, unit in enumerate([*units, "depthwise", "excite", "project"]):
                 if unit != "excite":
-                    add(f"{ours}/{unit}", f"{theirs}.block.{at}")
+                    add(f"{ours}/{unit}", f"{theirs}.block.{position}")
                 elif not net.row.lite:
                     excite = f"{ours}/squeeze_excite"
-                    names[f"{excite}/reduce"] = f"{theirs}.block.{at}.fc1"
-                    names[f"{excite}/expand"] = f"{theirs}.block.{at}.fc2"
+                    names[f"{excite}/reduce"] = f"{theirs}.block.{position}.fc1"
+                    names[f"{excite}/expand"] = f"{theirs}.block.{position}.fc2"
     add("head", f"features.{len(net.row.stages) + 1}")
     return names
 
 
 def timm_names(net: EfficientNet) -> dict[str, str]:
-    """Returns {our layer: its name in timm's checkpoints, also of Lite}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its name in timm's checkpoints}, also for Lite.
+
+    Raises:
+      UserError: another padding or epsilon.
+    """
     published = dict(padding="symmetric", epsilon=1e-5)
-    converted = dict(padding="same", epsilon=1e-3)  # those called tf_efficientnet
+    converted = dict(padding="same", epsilon=1e-3)  # weights named tf_efficientnet
     foreign.check_options("timm", net.options._asdict(), published, converted)
     names = _timm.stem_and_head()
     for index, stage in enumerate(net.row.stages):
@@ -295,7 +298,11 @@ def timm_names(net: EfficientNet) -> dict[str, str]:
 
 
 def keras_names(net: EfficientNet) -> dict[str, str]:
-    """Returns {our layer: its name in Keras' files}; a UserError for Lite, which Keras does not have, and other options."""
+    """Returns {our layer: its name in Keras' files}.
+
+    Raises:
+      UserError: a Lite variant, which Keras does not have, or other options than Keras'.
+    """
     if net.row.lite:
         raise UserError(
             "config.init.names = 'keras': Keras has no EfficientNet Lite: use a variant b0 to b7"

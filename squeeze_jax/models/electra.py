@@ -1,10 +1,10 @@
-"""ELECTRA: BERT's encoder as a discriminator, which tells the tokens of a text from those that a generator put there.
+"""ELECTRA: BERT's encoder as a discriminator, which finds the tokens of a text that a generator has replaced.
 
 Clark, Luong, Le, Manning 2020, arXiv 2003.10555. Discriminators `small`, `base` and `large` (Table 6) learn the task
-"replaced": one logit for each token. Their generators learn "masked_lm" and share the discriminators' embeddings: fewer
-channels, by the table's multiplier of 1/4, 1/3 and 1/4, and a head for every 64 of them. The released generator of `small`
-is as large as `small` itself. There is no pooler: a classifier has its own layer on the first token, with a GELU. Where
-embeddings are narrower than the layers a fully connected layer widens them.
+"replaced": one logit for each token. Their generators learn "masked_lm" and share the discriminators' embeddings. They have
+fewer channels, by the table's multipliers of 1/4, 1/3 and 1/4, and one head per 64 channels. The released generator of
+`small` is as large as `small` itself. There is no pooler: a classifier has its own layer on the first token, with a GELU. If
+the embeddings are narrower than the layers, a fully connected layer widens them.
 """
 
 from collections.abc import Mapping
@@ -66,14 +66,14 @@ Task = Literal[
 ]
 # {key of config.json: option}
 _KEYS = {**huggingface.BERT_KEYS, "embedding_size": "embedding_features"}
-# What its class has where config.json says nothing: the sizes of `small`.
-_UNSAID = {
+# Defaults of its class in `transformers` for keys that config.json lacks: the sizes of `small`.
+_DEFAULTS = {
     "hidden_size": 256,
     "embedding_size": 128,
     "num_attention_heads": 4,
     "intermediate_size": 1024,
 }
-# How its class for multiple choice reads a sequence.
+# How its class for multiple choice summarises a sequence.
 _SUMMARY = {
     "summary_type": "first",
     "summary_use_proj": True,
@@ -102,10 +102,10 @@ _HEAD_NAMES = {
 
 
 class Electra(nn.Module):
-    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
+    """The ELECTRA network; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`.
 
     Attributes:
-      shared: the embeddings of another network; None for its own.
+      shared: embeddings of another network that this one uses; None for its own.
     """
 
     row: Row
@@ -117,14 +117,14 @@ class Electra(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
-        # The paper's code has GELU in these, whatever the layers have.
+        """Returns (logits, endpoints), see `_encoder.encode`."""
+        # The heads of the paper's code always use GELU, whatever the layers use.
         changes = {"summary": "gelu"}
         if self.task == "masked_lm":
             changes["activation"] = "gelu"
         if self.task == "classification":
             changes["summary_dropout"] = self.settings.head_dropout
-        same = self.row.embedding_features in (None, self.row.features)
+        same_width = self.row.embedding_features in (None, self.row.features)
         return _encoder.encode(
             self,
             x,
@@ -132,7 +132,7 @@ class Electra(nn.Module):
             _encoder.layers(self),
             _encoder.head(self, **changes),
             train=train,
-            widen=_encoder.unchanged if same else _encoder.project,
+            widen=_encoder.identity if same_width else _encoder.project,
         )
 
 
@@ -150,34 +150,36 @@ def make(
     Args:
       variant: a row of VARIANTS.
       task, segments: see `bert.make`.
-      embedding_features: channels of the embeddings instead of the variant's.
-      **options: see `Options`.
+      embedding_features: channels of the embeddings that replace the variant's.
+      **options: see `_encoder.Options`.
 
     Raises:
-      UserError: unknown variant, task or activation, or heads that do not divide the features.
+      UserError: the variant, task or activation is unknown, or the heads do not divide the features.
     """
     shared = OPTIONS._replace(**options)
     sizes = {"segments": segments, "embedding_features": embedding_features}
-    row, settings = _encoder.chosen(VARIANTS, variant, "electra", shared, **sizes)
+    row, settings = _encoder.row_and_settings(
+        VARIANTS, variant, "electra", shared, **sizes
+    )
     check_task(task, Task)
     return Electra(row, task, shared.num_classes, False, settings)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json.
+    """Returns the options of `make` from a folder's config.json.
 
     Raises:
-      UserError: a sequence that is read in another way.
+      UserError: config.json summarises a sequence in another way, or has another unsupported value.
     """
-    return huggingface.options(
-        {**_UNSAID, **config}, _KEYS, huggingface.ONLY | _SUMMARY
+    return huggingface.options_from_config(
+        {**_DEFAULTS, **config}, _KEYS, huggingface.ONLY | _SUMMARY
     )
 
 
 def to_huggingface(net: Electra) -> dict[str, Any]:
-    """What config.json says of a net."""
+    """Returns the entries of config.json for a network."""
     dropout = {"summary_last_dropout": net.settings.head_dropout}
-    return huggingface.config(net, _KEYS) | _SUMMARY | dropout
+    return huggingface.config_from_net(net, _KEYS) | _SUMMARY | dropout
 
 
 def huggingface_names(net: Electra) -> dict[str, str]:

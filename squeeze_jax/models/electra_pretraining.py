@@ -1,9 +1,10 @@
-"""ELECTRA in pretraining: a small generator fills in masked tokens, and a discriminator tells which of them it did.
+"""ELECTRA pretraining: a small generator fills in masked tokens, and a discriminator finds the tokens that it replaced.
 
-Clark, Luong, Le, Manning 2020, arXiv 2003.10555, section 2. Both are ELECTRAs and share their embeddings (section 3.2). The
-generator's tokens are drawn from its distribution: no gradient goes through them, so that each learns by its own loss
-(`train/replaced.py`). Variants are the discriminators of `electra`; generators have a part of their channels (Table 6).
-`apart` gives both as networks of `electra`, to save; `fine_tuned` says what other tasks begin with.
+Clark, Luong, Le, Manning 2020, arXiv 2003.10555, section 2. Both networks are ELECTRAs and share their embeddings (section
+3.2). The generator's tokens are sampled from its distribution. No gradient flows through the samples, so each network learns
+from its own loss (`train/replaced.py`). Variants are the discriminators of `electra`; a generator has a fraction of the
+discriminator's channels (Table 6). `split_networks` returns both as networks of `electra`, to save them. `fine_tuned` selects
+the part that fine-tuning starts from.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,23 +30,23 @@ VARIANTS = {
     for name, row in electra.VARIANTS.items()
     if not name.endswith("generator")
 }
-# Of the discriminator's channels, heads and feed-forward channels.
+# {variant: the generator's fraction of the discriminator's channels, heads and feed-forward channels}.
 GENERATORS = {"large": 1 / 4, "base": 1 / 3, "small": 1 / 4, "toy": 1 / 2}
 
-# The inputs that tell the original tokens.
+# The inputs that hold the original tokens.
 _TARGETS = ("targets", "chosen")
 
 
 class ElectraPretraining(nn.Module):
-    """Both networks; the parameters are "embeddings", "generator" and "discriminator".
+    """Generator and discriminator; the parameters are "embeddings", "generator" and "discriminator".
 
-    Logits are {"masked_lm": the generator's, [b, p, vocabulary] or [b, l, vocabulary], "replaced": the discriminator's,
-    [b, l], "is_replaced": float32 [b, l], whether the token there is another than the original's}. Endpoints are those of the
-    discriminator, "corrupted" int [b, l], the tokens that it sees, and "is_replaced".
+    Logits are {"masked_lm": the generator's logits, [b, p, vocabulary] or [b, l, vocabulary], "replaced": the discriminator's
+    logits, [b, l], "is_replaced": float32 [b, l], 1 where the token differs from the original}. Endpoints are those of the
+    discriminator, "corrupted" int [b, l], its input tokens, and "is_replaced".
 
     Attributes:
       row, generator_row: sizes of the discriminator and the generator.
-      settings: of both, see `_encoder.Settings`.
+      settings: settings of both, see `_encoder.Settings`.
     """
 
     row: Row
@@ -64,7 +65,7 @@ class ElectraPretraining(nn.Module):
 
     @nn.nowrap
     def networks(self) -> "Networks":
-        """The two as they are alone."""
+        """Returns both networks, each with its own embeddings."""
         both = {"discriminator": (self.row, "replaced")}
         both["generator"] = (self.generator_row, "masked_lm")
         return Networks(
@@ -75,28 +76,29 @@ class ElectraPretraining(nn.Module):
         )
 
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints.
+        """Returns (logits, endpoints).
 
         Args:
-          x: {"tokens", "segments", "attended"} of [b, l], tokens masked; "targets" int and "chosen" bool, the original tokens and
-            which of the places count, both [b, p] for "positions" int [b, p], or without those [b, l]. Without targets
-            the generator scores all tokens and none is replaced.
-          train: whether dropout acts. The draws take the rng "sample"; without it they are the same every time.
+          x: {"tokens", "segments", "attended"}, each [b, l], with masked tokens; "targets" int, the original tokens, and
+            "chosen" bool, the places that count. Both are [b, p] for "positions" int [b, p], or [b, l] without positions.
+            Without targets the generator scores all tokens and none is replaced.
+          train: whether dropout acts. Sampling uses the rng "sample"; without it the samples are the same in every call.
         """
         x = named_inputs(x, (*TEXT_INPUTS, "positions", *_TARGETS), type(self).__name__)
-        told = [name for name in _TARGETS if name in x]
-        if len(told) == 1:
+        target_names = [name for name in _TARGETS if name in x]
+        if len(target_names) == 1:
             raise UserError(
-                f"inputs have {told[0]!r} alone: give both of {' and '.join(_TARGETS)}, or neither"
+                f"inputs have only {target_names[0]!r}: give both of {' and '.join(_TARGETS)}, or neither"
             )
         plain = {name: array for name, array in x.items() if name not in _TARGETS}
         scores, _ = self.generator(plain, train=train)
         corrupted, is_replaced = x["tokens"], jnp.zeros(x["tokens"].shape, bool)
         if "targets" in x:
             key = self._key()
-            drawn = jax.random.categorical(key, jax.lax.stop_gradient(scores))
+            samples = jax.random.categorical(key, jax.lax.stop_gradient(scores))
             corrupted, original = (
-                _put(x, tokens) for tokens in (drawn.astype(jnp.int32), x["targets"])
+                _fill_in(x, tokens)
+                for tokens in (samples.astype(jnp.int32), x["targets"])
             )
             is_replaced = corrupted != original
         plain.pop("positions", None)
@@ -116,26 +118,26 @@ class ElectraPretraining(nn.Module):
 
 
 class Networks(NamedTuple):
-    """What belongs to each of the two."""
+    """One value for each of the two networks."""
 
     discriminator: Any
     generator: Any
 
 
-def _put(x: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
-    """The tokens of x with others in the places that are chosen, int [b, l]."""
+def _fill_in(x: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
+    """Returns the tokens of x with other tokens in the chosen places, int [b, l]."""
     if "positions" not in x:
         return jnp.where(x["chosen"], tokens, x["tokens"])
 
-    def row(before, at, new):
-        return before.at[at].set(new, mode="drop")
+    def fill_row(row, positions, new):
+        return row.at[positions].set(new, mode="drop")
 
-    # Beyond the end is nowhere.
-    at = jnp.where(x["chosen"], x["positions"], x["tokens"].shape[1])
-    return jax.vmap(row)(x["tokens"], at, tokens)
+    # Places that are not chosen get a position beyond the end, which is dropped.
+    positions = jnp.where(x["chosen"], x["positions"], x["tokens"].shape[1])
+    return jax.vmap(fill_row)(x["tokens"], positions, tokens)
 
 
-# What `make` makes unless told otherwise: the paper's smallest.
+# The default variant of `make`: the paper's smallest.
 _VARIANT = "small"
 
 
@@ -148,22 +150,22 @@ def make(
     embedding_features: Count | None = None,
     **options: Any,
 ) -> ElectraPretraining:
-    """Builds both networks.
+    """Builds a generator and a discriminator.
 
     Args:
-      variant: a row of VARIANTS, the discriminator's.
-      generator: the part of the discriminator's channels, heads and feed-forward channels that the generator has; None for
-        the paper's. It has as many layers.
+      variant: a row of VARIANTS, the discriminator's sizes.
+      generator: the generator's channels, heads and feed-forward channels as a fraction of the discriminator's; None for the
+        paper's. Both have the same number of layers.
       segments: see `bert.make`.
-      embedding_features: channels of the embeddings instead of the variant's.
-      **options: of the discriminator, see `Options`; rates, activation and epsilon are the generator's too.
+      embedding_features: channels of the embeddings that replace the variant's.
+      **options: options of the discriminator, see `_encoder.Options`; the generator shares rates, activation and epsilon.
 
     Raises:
-      UserError: unknown variant or activation, heads that do not divide the features, or a part out of range.
+      UserError: the variant or activation is unknown, the heads do not divide the features, or `generator` is out of range.
     """
     shared = electra.OPTIONS._replace(**options)
     sizes = {"segments": segments, "embedding_features": embedding_features}
-    row, settings = _encoder.chosen(
+    row, settings = _encoder.row_and_settings(
         VARIANTS, variant, "electra_pretraining", shared, **sizes
     )
     part = GENERATORS[variant] if generator is None else generator
@@ -178,35 +180,35 @@ def make(
     return ElectraPretraining(row, small, settings)
 
 
-def apart(net: ElectraPretraining, variables: Mapping[str, Any]) -> Networks:
-    """The two networks, each with its variables {"params": …}, as `electra.make` builds them and `models.save` writes them.
+def split_networks(net: ElectraPretraining, variables: Mapping[str, Any]) -> Networks:
+    """Splits a trained pair into two networks as `electra.make` builds them, which `models.save` can write.
 
     Args:
-      net: what was trained.
+      net: the trained pair.
       variables: its {"params": …}.
 
     Returns:
-      (discriminator, its variables), (generator, its variables); the embeddings' arrays are those of both.
+      Networks of (discriminator, its variables) and (generator, its variables). Both contain the same embeddings.
     """
     params = variables["params"]
     plain = net.networks()
-    found = {}
+    pairs = {}
     for name in Networks._fields:
         own = {**params[name], "embeddings": params["embeddings"]}
-        found[name] = (getattr(plain, name), {"params": own})
-    return Networks(**found)
+        pairs[name] = (getattr(plain, name), {"params": own})
+    return Networks(**pairs)
 
 
 def fine_tuned(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What is fine-tuned of a run, section 2: the discriminator; the generator is thrown away.
+    """Selects the network that fine-tuning starts from: the discriminator (section 2). The generator is discarded.
 
     Args:
-      options: of `make`, that the run's network was made with.
+      options: the options of `make` of the pretraining run's network.
 
     Returns:
-      The discriminator's options of `models.make`, and a function from the run's variables to the discriminator's.
+      (the discriminator's options of `models.make`, a function from the run's variables to the discriminator's).
     """
     others = ("generator", "widths", "absent")
     sizes = {key: value for key, value in options.items() if key not in others}
@@ -223,4 +225,4 @@ def fine_tuned(
         own["widths"] = widths
     if absent:
         own["absent"] = tuple(name.removeprefix(start) for name in absent)
-    return own, lambda variables: apart(net, variables).discriminator[1]
+    return own, lambda variables: split_networks(net, variables).discriminator[1]

@@ -1,13 +1,13 @@
 """FCN: class scores for every pixel, from convolutions alone.
 
-Long, Shelhamer, Darrell 2015, arXiv 1411.4038. The backbone ends at 1/32 of the image's size; a 1x1 convolution scores the
-classes there, and bilinear interpolation brings the scores to the image's size (FCN-32s). FCN-16s adds the scores of
+Long, Shelhamer, Darrell 2015, arXiv 1411.4038. The backbone ends at 1/32 of the image's size. A 1x1 convolution scores the
+classes there, and bilinear interpolation enlarges the scores to the image's size (FCN-32s). FCN-16s adds the scores of
 stage 4, at 1/16, to the interpolated ones, and FCN-8s those of stage 3, at 1/8 (section 4.2), which sharpens outlines.
 
 The paper's backbone is VGG-16; this one is small: 3x3 convolutions with batch normalisation, the first of each stage
-with strides 2. The paper learns the kernels of its upsampling, which begin as bilinear interpolation; here they stay
-fixed. `dilated` keeps the last stages at the size of the stage before them and dilates their kernels instead (Yu, Koltun
-2016, arXiv 1511.07122), so that outputs see as far at a finer resolution. Images are NHWC.
+with strides 2. The paper learns the kernels of its upsampling, which are initialised as bilinear interpolation; here they
+are fixed. `dilated` keeps the last stages at the size of the stage before them and dilates their kernels instead (Yu, Koltun
+2016, arXiv 1511.07122). So outputs have the same receptive field at a finer resolution. Images are NHWC.
 """
 
 from typing import Annotated, NamedTuple
@@ -24,7 +24,7 @@ from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Range
 
 INPUTS = "images"
-CLASSIFIER = ("score3", "score4", "score5")  # the layers that other classes change
+CLASSIFIER = ("score3", "score4", "score5")  # the layers that depend on the classes
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ VARIANTS = {  # Figure 3 of the paper: which stages are scored
 
 
 class Stage(nn.Module):
-    """3x3 convolutions; the first has strides, and those after it the stage's dilation."""
+    """A stage of 3x3 convolutions; the first has the strides, and the others have the stage's dilation."""
 
     features: int
     depth: int
@@ -71,7 +71,7 @@ class Stage(nn.Module):
 
 
 class FCN(nn.Module):
-    """The net; attributes as in `make`. Endpoints: stage1 … stage5, and score5 … (before interpolation)."""
+    """The FCN network; attributes as in `make`. Endpoints: stage1 … stage5, and score5 … (before interpolation)."""
 
     row: Row
     num_classes: int | None
@@ -79,7 +79,7 @@ class FCN(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, h, w, num_classes], float32, and {name: [b, h', w', c']}."""
+        """Returns (logits [b, h, w, num_classes] in float32, endpoints {name: [b, h', w', c']}) for images x [b, h, w, c]."""
         x = check_images(x, type(self).__name__)
         size, endpoints, dilation = x.shape[1:3], {}, 1
         count = len(self.row.features)
@@ -123,13 +123,13 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: channels of the logits; 21 are those of PASCAL VOC, which the paper reports. None for no scores: the last
-        stage's map comes in place of logits.
+      num_classes: channels of the logits; 21 for PASCAL VOC, which the paper reports. None for no scores: the feature
+        map of the last stage then takes the place of the logits.
       width: multiplies the features of all stages.
-      dilated: how many of the last stages keep the size of the map and dilate their kernels instead: 0, 1 or 2.
+      dilated: number of last stages that keep the size of the feature map and dilate their kernels instead: 0, 1 or 2.
 
     Raises:
-      UserError: unknown variant, or another number of dilated stages.
+      UserError: the variant is unknown, or `dilated` is not 0, 1 or 2.
     """
     row = registry.row(VARIANTS, variant, "variant of fcn")
     if dilated not in (0, 1, 2):

@@ -1,15 +1,15 @@
-"""GPT-2: a transformer that reads from left to right and tells the next token.
+"""GPT-2: a transformer that reads from left to right and predicts the next token.
 
 Radford, Wu, Child, Luan, Amodei, Sutskever 2019, "Language Models are Unsupervised Multitask Learners"; Table 2 has the
-four variants, of which `small` is the 124 million parameters of the release. No position sees a later one; layers
-normalise before attention and feed-forward network, and once after the last. There are no segments: those of a batch are
-not read. A sequence is classified by its last real token.
+four variants, of which `small` is the released network of 124 million parameters. No position attends to a later one. Layers
+normalise before attention and before the feed-forward network, and once more after the last layer. There are no segments; a
+batch's segments are ignored. A sequence is classified by its last real token.
 
-What to know of the classes in `transformers` whose folders are read and written here:
-  * Sequence classification finds the last real token by the config's `pad_token_id`, which GPT-2 has not, and takes no
-    batches without it: save with config={"pad_token_id": …}. Here the mask tells.
-  * It has no dropout before that classifier: fine-tune with head_dropout=0.0 to do the same.
-  * Multiple choice is the second head of the class with two; its language model is the task causal_lm.
+The classes in `transformers`, whose folders are read and written here, differ in these points:
+  * Sequence classification finds the last real token by the config's `pad_token_id`, which GPT-2 does not have, and accepts
+    no batches without it: save with config={"pad_token_id": …}. Here the padding mask decides.
+  * They have no dropout before that classifier: fine-tune with head_dropout=0.0 to match.
+  * Multiple choice is the second head of the class with two heads. The language model of that class is the task causal_lm.
 """
 
 import re
@@ -25,42 +25,43 @@ from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn.heads import check_task, last_token
 from squeeze_jax.nn.layer_norm import LayerNorm
 from squeeze_jax.ranges import Rate
-from squeeze_jax.weights import files, huggingface
+from squeeze_jax.weights import huggingface, weight_files
 
 INPUTS = "tokens"
 CLASSIFIER = _encoder.CLASSIFIER
 OPTIONS = Options(activation="gelu_tanh", epsilon=1e-5)
 Task = Literal["features", "causal_lm", "classification", "tokens", "span", "choice"]
-_OF_SEQUENCES = ("classification", "choice")
+_SEQUENCE_TASKS = ("classification", "choice")
 _PARTS = ("query", "key", "value")
 _FUSED = re.compile(rf"^(.*attn\.c_attn)\.({'|'.join(_PARTS)})\.(weight|bias)$")
 _TRANSPOSED = re.compile(r"\.c_(fc|proj)\.weight$")
 
 
-def _unpacked(arrays: files.Arrays, net: "Gpt2") -> files.Arrays:
-    """Matrices [in, out] as [out, in], and those of attention's input, three in one, each by itself."""
-    found = {}
+def _unpack(arrays: weight_files.Arrays, net: "Gpt2") -> weight_files.Arrays:
+    """Transposes matrices [in, out] to [out, in], and splits attention's fused query, key and value."""
+    unpacked = {}
     for name, array in arrays.items():
         layer, _, end = name.rpartition(".")
         if layer.endswith("attn.c_attn") and np.shape(array)[-1] % 3 == 0:
             for part, piece in zip(_PARTS, np.split(array, 3, axis=-1), strict=True):
-                found[f"{layer}.{part}.{end}"] = piece.T
+                unpacked[f"{layer}.{part}.{end}"] = piece.T
         else:
-            found[name] = array.T if _TRANSPOSED.search(name) else array
-    return found
+            unpacked[name] = array.T if _TRANSPOSED.search(name) else array
+    return unpacked
 
 
-def _packed(arrays: files.Arrays, net: "Gpt2") -> files.Arrays:
-    found = {}
+def _pack(arrays: weight_files.Arrays, net: "Gpt2") -> weight_files.Arrays:
+    """Returns arrays in GPT-2's layout: the inverse of `_unpack`."""
+    packed = {}
     for name, array in arrays.items():
         part = _FUSED.match(name)
         if part is None:
-            found[name] = array.T if _TRANSPOSED.search(name) else array
+            packed[name] = array.T if _TRANSPOSED.search(name) else array
         elif part[2] == _PARTS[0]:
-            every = [f"{part[1]}.{other}.{part[3]}" for other in _PARTS]
-            joined = np.concatenate([arrays[other].T for other in every], axis=-1)
-            found[f"{part[1]}.{part[3]}"] = joined
-    return found
+            fused = [f"{part[1]}.{other}.{part[3]}" for other in _PARTS]
+            joined = np.concatenate([arrays[other].T for other in fused], axis=-1)
+            packed[f"{part[1]}.{part[3]}"] = joined
+    return packed
 
 
 HUGGINGFACE = huggingface.Family(
@@ -78,8 +79,8 @@ HUGGINGFACE = huggingface.Family(
     heads=("lm_head", "score", "classifier", "qa_outputs", "multiple_choice_head"),
     tied={"lm_head.weight": "wte.weight"},
     conv1d=False,
-    unpacked=_unpacked,
-    packed=_packed,
+    unpack=_unpack,
+    pack=_pack,
 )
 HEAD_NAMES = {
     "features": {},
@@ -125,15 +126,17 @@ _ONLY = {
     "summary_activation": None,
     "summary_proj_to_labels": True,
 }
-_END_OF_TEXT = 50256  # the first and the last token to the class in transformers
+_END_OF_TEXT = 50256  # first and last token of a text for the class in transformers
 
 
 class Gpt2(nn.Module):
-    """The net; endpoints as in `_encoder.encode`; pooled [b, d] of tasks of sequences is the last real token.
+    """The GPT-2 network; endpoints as in `_encoder.encode`.
+
+    In the tasks classification and choice the endpoint pooled [b, d] is the hidden state of the last real token.
 
     Attributes:
       row, task, num_classes, pooler, settings: see `bert.Bert`.
-      embedding_dropout: rate after the embeddings.
+      embedding_dropout: dropout rate after the embeddings.
     """
 
     row: Row
@@ -145,11 +148,11 @@ class Gpt2(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
-        # The first layer has the embeddings' normalisation.
+        """Returns (logits, endpoints), see `_encoder.encode`."""
+        # The first layer normalises its inputs, so the embeddings need no normalisation.
         rate = self.embedding_dropout
         tables = _encoder.embeddings(self, epsilon=None, dropout=rate)
-        # What is added to the residuals begins smaller the more of them there are; section 2.3.
+        # The more residual sums there are, the smaller the initial weights of their summands; section 2.3.
         init = nn.initializers.normal
         blocks = _encoder.layers(
             self,
@@ -160,16 +163,23 @@ class Gpt2(nn.Module):
         )
         head = _encoder.head(self, bias=self.task != "classification")
         return _encoder.encode(
-            self, x, tables, blocks, head, train=train, finish=_normalised, pool=_last
+            self,
+            x,
+            tables,
+            blocks,
+            head,
+            train=train,
+            finish=_final_norm,
+            pool=_pool_last_token,
         )
 
 
-def _normalised(net, y):
+def _final_norm(net, y):
     return LayerNorm(net.settings.epsilon, name="norm")(y)
 
 
-def _last(net, y, mask):
-    return last_token(y, mask) if net.task in _OF_SEQUENCES else None
+def _pool_last_token(net, y, mask):
+    return last_token(y, mask) if net.task in _SEQUENCE_TASKS else None
 
 
 @registry.options(OPTIONS)
@@ -184,41 +194,41 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      task: what the head is for, see `heads.Head`.
-      embedding_dropout: rate after the embeddings; None for `dropout`.
-      **options: see `Options`; dropout is the rate before residual sums.
+      task: task of the head, see `heads.Head`.
+      embedding_dropout: dropout rate after the embeddings; None for `dropout`.
+      **options: see `_encoder.Options`; dropout is the rate before residual sums.
 
     Raises:
-      UserError: unknown variant, task or activation, or heads that do not divide the features.
+      UserError: the variant, task or activation is unknown, or the heads do not divide the features.
     """
     shared = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(VARIANTS, variant, "gpt2", shared)
+    row, settings = _encoder.row_and_settings(VARIANTS, variant, "gpt2", shared)
     check_task(task, Task)
     rate = shared.dropout if embedding_dropout is None else embedding_dropout
     return Gpt2(row, task, shared.num_classes, False, settings, rate)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json."""
-    found = huggingface.options(config, _KEYS, _ONLY)
-    features = found.get("features", VARIANTS["small"].features)
-    # A value of another type is for `load` to name.
-    wide = {"ffn_features": 4 * features} if isinstance(features, int) else {}
-    return wide | found
+    """Returns the options of `make` from a folder's config.json."""
+    options = huggingface.options_from_config(config, _KEYS, _ONLY)
+    features = options.get("features", VARIANTS["small"].features)
+    # For a value of another type `load` raises an error.
+    default = {"ffn_features": 4 * features} if isinstance(features, int) else {}
+    return default | options
 
 
 def to_huggingface(net: Gpt2) -> dict[str, Any]:
-    """What config.json says of a net."""
-    found = huggingface.config(net, _KEYS)
+    """Returns the entries of config.json for a network."""
+    content = huggingface.config_from_net(net, _KEYS)
     if net.row.vocabulary <= _END_OF_TEXT:
-        found |= {"bos_token_id": None, "eos_token_id": None}
-    return found
+        content |= {"bos_token_id": None, "eos_token_id": None}
+    return content
 
 
 def huggingface_names(net: Gpt2) -> dict[str, str]:
     """Returns {our layer: its name in the checkpoints of `transformers`, without the encoder's prefix}.
 
-    The parts of `attn.c_attn` are one tensor there.
+    There, query, key and value are one tensor, `attn.c_attn`.
     """
     parts = {f"attention/{part}": f"attn.c_attn.{part}" for part in _PARTS} | {
         "attention/output": "attn.c_proj",

@@ -1,11 +1,11 @@
-"""LSTM language model: predicts each next token from a state that it carries along the text.
+"""LSTM language model: predicts each next token from a state that it carries through the text.
 
 Zaremba, Sutskever, Vinyals 2014, "Recurrent Neural Network Regularization", arXiv 1409.2329. The variants are those of
 section 4.1: `small` is the non-regularized network of Table 1, `medium` and `large` have dropout. Dropout acts between
 layers, before the first and after the last, never on the recurrent connection (Figure 2).
 
-Training takes consecutive windows of a text, and the state after a window is the state before the next one (truncated
-backpropagation through time). The state comes in as `carry` and leaves in `endpoints["carry"]`. `data/tasks/contiguous.py`
+Training reads consecutive windows of a text, and the state after one window is the state before the next (truncated
+backpropagation through time). The state is the input `carry` and the output `endpoints["carry"]`. `data/tasks/contiguous.py`
 supplies such windows.
 """
 
@@ -26,18 +26,18 @@ from squeeze_jax.nn.embed import Embed, Sizes, named_inputs, text_inputs
 from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 INPUTS = "tokens"
-CLASSIFIER = ("output",)  # the layer that another vocabulary changes
+CLASSIFIER = ("output",)  # the layer that depends on the vocabulary
 
 
 class Row(NamedTuple):
-    """One variant.
+    """The sizes and options of a variant.
 
     Attributes:
-      layers: LSTM layers.
-      features: of the embeddings and of each layer's state.
-      dropout: rate of the non-recurrent connections.
-      init: largest absolute value of the initial weights, which are uniform.
-      vocabulary: tokens.
+      layers: number of LSTM layers.
+      features: channels of the embeddings and of each layer's state.
+      dropout: dropout rate of the non-recurrent connections.
+      init: largest absolute value of the initial weights, which are uniformly distributed.
+      vocabulary: number of tokens.
     """
 
     layers: int
@@ -74,11 +74,11 @@ class Lstm(nn.Module):
         train: bool = False,
         carry: dict[str, recurrent.Carry] | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns logits [b, l, vocabulary], float32, of the token after each, and the endpoints.
+        """Returns (logits of each next token, float32 [b, l, vocabulary], endpoints).
 
         Args:
-          inputs: {"tokens": int [b, l], "fresh": bool [b]}. Rows with fresh=True begin with zeros instead of the carry;
-            "fresh" may be left out, which means that no row does.
+          inputs: {"tokens": int [b, l], "fresh": bool [b]}. Rows with fresh=True start with a state of zeros instead of the
+            carry; without "fresh" no row does.
           train: whether dropout acts.
           carry: the state before the first token, see `initial_carry`; None for zeros.
         """
@@ -87,20 +87,20 @@ class Lstm(nn.Module):
         tokens = text_inputs(
             inputs, sizes=Sizes(row.vocabulary), reads=("tokens", "fresh")
         ).tokens
-        carry = self._begin(inputs, carry)
+        carry = self._reset_fresh_rows(inputs, carry)
         init = uniform(row.init)
         embed = Embed(row.vocabulary, row.features, init, name="embedding")
         y = embed(tokens)
-        endpoints, after = {"embedding": y}, {}
+        endpoints, new_carry = {"embedding": y}, {}
         for name in self._names():
             y = Dropout(row.dropout)(y, train=train)
-            # Tied scores are products with embeddings as wide.
+            # Tied scores are products with the embeddings, so the last layer must keep their width.
             fixed = self.tied and name == self._names()[-1]
             layer = recurrent.LSTM(row.features, fixed, init, name=name)
-            y, after[name] = layer(y, None if carry is None else carry[name])
+            y, new_carry[name] = layer(y, None if carry is None else carry[name])
             endpoints[name] = y
         y = Dropout(row.dropout)(y, train=train)
-        endpoints["carry"] = after
+        endpoints["carry"] = new_carry
         if self.tied:
             bias = self.param("bias", nn.initializers.zeros_init(), (row.vocabulary,))
             return embed.scores(y) + bias, endpoints
@@ -119,11 +119,11 @@ class Lstm(nn.Module):
     def initial_carry(
         self, rows: int, widths: Mapping[str, int] | None = None
     ) -> dict[str, recurrent.Carry]:
-        """Returns the state that `rows` texts begin with: {layer: {"hidden", "cell": zeros [rows, d]}}, float32.
+        """Returns the initial state of `rows` texts: {layer: {"hidden", "cell": zeros [rows, d]}}, float32.
 
         Args:
           rows: number of texts.
-          widths: d of single layers, where an enclosing `Reshaped` has others.
+          widths: {layer: d} of the layers whose width an enclosing `Reshaped` changes.
         """
         sizes = dict.fromkeys(self._names(), self.row.features)
         sizes |= {k: v for k, v in (widths or {}).items() if k in sizes}
@@ -134,8 +134,8 @@ class Lstm(nn.Module):
         return [f"lstm{number + 1}" for number in range(self.row.layers)]
 
     @nn.nowrap
-    def _begin(self, inputs, carry):
-        """The carry with zeros in the rows that begin afresh."""
+    def _reset_fresh_rows(self, inputs, carry):
+        """Returns the carry with zeros in the rows that start a new text."""
         fresh, rows = inputs.get("fresh"), inputs["tokens"].shape[:1]
         if fresh is not None and tuple(fresh.shape) != rows:
             raise UserError(
@@ -149,7 +149,7 @@ class Lstm(nn.Module):
 
 
 def uniform(limit: float):
-    """Returns an initializer of numbers that are uniform in [-limit, limit)."""
+    """Returns an initializer of uniformly distributed numbers in [-limit, limit)."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -limit, limit)
@@ -199,7 +199,7 @@ def make(
 
 
 def torch_names(net: Lstm) -> dict[str, str]:
-    """Returns {our layer: its name in what `from_torch` returns}."""
+    """Returns {our layer: its name in the result of `from_torch`}."""
     names = {"embedding": "encoder"} | {
         name: f"rnn.{number}" for number, name in enumerate(net._names())
     }
@@ -208,7 +208,7 @@ def torch_names(net: Lstm) -> dict[str, str]:
 
 
 def from_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames the tensors of `torch.nn.LSTM` so that `weights.foreign.fit` takes them by `torch_names`.
+    """Renames the tensors of `torch.nn.LSTM`, so that `weights.foreign.fit` accepts them with `torch_names`.
 
     `rnn.weight_ih_l0` becomes `rnn.0.weight`, `rnn.weight_hh_l0` becomes `rnn.0.recurrent_weight`, and `rnn.bias_ih_l0` and
     `rnn.bias_hh_l0` add up to `rnn.0.bias`. The names are those of PyTorch's example word_language_model: encoder, rnn,

@@ -1,16 +1,16 @@
 """MobileBERT: as deep as BERT-large, with layers inside bottlenecks.
 
-Sun, Yu, Song, Liu, Yang, Zhou 2020, arXiv 2004.02984. Between layers there are 512 channels, inside them 128: fully
-connected layers narrow and widen again. To balance attention, which sees the wide input, there are several small
-feed-forward networks; tokens have narrow embeddings, of which three neighbours are read at once; and a scale and a bias
-stand for normalisations. `teacher` is the paper's IB-BERT, the same with wide insides, whose feature maps (layer1, …) and
-attention (attention1, …) MobileBERT's are trained to equal, layer by layer. `tiny` is the smaller one of its Table 1.
+Sun, Yu, Song, Liu, Yang, Zhou 2020, arXiv 2004.02984. There are 512 channels between layers and 128 inside them: fully
+connected layers narrow and widen the hidden states. Attention reads the wide input; to balance it, a layer has several small
+feed-forward networks. Token embeddings are narrow, and three neighbouring ones are read together. A scale and a bias replace
+normalisations. `teacher` is the paper's IB-BERT, the same architecture with wide insides. MobileBERT is trained to match its
+feature maps (layer1, …) and attention (attention1, …), layer by layer. `tiny` is the smaller network of Table 1.
 
-What to know of the class in `transformers` whose folders are read and written here:
-  * The first token's neighbours are read before attention, so a sequence's last token sees the padding after it, whatever
-    the mask says: pad as in training, or with trigram=False nothing depends on it.
-  * With layer normalisations it ignores the config's epsilon after the embeddings and after the last feed-forward
-    network, where it is 1e-5: here `ffn_epsilon`.
+The class in `transformers`, whose folders are read and written here, has these properties:
+  * A token's neighbours are read before attention, so a sequence's last token depends on the padding after it, whatever the
+    mask is. Pad as in training; with trigram=False nothing depends on the padding.
+  * With layer normalisation it ignores the config's epsilon after the embeddings and after the last feed-forward network, and
+    uses 1e-5 there: here `ffn_epsilon`.
   * Its queries and keys cannot come from the wide input (`teacher`) unless that is as wide as the bottleneck.
 """
 
@@ -35,7 +35,7 @@ from squeeze_jax.nn.heads import Task
 from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.layer_norm import Normalization, norm
 from squeeze_jax.ranges import Count, Positive, Range, Whole
-from squeeze_jax.weights import files, huggingface
+from squeeze_jax.weights import huggingface, weight_files
 
 INPUTS = "tokens"
 CLASSIFIER = _encoder.CLASSIFIER
@@ -44,7 +44,7 @@ AttentionInput = Literal["shared", "narrow", "wide"]
 
 
 class Row(NamedTuple):
-    """A variant: Table 1 of the paper; `narrow` are the channels inside a layer."""
+    """The sizes of a variant in Table 1 of the paper, see `make`; `narrow` are the channels inside a layer."""
 
     layers: int
     features: int
@@ -69,36 +69,37 @@ VARIANTS = {
 }
 
 
-# The head's matrix for channels beside those of the embeddings; there it is even where there are none.
+# The masked-LM head's matrix for channels beyond those of the embeddings; `transformers` stores it even if it is empty.
 _UNTIED = "cls.predictions.dense.weight"
 
 
-def _unpacked(arrays: files.Arrays, net: "MobileBert") -> files.Arrays:
-    """The embeddings' layer over three tokens as a convolution; the head's untied matrix as PyTorch's layers have it."""
-    found = dict(arrays)
+def _unpack(arrays: weight_files.Arrays, net: "MobileBert") -> weight_files.Arrays:
+    """Converts the embeddings' layer over three tokens to a convolution, and transposes the head's untied matrix."""
+    unpacked = dict(arrays)
     name = "embeddings.embedding_transformation.weight"
-    inside = 3 * net.row.embedding_features
-    if net.trigram and np.shape(found.get(name))[1:] == (inside,):
-        # Its channels are those of the next, this and the previous token.
-        taps = found[name].reshape(len(found[name]), 3, -1)
-        found[name] = taps[:, ::-1].swapaxes(1, 2)
-    if np.size(found.get(_UNTIED, 1)) == 0:  # embeddings as wide as the layers
-        del found[_UNTIED]
-    return _transposed(found)
+    channels = 3 * net.row.embedding_features
+    if net.trigram and np.shape(unpacked.get(name))[1:] == (channels,):
+        # Its channels are those of the next, the current and the previous token.
+        taps = unpacked[name].reshape(len(unpacked[name]), 3, -1)
+        unpacked[name] = taps[:, ::-1].swapaxes(1, 2)
+    if np.size(unpacked.get(_UNTIED, 1)) == 0:  # embeddings as wide as the layers
+        del unpacked[_UNTIED]
+    return _transpose_untied(unpacked)
 
 
-def _packed(arrays: files.Arrays, net: "MobileBert") -> files.Arrays:
-    found = dict(arrays)
+def _pack(arrays: weight_files.Arrays, net: "MobileBert") -> weight_files.Arrays:
+    """Returns arrays in MobileBERT's layout: the inverse of `_unpack`."""
+    packed = dict(arrays)
     for name, array in arrays.items():
         if name.endswith("embedding_transformation.weight") and array.ndim == 3:
-            found[name] = array.swapaxes(1, 2)[:, ::-1].reshape(len(array), -1)
-    row, scored = net.row, net.task in ("masked_lm", "pretraining")
-    if scored and row.features == row.embedding_features:
-        found[_UNTIED] = np.zeros((row.vocabulary, 0), np.float32)
-    return _transposed(found)
+            packed[name] = array.swapaxes(1, 2)[:, ::-1].reshape(len(array), -1)
+    row, scores_tokens = net.row, net.task in ("masked_lm", "pretraining")
+    if scores_tokens and row.features == row.embedding_features:
+        packed[_UNTIED] = np.zeros((row.vocabulary, 0), np.float32)
+    return _transpose_untied(packed)
 
 
-def _transposed(arrays):
+def _transpose_untied(arrays):
     return arrays | ({_UNTIED: arrays[_UNTIED].T} if _UNTIED in arrays else {})
 
 
@@ -106,10 +107,10 @@ HUGGINGFACE = bert.HUGGINGFACE._replace(
     model_type="mobilebert",
     prefix="mobilebert",
     classes={task: f"Mobile{name}" for task, name in bert.HUGGINGFACE.classes.items()},
-    unpacked=_unpacked,
-    packed=_packed,
+    unpack=_unpack,
+    pack=_pack,
 )
-# Their keys beside BERT's.
+# {key of config.json: option}: BERT's and MobileBERT's own.
 _KEYS = huggingface.BERT_KEYS | {
     "embedding_size": "embedding_features",
     "trigram_input": "trigram",
@@ -119,22 +120,22 @@ _KEYS = huggingface.BERT_KEYS | {
     "classifier_activation": "pooler_layer",
 }
 _ONLY = huggingface.ONLY | {"use_bottleneck": True}
-_FFN_EPSILON = 1e-5  # of the class in transformers
+_FFN_EPSILON = 1e-5  # fixed epsilon of the class in transformers
 
 
 class Layer(nn.Module):
-    """Section 3.1 of the paper: attention and feed-forward networks between layers that narrow and widen.
+    """A layer (section 3.1): attention and feed-forward networks inside a bottleneck.
 
     Attributes:
-      heads: of attention.
-      features: inside.
-      ffn_features: between the two layers of each feed-forward network.
-      stacks: how many of those there are.
-      attention_input: see `make`.
-      normalization, activation: see `make`.
-      dropout: rate before the outer residual sum, 0 to 1; needs the rng "dropout" in training.
-      attention_dropout: rate on attention's probabilities, 0 to 1.
-      epsilon: of layer normalisations, and `ffn_epsilon` of that after the last feed-forward network.
+      heads: attention heads.
+      features: channels inside the bottleneck.
+      ffn_features: hidden channels of each feed-forward network.
+      stacks: number of feed-forward networks.
+      attention_input, normalization, activation: see `make`.
+      dropout: dropout rate before the outer residual sum, 0 to 1; needs the rng "dropout" in training.
+      attention_dropout: dropout rate of the attention probabilities, 0 to 1.
+      epsilon: epsilon of the layer normalisations, except the one after the last feed-forward network.
+      ffn_epsilon: epsilon of the layer normalisation after the last feed-forward network.
     """
 
     heads: int
@@ -155,7 +156,7 @@ class Layer(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Attended]:
-        """x: [b, l, d], mask: bool [b, l], True for real tokens → [b, l, d] and what attention gave."""
+        """Returns (hidden states [b, l, d], attention) for x [b, l, d] and a mask, bool [b, l], True for real tokens."""
         narrow = self._norm("narrow")(self._dense(x, "narrow"))
         query, value = {
             "shared": (x, x),
@@ -197,7 +198,7 @@ class Layer(nn.Module):
 
 
 class MobileBert(nn.Module):
-    """The net; its endpoints are those of `_encoder.encode`.
+    """The MobileBERT network; endpoints as in `_encoder.encode`.
 
     Attributes:
       row, task, num_classes, pooler, settings: see `bert.Bert`.
@@ -215,9 +216,9 @@ class MobileBert(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
+        """Returns (logits, endpoints), see `_encoder.encode`."""
         row = self.row
-        # Narrow embeddings of tokens, widened by a convolution over three, then positions and segments.
+        # A convolution over three tokens widens their narrow embeddings; positions and segments are added after it.
         tables = _encoder.embeddings(
             self,
             features=row.features,
@@ -226,7 +227,7 @@ class MobileBert(nn.Module):
             normalization=row.normalization,
             epsilon=self.ffn_epsilon,
         )
-        # The masked LM scores the channels beside the embeddings' with a matrix of its own.
+        # The masked-LM head has a matrix of its own for the channels beyond those of the embeddings.
         head = _encoder.head(self, untied=row.features - row.embedding_features)
         blocks = [self._layer(number) for number in range(1, row.layers + 1)]
         return _encoder.encode(self, x, tables, blocks, head, train=train, pool=_pool)
@@ -251,7 +252,7 @@ class MobileBert(nn.Module):
 
 
 def _pool(net, y, mask):
-    """The first token, with `pooler_layer` after a fully connected layer and tanh."""
+    """Returns the first token's hidden state, with `pooler_layer` after a fully connected layer and tanh; or None."""
     if net.pooler and not net.pooler_layer:
         return y[:, 0]
     return _encoder.pool(net, y, mask)
@@ -280,24 +281,26 @@ def make(
     Args:
       variant: a row of VARIANTS.
       task, segments, pooler: see `bert.make`.
-      narrow: features inside a layer; heads divide them.
+      narrow: channels inside a layer; heads must divide them.
       stacks: feed-forward networks in a layer.
-      embedding_features: of the tokens' embeddings, at most `features`.
-      attention_input: where queries and keys come from: "shared": narrowed once more for both; "narrow": from the layer's
-        narrow features, and the values too; "wide": from the layer's input, from which values come else.
+      embedding_features: channels of the token embeddings, at most `features`.
+      attention_input: input of queries and keys. "shared": the layer's input, narrowed by one more layer for both. "narrow":
+        the layer's narrow features, which the values read too. "wide": the layer's input. Except with "narrow", values read
+        the layer's input.
       normalization: "no_norm", a scale and a bias, or "layer_norm".
-      trigram: whether a token is read with its two neighbours.
-      activation: of the feed-forward networks and the masked-LM head; None for the variant's.
-      ffn_epsilon: of the normalisations after the embeddings and the last feed-forward network; None for `epsilon`.
-      pooler_layer: whether the pooler has a layer and tanh, or takes the first token as it is.
-      **options: see `Options`; features are those between layers, and dropout acts before the residual sums there.
+      trigram: whether a token's embedding is read with those of its two neighbours.
+      activation: activation of the feed-forward networks and the masked-LM head; None for the variant's.
+      ffn_epsilon: epsilon of the normalisations after the embeddings and the last feed-forward network; None for `epsilon`.
+      pooler_layer: whether the pooler has a fully connected layer and tanh, or returns the first token unchanged.
+      **options: see `_encoder.Options`; `features` are the channels between layers, and dropout acts before the residual
+        sums there.
 
     Raises:
-      UserError: unknown variant, task or activation, or features that do not fit.
+      UserError: the variant, task or activation is unknown, or the numbers of features do not fit each other.
     """
     shared = OPTIONS._replace(**options)
     row = registry.row(VARIANTS, variant, "variant of mobilebert")
-    row = _encoder.sized(
+    row = _encoder.replace_sizes(
         row,
         shared,
         narrow=narrow,
@@ -305,12 +308,12 @@ def make(
         embedding_features=embedding_features,
         segments=segments,
     )
-    kinds = {
+    replacements = {
         "attention_input": attention_input,
         "normalization": normalization,
         "activation": activation,
     }
-    row = row._replace(**{key: kind for key, kind in kinds.items() if kind})
+    row = row._replace(**{k: value for k, value in replacements.items() if value})
     if row.narrow % row.heads:
         raise UserError(
             f"narrow = {row.narrow} features do not divide into heads = {row.heads}"
@@ -333,20 +336,20 @@ def make(
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json."""
-    found = huggingface.options(config, _KEYS, _ONLY)
+    """Returns the options of `make` from a folder's config.json."""
+    options = huggingface.options_from_config(config, _KEYS, _ONLY)
     if config.get("use_bottleneck_attention", False):
-        found["attention_input"] = "narrow"
+        options["attention_input"] = "narrow"
     elif not config.get("key_query_shared_bottleneck", True):
-        found["attention_input"] = "wide"
-    return found | {"ffn_epsilon": _FFN_EPSILON}
+        options["attention_input"] = "wide"
+    return options | {"ffn_epsilon": _FFN_EPSILON}
 
 
 def to_huggingface(net: MobileBert) -> dict[str, Any]:
-    """What config.json says of a net.
+    """Returns the entries of config.json for a network.
 
     Raises:
-      UserError: the class in `transformers` cannot compute what the net does.
+      UserError: the class in `transformers` cannot compute the same as the network.
     """
     row = net.row
     if row.normalization == "layer_norm" and net.ffn_epsilon != _FFN_EPSILON:
@@ -361,10 +364,10 @@ def to_huggingface(net: MobileBert) -> dict[str, Any]:
         )
     if not net.trigram and row.embedding_features == row.features:
         raise UserError(
-            "transformers' MobileBERT without trigrams widens no embeddings that are as wide as the layers: save one with"
+            "transformers' MobileBERT without trigrams does not support embeddings as wide as the layers: save a network with"
             " another embedding_features"
         )
-    return huggingface.config(net, _KEYS) | {
+    return huggingface.config_from_net(net, _KEYS) | {
         "use_bottleneck": True,
         "use_bottleneck_attention": row.attention_input == "narrow",
         "key_query_shared_bottleneck": row.attention_input == "shared",

@@ -2,8 +2,8 @@
 
 Sandler, Howard, Zhu, Zhmoginov, Chen 2018, arXiv 1801.04381. A bottleneck expands its few input channels by a 1x1
 convolution, filters each channel by a 3x3 depthwise convolution, and projects back to few channels without a
-non-linearity, which would destroy information there; the residual joins the narrow ends. Variants differ in the width
-multiplier alone. Images are NHWC.
+non-linearity, which would destroy information there. The residual sum joins the narrow ends. Variants differ only in the
+width multiplier. Images are NHWC.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
 from squeeze_jax.weights import foreign
 
-CLASSIFIER = ("classifier",)  # the layers that other classes change
+CLASSIFIER = ("classifier",)  # the layers that depend on the classes
 
 
 class Stage(NamedTuple):
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A variant: width multiplier, features of the stem and of the last convolution, the stages between."""
+    """A variant: width multiplier, features of the stem and of the last convolution, the stages between them."""
 
     width: float
     stem: int
@@ -74,9 +74,9 @@ VARIANTS = {  # section 6.1 and Table 4: width multipliers 0.35 to 1.4
 
 
 class Bottleneck(nn.Module):
-    """Expand, depthwise, project; Table 1 and Figure 4(d).
+    """A bottleneck: expand, depthwise, project; Table 1 and Figure 4(d).
 
-    `expand` is the width inside, None for that of the input; `residual`: whether the input is added.
+    `expand`: channels inside the bottleneck, None for those of the input. `residual`: whether the block adds its input.
     """
 
     expand: int | None
@@ -100,7 +100,7 @@ class Bottleneck(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """The net; attributes as in `make`. Endpoints: conv1, stage1, stage2, … (the lines of Table 2), head."""
+    """The MobileNetV2 network; attributes as in `make`. Endpoints: conv1, stage1, stage2, … (the lines of Table 2), head."""
 
     row: Row
     num_classes: int | None
@@ -110,9 +110,9 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+        """Returns (logits [b, num_classes] in float32, endpoints {name: [b, h', w', c']}) for images x [b, h, w, c].
 
-        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        If `num_classes` is None, the mean of the last feature map, float32 [b, d], takes the place of the logits.
         """
         x = check_images(x, type(self).__name__)
         row, number = self.row, 0
@@ -167,14 +167,14 @@ def make(
     Args:
       variant: a row of VARIANTS.
       num_classes: outputs of the classifier; None for no classifier.
-      width: width multiplier instead of the variant's; the last convolution never gets narrower than 1280.
-      strides: strides of each stage instead of (1, 2, 2, 2, 1, 2, 1); fewer for small images.
+      width: width multiplier that replaces the variant's; the last convolution never gets narrower than 1280.
+      strides: strides of each stage that replace (1, 2, 2, 2, 1, 2, 1); smaller ones for small images.
       stem_strides: strides of the first convolution.
-      dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+      dropout: dropout rate before the classifier, 0 to 1; needs the rng "dropout" in training.
       padding, epsilon: see `UnitOptions`; Keras' weights need "same" and 1e-3.
 
     Raises:
-      UserError: unknown variant, or not one stride for each stage.
+      UserError: the variant is unknown, or `strides` does not have one value for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of mobilenet_v2")
     strides = stage_strides(strides, [s.strides for s in row.stages])
@@ -189,7 +189,7 @@ def make(
 
 
 def torchvision_names(net: MobileNetV2) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its name in torchvision's checkpoints}; raises a UserError for another padding or epsilon."""
     published = dict(padding="symmetric", epsilon=1e-5)
     foreign.check_options("torchvision", net.options._asdict(), published)
     blocks = [s.expand for s in net.row.stages for _ in range(s.blocks)]
@@ -212,7 +212,7 @@ def torchvision_names(net: MobileNetV2) -> dict[str, str]:
 
 
 def timm_names(net: MobileNetV2) -> dict[str, str]:
-    """Returns {our layer: its name in timm's checkpoints}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its name in timm's checkpoints}; raises a UserError for another padding or epsilon."""
     published = dict(padding="symmetric", epsilon=1e-5)
     foreign.check_options("timm", net.options._asdict(), published)
     names, number = _timm.stem_and_head(), 0
@@ -226,7 +226,7 @@ def timm_names(net: MobileNetV2) -> dict[str, str]:
 
 
 def keras_names(net: MobileNetV2) -> dict[str, str | tuple[str, ...]]:
-    """Returns {our layer: its name in Keras' files}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its name in Keras' files}; raises a UserError for another padding or epsilon."""
     published = dict(padding="same", epsilon=1e-3)
     foreign.check_options("keras", net.options._asdict(), published)
     names = dict(conv1="Conv1", conv1_norm="bn_Conv1", head="Conv_1")

@@ -1,9 +1,9 @@
 """MobileNetV3: MobileNetV2's bottleneck in a searched network.
 
 Howard, Sandler, Chu, Chen, Chen, Tan, Wang, Zhu, Pang, Vasudevan, Le, Adam 2019, arXiv 1905.02244. A search under a
-latency budget chose the widths and where squeeze and excitation pays; by hand came the piecewise linear hard-swish in
-the deeper half, where maps are small, and a last stage that widens only behind the global mean. Large and Small are two
-searches; the minimalistic variants do without excitation, hard-swish and 5x5 kernels, for devices on which those are
+latency budget chose the widths and the blocks with squeeze and excitation. The authors added by hand the piecewise linear
+hard-swish in the deeper half, where feature maps are small, and a last stage that widens only after the global mean. Large and
+Small are two searches. The minimalistic variants have no excitation, hard-swish or 5x5 kernels, for devices on which these are
 slow. Images are NHWC.
 """
 
@@ -34,13 +34,13 @@ from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
 from squeeze_jax.weights import foreign
 
-CLASSIFIER = ("classifier",)  # the layers that other classes change
+CLASSIFIER = ("classifier",)  # the layers that depend on the classes
 
 
 class Stage(NamedTuple):
-    """Lines of Tables 1 and 2 with as many output channels; only the first block of a stage has the strides.
+    """Consecutive lines of Tables 1 and 2 with equal output channels; only the first block of a stage has the strides.
 
-    `expand` is each block's width inside, the column "exp size".
+    `expand`: the channels inside each block, the column "exp size".
     """
 
     features: int
@@ -52,7 +52,7 @@ class Stage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A variant: width multiplier, features of the stem, of the last convolution and of the layer behind the mean."""
+    """A variant: width multiplier, features of the stem, of the last convolution and of the layer after the mean."""
 
     width: float
     stem: int
@@ -101,9 +101,9 @@ VARIANTS = {  # Tables 1 to 3, the last with the multiplier; minimalistic: the a
 
 
 class Bottleneck(nn.Module):
-    """Expand, depthwise, squeeze and excite, project; Figure 4.
+    """A bottleneck: expand, depthwise, squeeze and excite, project; Figure 4.
 
-    `inputs` are the channels of the input by the network's options; `residual`: whether the input is added.
+    `inputs`: the channels of the input according to the network's options. `residual`: whether the block adds its input.
     """
 
     inputs: int
@@ -130,7 +130,7 @@ class Bottleneck(nn.Module):
         wide = y.shape[-1]
         y = unit(y, wide, self.kernel, self.strides, groups=wide, name="depthwise")
         if self.excite:
-            # A quarter of the width inside, section 5.3.
+            # A quarter of the channels inside the block, section 5.3.
             squeezed = scaled(self.expand, 0.25)
             y = SqueezeExcite(squeezed, gate=nn.hard_sigmoid, name="squeeze_excite")(y)
         y = unit(y, self.features, 1, activation=None, name="project")
@@ -138,7 +138,10 @@ class Bottleneck(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """The net; attributes as in `make`. Endpoints: conv1, bottleneck1, … (the lines of Tables 1 and 2), head."""
+    """The MobileNetV3 network; attributes as in `make`.
+
+    Endpoints: conv1, bottleneck1, … (the lines of Tables 1 and 2), head.
+    """
 
     row: Row
     num_classes: int | None
@@ -148,9 +151,9 @@ class MobileNetV3(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+        """Returns (logits [b, num_classes] in float32, endpoints {name: [b, h', w', c']}) for images x [b, h, w, c].
 
-        Without classes the features behind the mean stand in place of the logits, [b, hidden], float32.
+        If `num_classes` is None, the features after the global mean, float32 [b, hidden], take the place of the logits.
         """
         x = check_images(x, type(self).__name__)
         row, endpoints = self.row, {}
@@ -206,22 +209,22 @@ def make(
     Args:
       variant: a row of VARIANTS.
       num_classes: outputs of the classifier; None for no classifier.
-      width: width multiplier instead of the variant's; the layer behind the global mean never gets narrower by it.
-      strides: strides of each stage, blocks with as many output channels, instead of (1, 2, 2, 2, 1, 2) of Large or
-        (2, 2, 2, 1, 2) of Small; fewer for small images.
+      width: width multiplier that replaces the variant's; it never narrows the layer after the global mean.
+      strides: strides of each stage (blocks with equal output channels) that replace (1, 2, 2, 2, 1, 2) of Large or
+        (2, 2, 2, 1, 2) of Small; smaller ones for small images.
       stem_strides: strides of the first convolution.
-      dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+      dropout: dropout rate before the classifier, 0 to 1; needs the rng "dropout" in training.
       padding, epsilon: see `UnitOptions`; Keras' weights need "same" and 1e-3, timm's "symmetric" and 1e-5.
 
     Raises:
-      UserError: unknown variant, or not one stride for each stage.
+      UserError: the variant is unknown, or `strides` does not have one value for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of mobilenet_v3")
     strides = stage_strides(strides, [s.strides for s in row.stages])
     width = row.width if width is None else width
     stages, before = [], row.stem
     for stage, s in zip(row.stages, strides, strict=True):
-        # What is scaled and rounded is a block's ends; it stays as many times wider inside.
+        # A block's input and output channels are scaled and rounded; its expansion ratio stays the same.
         inputs = (before, *[stage.features] * (len(stage.expand) - 1))
         expand = tuple(
             scaled(scaled(c, width), e / c)
@@ -243,7 +246,7 @@ def make(
 
 
 def torchvision_names(net: MobileNetV3) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its name in torchvision's checkpoints}; raises a UserError for another padding or epsilon."""
     published = dict(padding="symmetric", epsilon=1e-3)
     foreign.check_options("torchvision", net.options._asdict(), published)
     names = {"hidden": "classifier.0", "classifier": "classifier.3"}
@@ -272,9 +275,9 @@ def torchvision_names(net: MobileNetV3) -> dict[str, str]:
 
 
 def timm_names(net: MobileNetV3) -> dict[str, str]:
-    """Returns {our layer: its name in timm's checkpoints}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its name in timm's checkpoints}; raises a UserError for another padding or epsilon."""
     published = dict(padding="symmetric", epsilon=1e-5)
-    converted = dict(padding="same", epsilon=1e-3)  # those called tf_mobilenetv3
+    converted = dict(padding="same", epsilon=1e-3)  # weights named tf_mobilenetv3
     foreign.check_options("timm", net.options._asdict(), published, converted)
     names, number, inputs = _timm.stem_and_head(), 0, net.row.stem
     last = len(net.row.stages)
@@ -294,7 +297,11 @@ def timm_names(net: MobileNetV3) -> dict[str, str]:
 
 
 def keras_names(net: MobileNetV3) -> dict[str, tuple[str, ...]]:
-    """Returns {our layer: its names in Keras' files, of version 3 and before}; a UserError for other padding or epsilon."""
+    """Returns {our layer: its names in the files of Keras 3 and of earlier versions}.
+
+    Raises:
+      UserError: another padding or epsilon.
+    """
     published = dict(padding="same", epsilon=1e-3)
     foreign.check_options("keras", net.options._asdict(), published)
     names = {"hidden": ("conv_2", "Conv_2"), "classifier": ("logits", "Logits")}

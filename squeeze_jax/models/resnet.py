@@ -1,7 +1,7 @@
 """ResNet: deep residual learning.
 
-He, Zhang, Ren, Sun 2015, arXiv 1512.03385. A block adds what it computes to its input, so that depth does not hinder
-training. Variants differ in the number of blocks of each stage and in the block: two 3x3 convolutions, or a bottleneck
+He, Zhang, Ren, Sun 2015, arXiv 1512.03385. A block adds its output to its input, so that deep networks can be
+trained. Variants differ in the number of blocks of each stage and in the block: two 3x3 convolutions, or a bottleneck
 of 1x1, 3x3, 1x1. As in torchvision's checkpoints, the bottleneck's strides are in its 3x3 convolution (called v1.5);
 `strided="1x1"` puts them in the first 1x1, where the paper and Keras have them. Images are NHWC.
 """
@@ -25,8 +25,8 @@ from squeeze_jax.weights import foreign
 Stem = Literal["imagenet", "cifar"]
 Strided = Literal["3x3", "1x1"]
 
-CLASSIFIER = ("classifier",)  # the layers that other classes change
-# What published weights expect of their inputs and config.data cannot do.
+CLASSIFIER = ("classifier",)  # the layers that depend on the classes
+# {naming: inputs that its published weights expect and config.data cannot produce}.
 EXPECTS = {
     "keras": "channels in the order blue, green, red, minus (103.939, 116.779, 123.68)"
 }
@@ -51,10 +51,10 @@ VARIANTS = {  # Table 1
 
 
 class Block(nn.Module):
-    """The convolutions (features, kernel) in turn; Figure 5.
+    """A residual block: convolutions (features, kernel) in sequence, and a shortcut; Figure 5.
 
-    `strided`: the kernel of the convolution with the strides, the first such; `residual`: whether the input is added as it
-    is, else through a 1x1 convolution.
+    `strided`: kernel of the convolution that has the strides; of several the first. `residual`: whether the shortcut is the
+    input itself; otherwise it is a 1x1 convolution of the input.
     """
 
     convs: tuple[tuple[int, int], ...]
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The net; attributes as in `make`. Endpoints: conv1, conv2, … conv5 (the paper's conv2_x, …)."""
+    """The ResNet network; attributes as in `make`. Endpoints: conv1, conv2, … conv5 (the paper's conv2_x, …)."""
 
     row: Row
     num_classes: int | None
@@ -89,9 +89,9 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+        """Returns (logits [b, num_classes] in float32, endpoints {name: [b, h', w', c']}) for images x [b, h, w, c].
 
-        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        If `num_classes` is None, the mean of the last feature map, float32 [b, d], takes the place of the logits.
         """
         x = check_images(x, type(self).__name__)
         row, endpoints = self.row, {}
@@ -111,8 +111,8 @@ class ResNet(nn.Module):
                 strides = 2 if stage and not block else 1
                 name = f"conv{stage + 2}_{block + 1}"
                 residual = strides == 1 and channels == convs[-1][0]
-                how = (strides, residual, self.strided, self.options)
-                y = Block(convs, *how, name=name)(y, train=train)
+                options = (strides, residual, self.strided, self.options)
+                y = Block(convs, *options, name=name)(y, train=train)
                 channels = convs[-1][0]
             endpoints[f"conv{stage + 2}"] = y
         y = global_mean(y)
@@ -142,13 +142,13 @@ def make(
     Args:
       variant: a row of VARIANTS, the number of layers.
       num_classes: outputs of the classifier; None for no classifier.
-      stem: "imagenet" is a 7x7 convolution of strides 2 and max pooling; "cifar" a 3x3 convolution, for small images.
-      width: multiplies all channel counts but the classes'.
+      stem: "imagenet" is a 7x7 convolution with strides 2 and max pooling; "cifar" is a 3x3 convolution, for small images.
+      width: multiplies all channel counts except the number of classes.
       strided: which convolution of a bottleneck has its strides, the 3x3 or the first 1x1; Keras' weights need "1x1".
-      epsilon: of the normalisations; Keras' weights need 1.001e-5.
+      epsilon: epsilon of the normalisations; Keras' weights need 1.001e-5.
 
     Raises:
-      UserError: unknown variant, or strides in a 1x1 convolution where blocks have none.
+      UserError: the variant is unknown, or `strided` is "1x1" for blocks without 1x1 convolutions.
     """
     row = registry.row(VARIANTS, variant, "variant of resnet")
     if strided == "1x1" and not row.bottleneck:
@@ -160,7 +160,7 @@ def make(
 
 
 def torchvision_names(net: ResNet) -> dict[str, str]:
-    """Returns {our layer: its name in torchvision's checkpoints}; a UserError for other strides or epsilon."""
+    """Returns {our layer: its name in torchvision's checkpoints}; raises a UserError for other strides or epsilon."""
     _check("torchvision", net, "3x3", 1e-5)
     names = {"conv1": "conv1", "conv1_norm": "bn1", "classifier": "fc"}
     for ours, stage, block in _blocks(net):
@@ -175,13 +175,17 @@ def torchvision_names(net: ResNet) -> dict[str, str]:
 
 
 def timm_names(net: ResNet) -> dict[str, str]:
-    """Returns {our layer: its name in timm's checkpoints}, which are torchvision's names; the same UserError."""
+    """Returns {our layer: its name in timm's checkpoints}, which are torchvision's; raises the same UserError."""
     _check("timm", net, "3x3", 1e-5)
     return torchvision_names(net)
 
 
 def keras_names(net: ResNet) -> dict[str, str]:
-    """Returns {our layer: its name in Keras' files}; a UserError for basic blocks, which Keras does not have, and other options."""
+    """Returns {our layer: its name in Keras' files}.
+
+    Raises:
+      UserError: basic blocks, which Keras does not have, or other options than Keras'.
+    """
     if not net.row.bottleneck:
         raise UserError(
             "config.init.names = 'keras': Keras has no ResNet without bottlenecks: use variant '50', '101' or '152'"
@@ -209,9 +213,10 @@ def _blocks(net: ResNet):
 
 
 def _check(names: str, net: ResNet, strided: Strided, epsilon: float) -> None:
+    """Raises a UserError unless the network has the published strides and epsilon."""
     options = {"strided": net.strided, "epsilon": net.options.epsilon}
     published = {"strided": strided, "epsilon": epsilon}
-    if not net.row.bottleneck:  # which have no choice of strides
+    if not net.row.bottleneck:  # basic blocks have no choice of strides
         options.pop("strided")
         published.pop("strided")
     foreign.check_options(names, options, published)

@@ -1,10 +1,11 @@
-"""RoBERTa: BERT, trained longer, on more text, and on masked words alone.
+"""RoBERTa: a BERT that is pretrained longer, on more text, and only on masked tokens.
 
-Liu, Ott, Goyal, Du, Joshi, Chen, Levy, Lewis, Zettlemoyer, Stoyanov 2019, arXiv 1907.11692. The layers are BERT's. What
-differs: 50265 byte-level tokens and one segment; a classifier has its own layer on the first token instead of the pooler,
-which was trained for next sentences; and positions count from the third row of their table, as real tokens alone are
-counted: all padding is at the second. `positions` is the longest sequence, two less than the table's rows and than
-`max_position_embeddings` of `transformers`, where padding is what has the padding's token; here, what the mask says.
+Liu, Ott, Goyal, Du, Joshi, Chen, Levy, Lewis, Zettlemoyer, Stoyanov 2019, arXiv 1907.11692. The layers are BERT's. The
+differences: there are 50265 byte-level tokens and one segment. A classifier has its own layer on the first token instead of
+the pooler, which BERT trains with next-sentence prediction. Positions are counted over real tokens only and start at the
+third row of their table; all padding has the second row. `positions` is the longest sequence: two less than the rows of that
+table and than `max_position_embeddings` of `transformers`. There, padding is every token with the padding's id; here, the
+padding mask decides.
 """
 
 from collections.abc import Mapping
@@ -70,11 +71,10 @@ _HEAD_NAMES = {
 }
 
 Task = Literal["features", "masked_lm", "classification", "tokens", "span", "choice"]
-# Of padding, in the vocabulary and in the table of positions.
-_PADDING = 1
-_BEFORE = _PADDING + 1  # rows of that table before the first token's
-# What its class has where config.json says nothing: BERT's, not those of the paper.
-_UNSAID = {
+_PADDING = 1  # row of padding in the vocabulary and in the table of positions
+_BEFORE = _PADDING + 1  # rows of the table of positions before the first token's row
+# Defaults of its class in `transformers` for keys that config.json lacks: BERT's, not those of the paper.
+_DEFAULTS = {
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
@@ -82,7 +82,7 @@ _UNSAID = {
 
 
 class Roberta(nn.Module):
-    """The net; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`."""
+    """The RoBERTa network; attributes as in `bert.Bert`, endpoints as in `_encoder.encode`."""
 
     row: Row
     task: str
@@ -92,8 +92,8 @@ class Roberta(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
-        # The paper's code has these activations in the heads, whatever the layers have.
+        """Returns (logits, endpoints), see `_encoder.encode`."""
+        # The heads of the paper's code always use these activations, whatever the layers use.
         changes = {"activation": "gelu"}
         if self.task == "classification":
             rate = self.settings.head_dropout
@@ -105,11 +105,12 @@ class Roberta(nn.Module):
             _encoder.layers(self),
             _encoder.head(self, **changes),
             train=train,
-            rows=_rows,
+            rows=_position_rows,
         )
 
 
-def _rows(mask):
+def _position_rows(mask):
+    """Returns each token's row in the table of positions, int [b, l]; None without a padding mask."""
     if mask is None:
         return None
     mask = mask.astype(jnp.int32)
@@ -130,13 +131,13 @@ def make(
     Args:
       variant: a row of VARIANTS.
       task, segments, pooler: see `bert.make`.
-      **options: see `Options`.
+      **options: see `_encoder.Options`.
 
     Raises:
-      UserError: unknown variant, task or activation, or heads that do not divide the features.
+      UserError: the variant, task or activation is unknown, or the heads do not divide the features.
     """
     shared = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(
+    row, settings = _encoder.row_and_settings(
         VARIANTS, variant, "roberta", shared, segments=segments
     )
     need = ("choice",)
@@ -145,27 +146,27 @@ def make(
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json.
+    """Returns the options of `make` from a folder's config.json.
 
     Raises:
-      UserError: padding is another token.
+      UserError: the padding token has another id, or config.json has another unsupported value.
     """
     padding = config.get("pad_token_id", _PADDING)
     if padding != _PADDING:
         raise UserError(
             f"{huggingface.CONFIG}: pad_token_id = {padding} is not supported, only {_PADDING}, after which positions count"
         )
-    found = huggingface.options({**_UNSAID, **config})
-    if isinstance(found.get("positions"), int):  # else it is for `load` to name
-        found["positions"] -= _BEFORE
-    return found
+    options = huggingface.options_from_config({**_DEFAULTS, **config})
+    if isinstance(options.get("positions"), int):  # otherwise `load` raises an error
+        options["positions"] -= _BEFORE
+    return options
 
 
 def to_huggingface(net: Roberta) -> dict[str, Any]:
-    """What config.json says of a net."""
-    found = huggingface.config(net) | {"pad_token_id": _PADDING}
-    found["max_position_embeddings"] += _BEFORE
-    return found
+    """Returns the entries of config.json for a network."""
+    content = huggingface.config_from_net(net) | {"pad_token_id": _PADDING}
+    content["max_position_embeddings"] += _BEFORE
+    return content
 
 
 def huggingface_names(net: Roberta) -> dict[str, str]:

@@ -1,15 +1,15 @@
 """ShuffleNet: grouped 1x1 convolutions whose groups exchange channels.
 
-Zhang, Zhou, Lin, Sun 2017, arXiv 1707.01083. In a network with depthwise convolutions nearly all the work is in 1x1
-convolutions; grouped, they cost a fraction and so can be wider. Channels of different groups would then never meet:
-between the two 1x1 convolutions of a unit the channels are shuffled, so that each group of the second sees all groups
-of the first. Variants are "scale-groups": a scale of all widths (at 1.0 chosen for about 140 million
-multiply-accumulates) and the number of groups. Images are NHWC.
+Zhang, Zhou, Lin, Sun 2017, arXiv 1707.01083. In a network with depthwise convolutions nearly all computation is in the 1x1
+convolutions. Grouped ones cost a fraction, so they can be wider. To mix the groups, the channels are shuffled between the
+two 1x1 convolutions of a unit: each group of the second convolution reads channels of all groups of the first. Variants are
+"scale-groups": a scale of all widths (at 1.0 chosen for about 140 million multiply-accumulates) and the number of groups.
+Images are NHWC.
 
-The paper leaves open how widths are rounded that the groups do not divide, and whether the classifier has a bias. Here,
-as in the authors' code (github.com/megvii-model/ShuffleNet-Series), it has none, and the stem has 24 channels at 1.5
-and 16 at 0.5 with 8 groups. That code has 3 and 8 groups alone; with 2 and 4 a unit's width inside, a quarter of its
-output, goes to the nearest that the groups divide.
+The paper does not say how to round widths that the groups do not divide, nor whether the classifier has a bias. Here, as in
+the authors' code (github.com/megvii-model/ShuffleNet-Series), the classifier has no bias, and the stem has 24 channels at
+scale 1.5 and 16 at scale 0.5 with 8 groups. That code supports only 3 and 8 groups. With 2 and 4 groups the channels inside a
+unit, a quarter of its output channels, are rounded to the nearest multiple of the groups.
 """
 
 from functools import partial
@@ -32,13 +32,13 @@ from squeeze_jax.ranges import Count, Multiplier, Rate, Strides
 
 Shuffle = Literal["paper", "released"]
 
-CLASSIFIER = ("classifier",)  # the layers that other classes change
+CLASSIFIER = ("classifier",)  # the layers that depend on the classes
 
 
 class Row(NamedTuple):
     """A variant: groups of the 1x1 convolutions, features of the stem and of stage 2, units and strides of each stage.
 
-    Each stage has twice the features of the one before.
+    Each stage has twice the features of the previous one.
     """
 
     groups: int
@@ -73,10 +73,10 @@ VARIANTS = {  # Table 1, and as section 3.3 scales it for Tables 2 and 5
 
 
 class Unit(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, joined with the input; Figure 2(b) and (c).
+    """A unit: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, joined with the input; Figure 2(b) and (c).
 
-    The first of a stage concatenates, the others add: `residual`. `groups` is (of the first 1x1, of the second); `inputs`
-    are the channels of the input by the network's options.
+    `residual`: whether the unit adds its input; the first unit of a stage concatenates it instead. `groups`: those of the
+    first and of the second 1x1 convolution. `inputs`: the channels of the input according to the network's options.
     """
 
     inputs: int
@@ -110,17 +110,17 @@ class Unit(nn.Module):
 
 
 def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
-    """Channels [groups * n] seen as [groups, n] are transposed; section 3.1. With n groups it is undone.
+    """Shuffles channels: views [groups * n] as [groups, n] and transposes it; section 3.1. A shuffle with n groups undoes it.
 
     Args:
       x: [..., c], c a multiple of `groups`.
     """
-    apart = x.reshape(*x.shape[:-1], groups, -1)
-    return apart.swapaxes(-1, -2).reshape(x.shape)
+    grouped = x.reshape(*x.shape[:-1], groups, -1)
+    return grouped.swapaxes(-1, -2).reshape(x.shape)
 
 
 class ShuffleNet(nn.Module):
-    """The net; attributes as in `make`. Endpoints: conv1 (before pooling), stage2, stage3, stage4."""
+    """The ShuffleNet network; attributes as in `make`. Endpoints: conv1 (before pooling), stage2, stage3, stage4."""
 
     row: Row
     num_classes: int | None
@@ -131,9 +131,9 @@ class ShuffleNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+        """Returns (logits [b, num_classes] in float32, endpoints {name: [b, h', w', c']}) for images x [b, h, w, c].
 
-        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        If `num_classes` is None, the mean of the last feature map, float32 [b, d], takes the place of the logits.
         """
         x = check_images(x, type(self).__name__)
         row = self.row
@@ -190,20 +190,20 @@ def make(
     Args:
       variant: a row of VARIANTS.
       num_classes: outputs of the classifier; None for no classifier.
-      width: multiplies all of the variant's channel counts but the classes'.
-      strides: strides of each stage instead of (2, 2, 2); fewer for small images.
+      width: multiplies all of the variant's channel counts except the number of classes.
+      strides: strides of each stage that replace (2, 2, 2); smaller ones for small images.
       stem_strides: strides of the first convolution.
-      stem_pool: whether 3x3 max pooling of strides 2 follows it; False for small images.
-      dropout: rate before the classifier, 0 to 1; needs the rng "dropout" in training.
-      shuffle: "paper" transposes [groups, n] to [n, groups]; "released" the other way, as the authors' checkpoints
-        need. Each group sees all others either way.
+      stem_pool: whether 3x3 max pooling with strides 2 follows that convolution; False for small images.
+      dropout: dropout rate before the classifier, 0 to 1; needs the rng "dropout" in training.
+      shuffle: "paper" transposes [groups, n] to [n, groups]; "released" transposes the other way, which the authors'
+        checkpoints need. In both cases each group reads channels of all groups.
 
     Raises:
-      UserError: unknown variant, or not one stride for each stage.
+      UserError: the variant is unknown, or `strides` does not have one value for each stage.
     """
     row = registry.row(VARIANTS, variant, "variant of shufflenet")
     strides = stage_strides(strides, row.strides)
-    # Both in whole groups, since the first unit computes what the stem lacks.
+    # Both are multiples of the groups, because the first unit computes their difference.
     stem = scaled(row.stem, width, row.groups)
     features = scaled(row.features, width, row.groups)
     row = row._replace(stem=stem, features=features, strides=strides)

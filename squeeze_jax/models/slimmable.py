@@ -1,9 +1,9 @@
 """A slimmable network: one set of weights runs at several widths.
 
-Yu, Yang, Xu, Yang, Huang 2018, arXiv 1812.08928 (slimmable neural networks). At width w each layer uses the first share
-w of its output channels, and of its input channels as many as arrive. Batch statistics differ between widths, so each
-width has normalisations of its own ("switchable batch normalisation", section 3.2); all else is shared. The network is a
-small residual one for small images. Images are NHWC.
+Yu, Yang, Xu, Yang, Huang 2018, arXiv 1812.08928 (slimmable neural networks). At width w each layer uses the first
+fraction w of its output channels, and as many input channels as it receives. Batch statistics differ between widths, so each
+width has its own normalisations ("switchable batch normalisation", section 3.2); all other weights are shared. This is a small
+residual network for small images. Images are NHWC.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.reshaped import features
 from squeeze_jax.ranges import Count, Multiplier, Part
 
-CLASSIFIER = ("classifier",)  # the layers that other classes change
+CLASSIFIER = ("classifier",)  # the layers that depend on the classes
 
 
 class Row(NamedTuple):
@@ -40,12 +40,12 @@ VARIANTS = {
 
 
 class Slice(nn.Module):
-    """A convolution, or without positions a dense layer, that uses a part of its kernel [kh, kw, c, features].
+    """A convolution or dense layer that uses a part of its kernel.
 
     Attributes:
       features: output channels at width 1.
-      kernel: positions on each side; 0 for a dense layer, kernel [c, features] and bias.
-      strides: of the convolution.
+      kernel: side of the convolution's kernel [kh, kw, c, features]; 0 for a dense layer with kernel [c, features] and bias.
+      strides: strides of the convolution.
     """
 
     features: int
@@ -54,19 +54,20 @@ class Slice(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, width: float = 1.0) -> jax.Array:
-        """x: [b, h, w, c'] → [b, h', w', width * features]; a dense layer has all its features at each width."""
+        """Returns [b, h', w', width * features] for x [b, h, w, c']; a dense layer has all its features at each width."""
         dense = self.kernel == 0
         outputs = features(self, self.features, fixed=dense)
         extent = () if dense else (self.kernel, self.kernel)
-        # At a smaller width fewer channels arrive than the kernel has.
+        # At a smaller width the layer receives fewer channels than its kernel has.
         if self.has_variable("params", "kernel"):
-            whole = self.get_variable("params", "kernel")
+            full_kernel = self.get_variable("params", "kernel")
         else:
             init = nn.initializers.he_normal()
-            whole = self.param("kernel", init, (*extent, x.shape[-1], outputs))
-        outputs = whole.shape[-1] if dense else scaled(whole.shape[-1], width)
+            full_kernel = self.param("kernel", init, (*extent, x.shape[-1], outputs))
+        outputs = full_kernel.shape[-1]
+        outputs = outputs if dense else scaled(outputs, width)
         x = as_float(x)
-        kernel = whole[..., : x.shape[-1], :outputs].astype(x.dtype)
+        kernel = full_kernel[..., : x.shape[-1], :outputs].astype(x.dtype)
         x, kernel = tap(self, "inputs", x), tap(self, "kernel", kernel)
         if not dense:
             pad = self.kernel // 2
@@ -77,7 +78,7 @@ class Slice(nn.Module):
 
 
 class Unit(nn.Module):
-    """Convolution, the normalisation of the width in use, and ReLU; the normalisations are norm25, norm50, …"""
+    """A convolution, the normalisation of the current width, and ReLU; the normalisations are norm25, norm50, …"""
 
     features: int
     strides: int
@@ -91,7 +92,7 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a residual sum, where the shape stays."""
+    """Two convolutions, and a residual sum if the shape stays the same."""
 
     features: int
     strides: int
@@ -111,7 +112,7 @@ class Block(nn.Module):
 
 
 class Slimmable(nn.Module):
-    """The net; attributes as in `make`. Endpoints: stem, block1, block2, …"""
+    """The Slimmable network; attributes as in `make`. Endpoints: stem, block1, block2, …"""
 
     row: Row
     num_classes: int | None
@@ -127,10 +128,10 @@ class Slimmable(nn.Module):
           width: one of `switches`; None for the largest.
 
         Returns:
-          Logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+          (logits [b, num_classes] in float32, endpoints {name: [b, h', w', c']}).
 
         Raises:
-          UserError: a width that is none of the switches.
+          UserError: `width` is not one of the switches.
         """
         x = check_images(x, type(self).__name__)
         width = max(self.switches) if width is None else width
@@ -158,7 +159,7 @@ class Slimmable(nn.Module):
             return (y if classify is None else classify(y)), endpoints
 
         outputs = run(width)
-        if self.is_initializing():  # the other widths have normalisations too
+        if self.is_initializing():  # to create the normalisations of the other widths
             for other in self.switches:
                 if other != width:
                     run(other)
@@ -176,16 +177,16 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      num_classes: outputs of the classifier; None for none, then pooled features come in place of logits.
-      width: multiplies all channels, so that `width=0.5, switches=(1.0,)` is the plain network of half the width.
-      switches: the widths that the network can run at, shares of its channels in (0, 1], 1 among them.
+      num_classes: outputs of the classifier; None for no classifier: pooled features then take the place of the logits.
+      width: multiplies all channel counts: `width=0.5, switches=(1.0,)` is the ordinary network of half the width.
+      switches: the widths at which the network can run, as fractions of its channels in (0, 1], including 1.
 
     Raises:
-      UserError: unknown variant, or switches out of range.
+      UserError: the variant is unknown, or switches are out of range or round to the same percentage.
     """
     if len({percent(width) for width in switches}) < len(switches):
         raise UserError(
-            f"switches = {switches} has two of the same percentage: each width has normalisations of its own, norm25 and so on"
+            f"switches = {switches} has two widths of the same percentage, which names their normalisations: choose other widths"
         )
     row = registry.row(VARIANTS, variant, "variant of slimmable")
     if not switches or max(switches) != 1 or min(switches) <= 0:
@@ -198,32 +199,36 @@ def make(
 
 
 def scaled(channels: int, width: float) -> int:
-    """The channels of a layer at a width; at least one."""
+    """Returns the number of channels of a layer at a width, at least one."""
     return max(1, round(channels * width))
 
 
 def percent(width: float) -> int:
+    """Returns a width in percent, which names its normalisations."""
     return round(100 * width)
 
 
 def extract(options: dict, variables: dict, width: float) -> tuple[dict, dict]:
-    """Returns the options and the variables of the plain network that a slimmable one is at a width.
+    """Extracts the ordinary network that a slimmable network is at one width.
 
     Args:
-      options: of `make`.
-      variables: {"params", "batch_stats"} of the slimmable network.
+      options: options of `make` of the slimmable network.
+      variables: its {"params", "batch_stats"}.
       width: one of its switches.
 
+    Returns:
+      (options of `make`, variables) of the ordinary network.
+
     Raises:
-      UserError: channels that the option `width` and this width together round to another number.
+      UserError: the option `width` times this width rounds a number of channels differently.
     """
     row = registry.row(VARIANTS, options.get("variant", "small"), "variant")
     base = options.get("width", 1.0)
     for channels in (row.stem, *(c for c, _ in row.blocks)):
         if scaled(scaled(channels, base), width) != scaled(channels, base * width):
             raise UserError(
-                f"width = {width}: {channels} channels times {base} times {width} do not round to what the slimmable network"
-                " uses; make it with width=1.0"
+                f"width = {width}: {channels} channels times {base} times {width} round to another number than in the"
+                " slimmable network: build it with width=1.0"
             )
     plain = {**options, "width": options.get("width", 1.0) * width, "switches": (1.0,)}
     net = make(**{k: v for k, v in plain.items() if k != "name"})
@@ -234,8 +239,8 @@ def extract(options: dict, variables: dict, width: float) -> tuple[dict, dict]:
 
     def cut(kind):
         def leaf(name, shape):
-            whole = arrays[kind][name.replace("/norm100/", f"/norm{percent(width)}/")]
-            return whole[tuple(slice(n) for n in shape.shape)]
+            array = arrays[kind][name.replace("/norm100/", f"/norm{percent(width)}/")]
+            return array[tuple(slice(n) for n in shape.shape)]
 
         return leaf
 

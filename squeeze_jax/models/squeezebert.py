@@ -1,15 +1,16 @@
-"""SqueezeBERT: BERT with grouped convolutions for fully connected layers.
+"""SqueezeBERT: BERT with grouped convolutions in place of fully connected layers.
 
 Iandola, Shaw, Krishna, Keutzer 2020, arXiv 2006.11316. A position-wise fully connected layer is a convolution with kernel
-1; with four groups, as efficient networks of vision have them, it has a quarter of the weights and of the computation.
-The layer after attention stays dense and mixes the groups. With groups=1 this is BERT, to the number.
+size 1. With four groups, as in efficient vision networks, it has a quarter of the weights and of the computation. The layer
+after attention stays dense and mixes the groups. With groups=1 this network is exactly BERT.
 
-`released` is `base` with the vocabulary of the published checkpoints, padded to 30528 tokens. What to know of the
-class in `transformers` whose folders are read and written here:
-  * Its `attentions` are the scores before the softmax: our endpoints scores1, …; attention1, … are probabilities.
-  * Its layers normalise with an epsilon of 1e-12, whatever the config's `layer_norm_eps`, which embeddings and
-    the masked-LM head follow: here `layer_epsilon` and `epsilon`.
-  * It has a pooler for every task; here only where it is used.
+`released` is `base` with the vocabulary of the published checkpoints, padded to 30528 tokens. The class in `transformers`,
+whose folders are read and written here, differs in these points:
+  * Its `attentions` are the scores before the softmax. These are our endpoints scores1, …; our attention1, … are
+    probabilities.
+  * Its layers normalise with an epsilon of 1e-12, whatever the config's `layer_norm_eps`, which applies only to the embeddings
+    and the masked-LM head. Here these are `layer_epsilon` and `epsilon`.
+  * It has a pooler for every task; here only tasks that use it have one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,18 +62,18 @@ _GROUP_KEYS = {
     "intermediate_groups": "ffn_in",
     "output_groups": "ffn_out",
 }
-# Its class has no rate of its own for the classifier.
+# Its class has no separate dropout rate for the classifier.
 _KEYS = {k: v for k, v in huggingface.BERT_KEYS.items() if k != "classifier_dropout"}
-_LAYER_EPSILON = 1e-12  # of the class in transformers
+_LAYER_EPSILON = 1e-12  # epsilon of the layers in the class of transformers
 
 
 class SqueezeBert(nn.Module):
-    """The net: BERT's, with groups; its endpoints are those of `_encoder.encode`.
+    """The SqueezeBERT network; endpoints as in `_encoder.encode`.
 
     Attributes:
       row, task, num_classes, pooler, settings: see `bert.Bert`.
-      groups: of each layer.
-      layer_epsilon: of the layers' normalisations.
+      groups: numbers of groups of each layer.
+      layer_epsilon: epsilon of the layers' normalisations.
       shuffle: see `make`.
     """
 
@@ -87,7 +88,7 @@ class SqueezeBert(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """Logits and endpoints, see `_encoder.encode`."""
+        """Returns (logits, endpoints), see `_encoder.encode`."""
         changes = {"epsilon": self.layer_epsilon, "shuffle": self.shuffle}
         blocks = [
             _encoder.layer(self, number, groups, **changes)
@@ -116,24 +117,28 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      groups: of the convolutions: one number for all; {"query": 4, "ffn_out": 8} for some positions (query, key, value,
-        output, ffn_in, ffn_out), where the others keep the paper's; or a list of either, one for each layer.
+      groups: numbers of groups of the convolutions: one number for all; {"query": 4, "ffn_out": 8} for some convolutions
+        (query, key, value, output, ffn_in, ffn_out), while the others keep the paper's; or a list with one of these for
+        each layer.
       task, segments, pooler: see `bert.make`.
-      layer_epsilon: of the layers' normalisations; None for `epsilon`.
-      shuffle: where the layer after attention has groups, each of them sees channels of every group of the values, as in
-        ShuffleNet; not in the paper.
-      **options: see `Options`.
+      layer_epsilon: epsilon of the layers' normalisations; None for `epsilon`.
+      shuffle: whether channels are shuffled before a grouped layer after attention, so that each of its groups reads channels
+        of every group of the values, as in ShuffleNet. The paper does not do this.
+      **options: see `_encoder.Options`.
 
     Raises:
-      UserError: unknown variant, task, activation or position, or groups or heads that do not divide the features.
+      UserError: the variant, task, activation or a convolution's name is unknown, or groups or heads do not divide the
+        features.
     """
     shared = OPTIONS._replace(**options)
-    row, settings = _encoder.chosen(
+    row, settings = _encoder.row_and_settings(
         VARIANTS, variant, "squeezebert", shared, segments=segments
     )
-    each = encoder.layer_groups({} if groups is None else groups, GROUPS, row.layers)
-    encoder.check_divisors(row.features, row.ffn_features, row.heads, each)
-    for g in each if shuffle else ():
+    by_layer = encoder.layer_groups(
+        {} if groups is None else groups, GROUPS, row.layers
+    )
+    encoder.check_divisors(row.features, row.ffn_features, row.heads, by_layer)
+    for g in by_layer if shuffle else ():
         check_shuffle(row.features, g.value, g.output)
     return SqueezeBert(
         row,
@@ -141,34 +146,34 @@ def make(
         shared.num_classes,
         _encoder.has_pooler(task, pooler, shared.num_classes),
         settings,
-        groups=each,
+        groups=by_layer,
         layer_epsilon=shared.epsilon if layer_epsilon is None else layer_epsilon,
         shuffle=shuffle,
     )
 
 
 def from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `make` from a folder's config.json.
+    """Returns the options of `make` from a folder's config.json.
 
     Raises:
-      UserError: embeddings of another width than the layers'.
+      UserError: the embeddings have another width than the layers, or config.json has another unsupported value.
     """
-    found = huggingface.options(config, _KEYS)
-    inside = config.get("hidden_size", VARIANTS["base"].features)
-    if config.get("embedding_size", inside) != inside:
+    options = huggingface.options_from_config(config, _KEYS)
+    features = config.get("hidden_size", VARIANTS["base"].features)
+    if config.get("embedding_size", features) != features:
         raise UserError(
-            f"{huggingface.CONFIG}: embedding_size = {config['embedding_size']} should be hidden_size = {inside}"
+            f"{huggingface.CONFIG}: embedding_size = {config['embedding_size']} should be hidden_size = {features}"
         )
     groups = {ours: config.get(key) for key, ours in _GROUP_KEYS.items()}
     groups = {ours: number for ours, number in groups.items() if number is not None}
-    return found | {"groups": groups, "layer_epsilon": _LAYER_EPSILON}
+    return options | {"groups": groups, "layer_epsilon": _LAYER_EPSILON}
 
 
 def to_huggingface(net: SqueezeBert) -> dict[str, Any]:
-    """What config.json says of a net.
+    """Returns the entries of config.json for a network.
 
     Raises:
-      UserError: the class in `transformers` cannot have these groups, or computes with another epsilon.
+      UserError: the class in `transformers` cannot have these groups, does not shuffle, or has another epsilon.
     """
     if len(set(net.groups)) > 1:
         raise UserError(
@@ -184,8 +189,10 @@ def to_huggingface(net: SqueezeBert) -> dict[str, Any]:
             f" with layer_epsilon = {net.layer_epsilon}"
         )
     groups = net.groups[0]._asdict()
-    found = huggingface.config(net, _KEYS) | {"embedding_size": net.row.features}
-    return found | {key: groups[ours] for key, ours in _GROUP_KEYS.items()}
+    content = huggingface.config_from_net(net, _KEYS) | {
+        "embedding_size": net.row.features
+    }
+    return content | {key: groups[ours] for key, ours in _GROUP_KEYS.items()}
 
 
 def huggingface_names(net: SqueezeBert) -> dict[str, str]:

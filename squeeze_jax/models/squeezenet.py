@@ -6,7 +6,7 @@ downsampling comes late, so that activation maps stay large. A 1x1 convolution a
 
 1.1 (github.com/forresti/SqueezeNet) has a smaller stem and earlier pooling: 2.4 times less computation. `bypass` adds
 the paper's section 6: "simple" joins fire modules with as many output as input channels by a residual sum, "complex"
-also the others, through a 1x1 convolution. Images are NHWC.
+also joins the others, through a 1x1 convolution. Images are NHWC.
 """
 
 from functools import partial
@@ -28,13 +28,13 @@ from squeeze_jax.ranges import Count, Multiplier, Range, Rate, Strides
 
 Bypass = Literal["none", "simple", "complex"]
 
-CLASSIFIER = ("conv10",)  # the layers that other classes change
+CLASSIFIER = ("conv10",)  # the layers that depend on the classes
 
 
 class Row(NamedTuple):
     """A variant: conv1's features and kernel, the layers followed by pooling, (squeeze, expand) of fire2, fire3, …
 
-    `expand` is the number of 1x1 filters and of 3x3 filters alike.
+    A fire module has `expand` 1x1 filters and as many 3x3 filters.
     """
 
     stem: int
@@ -62,7 +62,10 @@ VARIANTS = {
 
 
 class Fire(nn.Module):
-    """Squeeze by 1x1, expand by 1x1 and 3x3 side by side; Figure 1. `residual`: whether the input is added."""
+    """A fire module: squeezes by 1x1 and expands by 1x1 and 3x3 side by side; Figure 1.
+
+    `residual`: whether the module adds its input.
+    """
 
     squeeze: int
     expand: int
@@ -88,7 +91,10 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """The net; attributes as in `make`. Endpoints: conv1, fire2, fire3, … (before pooling), conv10 (a map of scores)."""
+    """The SqueezeNet network; attributes as in `make`.
+
+    Endpoints: conv1, fire2, fire3, … (before pooling), conv10 (a map of scores).
+    """
 
     row: Row
     num_classes: int | None
@@ -101,9 +107,9 @@ class SqueezeNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        """x: [b, h, w, c] → logits [b, num_classes], float32, and {name: [b, h', w', c']}.
+        """Returns (logits [b, num_classes] in float32, endpoints {name: [b, h', w', c']}) for images x [b, h, w, c].
 
-        Without classes the mean of the last map stands in place of the logits, [b, d], float32.
+        If `num_classes` is None, the mean of the last feature map, float32 [b, d], takes the place of the logits.
         """
         x = check_images(x, type(self).__name__)
         row, endpoints = self.row, {}
@@ -138,7 +144,7 @@ class SqueezeNet(nn.Module):
 
 
 def _unit(x, features, kernel, strides=1, *, padding=0, norm, train, name):
-    """Convolution, batch normalisation where asked for, ReLU; creates them in the calling module."""
+    """Applies a convolution, batch normalisation if `norm` is set, and ReLU; creates them in the calling module."""
     x = Conv(
         features,
         (kernel, kernel),
@@ -170,18 +176,19 @@ def make(
     Args:
       variant: a row of VARIANTS.
       num_classes: channels of conv10; None for no conv10.
-      width: multiplies all channel counts but the classes'.
+      width: multiplies all channel counts except the number of classes.
       bypass: residual connections around the fire modules.
-      norm: batch normalisation after every convolution but conv10; not in the paper, steadies training on small images.
-      dropout: rate before conv10, 0 to 1; needs the rng "dropout" in training.
+      norm: whether batch normalisation follows every convolution except conv10. The paper has none; it stabilises training on
+        small images.
+      dropout: dropout rate before conv10, 0 to 1; needs the rng "dropout" in training.
       stem_strides: strides of conv1; 1 for small images.
       pools: the layers followed by 3x3 max pooling of strides 2; None for the variant's.
       conv10_padding: zeros around conv10's input; the released Caffe model of 1.0 has 1.
-      conv10_relu: ReLU on the scores before they are averaged, as in the paper; a class whose scores all fall below
-        zero gets no gradient any more, which happens where classes and images are few: then better False.
+      conv10_relu: whether ReLU acts on the scores before they are averaged, as in the paper. A class whose scores are all
+        below zero then gets no gradient any more. This happens with few classes and images; False avoids it.
 
     Raises:
-      UserError: unknown variant or pool.
+      UserError: the variant or a layer in `pools` is unknown.
     """
     row = registry.row(VARIANTS, variant, "variant of squeezenet")
     layers = ["conv1", *(f"fire{n}" for n in range(2, len(row.fires) + 2))]

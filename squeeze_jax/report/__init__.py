@@ -1,1 +1,1 @@
-"""Tables and plots from run directories."""
+"""Tables and plots of a run's results and of a network's costs."""

@@ -1,4 +1,4 @@
-"""Loss and accuracy over the steps of a run."""
+"""Plots loss and accuracy over the steps of a run."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,10 +14,10 @@ TRAIN, TEST = "#0072B2", "#D55E00"  # Okabe and Ito 2008: distinct to colour-bli
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`.
+    """Reads the records of a run's `metrics.jsonl`.
 
     Raises:
-      UserError: there is no such file.
+      UserError: the file cannot be read.
     """
     try:
         return log.read(files.path(path))
@@ -28,18 +28,20 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 def series(
     records: Iterable[Mapping[str, Any]], key: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The steps that have a key, ascending, and its values; of a step recorded twice the last counts.
+    """Returns the steps whose records have a key, ascending, and its values there.
+
+    If a step was recorded twice, the last record counts.
 
     Args:
       records: dicts with "step".
-      key: such as "loss" or "eval_accuracy".
+      key: key of a record, such as "loss" or "eval_accuracy".
 
     Returns:
       (steps int [n], values float [n]).
     """
-    found = {r["step"]: r[key] for r in records if r.get(key) is not None}
-    steps = sorted(found)
-    return np.array(steps, int), np.array([found[s] for s in steps], float)
+    by_step = {r["step"]: r[key] for r in records if r.get(key) is not None}
+    steps = sorted(by_step)
+    return np.array(steps, int), np.array([by_step[s] for s in steps], float)
 
 
 def plot(axes, records: list[Mapping[str, Any]], score: str = "accuracy") -> None:

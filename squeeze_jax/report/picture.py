@@ -1,4 +1,4 @@
-"""The report as one picture: the table, what the files cost beside each other, and how the network was trained."""
+"""Draws a run's report as one picture: the table, charts that compare the costs of the files, and the training curves."""
 
 import functools
 import io
@@ -15,9 +15,10 @@ from squeeze_jax.report import curves, table, units
 
 # Okabe and Ito 2008: distinct to colour-blind eyes
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
-LINE = 0.3  # inches of a table's line
-CHARACTER = 0.092  # inches of a table's column for each character, at 10 points
+LINE = 0.3  # height of a table's line, inches
+CHARACTER = 0.092  # width of a table's character at 10 points, inches
 SCORE = "Test accuracy"
+# (title, value of a row, formatter of a value)
 PANELS = (
     (SCORE, lambda r: r.get("accuracy"), units.percent),
     ("Size", lambda r: r.get("bytes"), units.size),
@@ -34,7 +35,7 @@ def write(
     caption: str = "",
     metrics: list[Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Draws the report and writes it as PNG, atomically; see `draw`."""
+    """Draws the report as `draw` does and writes it as a PNG file, atomically."""
     figure = draw(rows, title=title, caption=caption, metrics=metrics)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
@@ -51,13 +52,13 @@ def draw(
     """Draws the table, a bar chart for each cost, and the training curves.
 
     Args:
-      rows: of `table.row`, at least one.
-      title: one line above.
-      caption: smaller lines below, such as machine and revision.
-      metrics: records of `curves.read`, or None for no curves.
+      rows: rows from `table.row`, at least one.
+      title: one line above the table.
+      caption: smaller lines at the bottom, such as machine and revision.
+      metrics: records from `curves.read`, or None for no curves.
 
     Returns:
-      A figure with a canvas of its own; pyplot's state is not touched.
+      A figure with its own canvas; pyplot's state does not change.
     """
     cells, score = table.cells(rows), table.score(rows)
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
@@ -73,28 +74,29 @@ def draw(
     FigureCanvasAgg(figure)
     left, inner = 0.4 / width, 1 - 0.8 / width
 
-    def inches(row):  # bottom of a row of panels
+    def bottom(row):  # of a row of panels, inches
         return height - above - sum(heights[: row + 1]) - gap * row
 
     title = textwrap.shorten(title, int(width * 8), placeholder=" …")
     figure.text(left, 1 - 0.4 / height, title, fontsize=14, weight="bold")
-    area = (left, inches(0) / height, inner, heights[0] / height)
-    _table(figure.add_axes(area), cells, widths)
+    area = (left, bottom(0) / height, inner, heights[0] / height)
+    _draw_table(figure.add_axes(area), cells, widths)
     names = 0.8 * CHARACTER * max(len(str(r["model"])) for r in rows) / width
-    each = (inner - names) / max(len(panels), 1)
+    panel_width = (inner - names) / max(len(panels), 1)
     for i, panel in enumerate(panels):
-        place = left + names + i * each + 0.1 / width
-        area = (place, inches(1) / height, each - 0.3 / width, heights[1] / height)
+        x = left + names + i * panel_width + 0.1 / width
+        y = bottom(1) / height
+        area = (x, y, panel_width - 0.3 / width, heights[1] / height)
         title, value, write = panel
         if title == SCORE:
             title = title.replace("accuracy", score)
             write = functools.partial(units.score, name=score)
-        _bars(figure.add_axes(area), rows, title, value, write, named=i == 0)
+        _draw_bars(figure.add_axes(area), rows, title, value, write, labelled=i == 0)
     if metrics:
         axes = []
         for i in range(2):
-            place = left + 0.35 / width + i * inner / 2
-            area = (place, inches(2) / height, inner / 2 - 0.6 / width, 2.4 / height)
+            x = left + 0.35 / width + i * inner / 2
+            area = (x, bottom(2) / height, inner / 2 - 0.6 / width, 2.4 / height)
             axes.append(figure.add_axes(area))
         curves.plot(axes, metrics, score)
     for i, line in enumerate(reversed(lines)):
@@ -102,8 +104,8 @@ def draw(
     return figure
 
 
-def _table(ax, cells, widths) -> None:
-    """Cells in columns as wide as their longest text: the first to the left, the others to the right."""
+def _draw_table(ax, cells, widths) -> None:
+    """Draws cells in columns as wide as their longest text, the first column left-aligned, the others right-aligned."""
     ax.set_axis_off()
     total = sum(widths)
     ax.set(xlim=(0, total), ylim=(len(cells), 0))
@@ -118,21 +120,21 @@ def _table(ax, cells, widths) -> None:
     ax.axhline(1, color="#333333", linewidth=1)
 
 
-def _bars(ax, rows, title, value, write, *, named) -> None:
-    """One bar a row, its value beside it; for latency a thin line reaches to p90."""
+def _draw_bars(ax, rows, title, value, write, *, labelled) -> None:
+    """Draws one bar per row with its value beside it; in the latency chart a thin line extends to p90."""
     values = [value(r) for r in rows]
-    most = max(v for v in values if v is not None) or 1
+    largest = max(v for v in values if v is not None) or 1
     for i, (row, v) in enumerate(zip(rows, values, strict=True)):
         ax.barh(i, v or 0, height=0.62, color=COLORS[i % len(COLORS)])
         end = v or 0
         if title.startswith("Latency") and (high := table.latency(row, "p90")):
-            high = min(high, 1.15 * most)
-            if high - v > 0.02 * most:  # a shorter line would look like a minus sign
+            high = min(high, 1.15 * largest)
+            if high - v > 0.02 * largest:  # a shorter line would look like a minus sign
                 end = high
                 ax.plot([v, end], [i, i], "|-", color="#333333", linewidth=1.2)
-        ax.text(end + 0.04 * most, i, write(v), va="center", fontsize=9)
-    ax.set(xlim=(0, 1.6 * most), ylim=(len(rows) - 0.4, -0.6), xticks=[])
+        ax.text(end + 0.04 * largest, i, write(v), va="center", fontsize=9)
+    ax.set(xlim=(0, 1.6 * largest), ylim=(len(rows) - 0.4, -0.6), xticks=[])
     ax.set_title(title, fontsize=10.5, loc="left")
-    ax.set_yticks(range(len(rows)), [str(r["model"]) for r in rows] if named else [])
+    ax.set_yticks(range(len(rows)), [str(r["model"]) for r in rows] if labelled else [])
     ax.tick_params(length=0, labelsize=9)
     ax.spines[["top", "right", "bottom"]].set_visible(False)

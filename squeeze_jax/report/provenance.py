@@ -1,4 +1,4 @@
-"""Where a number comes from: packages, revision of the code, machine, time, command."""
+"""Records where a result comes from: package versions, revision of the code, machine, time and command."""
 
 import datetime
 import importlib.metadata
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def collect() -> dict[str, Any]:
-    """Returns dict(time, command, squeeze_jax, python, packages, git, machine); all plain JSON values."""
+    """Returns dict(time, command, squeeze_jax, python, packages, git, machine); all values are plain JSON."""
     now = datetime.datetime.now(datetime.UTC)
     return {
         "time": now.isoformat(timespec="seconds"),
@@ -44,22 +44,22 @@ def collect() -> dict[str, Any]:
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    found = {}
+    """Returns {package: version} of the packages that are installed."""
+    installed = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def revision(folder: str | Path | None = None) -> dict[str, Any] | None:
-    """The git commit of a folder's files, by default of this package's.
+    """Returns the git commit of a folder's files, by default of this package.
 
     Returns:
-      dict(revision: 40 hexadecimal digits, changed: whether tracked files differ from it), or None where the files are
-      not under git or git is not there. A repository that only contains the folder, without tracking it, does not count.
+      dict(revision: 40 hexadecimal digits, changed: whether tracked files differ from it), or None if git does not track the
+      files or is not installed. A repository that contains the folder without tracking it does not count.
     """
     folder = Path(folder or squeeze_jax.__file__)
     folder = folder if folder.is_dir() else folder.parent
@@ -73,7 +73,7 @@ def revision(folder: str | Path | None = None) -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    """dict(cpu, cores, memory_gb, system, devices) of this machine; cores are those this process may use."""
+    """Returns dict(cpu, cores, memory_gb, system, devices) of this machine; `cores` counts those this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
     devices = [f"{d.platform}: {d.device_kind}" for d in jax.local_devices()]
@@ -104,9 +104,9 @@ def _memory_gb() -> float | None:
 
 
 def _git(folder: Path, *args: str) -> str | None:
-    """What git prints, or None where it fails."""
+    """Returns the output of a git command, or None if it fails."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(folder), *args],
             capture_output=True,
             text=True,
@@ -114,4 +114,4 @@ def _git(folder: Path, *args: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None

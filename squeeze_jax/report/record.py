@@ -1,4 +1,4 @@
-"""The report of a run as JSON: its rows, its config and where they come from."""
+"""Reads and writes a run's report as JSON: its rows, its config and their provenance."""
 
 import json
 import math
@@ -18,33 +18,34 @@ def write(
     rows: Sequence[Mapping[str, Any]],
     *,
     config: Mapping[str, Any],
-    **more: Any,
+    **extra: Any,
 ) -> dict[str, Any]:
-    """Writes `{"rows", "config", **more, "provenance"}` atomically and returns it.
+    """Writes `{"rows", "config", **extra, "provenance"}` atomically and returns it.
 
-    Tuples become lists, numpy values Python's, paths text; numbers that are not finite become null, which JSON lacks.
+    Tuples become lists, NumPy values Python values, and paths strings. Numbers that are not finite become null, because JSON
+    cannot represent them.
 
     Args:
       path: the file.
-      rows: of `table.row`.
+      rows: rows from `table.row`.
       config: the run's config.
-      **more: other keys, such as a title.
+      **extra: other keys, such as a title.
 
     Raises:
-      UserError: the place cannot be written to.
+      UserError: the file cannot be written.
     """
-    content = plain(
-        {"rows": rows, "config": config, **more, "provenance": provenance.collect()}
+    content = to_json(
+        {"rows": rows, "config": config, **extra, "provenance": provenance.collect()}
     )
     files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return content
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Reads what `write` wrote.
+    """Reads a report that `write` wrote.
 
     Raises:
-      UserError: no such file, or not such a file.
+      UserError: the file cannot be read or is not a report.
     """
     try:
         content = json.loads(files.path(path).read_text())
@@ -54,14 +55,14 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def plain(value: Any) -> Any:
-    """A value made of JSON's types only."""
+def to_json(value: Any) -> Any:
+    """Converts a value to JSON types."""
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [to_json(v) for v in value]
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, bool | int | float | str):

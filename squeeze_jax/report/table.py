@@ -1,11 +1,11 @@
-"""One row a model or file, one column a thing that matters on a device."""
+"""The report as a table: one row per model or file, one column per property that matters on a device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from squeeze_jax.report import units
 
-# heading, how a row's cell is written
+# (heading, formatter of a row's cell)
 COLUMNS = (
     ("model", lambda r: str(r["model"])),
     (
@@ -28,33 +28,34 @@ def row(
     *,
     parameters: int | None = None,
     macs: int | None = None,
-    **more: Any,
+    **extra: Any,
 ) -> dict[str, Any]:
-    """Returns a row: what `export.runtime.measure` found, and counts of the network.
+    """Returns a row with the results of `export.runtime.measure` and the counts of the network.
 
     Args:
       model: name of the model or file.
-      measured: accuracy (0..1, or another score, see `score`), bytes, latency_ms (a dict with p50 and p90), peak_memory_mb, runtime; any may be missing.
+      measured: accuracy (0..1, or another score, see `score`), bytes, latency_ms (a dict with p50 and p90), peak_memory_mb
+        and runtime; any of these may be missing.
       parameters: number of parameters.
-      macs: multiply-accumulates of one image.
-      **more: other keys, for the JSON file only, or to stand in for measured ones.
+      macs: multiply-accumulates for one image.
+      **extra: other keys, which appear only in the JSON file or replace measured ones.
     """
-    found = {k: measured[k] for k in MEASURED if measured and k in measured}
-    return {"model": model, "parameters": parameters, "macs": macs} | found | more
+    results = {k: measured[k] for k in MEASURED if measured and k in measured}
+    return {"model": model, "parameters": parameters, "macs": macs} | results | extra
 
 
 def latency(row: Mapping[str, Any], percentile: str) -> float | None:
-    """A percentile of a row's latency in ms, or None."""
+    """Returns a percentile of a row's latency in ms, or None."""
     return (row.get("latency_ms") or {}).get(percentile)
 
 
 def score(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What networks are compared by: rows may name it under "score", such as "f1"; accuracy otherwise."""
+    """Returns the name of the score that the rows compare: their key "score", such as "f1", or else "accuracy"."""
     return rows[0].get("score", "accuracy") if rows else "accuracy"
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The headings and, for each row, its cells as text; a column that no row fills is left out."""
+    """Returns the headings, then the cells of each row as text, without columns that are empty in all rows."""
     lines = [[write(r) for _, write in COLUMNS] for r in rows]
     used = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
     headings = [heading for heading, _ in COLUMNS]
@@ -63,12 +64,12 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for a terminal: names to the left, numbers to the right, missing ones as `-`."""
-    return aligned(cells(rows))
+    """Returns the table for a terminal: names left-align, numbers right-align, missing values as `-`."""
+    return align(cells(rows))
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Headings and rows of cells below each other, the first column to the left, the others to the right."""
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Returns lines of align cells, the headings first; the first column is left-align, the others right-align."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(

@@ -1,1 +1,1 @@
-"""Foreign weight files, in and out."""
+"""Reads and writes weight files of other frameworks, and fits their arrays into our variables."""

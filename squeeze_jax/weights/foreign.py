@@ -1,7 +1,7 @@
-"""Fitting another project's named arrays into our variables.
+"""Fits the named arrays of another framework into our variables.
 
-A model file says where its layers are in a published checkpoint, as `{our layer: their layer}`; what follows the layer's
-name and the order of axes are the same for every network of a framework, and said here once.
+A model file maps its layers to those of a published checkpoint, as `{our layer: their layer}`. The names of the arrays in a
+layer and the order of their axes are the same for all networks of a framework, and are defined here once.
 """
 
 import re
@@ -14,7 +14,7 @@ import numpy as np
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 
-# How others end the name of each of our leaves: PyTorch, Caffe as blobs of w and b, Keras, and the oldest BERTs.
+# {our array: the ends of its name in PyTorch, in Caffe as blobs w and b, in Keras, and in the oldest BERT checkpoints}.
 ENDINGS = {
     "kernel": (".weight", "/w", "/kernel", "/depthwise_kernel"),
     "scale": (".weight", ".gamma", "/gamma"),
@@ -24,7 +24,7 @@ ENDINGS = {
     "embedding": (".weight",),
     "recurrent_kernel": (".recurrent_weight",),
 }
-# What carries no weights: PyTorch's counter of batches, and the state of Keras' random numbers.
+# Arrays that are not weights: PyTorch's counter of batches, and the state of Keras' random number generator.
 NO_WEIGHTS = (r"\.num_batches_tracked$", r"(^|/)seed_generator")
 
 
@@ -36,36 +36,39 @@ def fit(
     ignore: Sequence[str] = (),
     channels_last: bool = False,
 ):
-    """Returns variables as `like` with the values of `arrays`.
+    """Returns variables with the structure of `like` and the values of `arrays`.
 
-    Convolutions [out, in, kh, kw] become [kh, kw, in, out] and [out, in, k] [k, in, out]; matrices [out, in] become
-    [in, out], or [1, in, out] where the layer is a convolution of sequences. A 1x1 convolution becomes a matrix where the
-    layer is dense.
+    A convolution kernel [out, in, kh, kw] becomes [kh, kw, in, out], and [out, in, k] becomes [k, in, out]. A matrix [out,
+    in] becomes [in, out], or [1, in, out] if our layer is a sequence convolution. A 1x1 convolution kernel becomes a matrix
+    if our layer is dense.
 
     Args:
-      arrays: `{their name: array}`, such as a PyTorch state dict or what `files.read` returns.
-      like: our variables or their shapes from `jax.eval_shape`, {"params": …, "batch_stats": …}.
-      names: `{our layer: their layer}`, a layer's name being its leaves' without the last part.
-      ignore: regexes of their names that have no place here, such as an auxiliary head.
-      channels_last: their kernels are [kh, kw, in, out] and [in, out] as ours, depthwise ones [kh, kw, c, 1]: Keras.
+      arrays: `{their name: array}`, such as a PyTorch state dict or the result of `weight_files.read`.
+      like: our variables, or their shapes from `jax.eval_shape`: {"params": …, "batch_stats": …}.
+      names: `{our layer: their layer}`. A layer's name is the name of its arrays without the last part.
+      ignore: regexes of their names that have no counterpart here, such as an auxiliary head.
+      channels_last: whether their kernels are [kh, kw, in, out] and [in, out] like ours, and depthwise kernels
+        [kh, kw, c, 1], as in Keras.
 
     Raises:
-      UserError: the names or shapes do not fit; counts what is missing, left over and of another shape, and names the
-        first with both shapes.
+      UserError: names or shapes do not fit. The message counts the arrays that are missing, left over or of another shape,
+        and names the first of each with both shapes.
     """
     used = set()
     problems = {"missing": [], "of another shape": [], "of integers": []}
 
     def value(name, leaf):
-        ours = name.split("/", 1)[1]  # without the collection
+        ours = name.split("/", 1)[1]  # the name without its collection
         layer, _, end = ours.rpartition("/")
-        theirs = _find(arrays, names.get(layer), end)
+        theirs = _find_name(arrays, names.get(layer), end)
         if theirs is None:
-            found = f"{names[layer]}.*" if layer in names else "a name for the layer"
-            problems["missing"].append(f"{ours} {tuple(leaf.shape)} needs {found}")
+            needed = f"{names[layer]}.*" if layer in names else "a name for the layer"
+            problems["missing"].append(f"{ours} {tuple(leaf.shape)} needs {needed}")
             return leaf
         used.add(theirs)
-        array = _our_layout(np.asarray(arrays[theirs]), end, leaf.shape, channels_last)
+        array = _to_our_layout(
+            np.asarray(arrays[theirs]), end, leaf.shape, channels_last
+        )
         if array.shape != tuple(leaf.shape):
             problems["of another shape"].append(
                 f"{ours} should be {tuple(leaf.shape)}, {theirs} is {array.shape}"
@@ -75,78 +78,83 @@ def fit(
         return array.astype(leaf.dtype)
 
     fitted = tree.map_named(value, like)
-    known = [re.compile(p) for p in (*NO_WEIGHTS, *ignore)]
+    ignored = [re.compile(p) for p in (*NO_WEIGHTS, *ignore)]
     problems["left over"] = [
         f"{name} {np.shape(array)} has no place"
         for name, array in arrays.items()
-        if name not in used and not any(p.search(name) for p in known)
+        if name not in used and not any(p.search(name) for p in ignored)
     ]
     if any(problems.values()):
-        raise UserError(_message(problems))
+        raise UserError(_describe_problems(problems))
     return fitted
 
 
 def check_options(
     names: str, options: Mapping[str, Any], *published: Mapping[str, Any]
 ) -> None:
-    """Checks that a network computes as those did whose weights it gets, where the weights cannot show the difference.
+    """Checks that a network has the same options as the published network whose weights it loads.
+
+    It checks options that change the computation but do not show in the weights.
 
     Args:
-      names: whose weights, such as "keras".
-      options: the network's, such as {"padding": "symmetric", "epsilon": 1e-5}.
-      *published: the same of the published networks; several if there are several kinds.
+      names: naming of the weights, such as "keras".
+      options: options of the network, such as {"padding": "symmetric", "epsilon": 1e-5}.
+      *published: the same options of the published network; several if its weights exist in several kinds.
 
     Raises:
-      UserError: the options are of none of them; says which to set.
+      UserError: the options match none of the published ones. The message names the options to set.
     """
-    if any(all(options[k] == v for k, v in each.items()) for each in published):
+    if any(all(options[k] == v for k, v in choice.items()) for choice in published):
         return
     wanted = [
-        " and ".join(f"config.model.{k} = {v!r}" for k, v in each.items())
-        for each in published
+        " and ".join(f"config.model.{k} = {v!r}" for k, v in choice.items())
+        for choice in published
     ]
     own = " and ".join(f"{k} = {options[k]!r}" for k in published[0])
     raise UserError(
-        f"config.init.names = {names!r}: the weights are of a network with other options than {own}: set {', or '.join(wanted)}"
+        f"config.init.names = {names!r}: the published network does not have {own}: set {', or '.join(wanted)}"
     )
 
 
-def present(
+def resolve_names(
     names: Mapping[str, str | tuple[str, ...]], arrays: Iterable[str]
 ) -> dict[str, str]:
-    """Returns {our layer: their layer} where versions of a framework call a layer differently.
+    """Chooses one name for each layer that versions of a framework name differently.
 
     Args:
-      names: {our layer: their layer, or several names of it}.
-      arrays: the names of a file's arrays; they decide. A layer that none of them belongs to keeps its first name.
+      names: {our layer: their layer, or a tuple of its possible names}.
+      arrays: names of a file's arrays, which decide. A layer that has no array in the file gets its first name.
+
+    Returns:
+      {our layer: their layer}.
     """
     layers = {name.rpartition("/")[0] for name in arrays}
-    chosen = {}
+    resolved = {}
     for ours, theirs in names.items():
         choices = (theirs,) if isinstance(theirs, str) else theirs
-        chosen[ours] = next((c for c in choices if c in layers), choices[0])
-    return chosen
+        resolved[ours] = next((c for c in choices if c in layers), choices[0])
+    return resolved
 
 
-def without_biases(
+def fold_biases(
     arrays: Mapping[str, np.ndarray], like, names: Mapping[str, str]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Subtracts the biases of convolutions that have none here from the running means of the normalisations after them.
+    """Removes the biases of convolutions that have no bias here, by folding them into the following batch normalisations.
 
-    A normalised output is the same: (w x + b - mean) / s = (w x - (mean - b)) / s. In training a batch's mean contains the
-    bias, which so has no effect.
+    The bias is subtracted from the running mean, which leaves the normalised output unchanged:
+    (w x + b - mean) / s = (w x - (mean - b)) / s. In training, the batch mean contains the bias, so the bias has no effect.
 
     Args:
       arrays, like, names: as in `fit`; the normalisation after "conv1" is "conv1_norm".
 
     Returns:
-      The arrays without these biases, and how many they were.
+      (arrays without these biases, number of these biases).
     """
     arrays, count = dict(arrays), 0
     params = tree.flatten(like["params"])
     for layer, theirs in names.items():
-        bias = _find(arrays, theirs, "bias")
-        mean = _find(arrays, names.get(f"{layer}_norm"), "mean")
+        bias = _find_name(arrays, theirs, "bias")
+        mean = _find_name(arrays, names.get(f"{layer}_norm"), "mean")
         if not (bias and mean) or f"{layer}/bias" in params:
             continue
         if arrays[bias].shape == arrays[mean].shape:
@@ -155,30 +163,33 @@ def without_biases(
     return arrays, count
 
 
-def state(
+def to_torch(
     params: Mapping[str, np.ndarray], names: Mapping[str, str], *, sequences: bool
 ) -> dict[str, np.ndarray]:
-    """Our leaves by name as PyTorch has them: the inverse of `fit`, for encoders.
+    """Converts our parameters to a PyTorch state dict: the inverse of `fit`, for encoders.
 
     Args:
-      params: {our name: array} as from `tree.flatten`.
+      params: {our name: array}, as from `tree.flatten`.
       names: as in `fit`.
-      sequences: kernels [1, in, out] become convolutions [out, in, 1]; else matrices [out, in]. Longer ones are
-        convolutions anyway.
+      sequences: whether kernels [1, in, out] become convolution kernels [out, in, 1] instead of matrices [out, in]. Kernels
+        longer than 1 always become convolution kernels.
+
+    Returns:
+      {their name: array}.
     """
-    found = {}
+    arrays = {}
     for name, leaf in params.items():
         layer, _, end = name.rpartition("/")
         array = np.asarray(leaf)
         if end == "kernel":
             single = array.ndim == 3 and len(array) == 1
             array = array[0].T if single and not sequences else array.T
-        found[names[layer] + ENDINGS[end][0]] = array
-    return found
+        arrays[names[layer] + ENDINGS[end][0]] = array
+    return arrays
 
 
-def shapes(module, *args, **kwargs):
-    """The shapes of a Linen module's variables when called with these arguments, to be filled by `fit`."""
+def variable_shapes(module, *args, **kwargs):
+    """Returns the shapes of a Linen module's variables for these arguments, which `fit` replaces with values."""
 
     def init(a):
         return module.init(jax.random.key(0), *a, **kwargs)
@@ -186,39 +197,41 @@ def shapes(module, *args, **kwargs):
     return jax.eval_shape(init, args)
 
 
-def _find(arrays, layer: str | None, end: str) -> str | None:
+def _find_name(arrays, layer: str | None, end: str) -> str | None:
+    """Returns the name in `arrays` of one of a layer's arrays, such as its "kernel"; None if it is not there."""
     endings = ENDINGS.get(end, ()) if layer is not None else ()
     return next((layer + e for e in endings if layer + e in arrays), None)
 
 
-def misfit(
+def describe_mismatch(
     arrays: Mapping[str, np.ndarray],
     layer: str,
     wanted: Mapping[str, Sequence[int]],
     *,
     channels_last: bool = False,
 ) -> str:
-    """Returns why a layer of another project does not fit one of ours; "" if it does.
+    """Describes why the arrays of another framework's layer do not fit our layer; returns "" if they fit.
 
     Args:
       arrays: as in `fit`.
-      layer: their name.
-      wanted: {our leaf, such as "kernel": shape}.
+      layer: their name of the layer.
+      wanted: {our array, such as "kernel": its shape}.
       channels_last: as in `fit`.
     """
     for end, shape in wanted.items():
-        name = _find(arrays, layer, end)
+        name = _find_name(arrays, layer, end)
         if name is None:
             return f"the file has no {end} of {layer}"
-        array = _our_layout(np.asarray(arrays[name]), end, shape, channels_last)
+        array = _to_our_layout(np.asarray(arrays[name]), end, shape, channels_last)
         if array.shape != tuple(shape):
             return f"{name} is {array.shape}, should be {tuple(shape)}"
     return ""
 
 
-def _our_layout(
+def _to_our_layout(
     array: np.ndarray, end: str, shape: Sequence[int], channels_last: bool
 ) -> np.ndarray:
+    """Transposes another framework's kernel to our layout; see `fit`."""
     if end not in ("kernel", "recurrent_kernel"):
         return array
     if not channels_last:
@@ -232,7 +245,7 @@ def _our_layout(
     return array
 
 
-def _message(problems: Mapping[str, list[str]]) -> str:
-    counts = [f"{len(found)} {kind}" for kind, found in problems.items() if found]
-    first = [line for found in problems.values() for line in found[:3]]
+def _describe_problems(problems: Mapping[str, list[str]]) -> str:
+    counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
+    first = [line for lines in problems.values() for line in lines[:3]]
     return f"weights do not fit ({', '.join(counts)}): {'; '.join(first)}"

@@ -1,8 +1,8 @@
-"""Folders of Hugging Face's `transformers`: config.json beside model.safetensors or pytorch_model.bin.
+"""Reads and writes folders of Hugging Face's `transformers`: config.json with model.safetensors or pytorch_model.bin.
 
-A folder is read without `transformers`, and no code in it is ever run: the older pytorch_model.bin is a pickle, of which
-PyTorch reads tensors alone. What an encoder's file has to say of its folders is a `Family`, the maps between its options
-and the keys of config.json, and the names of its layers; `models.load` and `models.save` do the rest.
+A folder is read without `transformers`, and no code in it is ever run: the older pytorch_model.bin is a pickle, from which
+PyTorch reads only tensors. An encoder's file describes its folders with a `Family`, the maps between its options and the
+keys of config.json, and the names of its layers. `models.load` and `models.save` do the rest.
 """
 
 import json
@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from squeeze_jax import files as atomic
+from squeeze_jax import files
 from squeeze_jax.errors import UserError, nearest
-from squeeze_jax.weights import files
+from squeeze_jax.weights import weight_files
 
 _log = logging.getLogger("squeeze_jax")
 Config = dict[str, Any]
 CONFIG = "config.json"
-# In the order in which they are looked for; an index tells which tensor is in which of several files.
+# Weight files, in the order in which they are looked for. If the weights are split, an index maps tensors to files.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-# The keys that BERT and most encoders after it share: {key of config.json: option of `make`}.
+# {key of config.json: option of `make`} that BERT and most later encoders share.
 BERT_KEYS = {
     "num_hidden_layers": "layers",
     "hidden_size": "features",
@@ -38,7 +38,7 @@ BERT_KEYS = {
     "attention_probs_dropout_prob": "attention_dropout",
     "classifier_dropout": "head_dropout",
 }
-# Their names for our activations; the first of those for one of ours is written.
+# {their name of an activation: ours}. Of several names for one activation the first is written.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -51,7 +51,7 @@ ACTIVATIONS = {
     "swish": "silu",
     "tanh": "tanh",
 }
-# What would be another computation than ours.
+# {key of config.json: the only value that we support}; other values mean another computation.
 ONLY = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -60,19 +60,19 @@ ONLY = {
 
 
 class Family(NamedTuple):
-    """What `transformers` calls an architecture and its parts.
+    """How `transformers` names an architecture and its parts.
 
     Attributes:
-      model_type: in config.json.
-      prefix: of the encoder's tensors in a class with a head.
-      classes: {task: class}; others than these cannot be written.
+      model_type: value of that key in config.json.
+      prefix: prefix of the encoder's tensors in a class with a head.
+      classes: {task: class}; networks for other tasks cannot be written.
       pooled: the tasks whose class has a pooler, needed or not.
-      heads: the layers of all heads; those of other tasks are passed over.
-      tied: {tensor: the tensor that it is the same as}.
-      conv1d: whether its layers are convolutions of sequences, which have another axis in their weights, or matrices.
-      unpacked: (arrays without prefix, net) → arrays as PyTorch's own layers have them, one for each of ours, where the
-        class keeps some otherwise, as transposed or several in one.
-      packed: (arrays, net) → the inverse; names have the prefix.
+      heads: the layers of all heads; layers of other tasks' heads are ignored.
+      tied: {tensor: the tensor whose values it shares}.
+      conv1d: whether its layers are sequence convolutions, whose weights have one more axis, or matrices.
+      unpack: (arrays without prefix, net) → arrays in the layout of PyTorch's own layers, one for each of ours. Some classes
+        store arrays transposed, or several in one.
+      pack: (arrays with prefix, net) → arrays as the class stores them: the inverse of `unpack`.
     """
 
     model_type: str
@@ -82,21 +82,21 @@ class Family(NamedTuple):
     heads: tuple[str, ...]
     tied: Mapping[str, str]
     conv1d: bool
-    unpacked: Callable = lambda arrays, net: arrays
-    packed: Callable = lambda arrays, net: arrays
+    unpack: Callable = lambda arrays, net: arrays
+    pack: Callable = lambda arrays, net: arrays
 
 
 def read_config(folder: str | Path) -> Config:
-    """The content of a folder's config.json.
+    """Reads a folder's config.json.
 
     Raises:
-      UserError: no folder, no such file, or no JSON object.
+      UserError: the folder or the file is missing, or the file is not a JSON object.
     """
-    path = atomic.path(folder) / CONFIG
+    path = files.path(folder) / CONFIG
     if not path.is_file():
-        what = "has no" if Path(folder).is_dir() else "is not a folder with a"
+        problem = "has no" if Path(folder).is_dir() else "is not a folder with a"
         raise UserError(
-            f"{folder} {what} {CONFIG}: give a folder as transformers saves it"
+            f"{folder} {problem} {CONFIG}: give a folder as transformers saves it"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -107,40 +107,43 @@ def read_config(folder: str | Path) -> Config:
     return config
 
 
-def read_arrays(folder: str | Path) -> files.Arrays:
-    """All tensors of a folder, in one file or in those that an index names.
+def read_arrays(folder: str | Path) -> weight_files.Arrays:
+    """Reads all tensors of a folder, from one file or from the files that an index names.
 
     Raises:
-      UserError: no weights, a file of the index that is not there, or a damaged one.
+      UserError: the folder has no weights, or a file is missing or damaged.
     """
-    folder = atomic.path(folder)
+    folder = files.path(folder)
     for name in WEIGHTS:
         if (folder / name).is_file():
-            arrays, lines = files.unprefixed(files.read(folder / name))
+            arrays, lines = weight_files.remove_prefixes(
+                weight_files.read(folder / name)
+            )
             for line in lines:
                 _log.warning("%s: %s", folder, line)
             return arrays
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _sharded(index)
+            return _read_sharded(index)
     raise UserError(f"{folder} has no weights: it should have {' or '.join(WEIGHTS)}")
 
 
-def _sharded(index: Path) -> files.Arrays:
+def _read_sharded(index: Path) -> weight_files.Arrays:
+    """Reads tensors from the files that an index maps them to."""
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        parts = sorted(set(where.values()))
-        inside = all(part == Path(part).name for part in parts)
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        parts = sorted(set(file_of.values()))
+        valid = all(part == Path(part).name for part in parts)  # files beside the index
     except (ValueError, KeyError, TypeError, AttributeError):
-        inside = False
-    if not inside:
+        valid = False
+    if not valid:
         raise UserError(
             f"{index} should map tensors to files beside it: fetch it again"
         )
     arrays = {}
     for part in parts:
-        arrays |= files.read(index.parent / part)
-    for name, part in where.items():
+        arrays |= weight_files.read(index.parent / part)
+    for name, part in file_of.items():
         if name not in arrays:
             raise UserError(
                 f"{index.parent / part} lacks {name}, which {index.name} says is in it: fetch it again"
@@ -148,42 +151,44 @@ def _sharded(index: Path) -> files.Arrays:
     return arrays
 
 
-def write(folder: str | Path, config: Mapping[str, Any], arrays: files.Arrays) -> None:
-    """Writes config.json and model.safetensors, each whole or not at all; makes the folder.
+def write(
+    folder: str | Path, config: Mapping[str, Any], arrays: weight_files.Arrays
+) -> None:
+    """Writes config.json and model.safetensors, each atomically, and creates the folder if needed.
 
     Raises:
       UserError: the folder cannot be written to.
     """
-    folder = atomic.path(folder)
+    folder = files.path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_safetensors(folder / WEIGHTS[0], arrays)
+        weight_files.write_safetensors(folder / WEIGHTS[0], arrays)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error}") from None
-    atomic.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    files.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def options(
+def options_from_config(
     config: Mapping[str, Any],
     keys: Mapping[str, str] = BERT_KEYS,
     only: Mapping[str, Any] = ONLY,
 ) -> dict[str, Any]:
-    """Options of `make` from config.json; keys that it lacks keep the defaults.
+    """Returns the options of `make` that config.json sets; the others keep their defaults.
 
     Args:
       config: the content of config.json.
       keys: {key of config.json: option}.
-      only: {key of config.json: the one value that we compute}.
+      only: {key of config.json: the only value that we support}.
 
     Raises:
-      UserError: a value that stands for something else than what we compute.
+      UserError: config.json has a value that we do not support.
     """
     for key, value in only.items():
         if config.get(key, value) != value:
             raise UserError(
                 f"{CONFIG}: {key} = {config[key]!r} is not supported, only {value!r}"
             )
-    found = {}
+    options = {}
     for key, option in keys.items():
         value = config.get(key)
         if value is None:
@@ -194,44 +199,48 @@ def options(
                     f"{CONFIG}: unknown {key} {value!r}{nearest(value, ACTIVATIONS)}"
                 )
             value = ACTIVATIONS[value]
-        found[option] = value
-    return found
+        options[option] = value
+    return options
 
 
-def config(net, keys: Mapping[str, str] = BERT_KEYS) -> Config:
-    """The keys of config.json from a net with these options as attributes of its row, its settings or itself.
+def config_from_net(net, keys: Mapping[str, str] = BERT_KEYS) -> Config:
+    """Returns the keys of config.json for a network.
+
+    Args:
+      net: the network; each option is an attribute of its `row`, of its `settings` or of the network itself.
+      keys: {key of config.json: option}.
 
     Raises:
-      UserError: no segments, where the class has some.
+      UserError: the network has no segment embeddings, but the class of `transformers` has.
     """
-    found = {}
+    content = {}
     for key, option in keys.items():
         parts = (net.row, net.settings, net)
         value = next(getattr(p, option) for p in parts if hasattr(p, option))
         if option == "segments" and not value:
             raise UserError(
-                f"transformers' {type(net).__name__} embeds segments: it could not run one of segments = 0"
+                f"transformers' {type(net).__name__} embeds segments: it could not load a network with segments = 0"
             )
         if option == "activation":
             value = next(
                 theirs for theirs, ours in ACTIVATIONS.items() if ours == value
             )
-        found[key] = value
-    return found
+        content[key] = value
+    return content
 
 
-def task(config: Mapping[str, Any], family: Family) -> str | None:
-    """The task of the class that config.json names, or None where it names none of the family's."""
-    found = config.get("architectures")
-    first = found[0] if found and isinstance(found, list) else None
+def task_from_config(config: Mapping[str, Any], family: Family) -> str | None:
+    """Returns the task of the class that config.json names, or None if it names no class of the family."""
+    classes = config.get("architectures")
+    first = classes[0] if classes and isinstance(classes, list) else None
     return next((t for t, name in family.classes.items() if name == first), None)
 
 
-def labels(config: Mapping[str, Any]) -> int:
-    """How many classes a folder's classifier has; two where config.json does not say.
+def count_classes(config: Mapping[str, Any]) -> int:
+    """Returns the number of classes of a folder's classifier; 2 if config.json does not give it.
 
     Raises:
-      UserError: labels that are no mapping.
+      UserError: config.json's id2label is not a mapping.
     """
     names, count = config.get("id2label"), config.get("num_labels")
     if names and not isinstance(names, dict):
@@ -242,12 +251,12 @@ def labels(config: Mapping[str, Any]) -> int:
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The names of a folder's classes by their numbers; None where it has none, or the usual LABEL_0, LABEL_1, …
+    """Returns a folder's class names in order; None if it has none, or only the default LABEL_0, LABEL_1, …
 
     Raises:
-      UserError: labels that are no mapping of the numbers from 0 on to names.
+      UserError: config.json's id2label does not map the numbers from 0 on to names.
     """
-    count, names = labels(config), config.get("id2label")
+    count, names = count_classes(config), config.get("id2label")
     if not names:
         return None
     try:
@@ -257,30 +266,30 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
         raise UserError(
             f"{CONFIG}: id2label = {names!r} should name the classes 0 to {count - 1}"
         ) from None
-    usual = all(name == f"LABEL_{n}" for n, name in enumerate(ordered))
-    return None if usual else ordered
+    are_defaults = all(name == f"LABEL_{n}" for n, name in enumerate(ordered))
+    return None if are_defaults else ordered
 
 
-def without_prefix(arrays: files.Arrays, family: Family) -> files.Arrays:
-    """The arrays named alike, whether they come from an encoder with a head or without."""
+def remove_prefix(arrays: weight_files.Arrays, family: Family) -> weight_files.Arrays:
+    """Removes the prefix of a class with a head, so that encoders with and without a head have the same names."""
     start = f"{family.prefix}."
     return {name.removeprefix(start): array for name, array in arrays.items()}
 
 
-def tied(arrays: files.Arrays, family: Family) -> files.Arrays:
-    """The arrays with each of those that are the same once.
+def merge_tied(arrays: weight_files.Arrays, family: Family) -> weight_files.Arrays:
+    """Merges tied tensors: keeps one copy of each, under the name that the family ties to.
 
     Raises:
-      UserError: tensors that should be the same and are not.
+      UserError: tensors that should be tied differ.
     """
-    found = dict(arrays)
+    merged = dict(arrays)
     for name, same in family.tied.items():
-        array = found.pop(name, None)
+        array = merged.pop(name, None)
         if array is None:
             continue
-        if same in found and not np.array_equal(array, found[same]):
+        if same in merged and not np.array_equal(array, merged[same]):
             raise UserError(
                 f"{name} differs from {same}: an output that is not tied to the input is not supported"
             )
-        found.setdefault(same, array)
-    return found
+        merged.setdefault(same, array)
+    return merged

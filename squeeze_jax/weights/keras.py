@@ -1,8 +1,8 @@
-"""Named arrays from Keras' files: HDF5 of Keras 1 and 2 (.h5), Keras 3's .weights.h5 and its .keras archives.
+"""Reads named arrays from Keras files: HDF5 of Keras 1 and 2 (.h5), and Keras 3's .weights.h5 files and .keras archives.
 
-In all three an array is called layer/array, such as "block_1_expand/kernel"; a layer of a network inside of another
-network has that network's name before its own. Keras 3 stores arrays as layers/conv2d_3/vars/0: the layer's name is an
-attribute there or, in files of its first versions, in the archive's config.json alone.
+In all three formats an array is named layer/array, such as "block_1_expand/kernel". A layer of a nested network has that
+network's name before its own. Keras 3 stores arrays under paths such as layers/conv2d_3/vars/0. The layer's name is an
+attribute of that group or, in files of the first versions of Keras 3, only in the archive's config.json.
 """
 
 import io
@@ -20,16 +20,16 @@ import numpy as np
 from squeeze_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
-_WEIGHTS = "model_weights"  # where whole models, saved as .h5, have their weights
+_WEIGHTS = "model_weights"  # group of the weights in a .h5 file of a whole model
 
 
-def hdf5(path: Path, notes: list[str]) -> Arrays:
-    """Reads a .h5 file; notes the groups that are left out, such as an optimizer's."""
+def read_hdf5(path: Path, notes: list[str]) -> Arrays:
+    """Reads a .h5 file, and notes the omitted groups, such as an optimizer's."""
     with h5py.File(path) as file:
-        return _arrays(file, {}, notes)
+        return _read_arrays(file, {}, notes)
 
 
-def archive(path: Path, notes: list[str]) -> Arrays:
+def read_archive(path: Path, notes: list[str]) -> Arrays:
     """Reads a .keras archive."""
     with zipfile.ZipFile(path) as file:
         if "model.weights.h5" not in file.namelist():
@@ -37,41 +37,54 @@ def archive(path: Path, notes: list[str]) -> Arrays:
         content = io.BytesIO(file.read("model.weights.h5"))
         config = json.loads(file.read("config.json"))
     with h5py.File(content) as file:
-        return _arrays(file, dict(_configured(config, "")), notes)
+        return _read_arrays(file, dict(_names_in_config(config, "")), notes)
 
 
-def _arrays(file: h5py.File, configured: Mapping[str, str], notes: list[str]) -> Arrays:
+def _read_arrays(
+    file: h5py.File, names_by_path: Mapping[str, str], notes: list[str]
+) -> Arrays:
+    """Reads the arrays of a file.
+
+    Args:
+      file: the opened file.
+      names_by_path: {path of a layer in the file: its name}, from the config of a Keras 3 archive.
+      notes: a list that receives a line about omitted groups.
+    """
     datasets = dict(_datasets(file, ""))
     if any("vars" in path.split("/") for path in datasets):
-        return _third(file, datasets, configured, notes)
-    whole = _WEIGHTS in file
-    if whole and (others := [key for key in file if key != _WEIGHTS]):
+        return _read_keras3(file, datasets, names_by_path, notes)
+    is_whole_model = _WEIGHTS in file
+    if is_whole_model and (others := [key for key in file if key != _WEIGHTS]):
         notes.append(f"{', '.join(others)} left out")
-    root, start = (file[_WEIGHTS], f"{_WEIGHTS}/") if whole else (file, "")
+    root, start = (file[_WEIGHTS], f"{_WEIGHTS}/") if is_whole_model else (file, "")
     datasets = {
         path.removeprefix(start): item
         for path, item in datasets.items()
         if path.startswith(start)
     }
     arrays, listed = {}, set()
-    for layer in _strings(root, "layer_names"):
-        weights = _strings(root[layer], "weight_names")
+    for layer in _string_list(root, "layer_names"):
+        weights = _string_list(root[layer], "weight_names")
         leaves = [name.rpartition("/")[2] for name in weights]
-        # A network inside of this one lists the arrays of all its layers.
-        inner = len(set(leaves)) < len(leaves)
+        # A nested network lists the arrays of all its layers.
+        is_network = len(set(leaves)) < len(leaves)
         for name, leaf in zip(weights, leaves, strict=True):
             path = f"{layer}/{name}"
-            called = _once(path) if inner else f"{layer}/{leaf}"
-            arrays[called.removesuffix(":0")] = _array(datasets[path])
+            full = _remove_repeated_part(path) if is_network else f"{layer}/{leaf}"
+            arrays[full.removesuffix(":0")] = _read_array(datasets[path])
             listed.add(path)
     for path, item in datasets.items():
         if path not in listed:
-            arrays[_once(path).removesuffix(":0")] = _array(item)
+            arrays[_remove_repeated_part(path).removesuffix(":0")] = _read_array(item)
     return arrays
 
 
 def _datasets(group: h5py.Group, path: str) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Yields the path and the dataset of everything that is stored in the file itself."""
+    """Yields (path, dataset) of all datasets below a group.
+
+    Raises:
+      ValueError: a dataset is a link, lies in another file, or is not stored.
+    """
     for key in group:
         name = f"{path}{key}"
         if not isinstance(group.get(key, getlink=True), h5py.HardLink):
@@ -87,14 +100,17 @@ def _datasets(group: h5py.Group, path: str) -> Iterator[tuple[str, h5py.Dataset]
             yield name, item
 
 
-def _array(dataset: h5py.Dataset) -> np.ndarray:
-    """Reads a dataset; HDF5 has no bfloat16, so that Keras stores its two bytes as opaque ones."""
+def _read_array(dataset: h5py.Dataset) -> np.ndarray:
+    """Reads a dataset. HDF5 has no bfloat16, so Keras stores its two bytes as an opaque type."""
     array = np.asarray(dataset)
     return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
 
 
-def _strings(group: h5py.Group, key: str) -> list[str]:
-    """Returns an attribute's names; Keras cuts a list that is too long for one attribute into key0, key1, and so on."""
+def _string_list(group: h5py.Group, key: str) -> list[str]:
+    """Returns an attribute that is a list of names.
+
+    Keras splits a list that is too long for one attribute into key0, key1, and so on.
+    """
     chunks = [group.attrs[key]] if key in group.attrs else []
     while not key[-1].isdigit() and f"{key}{len(chunks)}" in group.attrs:
         chunks.append(group.attrs[f"{key}{len(chunks)}"])
@@ -102,14 +118,16 @@ def _strings(group: h5py.Group, key: str) -> list[str]:
     return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
 
 
-def _once(name: str) -> str:
+def _remove_repeated_part(name: str) -> str:
     """Removes a repeated first part: `conv1/conv1/kernel` becomes `conv1/kernel`."""
-    first, _, rest = name.partition("/")
-    return rest if rest.startswith(f"{first}/") else name
+    first, _, remainder = name.partition("/")
+    return remainder if remainder.startswith(f"{first}/") else name
 
 
-def _third(file, datasets, configured: Mapping[str, str], notes: list[str]) -> Arrays:
-    """Reads Keras 3's layout."""
+def _read_keras3(
+    file, datasets, names_by_path: Mapping[str, str], notes: list[str]
+) -> Arrays:
+    """Reads the arrays of a Keras 3 file; arguments as for `_read_arrays`, with {path: dataset}."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     for path, item in datasets.items():
         layer, _, number = f"/{path}".rpartition("/vars/")
@@ -118,9 +136,10 @@ def _third(file, datasets, configured: Mapping[str, str], notes: list[str]) -> A
     for layer, variables in layers.items():
         if layer.partition("/")[0] == "optimizer":
             continue
-        name = _name(file, layer, configured)
-        found = [_array(variables[n]) for n in sorted(variables, key=int)]
-        for leaf, array in zip(_leaves(found), found, strict=True):
+        name = _layer_name(file, layer, names_by_path)
+        layer_arrays = [_read_array(variables[n]) for n in sorted(variables, key=int)]
+        leaves = _array_names(layer_arrays)
+        for leaf, array in zip(leaves, layer_arrays, strict=True):
             if f"{name}/{leaf}" in arrays:
                 raise UserError(
                     f"two layers of {Path(file.filename).name} are called {name}: give each layer a name of its own"
@@ -131,24 +150,24 @@ def _third(file, datasets, configured: Mapping[str, str], notes: list[str]) -> A
     return arrays
 
 
-def _name(file, layer: str, configured: Mapping[str, str]) -> str:
-    """Returns a layer's name, after the names of the networks that it is inside of."""
+def _layer_name(file, layer: str, names_by_path: Mapping[str, str]) -> str:
+    """Returns a layer's name, preceded by the names of the networks around it."""
     parts, names = layer.split("/"), []
     for end in range(1, len(parts) + 1):
         path = "/".join(parts[:end])
         attributes = file[f"{path}/vars"].attrs if f"{path}/vars" in file else {}
-        if name := attributes.get("name", configured.get(path)):
+        if name := attributes.get("name", names_by_path.get(path)):
             names.append(str(name))
         elif end == len(parts):
             raise UserError(
-                f"the weights file does not tell which layer {layer} is, as those of Keras' first version 3 do not: save"
+                f"the weights file does not name the layer {layer}, because the first versions of Keras 3 store no names: save"
                 " the model as .keras or .h5"
             )
     return "/".join(names)
 
 
-def _leaves(arrays: list[np.ndarray]) -> list[str]:
-    """Returns the names of a layer's arrays by their shapes, in Keras' order."""
+def _array_names(arrays: list[np.ndarray]) -> list[str]:
+    """Returns the names of a layer's arrays, which are in Keras' order, from their numbers of axes."""
     axes = [array.ndim for array in arrays]
     if axes == [1, 1, 1, 1]:
         return ["gamma", "beta", "moving_mean", "moving_variance"]
@@ -159,18 +178,23 @@ def _leaves(arrays: list[np.ndarray]) -> list[str]:
     return [f"vars/{n}" for n in range(len(arrays))]
 
 
-def _configured(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
-    """Yields each layer's path in the weights and its name, by a model's config."""
+def _names_in_config(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    """Yields (path in the weights, name) of each layer in a model's config.
+
+    Args:
+      config: the config of a model or of a nested network.
+      path: path of the nested network, "" for the model.
+    """
     counts: dict[str, int] = {}
     for layer in config.get("config", {}).get("layers", ()):
-        kind = _snake(layer["class_name"])
+        kind = _snake_case(layer["class_name"])
         number = counts[kind] = counts.get(kind, -1) + 1
-        place = f"{path}layers/{kind}" + (f"_{number}" if number else "")
-        yield place, layer["config"]["name"]
-        yield from _configured(layer, f"{place}/")
+        layer_path = f"{path}layers/{kind}" + (f"_{number}" if number else "")
+        yield layer_path, layer["config"]["name"]
+        yield from _names_in_config(layer, f"{layer_path}/")
 
 
-def _snake(name: str) -> str:
-    """Writes a class's name as Keras does in paths: DepthwiseConv2D becomes depthwise_conv2d."""
+def _snake_case(name: str) -> str:
+    """Converts a class name as Keras does in paths: DepthwiseConv2D becomes depthwise_conv2d."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

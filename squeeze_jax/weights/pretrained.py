@@ -1,8 +1,9 @@
-"""Published weights for our networks: from a file of another project to {"params", "batch_stats"}.
+"""Loads published weights into our networks: from a file of another framework to {"params", "batch_stats"}.
 
-A model file maps its layers to those of a published checkpoint, one function for each naming: `torchvision_names(net)`,
+A model file maps its layers to those of a published checkpoint, with one function for each naming: `torchvision_names(net)`,
 `timm_names(net)`, `keras_names(net)`, `caffe_names(net)`, and `released_names(net)` for weights that a paper's authors
-released, all {our layer: their layer, or a tuple of names that versions of the framework gave it}. They raise a UserError for a network that pads or normalises differently from the published one.
+released. Each returns {our layer: their layer, or a tuple of names that versions of the framework use}. It raises a UserError
+for a network that pads or normalises differently from the published one.
 """
 
 import io
@@ -16,16 +17,15 @@ import flax.linen as nn
 import numpy as np
 from flax import traverse_util
 
-from squeeze_jax import files as atomic
-from squeeze_jax import tree
+from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.weights import files, foreign
+from squeeze_jax.weights import foreign, weight_files
 
 Names = Literal["torchvision", "timm", "keras", "caffe", "released", "squeeze_jax"]
 
 OWN = "squeeze_jax"
-# Statistics of Keras' layer Normalization, which stands before a network.
-_INPUTS = re.compile(r"^normalization(_\d+)?/(mean|variance|count)$")
+# Statistics of Keras' layer Normalization, which normalises the inputs of a network.
+_INPUT_STATISTICS = re.compile(r"^normalization(_\d+)?/(mean|variance|count)$")
 
 
 def check(
@@ -38,24 +38,24 @@ def check(
     key: str = "",
     needed: bool = True,
 ) -> None:
-    """Checks what can be known without reading the weights.
+    """Checks a weight file and its naming as far as possible without reading the weights.
 
     Args:
-      path: of the file.
-      names: whose names it has.
+      path: the file.
+      names: naming of its arrays, see `load`.
       model: the network's name, for errors.
-      module: the network's file.
+      module: the network's file, as a module.
       net: the network.
-      key: see `load`.
-      needed: whether the file has to exist; a run that continues from a checkpoint does not read it again.
+      key: as for `load`.
+      needed: whether the file must exist; a run that continues from a checkpoint does not read it again.
 
     Raises:
-      UserError: no such file, an unknown ending, names that the network has no map for, or a network that computes
-        differently from the one whose weights they are.
+      UserError: the file is missing or of an unknown format, the network has no map for this naming, or it computes differently
+        from the network that the weights were trained with.
     """
     if needed:
-        files.check(path, key=key)
-    known = namings(module)
+        weight_files.check(path, key=key)
+    known = known_namings(module)
     if names != OWN and names not in known:
         raise UserError(
             f"config.init.names = {names!r}: {model} knows the names of {', '.join([*sorted(known), OWN])}; choose one"
@@ -64,8 +64,8 @@ def check(
         getattr(module, f"{names}_names")(net)
 
 
-def namings(module: types.ModuleType) -> list[str]:
-    """Returns the names of the frameworks whose names a network's file maps, in the order in which they are tried."""
+def known_namings(module: types.ModuleType) -> list[str]:
+    """Returns the namings that a network's file has maps for, in the order in which they are tried."""
     return [n for n in Names.__args__ if callable(getattr(module, f"{n}_names", None))]
 
 
@@ -83,49 +83,53 @@ def load(
 
     Args:
       path: .safetensors, .pth, .pt, .bin, .npz, .h5 or .keras; code in a file is never run.
-      names: whose names the file has: "torchvision", "timm", "keras", "caffe", "released" by a paper's authors, or
+      names: naming of the file's arrays: "torchvision", "timm", "keras", "caffe", "released" (by a paper's authors), or
         "squeeze_jax" as `save` writes them.
       net: the network.
-      module: its file, for the map of names and the classifier.
+      module: its file, as a module, which has the map of names and the classifier's layers.
       like: {"params", "batch_stats"}, the shapes of its variables.
-      under: what stands before each name in the file, such as "backbone".
-      key: which part of a PyTorch checkpoint has the weights, such as "model_ema"; "" for the first that can.
+      under: prefix of the network's names in the file, such as "backbone".
+      key: the part of a PyTorch checkpoint that holds the weights, such as "model_ema"; "" for the first suitable part.
 
     Returns:
-      {"params", "batch_stats"} as in `like`, but for a classifier of other classes; and a line for each thing that was
-      converted, ignored or left out.
+      ({"params", "batch_stats"} with the structure of `like`, without a classifier for other classes; a line about each
+      conversion and each group of arrays that was ignored or omitted).
 
     Raises:
-      UserError: the file cannot be read; missing, unexpected or misshapen arrays, the first of each by name.
+      UserError: the file cannot be read, or arrays are missing, unexpected or of another shape; the message names the first of
+        each.
     """
-    arrays, lines = read(path, under=under, key=key)
-    fitted, more = fit(arrays, names, net, module, like, path)
-    return fitted, lines + more
+    arrays, read_notes = read(path, under=under, key=key)
+    fitted, fit_notes = fit(arrays, names, net, module, like, path)
+    return fitted, read_notes + fit_notes
 
 
 def read(
     path: str | Path, *, under: str = "", key: str = ""
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Reads the arrays of a file without what wrappers put before their names; the arguments are those of `load`.
+    """Reads the arrays of a file and removes the prefixes that wrappers add to their names.
+
+    Args:
+      path, under, key: as for `load`.
 
     Returns:
-      {name: array} and a line for each thing that was unwrapped or left out.
+      ({name: array}, a line about each part that was unwrapped or omitted).
 
     Raises:
-      UserError: the file cannot be read, or no name begins with `under`.
+      UserError: the file cannot be read, or no name starts with `under`.
     """
-    lines = []
-    arrays = files.read(path, lines, key=key)
+    notes = []
+    arrays = weight_files.read(path, notes, key=key)
     if under and not any(name.startswith(f"{under.rstrip('./')}.") for name in arrays):
-        arrays, more = files.unprefixed(arrays)
-        lines += more
-    arrays, more = _under(arrays, under, path)
-    lines += more
-    arrays, more = files.unprefixed(arrays)
-    lines += more
-    if spoiled := [n for n, a in arrays.items() if not _finite(a)]:
-        lines.append(f"{len(spoiled)} arrays are not finite, {spoiled[0]} first")
-    return arrays, lines
+        arrays, prefix_notes = weight_files.remove_prefixes(arrays)
+        notes += prefix_notes
+    arrays, under_notes = _select_under(arrays, under, path)
+    notes += under_notes
+    arrays, prefix_notes = weight_files.remove_prefixes(arrays)
+    notes += prefix_notes
+    if not_finite := [n for n, a in arrays.items() if not _is_finite(a)]:
+        notes.append(f"{len(not_finite)} arrays are not finite, {not_finite[0]} first")
+    return arrays, notes
 
 
 def fit(
@@ -140,56 +144,59 @@ def fit(
 
     Args:
       arrays: {name: array}.
-      names, net, module, like: see `load`.
-      path: of the file, for errors.
+      names, net, module, like: as for `load`.
+      path: the file, for errors.
 
     Returns:
-      As `load`, with the lines of what was converted, ignored or left out here.
+      As `load`, with the lines about the conversions and omissions of this step.
 
     Raises:
-      UserError: see `load`.
+      UserError: as `load`.
     """
-    lines = []
+    notes = []
     if names == OWN:
-        return _own(arrays, module, like, lines, path)
-    layers = foreign.present(getattr(module, f"{names}_names")(net), arrays)
-    arrays, more = _without_inputs(arrays) if names == "keras" else (arrays, [])
-    lines += more
-    arrays = {name: _comparable(array) for name, array in arrays.items()}
-    like, ignored, more = _without_classifier(arrays, module, like, layers, names)
-    lines += more
-    arrays, biases = foreign.without_biases(arrays, like, layers)
+        return _fit_own_names(arrays, module, like, notes, path)
+    layers = foreign.resolve_names(getattr(module, f"{names}_names")(net), arrays)
+    if names == "keras":
+        arrays, input_notes = _remove_input_statistics(arrays)
+        notes += input_notes
+    arrays = {name: _to_float32(array) for name, array in arrays.items()}
+    like, ignored, classifier_notes = _remove_unfit_classifier(
+        arrays, module, like, layers, names
+    )
+    notes += classifier_notes
+    arrays, biases = foreign.fold_biases(arrays, like, layers)
     if biases:
-        lines.append(
+        notes.append(
             f"{biases} biases of convolutions subtracted from the means of the normalisations after them"
         )
     if expected := getattr(module, "EXPECTS", {}).get(names):
-        lines.append(
+        notes.append(
             f"the ImageNet weights of {names} expect {expected}: see docs/methods.md"
         )
     counters = [n for n in arrays if n.endswith("num_batches_tracked")]
     if counters:
-        lines.append(f"{len(counters)} counters of batches ignored")
+        notes.append(f"{len(counters)} counters of batches ignored")
     try:
         fitted = foreign.fit(
             arrays, like, layers, ignore=ignored, channels_last=names == "keras"
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return fitted, lines
+    return fitted, notes
 
 
 def save(path: str | Path, variables: Mapping[str, Any]) -> None:
     """Writes {"params", "batch_stats"} under our own names, such as "params/conv1/kernel".
 
     Args:
-      path: ends in .safetensors or .npz; missing folders are made.
-      variables: of a network.
+      path: the file, .safetensors or .npz; missing folders are created.
+      variables: variables of a network.
 
     Raises:
-      UserError: another ending, or a place that cannot be written to.
+      UserError: the file has another suffix or cannot be written.
     """
-    path = atomic.path(path)
+    path = files.path(path)
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"cannot write weights to {path}: use .safetensors or .npz")
     arrays = {
@@ -201,99 +208,112 @@ def save(path: str | Path, variables: Mapping[str, Any]) -> None:
     if path.suffix == ".npz":
         content = io.BytesIO()
         np.savez(content, **arrays)
-        atomic.write(path, content.getvalue())
+        files.write(path, content.getvalue())
     else:
-        atomic.write(path, files.safetensors(arrays))
+        files.write(path, weight_files.to_safetensors(arrays))
 
 
-def _finite(array) -> bool:
-    return array.dtype.kind not in "fV" or bool(np.isfinite(_comparable(array)).all())
+def _is_finite(array) -> bool:
+    return array.dtype.kind not in "fV" or bool(np.isfinite(_to_float32(array)).all())
 
 
-def _under(arrays, under: str, path):
+def _select_under(arrays, under: str, path):
+    """Returns the arrays whose names start with a prefix, without it, and a line about the others."""
     if not under:
         return arrays, []
     start = under.rstrip("./") + ("/" if any("/" in n for n in arrays) else ".")
-    inside = {
+    selected = {
         n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)
     }
-    if not inside:
+    if not selected:
         first = next(iter(arrays), "nothing")
         raise UserError(
             f"config.init.under = {under!r}: no name in {path} begins with {start!r}; there is {first}, for example"
         )
-    left = len(arrays) - len(inside)
-    return inside, [f"{left} arrays outside of {start!r} left out"] if left else []
+    omitted = len(arrays) - len(selected)
+    note = f"{omitted} arrays outside of {start!r} left out"
+    return selected, [note] if omitted else []
 
 
-def _without_inputs(arrays):
-    """Removes the statistics that a Keras network normalises its inputs with, and says what they are."""
-    inside = {n: a for n, a in arrays.items() if _INPUTS.match(n)}
-    lines = [
+def _remove_input_statistics(arrays):
+    """Removes the statistics with which a Keras network normalises its inputs, and returns lines that state them."""
+    statistics = {n: a for n, a in arrays.items() if _INPUT_STATISTICS.match(n)}
+    notes = [
         f"{name} = {np.ravel(array).tolist()} left out: config.data.mean and .std normalise the inputs"
-        for name, array in inside.items()
+        for name, array in statistics.items()
         if not name.endswith("/count")
     ]
-    return {n: a for n, a in arrays.items() if n not in inside}, lines
+    return {n: a for n, a in arrays.items() if n not in statistics}, notes
 
 
-def _comparable(array):
-    """Casts floats of any width to float32."""
+def _to_float32(array):
+    """Returns an array with floats of any width cast to float32; integers stay unchanged."""
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.kind in "fV" else array
 
 
-def _head(module) -> tuple[str, ...]:
+def _classifier_layers(module) -> tuple[str, ...]:
+    """Returns the layers of a network that depend on the classes."""
     return tuple(getattr(module, "CLASSIFIER", ()))
 
 
-def _without_classifier(arrays, module, like, layers, names):
-    """Leaves out a classifier that the file does not have or has for other classes.
+def _remove_unfit_classifier(arrays, module, like, layers, names):
+    """Removes a classifier that the file lacks or has for other classes.
 
-    Returns the shapes of the rest, patterns of the file's names to ignore, and lines that say so.
+    Args:
+      arrays: the file's arrays.
+      module, like, names: as for `load`.
+      layers: {our layer: their layer}.
+
+    Returns:
+      (the shapes without that classifier, regexes of the file's names to ignore, lines about it).
     """
-    flat, lines, ignored = tree.flatten(like["params"]), [], []
-    for layer in _head(module):
-        inside = {n: s for n, s in flat.items() if n.startswith(f"{layer}/")}
+    flat, notes, ignored = tree.flatten(like["params"]), [], []
+    for layer in _classifier_layers(module):
+        ours = {n: s for n, s in flat.items() if n.startswith(f"{layer}/")}
         theirs = layers.get(layer)
         if theirs is None:
             continue
         pattern = rf"^{re.escape(theirs)}[./]"
-        if not inside:
-            lines.append(f"classifier {theirs} left out: the network has none")
+        if not ours:
+            notes.append(f"classifier {theirs} left out: the network has none")
             ignored.append(pattern)
             continue
-        wanted = {end.rpartition("/")[2]: shape.shape for end, shape in inside.items()}
-        problem = foreign.misfit(arrays, theirs, wanted, channels_last=names == "keras")
-        if problem:
-            lines.append(f"classifier {layer} is initialised anew: {problem}")
-            flat = {n: s for n, s in flat.items() if n not in inside}
+        wanted = {end.rpartition("/")[2]: shape.shape for end, shape in ours.items()}
+        mismatch = foreign.describe_mismatch(
+            arrays, theirs, wanted, channels_last=names == "keras"
+        )
+        if mismatch:
+            notes.append(f"classifier {layer} is initialised anew: {mismatch}")
+            flat = {n: s for n, s in flat.items() if n not in ours}
             ignored.append(pattern)
     params = traverse_util.unflatten_dict(flat, sep="/")
-    return {**like, "params": params}, ignored, lines
+    return {**like, "params": params}, ignored, notes
 
 
-def _own(arrays, module, like, lines, path):
-    """Fits arrays that have our own names."""
+def _fit_own_names(arrays, module, like, notes, path):
+    """Fits arrays that have our own names; appends lines about a new classifier to `notes`."""
     wanted = {k: like.get(k, {}) for k in ("params", "batch_stats")}
     flat = tree.flatten(wanted)
-    head = tuple(f"params/{layer}/" for layer in _head(module))
-    for name in [n for n in flat if n.startswith(head)]:
+    classifier = tuple(f"params/{layer}/" for layer in _classifier_layers(module))
+    for name in [n for n in flat if n.startswith(classifier)]:
         array = arrays.get(name)
         if array is None or array.shape != flat[name].shape:
             shape = "missing" if array is None else f"of shape {array.shape}"
-            lines.append(f"classifier {name} is initialised anew: {shape} in the file")
+            notes.append(f"classifier {name} is initialised anew: {shape} in the file")
             flat.pop(name)
             arrays = {k: v for k, v in arrays.items() if k != name}
     problems = tree.differences(flat, arrays)
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{path}: weights do not fit: {'; '.join(problems[:3])}{more}")
+        others = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{path}: weights do not fit: {'; '.join(problems[:3])}{others}"
+        )
     for name in flat:
         if arrays[name].dtype.kind not in "fV":
             raise UserError(
                 f"{path}: {name} is {arrays[name].dtype}, not floats: weights of integers need their scales"
             )
-    taken = {k: np.asarray(arrays[k], flat[k].dtype) for k in flat}
-    fitted = traverse_util.unflatten_dict(taken, sep="/")
-    return {k: fitted.get(k, {}) for k in wanted}, lines
+    values = {k: np.asarray(arrays[k], flat[k].dtype) for k in flat}
+    fitted = traverse_util.unflatten_dict(values, sep="/")
+    return {k: fitted.get(k, {}) for k in wanted}, notes

@@ -114,9 +114,9 @@ def exported(variant: str, key: str, folder: Path, args) -> Path:
 
 def in_litert(files: list[str], args) -> list:
     """A function for each file that runs it once on one thread."""
-    from squeeze_jax.export.runnable import opened
+    from squeeze_jax.export.runnable import open_file
 
-    return [opened(f, 1).timed(sentences(1, args.sequence)) for f in files]
+    return [open_file(f, 1).timed(sentences(1, args.sequence)) for f in files]
 
 
 def in_xla(variants: list[str], args) -> list:

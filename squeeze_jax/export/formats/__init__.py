@@ -1,1 +1,1 @@
-"""One exported format a file; the file's name is its registry key in `config.export.formats`."""
+"""Export formats, one per file. The file's name is the registry key in `config.export.formats`."""

@@ -1,8 +1,8 @@
-"""TFLite in float32 for LiteRT, converted from StableHLO by litert-converter, without TensorFlow.
+"""TFLite in float32 for LiteRT, convert_in_child from StableHLO by litert-converter, without TensorFlow.
 
-The batch is fixed to 1, which is what a device runs; with a symbolic batch the converter leaves shape arithmetic in the
-graph. litert-converter's Python binding is no documented API: `flatbuffer` is the only place that touches it. Inputs and outputs
-bear their names in the file's one signature.
+The batch size is fixed to 1, which is what a device runs; with a symbolic batch the converter leaves shape arithmetic in the
+graph. litert-converter's Python binding is not a documented API, and only `to_flatbuffer` uses it. Inputs and outputs keep
+their names in the file's only signature_details.
 """
 
 import importlib.metadata
@@ -18,86 +18,103 @@ import numpy as np
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import process
-from squeeze_jax.export.runnable import Runnable, Spec, named
+from squeeze_jax.export.runnable import Runnable, Spec, name_outputs
 
 SUFFIX = ".tflite"
 INTEGER = False
-NAMED = True  # class names may follow its bytes
+NAMED = True  # class names may be appended to the file
 NEEDS = ("litert-converter", "ai-edge-litert")
 SIGNATURE = "serving_default"
 CONVERTER_SECONDS = 1800.0
-# Advice for what `loops` cannot write out.
-LOOPS = ", or loop a fixed number of turns, 512 at most, by lax.scan or lax.fori_loop"
+# Advice in errors about loops that `loops` cannot unroll.
+LOOP_ADVICE = (
+    ", or loop a fixed number of turns, 512 at most, by lax.scan or lax.fori_loop"
+)
 
 
 def convert(fn, inputs, calibration=None) -> dict[str, bytes]:
     """Converts `fn` at batch 1; see `stablehlo.convert` for the arguments.
 
     Raises:
-      process.Crash: the converter fails; names the operation that it cannot convert.
+      process.Crash: the converter fails; the message names the operation that it cannot convert.
     """
     from squeeze_jax.nn import conv
 
     with conv.separate_groups():
-        return {SUFFIX: converted("tflite", fn, inputs)}
+        return {SUFFIX: convert_in_child("tflite", fn, inputs)}
 
 
-def converted(key: str, fn, inputs, calibration=None) -> bytes:
-    """Runs a format's own `__main__` on the StableHLO of `fn`, and on examples, in a process of its own."""
+def convert_in_child(key: str, fn, inputs, calibration=None) -> bytes:
+    """Converts `fn` to StableHLO, and that to a format's file by running the format's `__main__` in a child process.
+
+    Args:
+      key: the format.
+      fn, inputs: as for `stablehlo.convert`.
+      calibration: examples {name: [n, ...]} that the format's `__main__` reads, or None.
+
+    Returns:
+      The file's bytes.
+
+    Raises:
+      process.Crash: the conversion failed; the message names operations that LiteRT does not have.
+    """
     import jax
     from jax import export
 
     from squeeze_jax.export import loops
     from squeeze_jax.nn import composite
 
-    given = {
+    input_shapes = {
         name: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype)
         for name, spec in inputs.items()
     }
     with composite.keep_composites():
-        plain = loops.written_out(lambda x: named(fn(x)), given)
-        program = jax.jit(plain, keep_unused=True)
-        exported = export.export(program, platforms=("cpu",))(given)
-    found = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-    # As jax has them in the program: in the order of their names.
-    names = {"inputs": sorted(given), "outputs": sorted(found)}
-    names["ranges"] = {name: s.range for name, s in inputs.items() if s.range}
-    with tempfile.TemporaryDirectory() as scratch:
-        source, target = Path(scratch, "in.mlirbc"), Path(scratch, "out.tflite")
+        unrolled = loops.unroll_loops(lambda x: name_outputs(fn(x)), input_shapes)
+        program = jax.jit(unrolled, keep_unused=True)
+        exported = export.export(program, platforms=("cpu",))(input_shapes)
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    # JAX sorts the inputs and outputs of a program by name.
+    arguments = {"inputs": sorted(input_shapes), "outputs": sorted(outputs)}
+    arguments["ranges"] = {name: s.range for name, s in inputs.items() if s.range}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in.mlirbc"), Path(folder, "out.tflite")
         source.write_bytes(exported.mlir_module_serialized)
-        more = []
+        calibration_paths = []
         if calibration is not None:
-            more.append(Path(scratch, "calibration.npz"))
-            np.savez(more[0], **calibration)
+            calibration_paths.append(Path(folder, "calibration.npz"))
+            np.savez(calibration_paths[0], **calibration)
         try:
-            process.python(
+            process.run_module(
                 f"squeeze_jax.export.formats.{key}",
-                *(source, target, json.dumps(names), *more),
+                *(source, target, json.dumps(arguments), *calibration_paths),
                 what=f"the conversion to {key}",
                 timeout=CONVERTER_SECONDS,
             )
         except process.Crash:
-            missing = loops.lacking(plain, given)
-            if not missing:
+            unsupported = loops.unsupported_operations(unrolled, input_shapes)
+            if not unsupported:
                 raise
-            loop = LOOPS if any("loop" in each for each in missing) else ""
+            advice = LOOP_ADVICE if any("loop" in op for op in unsupported) else ""
             raise process.Crash(
-                f"the conversion to {key} failed: LiteRT has no operation for {', '.join(missing)}: compute it otherwise,"
-                f" or outside of the file{loop}"
+                f"the conversion to {key} failed: LiteRT has no operation for {', '.join(unsupported)}: compute it otherwise,"
+                f" or outside of the file{advice}"
             ) from None
         return target.read_bytes()
 
 
-def flatbuffer(
+def to_flatbuffer(
     stablehlo: bytes,
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
     ranges: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Converts portable StableHLO bytecode to a TFLite file's bytes; the names are of its arguments and results.
+    """Converts portable StableHLO bytecode to a TFLite file's bytes.
 
-    `ranges` matter to integer files alone, see `tflite_int8.quantized`.
+    Args:
+      stablehlo: the bytecode.
+      inputs, outputs: names of the program's arguments and results.
+      ranges: ignored; only integer files need it, see `tflite_int8.quantize_file`.
     """
     del ranges
     from litert_converter.mlir import ir, passmanager
@@ -117,102 +134,108 @@ def flatbuffer(
 
 
 def load(path: str | Path, threads: int | None = None) -> Runnable:
-    """Opens a float or an integer file in LiteRT's interpreter; integer inputs and outputs are (de)quantized here.
+    """Opens a float or integer file in LiteRT's interpreter, and (de)quantizes integer inputs and outputs.
 
-    The first axis of all inputs and outputs is that of examples. A file whose tensors do not share a first axis, or have
-    none, runs once for each example; the shapes of its inputs and outputs are then whole.
+    The first axis of all inputs and outputs is the batch axis. If their first axes differ in length, or one has no axis, the
+    file runs once per example, and its inputs and outputs have the file's whole shapes for one example.
 
     Args:
       path: the file.
-      threads: CPU threads, all cores by default.
+      threads: CPU threads; all cores by default.
 
     Raises:
-      UserError: an input or an output holds strings.
+      UserError: an input or output holds strings.
     """
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
     interpreter.allocate_tensors()
-    entries, exits = signature(interpreter)
-    for name, each in (entries | exits).items():
-        if np.dtype(each["dtype"]).kind not in "biuf":
-            raise UserError(f"{path} cannot be run: {name} holds {each['dtype']}")
-    batched = shares_batch(entries, exits)
+    input_details, output_details = signature_details(interpreter)
+    for name, detail in (input_details | output_details).items():
+        if np.dtype(detail["dtype"]).kind not in "biuf":
+            raise UserError(f"{path} cannot be run: {name} holds {detail['dtype']}")
+    batched = shares_batch(input_details, output_details)
 
     def feed(x):
-        for name, entry in entries.items():
+        for name, detail in input_details.items():
             values = x[name] if batched else x[name][0]
-            interpreter.set_tensor(entry["index"], quantize(values, entry))
+            interpreter.set_tensor(detail["index"], quantize(values, detail))
 
     def run(x):
         feed(x)
         interpreter.invoke()
-        found = {
-            name: dequantize(interpreter.get_tensor(e["index"]), e)
-            for name, e in exits.items()
+        outputs = {
+            name: dequantize(interpreter.get_tensor(d["index"]), d)
+            for name, d in output_details.items()
         }
-        return found if batched else {name: y[None] for name, y in found.items()}
+        return outputs if batched else {name: y[None] for name, y in outputs.items()}
 
     def timed(x):
         feed(x)
         return interpreter.invoke
 
     version = importlib.metadata.version("ai-edge-litert")
-    shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+    shapes = {n: tuple(map(int, d["shape"])) for n, d in input_details.items()}
     inputs = {
-        name: Spec(shape[batched:], real(entries[name]))
+        name: Spec(shape[batched:], value_dtype(input_details[name]))
         for name, shape in shapes.items()
     }
     batch = next(iter(shapes.values()))[0] if batched else 1
     return Runnable(inputs, batch, run, timed, f"ai-edge-litert {version}")
 
 
-def signature(interpreter) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Returns ({name: details of an input}, {name: of an output}) of the graph that `Interpreter.invoke` runs.
+def signature_details(interpreter) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Returns ({input: details}, {output: details}) of the graph that `Interpreter.invoke` runs.
 
-    The names are those of its signature. In a file without one, one input is called image and one output logits, and
-    several input_0, … and output_0, …
+    The names are those of the graph's signature. In a file without a signature, a single input and output are called image
+    and logits, and several are called input_0, … and output_0, …
     """
-    if at := signature_of(interpreter):
-        runner = interpreter.get_signature_runner(at[1])
+    if signature := find_signature(interpreter):
+        runner = interpreter.get_signature_runner(signature[1])
         return runner.get_input_details(), runner.get_output_details()
-    entries, exits = interpreter.get_input_details(), interpreter.get_output_details()
-    if len(entries) == len(exits) == 1:
-        return {"image": entries[0]}, {"logits": exits[0]}
-    sides = (("input", entries), ("output", exits))
+    input_details, output_details = (
+        interpreter.get_input_details(),
+        interpreter.get_output_details(),
+    )
+    if len(input_details) == len(output_details) == 1:
+        return {"image": input_details[0]}, {"logits": output_details[0]}
+    sides = (("input", input_details), ("output", output_details))
     return tuple(
         {f"{side}_{i}": detail for i, detail in enumerate(details)}
         for side, details in sides
     )
 
 
-def signature_of(interpreter) -> tuple[int, str] | None:
-    """Returns (position in the file, name) of the first signature of the graph that `Interpreter.invoke` runs."""
-    mine = {each["index"] for each in interpreter.get_input_details()}
-    exits = {each["index"] for each in interpreter.get_output_details()}
+def find_signature(interpreter) -> tuple[int, str] | None:
+    """Returns (position in the file, name) of the first signature of the graph that `Interpreter.invoke` runs, or None."""
+    graph_inputs = {d["index"] for d in interpreter.get_input_details()}
+    graph_outputs = {d["index"] for d in interpreter.get_output_details()}
     for position, name in enumerate(interpreter.get_signature_list()):
         runner = interpreter.get_signature_runner(name)
-        sides = runner.get_input_details(), runner.get_output_details()
-        if [{e["index"] for e in side.values()} for side in sides] == [mine, exits]:
+        inputs = {d["index"] for d in runner.get_input_details().values()}
+        outputs = {d["index"] for d in runner.get_output_details().values()}
+        if (inputs, outputs) == (graph_inputs, graph_outputs):
             return position, name
     return None
 
 
-def shares_batch(entries: Mapping[str, Any], exits: Mapping[str, Any]) -> bool:
-    """Whether the first axis of all inputs and outputs is as long, as that of examples is."""
-    tensors = (*entries.values(), *exits.values())
-    first = {tuple(each["shape"])[:1] for each in tensors}
-    return len(first) == 1 and () not in first
+def shares_batch(
+    input_details: Mapping[str, Any], output_details: Mapping[str, Any]
+) -> bool:
+    """Returns whether all inputs and outputs have a first axis of equal length, as a batch axis has."""
+    tensors = (*input_details.values(), *output_details.values())
+    first_axes = {tuple(detail["shape"])[:1] for detail in tensors}
+    return len(first_axes) == 1 and () not in first_axes
 
 
-def real(detail) -> np.dtype:
-    """The dtype of a tensor's values: of quantized integers float32."""
+def value_dtype(detail) -> np.dtype:
+    """Returns the dtype of a tensor's values: float32 if it holds quantized integers."""
     scale, _ = detail["quantization"]
     return np.dtype(np.float32 if scale else detail["dtype"])
 
 
 def quantize(values, detail):
-    """The integers q of values v = scale (q - zero_point), or the values themselves for a float tensor."""
+    """Quantizes values v = scale (q - zero_point) to integers q; values of a tensor without a scale are only cast."""
     scale, zero_point = detail["quantization"]
     if not scale:
         return values.astype(detail["dtype"])
@@ -222,7 +245,7 @@ def quantize(values, detail):
 
 
 def dequantize(integers, detail):
-    """The values of integers, see `quantize`."""
+    """Returns the values of quantized integers in float32, see `quantize`."""
     scale, zero_point = detail["quantization"]
     if not scale:
         return integers.astype(np.float32)
@@ -230,6 +253,6 @@ def dequantize(integers, detail):
 
 
 if __name__ == "__main__":
-    _source, _target, _names = sys.argv[1:]
-    _found = flatbuffer(Path(_source).read_bytes(), **json.loads(_names))
-    Path(_target).write_bytes(_found)
+    _source, _target, _arguments = sys.argv[1:]
+    _content = to_flatbuffer(Path(_source).read_bytes(), **json.loads(_arguments))
+    Path(_target).write_bytes(_content)

@@ -1,9 +1,9 @@
-"""TFLite with weights of 8-bit integers and float activations, which the runtime quantizes on the way.
+"""TFLite with 8-bit integer weights and float activations, which the runtime quantizes during the run.
 
-Dynamic-range quantization: each channel of a kernel has its scale, symmetric around zero; before a convolution or a
-matrix product the runtime finds the range of each row of activations, computes the product in integers, and returns
-floats. Nothing is calibrated, inputs and outputs are those of the float file, and the file is about a quarter of it. Made
-for encoders, whose activations have outliers that fixed ranges of 8 bits lose (Dettmers et al. 2022,
+Dynamic-range quantization: each output channel of a kernel has its own scale, symmetric around zero. Before a convolution or
+matrix product the runtime finds the range of each row of activations, computes the product in integers, and returns floats.
+No calibration is needed. Inputs and outputs are those of the float file, and the file has about a quarter of its size. The
+format suits encoders, whose activations have outliers that fixed 8-bit ranges cannot represent (Dettmers et al. 2022,
 https://arxiv.org/abs/2208.07339). Microcontrollers and NPUs do not run such files.
 """
 
@@ -25,10 +25,10 @@ def convert(fn, inputs, calibration=None) -> dict[str, bytes]:
     Raises:
       process.Crash: the converter or the quantizer fails.
     """
-    return {SUFFIX: tflite.converted("tflite_dynamic", fn, inputs)}
+    return {SUFFIX: tflite.convert_in_child("tflite_dynamic", fn, inputs)}
 
 
-def quantized(flatbuffer: bytes) -> bytes:
+def quantize_weights(flatbuffer: bytes) -> bytes:
     """Quantizes the weights in a float TFLite file's bytes."""
     from litert_quantizer import quantizer, recipe
 
@@ -38,6 +38,6 @@ def quantized(flatbuffer: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    _source, _target, _names = sys.argv[1:]
-    _float = tflite.flatbuffer(Path(_source).read_bytes(), **json.loads(_names))
-    Path(_target).write_bytes(quantized(_float))
+    _source, _target, _arguments = sys.argv[1:]
+    _float = tflite.to_flatbuffer(Path(_source).read_bytes(), **json.loads(_arguments))
+    Path(_target).write_bytes(quantize_weights(_float))

@@ -1,8 +1,8 @@
-"""TFLite in 8-bit integers: weights, activations, input and output, calibrated on real images.
+"""TFLite in 8-bit integers: weights, activations, input and output, calibrated on real examples.
 
-Post-training quantization (Jacob et al. 2018, https://arxiv.org/abs/1712.05877): a real value is r = S (q - Z) with int8 q;
-the ranges of activations come from running the float file on calibration examples (`export/ranges.py`). An input whose
-range is stated as 0..255 is the pixel minus 128 exactly (S = 1, Z = -128), so a camera's bytes go in without arithmetic.
+Post-training quantization (Jacob et al. 2018, https://arxiv.org/abs/1712.05877): a real value is r = S (q - Z) with int8 q.
+The ranges of activations come from running the float file on calibration examples (`export/ranges.py`). An input with the
+stated range 0..255 becomes the pixel minus 128 exactly (S = 1, Z = -128), so a camera's bytes need no arithmetic.
 Microcontrollers and NPUs run such files.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import ranges
 from squeeze_jax.export.formats import tflite
-from squeeze_jax.export.runnable import fitted
+from squeeze_jax.export.runnable import check_examples
 
 SUFFIX = "_int8.tflite"
 INTEGER = True
@@ -29,78 +29,79 @@ def convert(fn, inputs, calibration) -> dict[str, bytes]:
 
     Args:
       fn: {name: [1, ...]} → an array or a mapping of arrays.
-      inputs: {name: Spec}; if an input states no range, its range is measured on the calibration examples. Integers stay
-        what they are.
-      calibration: real examples {name: [n, ...]}; 100 or more of all classes are advised.
+      inputs: {name: Spec}. The range of a float input without a stated range is measured on the calibration examples.
+        Integer inputs are not quantize_file.
+      calibration: real examples {name: [n, ...]}; at least 100 from all classes are recommended.
 
     Raises:
-      UserError: no calibration examples, or of another shape.
+      UserError: there are no calibration examples, or they do not match the inputs.
       process.Crash: the converter or the quantizer fails.
     """
     if calibration is None:
         raise UserError("tflite_int8 needs calibration examples: give at least one")
-    examples = fitted(calibration, inputs, "to calibrate, the model")
-    return {SUFFIX: tflite.converted("tflite_int8", fn, inputs, examples)}
+    examples = check_examples(calibration, inputs, "to calibrate, the model")
+    return {SUFFIX: tflite.convert_in_child("tflite_int8", fn, inputs, examples)}
 
 
-def quantized(
+def quantize_file(
     flatbuffer: bytes,
     calibration: Mapping[str, np.ndarray],
-    ranges_of: Mapping[str, tuple[float, float]],
+    input_ranges: Mapping[str, tuple[float, float]],
 ) -> bytes:
     """Quantizes a float TFLite file's bytes.
 
     Args:
       flatbuffer: the file.
-      calibration: examples {name: [n, ...]}, on which the ranges of tensors are found.
-      ranges_of: {input: (least, greatest value)} of the inputs whose ranges are known.
+      calibration: examples {name: [n, ...]}, from which the ranges of tensors are measured.
+      input_ranges: {input: (minimum, maximum)} of the inputs whose ranges are known.
     """
     from litert_quantizer import quantizer, recipe
 
     tool = quantizer.Quantizer(flatbuffer)
     tool.load_quantization_recipe(recipe.static_wi8_ai8())
-    network = _Network(flatbuffer)
+    network = _Interpreter(flatbuffer)
     rows = [
-        network.fitting({k: v[i : i + 1] for k, v in calibration.items()})
+        network.cast({k: v[i : i + 1] for k, v in calibration.items()})
         for i in range(len(next(iter(calibration.values()))))
     ]
-    # the tool's own calibration tells which tensors it wants; its ranges, averages over examples, cut large values off
-    wanted = tool.calibrate({tflite.SIGNATURE: rows[:1]}, num_threads=1)
-    found = ranges.collect(
-        lambda row: network.tensors(row, wanted), rows, attending(flatbuffer)
+    # The quantizer's own calibration lists the tensors that need ranges. Its ranges, averages over examples, clip values.
+    statistics = tool.calibrate({tflite.SIGNATURE: rows[:1]}, num_threads=1)
+    tensor_ranges = ranges.collect(
+        lambda row: network.tensors(row, statistics), rows, softmax_terms(flatbuffer)
     )
-    for name, (low, high) in ranges_of.items():
-        found[network.entries[name]["name"]] = min(low, 0.0), max(high, 0.0)
-    for name, ends in found.items():
-        for key, end in zip(("min", "max"), ends, strict=True):
-            wanted[name][key] = np.full_like(wanted[name][key], end)
-    return bytes(tool.quantize(wanted).quantized_model)
+    for name, (low, high) in input_ranges.items():
+        tensor = network.input_details[name]["name"]
+        tensor_ranges[tensor] = min(low, 0.0), max(high, 0.0)
+    for name, bounds in tensor_ranges.items():
+        for key, bound in zip(("min", "max"), bounds, strict=True):
+            statistics[name][key] = np.full_like(statistics[name][key], bound)
+    return bytes(tool.quantize(statistics).quantized_model)
 
 
-def attending(flatbuffer: bytes) -> dict[str, list[str]]:
-    """{tensor that a softmax reads: those that an ADD makes it of}, by their names."""
+def softmax_terms(flatbuffer: bytes) -> dict[str, list[str]]:
+    """Returns {input tensor of a softmax: the tensors whose ADD it is}, by name; an empty list if it is not a sum."""
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.Model.GetRootAs(flatbuffer)
     graph = model.Subgraphs(0)
     kinds = schema.BuiltinOperator
-    read, added = [], {}
+    softmax_inputs, terms = [], {}
     for i in range(graph.OperatorsLength()):
         op = graph.Operators(i)
         code = model.OperatorCodes(op.OpcodeIndex()).BuiltinCode()
         if code == kinds.SOFTMAX:
-            read.append(op.Inputs(0))
+            softmax_inputs.append(op.Inputs(0))
         elif code == kinds.ADD:
-            added[op.Outputs(0)] = op.InputsAsNumpy()
+            terms[op.Outputs(0)] = op.InputsAsNumpy()
 
     def name(tensor):
         return graph.Tensors(tensor).Name().decode()
 
-    return {name(t): [name(term) for term in added.get(t, ())] for t in read}
+    return {name(t): [name(term) for term in terms.get(t, ())] for t in softmax_inputs}
 
 
-class _Network:
-    """A float file in the interpreter, which keeps what it computes on the way."""
+class _Interpreter:
+    """A float file in LiteRT's interpreter, which keeps all intermediate tensors."""
 
     def __init__(self, flatbuffer: bytes):
         from ai_edge_litert.interpreter import Interpreter
@@ -109,26 +110,26 @@ class _Network:
             model_content=flatbuffer, experimental_preserve_all_tensors=True
         )
         self._interpreter.allocate_tensors()
-        self.entries, _ = tflite.signature(self._interpreter)
+        self.input_details, _ = tflite.signature_details(self._interpreter)
         details = self._interpreter.get_tensor_details()
         self._index = {d["name"]: d["index"] for d in details}
 
-    def fitting(self, example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """An example in the dtypes of the file's inputs."""
-        return {k: v.astype(self.entries[k]["dtype"]) for k, v in example.items()}
+    def cast(self, example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns an example in the dtypes of the file's inputs."""
+        return {k: v.astype(self.input_details[k]["dtype"]) for k, v in example.items()}
 
     def tensors(self, example: Mapping[str, np.ndarray], names: Iterable[str]):
-        """{name: values} of the tensors that it computes of an example."""
-        for name, entry in self.entries.items():
-            self._interpreter.set_tensor(entry["index"], example[name])
+        """Runs an example and returns {name: values} of the tensors with these names."""
+        for name, detail in self.input_details.items():
+            self._interpreter.set_tensor(detail["index"], example[name])
         self._interpreter.invoke()
         return {n: self._interpreter.get_tensor(self._index[n]) for n in names}
 
 
 if __name__ == "__main__":
-    _source, _target, _names, _calibration = sys.argv[1:]
-    _arguments = json.loads(_names)
-    _float = tflite.flatbuffer(Path(_source).read_bytes(), **_arguments)
+    _source, _target, _json, _calibration = sys.argv[1:]
+    _arguments = json.loads(_json)
+    _float = tflite.to_flatbuffer(Path(_source).read_bytes(), **_arguments)
     with np.load(_calibration) as _examples:
-        _file = quantized(_float, dict(_examples), _arguments["ranges"])
+        _file = quantize_file(_float, dict(_examples), _arguments["ranges"])
     Path(_target).write_bytes(_file)

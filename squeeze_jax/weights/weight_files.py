@@ -1,4 +1,4 @@
-"""Named arrays from other projects' weight files: npz, safetensors and PyTorch and Keras checkpoints."""
+"""Reads named arrays from the weight files of other frameworks: npz, safetensors, PyTorch and Keras checkpoints."""
 
 import json
 import pickle
@@ -11,12 +11,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from squeeze_jax import files as atomic
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.weights import keras
 
 Arrays = dict[str, np.ndarray]
-# How a file begins that Git's extension for large ones left in a clone instead of the content.
+# Start of the pointer that Git LFS leaves in a clone in place of a large file.
 _POINTER = b"version https://git-lfs"
 
 _SAFETENSORS_DTYPES = {
@@ -37,18 +37,18 @@ _SAFETENSORS_DTYPES = {
 
 
 def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> Arrays:
-    """Reads `{name: array}` from a file; its ending (.npz, .safetensors, .pt, .pth, .bin, .h5, .keras) says of which kind it is.
+    """Reads `{name: array}` from a file. Its suffix determines the format: .npz, .safetensors, .pt, .pth, .bin, .h5, .keras.
 
     Args:
-      path: of the file.
-      notes: gets a line for what was unwrapped, such as the weights of a training checkpoint.
-      key: which of a PyTorch checkpoint's parts has the weights, such as "model_ema"; "" for the first that can.
+      path: the file.
+      notes: a list that receives a line for each part that was unwrapped or omitted, such as an optimizer's state.
+      key: the part of a PyTorch checkpoint that holds the weights, such as "model_ema"; "" for the first suitable part.
 
     Raises:
-      UserError: no such file, an unknown ending, a file that is damaged or was not fetched, or a checkpoint of something
-        else than tensors by name; names the file.
+      UserError: the file is missing, damaged, a Git LFS pointer, of an unknown format, or a checkpoint that does not map names
+        to tensors. The message names the file.
     """
-    path = atomic.path(path)
+    path = files.path(path)
     check(path, key=key)
     try:
         with path.open("rb") as file:
@@ -58,18 +58,20 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
                 )
         notes = [] if notes is None else notes
         reader = _READERS[path.suffix]
-        return reader(path, notes, key) if reader is _torch else reader(path, notes)
+        return (
+            reader(path, notes, key) if reader is _read_torch else reader(path, notes)
+        )
     except UserError:
         raise
     except (
         ValueError,
         KeyError,
-        TypeError,  # a header of other types than it should have
+        TypeError,  # a header with wrong types
         AttributeError,  # likewise
         EOFError,
         OSError,
-        MemoryError,  # a shape beyond all memory
-        RecursionError,  # a header of a thousand brackets
+        MemoryError,  # a shape larger than any memory
+        RecursionError,  # a header with a thousand nested brackets
         zipfile.BadZipFile,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -79,32 +81,32 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
 
 
 def check(path: str | Path, *, key: str = "") -> None:
-    """Raises a UserError for a file that is not there, whose ending is unknown, or that has no parts to choose by a key."""
-    path = atomic.path(path)
+    """Raises a UserError if a file is missing or of an unknown format, or if a key is given for a format without parts."""
+    path = files.path(path)
     if path.suffix not in _READERS:
         raise UserError(
             f"weights {path} have an unknown ending: use {', '.join(_READERS)}"
         )
     if not path.is_file():
         raise UserError(f"no weights file {path}: check the path")
-    if key and _READERS[path.suffix] is not _torch:
+    if key and _READERS[path.suffix] is not _read_torch:
         raise UserError(
             f"config.init.key = {key!r}: only PyTorch's checkpoints have parts, and {path} is none: leave it out"
         )
 
 
-def _npz(path: Path, notes: list[str]) -> Arrays:
+def _read_npz(path: Path, notes: list[str]) -> Arrays:
     del notes
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except ValueError:
-        # NumPy's own message tells how to run the code in a file.
+        # NumPy's own message explains how to run the code in a file.
         raise ValueError("it is no archive of plain arrays") from None
 
 
-def _safetensors(path: Path, notes: list[str]) -> Arrays:
-    """The length of the header (8 bytes), the header as JSON, the bytes of all tensors."""
+def _read_safetensors(path: Path, notes: list[str]) -> Arrays:
+    """Reads a .safetensors file: the length of the header (8 bytes), the header as JSON, the bytes of all tensors."""
     del notes
     content = memoryview(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
@@ -133,10 +135,10 @@ def _safetensors(path: Path, notes: list[str]) -> Arrays:
     return arrays
 
 
-def safetensors(arrays: Arrays) -> bytes:
+def to_safetensors(arrays: Arrays) -> bytes:
     """Returns `{name: array}` as the content of a .safetensors file."""
     dtypes = {np.dtype(t): n for n, t in _SAFETENSORS_DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for one
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers requires it
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
         header[name] = {
@@ -145,30 +147,32 @@ def safetensors(arrays: Arrays) -> bytes:
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
     parts = [len(text).to_bytes(8, "little"), text]
     parts += [np.ascontiguousarray(array).tobytes() for array in arrays.values()]
     return b"".join(parts)
 
 
 def write_safetensors(path: str | Path, arrays: Arrays) -> None:
-    """Writes `{name: array}` as a .safetensors file, whole or not at all."""
-    atomic.write(path, safetensors(arrays))
+    """Writes `{name: array}` as a .safetensors file, atomically."""
+    files.write(path, to_safetensors(arrays))
 
 
+# Keys of a checkpoint under which training scripts store the weights.
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict")
 _WRAPPERS += ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "module")
-# What wrappers of a network put before each name.
+# {prefix that a wrapper of a network adds to each name: the wrapper}.
 _PREFIXES = {
     "module.": "data-parallel training or an averaged model",
     "_orig_mod.": "torch.compile",
     "model.": "a module around the network, such as Lightning's",
 }
 _AVERAGED = "n_averaged"  # torch's AveragedModel counts its updates
-_WANTED = "it should be what a network's state_dict() gives; save that alone"
+_EXPECTED = "it should be what a network's state_dict() gives; save that alone"
 
 
-def _torch(path: Path, notes: list[str], key: str) -> Arrays:
+def _read_torch(path: Path, notes: list[str], key: str) -> Arrays:
+    """Reads a PyTorch checkpoint without running any code in it."""
     try:
         import torch
     except ImportError:
@@ -176,24 +180,24 @@ def _torch(path: Path, notes: list[str], key: str) -> Arrays:
             f"reading {path} needs PyTorch: install it, or save the weights as .npz or .safetensors"
         ) from None
     try:
-        with warnings.catch_warnings():  # of pickles that it then refuses
+        with warnings.catch_warnings():  # about pickles that it then rejects
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # its own errors are of many kinds
-        # Some messages tell how to run the code in a file.
+    except Exception as error:  # PyTorch raises many kinds of errors
+        # Some messages explain how to run the code in a file.
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise ValueError(
                 "it is no checkpoint of tensors alone, and code in one is not run"
             ) from None
         raise ValueError(error) from error
     if key:
-        state = _part(state, key, path, notes)
-    state = _unwrapped(state, notes)
+        state = _select_part(state, key, path, notes)
+    state = _unwrap(state, notes)
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}: {_WANTED}")
+        raise UserError(f"{path} holds a {type(state).__name__}: {_EXPECTED}")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise UserError(f"{path} holds {name!r}, which is no tensor: {_WANTED}")
+            raise UserError(f"{path} holds {name!r}, which is no tensor: {_EXPECTED}")
         if value.untyped_storage().nbytes() < value.nbytes:
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)} is not stored whole"
@@ -204,41 +208,47 @@ def _torch(path: Path, notes: list[str], key: str) -> Arrays:
     }
 
 
-def _part(state: Any, key: str, path: Path, notes: list[str]) -> Any:
-    """Returns the part of a checkpoint that a key names, and notes what is left out."""
+def _select_part(state: Any, key: str, path: Path, notes: list[str]) -> Any:
+    """Returns the part of a checkpoint with a key, and notes the omitted parts."""
     parts = state if isinstance(state, dict) else {}
     parts = [str(k) for k, part in parts.items() if isinstance(part, dict)]
     if key not in parts:
-        there = f"there is {', '.join(parts)}" if parts else "leave it out"
-        raise UserError(f"config.init.key = {key!r}: {path} has no such part: {there}")
-    _note(state, key, notes)
+        advice = f"there is {', '.join(parts)}" if parts else "leave it out"
+        raise UserError(f"config.init.key = {key!r}: {path} has no such part: {advice}")
+    _note_selection(state, key, notes)
     return state[key]
 
 
-def _note(state: Mapping[str, Any], key: str, notes: list[str]) -> None:
+def _note_selection(state: Mapping[str, Any], key: str, notes: list[str]) -> None:
+    """Notes which part of a checkpoint was read, which were omitted, and how to read another part with weights."""
     others = [str(other) for other in state if other != key]
-    left = f"; {', '.join(others)} left out" if others else ""
-    rivals = [k for k in _WRAPPERS if k != key and isinstance(state.get(k), dict)]
-    choice = f" (config.init.key = {rivals[0]!r} takes that)" if rivals else ""
-    notes.append(f"the weights are the checkpoint's {key!r}{left}{choice}")
+    omitted = f"; {', '.join(others)} left out" if others else ""
+    alternatives = [k for k in _WRAPPERS if k != key and isinstance(state.get(k), dict)]
+    advice = (
+        f" (config.init.key = {alternatives[0]!r} takes that)" if alternatives else ""
+    )
+    notes.append(f"the weights are the checkpoint's {key!r}{omitted}{advice}")
 
 
-def _unwrapped(state: Any, notes: list[str]) -> Any:
-    """Returns the weights inside of a training checkpoint, and notes what they were in and what is left out."""
+def _unwrap(state: Any, notes: list[str]) -> Any:
+    """Returns the weights inside a training checkpoint, and notes which parts they were in and which were omitted."""
     while isinstance(state, dict):
         wrappers = [k for k in _WRAPPERS if isinstance(state.get(k), dict)]
         if not wrappers:
             break
-        _note(state, wrappers[0], notes)
+        _note_selection(state, wrappers[0], notes)
         state = state[wrappers[0]]
     return state
 
 
-def unprefixed(arrays: Arrays) -> tuple[Arrays, list[str]]:
-    """Removes the prefixes that wrappers of a network put before all names, and returns a line for each.
+def remove_prefixes(arrays: Arrays) -> tuple[Arrays, list[str]]:
+    """Removes the prefixes that wrappers of a network add to all names.
 
     Args:
       arrays: {name: array}, such as {"module.conv1.weight": …}.
+
+    Returns:
+      ({name without prefixes: array}, a line about each removed prefix).
     """
     lines, changed = [], True
     if any(name.startswith("module.") for name in arrays) and _AVERAGED in arrays:
@@ -251,20 +261,20 @@ def unprefixed(arrays: Arrays) -> tuple[Arrays, list[str]]:
                 arrays = {k.removeprefix(prefix): v for k, v in arrays.items()}
                 lines.append(f"names without {prefix!r} of {origin}")
                 changed = True
-    # torch.compile of a part of a network puts its prefix inside of names.
-    inside = "._orig_mod."
-    if any(inside in name for name in arrays):
-        arrays = {k.replace(inside, "."): v for k, v in arrays.items()}
+    # If only a part of a network was compiled, the prefix of torch.compile is inside the names.
+    infix = "._orig_mod."
+    if any(infix in name for name in arrays):
+        arrays = {k.replace(infix, "."): v for k, v in arrays.items()}
         lines.append("names without '_orig_mod.' of torch.compile")
     return arrays, lines
 
 
 _READERS: dict[str, Callable[..., Arrays]] = {
-    ".npz": _npz,
-    ".safetensors": _safetensors,
-    ".pt": _torch,
-    ".pth": _torch,
-    ".bin": _torch,
-    ".h5": keras.hdf5,
-    ".keras": keras.archive,
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".bin": _read_torch,
+    ".h5": keras.read_hdf5,
+    ".keras": keras.read_archive,
 }
