@@ -57,7 +57,7 @@ def test_commands_name_files_that_exist(page):
     named += re.findall(r"docs/[\w/]+\.(?:md|svg|py|txt)", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
     jobs = set(re.findall(r"--job=([a-z]+)", text))
-    assert jobs <= set(_settings.jobs())
+    assert jobs <= set(_settings.job_names())
 
 
 def test_the_readme_is_two_screens():

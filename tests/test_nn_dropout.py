@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.nn.dropout import Dropout, _mixed
+from squeeze_jax.nn.dropout import Dropout, _hash
 from squeeze_jax.train import sharding
 
 pytestmark = pytest.mark.usefixtures("optimized")  # as users run it
@@ -32,7 +32,7 @@ def test_the_hash_is_murmur3s_finalizer():
         return h ^ (h >> 16)
 
     numbers = [0, 1, 2, 0xDEADBEEF, 2**32 - 1]
-    found = _mixed(np.array(numbers, np.uint32))
+    found = _hash(np.array(numbers, np.uint32))
     assert found.tolist() == [fmix32(n) for n in numbers]
     assert fmix32(1) == 0x514E28B7  # published test value
 
