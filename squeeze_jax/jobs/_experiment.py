@@ -40,7 +40,7 @@ from squeeze_jax.jobs._settings import build_settings
 from squeeze_jax.ranges import Count, Distinct, Rate, Seed, Whole
 from squeeze_jax.train import forward, sharding
 from squeeze_jax.train import state as states
-from squeeze_jax.train import step as steps
+from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.metrics import Metric
 
@@ -416,7 +416,7 @@ def _check_built(built: Built) -> None:
     _plugs.check_state(state.extra)
     key = jax.random.key(0)
     jax.eval_shape(
-        lambda s: steps.apply_update(
+        lambda s: training_step.apply_update(
             built.plugs.update, s.params, s.opt, s.params, key, s.step
         ),
         state,

@@ -22,7 +22,7 @@ from squeeze_jax.jobs import (
 )
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import loop, optim, sharding
-from squeeze_jax.train import step as steps
+from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
 from squeeze_jax.train.log import Log
 from squeeze_jax.train.state import State
@@ -216,8 +216,10 @@ def make_evaluator(built: Built) -> Callable[[State], dict[str, float]]:
 
 
 def make_evaluation_step(built: Built, measure: Callable) -> Callable:
-    """Returns the jitted step of an evaluation, see `steps.make_evaluation`."""
-    step = steps.make_evaluation(built.network, measure, inputs=built.data.inputs)
+    """Returns the jitted step of an evaluation, see `train.step.make_evaluation`."""
+    step = training_step.make_evaluation(
+        built.network, measure, inputs=built.data.inputs
+    )
     replicated = sharding.replicated(built.mesh)
     if not built.carries:
         return jax.jit(step, out_shardings=replicated)
@@ -384,7 +386,7 @@ def compile_step(built: Built, spec, teacher_outputs: _teachers.TeacherOutputs):
     state_shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
     shardings = state_shardings, sharding.replicated(built.mesh)
     options = dict(donate_argnums=0, out_shardings=shardings)
-    step = steps.compose(pieces, **options)
+    step = training_step.compose(pieces, **options)
     if not pieces.fused:
         return step
     return jax.jit(step, **options).lower(*arguments).compile()
@@ -395,7 +397,7 @@ def traceable_step(
 ) -> tuple:
     """Returns (the parts of the training step, its arguments as shapes with shardings); see `compile_step`."""
     e, mesh, abstract = built.experiment, built.mesh, built.abstract()
-    pieces = steps.parts(
+    pieces = training_step.parts(
         built.network,
         built.plugs.update,
         built.objective.terms,
@@ -433,5 +435,5 @@ def describe_wire(built: Built, step: CompiledStep) -> str:
     pieces, arguments = traceable_step(built, spec, step.teacher_outputs)
     if not pieces.fused:
         return "not known: the gradients are compiled in pieces"
-    sent = wire.wire(steps.compose(pieces), *arguments)
+    sent = wire.wire(training_step.compose(pieces), *arguments)
     return wire.describe(sent).removeprefix("wire ")
