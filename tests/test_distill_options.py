@@ -45,7 +45,7 @@ def test_layers_are_mapped(layers, students, teachers, wanted):
         (soft_logits.make, {"temperature": -1.0}, "should be positive"),
         (soft_logits.make, {"kind": "mse", "temperature": 2.0}, "has no effect"),
         (hidden.make, {"layers": "unifrom"}, "did you mean 'uniform'"),
-        (hidden.make, {"layers": (1, 2)}, "layers\[0\] = 1 .int. should be tuple"),
+        (hidden.make, {"layers": (1, 2)}, r"layers\[0\] = 1 .int. should be tuple"),
         (cosine.make, {"layers": ((1, 2, 3),)}, "should be tuple"),
         (feature_map.make, {"layers": ()}, "at least one pair"),
         (feature_map.make, {"variance": -1.0}, "variance = -1.0 should not be negative"),
