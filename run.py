@@ -274,24 +274,30 @@ def config_and_workdir(args, overrides):
     default = pathlib.Path(__file__).parent / "configs" / "digits.py"
     if args.workdir is not None:
         workdir = files.path(args.workdir, "--workdir")
-        begun = args.config is None and (workdir / "config.json").exists()
+        begun = args.config is None and _workdir.is_begun(workdir)
         config = (
-            _workdir.read(workdir) if begun else load_config(args.config or default)
+            _workdir.read(workdir)
+            if begun
+            else load_config(default if args.config is None else args.config)
         )
         return overridden(config, overrides), workdir
-    config = load_config(args.config or default)
+    config = load_config(default if args.config is None else args.config)
     changed = overridden(config, overrides)
     if args.config is not None:
         path, arguments = file_and_argument(args.config)
         return changed, pathlib.Path("runs") / "_".join((path.stem, *arguments))
     same = dataset(changed) == dataset(config)
     workdir = pathlib.Path("runs") / ("digits" if same else dataset(changed))
-    if (workdir / "config.json").exists():
+    if _workdir.is_begun(workdir):
         begun = _workdir.read(workdir)
-        if dataset(begun) != dataset(changed):
+        theirs, ours = (
+            place(begun) or dataset(begun),
+            place(changed) or dataset(changed),
+        )
+        if theirs != ours:
             raise UserError(
-                f"{workdir} holds a network of the dataset {dataset(begun)}: go on there by --workdir={workdir}, or choose"
-                " another --workdir"
+                f"{workdir} holds a network of the dataset {theirs}, not of {ours}: go on there by --workdir={workdir}, or"
+                " choose another --workdir"
             )
         changed = overridden(begun, overrides)
     return changed, workdir
@@ -305,6 +311,17 @@ def overridden(config, overrides):
     for each in overrides:
         override(changed, each)
     return _settings.canonical(changed)
+
+
+def place(config):
+    """Returns the path of a config's dataset, or "" for one without a path."""
+    data = config.get("data")
+    source = data.get("source") if isinstance(data, collections.abc.Mapping) else None
+    source = source if isinstance(source, collections.abc.Mapping) else {}
+    paths = [
+        source[key] for key in ("root", "path") if isinstance(source.get(key), str)
+    ]
+    return str(pathlib.Path(paths[0]).expanduser().resolve()) if paths else ""
 
 
 def dataset(config):
@@ -326,7 +343,8 @@ def input_of(text):
 
     if not text.strip():
         raise UserError(f"{text!r} is no file, folder or text: leave it out")
-    return os.path.expanduser(text)
+    expanded = os.path.expanduser(text)
+    return expanded if os.path.lexists(expanded) else text  # a text may begin with ~
 
 
 def join(args):

@@ -32,8 +32,8 @@ def path(text: str | os.PathLike, where: str = "") -> Path:
     return Path(expanded)
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_WORDS = ("No space left on device", "Disk quota exceeded")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 class DiskFull(UserError):

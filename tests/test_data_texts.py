@@ -172,6 +172,56 @@ def test_several_labels(place, tmp_path):
     assert batch["label"].shape == (4, 2)
 
 
+def test_one_column_of_flags_and_classes_that_are_equal_numbers(place, tmp_path):
+    path = csv_file(
+        tmp_path / "a.csv", [{"text": "a", "p": n} for n in (1, 0)], ("text", "p")
+    )
+    made = opened(place, path, eval=str(path), target="labels", label=("p",))
+    assert made.label_names == ("p",)
+    assert made.train_split.labels.tolist() == [[1], [0]]
+    rows = [{"text": f"a {n}", "label": n} for n in ("1", "01", "2", "001") * 2]
+    path = csv_file(tmp_path / "b.csv", rows)
+    assert opened(place, path, eval=str(path)).label_names == ("001", "01", "1", "2")
+    rows = [
+        {"text": "a", "label": 1},
+        {"text": "b", "label": 1.0},
+        {"text": "c", "label": 2},
+    ]
+    path = lines_file(tmp_path / "c.jsonl", rows)
+    made = opened(place, path, eval=str(path), classes=("1", "2", "3"))
+    assert made.train_split.labels.tolist() == [0, 0, 1]
+    assert made.notes == (f"{path}: no row has the class 3",)
+
+
+def test_predictions_take_texts_files_and_tables(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = csv_file(Path("a.csv"), ROWS)
+    made = opened(place, path, eval=str(path))
+    Path("texts.txt").write_text("a film\n\nfine\n")
+    Path("folder").mkdir()
+
+    def run(batch):
+        return np.tile([0.0, 1.0], (len(batch["tokens"]), 1))
+
+    words = ["a dull film", "texts.txt", "a.csv", "gone.txt", "folder", "\udce9"]
+    lines = []
+    with pytest.raises(UserError, match="3 of 10 texts have no answer"):
+        lines.extend(made.predict(words, run))
+    assert [line.partition("  ")[2] for line in lines[:3]] == [
+        "a dull film",
+        "a film",
+        "fine",
+    ]
+    assert [line.partition("  ")[2].strip() for line in lines[3:7]] == [
+        r["text"] for r in ROWS
+    ]
+    assert lines[7:9] == [
+        "no such file: gone.txt",
+        "folder is a folder: name files of texts",
+    ]
+    assert "is not text" in lines[9]
+
+
 def test_rows_left_out_are_counted(place, tmp_path):
     rows = [*ROWS, {"text": " ", "label": "bad"}, {"text": "a", "label": ""}]
     path = csv_file(tmp_path / "a.csv", rows)
@@ -227,6 +277,18 @@ A_B = "text,label\na,x\nb,y\n"
         ("a.jsonl", '{"text": 5, "label": 1}\n', {}, r"a\.jsonl:1 has 5 in the column 'text', not a text"),
         ("a.jsonl", '{"text": "a", "label": {}}\n{"text": "b", "label": 1}\n', {}, r"a\.jsonl:1 has the label \{\}"),
         ("a.csv", A_B, dict(holdout=0.0, eval=None), "holdout = 0.0 leaves 2 rows to train on and 0 to evaluate on"),
+        ("a.csv", A_B, dict(classes=("x", "y", "x")), "names 'x' twice"),
+        ("a.csv", A_B, dict(classes=("x",)), "is one class"),
+        ("a.csv", A_B, dict(classes=("x", "y"), target="number"), "leave one of them out"),
+        ("a.csv", A_B, dict(separator=",,"), "separator = ',,' should be one character"),
+        ("a.csv", A_B, dict(separator=""), "separator = '' should be one character"),
+        ("a.csv", A_B, dict(label_separator=""), "label_separator is empty"),
+        ("a.csv", "text,label\na,1e39\n", dict(target="number"), r"a\.csv:2 has the label 1e39, beyond 32-bit"),
+        ("a.csv", "text,p\na,1\nb,0\n", dict(label="p", target="labels"), r"config.data.label = \('toxic',\)"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', {}, r"a\.jsonl:1 has the label nan, not a name"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, r"a\.jsonl:1 is not text"),
+        ("a.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}\n", {}, r"a\.jsonl:1 cannot be read: Exceeds the limit"),
+        ("a.jsonl", "[" * 100_000 + "\n", {}, r"a\.jsonl:1 cannot be read"),
         ("a.csv", b"text,label\na,x\n\xff,y\n", {}, r"a\.csv:3 is not UTF-8"),
     ],
 )  # fmt: skip
@@ -355,3 +417,13 @@ def test_it_learns_several_labels_and_is_exported(place, tmp_path, monkeypatch, 
     names = [{w for w in line.split("  ")[0].split() if w in names} for line in answers]
     assert names == [{"fine", "film"}, set(), {"dull"}]
     assert answers[1].startswith("no label  a a")
+    # The table moves, and then it is gone: predictions need the network alone.
+    (tmp_path / "texts.csv").rename("moved.csv")
+    moved = "--config.data.train=moved.csv"
+    run_py.main(["--job=evaluate", "--workdir=run", moved])
+    assert "exact" in capsys.readouterr().out
+    (tmp_path / "moved.csv").unlink()
+    run_py.main(["--job=predict", "--workdir=run", *texts])
+    first, *again = capsys.readouterr().out.splitlines()
+    assert first.startswith("data       not opened: cannot read texts.csv")
+    assert again == answers

@@ -12,6 +12,7 @@ from squeeze_jax.errors import UserError, nearest, shortened
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (*SEPARATORS, *JSON_LINES)
 LARGEST_CELL = 2**30  # characters; Python's own limit is 131,072
 
 
@@ -78,6 +79,9 @@ def _json_lines(path: Path) -> Table:
             raise UserError(
                 f"{path}:{number} is not JSON: {error.msg} at column {error.colno}; each line should hold one object"
             ) from None
+        except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+            reason = str(error).partition(";")[0]
+            raise UserError(f"{path}:{number} cannot be read: {reason}") from None
         if not isinstance(row, dict):
             raise UserError(
                 f'{path}:{number} holds {shortened(line.strip(), 60)}, not an object such as {{"text": "..."}}'

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from squeeze_jax.data import answering, text, text_files
+from squeeze_jax.data import answering, tables, text, text_files
 from squeeze_jax.data.text import SequenceReader, Stream
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError
@@ -44,6 +45,22 @@ class Split:
         texts = tuple([column[i] for i in indices] for column in self.texts)
         labels = None if self.labels is None else self.labels[np.asarray(indices, int)]
         return Split(texts, labels, {"": len(indices)})
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises a UserError for a text with bytes that are not UTF-8, or half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where} is not text: it has bytes that are not UTF-8, or half of a surrogate pair"
+        ) from None
+
+
+def path_like(word: str) -> bool:
+    """Whether a word of the command line is rather a file's name than a text: no spaces, and a known suffix."""
+    suffixes = (".txt", *tables.SUFFIXES)
+    return not re.search(r"\s", word) and word.removesuffix(".gz").endswith(suffixes)
 
 
 def random_subset(total: int, count: int) -> list[int]:
@@ -83,6 +100,8 @@ class TextSet:
       source: what the examples are, in a phrase, such as "GLUE's sst2".
       objective, metrics: see `pipeline.Data`.
       answer: turns the outputs for one text, float32 [outputs], into the words that the job predict prints.
+      columns: the columns of a table that hold the texts; () if predictions read no tables.
+      separator: the character between a table's cells, see `tables.read`.
       notes: lines of the plan that is printed before training.
     """
 
@@ -100,6 +119,8 @@ class TextSet:
     objective: Mapping[str, Any]
     metrics: str
     answer: Callable[[np.ndarray], str]
+    columns: tuple[str, ...] = ()
+    separator: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -231,12 +252,20 @@ class TextSet:
     def _texts(self, word: str) -> list[tuple[tuple[str, ...] | None, str]]:
         """Returns (parts, "") or (None, why it cannot be used) for each text that a word of the command line names."""
         try:
-            is_file = Path(word).is_file()
-        except OSError:  # a long sentence is not a valid file name
-            is_file = False
+            path = Path(word)
+            is_file, is_folder = path.is_file(), path.is_dir()
+        except (OSError, ValueError):  # a long sentence is not a valid file name
+            is_file = is_folder = False
+        if is_folder:
+            return [(None, f"{word} is a folder: name files of texts")]
+        if not is_file and path_like(word):
+            return [(None, f"no such file: {word}")]
         if not is_file:
             return [answering.attempt(self._parts, word, repr(word))]
-        content, reason = answering.attempt(text_files.read_text, Path(word))
+        if self.columns and path.name.removesuffix(".gz").endswith(tables.SUFFIXES):
+            rows, reason = answering.attempt(self._table, path)
+            return [(None, reason)] if reason else rows
+        content, reason = answering.attempt(text_files.read_text, path)
         if not reason and not content.strip():
             reason = f"{word} holds no text"
         if reason:
@@ -247,8 +276,26 @@ class TextSet:
             if line.strip()
         ]
 
+    def _table(self, path: Path) -> list[tuple[tuple[str, ...] | None, str]]:
+        """Returns (parts, "") or (None, why it cannot be used) for each row of a table."""
+        table = tables.read(path, self.separator)
+        for name in self.columns:
+            table.check_column(name, "config.data.text")
+
+        def row_parts(row, line):
+            parts = tuple(row.get(name) for name in self.columns)
+            if not all(isinstance(part, str) and part.strip() for part in parts):
+                raise UserError(f"{path}:{line} lacks a text")
+            return parts
+
+        return [
+            answering.attempt(row_parts, row, line)
+            for row, line in zip(table.rows, table.lines, strict=True)
+        ]
+
     def _parts(self, line: str, where: str) -> tuple[str, ...]:
         """Returns the one or two texts of a line; `where` names the line in an error."""
+        check_text(line, where)
         separator = BETWEEN if BETWEEN in line else "\t"
         parts = tuple(part.strip() for part in line.split(separator))
         if len(parts) != (2 if self.pair else 1) or not all(parts):

@@ -392,7 +392,7 @@ def build_trained(
     except UserError as error:
         if examples:
             raise
-        config = _model_json.config_without_images(workdir, config)
+        config = _model_json.config_without_examples(workdir, config)
         if config is None:
             raise
         built = build(check(config), phase, options, workdir=workdir)

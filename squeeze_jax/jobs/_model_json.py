@@ -60,10 +60,10 @@ def contents(
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Reads the file; if it is damaged, reads its contents from the newest checkpoint and warns.
+    """Reads the file; if it is missing or damaged, reads its contents from the newest checkpoint and warns.
 
     Returns:
-      See `contents`; None if there is no file.
+      See `contents`; None if there is no file and no checkpoint.
 
     Raises:
       UserError: the file is damaged, and no checkpoint has its contents.
@@ -72,18 +72,33 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
     try:
         saved_model = with_tuples(json.loads(path.read_bytes()))
     except FileNotFoundError:
-        return None
-    except ValueError as error:
-        saved_model, problem = None, f"{path} is not valid JSON ({error})"
+        saved_model, problem = None, f"{path} is missing"
+    except (ValueError, OSError) as error:
+        saved_model, problem = None, f"{path} cannot be read ({error})"
     else:
-        problem = f"{path} is of another version"
-    required = {"model", "checkpoint"}
-    if not isinstance(saved_model, dict) or not required <= saved_model.keys():
+        problem = f"{path} is of another version, or damaged"
+    if not _is_complete(saved_model):
         saved_model = checkpoint_note(workdir).get("noted")
+        if saved_model is None and not path.exists():
+            return None
         if saved_model is None:
             raise UserError(f"{problem}: run the job fit there again")
         warnings.warn(f"{problem}; the newest checkpoint's is taken", stacklevel=2)
     return saved_model
+
+
+def _is_complete(saved_model: Any) -> bool:
+    """Whether the contents of a file are those of `contents`."""
+    if not isinstance(saved_model, dict):
+        return False
+    sections = (saved_model.get(key) for key in ("model", "checkpoint"))
+    classes = saved_model.get("classes", ())
+    return (
+        all(isinstance(section, dict) for section in sections)
+        and isinstance(classes, list | tuple)
+        and all(isinstance(name, str) for name in classes)
+        and isinstance(saved_model.get("source", {}), dict)
+    )
 
 
 def checkpoint_note(workdir: pathlib.Path, **checkpoint_settings) -> dict[str, Any]:
@@ -101,17 +116,24 @@ def checkpoint_note(workdir: pathlib.Path, **checkpoint_settings) -> dict[str, A
     return with_tuples(dict(note or {}))
 
 
-def config_without_images(
+def config_without_examples(
     workdir: pathlib.Path, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns a run's config with noise in place of its images, see `data/sources/absent.py`.
+    """Returns a run's config with random examples in place of its own, for jobs that need none.
 
-    Returns None if the data have no images, or if `model.json` does not describe them.
+    Images become those of `data/sources/absent.py`, and tables of texts are left out. Returns None for other data, or if
+    `model.json` does not describe them.
     """
-    source = (read(workdir) or {}).get("source")
-    if source is None or "source" not in config.get("data", {}):
+    saved_model, data = read(workdir) or {}, dict(config.get("data", {}))
+    if data.get("name") == "texts" and "classes" in saved_model:
+        several = data.get("target", "class") != "number"
+        data |= {"train": None, "eval": None}
+        data |= {"classes": saved_model["classes"]} if several else {}
+    elif "source" in saved_model and "source" in data:
+        data["source"] = dict(saved_model["source"])
+    else:
         return None
-    return dict(config) | {"data": dict(config["data"]) | {"source": dict(source)}}
+    return dict(config) | {"data": data}
 
 
 def check_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:

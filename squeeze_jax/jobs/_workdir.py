@@ -60,7 +60,7 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
             _lock_directory(lock, workdir)
-            if (workdir / "config.json").exists() and _steps_done(workdir) is not None:
+            if _steps_done(workdir) is not None:
                 check_same_experiment(workdir, config)
                 _report_new_steps(workdir, config)
             text = json.dumps(with_resize(config, CROP), indent=2)
@@ -99,6 +99,11 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
             " another --workdir"
         )
     free = (*FREE_KEYS, *job_names())  # a job's settings do not change the training
+    if now.get("data.name") == "texts":
+        free += (
+            "data.train",
+            "data.eval",
+        )  # paths of tables, whose classes may not change
     different = [
         f"{k} = {before.get(k)!r} there, {now.get(k)!r} here"
         for k in sorted(before.keys() | now.keys())
@@ -121,27 +126,36 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
 def read(workdir: pathlib.Path) -> dict[str, Any]:
     """Reads the config that a work directory was begun with.
 
-    If config.json is damaged, the function reads the config from the newest checkpoint and warns.
+    If config.json is missing or damaged, the function reads the config from the newest checkpoint and warns.
 
     Raises:
-      UserError: there is no config.json, or neither it nor a checkpoint can be read.
+      UserError: there is no config.json and no checkpoint, or neither can be read.
     """
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_bytes())
         problem = "" if isinstance(config, dict) else f"{path} is no config"
     except FileNotFoundError:
-        raise UserError(
-            f"{workdir} holds no experiment (no config.json); run the job fit there first"
-        ) from None
+        problem = f"{path} is missing"
+        if _steps_done(workdir) is None:
+            raise UserError(
+                f"{workdir} holds no experiment (no config.json); run the job fit there first"
+            ) from None
     except ValueError as error:
         problem = f"{path} is not valid JSON ({error})"
+    except OSError as error:
+        problem = f"{path} cannot be read ({error.strerror})"
     if problem:
         config = _model_json.checkpoint_note(workdir).get("config")
         if not isinstance(config, dict):
             raise UserError(f"{problem}; restore it or remove the work directory")
         warnings.warn(f"{problem}; the newest checkpoint's is taken", stacklevel=2)
     return upgrade(canonical(config))
+
+
+def is_begun(workdir: pathlib.Path) -> bool:
+    """Whether a work directory holds a run: its config, or a checkpoint that has a copy of it."""
+    return (workdir / "config.json").exists() or _steps_done(workdir) is not None
 
 
 def _steps_done(workdir: pathlib.Path) -> int | None:

@@ -130,13 +130,17 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
 
 
 def _check_calibration(built: Built, settings: Settings) -> None:
-    """Raises a UserError for an integer format if noise replaces the run's images, see `data/sources/absent.py`."""
-    if built.experiment.data.get("source", {}).get("name") != "absent":
+    """Raises a UserError for an integer format if random examples replace the run's own."""
+    data = built.experiment.data
+    tables = (data.get("train"), data.get("eval"))
+    without_texts = data.get("name") == "texts" and tables == (None, None)
+    without_images = data.get("source", {}).get("name") == "absent"
+    if not without_texts and not without_images:
         return
     for key in settings.formats:
         if load_format(key).INTEGER:
             raise UserError(
-                f"the format {key} needs the run's images, to measure ranges and to compare answers: restore them, or leave"
+                f"the format {key} needs the run's {built.data.noun}s, to measure ranges and to compare answers: restore them, or leave"
                 " the format out of config.export.formats"
             )
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from squeeze_jax.data import tables, text_set, tokens
 from squeeze_jax.data.text import check_widths
 from squeeze_jax.data.text_set import Split, TextSet, format_class, format_number
 from squeeze_jax.errors import UserError, nearest, shortened
-from squeeze_jax.ranges import Count, PathStr, Share, Whole
+from squeeze_jax.ranges import FLOAT32, Count, Distinct, PathStr, Share, Whole
 
 SHOWN = 3  # the number of rows that a line of the plan names
 LOSSES = {
@@ -65,7 +65,7 @@ def make(
     text: str | tuple[str, ...] = "text",
     label: str | tuple[str, ...] = "label",
     target: Literal["class", "number", "labels"] = "class",
-    classes: tuple[str, ...] = (),
+    classes: Annotated[tuple[str, ...], Distinct()] = (),
     separator: str | None = None,
     label_separator: str = ",",
     length: Count = 128,
@@ -77,13 +77,15 @@ def make(
     Rows without a text or a label are left out, and a line of the plan counts them.
 
     Args:
-      train: the table to train on: .csv, .tsv or .jsonl, also .gz; see `tables.read`. None for evaluation alone.
+      train: the table to train on: .csv, .tsv or .jsonl, also .gz; see `tables.read`. None for evaluation alone. None for
+        both tables stands for 64 random texts, which predictions and exports of a trained network do with.
       tokenizer: a folder or a file, see `tokens.load`.
       eval: the table to evaluate on; None holds out a share of `train`, see `holdout`.
       holdout: the share of `train` to evaluate on if there is no `eval`, 0 to 1. A hash of the text decides whether a row is
         held out, so rows added later move no other row, and equal texts are in the same split.
       text: the column of the texts, or two columns for pairs of texts.
-      label: the column of the labels; for target="labels" also several columns of 0 and 1, one for each class.
+      label: the column of the labels. For target="labels" a string names a column of label names, and a tuple names columns
+        of 0 and 1, one for each class.
       target: "class": each text has one of several classes; "number": a number (regression); "labels": any number of
         classes, also none.
       classes: the names of the classes in their order; () takes those of `train`, sorted.
@@ -99,37 +101,45 @@ def make(
     """
     columns = (text,) if isinstance(text, str) else tuple(text)
     labels = (label,) if isinstance(label, str) else tuple(label)
+    flags = target == "labels" and not isinstance(label, str)  # columns of 0 and 1
     _check_columns(columns, labels, target)
+    _check_options(target, classes, separator, label_separator)
     loaded = tokens.load(tokenizer)
     loaded.room(length, len(columns) == 2)
     check_widths(length, buckets)
-    if train is None and eval is None:
+    if train is None and eval is None and target != "number" and not classes:
         raise UserError(
             "config.data needs a table to train on or to evaluate on: set train or eval"
         )
-    unlabelled = target == "labels" and len(labels) == 1  # an empty cell means no label
+    unlabelled = target == "labels" and not flags  # an empty cell means no label
     reading = partial(
         _read_rows,
         columns=columns,
         labels=labels,
         separator=separator,
+        flags=flags,
         unlabelled=unlabelled,
     )
     train_rows = None if train is None else reading(train)
     eval_rows = reading(eval) if eval is not None else None
-    if eval_rows is None:
+    if train is None and eval is None:
+        eval_rows = _random_rows(loaded, len(columns), target, classes)
+        flags = False
+    elif eval_rows is None:
         train_rows, eval_rows = _hold_out(train_rows, holdout)
     rows = eval_rows if train_rows is None else train_rows
     if target == "number":
         names, read = (), _numbers
     elif target == "labels":
-        separate = partial(_row_labels, columns=labels, separator=label_separator)
-        several = len(labels) > 1
-        names = classes or (labels if several else _label_names(rows, separate))
+        separate = partial(
+            _row_labels, columns=labels if flags else (), separator=label_separator
+        )
+        names = classes or (labels if flags else _label_names(rows, separate))
         read = partial(_label_matrix, names=names, separate=separate)
     else:
         names = classes or _class_names(rows, columns)
         read = partial(_class_numbers, names=names)
+    unused = _unused(names, rows, read) if target == "class" and classes else ()
     parts = {str(eval_rows.path): len(eval_rows.values)}
     evaluated = Split(eval_rows.texts, read(eval_rows), parts)
     training, notes = None, list(eval_rows.notes)
@@ -151,7 +161,9 @@ def make(
         objective={"name": f"losses.{LOSSES[target]}"},
         metrics=METRICS[target],
         answer=_answer(target, tuple(names)),
-        notes=tuple(notes),
+        columns=columns,
+        separator=separator,
+        notes=(*notes, *unused),
     )
 
 
@@ -172,7 +184,51 @@ def _check_columns(texts: Sequence[str], labels: Sequence[str], target: str) -> 
         )
 
 
-def _read_rows(path: str, columns, labels, separator, unlabelled: bool) -> Rows:
+def _check_options(target: str, classes, separator, label_separator) -> None:
+    if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+        raise UserError(
+            f"config.data.separator = {separator!r} should be one character, such as ';', or None"
+        )
+    if not label_separator:
+        raise UserError(
+            "config.data.label_separator is empty: name the character between labels"
+        )
+    if classes and target == "number":
+        raise UserError(
+            "config.data.classes names classes, but config.data.target = 'number' has none: leave one of them out"
+        )
+    if len(classes) == 1 and target == "class":
+        raise UserError(
+            f"config.data.classes = {tuple(classes)} is one class: a classifier needs two or more"
+        )
+
+
+def _random_rows(tokenizer, columns: int, target: str, classes: Sequence[str]) -> Rows:
+    """Returns rows of random texts, in place of tables that are absent."""
+    rng = np.random.default_rng(0)
+    texts = [
+        [
+            tokenizer.decode(rng.integers(0, tokenizer.size, 16)) or "a"
+            for _ in range(64)
+        ]
+        for _ in range(columns)
+    ]
+    label = {"number": 0, "labels": [], "class": classes[0] if classes else ""}[target]
+    return Rows(Path("no table"), tuple(texts), [label] * 64, [0] * 64, ())
+
+
+def _unused(names: Sequence[str], rows: Rows, read) -> tuple[str, ...]:
+    """Returns a line of the plan about classes that no row has."""
+    present = set(read(rows).tolist())
+    absent = [name for number, name in enumerate(names) if number not in present]
+    if not absent or rows.path == Path("no table"):
+        return ()
+    return (f"{rows.path}: no row has the class {', '.join(absent)}",)
+
+
+def _read_rows(
+    path: str, columns, labels, separator, flags: bool, unlabelled: bool
+) -> Rows:
     """Returns the rows of a table that have texts and labels."""
     table = tables.read(Path(path).expanduser(), separator)
     for key, names in (("text", columns), ("label", labels)):
@@ -190,7 +246,7 @@ def _read_rows(path: str, columns, labels, separator, unlabelled: bool) -> Rows:
             name = labels[lacking.index(True)]
             raise UserError(f"{table.path}:{line} has no {name!r}: write 0 or 1")
         texts.append(parts)
-        values.append(tuple(cells) if len(cells) > 1 else cells[0])
+        values.append(tuple(cells) if flags else cells[0])
         lines.append(line)
     if not texts:
         raise UserError(f"{table.path} has no row with a text and a label")
@@ -216,6 +272,7 @@ def _cell_text(cell: Any, column: str, table: tables.Table, line: int) -> str:
         raise UserError(
             f"{table.path}:{line} has {shortened(repr(cell), 60)} in the column {column!r}, not a text"
         )
+    text_set.check_text(cell, f"{table.path}:{line}")
     return cell.strip()
 
 
@@ -238,7 +295,9 @@ def _class_name(value: Any, where: str) -> str:
     """Returns a label as the name of a class."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str | int | float):
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, str | int):
         return str(value).strip()
     raise UserError(
         f"{where} has the label {shortened(repr(value), 60)}, not a name or a number"
@@ -248,7 +307,7 @@ def _class_name(value: Any, where: str) -> str:
 def _sort_names(names: set[str]) -> tuple[str, ...]:
     """Returns the names of classes in order: by value if all are integers, otherwise alphabetically."""
     try:
-        return tuple(sorted(names, key=int))
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
     except ValueError:
         return tuple(sorted(names))
 
@@ -314,6 +373,8 @@ def _numbers(rows: Rows) -> np.ndarray:
             raise UserError(
                 f"{where} has the label {shortened(repr(value), 60)}, which is not a number"
             )
+        if abs(float(digits)) > FLOAT32:
+            raise UserError(f"{where} has the label {digits}, beyond 32-bit floats")
         numbers.append(float(digits))
     return np.array(numbers, np.float32)
 
@@ -322,7 +383,7 @@ def _row_labels(
     value: Any, where: str, columns: Sequence[str], separator: str
 ) -> list[str]:
     """Returns the names of the labels of one row."""
-    if len(columns) > 1:
+    if columns:
         return [
             column
             for column, cell in zip(columns, value, strict=True)
@@ -347,6 +408,11 @@ def _label_names(rows: Rows, separate) -> tuple[str, ...]:
     names = {name for value, where in rows.places() for name in separate(value, where)}
     if not names:
         raise UserError(f"{rows.path} has no labels")
+    if names <= {*YES, *NO}:
+        raise UserError(
+            f"{rows.path} has the labels {', '.join(sorted(names))}: for a column of 0 and 1 write its name in a tuple, such as"
+            " config.data.label = ('toxic',)"
+        )
     return _sort_names(names)
 
 
