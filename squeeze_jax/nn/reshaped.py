@@ -55,7 +55,8 @@ def features(module: nn.Module, planned: int, *, fixed: bool = False) -> int:
     width = shape.widths.get(name, planned)
     if fixed and width != planned:
         raise UserError(
-            f"widths: {name} must have {planned} features, not {width}: its outputs are logits, or are combined with outputs of the same width"
+            f"widths: {name} must have {planned} features, not {width}: its outputs are logits, or are combined with outputs of"
+            " the same width"
         )
     return width
 
@@ -176,7 +177,8 @@ class Reshaped(nn.Module):
                 if context.module.residual:
                     return args[0]
                 raise UserError(
-                    f"absent: {name} cannot be left out: with these options it has no residual connection from its input to its output"
+                    f"absent: {name} cannot be left out: with these options it has no residual connection from its input to its"
+                    " output"
                 )
         return method(*args, **kwargs)
 
