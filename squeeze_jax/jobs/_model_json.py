@@ -88,7 +88,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _is_complete(saved_model: Any) -> bool:
-    """Whether the contents of a file are those of `contents`."""
+    """Returns whether the contents of a file have the form that `contents` gives them."""
     if not isinstance(saved_model, dict):
         return False
     sections = (saved_model.get(key) for key in ("model", "checkpoint"))

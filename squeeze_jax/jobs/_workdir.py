@@ -103,7 +103,7 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
         free += (
             "data.train",
             "data.eval",
-        )  # paths of tables, whose classes may not change
+        )  # paths of tables; the classes may not change
     different = [
         f"{k} = {before.get(k)!r} there, {now.get(k)!r} here"
         for k in sorted(before.keys() | now.keys())
@@ -154,7 +154,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def is_begun(workdir: pathlib.Path) -> bool:
-    """Whether a work directory holds a run: its config, or a checkpoint that has a copy of it."""
+    """Returns whether a work directory holds a run: its config, or a checkpoint with a copy of the config."""
     return (workdir / "config.json").exists() or _steps_done(workdir) is not None
 
 

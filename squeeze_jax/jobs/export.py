@@ -140,8 +140,8 @@ def _check_calibration(built: Built, settings: Settings) -> None:
     for key in settings.formats:
         if load_format(key).INTEGER:
             raise UserError(
-                f"the format {key} needs the run's {built.data.noun}s, to measure ranges and to compare answers: restore them, or leave"
-                " the format out of config.export.formats"
+                f"the format {key} needs the run's {built.data.noun}s, to measure ranges and to compare answers: restore"
+                " them, or leave the format out of config.export.formats"
             )
 
 
