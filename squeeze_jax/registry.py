@@ -6,6 +6,7 @@ Wherever a config names a file of the library, the path of a Python file of the 
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -20,6 +21,8 @@ import typing
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from squeeze_jax.errors import UserError, nearest, shown
 
@@ -231,6 +234,35 @@ def check(
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in section:
             raise UserError(f"missing key {where}.{key}: add it to the config")
+
+
+def checked(fn: Callable) -> Callable:
+    """Returns a function that checks its arguments as `check` checks a section of a config, for calls from Python.
+
+    Arrays are not checked, because their values may be unknown while a function is traced.
+    """
+    parameters = inspect.signature(fn).parameters
+    place = f"{fn.__module__.removeprefix('squeeze_jax.')}.{fn.__name__}"
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        hints = annotations(fn)
+        for name, value in {
+            **dict(zip(parameters, args, strict=False)),
+            **kwargs,
+        }.items():
+            if name not in parameters:
+                raise UserError(
+                    f"{place} has no argument {name!r}{nearest(name, parameters)}"
+                )
+            value = value.item() if isinstance(value, np.generic) else value
+            if hasattr(value, "dtype"):
+                continue
+            if wrong := fault(value, hints.get(name, typing.Any), f"{place}: {name}"):
+                raise UserError(wrong)
+        return fn(*args, **kwargs)
+
+    return call
 
 
 def annotations(fn: Callable) -> dict[str, typing.Any]:

@@ -1,12 +1,17 @@
 """Labels that are no class give no number, in every loss and metric; labels that do not count may be anything."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from squeeze_jax.data import mix
+from squeeze_jax.distill import soft_logits
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn import means
+from squeeze_jax.train import optim
 from squeeze_jax.train.losses import (
     causal_lm,
     cross_entropy,
@@ -16,7 +21,13 @@ from squeeze_jax.train.losses import (
     span,
     squared_error,
 )
-from squeeze_jax.train.metrics import classification, glue, perplexity, segmentation
+from squeeze_jax.train.metrics import (
+    classification,
+    glue,
+    perplexity,
+    regression,
+    segmentation,
+)
 
 CLASSES, BATCH, LENGTH = 4, 3, 5
 RNG = np.random.default_rng(0)
@@ -211,3 +222,61 @@ def test_a_regression_needs_one_number():
     batch = {"label": np.zeros(3), "mask": np.ones(3, bool)}
     with pytest.raises(UserError, match=r"one number an example.*num_classes=1"):
         loss_of(squared_error)(scores(3), batch)
+
+
+@pytest.mark.parametrize(
+    ("label", "mask", "message"),
+    [
+        (np.zeros((4, 2), np.float32), None, "a regression of 4 examples needs one number"),
+        (np.zeros(3, np.float32), None, "a regression of 4 examples needs one number"),
+        (np.zeros(4, np.float32), np.ones((4, 1), bool), r"mask is \[4, 1\]: give one"),
+        (None, None, "has mask and no label"),
+    ],
+)  # fmt: skip
+def test_labels_and_masks_of_a_regression_have_one_number_an_example(label, mask, message):  # fmt: skip
+    batch = {} if label is None else {"label": label}
+    batch["mask"] = np.ones(4, bool) if mask is None else mask
+    for fn in (squared_error.make(), lambda x, _, batch: regression.make().measure(x, batch)):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            fn(np.zeros((4, 1), np.float32), {}, batch)
+
+
+def test_a_column_of_labels_is_one_number_an_example():
+    logits, label = np.arange(4.0)[:, None], np.arange(4.0)[:, None] + 2
+    loss, _ = squared_error.make()(logits, {}, {"label": label})
+    assert float(loss) == 4
+    sums, _ = regression.make().measure(
+        logits, {"label": label, "mask": np.ones(4, bool)}
+    )
+    assert float(sums["loss"]) == 16
+
+
+def test_shares_of_classes_add_up_to_one():
+    logits = np.zeros((3, 2), np.float32)
+    batch = {"label": np.array([[0.25, 0.75], [1, 1], [-1, 2]], np.float32)}
+    good, _ = cross_entropy.make()(logits, {}, batch | {"mask": np.array([1, 0, 0])})
+    assert float(good) == pytest.approx(np.log(2))
+    for which in (1, 2):
+        mask = np.arange(3) == which
+        assert np.isnan(cross_entropy.make()(logits, {}, batch | {"mask": mask})[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (cross_entropy.make, dict(label_smoothing=1.5), r"label_smoothing = 1.5 should lie in \[0, 1\)"),
+        (cross_entropy.make, dict(label_smoothing=True), "label_smoothing = True .bool. should be float"),
+        (cross_entropy.make, dict(label_smothing=0.1), "has no argument 'label_smothing'; did you mean 'label_smoothing'"),
+        (optim.make, dict(steps=5, lr=float("nan")), "lr = nan should be a finite number"),
+        (soft_logits.make, dict(kind="k"), "kind = 'k' .str. should be one of"),
+    ],
+)  # fmt: skip
+def test_arguments_from_python_are_checked(make, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make(**arguments)
+    assert "label_smoothing" in inspect.signature(cross_entropy.make).parameters
+
+
+def test_a_mean_has_one_weight_for_each_value():
+    with pytest.raises(UserError, match=r"values \[4\] has weights \[4, 1\]"):
+        means.mean(np.ones(4), np.ones((4, 1)))

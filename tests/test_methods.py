@@ -58,11 +58,15 @@ TRANSITIONS = {"prune.narrow": dict(layers=("fire2/squeeze1x1",))}
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A row of a loss: shapes of logits, of endpoints (the teacher has the same), and the arguments of its `make`."""
+    """A row of a loss: shapes of logits, of endpoints (the teacher has the same), and the arguments of its `make`.
+
+    `flags` is for labels that are 0 or 1 for each class.
+    """
 
     logits: object
     endpoints: dict = dataclasses.field(default_factory=dict)
     arguments: dict = dataclasses.field(default_factory=dict)
+    flags: bool = False
 
 
 LENGTH, TOKENS = 6, 11
@@ -80,6 +84,7 @@ LOSSES = {
     "distill.feature_map": Loss(CLASSES, IMAGE, PAIR | dict(project=True)),
     "distill.hidden": Loss(CLASSES, HIDDEN, dict(project=True)),
     "distill.soft_logits": Loss(CLASSES),
+    "losses.binary_cross_entropy": Loss(CLASSES, flags=True),
     "losses.causal_lm": Loss(VOCABULARY),
     "losses.cross_entropy": Loss(CLASSES),
     "losses.masked_lm": Loss(VOCABULARY),
@@ -294,6 +299,8 @@ def test_a_loss_is_a_scalar_with_scalar_metrics(name):
     """Finite, float32, the same under jit for the same key, with finite gradients that are not all zero."""
     row = LOSSES[name]
     logits, endpoints, batch = inputs_of(row)
+    if row.flags:
+        batch["label"] = jax.nn.one_hot(batch["label"], CLASSES[-1])
     section = dict(name=name) | row.arguments
     outputs = {"logits": logits, **endpoints}
     bound = _objective.make_losses(section, _plugs.make_method)

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count
+from squeeze_jax.registry import checked
 
 
+@checked
 def make(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     block: Count = 256,

@@ -5,7 +5,10 @@ from typing import Literal
 
 import jax
 
+from squeeze_jax.registry import checked
 
+
+@checked
 def make(dtype: Literal["float32", "bfloat16"] = "float32") -> Callable:
     """Returns `exchange(key, grads, axis_names) → grads`, which averages gradients over the devices of these mesh axes.
 

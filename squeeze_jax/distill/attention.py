@@ -17,12 +17,14 @@ from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
 from squeeze_jax.ranges import Range
+from squeeze_jax.registry import checked
 
 # The score of a masked key is the lowest float32, or -inf if it was stored with fewer bits. All other scores are higher
 # than this threshold.
 _MASKED = -1e30
 
 
+@checked
 def make(
     kind: Literal["scores", "probabilities"] = "scores",
     layers: Layers = "uniform",

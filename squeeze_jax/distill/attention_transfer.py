@@ -14,8 +14,10 @@ from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.nn import means
 from squeeze_jax.ranges import Range
+from squeeze_jax.registry import checked
 
 
+@checked
 def make(layers: Layers, teacher: Annotated[int, Range(0, 63)] = 0) -> UnboundLoss:
     """Returns the loss "attention_transfer", summed over pairs of endpoints.
 

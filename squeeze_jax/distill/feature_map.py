@@ -20,11 +20,13 @@ from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
 from squeeze_jax.ranges import NonNegative, Range
+from squeeze_jax.registry import checked
 
 # With this initializer the outputs of a regressor have the scale of its inputs.
 _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
+@checked
 def make(
     layers: Layers = "uniform",
     normalise: bool | None = None,

@@ -15,10 +15,12 @@ from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
 from squeeze_jax.ranges import Range
+from squeeze_jax.registry import checked
 
 _INIT = jax.nn.initializers.truncated_normal(0.02)
 
 
+@checked
 def make(
     layers: Layers = "uniform",
     embeddings: bool = False,

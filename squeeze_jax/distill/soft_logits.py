@@ -24,6 +24,7 @@ from squeeze_jax.distill._loss import (
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import Positive
+from squeeze_jax.registry import checked
 
 # Heads of question answering, whose classes are the positions of the sequence.
 _POSITION_HEADS = ("start", "end")
@@ -31,6 +32,7 @@ _POSITION_HEADS = ("start", "end")
 _IMPOSSIBLE = -1e30
 
 
+@checked
 def make(
     temperature: Positive = 1.0,
     kind: Literal["kl", "cross_entropy", "mse"] = "kl",

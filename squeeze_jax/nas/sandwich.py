@@ -16,8 +16,10 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.methods import Gradients
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import Positive, Whole
+from squeeze_jax.registry import checked
 
 
+@checked
 def make(
     widths: tuple[Positive, ...], random: Whole = 2, temperature: Positive = 1.0
 ) -> Gradients:

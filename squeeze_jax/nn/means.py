@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax.errors import UserError
+
 
 class Divisors(NamedTuple):
     """The divisors of the calls of `mean` in one part of a batch.
@@ -40,8 +42,16 @@ def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     Args:
       values: float array.
       weights: bool or float array of the same shape; 0 or False for values that do not count.
+
+    Raises:
+      UserError: the shapes differ.
     """
-    weights = weights.astype(jnp.float32)
+    if jnp.shape(values) != jnp.shape(weights):
+        raise UserError(
+            f"a mean over values {list(jnp.shape(values))} has weights {list(jnp.shape(weights))}: give one weight for each"
+            " value, such as a mask [b] for losses [b]"
+        )
+    weights = jnp.asarray(weights).astype(jnp.float32)
     total, weight_sum = jnp.sum(values * weights), jnp.sum(weights)
     divisor = _divisor.get()
     if divisor is None:

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.registry import checked
 
 SMALL = 0.1  # a group is small if its norm is below this share of the largest norm in its kernel
 
 
+@checked
 def make(
     groups: Literal["filters", "channels", "shapes"] = "filters",
     rules: tuple[tuple[str, bool], ...] = (("kernel$", True),),

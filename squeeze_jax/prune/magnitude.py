@@ -20,6 +20,7 @@ import optax
 from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Count, Rate, Whole
+from squeeze_jax.registry import checked
 
 
 class MagnitudeState(NamedTuple):
@@ -32,6 +33,7 @@ class MagnitudeState(NamedTuple):
     masks: dict[str, jax.Array]
 
 
+@checked
 def make(
     sparsity: Rate,
     begin: Whole,

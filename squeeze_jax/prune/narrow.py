@@ -21,8 +21,10 @@ from squeeze_jax import tree
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.methods import METHODS, Plain, Transition
 from squeeze_jax.ranges import Fraction
+from squeeze_jax.registry import checked
 
 
+@checked
 def make(layers: tuple[str, ...], keep: Fraction = 0.5) -> Transition:
     """Returns the transition between two phases that removes the filters.
 

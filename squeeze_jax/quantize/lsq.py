@@ -30,6 +30,7 @@ from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import METHODS, Forward, Own, Tap
 from squeeze_jax.ranges import NonNegative, Range, Whole, Zero
+from squeeze_jax.registry import checked
 
 WEIGHTS = (("kernel$", True),)
 ACTIVATIONS = (("/inputs$", True),)
@@ -37,6 +38,7 @@ ACTIVATIONS = (("/inputs$", True),)
 _TOLERANCE = 1e-3
 
 
+@checked
 def make(
     bits: Annotated[int, Range(2, 16)] = 8,
     activation_bits: Annotated[int, Zero()] | Annotated[int, Range(2, 16)] = 8,

@@ -37,11 +37,20 @@ def full_forms(network, update, objective) -> tuple[Network, methods.Update, tup
       objective: a sequence of `Term`s, or one loss, which becomes the term "objective" with weight 1.
 
     Raises:
-      UserError: the update is no gradient transform, or the objective is no loss.
+      UserError: the network is no module, the update is no gradient transform, or the objective is no loss.
     """
     if not isinstance(network, Network):
         network = Network(network)
-    if callable(objective):
+    if isinstance(network.model, type) or not hasattr(network.model, "init"):
+        raise UserError(
+            f"the network is {shortened(repr(network.model), 60)}: give a Linen module, such as Net(), or an NNX module by"
+            " from_nnx"
+        )
+    if callable(getattr(objective, "make", None)):
+        raise UserError(
+            f"the objective is the module {objective.__name__}: give the loss that its make() returns"
+        )
+    if callable(objective) or isinstance(objective, methods.Objective):
         objective = (Term("objective", 1.0, methods.objective(objective)),)
     if isinstance(update, optax.GradientTransformation):
         update = methods.Update(update)

@@ -19,6 +19,7 @@ from squeeze_jax.ranges import (
     Rate,
     Share,
 )
+from squeeze_jax.registry import checked
 
 # Keys that only some optimizers or schedules use. `make` rejects them for all others, where they would have no effect.
 USED_BY = {
@@ -35,6 +36,7 @@ USED_BY = {
 DECAY = (("(kernel|embedding)$", 1.0),)
 
 
+@checked
 def make(
     name: Literal["sgd", "adamw", "lamb", "rmsprop"] = "sgd",
     *,

@@ -23,9 +23,9 @@ import optax
 from jax.sharding import Mesh
 
 from squeeze_jax import methods
-from squeeze_jax.errors import UserError, shortened
+from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
-from squeeze_jax.train import forward, split
+from squeeze_jax.train import contract, forward, split
 from squeeze_jax.train.arguments import (
     Term,
     check_state,
@@ -243,6 +243,12 @@ def parts(
             state.params, stats, state.carry, batch, forward_key
         )
         extra = stats["extra"] or None
+        if exchange is not None:
+            what = f"the exchange {exchange.name} returns gradients"
+            contract.check_like(grads, state.params, what)
+        for name, before in (state.extra or {}).items():
+            what = f"the method {name} returns state"
+            contract.check_like((extra or {}).get(name), before, what)
         return Computed(grads, stats["batch_stats"], extra, carry, metrics)
 
     def update_state(state, computed, examples, key):
@@ -322,12 +328,20 @@ def _gradient_functions(network, terms, inputs, gradients):
             with means.divide_by(stats.get("divisors", {}).get(term.name)):
                 returned = term.objective.loss(logits, endpoints, batch, plain, own)
             value, record, *state = _check_returned(term.name, returned)
+            declared = term.objective.state is not None
+            contract.check_state(term.name, declared, bool(state))
             if state:
                 extra[term.name] = state[0]
-            if len(terms) > 1 or term.weight != 1:
-                record = {term.name: value} | record
+            weighted = len(terms) > 1 or term.weight != 1
+            # Two losses may have a metric of one name, such as the accuracies of two heads.
+            taken = {*records, *(t.name for t in terms if weighted)}
+            record = {
+                f"{term.name}_{k}" if k in taken else k: v for k, v in record.items()
+            }
+            if weighted:
+                records = {**records, term.name: value}
             total = total + term.weight * value
-            records |= record
+            records = contract.add_metrics(records, record, f"the loss {term.name}")
         return total, records, stats | {"extra": extra}
 
     def loss(params, stats, batch, key, **options):
@@ -348,8 +362,10 @@ def _gradient_functions(network, terms, inputs, gradients):
             variables = {"params": params, **stats}
             name, method = gradients
             own = forward.own(name, variables, first=network.first, key=key)
-            grads, stats, metrics, *state = method.compute(
-                passes, params, stats, batch, own
+            returned = method.compute(passes, params, stats, batch, own)
+            declared = method.state is not None
+            grads, stats, metrics, *state = contract.check_computed(
+                name, returned, params, declared
             )
             if state:
                 stats = stats | {"extra": stats["extra"] | {name: state[0]}}
@@ -384,10 +400,7 @@ def _check_returned(name: str, returned: Any) -> tuple:
         raise UserError(
             f"the loss {name} returns {jnp.result_type(value)} {list(jnp.shape(value))}: return one float, such as the mean"
         )
-    if not isinstance(record, Mapping) or any(jnp.shape(m) for m in record.values()):
-        raise UserError(
-            f"the loss {name} returns metrics that are no dict of scalars: {shortened(repr(record), 100)}"
-        )
+    contract.check_metrics(f"the loss {name}", record)
     return returned
 
 
@@ -409,6 +422,10 @@ def _update_state(state, computed, examples, key, update, ema, first):
     params, opt = apply_update(
         update, computed.grads, state.opt, state.params, key, state.step - first
     )
+    contract.check_like(params, state.params, "config.update leads to parameters")
+    contract.check_like(
+        opt, state.opt, "config.update leads to a state of the transforms"
+    )
     average = state.ema
     if ema:
         t = state.step.astype(
@@ -424,7 +441,8 @@ def _update_state(state, computed, examples, key, update, ema, first):
         "examples": examples,
     }
     if update.metrics is not None:
-        metrics |= update.metrics(params, opt)
+        new = update.metrics(params, opt)
+        metrics = contract.add_metrics(metrics, new, "config.update")
     after = State(
         step=state.step + 1,
         params=params,

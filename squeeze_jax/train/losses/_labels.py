@@ -3,11 +3,55 @@
 Without this check a network with the wrong number of classes could get a good score.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
+
+
+def labels_of(batch: Mapping[str, Any]) -> jax.Array:
+    """Returns the labels of a batch.
+
+    Raises:
+      UserError: the batch has no labels.
+    """
+    if "label" not in batch:
+        raise UserError(
+            f"the batch has {', '.join(batch)} and no label: call the labels 'label', or the map of labels 'target'"
+        )
+    return jnp.asarray(batch["label"])
+
+
+def mask_of(batch: Mapping[str, Any], rows: int) -> jax.Array:
+    """Returns a batch's mask [b], all true if it has none.
+
+    Raises:
+      UserError: the mask has another shape.
+    """
+    mask = jnp.asarray(batch.get("mask", jnp.ones(rows, bool)))
+    if mask.shape != (rows,):
+        raise UserError(
+            f"the batch's mask is {list(mask.shape)}: give one number or bool for each of {rows} examples"
+        )
+    return mask
+
+
+def numbers_of(batch: Mapping[str, Any], rows: int) -> jax.Array:
+    """Returns the labels of a regression, float32 [b], given as [b] or [b, 1].
+
+    Raises:
+      UserError: the batch has no labels, or other ones.
+    """
+    labels = labels_of(batch)
+    if labels.shape not in ((rows,), (rows, 1)):
+        raise UserError(
+            f"labels are {list(labels.shape)}: a regression of {rows} examples needs one number for each"
+        )
+    return labels.reshape(rows).astype(jnp.float32)
 
 
 def nan_for_invalid_labels(
@@ -49,6 +93,10 @@ def check_shapes(logits: jax.Array, labels: jax.Array) -> None:
     are_probabilities = jnp.issubdtype(labels.dtype, jnp.floating)
     if are_probabilities and labels.shape == logits.shape:
         return
+    if not are_probabilities and not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UserError(
+            f"labels are {labels.dtype} {list(labels.shape)}: give integers, the numbers of the classes"
+        )
     if are_probabilities or labels.shape != expected:
         raise UserError(
             f"labels are {labels.dtype} {list(labels.shape)} for logits {list(logits.shape)}: give integers {list(expected)},"

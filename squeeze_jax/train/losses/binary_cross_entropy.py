@@ -21,10 +21,11 @@ def make() -> Callable:
 
     def loss(logits, endpoints, batch):
         del endpoints
-        losses = example_losses(logits, batch["label"])
-        hits = (logits > 0) == (batch["label"] > 0.5)
-        accuracy = mean(hits.astype(jnp.float32).mean(-1), batch["mask"])
-        return mean(losses, batch["mask"]), {"label_accuracy": accuracy}
+        mask, labels = _labels.mask_of(batch, len(logits)), _labels.labels_of(batch)
+        losses = example_losses(logits, labels)
+        hits = (logits > 0) == (labels > 0.5)
+        accuracy = mean(hits.astype(jnp.float32).mean(-1), mask)
+        return mean(losses, mask), {"label_accuracy": accuracy}
 
     return loss
 

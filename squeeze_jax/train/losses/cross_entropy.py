@@ -15,9 +15,11 @@ from squeeze_jax.data.source import IGNORED
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import Rate
+from squeeze_jax.registry import checked
 from squeeze_jax.train.losses import _labels
 
 
+@checked
 def make(label_smoothing: Rate = 0.0) -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`.
 
@@ -50,6 +52,8 @@ def losses_and_hits(
 
     Raises:
       UserError: the labels have a wrong shape, or one is none of the classes; see `_labels.nan_for_invalid_labels`.
+
+    Probabilities that are negative or do not add up to 1 make the loss NaN.
     """
     _labels.check_shapes(logits, labels)
     classes = logits.shape[-1]
@@ -59,7 +63,10 @@ def losses_and_hits(
     )
     hits = jnp.argmax(logits, -1) == jnp.argmax(target, -1)
     if labels.ndim == logits.ndim:
-        return losses, hits.astype(jnp.float32)
+        shares = (labels >= 0).all(-1) & (jnp.abs(labels.sum(-1) - 1) < 1e-3)
+        invalid = ~shares & (counts != 0)
+        values = (losses, hits.astype(jnp.float32))
+        return tuple(jnp.where(invalid, jnp.nan, v) for v in values)
     return _labels.nan_for_invalid_labels(labels, classes, counts, losses, hits)
 
 
@@ -73,15 +80,21 @@ def labels_and_mask(logits: jax.Array, batch) -> tuple[jax.Array, jax.Array]:
     Raises:
       UserError: the target has another size than the logits.
     """
+    mask = _labels.mask_of(batch, len(logits))
     if "target" not in batch:
-        return batch["label"], batch["mask"]
+        labels = _labels.labels_of(batch)
+        if labels.ndim > 1 and labels.shape == logits.shape[:-1]:
+            raise UserError(
+                f"labels are a map {list(labels.shape)}: call it 'target' in the batch"
+            )
+        return labels, mask
     target = batch["target"]
     if logits.shape[:-1] != target.shape:
         raise UserError(
             f"the network returns logits {logits.shape} for a target {target.shape}: it should return one row of class"
             " scores per pixel, [b, h, w, classes]; a network of models/fcn.py does"
         )
-    counts = (target != IGNORED) & batch["mask"][:, None, None]
+    counts = (target != IGNORED) & mask[:, None, None]
     return jnp.where(counts, target, 0).astype(jnp.int32), counts
 
 

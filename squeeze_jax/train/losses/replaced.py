@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import NonNegative
+from squeeze_jax.registry import checked
 from squeeze_jax.train.losses import masked_lm
 from squeeze_jax.train.losses.masked_lm import head_logits
 
 WEIGHT = 50.0
 
 
+@checked
 def make(discriminator: NonNegative = WEIGHT) -> Callable:
     """Returns `loss(logits, endpoints, batch) → (loss, metrics)`.
 

@@ -7,19 +7,21 @@ import jax.numpy as jnp
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
+from squeeze_jax.train.losses import _labels
 
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean squared error, {"absolute_error"})`.
 
-    The loss takes logits [b, 1] or [b], and batch["label"] float [b].
+    The loss takes logits [b, 1] or [b], and batch["label"] float [b] or [b, 1].
     """
 
     def loss(logits, endpoints, batch):
         del endpoints
-        error = predicted_number(logits) - batch["label"].astype(jnp.float32)
-        absolute = mean(jnp.abs(error), batch["mask"])
-        return mean(jnp.square(error), batch["mask"]), {"absolute_error": absolute}
+        mask = _labels.mask_of(batch, len(logits))
+        error = predicted_number(logits) - _labels.numbers_of(batch, len(logits))
+        absolute = mean(jnp.abs(error), mask)
+        return mean(jnp.square(error), mask), {"absolute_error": absolute}
 
     return loss
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax.train.losses._labels import nan_for_invalid_labels
-from squeeze_jax.train.losses.cross_entropy import losses_and_hits
+from squeeze_jax.train.losses.cross_entropy import labels_and_mask, losses_and_hits
 from squeeze_jax.train.metrics._metric import Metric
 
 
@@ -26,13 +26,14 @@ def measure(logits, batch):
     Returns:
       The sums "loss", "top1", "top5" and "examples", float32 [], and no rows.
     """
-    logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-    losses, _ = losses_and_hits(logits, batch["label"], batch["mask"])
+    labels, mask = labels_and_mask(logits, batch)
+    logits, mask = logits.astype(jnp.float32), mask.astype(jnp.float32)
+    losses, _ = losses_and_hits(logits, labels, mask)
     # Among equal logits the first ranks highest, so that a network with constant outputs is right only by chance.
     top_classes = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-    hits = top_classes == batch["label"][:, None]
+    hits = top_classes == labels[:, None]
     top1, top5 = nan_for_invalid_labels(
-        batch["label"], logits.shape[-1], mask, hits[:, 0], hits.any(-1)
+        labels, logits.shape[-1], mask, hits[:, 0], hits.any(-1)
     )
     sums = {
         "loss": jnp.sum(losses * mask),

@@ -19,6 +19,7 @@ which could not be ranked.
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax.train.losses import _labels
 from squeeze_jax.train.losses.cross_entropy import losses_and_hits
 from squeeze_jax.train.losses.squared_error import predicted_number
 from squeeze_jax.train.metrics._metric import Metric
@@ -142,7 +143,8 @@ def measure_regression(logits, batch):
       The sums "loss" (squared errors) and "examples", float32 []; and the rows "prediction" and "label", float [b].
     """
     prediction = predicted_number(logits)
-    mask = batch["mask"].astype(jnp.float32)
-    losses = jnp.square(prediction - batch["label"])
+    mask = _labels.mask_of(batch, len(logits)).astype(jnp.float32)
+    labels = _labels.numbers_of(batch, len(logits))
+    losses = jnp.square(prediction - labels)
     sums = {"loss": jnp.sum(losses * mask), "examples": jnp.sum(mask)}
-    return sums, {"prediction": prediction, "label": batch["label"]}
+    return sums, {"prediction": prediction, "label": labels}

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax.train.losses import _labels
 from squeeze_jax.train.losses.binary_cross_entropy import example_losses
 from squeeze_jax.train.metrics._metric import Metric
 
@@ -30,12 +31,14 @@ def measure(logits, batch):
       Sums, and no rows. "loss", "hits" (right labels), "exact" (examples whose labels are all right) and "examples" are
       float32 []; "true_positives", "positives" (labels) and "predictions" are float32 [classes].
     """
-    mask = batch["mask"].astype(jnp.float32)
-    predicted, true = logits >= 0, batch["label"] >= 0.5
+    mask = _labels.mask_of(batch, len(logits)).astype(jnp.float32)
+    labels = _labels.labels_of(batch)
+    losses = example_losses(logits, labels)
+    predicted, true = logits >= 0, labels >= 0.5
     weights = mask[:, None]
     hits = predicted == true
     sums = {
-        "loss": jnp.sum(jnp.where(mask > 0, example_losses(logits, batch["label"]), 0)),
+        "loss": jnp.sum(jnp.where(mask > 0, losses, 0)),
         "true_positives": jnp.sum((predicted & true) * weights, 0),
         "positives": jnp.sum(true * weights, 0),
         "predictions": jnp.sum(predicted * weights, 0),
