@@ -1,5 +1,6 @@
 """Checkpoints of any pytree come back to the bit, with the kinds of their leaves."""
 
+from contextlib import closing
 from typing import NamedTuple
 
 import jax
@@ -71,3 +72,62 @@ def test_it_comes_back_to_the_bit(name, tmp_path):
 def test_what_it_cannot_hold(tree, options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         Checkpoints(tmp_path).save(tree, **options)
+
+
+@pytest.mark.parametrize(
+    ("saved", "like", "names"),
+    [
+        (3, 1.5, "int64.*float64"),
+        (0.1, 7, "float64.*int64"),
+        (np.ones(2), np.ones(2, np.int64), "float64.*int64"),
+        (jnp.ones(2), jnp.ones(2, jnp.bfloat16), "float32.*bfloat16"),
+        (np.ones(2, np.float16), jnp.ones(2, jnp.bfloat16), "float16.*bfloat16"),
+    ],
+)
+def test_another_dtype_is_no_damage_and_no_reinterpretation(
+    tmp_path, saved, like, names
+):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save({"a": saved, "b": np.ones(2)}, step=1)
+        checkpoints.wait()
+        with pytest.raises(UserError, match=f"has .*'a'.* in {names}"):
+            checkpoints.restore({"a": like, "b": np.ones(2)})
+        assert checkpoints.restore({"a": saved, "b": np.ones(2)}) is not None
+
+
+def test_steps_of_a_pytree_ascend(tmp_path):
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save({"a": np.ones(2)}, step=3)
+        checkpoints.wait()
+        for step in 3, 1:
+            with pytest.raises(UserError, match=f"step = {step}, but .* of step 3"):
+                checkpoints.save({"a": np.zeros(2)}, step=step)
+        for step in -1, 4.5, True, "5", 2**40:
+            with pytest.raises(UserError, match="should be a whole number from 0"):
+                checkpoints.save({"a": np.zeros(2)}, step=step)
+
+
+def test_views_and_byte_orders_come_back(tmp_path):
+    tree = {
+        "view": np.arange(10)[::3],
+        "columns": np.arange(12.0).reshape(3, 4).T,
+        "big": np.arange(3, dtype=">f4"),
+        "big64": np.arange(3, dtype=">i8"),
+    }
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(tree, step=1)
+        checkpoints.wait()
+        restored = checkpoints.restore(tree).state
+    for name, array in tree.items():
+        np.testing.assert_array_equal(restored[name], array)
+        assert restored[name].dtype == array.dtype
+
+
+@pytest.mark.parametrize(
+    "leaf", [np.array(["a"]), np.array([None]), 2**70, np.zeros(2, [("a", "f4")])]
+)
+def test_what_is_no_number_is_named(tmp_path, leaf):
+    opened = closing(Checkpoints(tmp_path))
+    error = pytest.raises(UserError, match="a checkpoint holds arrays, numbers")
+    with opened as checkpoints, error:
+        checkpoints.save({"a": leaf}, step=1)

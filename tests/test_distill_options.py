@@ -48,7 +48,11 @@ def test_layers_are_mapped(layers, students, teachers, wanted):
         (hidden.make, {"layers": (1, 2)}, r"layers\[0\] = 1 .int. should be tuple"),
         (cosine.make, {"layers": ((1, 2, 3),)}, "should be tuple"),
         (feature_map.make, {"layers": ()}, "at least one pair"),
-        (feature_map.make, {"variance": -1.0}, "variance = -1.0 should not be negative"),
+        (
+            feature_map.make,
+            {"variance": -1.0},
+            "variance = -1.0 should not be negative",
+        ),
         (attention.make, {"layers": (("scores1", 2),)}, "two numbers of layers"),
     ],
 )

@@ -96,7 +96,7 @@ def test_what_a_function_may_return(x, tmp_path, fn, message):
 @pytest.mark.parametrize(
     ("inputs", "ranges", "message"),
     [
-        ((6, 3), None, "inputs should be a dict of one example's shapes"),
+        ((6, 3), None, "inputs = .6, 3. .tuple. should be Mapping"),
         ({"x": (6, 3)}, None, "should have a shape and a dtype"),
         (INPUTS, {"y": (0, 1)}, "no input 'y'"),
         (INPUTS, {"x": (1, 0)}, "the least and the greatest"),
@@ -312,3 +312,46 @@ def test_files_hold_the_names_of_their_classes(x, tmp_path, key):
     assert export.load(plain.path).classes == ()
     with pytest.raises(UserError, match=r"'a\\nb' has a line break: rename"):
         export.make(fn, INPUTS, tmp_path, **given | dict(classes=["a\nb", "c", "d"]))
+
+
+NUMBERS = {"n": jax.ShapeDtypeStruct((3,), jnp.int32)}
+
+
+@pytest.mark.parametrize("key", ["stablehlo", "tflite"])
+def test_integers_stay_integers(tmp_path, key):
+    n = np.array([[2**24 + 1, 0, -5], [1, 2, 3]], np.int32)
+    (file,) = export.make(lambda b: b["n"] + 2, NUMBERS, tmp_path, formats=(key,), check=n)  # fmt: skip
+    predict = export.load(file.path)
+    np.testing.assert_array_equal(predict(n), n + 2)
+    assert predict(n).dtype == np.int32
+    with pytest.raises(
+        UserError, match="n has the value 4294967291, and the file takes int32"
+    ):
+        predict(n.astype(np.int64) + 2**32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(check=np.full((2, LENGTH, SIZE), np.nan)), "check: x of example 0 has values that are not finite"),
+        (dict(calibration=np.full((2, LENGTH, SIZE), np.inf)), "calibration: x of example 0"),
+        (dict(classes=("a", "b")), "classes names 2 classes, and the model returns 3 logits"),
+        (dict(classes=("a", 2, "c")), r"classes\[1\] = 2 .int. should be str"),
+        (dict(int8_agreement=2), r"int8_agreement = 2 should lie in \[0, 1\]"),
+        (dict(tolerance=float("nan")), "tolerance = nan should be a finite number"),
+        (dict(tolerence=1), "has no argument 'tolerence'; did you mean 'tolerance'"),
+    ],
+)  # fmt: skip
+def test_arguments_are_checked_before_work(x, tmp_path, arguments, message):
+    given = dict(formats=("stablehlo",), check=x) | arguments
+    with pytest.raises(UserError, match=message):
+        export.make(lambda b: b["x"].mean(1), INPUTS, tmp_path, **given)
+
+
+def test_a_file_of_integers_takes_finite_numbers_alone(x, tmp_path):
+    given = dict(formats=("tflite_int8",), check=x, calibration=x, int8_agreement=0.0)
+    (file,) = export.make(lambda b: b["x"].mean(1), INPUTS, tmp_path, **given)
+    with pytest.raises(
+        UserError, match="values that are not finite, and the file computes in integers"
+    ):
+        export.load(file.path)(np.full_like(x, np.nan))

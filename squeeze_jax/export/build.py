@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from squeeze_jax import files, stop
+from squeeze_jax import files, registry, stop
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import checks, class_names, process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
 from squeeze_jax.export.runnable import (
     Runnable,
     check_examples,
+    check_finite,
     compute_outputs,
     input_specs,
     load_format,
 )
 from squeeze_jax.nn.conv import lowering
+from squeeze_jax.ranges import Positive, Share
 
 __all__ = ["Disagreement", "Exported", "make"]
 
@@ -51,6 +53,7 @@ class Exported:
     agreement: float
 
 
+@registry.checked
 def make(
     fn: Callable[[dict[str, Any]], Any],
     inputs: Mapping[str, Any],
@@ -61,11 +64,11 @@ def make(
     calibration: Any = None,
     check: Any,
     endpoints_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
-    tolerance: float = 1e-4,
-    int8_agreement: float = 0.95,
+    tolerance: Positive = 1e-4,
+    int8_agreement: Share = 0.95,
     agreement: Callable | None = None,
     classes: Sequence[str] = (),
-    timeout: float = 600.0,
+    timeout: Positive = 600.0,
 ) -> list[Exported]:
     """Exports a function to each format and keeps a file only if its outputs agree with the function's.
 
@@ -109,6 +112,10 @@ def make(
     modules = [load_format(key) for key in formats]
     inputs, directory = input_specs(inputs, ranges), files.path(directory)
     check = check_examples(check, inputs, "the model")
+    check_finite(check, "check")
+    if calibration is not None:
+        examples = check_examples(calibration, inputs, "to calibrate, the model")
+        check_finite(examples, "calibration")
     checks.check_output_shapes(fn, inputs)
     runnable, model_outputs = _run_model(fn, inputs, check)
     for name, values in model_outputs.items():
@@ -117,6 +124,7 @@ def make(
             raise UserError(
                 f"the model's {name} for check example {example} are not finite: export a checkpoint from before it diverged"
             )
+    _check_number_of_classes(classes, model_outputs)
     checks.check_independence(fn, runnable, check, model_outputs, CHECK_BATCH)
     limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
     limits["agreement"] = agreement
@@ -159,6 +167,15 @@ def make(
                 )
             )
     return exported
+
+
+def _check_number_of_classes(classes, outputs) -> None:
+    """Raises a UserError unless there is a class name for each logit of a model with one output."""
+    (output, *others) = outputs.values()
+    if classes and not others and len(classes) != output.shape[-1]:
+        raise UserError(
+            f"classes names {len(classes)} classes, and the model returns {output.shape[-1]} logits: name each class, in order"
+        )
 
 
 def _convert_and_run(

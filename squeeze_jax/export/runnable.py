@@ -34,7 +34,8 @@ class Runnable(NamedTuple):
     Attributes:
       inputs: {name: Spec} of its inputs.
       batch: the only batch size that it accepts; None for any.
-      run: {input: [batch, ...]}, in the dtypes of `inputs` → {output: float32 [batch, ...]}.
+      run: {input: [batch, ...]}, in the dtypes of `inputs` → {output: [batch, ...]}, float32, or integers and bools as
+        the file computes them.
       timed: the same inputs → a function that runs the file once on them. Timing that function excludes copying the inputs.
       runtime: name and version of the runtime.
     """
@@ -249,8 +250,33 @@ def compute_outputs(
     }
 
 
+def check_finite(arrays: Mapping[str, np.ndarray], argument: str) -> None:
+    """Raises a UserError for examples with values that are not finite; `argument` names the examples."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            example = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise UserError(
+                f"{argument}: {name} of example {example} has values that are not finite: give other examples"
+            )
+
+
 def cast_rows(
     arrays: Mapping[str, np.ndarray], inputs: Mapping[str, Spec], rows: Any
 ) -> dict[str, np.ndarray]:
-    """Returns the selected rows of examples, in the dtypes of a file's inputs."""
-    return {name: a[rows].astype(inputs[name].dtype) for name, a in arrays.items()}
+    """Returns the selected rows of examples, in the dtypes of a file's inputs.
+
+    Raises:
+      UserError: an integer that the input's dtype does not hold.
+    """
+    cast = {}
+    for name, array in arrays.items():
+        dtype, values = inputs[name].dtype, array[rows]
+        if dtype.kind in "iu" and values.dtype.kind in "iu":
+            limits = np.iinfo(dtype)
+            for value in (int(values.min()), int(values.max())):
+                if not limits.min <= value <= limits.max:
+                    raise UserError(
+                        f"{name} has the value {value}, and the file takes {dtype}, {limits.min} to {limits.max}"
+                    )
+        cast[name] = values.astype(dtype)
+    return cast

@@ -171,7 +171,7 @@ class Checkpoints:
         """Starts to save a checkpoint in the background.
 
         Returns once the arrays are copied, so that the next training step may overwrite them; `wait` waits for the files.
-        Does nothing if the step already has a checkpoint.
+        Does nothing if the step of a `State` already has a checkpoint.
 
         Args:
           state: a `State`, or any pytree of arrays, which `trees.pack` turns into a `State`.
@@ -183,7 +183,8 @@ class Checkpoints:
 
         Raises:
           DiskFull: the disk has too little space; the message names the last complete checkpoint.
-          UserError: a value that a checkpoint cannot hold, or a pytree without a step.
+          UserError: a value that a checkpoint cannot hold, a pytree without a step, or one whose step is no whole number or
+            is not above that of the newest checkpoint.
           RuntimeError: Orbax refused to save.
         """
         if not isinstance(state, State):
@@ -192,6 +193,8 @@ class Checkpoints:
                 raise UserError(
                     f"a {type(state).__name__} has no step: tell under which it is saved by step="
                 )
+            self._check_new_step(step)
+            note = dict(note or {}) | {"dtypes": trees.dtypes(state)}
             state = trees.pack(state, int(step))
         elif isinstance(state.step, int | np.generic):
             state = state._replace(step=jnp.asarray(state.step, jnp.int32))
@@ -216,6 +219,20 @@ class Checkpoints:
             )
         if not was_saved:
             raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
+
+    def _check_new_step(self, step: Any) -> None:
+        """Raises a UserError for the step of a pytree that cannot be saved."""
+        value = step.item() if hasattr(step, "item") else step
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not 0 <= value < 2**31:
+            raise UserError(
+                f"step = {step!r} should be a whole number from 0 to {2**31 - 1}"
+            )
+        newest = max(self.saved_steps(), default=-1)
+        if value <= newest:
+            raise UserError(
+                f"step = {value}, but {self.directory} has a checkpoint of step {newest}: steps ascend"
+            )
 
     def wait(self) -> None:
         """Waits until all checkpoints that `save` started are on disk under their final names."""
@@ -398,7 +415,12 @@ class Checkpoints:
             shapes), or all checkpoints are damaged.
         """
         if not isinstance(like, State) and not callable(like):
-            restored = self.restore(trees.pack(like, 0), steps)
+
+            def template(note):
+                trees.check_dtypes(note.get("dtypes"), like)
+                return trees.pack(like, 0)
+
+            restored = self.restore(template, steps)
             return restored and restored._replace(
                 state=trees.unpack(restored.state, like)
             )

@@ -30,7 +30,11 @@ def pack(pytree: Any, step: int) -> State:
     for name, leaf in _leaves_by_path(pytree).items():
         if isinstance(leaf, bool | int | float | complex | np.generic):
             leaf = np.asarray(leaf)
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        if (
+            not hasattr(leaf, "dtype")
+            or not hasattr(leaf, "shape")
+            or (isinstance(leaf, np.ndarray) and not _is_numeric(leaf.dtype))
+        ):
             raise UserError(
                 f"{name} is {shortened(repr(leaf), 60)}: a checkpoint holds arrays, numbers and random keys"
             )
@@ -39,12 +43,36 @@ def pack(pytree: Any, step: int) -> State:
             data = jax.random.key_data
             leaf = jax.eval_shape(data, leaf) if is_shape else data(leaf)
         if isinstance(leaf, np.ndarray):
+            leaf = np.asarray(leaf, leaf.dtype.newbyteorder("="), order="C")
             leaf = jnp.asarray(_as_at_most_32_bits(leaf))
         if leaf.size:
             leaves[name] = leaf
     if not leaves:
         raise UserError("there are no arrays to save: give a pytree of arrays")
     return State(jnp.asarray(step, jnp.int32), {"tree": leaves}, {}, ())
+
+
+def dtypes(pytree: Any) -> dict[str, str]:
+    """Returns {path: dtype} of a pytree's leaves, such as {"['a']": "float32"}."""
+    return {
+        name: str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+        for name, leaf in _leaves_by_path(pytree).items()
+    }
+
+
+def check_dtypes(saved: Mapping[str, str] | None, like: Any) -> None:
+    """Raises a UserError if a leaf of a template has another dtype than the saved one.
+
+    Args:
+      saved: see `dtypes`; None for a checkpoint of an earlier version, which has none.
+      like: the template.
+    """
+    for name, dtype in dtypes(like).items() if saved else ():
+        if saved.get(name, dtype) != dtype:
+            raise UserError(
+                f"the checkpoint has {name} in {saved[name]}, the template in {dtype}: give a template of the saved dtype, and"
+                " convert what is restored"
+            )
 
 
 def unpack(state: State, like: Any) -> Any:
@@ -69,9 +97,10 @@ def unpack(state: State, like: Any) -> Any:
             return arrays[name]
         shape, dtype = np.shape(template), np.asarray(template).dtype
         value = np.ascontiguousarray(arrays[name])
-        if value.dtype != dtype:
-            value = value.view(dtype)
-        value = value.reshape(shape)
+        native = dtype.newbyteorder("=")
+        if value.dtype != native:
+            value = value.view(native)
+        value = value.astype(dtype).reshape(shape)
         if isinstance(template, np.ndarray):
             return value
         return value[()] if isinstance(template, np.generic) else value.item()
@@ -114,6 +143,11 @@ def _leaves_by_path(pytree: Any) -> dict[str, Any]:
 def _as_at_most_32_bits(array: np.ndarray) -> np.ndarray:
     """Views numbers of 64 bits or more as uint32, because JAX would round them to 32 bits; returns others unchanged."""
     return array.reshape(-1).view(np.uint32) if array.dtype.itemsize > 4 else array
+
+
+def _is_numeric(dtype: np.dtype) -> bool:
+    """Whether a dtype is of numbers or bools; those of ml_dtypes, such as bfloat16, have the kind "V" without fields."""
+    return dtype.kind in "biufc" or (dtype.kind == "V" and dtype.fields is None)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -84,7 +84,11 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
 
     def run(x):
         outputs = name_outputs(call(to_argument(x)))
-        return {name: np.asarray(value, np.float32) for name, value in outputs.items()}
+        arrays = {name: np.asarray(value) for name, value in outputs.items()}
+        return {
+            name: array if array.dtype.kind in "iub" else array.astype(np.float32)
+            for name, array in arrays.items()
+        }
 
     def timed(x):
         on_device = jax.device_put(to_argument(x))

@@ -1,4 +1,4 @@
-"""TFLite in float32 for LiteRT, convert_in_child from StableHLO by litert-converter, without TensorFlow.
+"""TFLite in float32 for LiteRT, converted from StableHLO by litert-converter, without TensorFlow.
 
 The batch size is fixed to 1, which is what a device runs; with a symbolic batch the converter leaves shape arithmetic in the
 graph. litert-converter's Python binding is not a documented API, and only `to_flatbuffer` uses it. Inputs and outputs keep
@@ -235,20 +235,28 @@ def value_dtype(detail) -> np.dtype:
 
 
 def quantize(values, detail):
-    """Quantizes values v = scale (q - zero_point) to integers q; values of a tensor without a scale are only cast."""
+    """Quantizes values v = scale (q - zero_point) to integers q; values of a tensor without a scale are only cast.
+
+    Raises:
+      UserError: a value is not finite, which no integer stands for.
+    """
     scale, zero_point = detail["quantization"]
     if not scale:
         return values.astype(detail["dtype"])
+    if not np.isfinite(values).all():
+        raise UserError(
+            "an input has values that are not finite, and the file computes in integers: give finite numbers"
+        )
     limits = np.iinfo(detail["dtype"])
     integers = np.rint(values / np.float32(scale)) + zero_point
     return np.clip(integers, limits.min, limits.max).astype(detail["dtype"])
 
 
 def dequantize(integers, detail):
-    """Returns the values of quantized integers in float32, see `quantize`."""
+    """Returns the values of quantized integers in float32, see `quantize`; integers that are not quantized stay as they are."""
     scale, zero_point = detail["quantization"]
     if not scale:
-        return integers.astype(np.float32)
+        return integers if integers.dtype.kind in "iub" else integers.astype(np.float32)
     return np.float32(scale) * (integers.astype(np.float32) - np.float32(zero_point))
 
 
