@@ -411,8 +411,9 @@ def test_batches_are_what_the_task_promises(coco):
 
 
 def test_the_job_predict_names_data_without_predictions(coco):
-    built = types.SimpleNamespace(data=opened(coco))
-    with pytest.raises(UserError, match="nothing to print for Detection data"):
+    experiment = types.SimpleNamespace(data={"name": "detection"})
+    built = types.SimpleNamespace(data=opened(coco), experiment=experiment)
+    with pytest.raises(UserError, match="nothing to print for 'detection' data"):
         predict.run(built, coco, ["photo.jpg"])
 
 

@@ -309,11 +309,11 @@ def test_normalise():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     expected = (pixels / 255.0 - np.array(mean)) / np.array(std)  # float64
     for images in pixels, pixels.astype(np.float32):
-        found = jax.jit(opened.normalise)(images)
+        found = jax.jit(opened.inputs)({"image": images})
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=2e-6)
     grey = data.make(source={"name": "digits"}, size=8, mean=(0.5,), std=(0.25,))
-    white = grey.normalise(jnp.full((1, 8, 8, 1), 255, jnp.uint8))
+    white = grey.inputs({"image": jnp.full((1, 8, 8, 1), 255, jnp.uint8)})
     np.testing.assert_allclose(white, 2.0, atol=1e-6)
 
 
