@@ -94,6 +94,8 @@ def texts(tmp_path_factory):
                 row = (str(number), *(sentence() for _ in columns))
                 lines.append("\t".join((*row, labels[number % len(labels)])))
             (root / "glue" / name / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    rows = "".join(f"{sentence()} {n},{n % 2}\n" for n in range(40))
+    (root / "texts.csv").write_text("text,label\n" + rows)
     document = [sentence() + " ." for _ in range(40)]
     (root / "text.txt").write_text(
         "\n".join(document) + "\n\n" + "\n".join(document) + "\n"
@@ -128,6 +130,8 @@ def of_text(config, root):
     match config["data"]["name"]:
         case "glue":
             config["data"]["folder"] = str(root / "glue")
+        case "texts":
+            config["data"] |= dict(train=str(root / "texts.csv"), holdout=0.3)
         case "squad":
             for split in "train", "eval":
                 config["data"][split] = str(root / "squad.json")

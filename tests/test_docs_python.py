@@ -22,7 +22,13 @@ MODULES = {
     "cost": {"by_layer", "latency", "macs", "memory", "parameters", "total"},
     "export": {"Disagreement", "Exported", "load", "make"},
     "losses": {
-        *("causal_lm", "cross_entropy", "masked_lm", "next_token"),
+        *(
+            "binary_cross_entropy",
+            "causal_lm",
+            "cross_entropy",
+            "masked_lm",
+            "next_token",
+        ),
         *("pretraining_loss", "replaced", "span", "squared_error"),
     },
     "models": {"check", "class_names", "load", "make", "options", "save"},
