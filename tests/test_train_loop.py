@@ -287,3 +287,13 @@ def test_a_damaged_record_ends_the_log_that_goes_on(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_bytes(good + damage)
     log.Log(tmp_path, 10, start=5).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
+
+
+def test_an_evaluation_that_is_repeated_replaces_its_record(tmp_path, capsys):
+    with contextlib.closing(log.Log(tmp_path, 10)) as first:
+        first.evaluation(5, {"eval_accuracy": 0.5})
+    with contextlib.closing(log.Log(tmp_path, 10, start=5)) as second:
+        second.evaluation(5, {"eval_accuracy": 0.5})
+        second.evaluation(10, {"eval_loss": float("nan")})
+    assert [r["step"] for r in log.read(tmp_path / "metrics.jsonl")] == [5, 10]
+    assert "warning: eval_loss not finite" in capsys.readouterr().out

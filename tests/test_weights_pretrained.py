@@ -307,6 +307,19 @@ def test_numbers_that_are_not_finite_are_named(saved, tmp_path):
     np.savez(tmp_path / "nan.npz", **arrays)
     _, _, lines = load(tmp_path / "nan.npz", "torchvision")
     assert "1 arrays are not finite, features.0.0.weight first" in lines
+    built = build(saved, file=str(tmp_path / "nan.npz"), names="torchvision")
+    with pytest.raises(UserError, match="params/conv1/kernel has values that are not"):
+        built.initial_variables()
+
+
+def test_a_negative_variance_is_named(saved, tmp_path):
+    with np.load(saved / "arrays.npz") as file:
+        arrays = dict(file)
+    arrays["features.0.1.running_var"][0] = -1
+    np.savez(tmp_path / "negative.npz", **arrays)
+    built = build(saved, file=str(tmp_path / "negative.npz"), names="torchvision")
+    with pytest.raises(UserError, match="conv1_norm/var has a negative variance"):
+        built.initial_variables()
 
 
 @pytest.mark.parametrize(

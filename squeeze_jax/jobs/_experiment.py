@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from squeeze_jax import data, models, registry
+from squeeze_jax import data, models, registry, tree
 from squeeze_jax.data import vision
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import (
@@ -179,7 +180,7 @@ class Built:
           `config.init`.
 
         Raises:
-          UserError: the weights of `config.init` are missing or do not fit.
+          UserError: the weights of `config.init` are missing, do not fit, or cannot be trained.
         """
         if self.init_network is None:
             return {}
@@ -191,9 +192,11 @@ class Built:
         params = forward.parameters(abstract.params)
         shapes = {"params": params, "batch_stats": abstract.stats}
         init |= {"classes": self.data.label_names, "example": self.data.example()}
-        return _pretrained.initial_variables(
+        initial = _pretrained.initial_variables(
             self.init_network, self.options, shapes, key, **init
         )
+        _check_usable(initial, self.init_network.location)
+        return initial
 
     def create(self, initial: Mapping[str, Any] | None = None) -> states.State:
         """Creates the initial training state on the devices, distributed by its shardings.
@@ -240,6 +243,24 @@ class Built:
             ema=self.experiment.ema > 0,
             carry_rows=self.experiment.batch if self.carries else 0,
         )
+
+
+def _check_usable(initial: Mapping[str, Any], location: str) -> None:
+    """Raises a UserError for weights that are not finite, and for negative running variances."""
+    for name, array in tree.flatten(initial).items():
+        if isinstance(array, jax.ShapeDtypeStruct):  # initialised at random
+            continue
+        values = np.asarray(array)
+        if not np.isfinite(values).all():
+            problem = "values that are not finite"
+        elif name.startswith("batch_stats/") and name.endswith("/var") and values.size:
+            problem = "a negative variance" if values.min() < 0 else ""
+        else:
+            problem = ""
+        if problem:
+            raise UserError(
+                f"{location}: {name} has {problem}: begin with other weights, such as those of an earlier checkpoint"
+            )
 
 
 def check(config: Mapping[str, Any]) -> Experiment:

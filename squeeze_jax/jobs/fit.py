@@ -125,6 +125,8 @@ def train_phases(
             if built.phase.end == built.whole.steps:
                 return built
             built, state = _transitions.next_phase(built, last_state, say)
+            if main:
+                _model_json.write(workdir, built.options, settings, built.data)
             start_from, restored, start = Restored(state, 0), None, built.phase.first
             say(f"\n{_plan.plan(built, workdir)}")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import time
@@ -90,15 +91,37 @@ class Log:
         self._write(step, record, self._line)
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:
-        """Writes the scores of an evaluation; after the last step, warns if training and test accuracy differ a lot."""
+        """Writes the scores of an evaluation; after the last step, warns if training and test accuracy differ a lot.
+
+        An evaluation of the step from which the run continues replaces a record of it: the earlier run ended between
+        writing the record and noting the scores beside its checkpoint.
+        """
+        if step == self.start and not self.quiet:
+            self._drop_evaluation(step)
         self._write(
             step,
             record,
             f"{self._prefix}step {step}/{self.steps} · {format_scores(record)}",
             keep=True,
         )
+        if bad := [name for name, value in record.items() if not math.isfinite(value)]:
+            self.say(
+                f"warning: {', '.join(bad)} not finite: outputs overflow, or weights or running statistics are invalid"
+            )
         if step == self.steps and (line := accuracy_gap(self._last_training, record)):
             self.say(line + (_STATISTICS if self._batch_norm else "") + _OVERFITTED)
+
+    def _drop_evaluation(self, step: int) -> None:
+        """Removes the evaluation records of a step from `metrics.jsonl`."""
+        self._file.close()
+        path = pathlib.Path(self._file.name)
+        kept = [
+            record
+            for record in read(path)
+            if record["step"] != step or not any(k.startswith("eval_") for k in record)
+        ]
+        files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
 
     def tick(self, step: int) -> None:
         """Updates the step number in a terminal's progress line between records, at most once a second."""
