@@ -275,3 +275,8 @@ def test_where_operations_write_over_their_input():
     assert during(lambda y: jnp.cos(jnp.tanh(y)) @ y) == 300
     # An input of the function stays.
     assert memory.peak(jnp.tanh, x, in_place=True).bytes == 200
+
+
+def test_parameters_of_an_nnx_module():
+    network = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    assert count.parameters(network) == 5 * 3 + 3

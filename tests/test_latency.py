@@ -3,6 +3,7 @@
 import gc
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,5 +91,28 @@ def test_garbage_collector_is_left_as_it_was():
 
 @pytest.mark.parametrize("arguments", [({}, 3), ({"a": lambda: 0}, 0)])
 def test_alternate_without_work(arguments):
-    with pytest.raises(UserError, match="alternate needs candidates and rounds"):
+    with pytest.raises(
+        UserError, match="give a dict of functions|rounds = 0 should be"
+    ):
         latency.alternate(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(warmup=-1), "warmup = -1 should be a whole number, at least 0"),
+        (dict(runs=0), "runs = 0 should be a whole number, at least 1"),
+        (dict(runs=2.5), "runs = 2.5 should be"),
+    ],
+)
+def test_counts_of_runs_are_checked(arguments, message):
+    with pytest.raises(UserError, match=message):
+        latency.measure(jnp.sin, jnp.ones(3), **arguments)
+
+
+def test_what_is_no_function_is_named():
+    for wrong, message in ((nn.Dense(3), "give its apply"), (3, "3 is no function")):
+        with pytest.raises(UserError, match=message):
+            latency.measure(wrong, jnp.ones(3))
+    with pytest.raises(UserError, match="give a dict of functions"):
+        latency.alternate([lambda: 1])

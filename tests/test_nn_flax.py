@@ -291,3 +291,19 @@ def test_masked_and_mapped_batch_statistics_are_flax():
             both.append((masked, whole))
         for a, b in zip(*map(jax.tree.leaves, both), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_dense_has_flaxs_dtypes_and_precision():
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    options = dict(features=4, param_dtype=jnp.bfloat16, precision="highest", name="d")
+    ours, theirs = Dense(**options), nn.Dense(**options)
+    variables = theirs.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.result_type, ours.init(jax.random.key(0), x)) == jax.tree.map(jnp.result_type, variables)  # fmt: skip
+    np.testing.assert_array_equal(ours.apply(variables, x), theirs.apply(variables, x))
+    assert "HIGHEST" in str(jax.make_jaxpr(ours.apply)(variables, x))
+
+
+def test_padding_is_written_in_any_case():
+    x, kernel = jnp.ones((1, 5, 5, 1)), jnp.ones((3, 3, 1, 1))
+    for name in "same", "valid", "Circular":
+        np.testing.assert_array_equal(conv(x, kernel, padding=name), conv(x, kernel, padding=name.upper()))  # fmt: skip

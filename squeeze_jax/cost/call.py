@@ -184,10 +184,13 @@ def hoist_constants(fn: Callable[[], Any]) -> tuple[Callable, tuple[jax.Array, .
 
 def is_module(fn: Any) -> bool:
     """Returns whether `fn` is a Linen or NNX module."""
-    nnx = sys.modules.get(
-        "flax.nnx"
-    )  # if NNX was never imported, `fn` cannot be one of its modules
-    return isinstance(fn, nn.Module) or (nnx is not None and isinstance(fn, nnx.Module))
+    return isinstance(fn, nn.Module) or is_nnx(fn)
+
+
+def is_nnx(fn: Any) -> bool:
+    """Returns whether `fn` is an NNX module."""
+    nnx = sys.modules.get("flax.nnx")  # if never imported, `fn` cannot be one
+    return nnx is not None and isinstance(fn, nnx.Module)
 
 
 def has_arrays(argument: Any) -> bool:

@@ -67,7 +67,14 @@ def macs(fn: Callable | nn.Module, *args, **kwargs) -> Macs:
 
 
 def parameters(module: nn.Module, *args, **kwargs) -> int:
-    """Counts the trainable parameters of a Linen module called with these arguments, without initializing them."""
+    """Counts the trainable parameters of a module.
+
+    A Linen module is called with these arguments, without initializing it. An NNX module has its parameters already.
+    """
+    if call.is_nnx(module):
+        from flax import nnx
+
+        return tree.size(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
     return tree.size(call.variable_shapes(module, *args, **kwargs).get("params", {}))
 
 

@@ -8,12 +8,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from squeeze_jax.cost import call
 from squeeze_jax.cost.timing import percentiles, times
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shortened
 
 
 class Candidate(NamedTuple):
@@ -49,10 +50,21 @@ def measure(
       dict(p50, p90, p99, spread): percentiles in ms, and their spread as defined by `timing.percentiles`.
 
     Raises:
-      UserError: `runs` is below 1, or the function has no arrays to compute with.
+      UserError: `runs` is below 1, `warmup` is negative, or the function is none of JAX or has no arrays to compute with.
     """
-    if runs < 1:
-        raise UserError(f"runs = {runs}: at least one timed run is needed")
+    _check_counts(runs=runs, warmup=warmup)
+    if not callable(fn):
+        raise UserError(
+            f"{shortened(repr(fn), 60)} is no function: give a JAX function"
+        )
+    if isinstance(fn, nn.Module):
+        raise UserError(
+            "a Linen module is no function: give its apply, with the variables as the first argument"
+        )
+    if hasattr(fn, "runnable"):
+        raise UserError(
+            "an exported file runs outside of JAX: python -m squeeze_jax.export.runtime measures it"
+        )
     call.check(fn, args, {})
     if not jax.tree.leaves(args):
         fn, args = call.hoist_constants(functools.partial(fn, *args))
@@ -61,6 +73,18 @@ def measure(
     for _ in range(warmup):
         jax.block_until_ready(compiled(*args))
     return percentiles(_times(lambda: compiled(*args), runs))
+
+
+def _check_counts(warmup: int, **counts: int) -> None:
+    """Raises a UserError for a number of warm-up runs below 0, or a number of timed runs below 1."""
+    for name, count, least in (
+        *((n, c, 1) for n, c in counts.items()),
+        ("warmup", warmup, 0),
+    ):
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise UserError(
+                f"{name} = {count!r} should be a whole number, at least {least}"
+            )
 
 
 def alternate(
@@ -81,9 +105,14 @@ def alternate(
     Raises:
       UserError: no candidates, or `rounds` is below 1.
     """
-    if rounds < 1 or not thunks:
+    _check_counts(rounds=rounds, warmup=warmup)
+    if (
+        not isinstance(thunks, Mapping)
+        or not thunks
+        or not all(map(callable, thunks.values()))
+    ):
         raise UserError(
-            f"alternate needs candidates and rounds ≥ 1, got {len(thunks)} and {rounds}"
+            f"{shortened(repr(thunks), 60)}: give a dict of functions without arguments, such as {{'mine': lambda: net(x)}}"
         )
     for thunk in thunks.values():
         for _ in range(warmup):

@@ -107,6 +107,8 @@ def conv(
     x, kernel = x.astype(dtype), varying.like(kernel.astype(dtype), x)
     axes = x.ndim - 2
     chosen_lowering = _check_lowering(_forced_lowering.value or lowering)
+    if isinstance(padding, str):  # XLA takes any case, and Flax hands it on
+        padding = padding.upper()
     if padding in ("CIRCULAR", "REFLECT"):
         dilations = per_axis(dilation, axes)
         x = _pad_with_values(x, kernel.shape[:axes], dilations, padding)

@@ -26,6 +26,8 @@ class Dense(nn.Module):
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
       output_dtype: dtype of the product, such as float32 for a bfloat16 computation; None for `dtype`.
+      param_dtype: dtype of the parameters.
+      precision: see `jax.lax.Precision`.
       fixed: if True, an enclosing `Reshaped` that changes `features` raises an error; see `nn/reshaped.py`.
     """
 
@@ -35,6 +37,8 @@ class Dense(nn.Module):
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros_init()
     output_dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
     fixed: bool = False
 
     @nn.compact
@@ -42,15 +46,19 @@ class Dense(nn.Module):
         """Applies the layer: [..., c] → [..., features]."""
         outputs = features(self, self.features, fixed=self.fixed)
         shape = (x.shape[-1], outputs)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (outputs,), jnp.float32)
+            bias = self.param("bias", self.bias_init, (outputs,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x, kernel = tap(self, "inputs", x), tap(self, "kernel", kernel)
         contraction = (((x.ndim - 1,), (0,)), ((), ()))
         y = lax.dot_general(
-            x, kernel, contraction, preferred_element_type=self.output_dtype
+            x,
+            kernel,
+            contraction,
+            precision=self.precision,
+            preferred_element_type=self.output_dtype,
         )
         if bias is not None:
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -103,7 +103,8 @@ def make(network: Network | Any, update: Any, objective: Any, **plugs) -> Step:
         step = jax.jit(step)
         state, metrics = step(state, batch, key)
 
-    A batch is a dict of arrays [b, ...]. Its "mask", bool [b], is true for the examples that count, by default for all.
+    A batch is a dict of arrays [b, ...]. Its "mask", bool [b], is true for the examples that count, by default for all. Losses and
+    metrics leave the others out; batch normalisation in training still sees them.
     The module may return logits alone. Its call switches between training and evaluation by one of the arguments that
     `forward.mode_argument` names, or by none.
 

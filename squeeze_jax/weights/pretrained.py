@@ -307,7 +307,8 @@ def _fit_own_names(arrays, module, like, notes, path):
     if problems:
         others = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
-            f"{path}: weights do not fit: {'; '.join(problems[:3])}{others}"
+            f"{path}: weights do not fit: {'; '.join(problems[:3])}{others}; make the network with the options that the file"
+            " belongs to, such as variant or width"
         )
     for name in flat:
         if arrays[name].dtype.kind not in "fV":
