@@ -26,6 +26,7 @@ Stop it with Ctrl-C at any time; the same command continues where it was."""
 
 
 def parse(argv):
+    """Returns the arguments of the command line, and the overrides of config keys among them."""
     from squeeze_jax.errors import UserError, nearest
 
     parser = argparse.ArgumentParser(
@@ -234,6 +235,7 @@ def parsed(text, flag):
 
 
 def main(argv=None):
+    """Runs the job that the command line names."""
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
     from squeeze_jax.jobs import _allocator
 

@@ -92,7 +92,7 @@ def test_garbage_collector_is_left_as_it_was():
 @pytest.mark.parametrize("arguments", [({}, 3), ({"a": lambda: 0}, 0)])
 def test_alternate_without_work(arguments):
     with pytest.raises(
-        UserError, match="give a dict of functions|rounds = 0 should be"
+        UserError, match=r"give a dict of functions|rounds = 0 should be"
     ):
         latency.alternate(*arguments)
 

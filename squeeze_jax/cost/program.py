@@ -96,6 +96,7 @@ class Operation:
 
     @property
     def params(self) -> dict[str, Any]:
+        """The parameters of the operation's equation."""
         return self.eqn.params
 
     @property

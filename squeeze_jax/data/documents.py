@@ -262,6 +262,7 @@ class Blocks:
         return -(-len(self._tokens) // self._room)
 
     def __call__(self, index: int, draws: np.ndarray):
+        """Returns the example at an index; see the class."""
         ids = self._tokens[index * self._room : (index + 1) * self._room]
         if self._bare:
             return ids, 0, 0
@@ -318,6 +319,7 @@ class Pairs:
         return len(self._chunks)
 
     def __call__(self, index: int, draws: np.ndarray):
+        """Returns the example at an index; see the class."""
         first, last, document = self._chunks[index]
         middle = first + 1 + int(draws[0] * (last - first - 1))
         a, b = self._text(first, middle), self._text(middle, last)

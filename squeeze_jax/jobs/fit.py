@@ -355,6 +355,7 @@ class CompiledStep:
         return placed
 
     def __call__(self, state: State, batch: dict, key: jax.Array):
+        """Runs one training step: (state, batch, key) → (state, metrics)."""
         names = self._built.data.specs(1)[-1]
         compiled = self._compiled_for(_shape_key({k: batch[k] for k in names}))
         return compiled(state, batch, key, *self.teacher_outputs.step_arguments)

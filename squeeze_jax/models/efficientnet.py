@@ -113,6 +113,7 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         unit = _unit(self.row, self.options, train)
         stage, y = self.stage, x
         if stage.expand != 1:

@@ -56,6 +56,7 @@ class ElectraPretraining(nn.Module):
     task = "pretraining"
 
     def setup(self):
+        """Creates the layers."""
         plain = self.networks()
         self.embeddings = _encoder.embeddings(plain.discriminator, name=None)
         self.generator = plain.generator.clone(shared=self.embeddings, parent=self)

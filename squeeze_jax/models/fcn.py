@@ -56,6 +56,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         for number in range(1, self.depth + 1):
             x = conv_norm(
                 x,

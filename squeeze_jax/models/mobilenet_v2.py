@@ -87,6 +87,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         unit = partial(
             conv_norm, activation=nn.relu6, options=self.options, train=train
         )

@@ -65,6 +65,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         unit = partial(conv_norm, options=self.options, train=train)
         kernels = [f"{kernel}x{kernel}" for _, kernel in self.convs]
         strided = kernels.index(self.strided)

@@ -88,6 +88,7 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         unit = partial(conv_norm, train=train)
         before, groups = self.groups
         narrow = scaled(self.features, 0.25, groups)

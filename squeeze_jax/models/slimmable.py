@@ -86,6 +86,7 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x, width: float, *, train: bool, activate: bool = True):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         y = Slice(self.features, 3, self.strides, name="conv")(x, width)
         y = batch_norm(y, train=train, name=f"norm{percent(width)}")
         return nn.relu(y) if activate else y
@@ -101,6 +102,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, width: float, *, train: bool):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         sizes = self.features, self.switches
         first = Unit(sizes[0], self.strides, sizes[1], name="unit1")
         y = first(x, width, train=train)

@@ -75,6 +75,7 @@ class Fire(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool):
+        """Applies the block: [b, h, w, c] → [b, h', w', c']."""
         unit = partial(_unit, norm=self.norm, train=train)
         s = unit(x, self.squeeze, 1, name="squeeze1x1")
         left = unit(s, self.expand, 1, name="expand1x1")

@@ -229,6 +229,7 @@ class Embed(nn.Module):
     embedding_init: Callable = nn.initializers.truncated_normal(0.02)
 
     def setup(self):
+        """Creates the layers."""
         shape = (self.size, self.features)
         self.embedding = self.param("embedding", self.embedding_init, shape)
 
@@ -283,6 +284,7 @@ class Embeddings(nn.Module):
     normalization: Normalization = "layer_norm"
 
     def setup(self):
+        """Creates the layers."""
         self.tokens = Embed(self.vocabulary, self.token_features or self.features)
 
     @nn.compact

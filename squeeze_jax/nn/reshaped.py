@@ -124,6 +124,7 @@ class Reshaped(nn.Module):
     momentum: float | None = None
 
     def setup(self):
+        """Creates the layers."""
         nn.share_scope(self, self.net)
 
     def __call__(self, *args, **options):
