@@ -73,8 +73,10 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
         saved_model = with_tuples(json.loads(path.read_bytes()))
     except FileNotFoundError:
         saved_model, problem = None, f"{path} is missing"
-    except (ValueError, OSError) as error:
-        saved_model, problem = None, f"{path} cannot be read ({error})"
+    except ValueError as error:
+        saved_model, problem = None, f"{path} is not valid JSON ({error})"
+    except OSError as error:
+        saved_model, problem = None, f"{path} cannot be read ({error.strerror})"
     else:
         problem = f"{path} is of another version, or damaged"
     if not _is_complete(saved_model):
