@@ -310,7 +310,7 @@ def test_costs_are_legible(rows, monkeypatch):
 
 
 def test_costs_of_a_deep_network_fit_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "TALLEST", 500)
+    monkeypatch.setattr(costs, "MAX_HEIGHT", 500)
     rows = [*[NET[0]] * 40, NET[-1]]
     path = costs.write(tmp_path / "c.png", rows, title="deep", caption="")
     with Image.open(path) as image:
