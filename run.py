@@ -159,6 +159,8 @@ def load_config(config):
         with blamed(path, passing=(ValueError,) if arguments else ()):
             config = get_config(*arguments)
             config = config.to_dict() if hasattr(config, "to_dict") else config
+    except UserError:  # it names the file already
+        raise
     except ValueError as error:  # what the file says of its argument
         raise UserError(f"{path}: {error}") from None
     if not isinstance(config, collections.abc.Mapping):

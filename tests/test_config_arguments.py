@@ -80,3 +80,12 @@ def test_a_colon_may_be_part_of_a_files_name(tmp_path):
 def test_a_key_called_options_is_unknown_as_any_other():
     with pytest.raises(UserError, match=r"unknown key config\.model\.options"):
         models.check({"name": "squeezenet", "options": 1})
+
+
+def test_an_error_in_a_config_names_its_path_once(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def get_config():\n    raise ValueError('too small')\n")
+    with pytest.raises(UserError) as error:
+        run.load_config(path)
+    assert str(error.value).count("own.py") == 1
+    assert "own.py:2: ValueError: too small" in str(error.value)

@@ -299,6 +299,9 @@ def test_decode_names_what_is_wrong(photos, tmp_path):
         opened.decode(str(tmp_path / "text.png"))
     with pytest.raises(UserError, match=r"^cannot decode image upload 7: no known"):
         opened.decode(b"hello", name="upload 7")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png is no image file"):
+        opened.decode(tmp_path / "pipe.png")
 
 
 def test_normalise():

@@ -137,6 +137,8 @@ def decode(
     """
     if not isinstance(image, bytes):
         name, path = str(image), Path(image)
+        if path.exists() and not path.is_file():  # reading a pipe may never end
+            raise UserError(f"{name} is no image file")
         try:
             image = path.read_bytes()
         except OSError as error:

@@ -156,6 +156,8 @@ def make(
                 raise Disagreement(paths[0].name, verdict, stage, detail)
             for path in paths:
                 os.replace(path, directory / path.name)
+                # A file that was rejected before is out of date.
+                (directory / f"{path.name}.rejected").unlink(missing_ok=True)
             path = directory / paths[0].name
             exported.append(
                 Exported(
