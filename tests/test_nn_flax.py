@@ -307,3 +307,27 @@ def test_padding_is_written_in_any_case():
     x, kernel = jnp.ones((1, 5, 5, 1)), jnp.ones((3, 3, 1, 1))
     for name in "same", "valid", "Circular":
         np.testing.assert_array_equal(conv(x, kernel, padding=name), conv(x, kernel, padding=name.upper()))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((4, 128, 8), {}),
+        ((4, 128, 8), dict(padding=1)),
+        ((4, 128, 8), dict(padding=((0, 2),))),
+        ((4, 128, 8), dict(input_dilation=2, padding=0)),
+        ((4, 128, 8), dict(strides=2)),
+        ((512, 8), {}),
+        ((8, 128, 4, 8), {}),
+        ((4, 128, 8), dict(precision="highest")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_grouped_layers_with_kernel_1_of_many_positions(shape, options):
+    """From 512 positions on, a CPU computes their groups one by one."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    options = dict(features=6, kernel_size=(1,), feature_group_count=2, **options)
+    theirs = nn.Conv(**options)
+    variables = theirs.init(jax.random.key(1), x)
+    expected = theirs.apply(variables, x)
+    np.testing.assert_allclose(Conv(**options).apply(variables, x), expected, atol=1e-5)

@@ -336,11 +336,12 @@ class Conv(nn.Module):
         kernel = tap(self, "kernel", kernel)
         x = tap(self, "inputs", tuple(arrays) if len(arrays) > 1 else arrays[0])
         strides = 1 if self.strides is None else self.strides
-        is_1x1 = kernel_size == (1,) and per_axis(strides, 1) == (1,)
-        separable = is_1x1 and 1 < groups <= MOST_SEPARATE_GROUPS
-        if separable and self._separates_groups(first):
+        separable = 1 < groups <= MOST_SEPARATE_GROUPS and first.ndim == 3
+        if separable and self._is_dense(kernel_size) and self._separates_groups(first):
             y = conv_each_group(x, kernel, bias, groups)
             return tap(self, "outputs", jnp.concatenate(y, -1) if join_groups else y)
+        if isinstance(x, tuple):
+            x = jnp.concatenate(x, -1)
         batch_shape = x.shape[: x.ndim - len(kernel_size) - 1]
         if len(batch_shape) != 1:
             x = x.reshape(-1, *x.shape[len(batch_shape) :])
@@ -359,6 +360,18 @@ class Conv(nn.Module):
         if len(batch_shape) != 1:
             y = y.reshape(*batch_shape, *y.shape[1:])
         return tap(self, "outputs", y)
+
+    def _is_dense(self, kernel_size: tuple[int, ...]) -> bool:
+        """Whether the layer is a dense layer of each position of a sequence: kernel 1, and no stride, padding or dilation."""
+        ones = (None, 1, (1,), [1])
+        no_padding = isinstance(self.padding, str) or not np.any(self.padding)
+        return (
+            kernel_size == (1,)
+            and self.strides in ones
+            and self.input_dilation in ones
+            and self.precision is None
+            and no_padding
+        )
 
     def _checked_kernel_size(self, shape: Sequence[int]) -> tuple[int, ...]:
         size = self.kernel_size
