@@ -388,3 +388,13 @@ def test_a_loss_may_not_take_the_list_s_own_key(folder):
     section = dict(name="./bad.py", weight=0.1)
     with pytest.raises(UserError, match=r"has a parameter 'weight'.*rename"):
         _plugs.make_method(section, "config.objective[1]", ("weight",))
+
+
+def test_an_exception_in_the_make_of_an_own_file_names_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("my_update.py").write_text(
+        "def make(layer: str):\n    layers = {'conv': 1}\n    return layers[layer]\n"
+    )
+    section = {"name": "./my_update.py", "layer": "cnv"}
+    with pytest.raises(UserError, match=r"my_update\.py:3: KeyError: 'cnv'; mend"):
+        _plugs.make_method(section, "config.update[0]")

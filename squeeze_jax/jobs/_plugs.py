@@ -95,7 +95,10 @@ def make_method(section: Mapping, where: str, reserved: Sequence[str] = ()) -> A
             )
     arguments = {k: v for k, v in section.items() if k != "name"}
     registry.check(module.make, arguments, where)
-    return module.make(**arguments)
+    if not registry.is_path(name):
+        return module.make(**arguments)
+    with registry.blamed(module.__file__):
+        return module.make(**arguments)
 
 
 def unique_name(section: Mapping, taken: set[str]) -> str:

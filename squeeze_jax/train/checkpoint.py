@@ -532,8 +532,14 @@ class Checkpoints:
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            place = self.directory / str(step)
+            if all(line.startswith("extra/") for line in problems):
+                raise UserError(
+                    f"checkpoint {place} does not fit the state of a method: {'; '.join(problems[:3])}{more}; a state of each"
+                    " device, as of an exchange of gradients, needs the number of devices that the run began with"
+                )
             raise UserError(
-                f"checkpoint {self.directory / str(step)} does not fit the model: {'; '.join(problems[:3])}{more}"
+                f"checkpoint {place} does not fit the model: {'; '.join(problems[:3])}{more}"
             )
 
 
