@@ -420,7 +420,7 @@ def _control_flow_snapshots(
 
 
 def _captured_values(bodies: Iterable[Program]) -> set[Value]:
-    """Returns the values from outside that bodies of loops or conditionals read: neither their inputs nor their results."""
+    """Returns the values from outside that bodies of loops or conditionals read, but neither take as inputs nor compute."""
     read, own = set(), set()
     for inner in bodies:
         own.update(inner.inputs)

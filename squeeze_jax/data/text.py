@@ -1,8 +1,8 @@
 """Token sequences in memory, and padded batches of them.
 
-All texts are tokenized before training starts. The training stream is endless, and its position p holds the same example in
-every run: it is a pure function of (seed, p). The order of each epoch comes from the counter-based generator Philox, under
-the key (seed, epoch).
+All texts are tokenized before training starts. The training stream is endless. Without buckets, the example at position p
+depends only on the seed, p and the number of examples; buckets reorder examples within windows of batches. The order of each
+epoch comes from the counter-based generator Philox, whose key holds the seed and the epoch.
 
 Each batch is padded to the smallest of a few widths that fits its longest sequence. If there are several widths ("buckets"),
 the examples of each window of `WINDOW` batches are sorted by length, divided into batches anew, and the batches are put in
@@ -314,7 +314,7 @@ def batch_specs(
 
 
 def exported_inputs(length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the inputs of an exported file: "tokens", "segments" and "attended", each int32 [length].
+    """Returns the shapes and dtypes of an exported file's inputs: "tokens", "segments" and "attended", each int32 [length].
 
     The shapes have no batch axis, as `exported` of `pipeline.Data` demands. "attended" is an integer here: 0 for padding.
     """

@@ -91,7 +91,7 @@ class PretrainedNetwork(NamedTuple):
 
     @property
     def description(self) -> str:
-        """Returns the location, and the names of the methods that changed the weights."""
+        """Returns the location, and the names of the methods of `config.forward` that the network runs with."""
         if not self.forward_sections:
             return self.location
         names = ", ".join(section["name"] for section in self.forward_sections)
@@ -310,7 +310,7 @@ def has_checkpoint(workdir: pathlib.Path) -> bool:
 def config_without_training(
     workdir: pathlib.Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int, dict[str, Any] | None]:
-    """Removes from a run's config what only training needs, such as teachers, losses and the network to begin with.
+    """Returns a run's config without what only training needs, with the trained network's options as "model".
 
     Args:
       workdir: the run's work directory.

@@ -127,7 +127,10 @@ class CachedOutputs(TeacherOutputs):
 
 
 def check_cache(distill: Settings, data: Data) -> None:
-    """Raises a UserError if `config.distill.cache` is set, but the teachers' outputs cannot be cached."""
+    """Raises a UserError if `config.distill.cache` is set, but the teachers' outputs cannot be cached.
+
+    That is so without teachers, with training examples that vary between epochs, and with several processes.
+    """
     if not distill.cache:
         return
     if not distill.teachers:

@@ -170,9 +170,10 @@ def _pad_with_values(x, kernel, dilation, padding):
 
 @contextmanager
 def separate_groups() -> Iterator[None]:
-    """Makes each grouped 1x1 convolution of sequences traced inside this context one ungrouped convolution per group.
+    """Splits each grouped 1x1 `Conv` of sequences traced inside this context into one ungrouped convolution per group.
 
-    This concerns `Conv` layers with kernel 1, stride 1 and 2 to MOST_SEPARATE_GROUPS groups. Runtimes have their fastest
+    This concerns layers with kernel 1, stride 1, no padding and 2 to MOST_SEPARATE_GROUPS groups, on inputs [b, l, c]; their own
+    `lowering` does not count. The function `conv` is not affected. Runtimes have their fastest
     matrix product for one group. If two consecutive layers have the same number of groups, the code that calls them can
     keep the groups as separate arrays between the layers, with `join_groups=False` of `Conv`.
 
@@ -362,7 +363,7 @@ class Conv(nn.Module):
         return tap(self, "outputs", y)
 
     def _is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        """Whether the layer is a dense layer of each position of a sequence: kernel 1, and no stride, padding or dilation."""
+        """Whether the layer is a dense layer of each position of a sequence: kernel 1, stride 1, no numeric padding, input dilation or precision."""
         ones = (None, 1, (1,), [1])
         no_padding = isinstance(self.padding, str) or not np.any(self.padding)
         return (

@@ -136,7 +136,7 @@ def input_slices(
 
 
 def _step_counts(g):
-    """Returns how many steps of the stride all windows together span, for each axis."""
+    """Returns the numbers of rows and columns per phase of the strides that the windows read."""
     axes = zip(g.out, g.extent, g.strides, strict=True)
     return [o + (e - 1) // s for o, e, s in axes]
 
@@ -159,7 +159,7 @@ def pad_image(g: Geometry, x: jax.Array, fill: float = 0.0) -> jax.Array:
 def output_slices(
     g: Geometry, y: jax.Array, fill: float = 0.0
 ) -> Callable[[int, int], jax.Array]:
-    """Returns a function `at(u, v)`: for each image position, the output that reads it through kernel position (u, v).
+    """Returns a function `at(u, v)`: the outputs that read each position of one phase of the padded image through (u, v).
 
     Kernel row u reads every s-th row of the padded image: the rows q = s t + (d u mod s), for t = 0, 1, .... Row t of at(u, v)
     is the output row o that reads row q. From q = s o + d u follows o = t - floor(d u / s). So at(u, v) is `y`, shifted down
@@ -189,7 +189,7 @@ def output_slices(
 
 
 def image_from_slices(g: Geometry, terms: dict[Pair, jax.Array]) -> jax.Array:
-    """Adds up one term per kernel position to an image [b, h, w, c], without the padding.
+    """Sums the terms of all kernel positions into an image [b, h, w, c], and crops the padding.
 
     Each term is added to the image positions that its kernel position reads.
 

@@ -592,7 +592,8 @@ def checksums(arrays) -> dict[str, int]:
     """Returns a 32-bit checksum of each array of a pytree, as {name: checksum}.
 
     A checksum is a sum over the elements modulo 2^32, each multiplied by an odd number that depends on its index. It
-    does not depend on the sharding. Elements of 4 bytes count by their bits, all others by their values as uint32.
+    does not depend on the sharding. Elements of 4 bytes count by their bits, all others by their values as
+    uint32: floats of other widths lose their fraction, so that small changes of them go unnoticed.
     """
     sums = _compute_checksums(tree.flatten(arrays))
     return {name: int(value) for name, value in jax.device_get(sums).items()}
