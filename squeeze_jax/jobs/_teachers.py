@@ -381,7 +381,7 @@ def _check_normalisation(section: Mapping[str, Any], source: Data, where: str) -
       where: the section's name, for error messages.
     """
     path = pathlib.Path(section.get("workdir", "")) / "config.json"
-    if source.reads != "images" or not path.is_file():
+    if source.reads != "images" or "workdir" not in section or not path.is_file():
         return
     try:
         teacher_data = json.loads(path.read_bytes())["data"]
