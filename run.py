@@ -348,7 +348,9 @@ def input_of(text):
     if not text.strip():
         raise UserError(f"{text!r} is no file, folder or text: leave it out")
     expanded = os.path.expanduser(text)
-    return expanded if os.path.lexists(expanded) else text  # a text may begin with ~
+    # A text may begin with ~ too.
+    is_path = os.path.lexists(expanded) or not any(c.isspace() for c in text)
+    return expanded if is_path else text
 
 
 def join(args):

@@ -246,7 +246,7 @@ def test_arguments_of_a_step():
         step.make(Modeless(), "adam", cross_entropy.make())
     with pytest.raises(UserError, match="the objective is 'cross_entropy'"):
         step.make(Modeless(), optax.sgd(0.1), "cross_entropy")
-    with pytest.raises(UserError, match="did you mean 'adamw'"):
+    with pytest.raises(UserError, match="should be one of 'sgd', 'adamw'"):
         optim.make("adam_w", steps=10, lr=0.1)
     with pytest.raises(UserError, match="a tuple of 3"):
         forward.split_outputs((1, 2, 3))

@@ -11,7 +11,7 @@ import pytest
 
 from squeeze_jax import export, models, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import operators, process, runnable, runtime
+from squeeze_jax.export import build, operators, parity, process, runnable, runtime
 from squeeze_jax.export.formats import tflite, tflite_dynamic
 from squeeze_jax.jobs import _experiment, _workdir, benchmark, fit
 from squeeze_jax.jobs import export as export_job
@@ -225,7 +225,11 @@ def test_the_stage_where_a_file_diverges_is_named(tmp_path, monkeypatch):
     def convert(given, inputs, calibration=None):
         return converts(swapped[given], inputs, calibration)
 
+    def compare(*args, int8_agreement, **more):
+        return parity.compare(*args, int8_agreement=1.01, **more)
+
     monkeypatch.setattr(tflite_dynamic, "convert", convert)
+    monkeypatch.setattr(build, "compare", compare)
     with pytest.raises(export.Disagreement) as caught:
         export.make(
             fn,
@@ -234,7 +238,6 @@ def test_the_stage_where_a_file_diverges_is_named(tmp_path, monkeypatch):
             formats=("tflite_dynamic",),
             check=sentences(4),
             endpoints_fn=stages,
-            int8_agreement=1.01,
         )
     assert caught.value.stage == "layer1"
 

@@ -125,7 +125,7 @@ def test_refuses_rules_without_effect(rules, words):
 
 
 def test_refuses_values_of_rules_that_are_no_bools():
-    with pytest.raises(UserError, match="'kernel' should be True or False, not 2"):
+    with pytest.raises(UserError, match=r"= 2 .int. should be bool"):
         group_lasso.make(rules=(("kernel", 2),))
 
 

@@ -224,10 +224,10 @@ def test_rules_choose_and_methods_own_parameters_stay():
         (dict(sparsity=-0.1), "sparsity = -0.1 should lie in"),
         (dict(initial=0.6), "initial = 0.6 should lie in"),
         (dict(begin=-1), "begin = -1 should not be negative"),
-        (dict(end=0), "end = 0 should be larger than begin = 0"),
+        (dict(end=0), "end = 0 should be at least 1"),
         (dict(every=3), "every = 3 should divide end - begin = 4"),
-        (dict(every=0), "every = 0 should divide"),
-        (dict(rules=(("kernel", 0.5),)), "'kernel' should be True or False"),
+        (dict(every=0), "every = 0 should be at least 1"),
+        (dict(rules=(("kernel", 0.5),)), "= 0.5 .float. should be bool"),
     ],
 )
 def test_refuses_bad_values_at_construction(options, words):

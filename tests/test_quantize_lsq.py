@@ -190,7 +190,7 @@ def test_a_range_that_nobody_observed_quantizes_nothing():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (dict(bits=1), "bits = 1 should lie in 2..16"),
+        (dict(bits=1), "bits = 1 should lie in .2, 16."),
         (dict(activation_bits=33), "activation_bits = 33"),
         (dict(start=-1), "start = -1 should not be negative"),
     ],

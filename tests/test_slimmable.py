@@ -128,7 +128,7 @@ def test_the_drawn_widths_are_a_function_of_the_key():
         (dict(widths=(1.0,)), "should be two or more"),
         (dict(widths=(0.5, 0.5, 1.0)), "each once"),
         (dict(widths=(0.5, 1.0)), "random = 2, but 0 widths lie between"),
-        (dict(widths=WIDTHS, temperature=0), "temperature = 0 should be above"),
+        (dict(widths=WIDTHS, temperature=0), "temperature = 0 should be positive"),
     ],
 )
 def test_bad_values_are_named(arguments, words):

@@ -115,8 +115,8 @@ def _canonical(value: Any, where: str):
     if isinstance(value, list | tuple):
         return tuple(_canonical(v, f"{where}[{n}]") for n, v in enumerate(value))
     if isinstance(value, str):
-        # "~" alone may also be a column separator, so it is expanded later, where a file is opened.
-        home = re.match(r"~[\w.-]*/|~[\w.-]+$", value)
+        # A separator may be ~ itself.
+        home = re.match(r"~[\w.-]*(/|$)", value) and not where.endswith("separator")
         return str(files.path(value, where)) if home else value
     if isinstance(value, os.PathLike):
         return str(files.path(value, where))
