@@ -384,7 +384,7 @@ def test_a_bare_command_does_not_go_on_with_own_images(tmp_path, monkeypatch):
     begun["data"]["source"] = dict(name="folder", root="flowers")
     path.write_text(json.dumps(begun))
     with pytest.raises(
-        UserError, match="holds a network of the dataset .*flowers, not of digits: go"
+        UserError, match=r"holds a network of the dataset .*flowers, not of digits: go"
     ):
         run.main([])
     source, workdir = resolved("--workdir=runs/digits")
