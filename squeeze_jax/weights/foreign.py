@@ -248,7 +248,4 @@ def _to_our_layout(
 def _describe_problems(problems: Mapping[str, list[str]]) -> str:
     counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
     first = [line for lines in problems.values() for line in lines[:3]]
-    return (
-        f"weights do not fit ({', '.join(counts)}): {'; '.join(first)}; make the network with the options that the file"
-        " belongs to, such as variant or width"
-    )
+    return f"weights do not fit ({', '.join(counts)}): {'; '.join(first)}"
