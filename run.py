@@ -272,7 +272,6 @@ def main(argv=None):
 def config_and_workdir(args, overrides):
     """Returns the whole config that the command line asks for, and the path of the work directory."""
     from squeeze_jax import files
-    from squeeze_jax.errors import UserError
     from squeeze_jax.jobs import _workdir
 
     default = pathlib.Path(__file__).parent / "configs" / "digits.py"
@@ -289,20 +288,15 @@ def config_and_workdir(args, overrides):
     changed = overridden(config, overrides)
     if args.config is not None:
         path, arguments = file_and_argument(args.config)
-        return changed, pathlib.Path("runs") / "_".join((path.stem, *arguments))
+        workdir = pathlib.Path("runs") / "_".join((path.stem, *arguments))
+        if _workdir.is_trained(workdir):
+            check_dataset(_workdir.read(workdir), changed, workdir)
+        return changed, workdir
     same = dataset(changed) == dataset(config)
     workdir = pathlib.Path("runs") / ("digits" if same else dataset(changed))
     if _workdir.is_begun(workdir):
         begun = _workdir.read(workdir)
-        theirs, ours = (
-            place(begun) or dataset(begun),
-            place(changed) or dataset(changed),
-        )
-        if theirs != ours:
-            raise UserError(
-                f"{workdir} holds a network of the dataset {theirs}, not of {ours}: go on there by --workdir={workdir}, or"
-                " choose another --workdir"
-            )
+        check_dataset(begun, changed, workdir)
         changed = overridden(begun, overrides)
     return changed, workdir
 
@@ -317,14 +311,28 @@ def overridden(config, overrides):
     return _settings.canonical(changed)
 
 
+def check_dataset(begun, config, workdir):
+    """Raises a UserError if a work directory that nobody named holds a run of another dataset."""
+    from squeeze_jax.errors import UserError
+
+    theirs, ours = (place(each) or dataset(each) for each in (begun, config))
+    if theirs != ours:
+        raise UserError(
+            f"{workdir} holds a network of the dataset {theirs}, not of {ours}: go on there by --workdir={workdir}, or"
+            " choose another --workdir"
+        )
+
+
 def place(config):
     """Returns the path of a config's dataset, or "" for one without a path."""
     data = config.get("data")
-    source = data.get("source") if isinstance(data, collections.abc.Mapping) else None
+    data = data if isinstance(data, collections.abc.Mapping) else {}
+    source = data.get("source")
     source = source if isinstance(source, collections.abc.Mapping) else {}
-    paths = [
-        source[key] for key in ("root", "path") if isinstance(source.get(key), str)
-    ]
+    paths = [source.get("root"), source.get("path")]
+    if data.get("name") == "texts":
+        paths += [data.get("train"), data.get("eval")]
+    paths = [path for path in paths if isinstance(path, str)]
     return str(pathlib.Path(paths[0]).expanduser().resolve()) if paths else ""
 
 

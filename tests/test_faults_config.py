@@ -392,6 +392,38 @@ def test_a_bare_command_does_not_go_on_with_own_images(tmp_path, monkeypatch):
     assert workdir == "runs/digits"
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_other_data_of_the_same_name_need_a_named_work_directory(
+    tmp_path, monkeypatch, capsys, kind, named
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = []
+    if kind == "texts":
+        arguments = [
+            "--config=" + str(pathlib.Path(run.__file__).parent / "configs/texts.py")
+        ]
+        key, paths = "data.train", ("a/reviews.csv", "b/reviews.csv")
+    else:
+        arguments = ["--config.data.source={'name': 'folder', 'root': 'a/pets'}"]
+        key, paths = "data.source.root", ("a/pets", "b/pets")
+    first, second = ([*arguments, f"--config.{key}={path}"] for path in paths)
+    config, workdir = run.config_and_workdir(*run.parse(first))
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert run.config_and_workdir(*run.parse(first))[1] == workdir
+    if not named:
+        with pytest.raises(
+            UserError, match=rf"dataset .*{paths[0]}, not of .*{paths[1]}: go on"
+        ):
+            run.config_and_workdir(*run.parse(second))
+        return
+    changed, _ = run.config_and_workdir(*run.parse([*second, f"--workdir={workdir}"]))
+    _workdir.check_same_experiment(workdir, changed)
+    _workdir._report_changes(workdir, changed)
+    assert capsys.readouterr().out == f"data       {paths[1]} in place of {paths[0]}\n"
+
+
 def newest(workdir):
     """The newest checkpoint of a run: its step and all arrays of its state."""
     built = _experiment.build(_experiment.check(_workdir.read(workdir)))

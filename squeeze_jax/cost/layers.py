@@ -1,7 +1,7 @@
 """Costs of each layer: parameters, MACs, bit operations, bytes moved and arithmetic intensity.
 
-The counted operations are those of `count.macs`, under the same rules, grouped by Linen module. So the columns add up to
-its totals.
+Counts the same operations as `count.macs`, under the same rules, and groups them by Linen module. So the columns add up to
+the totals of `count.macs`.
 
 **Bit operations**: BOPS = sum over MACs of b_w b_a, for weights of b_w bits and activations of b_a bits. In a product of
 two activations both factors have b_a bits. This is the simple product of Bayesian Bits (van Baalen et al. 2020, arXiv

@@ -4,7 +4,7 @@ While an operation runs, memory holds its inputs, its outputs and every value th
 the largest such sum over the operations, in the order in which the function runs them. It decides whether a network
 fits a microcontroller, whose runtime places all activations in one arena. Weights do not count: they are read from flash.
 
-The rules are those of TFLite files and of TFLite Micro's memory planner:
+The count follows TFLite files and the memory planner of TFLite Micro:
   * A fused operation needs no buffer. Bias, batch normalisation and other arithmetic with weights fuse into the
     convolution, matrix product or sum over elements whose result only they read, if they keep its size. ReLU and ReLU6
     fuse into any arithmetic or pooling operation.
@@ -259,7 +259,7 @@ def _needed_operations(body: Program) -> list[Operation]:
 def _buffer_owners(
     operations: list[Operation], outputs: list[Value]
 ) -> dict[Value, Value]:
-    """Returns {value: the value whose buffer it shares}; values with a buffer of their own are not keys.
+    """Returns {value: other value}, where the value shares the buffer of the other; values that share none are not keys.
 
     A value is materialized if some reader needs all its elements in memory. Elementwise operations do not need this; all other
     operations and the caller of the program do. A reshape or broadcast needs its input materialized only if its output is.
@@ -302,7 +302,7 @@ def _shares_buffer(op: Operation, materialized: set[Value]) -> bool:
 
 
 def _fusion_target(op: Operation, read: set, dying: set, fusable: dict) -> Value | None:
-    """Returns the value whose producer an operation fuses into; None if the operation needs a buffer of its own.
+    """Returns the input whose operation computes this operation too, without a buffer between; None if none does.
 
     The operation fuses if that value is the only activation it reads, no later operation reads the value, the output has as
     many elements, and the producer lets this operation fuse. A division of a weight by the value does not fuse.

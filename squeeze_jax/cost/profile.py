@@ -151,8 +151,8 @@ def _compile(fn, args, kwargs, variables, layers):
     def profiled(variables, inputs):
         return run(variables, inputs)
 
-    # JAX's cache on disk ignores layer names, so a cached program may have those of another network. Its key includes the
-    # function's name, which therefore depends on the layer names here.
+    # JAX's cache on disk ignores layer names, so a cached program may carry another network's layer names. The cache's key
+    # includes the function's name, which therefore depends on the layer names here.
     names = repr((list(layers), list(tree.flatten(shapes))))
     profiled.__name__ = f"profiled_{zlib.crc32(names.encode()):08x}"
     inputs = jax.device_put((variables or {}, arrays))

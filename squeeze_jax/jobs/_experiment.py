@@ -45,6 +45,9 @@ from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.metrics import Metric
 
+# Parameters of a section's function that the program supplies, so that no config sets them.
+SUPPLIED = {"optim": ("steps",), "checkpoint": ("directory", "read_only", "lowest")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -423,9 +426,9 @@ def build_trained(
 
 def _check_sections(e: Experiment) -> None:
     """Raises a UserError if a section has keys or values that its function does not take."""
-    registry.check(_plugs.optim.make, e.optim, "config.optim", given=("steps",))
-    supplied = ("directory", "read_only", "lowest")  # by the program, not by the config
-    registry.check(Checkpoints, e.checkpoint, "config.checkpoint", given=supplied)
+    for name, function in ("optim", _plugs.optim.make), ("checkpoint", Checkpoints):
+        section, supplied = getattr(e, name), SUPPLIED[name]
+        registry.check(function, section, f"config.{name}", given=supplied)
     registry.check(_pretrained.network_from_init, e.init, "config.init")
     registry.check(_compilation.enable, e.compilation, "config.compilation")
 

@@ -32,8 +32,6 @@ NAMES = {
     "image sources (config.data.source.name)": ("squeeze_jax.data.sources", "source."),
     "export formats (config.export.formats)": ("squeeze_jax.export.formats", ""),
 }
-# Parameters that the program supplies, so that a config may not set them.
-SUPPLIED = {"optim": ("steps",), "checkpoint": ("directory", "read_only", "lowest")}
 SECTIONS = ("config", *_schemas.SECTIONS)
 
 
@@ -100,7 +98,9 @@ def describe_keys(name: str) -> str:
     if name == "config":
         return _format_keys(_experiment.Experiment, without=("jobs",))
     if name in _schemas.SECTIONS:
-        return _format_keys(_schemas.SECTIONS[name], without=SUPPLIED.get(name, ()))
+        return _format_keys(
+            _schemas.SECTIONS[name], without=_experiment.SUPPLIED.get(name, ())
+        )
     if name in _settings.jobs_with_settings():
         return _format_keys(registry.load(_settings.JOBS, name, "job").Settings)
     prefix, _, file = name.partition(".")

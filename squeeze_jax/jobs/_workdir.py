@@ -32,7 +32,10 @@ FREE_KEYS = (
     "save_every",
 )
 FREE_KEYS += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
-FREE_KEYS += ("data.source.root", "data.source.path", "data.folder")  # not the classes
+# The data may have moved; their classes may not change.
+DATA_PATHS = ("data.source.root", "data.source.path", "data.folder")
+TABLES = ("data.train", "data.eval")  # of the task texts; elsewhere names of splits
+FREE_KEYS += DATA_PATHS
 FREE_KEYS += ("distill.cache", "distill.cache_dtype")
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
@@ -60,9 +63,9 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
             _lock_directory(lock, workdir)
-            if _steps_done(workdir) is not None:
+            if is_trained(workdir):
                 check_same_experiment(workdir, config)
-                _report_new_steps(workdir, config)
+                _report_changes(workdir, config)
             text = json.dumps(with_resize(config, CROP), indent=2)
             files.write(workdir / "config.json", text + "\n")
             undo.pop_all()
@@ -100,10 +103,7 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
         )
     free = (*FREE_KEYS, *job_names())  # a job's settings do not change the training
     if now.get("data.name") == "texts":
-        free += (
-            "data.train",
-            "data.eval",
-        )  # paths of tables; the classes may not change
+        free += TABLES
     different = [
         f"{k} = {before.get(k)!r} there, {now.get(k)!r} here"
         for k in sorted(before.keys() | now.keys())
@@ -137,7 +137,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         problem = "" if isinstance(config, dict) else f"{path} is no config"
     except FileNotFoundError:
         problem = f"{path} is missing"
-        if _steps_done(workdir) is None:
+        if not is_trained(workdir):
             raise UserError(
                 f"{workdir} holds no experiment (no config.json); run the job fit there first"
             ) from None
@@ -155,7 +155,12 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
 
 def is_begun(workdir: pathlib.Path) -> bool:
     """Returns whether a work directory holds a run: its config, or a checkpoint with a copy of the config."""
-    return (workdir / "config.json").exists() or _steps_done(workdir) is not None
+    return (workdir / "config.json").exists() or is_trained(workdir)
+
+
+def is_trained(workdir: pathlib.Path) -> bool:
+    """Whether a work directory has a checkpoint."""
+    return _steps_done(workdir) is not None
 
 
 def _steps_done(workdir: pathlib.Path) -> int | None:
@@ -164,15 +169,19 @@ def _steps_done(workdir: pathlib.Path) -> int | None:
     return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
-def _report_new_steps(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Prints a line if a run continues to another number of steps than it was begun with."""
-    before = _flat_with_defaults(read(workdir)).get("steps")
-    now = _flat_with_defaults(config).get("steps")
-    if before != now:
+def _report_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Prints a line for another number of steps than a run was begun with, and for each path of its data that changed."""
+    before, now = _flat_with_defaults(read(workdir)), _flat_with_defaults(config)
+    if before["steps"] != now["steps"]:
+        steps = now["steps"]
         print(
-            f"steps      {now:,} in place of {before:,}: after step {_steps_done(workdir):,} the learning rate follows the"
-            f" schedule of {now:,} steps"
+            f"steps      {steps:,} in place of {before['steps']:,}: after step {_steps_done(workdir):,} the learning rate"
+            f" follows the schedule of {steps:,} steps"
         )
+    tables = TABLES if now.get("data.name") == "texts" else ()
+    for key in (*DATA_PATHS, *tables):
+        if before.get(key) != now.get(key):
+            print(f"data       {now.get(key)} in place of {before.get(key)}")
 
 
 def _flat_with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

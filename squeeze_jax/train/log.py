@@ -6,7 +6,8 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TextIO
 
 from squeeze_jax import files
 from squeeze_jax.errors import UserError
@@ -60,8 +61,7 @@ class Log:
         path = workdir / "metrics.jsonl"
         records = read(path) if path.exists() else []
         kept = [record for record in records if record["step"] <= start]
-        files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
+        self._file = _rewrite(path, kept)
         self._tensorboard = _tensorboard_writer(
             workdir / "tensorboard", purge_step=start + 1
         )
@@ -120,8 +120,7 @@ class Log:
             for record in read(path)
             if record["step"] != step or not any(k.startswith("eval_") for k in record)
         ]
-        files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115, closed in close()
+        self._file = _rewrite(path, kept)
 
     def tick(self, step: int) -> None:
         """Updates the step number in a terminal's progress line between records, at most once a second."""
@@ -164,6 +163,12 @@ class Log:
             for file in self._file, self._tensorboard:
                 with contextlib.suppress(OSError):  # a full disk was reported before
                     file.close()
+
+
+def _rewrite(path: pathlib.Path, records: Sequence[Mapping]) -> TextIO:
+    """Writes records to a file of JSON lines, and returns the file, open for more lines."""
+    files.write(path, "".join(json.dumps(record) + "\n" for record in records))
+    return open(path, "a", buffering=1)
 
 
 def _tensorboard_writer(folder: pathlib.Path, **options):
