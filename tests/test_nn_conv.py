@@ -249,7 +249,7 @@ def test_the_layer_is_flax_with_other_arithmetic():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"padding": "same"}, "unknown padding 'same'; did you mean 'SAME'"),
+        ({"padding": "sane"}, "unknown padding 'SANE'; did you mean 'SAME'"),
         ({"groups": 3}, "groups=3"),
         ({"lowering": "tap"}, "did you mean 'taps'"),
         ({"lowering": "taps"}, "cannot"),

@@ -261,7 +261,7 @@ def test_layers_of_images_refuse_one_image(layer):
     ("layer", "message"),
     [
         (Conv(4, (3, 3), padding="CAUSAL"), "only sequences have an order"),
-        (Conv(4, (3, 3), padding="circular"), "did you mean 'CIRCULAR'"),
+        (Conv(4, (3, 3), padding="circula"), "did you mean 'CIRCULAR'"),
         (Conv(4, (3, 3), mask=jnp.ones((3, 3))), "the mask is"),
         (Conv(4, (3, 3), input_dilation=2, lowering="patches"), "can only be computed"),
         (BatchNorm(True, axis=(1, 3)), "one axis"),

@@ -137,7 +137,8 @@ def decode(
     """
     if not isinstance(image, bytes):
         name, path = str(image), Path(image)
-        if path.exists() and not path.is_file():  # reading a pipe may never end
+        # Reading a pipe or a device may never end; a folder cannot be read, which is said below.
+        if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{name} is no image file")
         try:
             image = path.read_bytes()
