@@ -130,11 +130,19 @@ class Passes(NamedTuple):
         options are keyword arguments of the network's call, such as width=0.5.
       objective: (logits, endpoints, batch, params, key, stats) → (scalar, metrics, stats) of the config's objective.
       loss: (params, stats, batch, key, **options) → (scalar, (stats, metrics)): both in one; metrics have "loss".
+      run: (model, params, stats, inputs, key) → (outputs, endpoints, stats): a forward pass in training mode of another
+        module, such as a part of the network, with the methods of the plug point `forward`.
+      inputs: batch → the inputs of the network.
+      named: whether a forward pass depends on the names of the layers, because methods or the dtype treat them
+        differently.
     """
 
     outputs: Callable[..., tuple]
     objective: Callable[..., tuple]
     loss: Callable[..., tuple]
+    run: Callable[..., tuple] | None = None
+    inputs: Callable[[Any], Any] | None = None
+    named: bool = True
 
 
 class Gradients(NamedTuple):
@@ -149,6 +157,8 @@ class Gradients(NamedTuple):
       options: keyword arguments that it calls the network with, such as ("width",).
       fused: whether `compute` may be traced as a part of one compiled step. If not, it runs as it is between the
         compiled parts of the step, and compiles what it likes itself.
+      bind: (options, Plain) → Gradients: the method for the network that `models.make` builds from the options; None if the
+        method does not depend on the network.
     """
 
     compute: Callable[..., tuple]
@@ -156,6 +166,7 @@ class Gradients(NamedTuple):
     state: Callable[[Any], Any] | None = None
     options: tuple[str, ...] = ()
     fused: bool = True
+    bind: Callable[[Mapping[str, Any], "Plain"], "Gradients"] | None = None
 
 
 class Exchange(NamedTuple):
@@ -173,15 +184,17 @@ class Exchange(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """How a transition between two phases makes networks.
+    """How a method makes networks.
 
     Attributes:
       make: options of `models.make` → Linen module.
       example: shapes of its inputs.
+      elastic: options of `models.make` → {option: choices of each position}, see `models.elastic`.
     """
 
     make: Callable[[Mapping[str, Any]], Any]
     example: Any
+    elastic: Callable[[Mapping[str, Any]], Mapping[str, tuple]] | None = None
 
 
 class Transition(NamedTuple):

@@ -33,6 +33,10 @@ CONFIGS = {
         exchange=dict(name="comm.int8", rounding="stochastic", block=16, smallest=32)
     ),
     "comm.mean": dict(exchange=dict(name="comm.mean", dtype="bfloat16")),
+    "nas.once_for_all": dict(
+        model=dict(name="ofa_mobilenet_v3", variant="tiny", stem_strides=1),
+        gradients=dict(name="nas.once_for_all", random=1),
+    ),
     "nas.sandwich": dict(
         model=dict(name="slimmable", variant="tiny", switches=(0.5, 1.0)),
         gradients=dict(name="nas.sandwich", widths=(0.5, 1.0), random=0),

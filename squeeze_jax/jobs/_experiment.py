@@ -350,6 +350,7 @@ def build(
         )
     model = models.make(**options)
     _model.check_fit(options, model, source)
+    plugs = _plugs.bind_gradients(plugs, options, source.example())
     _plugs.check_call_options(plugs.gradients, model, options["name"])
     distill = build_settings(_teachers.Settings, e.distill, "config.distill")
     _teachers.check_cache(distill, source)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from squeeze_jax import methods, registry
+from squeeze_jax import methods, models, registry
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import _objective
 from squeeze_jax.train import forward, optim
@@ -201,6 +201,31 @@ def _check_compatible(e, plugs: Plugs) -> None:
             f"config.accumulate = {e.accumulate}: {name!r} compiles its gradients in pieces and takes whole batches: set"
             " it to 1"
         )
+
+
+def plain(example: Any) -> methods.Plain:
+    """Returns how methods make networks.
+
+    Args:
+      example: shapes of the networks' inputs.
+    """
+    return methods.Plain(
+        lambda options: models.make(**options), example, models.elastic
+    )
+
+
+def bind_gradients(plugs: Plugs, options: Mapping[str, Any], example: Any) -> Plugs:
+    """Returns the methods with the gradient method bound to the network, if it depends on the network.
+
+    Args:
+      plugs: the methods.
+      options: options of `models.make`.
+      example: shapes of the network's inputs.
+    """
+    if plugs.gradients is None or plugs.gradients.method.bind is None:
+        return plugs
+    name, method = plugs.gradients
+    return plugs._replace(gradients=Named(name, method.bind(options, plain(example))))
 
 
 def check_call_options(gradients: Named | None, model: nn.Module, name: str) -> None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from squeeze_jax import methods, models, tree
+from squeeze_jax import methods, tree
 from squeeze_jax.jobs import _classes, _experiment, _plugs, _settings
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward
@@ -99,9 +99,7 @@ def _apply_transition(built: Built, state: State) -> tuple[Built, State]:
     if section is not None:
         where = f"config.phases[{index}].begin"
         transition = methods.transition(_plugs.make_method(section, where), where)
-        plain = methods.Plain(
-            lambda options: models.make(**options), built.data.example()
-        )
+        plain = _plugs.plain(built.data.example())
         options, state = transition.apply(dict(options), state, plain)
     next_built = _experiment.build(built.whole, index, options)
     before, after = built.data.label_names, next_built.data.label_names

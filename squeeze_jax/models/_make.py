@@ -60,3 +60,25 @@ def check(options: Mapping[str, Any], where: str = "config.model") -> None:
     shared = {*shared.args, *shared.kwonlyargs}
     own = {k: v for k, v in options.items() if k not in shared}
     registry.check(module.make, own, where)
+
+
+def elastic(
+    options: Mapping[str, Any], where: str = "config.model"
+) -> dict[str, tuple[tuple[Any, ...], ...]]:
+    """Returns the space of networks that a search can choose from: {option: for each position its values, ascending}.
+
+    Args:
+      options: options of `make`; the values of elastic options do not matter.
+      where: name of the options in error messages.
+
+    Raises:
+      UserError: the network's file has no function `elastic`.
+    """
+    name = options["name"]
+    module = registry.load(__package__, name, "model")
+    if not hasattr(module, "elastic"):
+        raise UserError(
+            f"{where}.name = {name!r} has no elastic options: choose a network whose file has a function elastic, such as"
+            " 'ofa_mobilenet_v3'"
+        )
+    return module.elastic(**{k: v for k, v in options.items() if k != "name"})

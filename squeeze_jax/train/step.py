@@ -350,7 +350,23 @@ def _gradient_functions(network, terms, inputs, gradients):
         value, metrics, stats = objective(logits, endpoints, batch, params, key, stats)
         return value, (stats, {"loss": value, **metrics})
 
-    passes = methods.Passes(outputs, objective, loss)
+    def run(model, params, stats, x, key):
+        for name, method in network.forwards.items():
+            if method.reparametrize is not None:
+                raise UserError(
+                    f"config.forward: {name} changes the parameters of the whole network, which runs in pieces here: leave it out"
+                )
+        (y, endpoints), changed = forward.run(
+            network._replace(model=model),
+            {"params": params, **stats},
+            x,
+            train=True,
+            key=key,
+        )
+        return y, endpoints, stats | changed
+
+    named = bool(network.forwards) or network.dtype != "float32"
+    passes = methods.Passes(outputs, objective, loss, run, inputs, named)
 
     def compute(params, stats, carry, batch, key):
         before = stats

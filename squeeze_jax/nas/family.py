@@ -1,0 +1,100 @@
+"""The networks of a space, and the network that holds the weights of all of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.methods import Plain
+from squeeze_jax.nas import space as spaces
+from squeeze_jax.nas import subnetwork
+from squeeze_jax.nas.space import Arch
+from squeeze_jax.nn.chain import Chain
+
+
+class Family:
+    """The networks of a space by architecture; each is an ordinary network of the zoo.
+
+    Attributes:
+      space: the space.
+      holder_options: options of `models.make` of the network that holds the weights of all others.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        plain: Plain,
+        choices: Mapping[str, Any] | None = None,
+    ):
+        """Builds the family.
+
+        Args:
+          options: options of `models.make` of the network that holds the weights.
+          plain: makes networks.
+          choices: {option: values}, which restrict the space; None for the whole space.
+
+        Raises:
+          UserError: the network has no elastic options or is no `Chain`, the choices do not fit them, or the network that
+            should hold the weights is smaller than the largest network of the space.
+        """
+        elastic = plain.elastic(options)
+        own = {k: v for k, v in options.items() if k in elastic and v is not None}
+        whole = spaces.from_choices(elastic)
+        held = whole.options(whole.arch(own))
+        self.space = spaces.from_choices(elastic, choices)
+        for name, wanted in self.space.options(self.space.largest()).items():
+            for place, (have, want) in enumerate(zip(held[name], wanted, strict=True)):
+                if have < want:
+                    raise UserError(
+                        f"{name}[{place}] = {have} in the network that holds the weights, but {want} is in the space: leave"
+                        f" config.model.{name} out, or restrict the choices"
+                    )
+        self.holder_options = {**options, **held}
+        self._plain = plain
+        if not isinstance(self.holder(), Chain):
+            raise UserError(
+                f"{options['name']!r} makes no Chain: choose a network of pieces, such as 'ofa_mobilenet_v3'"
+            )
+
+    def options(self, arch: Arch) -> dict[str, Any]:
+        """Returns the options of `models.make` of an architecture's network."""
+        return {**self.holder_options, **self.space.options(arch)}
+
+    def network(self, arch: Arch) -> Chain:
+        """Returns the network of an architecture."""
+        return self._plain.make(self.options(arch))
+
+    def holder(self) -> Chain:
+        """Returns the network that holds the weights."""
+        return self._plain.make(self.holder_options)
+
+    def shapes(self, network: Chain) -> Any:
+        """Returns the shapes of a network's variables, {"params", "batch_stats"}."""
+        return jax.eval_shape(network.init, jax.random.key(0), self._plain.example)
+
+    def kernel_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the sides of the kernels that have several, {layer: sides in descending order}."""
+        networks = [self.holder()]
+        for name, positions in self.space.choices.items():
+            for value in {v for choices in positions for v in choices}:
+                values = tuple(value if value in c else c[-1] for c in positions)
+                networks.append(self.network(self.space.arch({name: values})))
+        return subnetwork.kernel_sizes([self.shapes(n)["params"] for n in networks])
+
+    def extract(
+        self,
+        arch: Arch,
+        variables: Mapping[str, Any],
+        transforms: subnetwork.Transforms | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns (options of `models.make`, variables) of an architecture's network, with its part of the weights.
+
+        Args:
+          arch: the architecture.
+          variables: {"params", "batch_stats"} of the network that holds the weights.
+          transforms: matrices of the kernels, see `subnetwork.take`.
+        """
+        shapes = self.shapes(self.network(arch))
+        large = {k: variables[k] for k in shapes}
+        return self.options(arch), subnetwork.take(large, shapes, transforms)

@@ -1,0 +1,234 @@
+"""Runs networks piece by piece, so that each piece is compiled once and serves every network that has it.
+
+A network of a space is a `Chain`. The forward pass of a piece returns its pullback as a pytree, which holds the values that the
+backward pass needs. Python chains the pieces of a network. So a step of a small network takes little time, and the
+number of compilations is the number of different pieces, not of networks.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from squeeze_jax.methods import Passes
+from squeeze_jax.nas import subnetwork
+from squeeze_jax.nn.chain import Chain, Piece
+from squeeze_jax.nn.norm import SHARES
+
+
+class Run(NamedTuple):
+    """A forward pass of a network.
+
+    Attributes:
+      logits: output of the last piece.
+      endpoints: {piece: output} of the pieces that were asked for.
+      stats: the statistics after the pass.
+      pullbacks: (piece, its pullback) in order; None if the pass cannot be differentiated.
+    """
+
+    logits: Any
+    endpoints: dict[str, Any]
+    stats: Any
+    pullbacks: list | None
+
+
+class Runner:
+    """Runs and differentiates networks on slices of the largest network's variables; each piece is compiled once."""
+
+    def __init__(self, passes: Passes):
+        """Builds a runner.
+
+        Args:
+          passes: the functions of the training step.
+        """
+        self._passes = passes
+        static = ("piece", "first", "update", "differentiate")
+        self._forward = jax.jit(self._run_piece, static_argnames=static)
+        self._backward = jax.jit(lambda pullback, cotangent: pullback(cotangent))
+
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        params: Mapping[str, Any],
+        stats: Mapping[str, Any],
+        transforms: subnetwork.Transforms,
+        x: Any,
+        key: jax.Array,
+        *,
+        endpoints: Sequence[str] = (),
+        update: bool = False,
+        differentiate: bool = True,
+    ) -> Run:
+        """Runs a network in training mode.
+
+        Args:
+          pieces: of the network.
+          params, stats: of the network that holds the weights, see `methods.Passes`.
+          transforms: matrices of kernels, see `subnetwork.take`.
+          x: inputs of the first piece.
+          key: random key of the step.
+          endpoints: pieces whose outputs are returned.
+          update: whether the pass changes the statistics.
+          differentiate: whether pullbacks are computed.
+        """
+        outputs, pullbacks = {}, []
+        for index, piece in enumerate(pieces):
+            part = {piece.name: params[piece.name]} if piece.name in params else {}
+            own = {k: v for k, v in transforms.items() if _belongs(k, piece.name)}
+            name, part, own, before = _renamed(
+                self._passes.named, piece.name, part, own, _part(stats, piece.name)
+            )
+            x, after, pullback = self._forward(
+                part,
+                own,
+                before,
+                x,
+                jax.random.fold_in(key, index),
+                piece=Piece(name, piece.module),
+                first=index == 0,
+                update=update,
+                differentiate=differentiate,
+            )
+            if update:
+                stats = _with_part(stats, piece.name, after)
+            pullbacks.append((piece.name, name, pullback))
+            if piece.name in endpoints:
+                outputs[piece.name] = x
+        return Run(x, outputs, stats, pullbacks if differentiate else None)
+
+    def _run_piece(
+        self, params, transforms, stats, x, key, *, piece, first, update, differentiate
+    ):
+        """Runs a piece; returns (output, its statistics or None, its pullback or None)."""
+        module = Chain((piece,))
+        shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+
+        def run(params, transforms, x):
+            large = {"params": params, "batch_stats": stats["batch_stats"]}
+            small = subnetwork.take(large, shapes, transforms)
+            small_stats = stats | {"batch_stats": small.get("batch_stats", {})}
+            y, _, after = self._passes.run(
+                module, small.get("params", {}), small_stats, x, key
+            )
+            return y, (after if update else None)
+
+        if not differentiate:
+            y, after = run(params, transforms, x)
+            return y, after, None
+        if first:  # its inputs need no gradients, and may be integers
+            y, pullback, after = jax.vjp(
+                lambda p, t: run(p, t, x), params, transforms, has_aux=True
+            )
+        else:
+            y, pullback, after = jax.vjp(run, params, transforms, x, has_aux=True)
+        return y, after, pullback
+
+    def pull(
+        self, run: Run, cotangent: Any, of_endpoints: Mapping[str, Any], sums: "Sums"
+    ) -> None:
+        """Adds the gradients of a network to sums.
+
+        Args:
+          run: the network's forward pass.
+          cotangent: gradient of the loss with respect to the logits.
+          of_endpoints: the same for endpoints, {piece: gradient}.
+          sums: collects the gradients.
+        """
+        for piece, name, pullback in reversed(run.pullbacks):
+            if piece in of_endpoints:
+                cotangent = _add(cotangent, of_endpoints[piece])
+            part, own, *rest = self._backward(pullback, cotangent)
+            sums.add(
+                {piece: part[name]} if part else {},
+                {_with_name(k, name, piece): v for k, v in own.items()},
+            )
+            cotangent = rest[0] if rest else None
+
+
+class Sums:
+    """Sums of gradients of networks that share their weights.
+
+    Attributes:
+      transforms: sums for the matrices of kernels, {layer: {"7to5": ...}}.
+    """
+
+    def __init__(self):
+        """Builds empty sums."""
+        self._whole, self._parts, self.transforms = None, {}, {}
+
+    def add_whole(self, grads: Mapping[str, Any]) -> None:
+        """Adds gradients with respect to all parameters."""
+        self._whole = grads if self._whole is None else _add(self._whole, grads)
+
+    def add(self, part: Mapping[str, Any], transforms: Mapping[str, Any]) -> None:
+        """Adds gradients of one piece, {piece: ...}, and of the matrices of its kernels."""
+        for sums, new in (self._parts, part), (self.transforms, transforms):
+            for name, value in new.items():
+                sums[name] = _add(sums[name], value) if name in sums else value
+
+    def total(self) -> dict[str, Any]:
+        """Returns the gradients with respect to all parameters, without those of the matrices."""
+        return {
+            name: _add(value, self._parts[name]) if name in self._parts else value
+            for name, value in self._whole.items()
+        }
+
+
+_add = jax.jit(functools.partial(jax.tree.map, jnp.add))
+
+_ANY = "piece"  # the name of each piece, so that equal pieces share a compilation
+
+
+def _renamed(named, piece, part, transforms, stats):
+    """Returns the piece's name in its compiled program, and its arrays under that name.
+
+    Args:
+      named: whether methods depend on the names of layers; the piece then keeps its own.
+      piece: name of the piece.
+      part, transforms, stats: its parameters, matrices of kernels and statistics.
+    """
+    if named:
+        return piece, part, transforms, stats
+    part = _under(_ANY, part)
+    transforms = {_with_name(k, piece, _ANY): v for k, v in transforms.items()}
+    renamed = _under(_ANY, stats["batch_stats"])
+    extra = dict(stats["extra"])
+    if SHARES in extra:
+        extra[SHARES] = _under(_ANY, extra[SHARES])
+    return _ANY, part, transforms, stats | {"batch_stats": renamed, "extra": extra}
+
+
+def _with_name(layer: str, old: str, new: str) -> str:
+    return new + layer.removeprefix(old)
+
+
+def _belongs(layer: str, piece: str) -> bool:
+    return layer.partition("/")[0] == piece
+
+
+def _part(stats, name):
+    """Returns the statistics of one piece: its entries in batch_stats and shares, and everything else whole."""
+    extra = dict(stats["extra"])
+    if SHARES in extra:
+        extra[SHARES] = {k: v for k, v in extra[SHARES].items() if k == name}
+    own = {k: v for k, v in stats["batch_stats"].items() if k == name}
+    return stats | {"batch_stats": own, "extra": extra}
+
+
+def _with_part(stats, name, after):
+    """Returns the statistics with those that a piece has changed."""
+    extra, new_extra = dict(stats["extra"]), dict(after["extra"])
+    if SHARES in extra:
+        extra[SHARES] = {**extra[SHARES], **_under(name, new_extra.pop(SHARES, {}))}
+    own = _under(name, after["batch_stats"])
+    return stats | {
+        "batch_stats": {**stats["batch_stats"], **own},
+        "extra": extra | new_extra,
+    }
+
+
+def _under(name: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arrays of one piece under another name of the piece; {} if it has none."""
+    return dict(zip([name], arrays.values(), strict=bool(arrays)))

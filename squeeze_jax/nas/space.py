@@ -1,0 +1,178 @@
+"""A space of networks: the elastic options of a network, and random architectures in it.
+
+An architecture is a NamedTuple with one field per elastic option. A field holds int32 indices into the choices of
+each position, in ascending order of size: 0 is the smallest. `sample`, `mutate`, `crossover` and `one_hot` are pure
+functions of arrays: `jax.vmap` and `jax.jit` apply to them.
+"""
+
+import collections
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax.errors import UserError, nearest
+
+Arch = Any  # a NamedTuple of int32 arrays, of the type `Space.arch_type`
+
+
+class Space(NamedTuple):
+    """Elastic options and their choices.
+
+    Attributes:
+      choices: {option: for each position the values in ascending order}.
+      arch_type: the NamedTuple type of its architectures.
+    """
+
+    choices: Mapping[str, tuple[tuple[Any, ...], ...]]
+    arch_type: type
+
+    @property
+    def sizes(self) -> Arch:
+        """Returns the number of choices of each position, as an architecture."""
+        return self.arch_type(
+            *(
+                np.asarray([len(c) for c in choices], np.int32)
+                for choices in self.choices.values()
+            )
+        )
+
+    def smallest(self) -> Arch:
+        """Returns the architecture with the first choice everywhere."""
+        return jax.tree.map(np.zeros_like, self.sizes)
+
+    def largest(self) -> Arch:
+        """Returns the architecture with the last choice everywhere."""
+        return jax.tree.map(lambda n: n - 1, self.sizes)
+
+    def options(self, arch: Arch) -> dict[str, tuple]:
+        """Returns an architecture as options of `models.make`, such as {"depth": (4, 3)}."""
+        options = {}
+        for name, indices in zip(self.choices, arch, strict=True):
+            pairs = zip(self.choices[name], np.asarray(indices).tolist(), strict=True)
+            options[name] = tuple(values[index] for values, index in pairs)
+        return options
+
+    def arch(self, options: Mapping[str, Any]) -> Arch:
+        """Returns the architecture that has the values of options; options that are absent have their largest values.
+
+        Args:
+          options: {option: one value, or one for each position}.
+
+        Raises:
+          UserError: an option is not elastic, has the wrong number of values, or has a value outside its choices.
+        """
+        for name in options:
+            if name not in self.choices:
+                raise UserError(
+                    f"{name} is not an option of the space{nearest(name, self.choices)}"
+                )
+        fields = []
+        for name, choices in self.choices.items():
+            values = options.get(name, tuple(c[-1] for c in choices))
+            if not isinstance(values, tuple | list):
+                values = (values,) * len(choices)
+            if len(values) != len(choices):
+                raise UserError(
+                    f"{name} has {len(values)} values: give one, or {len(choices)}, one for each position"
+                )
+            fields.append(
+                [
+                    _index(name, *pair)
+                    for pair in enumerate(zip(values, choices, strict=True))
+                ]
+            )
+        return self.arch_type(*(np.asarray(f, np.int32) for f in fields))
+
+
+def _index(name, place, pair):
+    value, choices = pair
+    if value not in choices:
+        raise UserError(
+            f"{name}[{place}] = {value} is not in the space: choose one of {', '.join(map(str, choices))}"
+        )
+    return choices.index(value)
+
+
+def from_choices(
+    elastic: Mapping[str, tuple[tuple[Any, ...], ...]],
+    limits: Mapping[str, tuple] | None = None,
+) -> Space:
+    """Builds a space.
+
+    Args:
+      elastic: {option: choices of each position}, as the network's file gives them.
+      limits: {option: the values that are allowed, at every position}; None for all. A position that has none of them
+        keeps its choices.
+
+    Raises:
+      UserError: a limit names another option, or allows no value of any position.
+    """
+    limits = dict(limits or {})
+    for name, allowed in limits.items():
+        if name not in elastic:
+            raise UserError(
+                f"choices: {name} is not an elastic option of the network{nearest(name, elastic)}"
+            )
+        known = sorted({value for choices in elastic[name] for value in choices})
+        for value in allowed:
+            if value not in known:
+                raise UserError(
+                    f"choices: {name} = {value} is not in the space: choose among {', '.join(map(str, known))}"
+                )
+    limited = {}
+    for name, positions in elastic.items():
+        allowed = limits.get(name)
+        limited[name] = tuple(
+            tuple(v for v in choices if allowed is None or v in allowed) or choices
+            for choices in positions
+        )
+    return Space(limited, collections.namedtuple("Arch", limited))
+
+
+def sample(space: Space, key: jax.Array) -> Arch:
+    """Returns a random architecture; each position has each of its choices with the same probability."""
+    sizes = space.sizes
+    keys = jax.random.split(key, len(sizes))
+    return space.arch_type(
+        *(
+            jax.random.randint(k, n.shape, 0, n)
+            for k, n in zip(keys, sizes, strict=True)
+        )
+    )
+
+
+def mutate(space: Space, key: jax.Array, arch: Arch, rate: float) -> Arch:
+    """Returns an architecture in which each position is drawn anew with the probability `rate`."""
+    key, fresh_key = jax.random.split(key)
+    keys = jax.random.split(key, len(arch))
+    return space.arch_type(
+        *(
+            jnp.where(jax.random.uniform(k, old.shape) < rate, new, old)
+            for k, old, new in zip(keys, arch, sample(space, fresh_key), strict=True)
+        )
+    )
+
+
+def crossover(space: Space, key: jax.Array, first: Arch, second: Arch) -> Arch:
+    """Returns an architecture that has each position of one of two, with the same probability."""
+    keys = jax.random.split(key, len(first))
+    return space.arch_type(
+        *(
+            jnp.where(jax.random.bernoulli(k, shape=a.shape), a, b)
+            for k, a, b in zip(keys, first, second, strict=True)
+        )
+    )
+
+
+def one_hot(space: Space, arch: Arch) -> jax.Array:
+    """Returns float32 [total number of choices]: a one for the choice of each position."""
+    parts = []
+    for indices, choices in zip(arch, space.choices.values(), strict=True):
+        parts += [
+            jax.nn.one_hot(indices[place], len(values))
+            for place, values in enumerate(choices)
+        ]
+    return jnp.concatenate(parts)

@@ -1,0 +1,155 @@
+"""The weights of a smaller network inside those of a larger one.
+
+Cai, Gan, Wang, Zhang, Han 2019, arXiv 1908.09791 (once-for-all), section 3.2. A smaller network uses the first channels of
+each layer, and the centre of each kernel. A learned matrix per pair of kernel sizes changes the centre: from 49 values
+to the 25 of the 5x5 kernel, and from these to the nine of the 3x3 kernel. All channels of a layer share it. This file
+knows no architecture: it compares the shapes of two networks' parameters.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from squeeze_jax import tree
+from squeeze_jax.errors import UserError
+
+Transforms = Mapping[str, Mapping[str, Any]]
+
+
+def take(
+    variables: Mapping[str, Any], shapes: Any, transforms: Transforms | None = None
+) -> dict[str, Any]:
+    """Returns the variables of a smaller network, as slices of a larger network's.
+
+    Args:
+      variables: collections of the larger network, such as {"params", "batch_stats"}.
+      shapes: the same collections of the smaller network, as arrays or shapes. Arrays that it lacks are left out.
+      transforms: {layer: {"7to5": [25, 25], "5to3": [9, 9]}}; kernels without one are cropped only.
+
+    Raises:
+      UserError: an array of the smaller network is absent in the larger one, is larger there, or has a kernel whose
+        centre is between two positions.
+    """
+    large = tree.flatten(variables)
+
+    def sub(name, like):
+        if name not in large:
+            raise UserError(f"{name} is not in the larger network")
+        layer = name.partition("/")[2].rpartition("/")[0]
+        return _slice(name, large[name], like.shape, (transforms or {}).get(layer, {}))
+
+    return tree.map_named(sub, shapes)
+
+
+def put(large: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a larger network's statistics with a smaller one's in the places from which `take` has taken them.
+
+    Args:
+      large: collections of the larger network, whose arrays have no kernels among them, such as {"batch_stats"}.
+      small: the same of the smaller network.
+    """
+    new = tree.flatten(small)
+
+    def write(name, array):
+        if name not in new:
+            return array
+        return array.at[tuple(slice(0, n) for n in new[name].shape)].set(new[name])
+
+    return tree.map_named(write, large)
+
+
+def _slice(name, array, shape, transforms):
+    """Returns the part of an array that a smaller network uses."""
+    if array.shape == shape:
+        return array
+    if array.ndim != len(shape) or any(
+        a < b for a, b in zip(array.shape, shape, strict=True)
+    ):
+        raise UserError(
+            f"{name} is {list(array.shape)} in the larger network and {list(shape)} in the smaller one"
+        )
+    if name.endswith("/kernel") and array.shape[:-2] != shape[:-2]:
+        channels = tuple(slice(0, n) for n in shape[-2:])
+        kernel = array[(..., *channels)]
+        return resize_kernel(name, kernel, shape[:-2], transforms)
+    return array[tuple(slice(0, n) for n in shape)]
+
+
+def resize_kernel(
+    name: str, kernel: jax.Array, size: Sequence[int], transforms: Mapping[str, Any]
+) -> jax.Array:
+    """Returns a kernel of a smaller size: its centre, changed by the matrices on the way from size to size.
+
+    Args:
+      name: of the kernel, for the error message.
+      kernel: [*sides, c, features].
+      size: the smaller sides, all equal if there are transforms.
+      transforms: {"7to5": matrix}; the kernel passes through each size that is the target of a matrix and not below `size`.
+
+    Raises:
+      UserError: a side shrinks by an odd number, so the kernel has no centre of that size.
+    """
+    steps = sorted(
+        {int(key.partition("to")[2]) for key in transforms} | {max(size)}, reverse=True
+    )
+    for side in steps:
+        if side < max(size) or side >= kernel.shape[0]:
+            continue
+        sides = tuple(size) if side == max(size) else (side,) * len(size)
+        matrix = transforms.get(f"{kernel.shape[0]}to{side}")
+        starts = [
+            (old - new) / 2 for old, new in zip(kernel.shape, sides, strict=False)
+        ]
+        if any(start != int(start) for start in starts):
+            raise UserError(
+                f"{name}: a kernel of {kernel.shape[0]} has no centre of {side}: choose sizes that are all odd, or all even"
+            )
+        centre = tuple(
+            slice(int(start), int(start) + new)
+            for start, new in zip(starts, sides, strict=True)
+        )
+        kernel = kernel[centre]
+        if matrix is not None:
+            flat = kernel.reshape(side ** len(size), -1)
+            kernel = (matrix.astype(kernel.dtype) @ flat).reshape(kernel.shape)
+    return kernel
+
+
+def kernel_sizes(shapes: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the sides of those kernels that have several, {layer: sides in descending order}.
+
+    Args:
+      shapes: the parameters of networks of one space, such as the largest and one for each choice.
+    """
+    sides: dict[str, set] = {}
+    for network in shapes:
+        for name, array in tree.flatten(network).items():
+            if name.endswith("/kernel") and len(array.shape) > 2:
+                sides.setdefault(name.rpartition("/")[0], set()).add(array.shape[:-2])
+    several = {}
+    for layer, extents in sides.items():
+        squares = {extent for extent in extents if len(set(extent)) == 1}
+        if len(extents) > 1 and squares == extents:
+            several[layer] = tuple(sorted((e[0] for e in extents), reverse=True))
+    return several
+
+
+def identity_transforms(
+    sizes: Mapping[str, Sequence[int]], axes: int = 2
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the matrices that leave the centres of kernels as they are, {layer: {"7to5": identity}}.
+
+    Args:
+      sizes: {layer: sides in descending order}.
+      axes: number of spatial axes.
+    """
+    return {
+        layer: {
+            f"{large}to{small}": np.eye(small**axes, dtype=np.float32)
+            for large, small in itertools.pairwise(sides)
+        }
+        for layer, sides in sizes.items()
+    }

@@ -1,0 +1,282 @@
+"""Supernets: spaces of networks, slices of weights, the gradients of a step, and extracted networks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from squeeze_jax import models, tree
+from squeeze_jax.cost import count
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _plugs
+from squeeze_jax.methods import METHODS, Own
+from squeeze_jax.nas import once_for_all, space, subnetwork
+from squeeze_jax.nas.family import Family
+from squeeze_jax.train import step as training_step
+
+OPTIONS = dict(name="ofa_mobilenet_v3", variant="tiny", num_classes=3, stem_strides=1)
+OPTIONS |= dict(dropout=0.0)
+
+# (parameters, MACs at 224, at 160, at 128 pixels), counted by PyTorch on the authors' networks.
+PUBLISHED = {
+    ("ofa_mobilenet_v3", "w1.0", "largest"): (7_664_760, 566.17, 291.32, 188.25),
+    ("ofa_mobilenet_v3", "w1.0", (5, 4, 3)): (4_551_792, 250.75, 129.55, 84.10),
+    ("ofa_mobilenet_v3", "w1.0", "smallest"): (3_410_792, 121.28, 63.24, 41.48),
+    ("ofa_mobilenet_v3", "w1.2", "largest"): (10_701_632, 843.10, 433.56, 279.99),
+    ("ofa_mobilenet_v3", "w1.2", "smallest"): (4_602_456, 193.08, 100.32, 65.54),
+    ("ofa_proxyless", "w1.3", "largest"): (7_942_056, 1004.91, None, 329.25),
+    ("ofa_proxyless", "w1.3", "smallest"): (3_718_832, 265.53, None, 87.82),
+}
+# Matrices of the 7x7 kernels: 25 * 25 + 9 * 9 in each of 20 and 21 blocks.
+MATRICES = {"ofa_mobilenet_v3": 20 * 706, "ofa_proxyless": 21 * 706}
+
+
+def image(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def family_of(options, size=8, channels=1, **keys):
+    return Family(options, _plugs.plain(image(2, size, size, channels)), **keys)
+
+
+def arch_of(family, which):
+    if isinstance(which, tuple):
+        return family.space.arch(dict(zip(family.space.choices, which, strict=True)))
+    return getattr(family.space, which)()
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: "-".join(map(str, row)))
+def test_published_counts(row):
+    name, variant, which = row
+    family = family_of(dict(name=name, variant=variant), 224, 3)
+    net = family.network(arch_of(family, which))
+    parameters, *macs = PUBLISHED[row]
+    shapes = family.shapes(net)
+    assert tree.size(shapes["params"]) == parameters
+    for size, millions in zip((224, 160, 128), macs, strict=True):
+        if millions is not None:
+            total = count.macs(net.apply, shapes, image(1, size, size, 3)).total
+            assert round(total / 1e6, 2) == millions
+    if which == "largest":
+        matrices = subnetwork.identity_transforms(family.kernel_sizes())
+        assert tree.size(matrices) == MATRICES[name]
+
+
+@functools.cache
+def filled():
+    """(family, variables of noise, matrices of noise, images [2, 8, 8, 1])."""
+    family = family_of(OPTIONS)
+    rng = np.random.default_rng(0)
+
+    def noise(name, a):
+        array = rng.uniform(-0.5, 0.5, a.shape).astype(np.float32)
+        return array + name.endswith(("/var", "/scale"))
+
+    variables = tree.map_named(noise, family.shapes(family.holder()))
+    matrices = subnetwork.identity_transforms(family.kernel_sizes())
+    matrices = tree.map_named(lambda n, m: m + 0.1 * noise(n, m), matrices)
+    return family, variables, matrices, noise("", np.zeros((2, 8, 8, 1)))
+
+
+def test_a_smaller_kernel_is_the_changed_centre():
+    """Kernel 1 ... 25 of one channel: the centre is 7, 8, 9, 12, 13, 14, 17, 18, 19. Matrix: all ones in the first row."""
+    kernel = jnp.arange(1.0, 26).reshape(5, 5, 1, 1)
+    centre = subnetwork.resize_kernel("k", kernel, (3, 3), {})
+    np.testing.assert_array_equal(
+        centre[..., 0, 0], [[7, 8, 9], [12, 13, 14], [17, 18, 19]]
+    )
+    matrix = np.zeros((9, 9), np.float32)
+    matrix[0], matrix[1, 8] = 1, 2
+    changed = subnetwork.resize_kernel("k", kernel, (3, 3), {"5to3": matrix})
+    np.testing.assert_array_equal(
+        changed[..., 0, 0], [[117, 38, 0], [0, 0, 0], [0, 0, 0]]
+    )
+
+
+def test_kernels_pass_through_all_sizes():
+    """From 7 to 3 by way of 5: the 5x5 kernel is doubled, then the 3x3 kernel tripled."""
+    kernel = jnp.arange(49.0).reshape(7, 7, 1, 1)
+    matrices = {"7to5": 2 * np.eye(25), "5to3": 3 * np.eye(9)}
+    small = subnetwork.resize_kernel("k", kernel, (3, 3), matrices)
+    np.testing.assert_array_equal(small, 6 * kernel[2:5, 2:5])
+    middle = subnetwork.resize_kernel("k", kernel, (5, 5), matrices)
+    np.testing.assert_array_equal(middle, 2 * kernel[1:6, 1:6])
+
+
+def test_a_smaller_network_has_the_first_channels_and_blocks():
+    family, variables, _, _ = filled()
+    arch = family.space.arch({"expand": 2, "kernel": 3, "depth": 1})
+    options, small = family.extract(arch, variables)
+    assert options["depth"] == (1, 1)
+    net = models.make(**options)
+    assert tree.differences(family.shapes(net), small) == []
+    assert "stage1_block2" not in small["params"]
+    large, block = (v["params"]["stage2_block1"] for v in (variables, small))
+    np.testing.assert_array_equal(
+        block["expand"]["kernel"], large["expand"]["kernel"][..., :32]
+    )
+    np.testing.assert_array_equal(
+        block["depthwise"]["kernel"], large["depthwise"]["kernel"][1:4, 1:4, :, :32]
+    )
+    np.testing.assert_array_equal(
+        block["squeeze_excite"]["reduce"]["kernel"],
+        large["squeeze_excite"]["reduce"]["kernel"][:, :, :32, :8],
+    )
+
+
+@functools.cache
+def method_and_passes(rule, **keys):
+    """(bound method, the passes of a training step)."""
+    family, _, _, x = filled()
+    method = once_for_all.make(rule, **keys)
+    bound = method.bind(OPTIONS, _plugs.plain(image(*x.shape)))
+    caught = []
+
+    def catch(passes, params, stats, batch, own):
+        caught.append(passes)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return zeros, stats, {"loss": jnp.float32(0)}
+
+    spy = bound._replace(compute=catch, init=None)
+
+    def loss(logits, endpoints, batch):
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return each.mean(), {}
+
+    named = training_step.Named("once_for_all", spy)
+    run = training_step.make(family.holder(), optax.sgd(0.1), loss, gradients=named)
+    batch = dict(image=x, label=np.array([0, 2]))
+    run(run.init(jax.random.key(0), batch), batch, jax.random.key(0))
+    return bound, caught[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "keys"),
+    [
+        ("sandwich", dict(random=1, temperature=2.0)),
+        ("random", dict(random=2, labels=0.7, distill=0.3)),
+    ],
+    ids=["sandwich", "random"],
+)
+def test_the_gradient_is_the_sum_over_the_networks(rule, keys):
+    """By `jax.grad` through the extracted networks, which are built and run whole."""
+    family, variables, matrices, x = filled()
+    bound, passes = method_and_passes(rule, **keys)
+    params = variables["params"] | {METHODS: {"once_for_all": matrices}}
+    stats = {"batch_stats": variables["batch_stats"], "extra": {}, "step": jnp.int32(0)}
+    key, labels = jax.random.key(5), np.array([0, 2])
+    batch = dict(image=x, label=labels, mask=np.ones(2, bool))
+    own = Own(matrices, None, key, jnp.int32(0), True)
+    grads, after, metrics = bound.compute(passes, params, stats, batch, own)
+    temperature = keys.get("temperature", 1.0)
+    keys_ = jax.random.split(jax.random.fold_in(key, 1), keys["random"])
+    drawn = [space.sample(family.space, k) for k in keys_]
+
+    def logits(params, arch):
+        plain = {k: v for k, v in params.items() if k != METHODS}
+        large = variables | {"params": plain}
+        options, small = family.extract(arch, large, params[METHODS]["once_for_all"])
+        apply = functools.partial(models.make(**options).apply, train=True)
+        return apply(small, x, mutable=["batch_stats"])[0][0]
+
+    def cross_entropy(logits):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def by_hand(params, soft):
+        def distilled(arch):
+            log_q = jax.nn.log_softmax(logits(params, arch) / temperature)
+            return temperature**2 * -jnp.sum(soft * log_q, -1).mean()
+
+        if rule == "sandwich":
+            total = cross_entropy(logits(params, family.space.largest()))
+            return total + sum(map(distilled, (family.space.smallest(), *drawn)))
+        of_labels = (cross_entropy(logits(params, arch)) for arch in drawn)
+        return 0.7 * sum(of_labels) + 0.3 * sum(map(distilled, drawn))
+
+    soft = jax.nn.softmax(logits(params, family.space.largest()) / temperature)
+    expected = tree.flatten(jax.jit(jax.grad(by_hand))(params, soft))
+    assert tree.differences(params, grads) == []
+    for name, value in tree.flatten(grads).items():
+        np.testing.assert_allclose(
+            value, expected[name], rtol=2e-3, atol=1e-4, err_msg=name
+        )
+    moved = {k for k, v in tree.flatten(grads).items() if np.any(v != 0)}
+    assert any(k.endswith("5to3") for k in moved)
+    # Only the largest network moves the statistics, which are its own.
+    assert tree.differences(stats["batch_stats"], after["batch_stats"]) == []
+    for name, value in tree.flatten(after["batch_stats"]).items():
+        assert np.any(value != tree.flatten(stats["batch_stats"])[name]), name
+    losses = {"smallest", "random"} if rule == "sandwich" else {"random"}
+    assert set(metrics) == {"loss"} | losses
+
+
+def test_equal_pieces_are_compiled_once():
+    """Over many random networks, there is one program per block, kernel and expansion, and not one per network."""
+    family, variables, matrices, x = filled()
+    bound, passes = method_and_passes("random", random=2, transforms=False)
+    stats = {"batch_stats": variables["batch_stats"], "extra": {}, "step": jnp.int32(0)}
+    compiled = []
+    with jax.log_compiles(False):
+        for number in range(12):
+            own = Own({}, None, jax.random.key(number), jnp.int32(0), True)
+            batch = dict(image=x, label=np.array([0, 2]), mask=np.ones(2, bool))
+            bound.compute(passes, variables["params"], stats, batch, own)
+            trainer = bound.compute.__closure__
+            runner = next(
+                c.cell_contents(passes)._runner
+                for c in trainer
+                if hasattr(c.cell_contents, "cache_info")
+            )
+            compiled.append(runner._forward._cache_size())
+    # Four blocks with 2 * 2 choices each; the stem, the first block, head and classifier have none. The largest
+    # network's pass, which is not differentiated, is compiled apart: 8 pieces.
+    assert compiled[-1] <= 4 * 4 + 4 + 8
+    assert compiled[-1] == compiled[-2]
+
+
+def test_samples_mutations_and_crossovers_stay_in_the_space():
+    family, *_ = filled()
+    whole = family.space
+    keys = jax.random.split(jax.random.key(0), 200)
+    archs = jax.vmap(functools.partial(space.sample, whole))(keys)
+    for field, sizes in zip(archs, whole.sizes, strict=True):
+        for place, size in enumerate(sizes):
+            assert set(np.asarray(field)[:, place].tolist()) == set(range(size))
+    smallest, largest = (
+        jax.tree.map(lambda a: np.broadcast_to(a, (200, *a.shape)), arch)
+        for arch in (whole.smallest(), whole.largest())
+    )
+    mutated = jax.vmap(functools.partial(space.mutate, whole, rate=0.0))(keys, largest)
+    jax.tree.map(np.testing.assert_array_equal, mutated, largest)
+    mutated = jax.vmap(functools.partial(space.mutate, whole, rate=0.5))(keys, largest)
+    changed = np.concatenate([np.asarray(f) != n for f, n in zip(mutated, largest, strict=True)], 1)  # fmt: skip
+    assert 0.2 < changed.mean() < 0.3  # half are drawn anew, half of these differ
+    mixed = jax.vmap(functools.partial(space.crossover, whole))(keys, smallest, largest)
+    ones = np.concatenate([np.asarray(f) for f in mixed], 1)
+    assert set(np.unique(ones)) == {0, 1}
+    assert 0.4 < ones.mean() < 0.6
+    hot = space.one_hot(whole, whole.largest())
+    assert hot.shape == (2 * 10,)
+    assert hot.sum() == 10
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: models.make(**OPTIONS, kernel=9), r"kernel\[0\] = 9 .* one of 3, 5"),
+        (lambda: models.make(**OPTIONS, depth=(1,)), r"depth has 1 values: .* or 2"),
+        (lambda: family_of(OPTIONS, choices={"kernal": (3,)}), "kernal .* 'kernel'"),
+        (lambda: family_of(OPTIONS, choices={"kernel": (4,)}), "kernel = 4 .* 3, 5"),
+        (lambda: family_of(OPTIONS | dict(kernel=3)), r"kernel\[0\] = 3 .* but 5"),
+        (lambda: family_of(dict(name="squeezenet")), "'squeezenet' has no elastic"),
+        (lambda: once_for_all.make("random", random=0), "trains no network"),
+        (lambda: once_for_all.make(distill=0.0), "without a loss"),
+        (lambda: filled()[0].space.arch({"depth": 3}), r"depth\[0\] = 3 .* 1, 2"),
+    ],
+)
+def test_bad_values_are_named(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
