@@ -10,9 +10,11 @@ import os
 import sys
 from pathlib import Path
 
+from tests.compiler_flags import xla_flags
+
 # Meshes are tested on four simulated devices; this has to stand before jax is imported.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-# Most programs are compiled here to run once. Those that are timed are compiled as for users: the fixture `optimized`.
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=4))
+# Most programs are compiled here to run once. Those that are timed are optimized as for users: the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax

@@ -180,8 +180,10 @@ def test_trains_two_steps(path, images, targets, texts, tmp_path):
         config["data"]["size"] = (32, 40)
     elif config["data"].get("name", "images") != "images":
         config = of_text(config, texts)
-    elif config["data"]["source"]["name"] != "digits":
-        config["data"]["source"] = {"name": "folder", "root": str(images)}
+    else:
+        if config["data"]["source"]["name"] != "digits":
+            config["data"]["source"] = {"name": "folder", "root": str(images)}
+        config["model"]["variant"] = "tiny"
     phases = tuple(phase | dict(steps=1) for phase in config.get("phases", ()))
     length = dict(phases=phases) if phases else dict(steps=2)
     config |= length | dict(batch=8, accumulate=1, log_every=1, eval_every=0)

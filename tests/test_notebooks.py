@@ -15,6 +15,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.compiler_flags import xla_flags
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
 # Values for the names in each notebook's cell tagged "parameters"; "{tmp}" becomes an empty folder.
@@ -112,12 +114,13 @@ def test_runs_to_the_end(name, kernel, tmp_path, request):
     shrink(notebook, json.loads(json.dumps(values).replace("{tmp}", str(tmp_path))))
     if name in BRANCHES:
         notebook.cells.append(nbformat.v4.new_code_cell(BRANCHES[name]))
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    environment = os.environ | {
+        "XLA_FLAGS": xla_flags(devices=1),
         "JAX_PLATFORMS": "cpu",
         "IPYTHONDIR": str(tmp_path / "ipython"),
     }
     if whole:  # as users run it
-        del environment["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+        del environment["JAX_DISABLE_MOST_OPTIMIZATIONS"], environment["XLA_FLAGS"]
     started_in = {"metadata": {"path": str(FOLDER)}}
     client = NotebookClient(
         notebook,

@@ -23,6 +23,7 @@ from squeeze_jax import methods
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, predict
 from squeeze_jax.train import log
+from tests.compiler_flags import xla_flags
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def start(*arguments, devices=1, more=(), **options):
     """Starts run.py on so many simulated devices; `more` is for its environment."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         **dict(more),
     }
     command = [sys.executable, "-u", ROOT / "run.py", *arguments]

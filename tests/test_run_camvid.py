@@ -15,6 +15,7 @@ from sklearn.metrics import jaccard_score
 
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, export
 from squeeze_jax.train import log
+from tests.compiler_flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -48,7 +49,7 @@ def archive(shared, tmp_path_factory):
 def start(workdir, archive, cache):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": xla_flags(devices=1),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

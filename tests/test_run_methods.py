@@ -21,6 +21,7 @@ from squeeze_jax.train import log
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
 from tests import test_run
+from tests.compiler_flags import xla_flags
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,8 +39,7 @@ def fit(workdir, arguments, devices, kill_at=None):
     Returns:
       What the process printed.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
     command = [sys.executable, "-u", str(ROOT / "run.py"), "--job=fit"]
     command += [f"--workdir={workdir}", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
