@@ -20,8 +20,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
+from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 
 METHODS = "methods"  # the key in `params` of the parameters that methods own
@@ -206,6 +208,31 @@ class Transition(NamedTuple):
     """
 
     apply: Callable[[dict[str, Any], Any, Plain], tuple[dict[str, Any], Any]]
+
+
+def take(state: Any, indices: Mapping[str, Mapping[int, Any]]) -> Any:
+    """Selects channels of a training state: a parameter's, and those of everything that belongs to it.
+
+    Weights, running statistics, averages and the optimizer's state are indexed in the same way.
+
+    Args:
+      state: the training state, on the host.
+      indices: {"params/conv1/kernel": {axis: indices}} of parameters, and of statistics under "batch_stats/".
+    """
+    parameters = tree.flatten({k: v for k, v in state.params.items() if k != METHODS})
+    statistics = tree.flatten(state.stats)
+
+    def leaf(name, array):
+        for collection, arrays in ("params", parameters), ("batch_stats", statistics):
+            owner = tree.owner(name, np.shape(array), arrays)
+            if owner is not None:
+                for axis, chosen in indices.get(f"{collection}/{owner}", {}).items():
+                    array = np.take(np.asarray(array), chosen, axis)
+                return array
+        return array
+
+    parts = {k: getattr(state, k) for k in ("params", "stats", "opt", "ema", "extra")}
+    return state._replace(**tree.map_named(leaf, parts))
 
 
 def transition(value: Any, where: str = "begin") -> Transition:

@@ -12,14 +12,13 @@ channels that go. After layers that mix channels, NaN is replaced by zero, so th
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax import tree
+from squeeze_jax import methods, tree
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.methods import METHODS, Plain, Transition
+from squeeze_jax.nn.channels import make_finder
 from squeeze_jax.ranges import Fraction
 from squeeze_jax.registry import checked
 
@@ -54,7 +53,7 @@ def make(layers: tuple[str, ...], keep: Fraction = 0.5) -> Transition:
         variables = {"params": network, "batch_stats": state.stats}
         old_net, new_net = plain.make(options), plain.make(new_options)
         kept = _kept_indices(variables, removed, old_net, new_net, plain)
-        return new_options, _slice_state(state, kept)
+        return new_options, methods.take(state, kept)
 
     return Transition(transition)
 
@@ -98,7 +97,13 @@ def _kept_indices(variables, removed, old_net, new_net, plain: Plain) -> dict:
         for name, axis in changed
         if name.endswith("/kernel") and axis == len(new[name].shape) - 2
     }
-    removed_inputs = _removed_inputs(old_net, variables, removed, mixing, plain.example)
+    find_readers = make_finder(old_net, variables, mixing, plain.example)
+    outputs = {
+        layer: _kernel(variables["params"], layer).shape[-1] for layer in removed
+    }
+    removed_inputs = find_readers(
+        {layer: np.isin(np.arange(n), removed[layer]) for layer, n in outputs.items()}
+    )
     kept = {}
     for (name, axis), (old_size, new_size) in changed.items():
         layer = _layer_path(name)
@@ -130,60 +135,3 @@ def _removed_channels(removed_inputs, layer: str, count: int):
             return np.flatnonzero(removed_inputs[layer])
         layer = layer.rpartition("/")[0]
     return None
-
-
-def _removed_inputs(net, variables, removed, mixing, example) -> dict[str, np.ndarray]:
-    """Returns which input channels of each layer are removed ones, {layer: bool [channels]}.
-
-    Args:
-      net: the old network.
-      variables: variables of the old network.
-      removed: {layer: indices of the filters that are removed}.
-      mixing: layers that mix the removed channels with others.
-      example: shapes of the network's inputs.
-    """
-    nan_channels = {}
-
-    def observe(call, args, kwargs, context):
-        path = "/".join(context.module.path)
-        if context.method_name != "__call__" or not path:
-            return call(*args, **kwargs)
-        x = args[0] if args else None
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
-            is_nan = jnp.isnan(x).any(tuple(range(x.ndim - 1)))
-            known = nan_channels.get(path)
-            nan_channels[path] = is_nan if known is None else known | is_nan
-        y = call(*args, **kwargs)
-        if path in mixing:
-            y = jax.tree.map(jnp.nan_to_num, y)
-        if path in removed:
-            y = y.at[..., removed[path]].set(jnp.nan)
-        return y
-
-    def run(variables, x):
-        nan_channels.clear()
-        with nn.intercept_methods(observe):
-            net.apply(variables, x, train=False)
-        return dict(nan_channels)
-
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example)
-    with jax.debug_nans(False):
-        return jax.device_get(jax.jit(run)(variables, zeros))
-
-
-def _slice_state(state: Any, kept: Mapping[str, Mapping[int, np.ndarray]]):
-    """Slices all arrays of a training state in the same way as the parameters or statistics they belong to."""
-    parameters = tree.flatten({k: v for k, v in state.params.items() if k != METHODS})
-    statistics = tree.flatten(state.stats)
-
-    def leaf(name, array):
-        for collection, arrays in ("params", parameters), ("batch_stats", statistics):
-            owner = tree.owner(name, np.shape(array), arrays)
-            if owner is not None:
-                for axis, indices in kept.get(f"{collection}/{owner}", {}).items():
-                    array = np.take(np.asarray(array), indices, axis)
-                return array
-        return array
-
-    parts = {k: getattr(state, k) for k in ("params", "stats", "opt", "ema", "extra")}
-    return state._replace(**tree.map_named(leaf, parts))
