@@ -8,15 +8,18 @@ import numpy as np
 import optax
 import pytest
 
+import run as run_py
 from squeeze_jax import models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _plugs
+from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, fit
 from squeeze_jax.methods import METHODS, Own
-from squeeze_jax.nas import once_for_all, space, subnetwork
+from squeeze_jax.nas import once_for_all, sort_channels, space, subnetwork
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.pieces import Runner
+from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.train import step as training_step
+from squeeze_jax.train.state import State
 
 OPTIONS = dict(name="ofa_mobilenet_v3", variant="tiny", num_classes=3, stem_strides=1)
 OPTIONS |= dict(dropout=0.0)
@@ -220,13 +223,131 @@ def test_equal_pieces_are_compiled_once():
     _, passes = method_and_passes("random", random=2)
     stats = {"batch_stats": variables["batch_stats"], "extra": {}, "step": jnp.int32(0)}
     runner, sizes = Runner(passes), []
-    for key in jax.random.split(jax.random.key(0), 40):
+    for key in jax.random.split(jax.random.key(0), 80):
         pieces = family.network(space.sample(family.space, key)).pieces
         runner.run(pieces, variables["params"], stats, {}, x, key, differentiate=False)
         sizes.append(runner._forward._cache_size())
     # The 2nd block of a stage differs from its first. Each has 2 * 2 choices; stem, first block, head and classifier have none.
     assert sizes[-1] == 4 * 4 + 4
     assert sizes[-1] == sizes[-8]
+
+
+def trained_state():
+    """A state whose momentum and average are ten and a hundred times the weights."""
+    _, variables, *_ = filled()
+    params, stats = variables["params"], variables["batch_stats"]
+    momentum = jax.tree.map(lambda w: 10 * w, params)
+    average = {"params": jax.tree.map(lambda w: 100 * w, params), "stats": stats}
+    return State(np.int32(0), params, stats, {"trace": momentum}, average)
+
+
+def test_sorted_channels_compute_the_same_in_the_order_of_importance():
+    """Importance by hand: the sums of the absolute weights of project, and of the first layer of the excitation."""
+    family, variables, _, x = filled()
+    state, plain = trained_state(), _plugs.plain(image(*x.shape))
+    options, after = sort_channels.make().apply(OPTIONS, state, plain)
+    assert options == OPTIONS
+    net = family.holder()
+    logits = [
+        net.apply({"params": s.params, "batch_stats": s.stats}, x)[0]
+        for s in (state, after)
+    ]
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    block = variables["params"]["stage2_block1"]
+    squeezed = np.abs(block["squeeze_excite"]["reduce"]["kernel"]).sum((0, 1, 3))
+    importance = np.abs(block["project"]["kernel"]).sum((0, 1, 3)) + squeezed
+    order = np.argsort(-importance)
+    for name, axis in {
+        "expand/kernel": 3,
+        "expand_norm/scale": 0,
+        "depthwise/kernel": 3,
+        "depthwise_norm/bias": 0,
+        "squeeze_excite/expand/bias": 0,
+        "project/kernel": 2,
+    }.items():
+        before = tree.flatten(block)[name]
+        for scale, params in (
+            (1, after.params),
+            (10, after.opt["trace"]),
+            (100, after.ema["params"]),
+        ):
+            np.testing.assert_allclose(
+                tree.flatten(params["stage2_block1"])[name],
+                scale * np.take(before, order, axis),
+                rtol=1e-6,
+            )
+    mean = after.stats["stage2_block1"]["expand_norm"]["mean"]
+    before = state.stats["stage2_block1"]["expand_norm"]["mean"]
+    np.testing.assert_array_equal(mean, before[order])
+    inner = np.abs(block["squeeze_excite"]["expand"]["kernel"]).sum((0, 1, 3))
+    np.testing.assert_array_equal(
+        after.params["stage2_block1"]["squeeze_excite"]["reduce"]["bias"],
+        block["squeeze_excite"]["reduce"]["bias"][np.argsort(-inner)],
+    )
+
+
+def test_channels_of_a_trained_width_stay_first():
+    """The 32 channels of expansion 2 are sorted among themselves, and the 16 others behind them."""
+    _, variables, _, x = filled()
+    plain = _plugs.plain(image(*x.shape))
+    make = sort_channels.make(first={"expand": 2})
+    _, after = make.apply(OPTIONS, trained_state(), plain)
+    before = variables["params"]["stage1_block2"]["depthwise_norm"]["scale"]
+    scale = after.params["stage1_block2"]["depthwise_norm"]["scale"]
+    assert len(scale) == 48
+    assert set(scale[:32].tolist()) == set(before[:32].tolist())
+    assert not np.array_equal(scale[:32], before[:32])
+
+
+def test_recalibrated_statistics_are_those_of_all_examples():
+    """Of 1, 2, 3 and 7 in two batches: mean 3.25, mean of squares 15.75, variance 15.75 - 3.25**2 = 5.1875."""
+    batches = np.array([[1.0, 2.0], [3.0, 7.0]])
+
+    def of_batch(batch):
+        return {"block": {"norm": {"mean": jnp.mean(batch)[None], "var": jnp.var(batch)[None]}}}  # fmt: skip
+
+    stats = recalibrate(of_batch, batches)["block"]["norm"]
+    np.testing.assert_allclose(stats["mean"], [3.25])
+    np.testing.assert_allclose(stats["var"], [5.1875], rtol=1e-6)
+
+
+def test_an_extracted_network_is_a_work_directory(tmp_path, capsys):
+    """Its logits are those of the active network, it is evaluated with its own statistics, and its training goes on."""
+    config = dict(
+        steps=2,
+        batch=8,
+        data=dict(source=dict(name="digits"), size=8, crop="pad", pad=1),
+        model={k: v for k, v in OPTIONS.items() if k != "num_classes"},
+        gradients=dict(name="nas.once_for_all", random=1),
+        optim=dict(lr=0.1, warmup=0),
+        eval_every=0,
+        extract=dict(to=str(tmp_path / "small"), arch={"kernel": 3}, examples=16),
+    )
+    built = _experiment.build(_experiment.check(config))
+    _workdir.begin(tmp_path / "large", built.whole.config())
+    fit.run(built, tmp_path / "large")
+    run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
+    assert "kernel 3 3 3 3" in capsys.readouterr().out
+    small = _experiment.build_trained(
+        tmp_path / "small", _workdir.read(tmp_path / "small")
+    )
+    state = evaluate.trained_state(small, tmp_path / "small")
+    large = evaluate.trained_state(built, tmp_path / "large")
+    family = family_of(OPTIONS | dict(num_classes=10))
+    matrices = large.params[METHODS]["once_for_all"]
+    _, active = family.extract(
+        family.space.arch({"kernel": 3}), large.plain(), matrices
+    )
+    assert tree.differences(active["params"], state.params) == []
+    for name, array in tree.flatten(active["params"]).items():
+        found = tree.flatten(state.params)[name]
+        np.testing.assert_allclose(found, array, rtol=1e-4, atol=1e-6, err_msg=name)
+    stats = tree.flatten(active["batch_stats"])
+    assert any(np.any(a != stats[n]) for n, a in tree.flatten(state.stats).items())
+    with pytest.raises(UserError, match="holds a run already"):
+        run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
+    run_py.main(["--job=fit", f"--workdir={tmp_path / 'small'}"])
+    assert "step 2/2 · test accuracy" in capsys.readouterr().out
 
 
 def test_samples_mutations_and_crossovers_stay_in_the_space():
@@ -267,6 +388,8 @@ def test_samples_mutations_and_crossovers_stay_in_the_space():
         (lambda: once_for_all.make("random", random=0), "trains no network"),
         (lambda: once_for_all.make(distill=0.0), "without a loss"),
         (lambda: filled()[0].space.arch({"depth": 3}), r"depth\[0\] = 3 .* 1, 2"),
+        (lambda: filled()[0].space.arch({"deph": 1}), "deph .* did you mean 'depth'"),
+        (lambda: recalibrate(None, []), "there is no batch"),
     ],
 )
 def test_bad_values_are_named(call, words):

@@ -21,7 +21,7 @@ from squeeze_jax.methods import METHODS, Gradients, Passes, Plain
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nas.family import Family
-from squeeze_jax.nas.pieces import Runner, Sums
+from squeeze_jax.nas.pieces import Runner, Sums, endpoints_read
 from squeeze_jax.nas.sandwich import soft_cross_entropy, soft_labels
 from squeeze_jax.ranges import NonNegative, Positive, Whole
 from squeeze_jax.registry import checked
@@ -103,7 +103,7 @@ class _Trainer:
     def __init__(self, passes: Passes, family: Family, weights: _Weights):
         self._passes, self._family, self._weights = passes, family, weights
         self._runner = Runner(passes)
-        self._holder = family.holder().pieces
+        self._holder, self._endpoints = family.holder().pieces, None
         self._pieces = functools.lru_cache(maxsize=4096)(self._pieces_of)
         self._inputs = jax.jit(passes.inputs)
         self._soft_labels = jax.jit(
@@ -119,7 +119,11 @@ class _Trainer:
         """Returns (grads, stats, metrics) of one step, see `methods.Gradients`."""
         inputs, sums = self._inputs(batch), Sums()
         sandwich = rule == "sandwich"
-        names = [piece.name for piece in self._holder]
+        if self._endpoints is None:
+            self._endpoints = endpoints_read(
+                self._passes, params, stats, batch, own.key
+            )
+        names = self._endpoints
         largest = self._runner.run(
             self._holder,
             params,

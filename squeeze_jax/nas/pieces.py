@@ -176,6 +176,29 @@ class Sums:
         }
 
 
+def endpoints_read(passes: Passes, params, stats, batch, key) -> tuple[str, ...]:
+    """Returns the endpoints that the objective reads; only their gradients have to be computed and added.
+
+    Args:
+      passes: the functions of the training step.
+      params, stats, batch, key: see `methods.Passes`.
+    """
+    shapes = jax.eval_shape(passes.outputs, params, stats, batch, key)
+    logits, endpoints, stats = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), shapes
+    )
+
+    def loss(endpoints):
+        return passes.objective(logits, endpoints, batch, params, key, stats)[:2]
+
+    program = jax.make_jaxpr(loss)(endpoints).jaxpr
+    used = {id(v) for equation in program.eqns for v in equation.invars}
+    used |= {id(v) for v in program.outvars}
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(endpoints)[0]]
+    pairs = zip(paths, program.invars, strict=True)
+    return tuple({path[0].key for path, variable in pairs if id(variable) in used})
+
+
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add))
 
 _ANY = "piece"  # the name of each piece, so that equal pieces share a compilation
