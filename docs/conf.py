@@ -11,6 +11,8 @@ import sys
 from itertools import zip_longest
 
 DOCS = pathlib.Path(__file__).resolve().parent
+EXECUTE = bool(os.environ.get("DOCS_EXECUTE"))
+LINKED = ("run.py", "configs", "squeeze_jax")  # what notebooks need of the repository
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import squeeze_jax  # noqa: E402
@@ -29,6 +31,8 @@ extensions = [
 exclude_patterns = [
     "_build",
     "_generated",
+    *(f"_notebooks/{name}" for name in LINKED),
+    "_notebooks/runs",
     "jupyter_execute",
     "requirements.txt",
     "results",
@@ -40,9 +44,10 @@ html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "force" if os.environ.get("DOCS_EXECUTE") else "off"
+nb_execution_mode = "force" if EXECUTE else "off"
 nb_execution_timeout = 3600
 nb_execution_raise_on_error = True
+nb_render_markdown_format = "myst"  # notebooks show tables
 
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
@@ -90,12 +95,19 @@ def escaped(line, section):
 
 
 def prepare(app):
-    """Copies the notebooks into the sources and generates the tables."""
+    """Copies the notebooks into the sources and generates the tables.
+
+    A notebook finds the repository by `run.py`, and trains in `runs` beside it. With a link to `run.py` beside the copies, that is
+    `docs/_notebooks/runs`, and a build never continues a run of the user or of an earlier build.
+    """
     import tables
 
     target = DOCS / "_notebooks"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(DOCS.parent / "notebooks", target)
+    if EXECUTE:
+        for name in LINKED:
+            (target / name).symlink_to(DOCS.parent / name)
     tables.write(DOCS / "_generated")
 
 
