@@ -55,6 +55,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force" if EXECUTE else "off"
 nb_execution_timeout = 3600
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 nb_render_markdown_format = "myst"  # notebooks show tables
 
 autodoc_typehints = "description"
