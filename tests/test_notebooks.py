@@ -41,7 +41,7 @@ SMALL = {
         "ROWS": 64,
         "LAYERS": 5,
     },
-    "04_squeezebert": {
+    "03_squeezebert": {
         "STEPS": 2,
         "BATCH": 8,
         "LENGTH": 32,
@@ -86,6 +86,17 @@ def shrink(notebook, values):
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(source))
 
 
+def sections(notebook):
+    """[(heading, outputs of the section's cells)] of an executed notebook."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            found.append((cell.source.splitlines()[0], []))
+        elif cell.cell_type == "code" and found:
+            found[-1][1].extend(cell.outputs)
+    return found
+
+
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
     """Name of a kernel of the interpreter that runs the tests, whatever kernels are installed."""
@@ -106,7 +117,7 @@ def test_there_are_notebooks_and_each_has_small_values():
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_runs_to_the_end(name, kernel, tmp_path, request):
-    """A cell that raises ends the test with its traceback; a notebook draws something, and ends with its work done."""
+    """A cell that raises ends the test with its traceback; each section but the last asks a question and shows an answer."""
     notebook = read(name)
     values = SMALL[name]
     if whole := request.config.getoption("whole_notebooks"):
@@ -133,13 +144,12 @@ def test_runs_to_the_end(name, kernel, tmp_path, request):
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    pictures = [
-        output
-        for cell in code
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert pictures
+    *questions, _ = sections(notebook)
+    for title, outputs in questions:
+        assert title.endswith("?")
+        assert outputs, title
+    types = {kind for _, outputs in questions for o in outputs for kind in o.get("data", ())}  # fmt: skip
+    assert {"image/png", "text/markdown"} <= types
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
