@@ -1,4 +1,4 @@
-"""Image classification: images with one label each, from a source of `data/sources`."""
+"""Image classification: images with one label each, from the source that `config.data.source` names."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
