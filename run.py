@@ -46,8 +46,9 @@ def parse(argv):
         "--list",
         nargs="?",
         const="",
-        metavar="NAME",
-        help="print the names that a config may use, or the keys of one, such as --list=optim or --list=model.resnet",
+        metavar="TEXT",
+        help="print the names that a config may use; the keys of one, such as --list=optim or --list=model.resnet; or every name"
+        " and key with a text, such as --list=pruning",
     )
     parser.add_argument(
         "inputs", nargs="*", help="files, folders or texts, for --job=predict"
@@ -100,10 +101,10 @@ def parse(argv):
 
 def help_text(parser, args):
     """Returns what --help or --list prints."""
-    from squeeze_jax.jobs import _help
+    from squeeze_jax.jobs import _help, _search
 
     if args.list is not None:
-        return _help.describe_keys(args.list) if args.list else _help.list_names()
+        return _search.describe(args.list) if args.list else _help.list_names()
     if args.job is not None:
         return _help.describe_job(args.job)
     parser.epilog = f"{_help.list_jobs()}\n\nNames and keys for configs: --list"
@@ -116,7 +117,10 @@ def parser_flags(parser):
 
 
 def file_and_argument(config):
-    """A config file, and what its `get_config` is called with: of "x.py:mrpc" x.py and ("mrpc",), of "x.py" ()."""
+    """Splits the value of --config into a path and the arguments of `get_config`.
+
+    "x.py:mrpc" gives (Path("x.py"), ("mrpc",)), and "x.py" gives (Path("x.py"), ()).
+    """
     from squeeze_jax import files
 
     whole = files.path(config, "--config")

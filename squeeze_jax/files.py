@@ -41,7 +41,7 @@ class DiskFull(UserError):
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that led to it, tells of a full disk; libraries wrap the system's error in their own."""
+    """Returns whether an exception tells of a full disk, or one that led to it: libraries wrap the system's errors."""
     if error is None:
         return False
     if isinstance(error, DiskFull) or getattr(error, "errno", None) in _FULL:

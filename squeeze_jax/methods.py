@@ -302,7 +302,7 @@ def exchange(value: Any, where: str = "exchange") -> Exchange:
 
 
 def _takes(value: Any, count: int) -> bool:
-    """Whether a value is a function that can be called with so many positional arguments; a NamedTuple is none."""
+    """Returns whether a value is a function that takes so many positional arguments; a NamedTuple is none."""
     if not callable(value) or isinstance(value, tuple):
         return False
     try:

@@ -45,7 +45,7 @@ class Range(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """The interval as mathematicians write it, such as [0, 1)."""
+        """Returns the interval as mathematicians write it, such as [0, 1)."""
         left, right = "[("[self.open_low], "])"[self.open_high]
         return f"{left}{_number(self.low)}, {_number(self.high)}{right}"
 

@@ -20,7 +20,7 @@ import types
 import typing
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,12 +72,12 @@ def load(package: str, name: str, what: str = "") -> types.ModuleType:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name in a config is the path of a Python file of the user's own."""
+    """Returns whether a name in a config is the path of a Python file of the user's own."""
     return isinstance(name, str) and name.endswith(".py")
 
 
 def own_files() -> dict[str, str]:
-    """{file's name without ".py": path} of the user's own files that were imported."""
+    """Returns {file's name without ".py": path} for the user's own files that were imported."""
     return {pathlib.Path(path).stem: path for path in _own_paths()}
 
 
@@ -283,8 +283,39 @@ def fault(value, hint, where: str) -> str:
     """
     if not fits(value, hint):
         value, hint, where = _culprit(value, hint, where)
-        return f"{where} = {shown(value)} ({type(value).__name__}) should be {describe(hint)}"
+        example = _tuple_example(value, hint)
+        such_as = f", such as {shown(example)}" if example else ""
+        return f"{where} = {shown(value)} ({type(value).__name__}) should be {describe(hint)}{such_as}"
     return _outside(value, hint, where)
+
+
+def _tuple_example(value, hint) -> tuple | None:
+    """Returns a tuple that fits an annotation, of `value` alone if this fits as an item; None if the annotation has no tuple."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _tuple_example(value, args[0])
+    if origin in (typing.Union, types.UnionType):
+        return next(filter(None, (_tuple_example(value, arg) for arg in args)), None)
+    if origin not in (tuple, list, Sequence) or not args:
+        return None
+    if origin is tuple and args[-1] is not Ellipsis:
+        items = [_item_examples(None, arg) for arg in args]
+        chosen = tuple(item[n % len(item)] for n, item in enumerate(items) if item)
+        return chosen if all(items) else None
+    if value is not None and not fault(value, args[0], ""):
+        return (value,)
+    return _item_examples(value, args[0]) or None
+
+
+def _item_examples(value, hint) -> tuple:
+    """Returns one or two values that an annotation accepts; () for annotations such as dict, whose values depend on their use."""
+    samples = (("a", "b"), (1, 2), (0.25, 0.5), (True,))
+    nested = _tuple_example(value, hint)
+    literal = typing.get_args(hint)[:2] if typing.get_origin(hint) is Literal else ()
+    candidates = (literal, *samples, (nested,) if nested else ())
+    return next(
+        (c for c in candidates if c and not any(fault(v, hint, "") for v in c)), ()
+    )
 
 
 def _culprit(value, hint, where: str) -> tuple:
@@ -332,7 +363,10 @@ def _outside(value, hint, where: str) -> str:
 
 
 def fits(value, hint) -> bool:
-    """Whether a config value has the type of an annotation; an int fits a float, a list fits a tuple. Ranges are left out."""
+    """Returns whether a config value has the type of an annotation, whatever its range.
+
+    An int fits a float, and a list fits a tuple.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is typing.Any or isinstance(hint, typing.TypeVar):
         return True
@@ -361,7 +395,7 @@ def fits(value, hint) -> bool:
 
 
 def describe(hint) -> str:
-    """A type annotation as a user reads it: `one of 'sgd', 'adamw'`, `int or None`, `tuple of float`."""
+    """Returns a type annotation in words: `one of 'sgd', 'adamw'`, `int or None`, `tuple of float`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return describe(args[0])

@@ -88,7 +88,7 @@ def listen_again() -> None:
 
 
 def _ignored(number, frame):
-    """The handler: a signal is heard by its byte in the pipe."""
+    """Handles a signal by doing nothing, because `_watch` reads the signal's byte from the pipe."""
 
 
 def _watch(read: int) -> None:

@@ -17,7 +17,7 @@ Rules = Sequence[tuple[str, Any]]
 
 
 def name(path) -> str:
-    """The "/"-joined name of a key path from `jax.tree_util.tree_flatten_with_path`."""
+    """Returns the name of a key path from `jax.tree_util.tree_flatten_with_path`: its parts, joined by "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -75,17 +75,17 @@ def apply_rules(rules: Rules, tree, *, default: Any = None, where: str = "rules"
 
 
 def size(tree) -> int:
-    """Number of elements in all leaves; works on shapes (`jax.eval_shape`) as well as arrays."""
+    """Returns the number of elements in all leaves, which are arrays or shapes (of `jax.eval_shape`)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def nbytes(tree) -> int:
-    """Bytes in all leaves; works on shapes as well as arrays."""
+    """Returns the number of bytes in all leaves, which are arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def differences(expected, found) -> list[str]:
-    """One line for each name that two trees do not share with the same shape; empty where they fit."""
+    """Compares two trees; returns one line for each leaf that one of them lacks or has with another shape, [] if they fit."""
     expected, found = flatten(expected), flatten(found)
     lines = []
     for key in list(expected) + [k for k in found if k not in expected]:

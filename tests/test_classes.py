@@ -103,10 +103,51 @@ def test_a_head_begins_in_the_order_of_the_data(place, bert, names, capsys):
     np.testing.assert_allclose(logits, expected(net, batch)[:, places], atol=1e-5)
 
 
+@pytest.fixture
+def encoder(transformers, bert, tmp_path):
+    """Saves a network of transformers without a head, or with one for three classes; returns its folder."""
+
+    def save(head):
+        net, folder = bert(dict(enumerate("abc")))
+        if not head:
+            net.bert.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_head_that_does_not_fit_begins_anew(place, encoder, head, capsys):
+    built = build(place, init=dict(folder=str(encoder(head))))
+    given = built.initial_variables()["params"]
+    printed = capsys.readouterr().out
+    assert "has no head/classifier for this task and these classes" in printed
+    assert "classes    " not in printed
+    assert given["head"]["classifier"]["kernel"].shape == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        (dict(name="distill.soft_logits"), "does not name its classes: its classif"),
+        (dict(name="distill.hidden", layers=((1, 1),)), ""),
+    ],
+)
+def test_a_line_tells_of_a_teacher_without_names(place, bert, encoder, loss, line):
+    _, folder = bert(ORDERS["generic"][0]) if line else (None, encoder(False))
+    model = dict(name="bert", variant="toy", vocabulary=9)
+    teachers = dict(teachers=(dict(folder=str(folder)),))
+    built, lines = build(place, model=model, distill=teachers, objective=loss), []
+    with _teachers.open_outputs(built, lines.append):
+        pass
+    assert len(lines) == bool(line)
+    assert line in "".join(lines)
+
+
 def test_a_teacher_answers_in_the_order_of_the_data(place, bert):
     net, folder = bert(ORDERS["swapped"][0])
     source = build(place, model=dict(name="bert", variant="toy", vocabulary=9)).data
-    network, read, _ = _teachers.make_teacher(dict(folder=str(folder)), source, "here")
+    network, read, *_ = _teachers.make_teacher(dict(folder=str(folder)), source, "here")
     batch = next(source.eval(8))
     inputs = jax.tree.map(jnp.asarray, source.inputs(batch))
     (logits, _), _ = forward.run(network, read(None), inputs)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from squeeze_jax.data import text
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _compilation
+from squeeze_jax.jobs import _compilation, fit
 
 # Trains a little from fixed numbers; prints what `enable` says, and for each round the programs loaded, the weights'
 # bytes, and whether the old weights were donated. Arguments: the cache's folder, and what happens before each round.
@@ -237,6 +238,16 @@ def test_compiling_is_announced(monkeypatch):
     monkeypatch.setattr(_compilation, "QUIET_SECONDS", 1e6)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert compile_and_wait(0)[0] == "compiling  it ..."
+
+
+def test_the_compilation_for_each_length_says_why():
+    (only,) = text.batch_specs(8, (64,), {})
+    assert fit.step_name(only, 1, 1) == "the training step"
+    specs = text.batch_specs(8, (32, 64), {})
+    names = [fit.step_name(s, n, 2) for n, s in enumerate(specs[::-1], 1)]
+    assert names[0].startswith("the training step for 64 tokens (1 of 2: one for each")
+    assert names[1].startswith("the training step for 32 tokens (2 of 2: one for each")
+    assert "config.data.buckets" in names[0]
 
 
 def test_failed_compilations_are_not_announced_as_done():

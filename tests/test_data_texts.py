@@ -125,6 +125,19 @@ def test_the_held_out_rows_depend_on_their_texts_alone(place, tmp_path):
     assert not held & set(second.train_split.texts[0])  # a text that comes twice, too
 
 
+@pytest.mark.parametrize("largest", [10, 11.5])
+def test_numbers_are_not_scaled_and_a_line_tells_of_large_ones(
+    place, tmp_path, largest
+):
+    rows = [{"text": f"a {n}", "label": x} for n, x in enumerate((-2, 0.5, largest))]
+    path = lines_file(tmp_path / "a.jsonl", rows)
+    made = opened(place, path, eval=str(path), target="number")
+    assert made.train_split.labels.tolist() == [-2, 0.5, largest]
+    line = f"{path}: labels from -2 to 11.5 are trained on as they are"
+    notes = [note.partition(",")[0] for note in made.notes]
+    assert notes == ([line] if largest > 10 else [])
+
+
 def test_classes(place, tmp_path):
     made = opened(
         place, csv_file(tmp_path / "a.csv", ROWS), eval=str(tmp_path / "a.csv")

@@ -27,6 +27,7 @@ def get_config():
             "optim",
             dict(name="./my_thaw.py", layer="conv", until=3),
         ),
+        forward=(dict(name="./my_limit.py", times=20.0),),
         objective=(
             dict(name="losses.cross_entropy"),
             dict(name="./my_brier.py", weight=0.1),
@@ -51,7 +52,7 @@ def folder(tmp_path, monkeypatch):
     blocks = re.findall(
         r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL
     )
-    assert len(blocks) == PAGE.read_text().count("```python") == 11
+    assert len(blocks) == PAGE.read_text().count("```python") == 12
     for name, code in blocks:
         (tmp_path / name).write_text(code)
     (tmp_path / "config.py").write_text(CONFIG)
@@ -76,6 +77,7 @@ def test_the_examples_run_resume_and_export(folder, capsys):
     assert state.step == 6
     assert state.params["methods"]["my_brier"]["s"] != 0
     assert 0 < state.extra["my_brier"]["average"] < 1
+    assert state.extra["my_limit"]["size"] > 0
     records = [r for r in log.read(workdir / "metrics.jsonl") if "loss" in r]
     norms = [r["kernel_norm"] for r in records]
     assert norms[0] == norms[1] == norms[2] != norms[3]
@@ -129,6 +131,22 @@ def test_the_example_of_an_objective_is_the_weighted_brier_score(folder):
     # B = (0.5 - 1)^2 + 0.5^2 = 0.5, exp(-s) = 0.5
     assert value == pytest.approx(0.5 * 0.5 + np.log(2.0))
     assert state["average"] == pytest.approx(0.9 + 0.1 * 0.5)
+
+
+def test_the_example_of_a_forward_method_limits_by_its_state(folder):
+    method = make("my_limit", layer="scores", times=2.0, decay=0.75)
+    assert method.taps("scores/inputs")
+    assert not method.taps("scores/outputs")
+    x, own = jnp.array([[1.0, -3.0, 0.0, 8.0]]), methods.Own({}, {"size": jnp.float32(4)}, None, 1, True)  # fmt: skip
+    # The mean size is 3, so the average is 0.75 * 4 + 0.25 * 3 = 3.75, and the limit is 7.5.
+    limited, changes = method.intercept(None, x, own)
+    np.testing.assert_allclose(limited, [[1.0, -3.0, 0.0, 7.5]])
+    assert changes["size"] == 3.75
+    _, changes = method.intercept(None, x, own._replace(step=0))
+    assert changes["size"] == 3
+    limited, changes = method.intercept(None, x, own._replace(train=False))
+    np.testing.assert_allclose(limited, [[1.0, -3.0, 0.0, 8.0]])
+    assert changes == {}
 
 
 def test_the_example_of_gradients_moves_the_network_alone(folder):

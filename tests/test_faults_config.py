@@ -26,6 +26,7 @@ from squeeze_jax.jobs import (
     _teachers,
     _workdir,
 )
+from squeeze_jax.ranges import Count, Fraction
 from squeeze_jax.train import optim, sharding
 from squeeze_jax.train.checkpoint import Checkpoints
 
@@ -288,6 +289,24 @@ def test_a_bad_command_line_is_one_line_and_makes_no_folder(
     assert len(line) < 900
     assert caught.value.status == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "example"),
+    [
+        ("tflite", tuple[str, ...], "tuple of str, such as ('tflite',)"),
+        (3, str | tuple[str, ...], "str or tuple of str, such as ('a', 'b')"),
+        (2, tuple[Fraction, ...], "tuple of float, such as (0.25, 0.5)"),
+        ("x", tuple[tuple[str, bool], ...], "(str, bool), such as (('a', True),)"),
+        ("5", int | tuple[Count, Count], "(int, int), such as (1, 2)"),
+        ("x", tuple[dict, ...], "tuple of dict"),
+        ({"a": 1}, tuple[dict, ...], "tuple of dict, such as ({'a': 1},)"),
+    ],
+)
+def test_an_error_about_a_tuple_has_an_example(value, hint, example):
+    line = registry.fault(value, hint, "config.key")
+    assert line.startswith("config.key = ")
+    assert line.endswith(example)
 
 
 def test_errors_show_long_values_in_short():

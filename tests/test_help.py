@@ -9,7 +9,14 @@ import pytest
 import run as run_py
 from squeeze_jax import registry
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _help, _plugs, _schemas, _settings
+from squeeze_jax.jobs import (
+    _experiment,
+    _help,
+    _plugs,
+    _schemas,
+    _search,
+    _settings,
+)
 
 SETTINGS = _settings.jobs_with_settings()
 PACKAGES = {p.rstrip("."): package for package, p in _help.NAMES.values() if p}
@@ -40,16 +47,23 @@ def test_help_has_every_job_once(capsys):
 def test_help_of_a_job_lists_its_settings(capsys, job):
     text = printed(capsys, f"--job={job}", "--help")
     fields = []
-    if job in SETTINGS:
-        fields += dataclasses.fields(registry.load(_settings.JOBS, job).Settings)
-    if job == "fit":
+    # The main job also does these two.
+    for part in ("export", "benchmark") if job == "main" else (job,):
+        if part in SETTINGS:
+            fields += dataclasses.fields(registry.load(_settings.JOBS, part).Settings)
+            assert f"--config.{part}.KEY=VALUE" in text
+    if job in ("fit", "main"):
         fields += dataclasses.fields(_experiment.Experiment)
+        assert (
+            re.findall(r"^  (\w+): .*\n +settings of --job=\1;", text, re.M) == SETTINGS
+        )
     for field in fields:
         if field.name == "jobs":  # the sections of jobs
             continue
-        line = re.search(rf"^  {field.name}: .*$", text, re.M)[0]
+        lines = re.findall(rf"^  {field.name}: .*$", text, re.M)
+        assert lines
         if isinstance(field.default, int | float | str):
-            assert line.endswith(f"default {field.default!r}")
+            assert any(li.endswith(f"default {field.default!r}") for li in lines)
     assert registry.load(_settings.JOBS, job).__doc__.splitlines()[0] in text
 
 
@@ -74,6 +88,54 @@ def test_each_key_has_a_meaning(name):
         place = next(n for n, line in enumerate(lines) if line.startswith(f"  {key}: "))
         assert lines[place + 1].startswith("      "), key
     assert len(meanings) >= len(keys)
+    # A reader of --list has no source at hand.
+    assert not re.search(r"see `|VARIANTS|ACTIVATIONS|\.py\b|method file", text)
+    if name.startswith("model."):
+        assert {"widths", "absent", "norm_momentum"} <= set(keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "hit"),
+    [
+        ("PRUNING", r"method   prune\.magnitude  +Magnitude pruning with .*"),
+        ("top5", "metric   classification  .*eval_top5.*"),
+        ("span", r"loss     losses\.span  +The loss of extractive .*"),
+        ("pairs", r"source   source\.pairs  +Pairs of an image .*"),
+        ("sst2", r'key      config\.data\.task  \(glue\) .*"sst2".*'),
+        ("ptb", r"config   configs/lstm_ptb\.py  .*"),
+        ("huggingface", "job      --job=huggingface  .*"),
+        ("int8", r"format   tflite_int8  +TFLite in 8-bit.*"),
+        ("b0", r"variant  b0  +\(efficientnet\) .*"),
+        ("lr", r"key      config\.optim\.lr  +peak learning rate"),
+        ("drop_", None),
+        ("embedding_dropout", r"key      config\.model\.embedding_dropout  \(gpt2\) .*"),
+        ("absent", r"key      config\.model\.absent  +\(all models\) .*"),
+        ("every", r"key      every  +\(prune\.magnitude\) .*"),
+    ],
+)  # fmt: skip
+def test_any_text_is_searched_in_names_and_their_lines(text, hit):
+    if hit is None:
+        with pytest.raises(UserError, match="no name and no description has this tex"):
+            _search.describe(text)
+        return
+    lines = _search.describe(text).splitlines()
+    assert all(text.casefold() in line.casefold() for line in lines)
+    assert len(lines) == len(set(lines))
+    assert any(re.fullmatch(hit, line) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("losses", [f"losses.{n}" for n in registry.names("squeeze_jax.train.losses")]),
+        ("model", [f"model.{n}" for n in registry.names("squeeze_jax.models")]),
+        ("formats", registry.names("squeeze_jax.export.formats")),
+        ("jobs", [f"--job={job}" for job in _settings.job_names()]),
+    ],
+)
+def test_a_kind_lists_its_names(kind, names):
+    lines = _search.describe(kind).splitlines()
+    assert [line.split()[1] for line in lines] == names
 
 
 def test_descriptions_are_those_of_the_docstring():
@@ -96,7 +158,7 @@ def test_descriptions_are_those_of_the_docstring():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--list=optin", "no section; did you mean 'optim'"),
+        ("--list=optin", "has this text; did you mean 'optim'"),
         ("--list=model.resnett", "unknown model 'resnett'; did you mean 'resnet'"),
         ("--job=exprot", "unknown job 'exprot'; did you mean 'export'"),
     ],

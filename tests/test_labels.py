@@ -1,6 +1,7 @@
 """Labels that are no class give no number, in every loss and metric; labels that do not count may be anything."""
 
 import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ CASES = {
         "label",
     ),
     "classification": (
-        sums_of(classification, ("loss", "top1", "top5")),
+        sums_of(classification, ("loss", "top1")),
         scores(BATCH),
         {},
         "label",
@@ -147,11 +148,25 @@ def test_a_label_that_is_no_class_gives_no_number(name):
 
 
 def test_hits_of_such_a_label_are_no_number_either():
-    logits, batch = scores(2), {"label": np.array([1, 7]), "mask": np.ones(2, bool)}
+    logits = jnp.asarray(RNG.normal(size=(2, 6)), jnp.float32)
+    batch = {"label": np.array([1, 7]), "mask": np.ones(2, bool)}
     run = jax.jit(lambda b: loss_of(cross_entropy)(logits, b))
     assert np.isnan(run(batch)).all()
     sums, _ = jax.jit(lambda b: classification.measure(logits, b))(batch)
     assert np.isnan([sums[k] for k in ("loss", "top1", "top5")]).all()
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_the_top_5_of_5_classes_say_nothing(classes):
+    data = types.SimpleNamespace(label_names=tuple("abcdef"[:classes]))
+    metric = classification.make(data)
+    batch = {"label": np.array([classes - 1]), "mask": np.ones(1, bool)}
+    sums, rows = metric.measure(-jnp.arange(classes, dtype=jnp.float32)[None], batch)
+    values = metric.score(jax.device_get(sums), rows)
+    assert values["eval_accuracy"] == 0
+    # The label is the least likely of the classes.
+    assert values.get("eval_top5") == (0 if classes == 6 else None)
+    assert ("eval_top5" in metric.names) == (classes == 6)
 
 
 def test_the_map_label_that_does_not_count_is_255():

@@ -171,7 +171,7 @@ def taught(place, workdir, **changes):
 def test_the_discriminator_teaches(electra, place, tmp_path):
     workdir, params = electra
     built = taught(place, workdir)
-    ((net, read, _),) = built.teachers
+    ((net, read, *_),) = built.teachers
     assert net.model.row == models.make("electra", variant="toy", **SIZES).row
     found = tree.flatten(read(None)["params"])
     for name, value in of_the_discriminator(params).items():
@@ -226,7 +226,7 @@ def test_teachers_that_cannot_teach_are_named_at_once(place, tmp_path, noted, me
 def test_a_teacher_of_other_classes_teaches_what_lies_below(place, tmp_path):
     """The head is its own, whatever the data of the student."""
     _model_json.write(tmp_path, dict(STUDENT, num_classes=3), {})
-    ((net, _, _),) = taught(place, tmp_path).teachers
+    ((net, *_),) = taught(place, tmp_path).teachers
     assert net.model.num_classes == 3
 
 

@@ -74,12 +74,13 @@ _ELEMENTWISE |= {
 
 
 class Memory(NamedTuple):
-    """Peak memory of activations.
+    """The memory of activations at its peak, the moment of a forward pass at which most bytes are live.
 
     Attributes:
       bytes: number of bytes that are live at the peak.
-      operation: the operation at the first peak, such as "add"; "inputs" if the inputs alone need the most memory.
-      layer: the layer of that operation.
+      operation: name of the operation that runs at the peak, such as "add"; the first one if several need as much. "inputs"
+        if no operation needs more than the inputs alone.
+      layer: path of that operation's layer, such as "fire2/squeeze1x1"; "" outside all layers.
       shapes: shapes of the values that are live at the peak.
       by_layer: {layer: the most bytes that are live during any of its operations}, in order of use.
     """
@@ -92,10 +93,11 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """The bytes that XLA plans for a compiled function.
+    """The memory in bytes that XLA plans for a compiled function.
 
     Attributes:
-      weights: bytes of a module's variables, or of the arguments that `weight_argnums` names.
+      weights: bytes of a module's variables, of the arguments that `weight_argnums` names, or of the arrays that a function
+        without array arguments closes over.
       inputs: bytes of the other arguments.
       outputs: bytes of the results.
       temporary: bytes of the buffers that hold intermediate values.
@@ -124,12 +126,14 @@ def peak(
     weight_argnums: int | Sequence[int] = (),
     **kwargs,
 ) -> Memory:
-    """Finds the peak memory of activations of `fn(*args, **kwargs)` without running it.
+    """Returns the peak memory of activations of `fn(*args, **kwargs)`, which is traced but not run.
+
+    The rules by which values count are at the top of this file. Weights do not count.
 
     Args:
-      fn: any function that JAX can trace; arrays that it closes over are weights. For a Linen or NNX module the forward pass
-        is measured, also in training mode (no gradients), and the module's variables are weights. If the module returns a
-        tuple, only its first element is computed.
+      fn: a Linen or NNX module, or any function that JAX can trace. Of a module, one forward pass counts, with train=True
+        too, but no gradients; its variables are weights. If it returns a tuple, only the first element is computed. Arrays
+        that a function closes over are weights.
       *args, **kwargs: pytrees of arrays or `jax.ShapeDtypeStruct`s; a batch of one is what a device runs. Arguments
         without any array are static.
       bits: bits of a floating-point activation, 1 to 64, such as 8 for int8 or 32 for float32. None takes the size of
@@ -163,17 +167,17 @@ def compiled(
     weight_argnums: int | Sequence[int] = (),
     **kwargs,
 ) -> Compiled | None:
-    """Returns the memory that XLA plans for `fn(*args, **kwargs)`, compiled for the default device in its own dtypes.
+    """Compiles `fn(*args, **kwargs)` for the default device and returns the memory that XLA plans for it.
 
-    This takes as long as compilation. Neither this number nor `peak` bounds the other: XLA fuses more than TFLite and may
-    compute in another order, but it also transposes and packs arrays for its kernels. If no argument is an array, the
-    arrays that the function closes over become its weights; otherwise XLA would compute the result during compilation.
+    Values have their own dtypes. Neither this number nor `peak` bounds the other: XLA fuses more than TFLite and may compute
+    in another order, but it also transposes and packs arrays for its kernels. If no argument is an array, the arrays that the
+    function closes over become arguments, because XLA would otherwise compute the result during compilation.
 
     Args:
       fn, *args, weight_argnums, **kwargs: as for `peak`.
 
     Returns:
-      XLA's memory plan, or None if the backend reports none.
+      The plan, or None if the backend reports none.
 
     Raises:
       UserError: arguments that do not fit the function, or a function that neither takes nor closes over any array.

@@ -83,11 +83,11 @@ class Wire(NamedTuple):
         return sum(self.sent.values())
 
     def by_kind(self) -> dict[str, float]:
-        """{collective: bytes that each device sends}."""
+        """Returns {collective: bytes that each device sends}."""
         return _sum_by_key((kind, sent) for (kind, _), sent in self.sent.items())
 
     def by_dtype(self) -> dict[str, float]:
-        """{dtype: bytes that each device sends}."""
+        """Returns {dtype: bytes that each device sends}."""
         return _sum_by_key((dtype, sent) for (_, dtype), sent in self.sent.items())
 
 

@@ -183,7 +183,7 @@ def make(
       source: the images.
       view: the size and the transforms of the images.
       mean, std: of the pixels in units of 0..1, one number or one per channel.
-      workers, threads, cache_mb, corrupt: see `tasks/images.py`.
+      workers, threads, cache_mb, corrupt: see `tasks.images.make`.
       arrays, objective, metrics, having, augment, predict: see `ImageSet`.
       annotation: the kind of annotation that moves with the pixels; None for images that have a label.
       notes: further lines of the plan, after those about files left out and changes of the stored images.

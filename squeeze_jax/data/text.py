@@ -232,9 +232,10 @@ class SequenceReader:
         return Stream(make, start // batch, None)
 
     def eval(self, batch: int, process: tuple[int, int] = (0, 1)) -> "Stream":
-        """Returns a stream that yields every sequence once: in order, or sorted by length if there are buckets.
+        """Returns a stream of batches that together contain every sequence exactly once.
 
-        Rows of padding, with "mask" False, fill up the last batch.
+        The sequences come in the order of the split; if there are buckets, from the shortest to the longest, so that short
+        ones come in narrow batches. The last batch is filled up with rows of padding, in which "mask" is False.
 
         Args:
           batch: the size of the global batch, over all processes.

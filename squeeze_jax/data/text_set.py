@@ -58,7 +58,7 @@ def check_text(text: str, where: str) -> None:
 
 
 def path_like(word: str) -> bool:
-    """Whether a word of the command line is rather a file's name than a text: no spaces, and a known suffix."""
+    """Returns whether a word of the command line looks like a file's name: without spaces, with a suffix of texts or tables."""
     suffixes = (".txt", *tables.SUFFIXES)
     return not re.search(r"\s", word) and word.removesuffix(".gz").endswith(suffixes)
 

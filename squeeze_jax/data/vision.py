@@ -41,7 +41,7 @@ class Undecodable(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The size and the transforms of images; `make` in `tasks/images.py` describes the fields."""
+    """The size and the transforms of images; `tasks.images.make` describes the fields."""
 
     size: int | tuple[int, int]
     channels: int

@@ -150,8 +150,9 @@ def layer_pairs(
     "skip" and "last" leave the last layer to a loss of the logits.
 
     Args:
-      layers: name of a mapping, or pairs (student layer, teacher layer). A layer is a number, counted from 1, or from -1
-        for the last one backwards; or the name of an endpoint.
+      layers: the layers to compare: "uniform" pairs layer n of S with the teacher's layer n T / S of T, "skip" does so without
+        the last layer, and "last" pairs the layers before the last with the teacher's last ones. Or pairs (student layer,
+        teacher layer) of numbers, counted from 1, or from -1 for the last layer backwards, or of names of endpoints.
       student, teacher: output shapes of the networks; the endpoints of layers are called <prefix>1, <prefix>2, ….
       prefixes: prefixes of the student's and the teacher's endpoints: "layer", "scores" or "attention".
 

@@ -37,8 +37,7 @@ def make(
 
     Args:
       kind: whether to compare attention "scores" by their squared error, or "probabilities" by their KL divergence.
-      layers: the layers to compare: "uniform", "skip", "last", or pairs of numbers (student layer, teacher layer); see
-        `_loss.layer_pairs`.
+      layers: see `_loss.layer_pairs`.
       heads: "equal" compares head by head; "mean" first averages over the heads, so that their numbers may differ.
       teacher: number of the teacher, counted from 0.
 

@@ -24,8 +24,7 @@ def make(
     """Returns the loss "cosine", summed over pairs of layers.
 
     Args:
-      layers: the layers to compare, by default the last ones: "uniform", "skip", "last", or pairs (student layer, teacher
-        layer); see `_loss.layer_pairs`.
+      layers: see `_loss.layer_pairs`. By default, only the last layers are compared.
       teacher: number of the teacher, counted from 0.
 
     Raises:

@@ -40,9 +40,8 @@ def make(
     Its parameters are the regressors [student features, teacher features], called <student endpoint>_<teacher endpoint>.
 
     Args:
-      layers: the layers to compare: "uniform", "skip", "last", or pairs (student layer, teacher layer); see
-        `_loss.layer_pairs`. For images, pairs of endpoints [b, h, w, c]; the larger map is average-pooled to the height
-        and width of the smaller one.
+      layers: see `_loss.layer_pairs`. For images, pairs of endpoints [b, h, w, c]; the larger map is average-pooled to the
+        height and width of the smaller one.
       normalise: whether maps are normalised over the channels; None normalises those of text only.
       mean: weight of the squared difference of the means over the channels. In MobileBERT the weights of maps, means and
         variances are 100, 5000 and 5, for an average over its 24 layers.

@@ -35,8 +35,7 @@ def make(
     Its parameters are the projections [student features, teacher features], called <student endpoint>_<teacher endpoint>.
 
     Args:
-      layers: the layers to compare: "uniform", "skip", "last", or pairs (student layer, teacher layer); see
-        `_loss.layer_pairs`.
+      layers: see `_loss.layer_pairs`.
       embeddings: whether to compare the endpoint "embeddings" too; it has its own projection.
       project: whether to project the student's hidden states; None projects them where the widths differ.
       shared: whether all layers share one projection, as in TinyBERT; it is called "layers".

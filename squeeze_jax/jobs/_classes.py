@@ -17,6 +17,11 @@ class OtherClasses(UserError):
     """The data have other classes than a trained network."""
 
 
+def unnamed_classes_line(location: str) -> str:
+    """Returns the line about a trained classifier whose classes have no names, so that their order cannot be compared."""
+    return f"classes    {location} does not name its classes: its classifier is taken to be in the order of the data's"
+
+
 def class_positions(
     theirs: Sequence[str] | None, ours: Sequence[str], where: str, remedy: str
 ) -> tuple[int, ...] | None:

@@ -54,11 +54,12 @@ class Experiment:
     """The keys of a config.
 
     Attributes:
-      data: the section that chooses the data; its "name" is a file of `data/tasks`, by default "images".
+      data: the section that chooses the data; its "name" is a name of --list=data, by default "images".
       optim: the section that sets the optimizer, the learning rate and its schedule.
       batch: examples in one optimizer update, over all devices and accumulated parts; at least 1.
       steps: optimizer updates of the whole run, at least 1; with `phases` leave it out: it is the sum of their steps.
-      model: the section that chooses the network; may be left out if `init` names one.
+      model: the section that chooses the network; its "name" is a name of --list=model. May be left out if `init` names a
+        trained network.
       init: the section that names a trained network to begin with: a folder of transformers, the work directory of an
         earlier run, or a file of weights.
       seed: seed of the initial weights, the order of examples, augmentation and dropout; at least 0.
@@ -66,10 +67,12 @@ class Experiment:
       dtype: dtype of the computation, float32 or bfloat16; master weights stay float32.
       accumulate: number of parts that a batch is split into; they are computed one after the other to save memory.
       ema: decay of the moving average of weights, in [0, 1), 0 for none; averaged weights are evaluated and exported.
-      update: gradient transforms in order: sections that each name a method file, and once "optim" for the optimizer.
-      forward: methods that change the weights or activations of the network, in order; each section names a method file.
-      objective: the loss: a section that names a method file; or several with weights, which are added up. None takes the
-        data's own loss.
+      update: gradient transforms in order: sections that each name a method of --list=methods, and once "optim" for the
+        optimizer.
+      forward: methods that change the weights or activations of the network, in order; each section names a method of
+        --list=methods.
+      objective: the loss: a section that names a loss of --list=losses or a method; or several such sections with weights,
+        which are added up. None takes the data's own loss.
       gradients: the method that computes gradients; None for one forward and backward pass.
       exchange: the method that exchanges gradients between devices; None leaves the exchange to the compiler.
       distill: the section that names teachers and a cache for their outputs.
@@ -136,7 +139,7 @@ class Built:
       metric: the evaluation.
       mesh: the devices.
       init_network: the trained network that the run begins with, or None.
-      teachers: for each teacher its network, a function that reads its variables, and its location.
+      teachers: the networks that the run learns from.
       distill: the settings of `config.distill`.
     """
 
@@ -148,12 +151,12 @@ class Built:
     model: nn.Module
     network: forward.Network
     plugs: _plugs.Plugs
-    objective: _objective.Objective
+    objective: _objective.TrainingLoss
     owners: dict[str, states.Owner]
     metric: Metric
     mesh: Mesh
     init_network: _pretrained.PretrainedNetwork | None
-    teachers: tuple[tuple[forward.Network, Any, str], ...]
+    teachers: tuple[_teachers.Teacher, ...]
     distill: _teachers.Settings
 
     @property
@@ -190,13 +193,13 @@ class Built:
         init = {
             k: v for k, v in self.experiment.init.items() if k in ("only", "layers")
         }
-        key = jax.random.key(self.experiment.seed)
+        fresh = jax.random.key(self.experiment.seed)
         abstract = self.abstract()
         params = forward.parameters(abstract.params)
         shapes = {"params": params, "batch_stats": abstract.stats}
         init |= {"classes": self.data.label_names, "example": self.data.example()}
         initial = _pretrained.initial_variables(
-            self.init_network, self.options, shapes, key, **init
+            self.init_network, self.options, shapes, fresh, **init
         )
         _check_usable(initial, self.init_network.location)
         return initial
@@ -449,14 +452,14 @@ def _check_built(built: Built) -> None:
     _settings.check_jobs(built)
 
 
-def _bind_losses(losses, model, teachers, source) -> _objective.Objective:
+def _bind_losses(losses, model, teachers, source) -> _objective.TrainingLoss:
     """Binds the losses to the shapes of the student's and the teachers' outputs for one example."""
     if not _objective.needs_teacher(losses) and not teachers:
         return _objective.bind_losses(losses, {}, ())
     x = source.example()
     student_shapes = _objective.output_shapes(model, x)
     teacher_shapes = [
-        _objective.output_shapes(network.model, x) for network, _, _ in teachers
+        _objective.output_shapes(teacher.network.model, x) for teacher in teachers
     ]
     return _objective.bind_losses(losses, student_shapes, teacher_shapes)
 

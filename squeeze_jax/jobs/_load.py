@@ -75,7 +75,7 @@ def _load_into(net, trained, name, example, fresh):
     Raises:
       UserError: a parameter outside the classifier is missing or has another shape.
     """
-    variables = trained.plain_variables(trained.options, fresh)
+    variables, _ = trained.plain_variables(trained.options, fresh)
     shapes = foreign.variable_shapes(net, _load.example_input(net, example))
     head = _pretrained.head_prefixes(name)
     loaded, expected = tree.flatten(variables), tree.flatten(dict(shapes))

@@ -17,12 +17,14 @@ from squeeze_jax.train import forward
 from squeeze_jax.train.step import Term
 
 
-class Objective(NamedTuple):
-    """The sum of losses that training minimises.
+class TrainingLoss(NamedTuple):
+    """The weighted sum of losses that training minimises.
+
+    One of the losses is a `methods.Objective`, the value of the plug point `objective`.
 
     Attributes:
-      terms: the losses with their weights.
-      wants: names of the teacher outputs that the losses read.
+      terms: the losses with their names and weights, bound to the networks.
+      wants: names of the teachers' outputs that the losses read, each once.
     """
 
     terms: tuple[Term, ...]
@@ -35,7 +37,7 @@ class Loss(NamedTuple):
     Attributes:
       name: its name in metrics, unique in the run.
       weight: its factor in the sum.
-      method: what its method file makes: a `methods.Objective`, or an unbound distillation loss with a function `bind`.
+      method: a `methods.Objective`, or a distillation loss that is not bound yet: an object with a function `bind`.
     """
 
     name: str
@@ -53,10 +55,11 @@ def make_losses(
     Args:
       sections: {"name": "package.file", "weight": 1.0, **arguments}, or a tuple of these.
       make_method: (section, its name in the config, keys that are not arguments) → the method; see `_plugs.make_method`.
-      taken: names of the run's other methods; the losses' names are added.
+      taken: names of the run's other methods. A loss of the same name gets another name. The names of the losses are added
+        to this set.
 
     Raises:
-      UserError: the list is empty, a section names no loss, or a weight is not positive.
+      UserError: the list is empty, a section names no loss or has wrong arguments, or a weight is not positive.
     """
     listed = (sections,) if isinstance(sections, Mapping) else tuple(sections)
     if not listed:
@@ -86,11 +89,13 @@ def needs_teacher(losses: Sequence[Loss]) -> bool:
 
 def bind_losses(
     losses: Sequence[Loss], student_shapes, teacher_shapes: Sequence
-) -> Objective:
-    """Builds the objective: binds the distillation losses to the shapes of the student's and the teachers' outputs.
+) -> TrainingLoss:
+    """Returns the training loss, in which the distillation losses are bound to the outputs of the student and the teachers.
+
+    Binding decides which outputs a loss compares and which parameters it owns, such as projections between two widths.
 
     Args:
-      losses: of `make_losses`.
+      losses: the result of `make_losses`.
       student_shapes: {"logits": shape, endpoint: shape}, see `output_shapes`.
       teacher_shapes: the same for each teacher.
 
@@ -116,7 +121,7 @@ def bind_losses(
             objective = _distillation_objective(loss.name, bound)
         wants += objective.wants
         terms.append(Term(loss.name, loss.weight, objective))
-    return Objective(tuple(terms), tuple(dict.fromkeys(wants)))
+    return TrainingLoss(tuple(terms), tuple(dict.fromkeys(wants)))
 
 
 def _distillation_objective(name, bound) -> methods.Objective:
@@ -133,10 +138,10 @@ def _distillation_objective(name, bound) -> methods.Objective:
 
 
 def output_shapes(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:
-    """Returns the shapes of a network's outputs: {"logits": shape, endpoint: shape}.
+    """Returns the shapes of a network's outputs, {"logits": shape, endpoint: shape}, without running it.
 
     Args:
-      net: returns (logits, endpoints).
+      net: the module; its call returns (logits, endpoints).
       inputs: shapes of its inputs.
       train: whether it is called in training mode.
     """
@@ -157,11 +162,11 @@ def teacher_function(
 
     Args:
       networks: the teachers.
-      wants: names of the outputs that losses read; a teacher without one of them leaves it out.
-      inputs: batch → what the networks are called with.
+      wants: names of the outputs to return, "logits" or endpoints; a teacher that lacks one leaves it out.
+      inputs: batch → inputs of the networks.
 
     Returns:
-      (variables of each teacher, batch) → a tuple with one dict {output name: array [b, ...]} per teacher.
+      (a tuple of each teacher's variables, batch) → a tuple with one dict {output name: array [b, ...]} per teacher.
     """
 
     def teach(variables, batch):

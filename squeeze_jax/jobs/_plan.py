@@ -58,7 +58,7 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     if built.init_network is not None:
         rows["begins with"] = built.init_network.description
     if built.teachers:
-        rows["learns from"] = ", ".join(location for _, _, location in built.teachers)
+        rows["learns from"] = ", ".join(teacher.location for teacher in built.teachers)
     return "\n".join(f"{k:<10} {v}" for k, v in rows.items())
 
 

@@ -19,14 +19,17 @@ from flax import traverse_util
 from squeeze_jax import models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _classes, _model_json, _plugs
+from squeeze_jax.models import _folder
 from squeeze_jax.ranges import Layers, OptionalPath
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
 
 _LAYER_NAME = re.compile(r"^layer(\d+)/")
-# Published checkpoints pad their embedding table to a multiple of 8 or 64 rows.
-_MAX_PADDING_ROWS = 128
+CLASSIFIER_LAYER = "head/classifier"  # of an encoder: its outputs are the classes
+# Published checkpoints pad their embedding table to a multiple of up to 128 rows, so it has at most this many rows more than
+# the vocabulary has tokens.
+_MAX_PADDING_ROWS = 127
 
 
 class PretrainedNetwork(NamedTuple):
@@ -34,16 +37,20 @@ class PretrainedNetwork(NamedTuple):
 
     Attributes:
       options: the arguments of `models.make` that build it.
-      read_variables: (options, key) → variables for `forward.run`, as numpy arrays. `key` initialises head parameters that
-        the weights lack.
+      read_variables: (options, fresh) → (variables, fresh layers): reads the weights into the network that `models.make`
+        builds of the options, see `_folder_reader`. The variables are numpy arrays for `forward.run`. Only a folder of
+        `transformers` reads the arguments, because only a folder may have layers that are initialised; the other readers
+        return () for the fresh layers.
       location: the folder, work directory or file, as error messages name it.
       forward_sections: the sections of `config.forward` that the network was trained with.
-      first_step: the step at which its last training phase began.
-      class_names: names of the classes in the order of the head's outputs; None if they are unknown.
+      first_step: the step at which its last training phase began; the methods of `config.forward` count from it.
+      class_names: names of the classes in the order of the head's outputs; None if they are unknown or it has no classes.
     """
 
     options: dict[str, Any]
-    read_variables: Callable[[dict[str, Any], jax.Array | None], dict[str, Any]]
+    read_variables: Callable[
+        [dict[str, Any], jax.Array | None], tuple[dict[str, Any], tuple[str, ...]]
+    ]
     location: str
     forward_sections: tuple = ()
     first_step: int = 0
@@ -55,8 +62,8 @@ class PretrainedNetwork(NamedTuple):
         """Returns a module together with the methods of `config.forward` that this network was trained with.
 
         Args:
-          model: the module.
-          example: shapes of the module's inputs.
+          model: the module, such as `models.make(**self.options)`.
+          example: shapes of the module's inputs; None if only the methods that change weights matter.
           dtype: the dtype of the computation.
         """
         methods = _plugs.make_forward_methods(self.forward_sections, set())
@@ -65,29 +72,32 @@ class PretrainedNetwork(NamedTuple):
         )
 
     def plain_variables(
-        self, options: Mapping[str, Any], key: jax.Array | None
-    ) -> dict[str, Any]:
+        self, options: Mapping[str, Any], fresh: jax.Array | None
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Reads the weights and applies the methods that change weights, such as pruning masks.
 
         Methods that change activations are left out.
 
         Args:
-          options: the arguments of `models.make` for the network to read the weights into.
-          key: initialises head parameters that the weights lack.
+          options, fresh: see `_folder_reader`.
 
         Returns:
-          {"params", "batch_stats"}, numpy arrays.
+          ({"params", "batch_stats"} of numpy arrays, the layers that were initialised).
+
+        Raises:
+          UserError: the weights are missing, damaged or do not fit.
         """
-        variables = self.read_variables(options, key)
+        variables, fresh_layers = self.read_variables(options, fresh)
         if not self.forward_sections:
-            return {
-                k: variables[k] for k in ("params", "batch_stats") if k in variables
-            }
+            kept = ("params", "batch_stats")
+            plain = {k: variables[k] for k in kept if k in variables}
+            return plain, fresh_layers
         network = self.with_forward_methods(models.make(**options), None, "float32")
         network, variables = forward.fold_reparametrizations(network, variables)
         params = forward.parameters(variables["params"])
         stats = variables["batch_stats"]
-        return jax.device_get({"params": params, "batch_stats": stats})
+        plain = jax.device_get({"params": params, "batch_stats": stats})
+        return plain, fresh_layers
 
     @property
     def description(self) -> str:
@@ -101,15 +111,17 @@ class PretrainedNetwork(NamedTuple):
 def find_network(
     folder: OptionalPath = "", workdir: OptionalPath = "", *, where: str
 ) -> PretrainedNetwork:
-    """Finds a trained network in a folder or a work directory. The weights are read later.
+    """Finds a trained network in a folder or a work directory. Its weights are not read yet.
 
     Args:
-      folder: a folder as `transformers` writes it: config.json beside model.safetensors or pytorch_model.bin.
+      folder: a folder as `transformers` writes it: config.json beside model.safetensors or pytorch_model.bin. Without
+        weights it is an error of `read_variables` only.
       workdir: the work directory of a run of this project.
       where: the config section that names the network, for error messages.
 
     Raises:
-      UserError: both `folder` and `workdir` are set, or neither is, or the place holds no network.
+      UserError: both `folder` and `workdir` are set, or neither is; the folder has no config.json, or of an unknown
+        architecture; nothing was trained in the work directory.
     """
     if bool(folder) == bool(workdir):
         raise UserError(
@@ -130,7 +142,7 @@ def find_network(
     note = _model_json.checkpoint_note(pathlib.Path(workdir), **checkpoint_settings)
     return PretrainedNetwork(
         _checkpoint_options(note, saved_model),
-        lambda options, key: read_checkpoint(workdir, **checkpoint_settings),
+        lambda options, fresh: (read_checkpoint(workdir, **checkpoint_settings), ()),
         workdir,
         note.get("forward", ()),
         note.get("first", 0),
@@ -148,7 +160,10 @@ def network_from_init(
     only: str = "",
     layers: tuple[Layers, ...] = (),
 ) -> PretrainedNetwork | None:
-    """Checks `config.init` and returns the trained network that it names; the parameters are the section's keys.
+    """Checks the section `config.init` and returns the trained network that it names. The parameters are the section's keys.
+
+    A file of weights does not say which network it belongs to. For a file the result is None, and `network_from_file` returns
+    the network of `config.model`. `only` and `layers` are checked here; `initial_variables` applies them.
 
     Args:
       folder: a folder of `transformers` to begin with: config.json beside model.safetensors or pytorch_model.bin.
@@ -162,10 +177,11 @@ def network_from_init(
       layers: layers of the trained network to take, counted from 1, as layers 1, 2, ... of the new one; () takes all.
 
     Returns:
-      The network; None for a file, whose network is the one of `config.model`, see `network_from_file`.
+      The network, whose weights are not read yet; None for a file.
 
     Raises:
-      UserError: the keys contradict each other, or the place holds no network.
+      UserError: not exactly one of `folder`, `workdir` and `file` is set; the folder or work directory holds no network; a
+        key of files is set without a file; a layer is below 1; or `only` is no regular expression.
     """
     if file and (folder or workdir):
         raise UserError(
@@ -198,18 +214,18 @@ def network_from_file(
     *,
     needed: bool = True,
 ) -> PretrainedNetwork:
-    """Returns the network of `config.model` with the weights of a file. The weights are read later.
+    """Returns the network of `config.model`, which gets its weights from a file. The file is not read yet.
 
     Args:
       options: the arguments of `models.make` that build the network.
       example: shapes of the network's inputs.
       file: the path of the file.
-      names, under, key: see `network_from_init`.
-      needed: whether the file has to exist; a run that continues from a checkpoint does not read it again.
+      names, under, key: keys of the section `config.init`, see `network_from_init`.
+      needed: whether a missing file is an error; a run that continues from a checkpoint does not read the file again.
 
     Raises:
-      UserError: the file does not exist, the network has no map for its parameter names, or the network computes something
-        else than the one that the weights were trained for.
+      UserError: the file does not exist, the network has no map from the names in the file to its parameters, or its
+        options make it compute something else than the network that the weights were trained for.
     """
     module = registry.load("squeeze_jax.models", options["name"], "model")
     net = models.make(**options)
@@ -224,7 +240,7 @@ def network_from_file(
         )
         for line in lines:
             print(f"weights    {line}")
-        return variables
+        return variables, ()
 
     return PretrainedNetwork(dict(options), read_variables, file)
 
@@ -232,15 +248,23 @@ def network_from_file(
 def pretrained_part(
     network: PretrainedNetwork, task: str | None, name: str | None = None
 ) -> PretrainedNetwork:
-    """Returns the part of a pretrained network that training continues with, such as ELECTRA's discriminator.
+    """Returns the part of a pretrained network that a run begins with, or the whole network if the run continues it.
 
-    Returns the network itself if its model file has no `fine_tuned`, if `name` is its own name, or if `name` is None and
-    `task` is the task that it was trained for.
+    Some networks exist for pretraining only. `electra_pretraining`, for example, consists of a generator and a discriminator,
+    of which fine-tuning needs the discriminator alone. The model file of such a network has a function `fine_tuned`, which
+    says how to build the part and how to take its variables from those of the whole.
+
+    The whole network is returned if its model file has no `fine_tuned`, or if the run continues the pretraining: `name` is the
+    network's own name, or `name` is None and the data have the network's task.
 
     Args:
       network: the pretrained network.
-      task: the task of the data.
-      name: the model that the config asks for; None if the config leaves it open.
+      task: the task of the data, such as "classification"; None if they have none.
+      name: `config.model.name`; None if the config does not name a model.
+
+    Returns:
+      The network to begin with. The methods that the whole network was trained with are already applied to a part's weights,
+      and its classes are not known.
     """
     pretrained_name = network.options["name"]
     make_options = {k: v for k, v in network.options.items() if k != "name"}
@@ -252,17 +276,29 @@ def pretrained_part(
     part_options, part_of = module.fine_tuned(make_options)
     return PretrainedNetwork(
         part_options,
-        lambda _, key: part_of(network.plain_variables(network.options, key)),
+        lambda options, fresh: (
+            part_of(network.plain_variables(network.options, fresh)[0]),
+            (),
+        ),
         network.location,
     )
 
 
 def _folder_reader(folder):
-    """Returns the function `read_variables` of a `PretrainedNetwork` for a folder of `transformers`."""
+    """Returns the function `read_variables` of a `PretrainedNetwork` for a folder of `transformers`.
 
-    def read_variables(options, key):
-        make_options = {k: v for k, v in options.items() if k != "name"}
-        return models.load(folder, fresh=key, **make_options)[1]
+    The function takes two arguments and returns (variables, names of the layers that were initialised). Its arguments are
+
+    - options: the arguments of `models.make` for the network that gets the weights. Its head may be for another task or for
+      another number of classes than the one in the folder.
+    - fresh: a key from `jax.random.key` that initialises the layers of this head which the folder lacks or has for another
+      number of classes. With None they are a UserError.
+    """
+
+    def read_variables(options, fresh):
+        options = {k: v for k, v in options.items() if k != "name"}
+        task = options.pop("task", None)
+        return _folder.load_and_list_fresh(folder, task, fresh, options)[1:]
 
     return read_variables
 
@@ -310,15 +346,17 @@ def has_checkpoint(workdir: pathlib.Path) -> bool:
 def config_without_training(
     workdir: pathlib.Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int, dict[str, Any] | None]:
-    """Returns a run's config without what only training needs, with the trained network's options as "model".
+    """Removes the keys that only training reads from a run's config, and makes it name the trained network.
+
+    The removed keys are `init`, `distill`, the training methods, and the optimizer's rules over parameter names.
 
     Args:
       workdir: the run's work directory.
       config: the run's config.
 
     Returns:
-      The config with the trained network's options as its section "model"; the index of the phase that the trained network
-      comes from; and the network's options. If nothing was trained yet: the config as it is, 0 and None.
+      A tuple of the reduced config, in which "model" holds the options of the trained network; the index of the phase that
+      this network comes from; and its options. If nothing was trained yet: the config as it is, 0 and None.
     """
     saved_model, reduced = _model_json.read(workdir), dict(config)
     if saved_model is None:
@@ -348,23 +386,24 @@ def initial_variables(
     network: PretrainedNetwork,
     options: Mapping[str, Any],
     shapes: Mapping[str, Any],
-    key: jax.Array,
+    fresh: jax.Array,
     *,
     only: str = "",
     layers: tuple[int, ...] = (),
     classes: Sequence[str] = (),
     example: Any = None,
 ) -> dict[str, Any]:
-    """Returns the variables of a trained network that a new network begins with.
+    """Returns the variables that a new network takes from a trained one, and prints what happens to the classifier.
 
-    A head parameter is left out if the trained network has it for another task, with another shape, or not at all; the
-    caller initialises it.
+    Parameters of the head (see `head_prefixes`) need not fit: what the trained network has for another task, with another
+    shape or not at all begins anew. The result lacks such a parameter, and the caller initialises it; only the layers that a
+    folder of `transformers` lacks are initialised here, by `fresh`. All other parameters have to fit.
 
     Args:
       network: the trained network.
       options: the arguments of `models.make` that build the new network.
       shapes: {"params", "batch_stats"} of the new network, as `jax.ShapeDtypeStruct`s.
-      key: initialises head parameters that a folder of `transformers` lacks.
+      fresh: a key from `jax.random.key`.
       only: a regular expression; takes only the parameters whose names it matches; "" takes all.
       layers: the trained network's layers to take, counted from 1, as layers 1, 2, ... of the new network; () takes all.
       classes: names of the data's classes; a trained head for the same classes is put into their order.
@@ -374,12 +413,13 @@ def initial_variables(
       {"params", "batch_stats"}, numpy arrays in the dtypes of `shapes`; some leaves may be left out.
 
     Raises:
-      UserError: a parameter outside the head is missing or has another shape (names the first), `only` matches no
-        parameter, or the trained head has as many classes as the data, but others.
+      UserError: the weights are missing, damaged or do not fit `network` itself; a parameter outside the head is missing or
+        has another shape (names the first); `only` matches no parameter; the trained network has no layer of a number in
+        `layers`; or its head has as many classes as the data, but others.
     """
     takes_all = not only and not layers
-    pretrained_variables = network.plain_variables(
-        {**network.options, **options} if takes_all else network.options, key
+    pretrained_variables, fresh_layers = network.plain_variables(
+        {**network.options, **options} if takes_all else network.options, fresh
     )
     params = pretrained_variables["params"]
     if network.options.get("task", options.get("task")) != options.get("task"):
@@ -388,7 +428,8 @@ def initial_variables(
     if layers:
         params = _selected_layers(params, layers, network.location)
     head = head_prefixes(options["name"])
-    if _takes_whole_head(params, shapes["params"], head, only):
+    trained_head = CLASSIFIER_LAYER not in fresh_layers
+    if trained_head and _takes_whole_head(params, shapes["params"], head, only):
         params = _match_class_order(network, params, options, classes, example)
     pretrained_variables = pretrained_variables | {"params": params}
     initial = {}
@@ -412,6 +453,14 @@ def initial_variables(
                     " only what fits by config.init.only, a regular expression over names"
                 )
         initial[collection] = traverse_util.unflatten_dict(taken, sep="/")
+    left_out = tree.flatten(shapes["params"]).keys() - tree.flatten(initial["params"])
+    fresh_layers = {*fresh_layers, *(name.rpartition("/")[0] for name in left_out)}
+    # `only` asks for this, and the reader of a file, whose network is that of the config, has said it.
+    if fresh_layers and not only and network.options != dict(options):
+        print(
+            f"weights    {network.location} has no {', '.join(sorted(fresh_layers))} for this task and these classes:"
+            " initialised anew"
+        )
     return initial
 
 
@@ -443,10 +492,7 @@ def _match_class_order(network, params, options, classes, example):
       params: of the trained network.
     """
     if network.class_names is None and classes:
-        print(
-            f"classes    {network.location} does not name its classes: its classifier is taken to be in the order of the"
-            " data's"
-        )
+        print(_classes.unnamed_classes_line(network.location))
     remedy = "leave the head out by config.init.only, a regular expression over names"
     positions = _classes.class_positions(
         network.class_names, classes, network.location, remedy
@@ -460,17 +506,19 @@ def _match_class_order(network, params, options, classes, example):
 
 
 def head_prefixes(model: str) -> tuple[str, ...]:
-    """Returns the prefixes of the classifier's parameter names; a network for other classes initialises those anew.
+    """Returns the prefixes of the names of the head's parameters, such as ("pooler/", "head/"); () for a network without one.
+
+    The head depends on the task and the classes; so a network for other ones initialises it anew.
 
     Args:
-      model: the name of a file of `models`.
+      model: the name of a file of `models`, which declares them as CLASSIFIER.
     """
     module = registry.load("squeeze_jax.models", model, "model")
     return tuple(f"{layer}/" for layer in getattr(module, "CLASSIFIER", ()))
 
 
 def _without_head(params, model):
-    """Returns the parameters without those of the classifier; `model` is the name of a file of `models`."""
+    """Returns the parameters without those of the head; `model` is the name of a file of `models`."""
     head = head_prefixes(model)
     return traverse_util.unflatten_dict(
         {k: v for k, v in tree.flatten(params).items() if not k.startswith(head)},
@@ -502,9 +550,13 @@ def _selected_layers(params, layers, location):
 
 
 def vocabulary_fits(net: nn.Module, vocabulary_size: int) -> bool:
-    """Returns whether a network's embedding table is for a vocabulary of this size.
+    """Returns whether a network's embedding table has a row for each token of a vocabulary, and few rows more.
 
-    The table may have up to 127 padding rows. A network without an embedding fits every vocabulary.
+    Up to `_MAX_PADDING_ROWS` further rows are padding. A network without an embedding table fits every vocabulary.
+
+    Args:
+      net: the network.
+      vocabulary_size: the number of tokens of the vocabulary.
     """
     row = getattr(net, "row", None)
-    return row is None or 0 <= row.vocabulary - vocabulary_size < _MAX_PADDING_ROWS
+    return row is None or 0 <= row.vocabulary - vocabulary_size <= _MAX_PADDING_ROWS

@@ -9,7 +9,7 @@ import pathlib
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,23 @@ from squeeze_jax.train import forward, sharding
 PROGRESS_SECONDS = 10.0  # between two progress lines while a cache is filled
 HEAD_OUTPUTS = {"logits", "pooled"}  # outputs that depend on the head's weights
 FINGERPRINT_EXAMPLES = 256  # training examples whose checksum identifies the data
+
+
+class Teacher(NamedTuple):
+    """A trained network that the run learns from.
+
+    Attributes:
+      network: the network as it is run, with its classes in the order of the data's.
+      read_variables: reads its variables, numpy arrays for `forward.run`. It takes a key from `jax.random.key`, which
+        initialises the head if a folder lacks it; with None a missing head is a UserError.
+      location: the folder or work directory, as lines and error messages name it.
+      class_names: names of its classes, in the order of its own head; None if they are unknown.
+    """
+
+    network: forward.Network
+    read_variables: Callable[[jax.Array | None], dict[str, Any]]
+    location: str
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +100,8 @@ class ComputedOutputs(TeacherOutputs):
         replicated = sharding.replicated(built.mesh)
         # A folder without a head can still teach its hidden states: then any head will do.
         needs_head = HEAD_OUTPUTS & set(built.objective.wants)
-        key = None if needs_head else jax.random.key(0)
-        variables = tuple(
-            read_variables(key) for _, read_variables, _ in built.teachers
-        )
+        fresh = None if needs_head else jax.random.key(0)
+        variables = tuple(teacher.read_variables(fresh) for teacher in built.teachers)
         self.step_arguments = (jax.device_put(variables, replicated),)
         self.teach = teach
 
@@ -163,8 +178,11 @@ def open_outputs(built, say: Callable[[str], None]) -> Iterator[TeacherOutputs]:
     if not built.teachers:
         yield TeacherOutputs()
         return
-    networks = [network for network, _, _ in built.teachers]
+    networks = [teacher.network for teacher in built.teachers]
     wants = built.objective.wants
+    for teacher in built.teachers if "logits" in wants else ():
+        if teacher.class_names is None and built.data.label_names:
+            say(_classes.unnamed_classes_line(teacher.location))
     teach = _objective.teacher_function(networks, wants, built.data.inputs)
     computed = ComputedOutputs(built, teach)
     if not built.distill.cache:
@@ -225,7 +243,7 @@ def _open_caches(built, example_shapes, variables) -> list[Cached]:
     data = f"data {_checksum([repr(_sorted_keys(built.experiment.data)).encode()])}"
     data += f" {_sample_checksum(built.data)}"
     for number, (shapes, own) in enumerate(zip(example_shapes, variables, strict=True)):
-        network, _, location = built.teachers[number]
+        network, _, location, _ = built.teachers[number]
         leaves = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(own)))
         architecture = repr(network.model) + network.dtype
         row_shapes = jax.tree.map(
@@ -304,21 +322,22 @@ def _fill_caches(
 
 def make_teacher(
     section: Mapping[str, Any], source: Data, where: str, dtype: str = "float32"
-) -> tuple[forward.Network, Callable[[jax.Array | None], dict[str, Any]], str]:
-    """Builds a teacher that one entry of `config.distill.teachers` names. Its weights are read later.
+) -> Teacher:
+    """Builds the teacher that one entry of `config.distill.teachers` names. Its weights are not read yet.
+
+    Teacher and student see the same batches, so the teacher must read the student's data as they are. If both have the same
+    classes in another order, the teacher's logits are put into the order of the data.
 
     Args:
-      section: {"folder": DIR} or {"workdir": DIR}.
-      source: the student's data; they decide the task of a folder's network.
+      section: {"folder": DIR} for a folder of `transformers`, or {"workdir": DIR} for an earlier run.
+      source: the student's data. Their task and classes are the defaults for a folder, which need not have a head.
       where: the section's name in the config, for error messages.
-      dtype: the dtype of the computation.
-
-    Returns:
-      The network; a function that reads its variables, see `PretrainedNetwork.read_variables`; and its location.
+      dtype: the dtype of the teacher's computation.
 
     Raises:
-      UserError: there is no network, or it cannot read the student's data: other inputs, another normalisation of images,
-        another vocabulary, as many classes but others, or inputs that it samples itself.
+      UserError: the section has other keys; there is no network in the folder or work directory; the network reads images
+        and the data are texts, or the other way round; it was trained with another normalisation of images, another
+        vocabulary, or with as many classes of other names; or it replaces tokens itself, as ELECTRA's pretraining network.
     """
     if not isinstance(section, Mapping):
         raise UserError(
@@ -355,13 +374,26 @@ def make_teacher(
     if positions is not None:
         net = _classes.ReorderedClasses(net, positions)
     teacher = network.with_forward_methods(net, source.example(), dtype)
-    return teacher, lambda key: network.read_variables(options, key), network.location
+    return Teacher(
+        teacher,
+        lambda fresh: network.read_variables(options, fresh)[0],
+        network.location,
+        network.class_names,
+    )
 
 
 def _class_positions(network, options, source) -> tuple[int, ...] | None:
     """Returns the position of each of the data's classes among the outputs of a teacher's head.
 
     Returns None if the order is the same or unknown, or if the teacher has another number of classes.
+
+    Args:
+      network: the teacher.
+      options: the arguments of `models.make` that build it.
+      source: the student's data.
+
+    Raises:
+      OtherClasses: the teacher has as many classes, but with other names.
     """
     if options.get("num_classes") != source.model.get("num_classes"):
         return None

@@ -159,7 +159,7 @@ def is_begun(workdir: pathlib.Path) -> bool:
 
 
 def is_trained(workdir: pathlib.Path) -> bool:
-    """Whether a work directory has a checkpoint."""
+    """Returns whether a work directory has a checkpoint."""
     return _steps_done(workdir) is not None
 
 

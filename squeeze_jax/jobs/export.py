@@ -30,7 +30,7 @@ class Settings:
     """The keys of `config.export`.
 
     Attributes:
-      formats: the formats to write, each once: names of files in `export/formats`.
+      formats: the formats to write, each once: names of --list=formats.
       calibration: number of training examples for measuring the value ranges of integer formats; at least 1.
       check: number of test examples on which each file must agree with the live model; at least 1.
       tolerance: largest allowed difference between a float file's logits and the live model's, as a fraction of the

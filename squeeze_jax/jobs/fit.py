@@ -4,6 +4,7 @@ import contextlib
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -363,10 +364,28 @@ class CompiledStep:
     def _compiled_for(self, shape_key):
         if shape_key not in self._compiled:
             spec = self._specs[shape_key]
-            with _compilation.compiling(self._say, "the training step"):
+            name = step_name(spec, len(self._compiled) + 1, len(self._specs))
+            with _compilation.compiling(self._say, name):
                 step = compile_step(self._built, spec, self.teacher_outputs)
             self._compiled[shape_key] = step
         return self._compiled[shape_key]
+
+
+def step_name(spec: Mapping[str, Any], number: int, count: int) -> str:
+    """Returns how a progress line calls a compiled training step; if there are several, it says why.
+
+    Args:
+      spec: {name: shape} of the step's batches, see `data.specs`.
+      number: which of the steps it is, from 1.
+      count: the number of steps: one for each shape of batches.
+    """
+    if count == 1:
+        return "the training step"
+    length = spec["tokens"].shape[-1]
+    return (
+        f"the training step for {length} tokens ({number} of {count}: one for each length of config.data.buckets and"
+        " config.data.length)"
+    )
 
 
 def _shape_key(arrays) -> tuple:

@@ -131,7 +131,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      task: task of the head, see `heads.Head`.
+      task: see `_encoder.Head`.
       segments: rows of the table of segments that replace the variant's; 0 for no segments.
       pooler: whether the network has a pooler; None for one if the task needs it.
       **options: see `_encoder.Options`.

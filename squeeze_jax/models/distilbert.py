@@ -116,7 +116,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      task: task of the head, see `heads.Head`.
+      task: see `_encoder.Head`.
       span_dropout: dropout rate before the last layer of the task span.
       **options: see `_encoder.Options`; head_dropout acts in the tasks classification and choice, `dropout` in the task tokens.
 

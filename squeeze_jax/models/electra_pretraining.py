@@ -157,7 +157,7 @@ def make(
       variant: a row of VARIANTS, the discriminator's sizes.
       generator: the generator's channels, heads and feed-forward channels as a fraction of the discriminator's; None for the
         paper's. Both have the same number of layers.
-      segments: see `bert.make`.
+      segments: rows of the table of segments that replace the variant's; 0 for no segments.
       embedding_features: channels of the embeddings that replace the variant's.
       **options: options of the discriminator, see `_encoder.Options`; the generator shares rates, activation and epsilon.
 

@@ -194,7 +194,7 @@ def make(
 
     Args:
       variant: a row of VARIANTS.
-      task: task of the head, see `heads.Head`.
+      task: see `_encoder.Head`.
       embedding_dropout: dropout rate after the embeddings; None for `dropout`.
       **options: see `_encoder.Options`; dropout is the rate before residual sums.
 

@@ -100,7 +100,8 @@ def conv(
       [b, h', w', features], or with the spatial axes of x.
 
     Raises:
-      UserError: The shapes do not fit, the padding is unknown, or this convolution does not have the chosen lowering.
+      UserError: The shapes do not fit, the padding is unknown (see `explicit_padding`), the padded input is smaller than a
+        window, or this convolution does not have the chosen lowering.
     """
     check_shapes(x.shape, kernel.shape, groups)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
@@ -226,7 +227,7 @@ def geometry(
       strides, padding, groups, dilation: see `conv`.
 
     Raises:
-      UserError: The shapes do not fit, or the padding is unknown.
+      UserError: The shapes do not fit; or see `explicit_padding`.
     """
     check_shapes(x, kernel, groups)
     axes = len(x) - 2
@@ -265,12 +266,16 @@ def _conv_with_lowering(x, kernel, geometry: Geometry, lowering: str) -> jax.Arr
 
 
 class Conv(nn.Module):
-    """A convolution layer that replaces `flax.linen.Conv`: same arguments, same parameters, same results.
+    """A convolution layer that takes the place of `flax.linen.Conv`: change the import, and a Flax model uses it.
 
-    To use it in a Flax model, change the import. Outputs, gradients and dtypes are those of Flax. Two calls that Flax allows
-    raise an error here: an integer `kernel_size` for images, and images that are smaller than the kernel. The parameters are
-    kernel [kh, kw, c / groups, features] and bias [features]. Inputs, kernel and outputs pass through taps, where other code
-    can replace them; see `nn/intercept.py`.
+    With the arguments of `flax.linen.Conv` it has the same parameters, initial values, outputs, gradients and dtypes. The
+    parameters are kernel [kh, kw, c / groups, features] and bias [features]. These are the differences:
+
+    - `lowering` and `fixed` are new attributes, and `join_groups` is a new argument of the call. Inputs may be a tuple.
+    - `promote_dtype`, `conv_general_dilated` and `conv_general_dilated_cls` do not exist.
+    - Two calls that Flax allows raise a UserError: an integer `kernel_size` for images, and a padded input that is smaller
+      than a window of the kernel.
+    - Inputs, kernel and outputs pass through taps, where other code can replace them; see `nn/intercept.py`.
 
     Attributes:
       features: number of output channels.
@@ -279,7 +284,7 @@ class Conv(nn.Module):
       kernel_dilation: the argument `dilation` of `conv`.
       feature_group_count: the argument `groups` of `conv`.
       use_bias: whether the layer adds a bias.
-      mask: array of the kernel's shape that multiplies the kernel, or None.
+      mask: array of the kernel's shape that multiplies the kernel, such as 0 for pruned weights; None for no mask.
       dtype: dtype of the computation; None for the dtype to which input and parameters promote.
       param_dtype: dtype of the parameters.
       kernel_init, bias_init: initializers of the parameters.
@@ -317,8 +322,9 @@ class Conv(nn.Module):
             layer computes its groups separately; see `separate_groups`.
 
         Raises:
-          UserError: The input has fewer axes than the kernel needs, or `kernel_size` is an integer and the input is not a
-            sequence.
+          UserError: The input has fewer axes than the kernel needs; `kernel_size` is an integer and the input has more than
+            three axes, or it has more than three numbers; the groups do not divide the channels; `mask` has not the shape
+            of the kernel; or `conv` raises it.
         """
         arrays = inputs if isinstance(inputs, tuple) else (inputs,)
         first, groups = arrays[0], self.feature_group_count
@@ -363,7 +369,7 @@ class Conv(nn.Module):
         return tap(self, "outputs", y)
 
     def _is_dense(self, kernel_size: tuple[int, ...]) -> bool:
-        """Whether the layer is a dense layer of each position of a sequence: kernel 1, stride 1, no numeric padding, input dilation or precision."""
+        """Returns whether the layer is a dense layer of each position: kernel 1, stride 1, no zeros, dilation or precision."""
         ones = (None, 1, (1,), [1])
         no_padding = isinstance(self.padding, str) or not np.any(self.padding)
         return (
@@ -418,7 +424,7 @@ class Conv(nn.Module):
             )
 
     def _separates_groups(self, x) -> bool:
-        """Whether the groups of this layer are computed separately for an input x; see `separate_groups`."""
+        """Returns whether the groups of this layer are computed separately for an input x; see `separate_groups`."""
         if _groups_separated.value is not None:
             return _groups_separated.value
         forced = _forced_lowering.value is not None or self.lowering != "auto"
@@ -436,19 +442,19 @@ def explicit_padding(
     strides: Sequence[int],
     dilation: Sequence[int] | None = None,
 ) -> tuple[tuple[int, int], ...]:
-    """Returns the padding of each axis as a pair (before, after), from any of the forms that `conv` accepts.
-
-    "CIRCULAR" and "REFLECT" are the exception: `conv` itself pads with the values of x.
+    """Converts the padding of a convolution or pooling to numbers: one pair (before, after) for each spatial axis.
 
     Args:
-      padding: see `conv`.
+      padding: any form that `conv` accepts, except for "CIRCULAR" and "REFLECT", with which `conv` pads before it calls this
+        function.
       size: input positions along each spatial axis.
       kernel: kernel positions along each spatial axis.
       strides: stride of each spatial axis.
       dilation: dilation of each spatial axis; None for 1.
 
     Raises:
-      UserError: The padding is unknown, or the padded input is smaller than a window.
+      UserError: The padding is an unknown string, "CIRCULAR" or "REFLECT", or it is "CAUSAL" and there are several spatial
+        axes; or the padded input is smaller than a window, so that there would be no output.
     """
     dilation = dilation or (1,) * len(kernel)
     extent = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))

@@ -150,7 +150,11 @@ class Head(nn.Module):
     | choice         | [b, choices]                                                                               |
 
     Attributes:
-      task: a task of the table.
+      task: what the head computes. "features": hidden states, without a head; "masked_lm": the masked tokens; "causal_lm": each
+        next token; "next_sentence": whether the second segment follows the first; "pretraining": "masked_lm" and
+        "next_sentence"; "replaced": which tokens a generator has replaced; "classification": the class of a text, or a number
+        if num_classes is 1; "tokens": a class for each token; "span": where an answer begins and ends; "choice": the best of
+        several texts.
       num_classes: number of classes, for classification and tokens.
       features: number of channels of the token embeddings, for masked_lm.
       activation: activation of masked_lm and replaced.

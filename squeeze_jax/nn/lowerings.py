@@ -112,7 +112,10 @@ def fastest(which: Map, g: Geometry, batch: int | None = None) -> str:
 
 
 def _row_is_faster(which: Map, g: Geometry, batch: Any) -> bool:
-    """Whether "row" is faster than "native": with one spatial axis, XLA divides the work better among cores, by examples."""
+    """Returns whether "row" is faster than "native".
+
+    With one spatial axis, XLA divides the work better among cores, by examples.
+    """
     if isinstance(batch, int) and batch < FEWEST_SEQUENCES:
         return batch > 1 and batch * g.size[1] >= FEWEST_POSITIONS
     return which != "image" or g.features <= g.channels or g.kernel[1] < 9

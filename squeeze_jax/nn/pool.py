@@ -94,7 +94,7 @@ def _max_pool(g: Geometry, x: jax.Array) -> jax.Array:
 
 @_max_pool.defjvp
 def _max_pool_jvp(g, primals, tangents):
-    """If several values of a window are the largest, the derivative is that of the first one, as in XLA and PyTorch."""
+    """Computes the derivative of max pooling; of several largest values in a window the first counts, as in XLA and PyTorch."""
     (x,), (t,) = primals, tangents
     y = _max_pool(g, x)
     # The position of the maximum is locally constant, so its derivative is zero.

@@ -100,27 +100,32 @@ def kernel_positions(g: Geometry) -> list[Pair]:
 def input_slices(
     g: Geometry, x: jax.Array, fill: float = 0.0
 ) -> Callable[[int, int], jax.Array]:
-    """Returns a function `at(u, v)`: the values that all outputs read through kernel position (u, v), [b, h', w', c].
+    """Returns a function from a kernel position to the values that all outputs read through it.
 
     With stride s and dilation d, at(u, v)[:, o, p] is the padded image at row s o + d u and column s p + d v.
 
-    The image is first divided into its phases by a reshape to [b, h/s, s, w/s, s, c], and `at` takes a slice of one phase. A
-    strided slice of the image would take two to three times as long.
+    The padded image has t rows and t' columns in each phase. It is divided into its phases by a reshape to
+    [b, t, s, t', s, c], and the function takes a slice of one phase. A strided slice of the image would take two to three
+    times as long.
 
     Args:
       g: geometry of the convolution or pooling.
       x: images [b, h, w, c].
       fill: value of the padding.
+
+    Returns:
+      The function `at`: (u, v) → [b, h', w', c].
     """
-    step_counts = _step_counts(g)
     x = pad_image(g, x, fill)
     if g.strides == (1, 1):
         phases = {(0, 0): lax.optimization_barrier(x)}
     else:
-        (h, w), (s, t) = step_counts, g.strides
-        x = lax.optimization_barrier(x).reshape(x.shape[0], h, s, w, t, x.shape[-1])
+        (rows, columns), (down, right) = _read_phase_size(g), g.strides
+        x = lax.optimization_barrier(x)
+        x = x.reshape(x.shape[0], rows, down, columns, right, x.shape[-1])
         phases = {
-            (m, n): x[:, :, m, :, n] for m, n in itertools.product(range(s), range(t))
+            (m, n): x[:, :, m, :, n]
+            for m, n in itertools.product(range(down), range(right))
         }
         # Without the barriers XLA pads the image and slices the phases again for every kernel position.
         phases = lax.optimization_barrier(phases)
@@ -135,8 +140,8 @@ def input_slices(
     return at
 
 
-def _step_counts(g):
-    """Returns the numbers of rows and columns per phase of the strides that the windows read."""
+def _read_phase_size(g: Geometry) -> list[int]:
+    """Returns how many rows and columns each phase has, if the padded image ends where the last window does."""
     axes = zip(g.out, g.extent, g.strides, strict=True)
     return [o + (e - 1) // s for o, e, s in axes]
 
@@ -150,8 +155,11 @@ def pad_image(g: Geometry, x: jax.Array, fill: float = 0.0) -> jax.Array:
       g: geometry of the convolution or pooling; its `pads` tell the padding.
       x: images [b, h, w, c].
       fill: value of the padding.
+
+    Returns:
+      [b, s t, s t', c] for stride s and phases of t rows and t' columns.
     """
-    sizes = [n * s for n, s in zip(_step_counts(g), g.strides, strict=True)]
+    sizes = [n * s for n, s in zip(_read_phase_size(g), g.strides, strict=True)]
     frames = ((p[0], n) for p, n in zip(g.pads, sizes, strict=True))
     return pad(x, *frames, fill=fill)
 
@@ -159,7 +167,7 @@ def pad_image(g: Geometry, x: jax.Array, fill: float = 0.0) -> jax.Array:
 def output_slices(
     g: Geometry, y: jax.Array, fill: float = 0.0
 ) -> Callable[[int, int], jax.Array]:
-    """Returns a function `at(u, v)`: the outputs that read each position of one phase of the padded image through (u, v).
+    """Returns a function from a kernel position to the outputs that read each position of one phase through it.
 
     Kernel row u reads every s-th row of the padded image: the rows q = s t + (d u mod s), for t = 0, 1, .... Row t of at(u, v)
     is the output row o that reads row q. From q = s o + d u follows o = t - floor(d u / s). So at(u, v) is `y`, shifted down
@@ -173,17 +181,18 @@ def output_slices(
       fill: value for image positions that no output reads through (u, v).
 
     Returns:
-      (u, v) → [b, t, t', c], for t rows and t' columns of a phase of the padded image.
+      The function `at`: (u, v) → [b, t, t', c], for t rows and t' columns of a phase. The phases here contain the whole padded
+      image, also rows and columns at its end that no window reads.
     """
     before, y = pad_output(g, y, fill)
-    step_counts = [n - i for n, i in zip(y.shape[1:3], before, strict=True)]
+    rows, columns = (n - i for n, i in zip(y.shape[1:3], before, strict=True))
 
     def at(u, v):
         i, j = (
             e - k * d // s
             for e, k, d, s in zip(before, (u, v), g.dilation, g.strides, strict=True)
         )
-        return y[:, i : i + step_counts[0], j : j + step_counts[1]]
+        return y[:, i : i + rows, j : j + columns]
 
     return at
 

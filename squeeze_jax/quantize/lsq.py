@@ -62,7 +62,8 @@ def make(
         step sizes 1e-3.
       weights: ordered pairs (regex, bool) for parameter names. The first match decides whether a parameter is quantized. A
         parameter without a match is not quantized.
-      activations: the same for names of taps, such as "fire2/squeeze1x1/inputs"; see `nn/intercept.py`.
+      activations: the same for names of arrays in the network: a layer and one of inputs, kernel and outputs, such as
+        "fire2/squeeze1x1/inputs".
 
     Raises:
       UserError: A value is out of range. When the method gets the network: a rule matches nothing.

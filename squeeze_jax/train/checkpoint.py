@@ -149,6 +149,7 @@ class Checkpoints:
 
         Raises:
           UserError: the scores cannot be written to disk.
+          DiskFull: see `wait`.
         """
         self.wait()
         steps = self.saved_steps()
@@ -178,8 +179,8 @@ class Checkpoints:
           position: examples consumed in this phase.
           config: the run's config.
           note: further entries of the note, such as {"phase": 0, "options": {...}}.
-          step: the step under which a pytree is saved; None takes the pytree's attribute `step`. A `State` always uses
-            its own step.
+          step: the step under which a pytree is saved, above all saved steps; None takes the pytree's attribute `step`. A
+            `State` always uses its own step.
 
         Raises:
           DiskFull: the disk has too little space; the message names the last complete checkpoint.
@@ -235,12 +236,20 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Waits until all checkpoints that `save` started are on disk under their final names."""
+        """Waits until all checkpoints that `save` started are on disk under their final names.
+
+        Raises:
+          DiskFull: one of them does not fit on the disk; the message names the newest complete checkpoint.
+        """
         with self._reporting_full_disk():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for all checkpoints, then releases Orbax' threads; the object cannot be used afterwards."""
+        """Waits for all checkpoints as `wait` does, then ends Orbax' threads. The object cannot be used afterwards.
+
+        Raises:
+          DiskFull: see `wait`.
+        """
         with self._reporting_full_disk():
             self._manager.close()
 
@@ -345,13 +354,20 @@ class Checkpoints:
         return None if restored is None else jax.device_get(restored.state.variables())
 
     def restore_network(self, like: Template) -> Restored | None:
-        """Like `restore_trained`, but requires only the network's parameters and running statistics to match `like`.
+        """Restores the trained network as `restore_trained` does, for a run with another optimizer or other methods.
 
-        Restores the optimizer's state and the parameters and state of methods in the shapes in which they were saved.
-        The optimizer's state of the result is a dict of arrays by name, not an optax state.
+        Only the network's parameters and running statistics have to match `like`. The optimizer's state and the parameters
+        and state of methods are restored in the shapes in which they were saved. The optimizer's state of the result is a
+        dict of arrays by name, not an optax state.
 
         Args:
           like: a `State` of `jax.ShapeDtypeStruct`s with shardings, or a function from a checkpoint's note to one.
+
+        Returns:
+          The state and its note, or None if there is no checkpoint.
+
+        Raises:
+          UserError: see `restore_trained`.
         """
 
         def template(note):

@@ -37,8 +37,10 @@ def make_mesh(
       data: size of the axis of data parallelism. One of the three sizes may be -1, which takes all remaining devices.
       fsdp: size of the axis of data parallelism that also divides the parameters.
       tensor: size of the axis that divides the parameters but not the batch.
-      rules: (regular expression over parameter names, value) pairs that choose how parameters are divided. `shard_state`
-        describes and applies them; this function does not use them.
+      rules: (regular expression over parameter names, value) pairs that divide the parameters; the first match counts. A
+        value is a tuple with an axis name or None for each dimension; or one axis name, which divides the largest dimension
+        that its size divides; or None for no division. Without rules, "fsdp" divides all parameters. Not used here:
+        `shard_state` applies the rules.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.

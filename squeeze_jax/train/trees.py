@@ -146,7 +146,7 @@ def _as_at_most_32_bits(array: np.ndarray) -> np.ndarray:
 
 
 def _is_numeric(dtype: np.dtype) -> bool:
-    """Whether a dtype is of numbers or bools; those of ml_dtypes, such as bfloat16, have the kind "V" without fields."""
+    """Returns whether a dtype is of numbers or bools; those of ml_dtypes, such as bfloat16, have the kind "V" without fields."""
     return dtype.kind in "biufc" or (dtype.kind == "V" and dtype.fields is None)
 
 

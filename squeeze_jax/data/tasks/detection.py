@@ -51,15 +51,15 @@ def make(
     move boxes.
 
     Args:
-      source: `{"name": a file of data/sources, ...its keys}`; its images must have boxes, as those of coco.
+      source: `{"name": a name of --list=source, ...its keys}`; its images must have boxes, as those of coco.
       size: images become size x size pixels, or (height, width).
       max_boxes: the number of rows for the boxes of an image, 1 or more; an image with more boxes is an error.
       min_visible: a crop drops a box if less than this share of the box's area is inside, 0 to 1. With 0 it drops only boxes
         that are completely outside.
-      channels, mean, std, crop, pad, scale, flip: as for the task `images`, see `tasks/images.py`.
+      channels, mean, std, crop, pad, scale, flip: see `images.make`.
       eval_resize: evaluation images are resized to this short side, then cropped in the centre, and boxes with them. 0
         resizes them to the size directly, which drops no box.
-      workers, threads, cache_mb, corrupt: as for the task `images`, see `tasks/images.py`.
+      workers, threads, cache_mb, corrupt: see `images.make`.
 
     Raises:
       UserError: a key is unknown or missing, a value is out of range, an image has too many boxes, or the source itself raises

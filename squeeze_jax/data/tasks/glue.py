@@ -32,11 +32,13 @@ def make(
 
     Args:
       task: "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte" or "wnli".
-      tokenizer: a folder or a file, see `tokens.load`.
+      tokenizer: a folder with the files of a tokenizer, or one of them: tokenizer.json, vocab.txt (WordPiece), or vocab.json
+        beside merges.txt (byte-level BPE).
       folder: the folder of GLUE's files as its own script lays them out, FOLDER/SST-2/train.tsv, also .tsv.gz.
       data_dir: instead of `folder`, a folder where TFDS has prepared the dataset glue.
       length: the largest number of tokens of a sequence, special tokens included; longer texts are cut off.
-      buckets: shorter lengths that batches may be padded to, ascending; see `text`.
+      buckets: shorter lengths that batches of shorter texts are padded to, ascending. Texts of similar length form a batch;
+        it gets the shortest of these lengths that fits it, or `length`. The training step is compiled once for each.
       train, eval: the splits to train and to evaluate on, such as "train" and "dev", or parts of a split, such as
         "dev_matched", "dev[:90%]" or "train[1000:]". "dev" of MNLI is the matched examples followed by the mismatched ones, as
         far as their files exist. None for `train` allows evaluation alone.

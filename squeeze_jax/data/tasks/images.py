@@ -1,4 +1,4 @@
-"""Image classification: images with one label each, from a source of `data/sources`."""
+"""Image classification: images with one label each, from the source that `config.data.source` names."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -52,7 +52,8 @@ def make(
     """Opens a dataset; the parameters are the keys of `config.data`.
 
     Args:
-      source: `{"name": a file of data/sources, ...its keys}`, such as {"name": "tfds", "dataset": "cifar10", "data_dir": "D"}.
+      source: `{"name": a name of --list=source, ...its keys}`, such as {"name": "tfds", "dataset":
+        "cifar10", "data_dir": "D"}.
       size: images become size x size pixels, or (height, width).
       channels: 1 or 3; None takes those of the source: 1 if all images are grey, otherwise 3.
       mean, std: the mean and the standard deviation of pixels in units of 0..1, one number or one per channel; networks read

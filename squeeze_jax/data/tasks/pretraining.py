@@ -43,7 +43,8 @@ def make(
 
     Args:
       files: text files to train on.
-      tokenizer: a folder or a file, see `tokens.load`.
+      tokenizer: a folder with the files of a tokenizer, or one of them: tokenizer.json, vocab.txt (WordPiece), or vocab.json
+        beside merges.txt (byte-level BPE).
       length: tokens of a sequence, special tokens included.
       eval: text files to evaluate on, or the fraction of the documents in `files` that is held out for evaluation.
       kind: the networks and their task. "masked": encoders predict masked tokens; "replaced": ELECTRA, arXiv 2003.10555;

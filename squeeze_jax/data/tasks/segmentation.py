@@ -45,13 +45,13 @@ def make(
     Where images are interpolated, targets take the nearest pixel; where images are padded, targets have the ignored label 255.
 
     Args:
-      source: `{"name": a file of data/sources, ...its keys}`; its images must have targets, as those of camvid or pairs.
+      source: `{"name": a name of --list=source, ...its keys}`; its images must have targets, as those of camvid or pairs.
       size: images and targets become size x size pixels, or (height, width).
-      channels, mean, std, crop, pad, scale, flip: as for the task `images`, see `tasks/images.py`.
+      channels, mean, std, crop, pad, scale, flip: see `images.make`.
       eval_resize: evaluation images and targets are resized to this short side, then cropped in the centre; a crop that
         reaches beyond the image is padded. 0 resizes them to the size directly.
       ignore: a label in the files that does not count, in addition to those that the source ignores and to 255.
-      workers, threads, cache_mb, corrupt: as for the task `images`, see `tasks/images.py`.
+      workers, threads, cache_mb, corrupt: see `images.make`.
 
     Raises:
       UserError: a key is unknown or missing, a value is out of range, or the source itself raises an error.

@@ -57,12 +57,14 @@ def make(
 
     Args:
       eval: the file of questions to evaluate on, in the format of SQuAD 1.1 or 2.0: .json or .json.gz.
-      tokenizer: a folder or a file, see `tokens.load`.
+      tokenizer: a folder with the files of a tokenizer, or one of them: tokenizer.json, vocab.txt (WordPiece), or vocab.json
+        beside merges.txt (byte-level BPE).
       train: the file of questions to train on, in the same format; None for evaluation alone.
       length: tokens of a window, special tokens included.
       stride: tokens of the document that a window shares with the one before.
       max_question: the largest number of tokens of a question; longer questions are cut off.
-      buckets: shorter lengths that batches may be padded to, ascending; see `text`.
+      buckets: shorter lengths that batches of shorter texts are padded to, ascending. Texts of similar length form a batch;
+        it gets the shortest of these lengths that fits it, or `length`. The training step is compiled once for each.
       n_best: the number of start and end positions in each window, and of answers to each question, that are considered.
       max_answer: the largest number of tokens in an answer.
       null_threshold: for version 2, the answer is "no answer" if its score exceeds the best answer's by more than this.

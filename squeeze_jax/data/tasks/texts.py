@@ -16,6 +16,8 @@ from squeeze_jax.errors import UserError, nearest, shortened
 from squeeze_jax.ranges import FLOAT32, Count, Distinct, PathStr, Share, Whole
 
 SHOWN = 3  # the number of rows that a line of the plan names
+# A network's first outputs are near 0, and an output layer moves by about the learning rate in each step.
+LARGE_LABEL = 10.0
 LOSSES = {
     "class": "cross_entropy",
     "number": "squared_error",
@@ -74,26 +76,30 @@ def make(
 ) -> TextSet:
     """Reads the tables; the parameters are the keys of `config.data`.
 
-    Rows without a text or a label are left out, and a line of the plan counts them.
+    Rows without a text or a label are left out, and a line of the plan counts them. Numbers (target="number") are trained on,
+    scored, predicted and exported in the unit of the table. Nothing scales them, because exported files have no place for a
+    scale; a line of the plan warns of training labels beyond `LARGE_LABEL`.
 
     Args:
-      train: the table to train on: .csv, .tsv or .jsonl, also .gz; see `tables.read`. None for evaluation alone. None for
-        both tables stands for 64 random texts, which predictions and exports of a trained network do with.
-      tokenizer: a folder or a file, see `tokens.load`.
-      eval: the table to evaluate on; None holds out a share of `train`, see `holdout`.
+      train: the table to train on: .csv, .tsv or .jsonl, also compressed (.csv.gz). None for evaluation alone. None for both
+        tables stands for 64 random texts, which suffice for predictions and exports of a trained network.
+      tokenizer: a folder with the files of a tokenizer, or one of them: tokenizer.json, vocab.txt (WordPiece), or vocab.json
+        beside merges.txt (byte-level BPE).
+      eval: the table to evaluate on; None holds out the share `holdout` of `train`.
       holdout: the share of `train` to evaluate on if there is no `eval`, 0 to 1. A hash of the text decides whether a row is
         held out, so rows added later move no other row, and equal texts are in the same split.
       text: the column of the texts, or two columns for pairs of texts.
       label: the column of the labels. For target="labels" a string names a column of label names, and a tuple names columns
         of 0 and 1, one for each class.
-      target: "class": each text has one of several classes; "number": a number (regression); "labels": any number of
-        classes, also none.
+      target: "class": each text has one of several classes; "number": each text has a number (regression), which is not scaled;
+        "labels": each text has any number of classes, also none.
       classes: the names of the classes in their order; () takes those of `train`, sorted.
       separator: the character between cells; None for the comma of .csv and the tab of .tsv.
       label_separator: for target="labels" with one column, the character between labels; a .jsonl file may have lists.
       length: the largest number of tokens of a sequence, special tokens included; longer texts are cut off, and a log line
         counts them.
-      buckets: shorter lengths that batches may be padded to, ascending; see `text`.
+      buckets: shorter lengths that batches of shorter texts are padded to, ascending. Texts of similar length form a batch;
+        it gets the shortest of these lengths that fits it, or `length`. The training step is compiled once for each.
       limit_train: the number of training examples, chosen at random but always the same; 0 takes all.
 
     Raises:
@@ -140,6 +146,7 @@ def make(
         names = classes or _class_names(rows, columns)
         read = partial(_class_numbers, names=names)
     unused = _unused(names, rows, read) if target == "class" and classes else ()
+    large = _warn_of_large_numbers(train_rows) if target == "number" else ()
     parts = {str(eval_rows.path): len(eval_rows.values)}
     evaluated = Split(eval_rows.texts, read(eval_rows), parts)
     training, notes = None, list(eval_rows.notes)
@@ -163,7 +170,7 @@ def make(
         answer=_answer(target, tuple(names)),
         columns=columns,
         separator=separator,
-        notes=(*notes, *unused),
+        notes=(*notes, *unused, *large),
     )
 
 
@@ -224,6 +231,17 @@ def _unused(names: Sequence[str], rows: Rows, read) -> tuple[str, ...]:
     if not absent or rows.path == Path("no table"):
         return ()
     return (f"{rows.path}: no row has the class {', '.join(absent)}",)
+
+
+def _warn_of_large_numbers(rows: Rows | None) -> tuple[str, ...]:
+    """Returns a line of the plan if training labels are so large that a network takes long to reach them; otherwise ()."""
+    numbers = np.zeros(1) if rows is None else _numbers(rows)
+    if np.abs(numbers).max() <= LARGE_LABEL:
+        return ()
+    return (
+        f"{rows.path}: labels from {numbers.min():g} to {numbers.max():g} are trained on as they are, and a network begins with"
+        " answers near 0: scale them to about -1 to 1",
+    )
 
 
 def _read_rows(

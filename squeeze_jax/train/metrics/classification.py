@@ -1,4 +1,4 @@
-"""Classification metrics: cross-entropy, accuracy and top-5 accuracy."""
+"""Classification metrics: cross-entropy, accuracy and, for more than 5 classes, top-5 accuracy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,21 @@ from squeeze_jax.train.losses._labels import nan_for_invalid_labels
 from squeeze_jax.train.losses.cross_entropy import labels_and_mask, losses_and_hits
 from squeeze_jax.train.metrics._metric import Metric
 
+TOP = 5  # with as many classes or fewer, every network has the top-5 accuracy 1
+
 
 def make(data=None) -> Metric:
-    """Returns the metric with scores "eval_loss", "eval_accuracy" and "eval_top5".
+    """Returns the metric with scores "eval_loss", "eval_accuracy" and, for more than 5 classes, "eval_top5".
 
     All are sums over examples on the devices; no rows are kept.
+
+    Args:
+      data: the data task, whose `label_names` are the names of the classes; None if the number of classes is not known.
     """
-    return Metric(measure, score, "eval_accuracy", names=("eval_accuracy", "eval_top5"))
+    classes = len(data.label_names) if data is not None else 0
+    few = 0 < classes <= TOP
+    names = ("eval_accuracy",) if few else ("eval_accuracy", "eval_top5")
+    return Metric(measure, score, "eval_accuracy", names=names)
 
 
 def measure(logits, batch):
@@ -24,13 +32,13 @@ def measure(logits, batch):
       batch: "label" int [b] and "mask" bool [b]. A label that counts but is none of the classes makes the sums NaN.
 
     Returns:
-      The sums "loss", "top1", "top5" and "examples", float32 [], and no rows.
+      The sums "loss", "top1", "top5" (only for more than 5 classes) and "examples", float32 [], and no rows.
     """
     labels, mask = labels_and_mask(logits, batch)
     logits, mask = logits.astype(jnp.float32), mask.astype(jnp.float32)
     losses, _ = losses_and_hits(logits, labels, mask)
     # Among equal logits the first ranks highest, so that a network with constant outputs is right only by chance.
-    top_classes = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    top_classes = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
     hits = top_classes == labels[:, None]
     top1, top5 = nan_for_invalid_labels(
         labels, logits.shape[-1], mask, hits[:, 0], hits.any(-1)
@@ -38,9 +46,10 @@ def measure(logits, batch):
     sums = {
         "loss": jnp.sum(losses * mask),
         "top1": jnp.sum(top1 * mask),
-        "top5": jnp.sum(top5 * mask),
         "examples": jnp.sum(mask),
     }
+    if logits.shape[-1] > TOP:
+        sums["top5"] = jnp.sum(top5 * mask)
     return sums, {}
 
 
@@ -49,4 +58,4 @@ def score(sums, rows):
     del rows
     count = max(sums["examples"], 1)
     names = {"eval_loss": "loss", "eval_accuracy": "top1", "eval_top5": "top5"}
-    return {name: sums[key] / count for name, key in names.items()}
+    return {name: sums[key] / count for name, key in names.items() if key in sums}
