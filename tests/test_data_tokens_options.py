@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from squeeze_jax.data import tokens
-from squeeze_jax.errors import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "The", "cafe", "café", "##s", "un", "##able", "北", "京", "北京", "a", "B", "b", "!", "##B", "<x>", "x"]  # fmt: skip
 TEXTS = (
@@ -30,7 +29,6 @@ OPTIONS = (
     {"never_split": ["<x>"]},
     {"unk_token": "a"},
     {"cls_token": "B"},
-    {"cls_token": "B", "sep_token": None},
     {"sep_token": "!", "pad_token": "x"},
     {"added_tokens_decoder": {"20": ADDED | dict(single_word=False, special=True)}},
     {"additional_special_tokens": ["<x>"]},
@@ -149,12 +147,3 @@ def test_a_guess_of_the_case_is_said(bert, tmp_path, caplog):
     ours = tokens.load(folder)
     assert ids(ours, "The") == [2, WORDS.index("The"), 3]
     assert "text keeps its capital letters" in caplog.text
-
-
-def test_what_a_tokenizer_cannot_follow_is_one_line(bert, tmp_path):
-    folder = changed(bert, tmp_path / "copy", {"do_lower_case": True})
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="do_lower_case = true beside it contradicts"):
-        tokens.load(folder)
