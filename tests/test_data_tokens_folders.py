@@ -226,6 +226,28 @@ def test_folders(transformers, bases, tmp_path, change, name, stored):
     same(transformers, write(tmp_path / "t", bases[name], changes, stored))
 
 
+@pytest.mark.parametrize("change", ["flags", "the file as it is"])
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_saved_again(transformers, bases, tmp_path, name, change):
+    ours = tokens.load(write(tmp_path / "t", bases[name], CHANGES[change], True))
+    tokens.save(ours, tmp_path / "saved")
+    again = same(transformers, tmp_path / "saved")
+    for one, other in zip(*(t.encode_many(TEXTS) for t in (ours, again)), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_a_file_without_a_class_and_a_template(transformers, bases, tmp_path, caplog):
+    base = bases["RobertaTokenizer"]
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        write(tmp_path / "named", base, {}, True)
+    )
+    change = {CONFIG: {"tokenizer_class": REMOVED}, JSON: {"post_processor": None}}
+    ours = tokens.load(write(tmp_path / "t", base, change, True))
+    got, _ = ours.pair(*ours.encode_many(TEXTS[:2]), 99)
+    assert got.tolist() == theirs(*TEXTS[:2])["input_ids"]
+    assert "puts nothing around texts, and no tokenizer_class" in caplog.text
+
+
 CLASSES = [
     (name, kind.classes)
     for name, kind in zip(VOCABULARIES, token_classes.KINDS.values(), strict=False)
@@ -284,6 +306,7 @@ BERT, GPT2 = "BertTokenizer", "GPT2Tokenizer"
         (BERT, {JSON: {"normalizer": {"type": "BertNormalizer", "lowercase": False, "strip_accents": None, "handle_chinese_chars": True, "clean_text": True}}, CONFIG: {"do_lower_case": REMOVED}}, r"its normalizer has lowercase = false, but BertTokenizer takes true: set do_lower_case"),
         (BERT, {CONFIG: {"tokenizer_class": REMOVED, "do_lower_case": False}}, r"tokenizer.json: do_lower_case = false beside it contradicts the file, which has true: name its class"),
         (BERT, {CONFIG: {"tokenizer_class": REMOVED, "unk_token": "a"}}, r"unk_token = \"a\" beside it contradicts the file, which has \"\[UNK\]\""),
+        (BERT, {CONFIG: {"tokenizer_class": REMOVED, "cls_token": "a"}}, r"tokenizer.json does not put the token 'a' around texts"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_followed_is_one_line(bases, tmp_path, base, changes, message):

@@ -99,20 +99,25 @@ def builds(
       saved: the tokenizer.
       values, named: see `token_options.Options`.
     """
-    texts = [text for text in named.values() if text is not None]
-    if any(saved.backend.token_to_id(text) is None for text in texts):
-        return False
     numbered = saved.backend.get_added_tokens_decoder()
+    added = {token.content for token in numbered.values()}
+    if not {text for text in named.values() if text is not None} <= added:
+        return False
     options = Options(values, named, numbered, [], Path())
     try:
         made = rebuild(saved.backend, found, options, Path())
         again = finish(made, found.kind, options, Path())
     except UserError:
         return False
-    templates = again.single_template, again.pair_template
-    return (
-        templates == (saved.single_template, saved.pair_template)
-        and again.backend.get_vocab() == saved.backend.get_vocab()
+    return all(
+        of(again) == of(saved)
+        for of in (
+            lambda made: (made.single_template, made.pair_template),
+            lambda made: [getattr(made, role) for role in ROLES],
+            lambda made: getattr(made.backend.model, "unk_token", None),
+            lambda made: made.backend.get_vocab(),
+            lambda made: repr(made.backend.get_added_tokens_decoder()),
+        )
     )
 
 

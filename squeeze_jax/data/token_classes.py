@@ -131,10 +131,10 @@ def find(folder: Path) -> Class | None:
             return Class(name, key)
     if name is None:
         where = f"{folder / MODEL}: model_type = {shortened(repr(model_type), 60)}"
-    known = ", ".join(kind.classes[0] for kind in KINDS.values())
+    known = ", ".join(row.classes[0] for key, row in KINDS.items() if key != "generic")
     raise UserError(
-        f'{where} has a tokenizer of its own that is not read here: set "tokenizer_class" in {CONFIG} to one of {known}, which uses'
-        " a tokenizer.json as it is"
+        f'{where} has a tokenizer of its own that is not read here: set "tokenizer_class" in {CONFIG} to {known}, or to {GENERIC},'
+        " which uses a tokenizer.json as it is"
     )
 
 

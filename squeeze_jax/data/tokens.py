@@ -92,12 +92,7 @@ def save(saved: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     content = json.loads(saved.backend.to_str())
     kind, vocabulary = content["model"].get("type"), content["model"]["vocab"]
-    special = {
-        name: saved.token(getattr(saved, role))
-        for role, (name, _) in ROLES.items()
-        if getattr(saved, role) is not None
-    }
-    config, special = _companion_config(saved, content, special)
+    config, special = _companion_config(saved, content)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved.backend.save(str(folder / JSON))
@@ -113,7 +108,7 @@ def save(saved: Tokenizer, folder: str | Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def _companion_config(saved: Tokenizer, content: dict, special: dict[str, str]):
+def _companion_config(saved: Tokenizer, content: dict) -> tuple[dict, dict]:
     """Returns the contents of the files beside tokenizer.json: the class in `transformers` with options; special tokens.
 
     The class is one that reads the vocabulary alone if it builds the same tokenizer.
@@ -123,10 +118,19 @@ def _companion_config(saved: Tokenizer, content: dict, special: dict[str, str]):
         options["truncation_side"] = saved.truncation_side
     if saved.backend.encode_special_tokens:
         options["split_special_tokens"] = True
+    # Other tokens stay unnamed, because transformers would find named ones within texts.
+    added = saved.backend.get_added_tokens_decoder()
+    special = {
+        name: added[getattr(saved, role)].content
+        for role, (name, _) in ROLES.items()
+        if getattr(saved, role) in added
+    }
+    generic = options | {"tokenizer_class": token_classes.GENERIC}, special
     kinds = [content["model"].get("type")]
     kinds += [
         (content[key] or {}).get("type") for key in ("normalizer", "pre_tokenizer")
     ]
+    ends = {}
     if kinds[:2] == ["WordPiece", "BertNormalizer"]:
         normalizer = content["normalizer"]
         found = Class("BertTokenizer", "bert")
@@ -137,29 +141,23 @@ def _companion_config(saved: Tokenizer, content: dict, special: dict[str, str]):
         }
     elif kinds == ["BPE", None, "ByteLevel"]:
         processor = content["post_processor"] or {}
-        roberta = processor.get("type") == "RobertaProcessing"
         own = {"add_prefix_space": content["pre_tokenizer"]["add_prefix_space"]}
-        if roberta:
+        found, ends = Class("GPT2Tokenizer", "gpt2"), (END, END)
+        if processor.get("type") == "RobertaProcessing":
             own["trim_offsets"] = processor["trim_offsets"]
-        ends = (ROBERTA["cls"], ROBERTA["sep"]) if roberta else (END, END)
-        special |= dict(zip(("bos_token", "eos_token"), ends, strict=True))
-        found = (
-            Class("RobertaTokenizer", "roberta")
-            if roberta
-            else Class("GPT2Tokenizer", "gpt2")
-        )
+            found, ends = (
+                Class("RobertaTokenizer", "roberta"),
+                (ROBERTA["cls"], ROBERTA["sep"]),
+            )
+        ends = dict(zip(("bos_token", "eos_token"), ends, strict=True))
     else:
-        return options | {"tokenizer_class": token_classes.GENERIC}, special
-    named = dict.fromkeys(token_classes.KINDS[found.kind].special) | special
+        return generic
+    named = dict.fromkeys(token_classes.KINDS[found.kind].special) | special | ends
     if not token_backends.builds(found, saved, options | own, named):
-        in_use = {
-            name: token
-            for name, token in special.items()
-            if saved.backend.token_to_id(token) is not None
-        }
-        return options | {"tokenizer_class": token_classes.GENERIC}, in_use
-    nulls = {name: None for name in named if name not in special}
-    return {"tokenizer_class": found.name} | options | own | nulls, special
+        return generic
+    nulls = {name: None for name, token in named.items() if token is None}
+    config = {"tokenizer_class": found.name} | options | own | nulls
+    return config, special | ends
 
 
 def train(
@@ -313,7 +311,16 @@ def _read_tokenizer_json(path: Path, found: Class | None) -> Tokenizer:
         made = token_backends.rebuild(stored, found, options, path)
         return token_backends.finish(made, found.kind, options, path)
     token_backends.check_unnamed(stored, options, path)
-    return _framed(token_backends.finish(stored, "generic", options, path), path)
+    loaded = token_backends.finish(stored, "generic", options, path)
+    template = {part.content for part in loaded.single_template}
+    for role in "cls", "sep":
+        text = options.content(f"{role}_token")
+        if text and len(template) > 1 and getattr(loaded, role) not in template:
+            raise UserError(
+                f"{path} does not put the token {text!r} around texts, which {CONFIG} beside it names as its {role}_token: name its"
+                f' class in {CONFIG}, such as "tokenizer_class": "BertTokenizer"'
+            )
+    return _framed(loaded, path)
 
 
 def _framed(loaded: Tokenizer, path: Path) -> Tokenizer:
