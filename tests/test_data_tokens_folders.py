@@ -1,6 +1,7 @@
 """Folders of tokenizers, with every file and option that changes token ids, give the ids of `transformers`."""
 
 import json
+from base64 import b64encode
 
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
@@ -246,6 +247,21 @@ def test_a_file_without_a_class_and_a_template(transformers, bases, tmp_path, ca
     got, _ = ours.pair(*ours.encode_many(TEXTS[:2]), 99)
     assert got.tolist() == theirs(*TEXTS[:2])["input_ids"]
     assert "puts nothing around texts, and no tokenizer_class" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["AlbertTokenizer", "XLMRobertaTokenizer"])
+def test_files_of_version_4(transformers, bases, tmp_path, caplog, name):
+    """They have a table of characters, here one that changes none, and replace spaces instead of dividing words there."""
+    table = (1024).to_bytes(4, "little") + bytes(1024)
+    steps = [
+        *(json.loads(bases[name][JSON])["normalizer"] or {}).get("normalizers", ()),
+        {"type": "Precompiled", "precompiled_charsmap": b64encode(table).decode()},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    ]
+    mark = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+    change = {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": mark}  # fmt: skip
+    same(transformers, write(tmp_path / "t", bases[name], {JSON: change}, True))
+    assert "text is divided at white space first, as" in caplog.text
 
 
 CLASSES = [

@@ -191,6 +191,15 @@ def _compare(
         [s for s in _steps(steps) if not _counts_elsewhere(s, given)]
         for steps in (stored, expected)
     )
+    words = {"type": "WhitespaceSplit"}
+    if words in expected and words not in stored:  # as version 4 saved them
+        expected.remove(words)
+        log.warning(
+            "%s: text is divided at white space first, as %s of transformers 5 does; %s",
+            where,
+            found.name,
+            as_it_is,
+        )
     kinds = [[step["type"] for step in steps] for steps in (stored, expected)]
     if kinds[0] != kinds[1]:
         has, takes = (", ".join(names) or "none" for names in kinds)
