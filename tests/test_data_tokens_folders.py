@@ -280,6 +280,12 @@ def test_classes(transformers, bases, tmp_path, base, name):
     )
 
 
+def test_types_of_models(transformers):
+    names = transformers.models.auto.tokenization_auto.TOKENIZER_MAPPING_NAMES
+    for kind in token_classes.KINDS.values():
+        assert {names[model] for model in kind.models} <= set(kind.classes)
+
+
 @pytest.mark.parametrize("length", [5, 9])
 @pytest.mark.parametrize("stored", [True, False])
 def test_the_beginning_is_cut_off(transformers, bases, tmp_path, stored, length):
