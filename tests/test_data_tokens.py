@@ -215,7 +215,7 @@ def test_special_tokens_by_other_names(transformers, tmp_path):
         tokenizer_config__json=json.dumps(
             {
                 "pad_token": "<nil>",
-                "unk_token": {"content": "<unk>"},
+                "unk_token": {"__type": "AddedToken", "content": "<unk>"},
                 "cls_token": "<cls>",
                 "sep_token": "<sep>",
             }

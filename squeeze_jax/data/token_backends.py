@@ -341,9 +341,10 @@ def _add_tokens(made: tokenizers.Tokenizer, options: Options, where: Path) -> No
         )
     if lacking:
         log.warning(
-            "%s lacks special tokens, which become new tokens at its end: %s",
+            "%s lacks special tokens, which become new tokens at its end: %s; a name that is null in %s has no token",
             where,
             ", ".join(f"{text} = {made.token_to_id(text)}" for text in lacking),
+            CONFIG,
         )
 
 
