@@ -67,7 +67,7 @@ READERS = {
 
 
 def small(folder):
-    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nword\n")
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nword\n")
     return tokens.load(folder / "vocab.txt")
 
 
@@ -94,5 +94,5 @@ def test_a_vocabulary_with_a_byte_order_mark(write):
     small((path := write("vocab.txt", b"")).parent)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     made = tokens.load(path)
-    assert (made.pad, made.size) == (0, 5)
-    assert made.encode("word")[0].tolist() == [4]
+    assert (made.pad, made.size) == (0, 6)
+    assert made.encode("word")[0].tolist() == [5]

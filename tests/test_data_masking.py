@@ -132,5 +132,5 @@ def test_words_are_chosen_whole_or_not_at_all():
 def test_words_are_told_by_marks():
     words = [*BERT.values(), "play", "##ing", "##s", "#"]
     numbers = {word: n for n, word in enumerate(words)}
-    found = masking.continuations(tokenizer.bert(numbers, BERT, lower=True))
+    found = masking.continuations(tokenizer.bert(numbers, lower=True))
     assert [words[n] for n in np.flatnonzero(found)] == ["##ing", "##s"]

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -331,6 +332,14 @@ def test_a_tokenizer_without_a_first_token(tmp_path):
     made.save_model(str(tmp_path))
     path = write(tmp_path / "river.json", SOURCE)
     with pytest.raises(UserError, match=r"config.data.tokenizer should be that of"):
+        squad.make(path, str(tmp_path))
+
+
+def test_a_tokenizer_that_cuts_off_the_beginning(tmp_path, vocabulary):
+    shutil.copy(vocabulary, tmp_path / "vocab.txt")
+    (tmp_path / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+    path = write(tmp_path / "river.json", SOURCE)
+    with pytest.raises(UserError, match=r'truncation_side = "left" in tokenizer_c'):
         squad.make(path, str(tmp_path))
 
 

@@ -208,14 +208,14 @@ def test_a_tokenizer_json_that_cuts_and_pads_does_neither(uncased, tmp_path):
     assert len(tokens.load(path).encode("one two three four five six")[0]) == 6
 
 
-def test_special_tokens_by_other_names(tmp_path):
+def test_special_tokens_by_other_names(transformers, tmp_path):
     path = folder(
         tmp_path / "t",
         vocab__txt="<nil>\n<unk>\n<cls>\n<sep>\na\n##b\n",
         tokenizer_config__json=json.dumps(
             {
                 "pad_token": "<nil>",
-                "unk_token": {"content": "<unk>"},
+                "unk_token": {"__type": "AddedToken", "content": "<unk>"},
                 "cls_token": "<cls>",
                 "sep_token": "<sep>",
             }
@@ -227,7 +227,9 @@ def test_special_tokens_by_other_names(tmp_path):
     )
     assert ids.tolist() == [2, 4, 5, 3, 1, 3]
     assert segments.tolist() == [0, 0, 0, 0, 1, 1]
-    assert (tokenizer.pad, tokenizer.mask) == (0, None)
+    theirs = transformers.BertTokenizer.from_pretrained(path)
+    assert tokenizer.pad == theirs.pad_token_id == 0
+    assert tokenizer.mask == theirs.mask_token_id == 6  # a new token
 
 
 def test_a_tokenizer_of_another_kind(transformers, tmp_path):

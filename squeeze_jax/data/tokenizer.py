@@ -50,6 +50,7 @@ class Tokenizer:
       pad, unknown, cls, sep, mask: ids of the special tokens; None for those that it lacks.
       single_template, pair_template: the parts of a sequence of one text and of a sequence of two, such as
         [CLS] A [SEP] and [CLS] A [SEP] B [SEP].
+      truncation_side: "right" cuts off the end of texts that are too long, "left" their beginning.
     """
 
     backend: tokenizers.Tokenizer
@@ -61,6 +62,7 @@ class Tokenizer:
     mask: int | None
     single_template: tuple[TemplatePart, ...] = (A,)
     pair_template: tuple[TemplatePart, ...] = (A, B)
+    truncation_side: str = "right"
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids of a text, int32 [n], and the characters [begin, end) of each token, int32 [n, 2].
@@ -105,7 +107,7 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def single(self, ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Adds special tokens around a text and cuts off its end if needed.
+        """Adds special tokens around a text and cuts it if needed, at the end unless `truncation_side` says otherwise.
 
         Args:
           ids: the token ids of the text.
@@ -117,23 +119,25 @@ class Tokenizer:
         Raises:
           UserError: `length` leaves no room for one token of the text.
         """
-        return _fill_template(
-            self.single_template, {"A": ids[: self._room(self.single_template, length)]}
-        )
+        room = self._room(self.single_template, length)
+        return _fill_template(self.single_template, {"A": self._cut(ids, room)})
 
     def pair(
         self, a: np.ndarray, b: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Joins two texts as `single` does one; cuts tokens from the end of the longer text until both fit."""
+        """Joins two texts as `single` does one; cuts tokens from the longer text until both fit."""
         room = self._room(self.pair_template, length)
         short, long = sorted((len(a), len(b)))
         if short + long > room:
             short = min(short, room // 2)
             long = room - short
-        kept = (long, short) if len(a) > len(b) else (short, long)
-        return _fill_template(
-            self.pair_template, {"A": a[: kept[0]], "B": b[: kept[1]]}
-        )
+        first, second = (long, short) if len(a) > len(b) else (short, long)
+        texts = {"A": self._cut(a, first), "B": self._cut(b, second)}
+        return _fill_template(self.pair_template, texts)
+
+    def _cut(self, ids: np.ndarray, count: int) -> np.ndarray:
+        begin = max(0, len(ids) - count) if self.truncation_side == "left" else 0
+        return ids[begin : begin + count]
 
     def room(self, length: int, pair: bool = False) -> int:
         """Returns how many tokens of text fit into a sequence of `length` tokens together with its special tokens.
@@ -165,33 +169,18 @@ def _fill_template(template: tuple[TemplatePart, ...], texts: dict[str, np.ndarr
     return ids, segments
 
 
-def bert(
-    vocabulary: Mapping[str, int],
-    special: Mapping[str, str],
-    *,
-    lower: bool,
-    accents: bool | None = None,
-    chinese: bool = True,
-) -> Tokenizer:
-    """Returns a WordPiece tokenizer like BERT's, whose pairs of texts become [CLS] A [SEP] B [SEP].
+def bert(vocabulary: Mapping[str, int], *, lower: bool) -> Tokenizer:
+    """Returns a WordPiece tokenizer with the special tokens of BERT; pairs of texts become [CLS] A [SEP] B [SEP].
 
     Args:
-      vocabulary: {token: id}.
-      special: {role: token}; the vocabulary holds all of them, except possibly "mask".
-      lower: whether text is lower-cased.
-      accents: whether accents are removed; None removes them if text is lower-cased.
-      chinese: whether each Chinese character is a word.
+      vocabulary: {token: id}; it holds all tokens of `BERT`.
+      lower: whether text is lower-cased and stripped of accents.
     """
-    model = models.WordPiece(dict(vocabulary), unk_token=special["unknown"])
-    backend = bert_backend(model, lower, accents, chinese)
-    _add_special_tokens(backend, [t for t in special.values() if t in vocabulary])
-    cls, sep = special["cls"], special["sep"]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(t, vocabulary[t]) for t in (cls, sep)],
-    )
-    return wrap(backend, special)
+    model = models.WordPiece(dict(vocabulary), unk_token=BERT["unknown"])
+    backend = bert_backend(model, lower)
+    backend.add_special_tokens(list(BERT.values()))
+    put_around_like_bert(backend, BERT["cls"], BERT["sep"])
+    return wrap(backend, BERT)
 
 
 def bert_backend(
@@ -201,7 +190,9 @@ def bert_backend(
 
     Args:
       model: a model of the library `tokenizers`, such as `models.WordPiece`.
-      lower, accents, chinese: see `bert`.
+      lower: whether text is lower-cased.
+      accents: whether accents are removed; None removes them if text is lower-cased.
+      chinese: whether each Chinese character is a word.
     """
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(
@@ -215,56 +206,72 @@ def bert_backend(
     return backend
 
 
-def byte_level(
-    model: models.BPE,
-    vocabulary: Mapping[str, int],
-    special: Mapping[str, str],
-    *,
-    space: bool = False,
-    trim: bool = True,
-) -> Tokenizer:
-    """Returns a byte-level BPE tokenizer like RoBERTa's if `special` has "cls", otherwise like GPT-2's.
-
-    RoBERTa's pairs of texts become <s> A </s></s> B </s>, all in segment 0.
+def byte_level_backend(model: models.BPE, space: bool = False) -> tokenizers.Tokenizer:
+    """Returns a backend that splits text into words as GPT-2 does, and the bytes of words into pieces by `model`.
 
     Args:
       model: byte-level byte-pair encoding.
-      vocabulary: the model's {token: id}.
-      special: {role: token}; the vocabulary holds "cls" and "sep" if they are given.
       space: whether a space is put before each text.
-      trim: whether the places that `Tokenizer.encode` returns exclude the space before a token; for RoBERTa alone.
     """
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     backend.decoder = decoders.ByteLevel()
-    candidates = [*special.values(), END]
-    present = dict.fromkeys(t for t in candidates if t in vocabulary)
-    _add_special_tokens(backend, present)
-    if "cls" in special:
-        sep, cls = ((special[k], vocabulary[special[k]]) for k in ("sep", "cls"))
-        backend.post_processor = processors.RobertaProcessing(sep, cls, trim, space)
-    else:
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    return wrap(backend, special)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
 
 
-def wrap(backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> Tokenizer:
+def put_around_like_bert(backend: tokenizers.Tokenizer, cls: str, sep: str) -> None:
+    """Makes the sequences of a backend "cls" A "sep", and "cls" A "sep" B "sep" with B in segment 1, in place."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
+    )
+
+
+def put_around_like_roberta(
+    backend: tokenizers.Tokenizer,
+    cls: str,
+    sep: str,
+    *,
+    space: bool = False,
+    trim: bool = True,
+) -> None:
+    """Makes the sequences of a backend "cls" A "sep", and "cls" A "sep" "sep" B "sep" in segment 0, in place.
+
+    Args:
+      backend: changed in place.
+      cls, sep: tokens of the backend.
+      space: whether the backend puts a space before each text.
+      trim: whether the places that `Tokenizer.encode` returns exclude the space before a token.
+    """
+    around = [(token, backend.token_to_id(token)) for token in (sep, cls)]
+    backend.post_processor = processors.RobertaProcessing(*around, trim, space)
+
+
+def wrap(
+    backend: tokenizers.Tokenizer,
+    special: Mapping[str, str],
+    truncation_side: str = "right",
+) -> Tokenizer:
     """Returns the `Tokenizer` with a given backend.
 
     Args:
-      backend: a tokenizer of the library `tokenizers`, without truncation and padding. If it puts nothing around texts and
-        has the tokens "cls" and "sep", sequences are made as for RoBERTa if "cls" is <s>, otherwise as for BERT.
+      backend: a tokenizer of the library `tokenizers`, without truncation and padding.
       special: {role: token}.
+      truncation_side: see `Tokenizer`.
     """
     ids = {role: backend.token_to_id(special.get(role, "")) for role in ROLES}
     single, pair = _templates(json.loads(backend.to_str())["post_processor"])
-    if single == (A,) and ids["cls"] is not None and ids["sep"] is not None:
-        around = {"cls": ["", ids["cls"]], "sep": ["", ids["sep"]]}
-        double = special["cls"] == ROBERTA["cls"]
-        kind = "RobertaProcessing" if double else "BertProcessing"
-        single, pair = _templates(around | {"type": kind})
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    return Tokenizer(backend, size, **ids, single_template=single, pair_template=pair)
+    return Tokenizer(
+        backend,
+        size,
+        **ids,
+        single_template=single,
+        pair_template=pair,
+        truncation_side=truncation_side,
+    )
 
 
 def _templates(processor: dict | None):
@@ -296,10 +303,3 @@ def _template_parts(template: list, special: dict) -> Iterator[TemplatePart]:
         else:
             for id in special[value["id"]]["ids"]:
                 yield TemplatePart(id, value["type_id"])
-
-
-def _add_special_tokens(backend: tokenizers.Tokenizer, special) -> None:
-    # In RoBERTa, the space before a word is a part of it, so <mask> takes the space as well.
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(t, lstrip=t == ROBERTA["mask"]) for t in special]
-    )

@@ -12,7 +12,15 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from squeeze_jax.data import text_files, token_options, tokenizer
+from squeeze_jax.data import (
+    text_files,
+    token_backends,
+    token_classes,
+    token_options,
+    tokenizer,
+)
+from squeeze_jax.data.token_classes import Class
+from squeeze_jax.data.token_options import CONFIG, SPECIAL
 from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
 from squeeze_jax.files import write
@@ -20,46 +28,55 @@ from squeeze_jax.files import write
 log = logging.getLogger(__name__)
 
 JSON, WORDPIECE, BPE = "tokenizer.json", "vocab.txt", ("vocab.json", "merges.txt")
-CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
 
 def load(path: str | Path) -> Tokenizer:
     """Reads a tokenizer from a folder or a file.
 
-    The options and the special tokens in tokenizer_config.json and special_tokens_map.json next to the file are applied, such
-    as "do_lower_case" and "add_prefix_space". If "do_lower_case" is not set, a vocab.txt with capital letters makes a cased
+    The token ids are those of `transformers.AutoTokenizer`: the tokenizer's class in tokenizer_config.json or config.json next
+    to the file counts, and so do the options and the tokens in tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json, such as "do_lower_case". If "do_lower_case" is not set, a vocab.txt with capital letters makes a cased
     tokenizer.
 
     Args:
-      path: a tokenizer.json, a vocab.txt (WordPiece), or a vocab.json with a merges.txt beside it (byte-level BPE, like
-        RoBERTa's if the vocabulary has "<s>", like GPT-2's if it has "<|endoftext|>"). Of a folder, the first of these files
-        is read that exists.
+      path: a tokenizer.json, a vocab.txt (WordPiece), or a vocab.json with a merges.txt beside it (byte-level BPE; without a
+        class like RoBERTa's if the vocabulary has "<s>", like GPT-2's if it has "<|endoftext|>"). Of a folder, the first of
+        these files is read that exists and that the class reads.
 
     Raises:
       UserError: there is no such file or folder, the file is in another format, a vocabulary has an empty line or a token
-        twice, or it lacks special tokens.
+        twice, or it lacks special tokens; or the class is not one of `token_classes.KINDS`, or contradicts the file.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        folder, names = path, (JSON, WORDPIECE, BPE[0])
-        path = next((path / n for n in names if (path / n).is_file()), None)
-        if path is None:
-            raise UserError(
-                f"{folder} holds no tokenizer: looked for {JSON}, {WORDPIECE}, and {' with '.join(BPE)}"
-            )
-    elif not path.is_file():
+    if not path.exists():
         raise UserError(f"no tokenizer {path}: there is no such folder or file")
-    config = _read_config(path.parent)
-    token_options.check(config, path.parent)
+    folder = path if path.is_dir() else path.parent
+    found = token_classes.find(folder)
+    if path.is_dir():
+        path = _vocabulary_file(folder, found)
     if path.suffix == ".txt" and path.name != BPE[1]:
-        return _read_wordpiece(path, config)
+        return _read_wordpiece(path, found)
     if path.name in BPE:
-        return _read_byte_level(path.parent, config)
+        return _read_byte_level(path.parent, found)
     if path.suffix == ".json":
-        return _read_tokenizer_json(path, config)
+        return _read_tokenizer_json(path, found)
     raise UserError(
         f"{path} is no tokenizer: give a folder, a {JSON}, or a vocabulary with one token a line, {WORDPIECE}"
     )
+
+
+def _vocabulary_file(folder: Path, found: Class | None) -> Path:
+    """Returns the file of a folder to read: the first that exists and that the tokenizer's class reads."""
+    first = (JSON, WORDPIECE, BPE[0])
+    whose, looked = "", f"{JSON}, {WORDPIECE}, and {' with '.join(BPE)}"
+    if found is not None:
+        files = token_classes.KINDS[found.kind].files
+        first, whose = (JSON, *files[:1]), f" for {found.name}"
+        looked = " and ".join([JSON, " with ".join(files)][: len(first)])
+    path = next((folder / name for name in first if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} holds no tokenizer{whose}: looked for {looked}")
+    return path
 
 
 def save(saved: Tokenizer, folder: str | Path) -> None:
@@ -75,12 +92,7 @@ def save(saved: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     content = json.loads(saved.backend.to_str())
     kind, vocabulary = content["model"].get("type"), content["model"]["vocab"]
-    special = {
-        name: saved.token(getattr(saved, role))
-        for role, (name, _) in ROLES.items()
-        if getattr(saved, role) is not None
-    }
-    config, special = _companion_config(saved, content, special)
+    config, special = _companion_config(saved, content)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved.backend.save(str(folder / JSON))
@@ -96,28 +108,56 @@ def save(saved: Tokenizer, folder: str | Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def _companion_config(saved: Tokenizer, content: dict, special: dict[str, str]):
-    """Returns the contents of the files beside tokenizer.json: the class in `transformers` with options; special tokens."""
+def _companion_config(saved: Tokenizer, content: dict) -> tuple[dict, dict]:
+    """Returns the contents of the files beside tokenizer.json: the class in `transformers` with options; special tokens.
+
+    The class is one that reads the vocabulary alone if it builds the same tokenizer.
+    """
+    options = {}
+    if saved.truncation_side != "right":
+        options["truncation_side"] = saved.truncation_side
+    if saved.backend.encode_special_tokens:
+        options["split_special_tokens"] = True
+    # Other tokens stay unnamed, because transformers would find named ones within texts.
+    added = saved.backend.get_added_tokens_decoder()
+    special = {
+        name: added[getattr(saved, role)].content
+        for role, (name, _) in ROLES.items()
+        if getattr(saved, role) in added
+    }
+    generic = options | {"tokenizer_class": token_classes.GENERIC}, special
     kinds = [content["model"].get("type")]
     kinds += [
         (content[key] or {}).get("type") for key in ("normalizer", "pre_tokenizer")
     ]
+    ends = {}
     if kinds[:2] == ["WordPiece", "BertNormalizer"]:
         normalizer = content["normalizer"]
-        return {
-            "tokenizer_class": "BertTokenizer",
+        found = Class("BertTokenizer", "bert")
+        own = {
             "do_lower_case": normalizer["lowercase"],
             "strip_accents": normalizer["strip_accents"],
             "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        }, special
-    if kinds == ["BPE", None, "ByteLevel"]:
-        gpt2 = saved.cls is None
-        ends = (END, END) if gpt2 else (ROBERTA["cls"], ROBERTA["sep"])
-        return {
-            "tokenizer_class": "GPT2Tokenizer" if gpt2 else "RobertaTokenizer",
-            "add_prefix_space": content["pre_tokenizer"]["add_prefix_space"],
-        }, special | dict(zip(("bos_token", "eos_token"), ends, strict=True))
-    return {"tokenizer_class": "PreTrainedTokenizerFast"}, special
+        }
+    elif kinds == ["BPE", None, "ByteLevel"]:
+        processor = content["post_processor"] or {}
+        own = {"add_prefix_space": content["pre_tokenizer"]["add_prefix_space"]}
+        found, ends = Class("GPT2Tokenizer", "gpt2"), (END, END)
+        if processor.get("type") == "RobertaProcessing":
+            own["trim_offsets"] = processor["trim_offsets"]
+            found, ends = (
+                Class("RobertaTokenizer", "roberta"),
+                (ROBERTA["cls"], ROBERTA["sep"]),
+            )
+        ends = dict(zip(("bos_token", "eos_token"), ends, strict=True))
+    else:
+        return generic
+    named = dict.fromkeys(token_classes.KINDS[found.kind].special) | special | ends
+    if not token_backends.builds(found, saved, options | own, named):
+        return generic
+    nulls = {name: None for name, token in named.items() if token is None}
+    config = {"tokenizer_class": found.name} | options | own | nulls
+    return config, special | ends
 
 
 def train(
@@ -158,7 +198,7 @@ def train(
         show_progress=False,
     )
     backend.train_from_iterator(_lines(paths), trainer)
-    return tokenizer.bert(backend.get_vocab(), BERT, lower=lower)
+    return tokenizer.bert(backend.get_vocab(), lower=lower)
 
 
 def _alphabet(lines: Iterator[str]) -> tuple[list[str], list[str]]:
@@ -185,7 +225,7 @@ def _lines(paths: list[Path]) -> Iterator[str]:
     return itertools.chain.from_iterable(map(text_files.read_lines, paths))
 
 
-def _read_wordpiece(path: Path, config: dict) -> Tokenizer:
+def _read_wordpiece(path: Path, found: Class | None) -> Tokenizer:
     vocabulary = {}
     lines = [line.rstrip("\r\n") for line in text_files.read_text(path).split("\n")]
     while lines and not lines[-1]:
@@ -200,10 +240,12 @@ def _read_wordpiece(path: Path, config: dict) -> Tokenizer:
                 f"{path}:{number} has the token {token!r} of line {vocabulary[token] + 1} again"
             )
         vocabulary[token] = number - 1
-    special = BERT | _named_tokens(config)
-    lower = config.get("do_lower_case")
-    if lower is None:
-        words = vocabulary.keys() - set(special.values())
+    options = token_options.read(path.parent, None)
+    _check_kind(found, ("bert",), path)
+    special = {*BERT.values(), *map(options.content, options.named)}
+    lower = True
+    if "do_lower_case" not in options.values:
+        words = vocabulary.keys() - special
         lower = all(w == w.lower() for w in words if not w.startswith("["))
         if not lower:
             log.warning(
@@ -211,19 +253,14 @@ def _read_wordpiece(path: Path, config: dict) -> Tokenizer:
                 path,
                 CONFIG,
             )
-    _check_special_tokens(vocabulary, [special[k] for k in BERT if k != "mask"], path)
-    loaded = tokenizer.bert(
-        vocabulary,
-        special,
-        lower=lower,
-        accents=config.get("strip_accents"),
-        chinese=config.get("tokenize_chinese_chars") is not False,
-    )
-    return _with_added_tokens(loaded, special, config, path)
+    unknown = options.content("unk_token") or BERT["unknown"]
+    model = models.WordPiece(vocabulary, unk_token=unknown)
+    made = token_backends.backend("bert", model, options, lower)
+    return token_backends.finish(made, "bert", options, path)
 
 
-def _read_byte_level(folder: Path, config: dict) -> Tokenizer:
-    vocabulary = _read_json(folder / BPE[0])
+def _read_byte_level(folder: Path, found: Class | None) -> Tokenizer:
+    vocabulary = token_options.read_json(folder / BPE[0])
     try:
         model = models.BPE.from_file(*(str(folder / name) for name in BPE))
     except Exception as error:  # `tokenizers` raises plain Exceptions
@@ -231,87 +268,82 @@ def _read_byte_level(folder: Path, config: dict) -> Tokenizer:
         raise UserError(
             f"{folder} holds no byte-level BPE in {' and '.join(BPE)}: {_one_line(error)}"
         ) from None
-    roberta = ROBERTA["cls"] in vocabulary
-    if not roberta and END not in vocabulary:
+    path, kind = folder / BPE[0], "roberta" if ROBERTA["cls"] in vocabulary else "gpt2"
+    if found is not None:
+        _check_kind(found, ("roberta", "gpt2"), path)
+        kind = found.kind
+    elif kind == "gpt2" and END not in vocabulary:
         raise UserError(
-            f"{folder / BPE[0]} lacks special tokens: neither <s> and </s> as RoBERTa's, nor {END} as GPT-2's"
+            f"{path} lacks special tokens: neither <s> and </s> as RoBERTa's, nor {END} as GPT-2's"
         )
-    special = ROBERTA if roberta else {"unknown": END}
-    required_roles, special = special.keys(), special | _named_tokens(config)
-    _check_special_tokens(
-        vocabulary, [special[role] for role in required_roles], folder / BPE[0]
-    )
-    space = bool(config.get("add_prefix_space", False))
-    trim = config.get("trim_offsets", True)
-    loaded = tokenizer.byte_level(model, vocabulary, special, space=space, trim=trim)
-    return _with_added_tokens(loaded, special, config, folder / BPE[0])
+    options = token_options.read(folder, None)
+    made = token_backends.backend(kind, model, options)
+    loaded = token_backends.finish(made, kind, options, path)
+    mask = options.named.get("mask_token", ROBERTA["mask"])
+    if kind == "roberta" and mask == ROBERTA["mask"] and not options.has_flags(mask):
+        # In RoBERTa, the space before a word is a part of it, so <mask> takes the space as well.
+        made.add_special_tokens([tokenizers.AddedToken(mask, lstrip=True)])
+    return loaded
 
 
-def _with_added_tokens(
-    loaded: Tokenizer, special: dict, config: dict, path: Path
-) -> Tokenizer:
-    """Returns the tokenizer with the tokens that its configuration adds."""
-    token_options.add(loaded.backend, config, _named_tokens(config), path)
-    return tokenizer.wrap(loaded.backend, special)
+def _check_kind(found: Class | None, kinds: tuple[str, ...], path: Path) -> None:
+    """Raises a UserError if a class does not read a vocabulary such as the one in a file."""
+    if found is not None and found.kind not in kinds:
+        raise UserError(
+            f"{path} is no vocabulary for {found.name}, which the files beside it name: give the {JSON} of that class, or name the"
+            f" class of this vocabulary in {CONFIG}"
+        )
 
 
-def _read_tokenizer_json(path: Path, config: dict) -> Tokenizer:
+def _read_tokenizer_json(path: Path, found: Class | None) -> Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(text_files.read_text(path))
+        stored = tokenizers.Tokenizer.from_str(text_files.read_text(path))
     except Exception as error:  # `tokenizers` raises plain Exceptions
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no tokenizer.json: {_one_line(error)}") from None
-    backend.no_truncation()
-    backend.no_padding()
-    named = _named_tokens(config)
-    backend = token_options.adapt(backend, config, named, path)
-    token_options.add(backend, config, named, path)
-    special = {}
-    for role, (_, usual) in ROLES.items():
-        candidates = [named[role]] if role in named else usual
-        present = [t for t in candidates if backend.token_to_id(t) is not None]
-        if present:
-            special[role] = present[0]
-    return tokenizer.wrap(backend, special)
+    options = token_options.read(path.parent, stored)
+    if stored.padding and (found is None or found.kind == "generic"):
+        options.named.setdefault("pad_token", stored.padding["pad_token"])
+    stored.no_truncation()
+    stored.no_padding()
+    if found is not None:
+        made = token_backends.rebuild(stored, found, options, path)
+        return token_backends.finish(made, found.kind, options, path)
+    token_backends.check_unnamed(stored, options, path)
+    loaded = token_backends.finish(stored, "generic", options, path)
+    template = {part.content for part in loaded.single_template}
+    for role in "cls", "sep":
+        text = options.content(f"{role}_token")
+        if text and len(template) > 1 and getattr(loaded, role) not in template:
+            raise UserError(
+                f"{path} does not put the token {text!r} around texts, which {CONFIG} beside it names as its {role}_token: name its"
+                f' class in {CONFIG}, such as "tokenizer_class": "BertTokenizer"'
+            )
+    return _framed(loaded, path)
 
 
-def _read_config(folder: Path) -> dict:
-    """Returns the options in a folder's special_tokens_map.json and tokenizer_config.json; the latter takes precedence."""
-    config = {}
-    for name in (SPECIAL, CONFIG):
-        if (folder / name).is_file():
-            config |= _read_json(folder / name)
-    return config
-
-
-def _named_tokens(config: dict) -> dict[str, str]:
-    """Returns the special tokens that a configuration names, {role: token}."""
-    named = {}
-    for role, (name, _) in ROLES.items():
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            named[role] = token
-    return named
-
-
-def _check_special_tokens(vocabulary, required, path) -> None:
-    lacking = [token for token in required if token not in vocabulary]
-    if lacking:
-        raise UserError(
-            f"{path} lacks the special tokens {', '.join(lacking)}: if they have other names, {CONFIG} beside it says so"
-        )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(text_files.read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
+def _framed(loaded: Tokenizer, path: Path) -> Tokenizer:
+    """Returns a tokenizer that puts its "cls" and "sep" tokens around texts, if the file has them and no template."""
+    if len(loaded.single_template) > 1 or None in (loaded.cls, loaded.sep):
+        return loaded
+    cls, sep = loaded.token(loaded.cls), loaded.token(loaded.sep)
+    if cls == ROBERTA["cls"]:
+        tokenizer.put_around_like_roberta(loaded.backend, cls, sep)
+    else:
+        tokenizer.put_around_like_bert(loaded.backend, cls, sep)
+    log.warning(
+        "%s puts nothing around texts, and no tokenizer_class beside it says so: texts become %s ... %s",
+        path,
+        cls,
+        sep,
+    )
+    special = {
+        role: loaded.token(id)
+        for role in ROLES
+        if (id := getattr(loaded, role)) is not None
+    }
+    return tokenizer.wrap(loaded.backend, special, loaded.truncation_side)
 
 
 def _write_json(path: Path, content: dict) -> None:

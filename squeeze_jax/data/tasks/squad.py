@@ -93,6 +93,11 @@ def make(
         raise UserError(
             f"{tokenizer} has no token for padding, such as [PAD]: name it in tokenizer_config.json"
         )
+    if loaded.truncation_side == "left":
+        raise UserError(
+            f'{tokenizer}: truncation_side = "left" in tokenizer_config.json does not go with windows over documents, which start at'
+            " their beginning: remove it"
+        )
     cutter = Cutter(loaded, length, stride, max_question, tuple(buckets))
     return Squad(
         cutter=cutter,
