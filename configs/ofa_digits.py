@@ -1,4 +1,4 @@
-"""A supernet on the digits: one training run gives 3,600 networks, each as a work directory by one command.
+"""A supernet on the digits: one training run gives 400 networks, each as a work directory by one command.
 
 Cai et al. 2019, arXiv 1908.09791, and Yu et al. 2020, arXiv 2003.11142. First the largest network is trained alone. Then its
 channels are sorted by importance, and each step trains the largest, the smallest and a random network by the sandwich rule.
