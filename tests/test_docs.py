@@ -130,6 +130,8 @@ def run(arguments, *extra, whole=True):
         return
     job = next((a for a in arguments if a.startswith("--job=")), "--job=main")
     fresh = job in ("--job=main", "--job=fit")
+    steps = "--config.steps="  # a command's own number of steps is made small too
+    arguments = [TINY[0] if a.startswith(steps) else a for a in arguments]
     own = {a.partition("=")[0] for a in arguments}
     tiny = TINY if fresh else [a for a in TINY if ".export." in a or ".benchmark." in a]
     tiny = [a for a in tiny if a.partition("=")[0] not in own]
@@ -265,3 +267,16 @@ def test_the_guide_of_devices(place, capsys):
     for arguments in commands("devices.md"):
         run(arguments, *SMALL)
     assert "mesh       4 x cpu: data 4" in capsys.readouterr().out
+
+
+def test_the_guide_of_supernets(place, capsys):
+    phases = "--config.phases=({'steps': 1}, {'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1}})"
+    for arguments in commands("supernets.md"):
+        if "--job=fit" in arguments:
+            tiny = [a for a in TINY if "steps" not in a]
+            run_py.main([*arguments, *tiny, phases])
+        else:
+            run(arguments)
+    printed = capsys.readouterr().out
+    assert "extracted  kernel 3 3 3 3, expand 2 2 2 2, depth 1 1" in printed
+    assert (place / "runs/small/export/model.stablehlo").exists()
