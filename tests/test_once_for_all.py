@@ -14,7 +14,7 @@ from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, fit
 from squeeze_jax.methods import METHODS, Own
-from squeeze_jax.nas import once_for_all, sort_channels, space, subnetwork
+from squeeze_jax.nas import costs, once_for_all, sort_channels, space, subnetwork
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.pieces import Runner
 from squeeze_jax.nas.recalibrate import recalibrate
@@ -67,6 +67,27 @@ def test_published_counts(row):
     if which == "largest":
         matrices = subnetwork.identity_transforms(family.kernel_sizes())
         assert tree.size(matrices) == MATRICES[name]
+
+
+def test_costs_of_random_networks_are_sums_over_their_pieces():
+    """MACs of whole networks, which are counted one by one, and the number of networks by hand.
+
+    A stage of d blocks has (3 * 3)**d networks, for d of 2, 3 or 4, and there are five stages.
+    """
+    family = family_of(dict(name="ofa_mobilenet_v3", variant="w1.0"), 224, 3)
+    pieces = costs.Pieces(family, image(1, 224, 224, 3))
+    table = jax.jit(jax.vmap(pieces.tabulate(costs.macs)))
+    whole = family.space
+    keys = jax.random.split(jax.random.key(0), 3)
+    archs = [whole.largest(), whole.smallest(), *(space.sample(whole, k) for k in keys)]
+    totals = table(jax.tree.map(lambda *rows: np.stack(rows), *archs))
+    for arch, total in zip(jax.device_get(archs), totals, strict=True):
+        net = family.network(arch)
+        counted = count.macs(net.apply, family.shapes(net), image(1, 224, 224, 3))
+        assert total == pytest.approx(counted.total, rel=1e-6)
+    # Per stage 3 * 3 choices of the first block and of the others, which have equal inputs; and four other pieces.
+    assert len(pieces.distinct) == 5 * 2 * 9 + 4
+    assert pieces.number_of_networks() == (9**2 + 9**3 + 9**4) ** 5
 
 
 @functools.cache

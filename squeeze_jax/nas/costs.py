@@ -1,0 +1,232 @@
+"""Costs of all networks of a space as sums over their pieces, so that thousands of architectures are priced at once.
+
+A piece depends on few positions of the architecture: its own kernel and expansion, and its stage's depth. These positions
+are found by changing each one. So a table per piece holds the costs of all its choices, and an architecture's cost is a sum of
+look-ups. Costs that are not sums over pieces, such as peak memory, do not fit this form.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeeze_jax.cost import count
+from squeeze_jax.errors import UserError
+from squeeze_jax.nas import space as spaces
+from squeeze_jax.nas.family import Family
+from squeeze_jax.nas.space import Arch
+from squeeze_jax.nn.chain import Chain, Piece
+
+CHECKED = 8  # random networks whose pieces must be those of the tables
+
+
+class Placed(NamedTuple):
+    """A piece and the shapes of its inputs; equal ones have equal costs."""
+
+    piece: Piece
+    inputs: Any
+
+
+class Column(NamedTuple):
+    """The choices of one piece.
+
+    Attributes:
+      positions: pairs (option, position) that it depends on.
+      sizes: number of choices of each of them.
+      placed: the piece for each combination in row-major order; None where a network does not have it.
+    """
+
+    positions: tuple[tuple[str, int], ...]
+    sizes: tuple[int, ...]
+    placed: tuple[Placed | None, ...]
+
+
+class Pieces:
+    """The pieces of all networks of a space, and on which positions they depend."""
+
+    def __init__(self, family: Family, example: Any):
+        """Finds the pieces.
+
+        Args:
+          family: the networks.
+          example: shapes of the inputs, such as one image.
+
+        Raises:
+          UserError: a piece depends on positions together that it does not depend on one by one.
+        """
+        self._family, self._example, self._outputs = family, example, {}
+        space = family.space
+        largest = self._placed(space.largest())
+        positions = {name: [] for name in largest}
+        for name, choices in space.choices.items():
+            for place, values in enumerate(choices):
+                changed = [
+                    self._placed(_with(space.largest(), name, place, index))
+                    for index in range(len(values) - 1)
+                ]
+                for piece, before in largest.items():
+                    if any(pieces.get(piece) != before for pieces in changed):
+                        positions[piece].append((name, place))
+        self.columns = {
+            piece: self._column(piece, tuple(places))
+            for piece, places in positions.items()
+        }
+        self._check()
+
+    def _placed(self, arch: Arch) -> dict[str, Placed]:
+        """Returns {name: piece with the shapes of its inputs} of an architecture's network."""
+        x, placed = self._example, {}
+        for piece in self._family.network(arch).pieces:
+            place = Placed(Piece("piece", piece.module), _hashable(x))
+            placed[piece.name] = place
+            if place not in self._outputs:
+                self._outputs[place] = _output(place)
+            x = self._outputs[place]
+        return placed
+
+    def _column(self, piece, positions):
+        choices = self._family.space.choices
+        sizes = tuple(len(choices[name][place]) for name, place in positions)
+        placed = []
+        for indices in itertools.product(*map(range, sizes)):
+            arch = self._family.space.largest()
+            for (name, place), index in zip(positions, indices, strict=True):
+                arch = _with(arch, name, place, index)
+            placed.append(self._placed(arch).get(piece))
+        return Column(positions, sizes, tuple(placed))
+
+    def _check(self):
+        """Compares the columns with the pieces of random networks."""
+        for key in jax.random.split(jax.random.key(0), CHECKED):
+            arch = jax.device_get(spaces.sample(self._family.space, key))
+            placed = self._placed(arch)
+            for name, column in self.columns.items():
+                if column.placed[_index(column, arch)] != placed.get(name):
+                    raise UserError(
+                        f"{name} depends on several elastic options at once in a way that a table per piece cannot hold"
+                    )
+
+    @property
+    def distinct(self) -> list[Placed]:
+        """Returns the different pieces of all networks; each has to be measured once."""
+        return list(
+            dict.fromkeys(p for c in self.columns.values() for p in c.placed if p)
+        )
+
+    def tabulate(self, cost: Callable[[Placed], float]) -> Callable[[Arch], jax.Array]:
+        """Returns a function from an architecture to the sum of the costs of its pieces, float32 [].
+
+        `jax.vmap` and `jax.jit` apply to the function.
+
+        Args:
+          cost: costs of a piece; called once for each different piece.
+        """
+        costs = {placed: cost(placed) for placed in self.distinct}
+        tables = [
+            (column, np.asarray([costs.get(p, 0.0) for p in column.placed], np.float32))
+            for column in self.columns.values()
+        ]
+
+        def total(arch):
+            return sum(
+                jnp.asarray(table)[_index(column, arch)] for column, table in tables
+            )
+
+        return total
+
+    def number_of_networks(self) -> int:
+        """Returns the number of different networks: positions of absent pieces are not counted.
+
+        Positions that share no piece are independent, so the number is a product over groups of positions.
+        """
+        groups = _connected(column.positions for column in self.columns.values())
+        return math.prod(map(self._networks_of, groups))
+
+    def _networks_of(self, group: frozenset) -> int:
+        """Returns the number of different combinations of one group of positions."""
+        columns = [c for c in self.columns.values() if set(c.positions) & group]
+        deciding = sorted(
+            {
+                position
+                for column in columns
+                for axis, position in enumerate(column.positions)
+                if _decides_presence(column, axis)
+            }
+        )
+        sizes = [self._size(position) for position in deciding]
+        networks = 0
+        for indices in itertools.product(*map(range, sizes)):
+            fixed = dict(zip(deciding, indices, strict=True))
+            active = {
+                position
+                for column in columns
+                if _is_present(column, fixed)
+                for position in column.positions
+            } - set(deciding)
+            networks += math.prod(map(self._size, active))
+        return networks
+
+    def _size(self, position) -> int:
+        name, place = position
+        return len(self._family.space.choices[name][place])
+
+
+def macs(placed: Placed) -> int:
+    """Returns the multiply-accumulates of a piece."""
+    net = Chain((placed.piece,))
+    inputs = jax.ShapeDtypeStruct(*placed.inputs)
+    variables = jax.eval_shape(net.init, jax.random.key(0), inputs)
+    return count.macs(net.apply, variables, inputs).total
+
+
+def _output(placed: Placed):
+    net = Chain((placed.piece,))
+    inputs = jax.ShapeDtypeStruct(*placed.inputs)
+    return jax.eval_shape(net.init_with_output, jax.random.key(0), inputs)[0][0]
+
+
+def _hashable(x) -> tuple:
+    return tuple(x.shape), np.dtype(x.dtype)
+
+
+def _with(arch: Arch, name: str, place: int, index: int) -> Arch:
+    field = np.array(getattr(arch, name))
+    field[place] = index
+    return arch._replace(**{name: field})
+
+
+def _index(column: Column, arch: Arch):
+    """Returns the place of an architecture's choices in a column."""
+    index = 0
+    for (name, place), size in zip(column.positions, column.sizes, strict=True):
+        index = index * size + getattr(arch, name)[place]
+    return index
+
+
+def _decides_presence(column: Column, axis: int) -> bool:
+    """Whether the choice of one position decides if networks have the piece."""
+    present = np.reshape([p is not None for p in column.placed], column.sizes or (1,))
+    return bool(column.sizes) and bool(np.any(present.all(axis) != present.any(axis)))
+
+
+def _is_present(column: Column, fixed) -> bool:
+    """Whether networks have the piece, given the choices of the positions that decide it."""
+    present = np.reshape([p is not None for p in column.placed], column.sizes or (1,))
+    index = tuple(fixed.get(position, slice(None)) for position in column.positions)
+    return bool(np.all(present[index] if column.sizes else present))
+
+
+def _connected(sets) -> list[frozenset]:
+    """Returns the groups of positions that are connected by pieces that depend on them."""
+    groups: list[set] = []
+    for positions in map(set, sets):
+        if not positions:
+            continue
+        touching = [g for g in groups if g & positions]
+        groups = [g for g in groups if not g & positions]
+        groups.append(positions.union(*touching))
+    return list(map(frozenset, groups))
