@@ -9,7 +9,7 @@ import optax
 
 from squeeze_jax import methods
 from squeeze_jax.errors import UserError, shortened
-from squeeze_jax.train.forward import Network
+from squeeze_jax.train.forward import Network, as_network
 from squeeze_jax.train.split import Named
 from squeeze_jax.train.state import State
 
@@ -39,13 +39,7 @@ def full_forms(network, update, objective) -> tuple[Network, methods.Update, tup
     Raises:
       UserError: the network is no module, the update is no gradient transform, or the objective is no loss.
     """
-    if not isinstance(network, Network):
-        network = Network(network)
-    if isinstance(network.model, type) or not hasattr(network.model, "init"):
-        raise UserError(
-            f"the network is {shortened(repr(network.model), 60)}: give a Linen module, such as Net(), or an NNX module by"
-            " from_nnx"
-        )
+    network = as_network(network)
     if callable(getattr(objective, "make", None)):
         raise UserError(
             f"the objective is the module {objective.__name__}: give the loss that its make() returns"

@@ -281,8 +281,7 @@ def make_evaluation(
       network, inputs: see `parts`.
       measure: (logits, batch) → (sums, rows).
     """
-    if not isinstance(network, Network):
-        network = Network(network)
+    network = forward.as_network(network)
 
     def evaluate(variables: dict[str, Any], batch: dict, carry=None):
         options, batch = {} if carry is None else {"carry": carry}, with_mask(batch)
