@@ -11,7 +11,9 @@ from squeeze_jax import files, models, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _model_json, _pretrained
 from squeeze_jax.models import _load
+from squeeze_jax.nn.mode import mode_argument
 from squeeze_jax.weights import foreign
+from squeeze_jax.weights import pretrained as weights
 
 _log = logging.getLogger("squeeze_jax")
 
@@ -76,19 +78,16 @@ def _load_into(net, trained, name, example, fresh):
       UserError: a parameter outside the classifier is missing or has another shape.
     """
     variables = trained.plain_variables(trained.options, fresh)
-    shapes = foreign.variable_shapes(net, _load.example_input(net, example))
-    head = _pretrained.head_prefixes(name)
-    loaded, expected = tree.flatten(variables), tree.flatten(dict(shapes))
-    taken = {}
-    for leaf, shape in expected.items():
-        array = loaded.get(leaf)
-        if array is not None and array.shape == shape.shape:
-            taken[leaf] = array
-        elif not leaf.partition("/")[2].startswith(head):
-            problem = "is not there" if array is None else f"is {array.shape}"
-            raise UserError(
-                f"{trained.location} does not fit the model: {leaf} {problem}, should be {shape.shape}"
-            )
+    mode = mode_argument(net, False)
+    shapes = foreign.variable_shapes(net, _load.example_input(net, example), **mode)
+    expected, module = tree.flatten(dict(shapes)), _load.module_of(net)
+    classifier = (
+        *_pretrained.classifier_layers(name),
+        *getattr(module, "CLASSIFIER", ()),
+    )
+    taken, _ = weights.fit_same_names(
+        tree.flatten(variables), expected, classifier, module, trained.location
+    )
     layers = sorted(
         {n.rpartition("/")[0].partition("/")[2] for n in expected if n not in taken}
     )
