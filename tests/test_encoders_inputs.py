@@ -217,7 +217,7 @@ def test_distillation_reads_the_padding_mask_under_both_names():
             {"padding_mask": REAL_TOKENS},
             "'padding_mask': a padding mask, .* 'attended'",
         ),
-        ({"mask": REAL_TOKENS}, r"batch\['mask'\] should be \[b\].*'attended'"),
+        ({"mask": REAL_TOKENS}, r"the batch's mask is \[2, 5\]: .*'attended'"),
         ({"attended": REAL_TOKENS[:, :4]}, r"padding mask is \(2, 4\)"),
         ({"attended": REAL_TOKENS, "attention_mask": REAL_TOKENS}, "mask twice"),
     ],

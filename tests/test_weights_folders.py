@@ -255,7 +255,7 @@ def test_tensors_that_do_not_fit_are_named(folder):
         "embeddings/norm/bias (32,) needs embeddings.LayerNorm.*; "
         "layer1/ffn_out/kernel should be (1, 64, 32), encoder.layer.0.output.dense.weight is (1, 5, 32); "
         "encoder.layer.1.output.dense.bias (3,) has no place; make the network with the options that the weights belong to, such as"
-        " variant (one of base, released, toy); python run.py --list=model.squeezebert lists them"
+        " variant (one of large, base, medium, small, mini, tiny, tinybert4, tinybert6, toy); python run.py --list=model.bert lists them"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax import batches
+from squeeze_jax import batches, methods
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.ranges import Range
 
@@ -42,12 +42,42 @@ class UnboundLoss(NamedTuple):
     """A distillation loss whose options are known, but not the shapes of the networks.
 
     Attributes:
-      bind: (student, teacher) → BoundLoss. Both arguments are the shapes of a network's outputs, {"logits": shape or
-        dict, endpoint: shape}; with several teachers, the second is a sequence of these. Raises a UserError if the
-        shapes do not fit.
+      from_shapes: the function of `bind`.
     """
 
-    bind: Callable[[Shapes, Shapes | Sequence[Shapes]], BoundLoss]
+    from_shapes: Callable[[Shapes, Shapes | Sequence[Shapes]], BoundLoss]
+
+    def bind(self, student: Shapes, teacher: Shapes | Sequence[Shapes]) -> BoundLoss:
+        """Returns the loss for networks with outputs of these shapes.
+
+        Args:
+          student: the shapes of the student's outputs, {"logits": shape or dict, endpoint: shape}.
+          teacher: the same of the teacher; with several teachers a sequence of these.
+
+        Raises:
+          UserError: the shapes do not fit, or are not in a dict.
+        """
+        is_one = isinstance(teacher, Mapping) or not isinstance(teacher, list | tuple)
+        for outputs in (student, *((teacher,) if is_one else teacher)):
+            if not isinstance(outputs, Mapping):
+                raise UserError(
+                    f"a distillation loss is bound to a dict of outputs, such as {{'logits': …}}, not to a"
+                    f" {type(outputs).__name__}"
+                )
+        return self.from_shapes(student, teacher)
+
+
+def as_objective(name: str, bound: BoundLoss) -> methods.Objective:
+    """Returns a bound loss as a method of the plug point objective, which reports its value as the metric `name`."""
+
+    def loss(logits, endpoints, batch, params, own):
+        del params
+        value, _ = bound.loss(logits, endpoints, batch, own.params)
+        return value, {name: value}
+
+    return methods.Objective(
+        loss, init=lambda key, params: bound.init(key), wants=tuple(bound.wants)
+    )
 
 
 def paired_loss(
@@ -118,7 +148,10 @@ def teacher_outputs(
         )
     for number in numbers or range(len(outputs)):
         for want in wants:
-            endpoint_shape(select_teacher(outputs, number), want, "teacher")
+            if want not in (available := select_teacher(outputs, number)):
+                raise UserError(
+                    f"the teacher has no endpoint {want!r}{nearest(want, available)}"
+                )
     return jax.lax.stop_gradient(tuple(outputs))
 
 

@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 
 from squeeze_jax import files, models, tree
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shown
 from squeeze_jax.jobs import _model_json, _pretrained
 from squeeze_jax.models import _load
 from squeeze_jax.nn.mode import mode_argument
-from squeeze_jax.weights import foreign
+from squeeze_jax.weights import foreign, weight_files
 from squeeze_jax.weights import pretrained as weights
 
 _log = logging.getLogger("squeeze_jax")
@@ -42,7 +42,20 @@ def load(
     Raises:
       UserError: see `models._load.load`; or the network does not fit the run's.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(
+            f"{shown(path)} is no path: give a file of weights, a folder of transformers or a work directory"
+        )
+    if isinstance(model, type):
+        raise UserError(
+            f"model is the class {model.__name__}: give a network, {model.__name__}(…)"
+        )
     folder = files.path(path)
+    if not folder.exists() and not weight_files.is_known(folder):
+        raise UserError(
+            f"there is no file or folder {path}: check the path; a network of the Hugging Face Hub is downloaded first, such as"
+            f" by huggingface_hub.snapshot_download"
+        )
     if not (folder / _model_json.NAME).is_file():
         return _load.load(path, model, example, **options)
     fresh = options.pop("fresh", None)

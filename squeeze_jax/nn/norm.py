@@ -99,7 +99,8 @@ class BatchNorm(nn.Module):
           An array of the shape of x.
 
         Raises:
-          UserError: Training runs without `mutable=["batch_stats"]`, or x does not have the axis or is complex.
+          UserError: Training runs without `mutable=["batch_stats"]`, or x does not have the axis or is complex, or the momentum
+            lies outside of [0, 1].
         """
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -123,6 +124,11 @@ class BatchNorm(nn.Module):
             )
         shape = x.shape[-1:]
         momentum = norm_momentum(self, self.momentum)
+        if not 0 <= momentum <= 1:
+            raise UserError(
+                f"{self._name()}: momentum = {momentum} should lie in [0, 1]: it is the share of the old statistics that an"
+                " update keeps"
+            )
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = bias = None

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax import tree
-from squeeze_jax.errors import UserError, shortened
+from squeeze_jax.errors import UserError, shortened, shown
 from squeeze_jax.methods import METHODS, Forward, Own, Tap
 from squeeze_jax.nn.intercept import intercepting
 from squeeze_jax.nn.layer_norm import LayerNorm, NoNorm
@@ -64,7 +64,20 @@ def make(
       model: a Linen module.
       example: shapes of its inputs. A dtype other than float32 needs them, to find the normalisation layers.
       forwards, dtype, first: see `Network`.
+
+    Raises:
+      UserError: the model is no module, or the dtype no floating-point one.
     """
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise UserError(
+            f"dtype = {shown(dtype)} should be float32, bfloat16 or float16: the dtype of the computation"
+        )
+    dtype = str(jnp.dtype(dtype))
+    model = as_network(model).model
     float32 = normalisation_paths(model, example) if dtype != "float32" else ()
     return Network(model, dict(forwards or {}), dtype, first, frozenset(float32))
 

@@ -121,19 +121,21 @@ def advice_for(module: types.ModuleType) -> str:
     Args:
       module: the network's file; one of `models` has `make`, and may have VARIANTS and a CLASSIFIER.
     """
-    if not hasattr(module, "make"):
-        return (
-            "give the network the sizes that the weights have; layers that depend on the classes are left fresh if the file of"
-            " the network names them, such as CLASSIFIER = ('head',)"
-        )
+    own = module.__name__.rpartition(".")[0] != "squeeze_jax.models"
     advice = "make the network with the options that the weights belong to"
+    if not hasattr(module, "make"):
+        advice = "give the network the sizes that the weights have"
     if variants := ", ".join(getattr(module, "VARIANTS", ())):
         advice += f", such as variant (one of {variants})"
-    package, _, name = module.__name__.rpartition(".")
-    is_own = package != "squeeze_jax.models"
-    return (
-        advice if is_own else f"{advice}; python run.py --list=model.{name} lists them"
-    )
+    if not own:
+        name = module.__name__.rpartition(".")[2]
+        advice += f"; python run.py --list=model.{name} lists them"
+    elif not hasattr(module, "CLASSIFIER"):
+        advice += (
+            "; layers that depend on the classes are left fresh if the network's file names them, such as CLASSIFIER ="
+            " ('head',)"
+        )
+    return advice
 
 
 def check_options(

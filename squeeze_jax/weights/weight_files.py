@@ -94,10 +94,15 @@ def describe_casts(arrays: Arrays) -> list[str]:
     ]
 
 
+def is_known(path: Path) -> bool:
+    """Returns whether a file of this name has a format that `read` reads."""
+    return path.suffix in _READERS
+
+
 def check(path: str | Path, *, key: str = "") -> None:
     """Raises a UserError if a file is missing or of an unknown format, or if a key is given for a format without parts."""
     path = files.path(path)
-    if path.suffix not in _READERS:
+    if not is_known(path):
         raise UserError(
             f"weights {path} have an unknown ending: use {', '.join(_READERS)}"
         )
@@ -228,7 +233,7 @@ def _raise_for_objects(path: Path, message: str) -> None:
             " torch.save"
         )
     if found := re.search(
-        r"[Uu]nsupported (?:global|class)\W*(?:GLOBAL )?([\w.]+)", message
+        r"[Uu]nsupported (?:global|class|GLOBAL)\W*(?:GLOBAL )?([\w.]+)", message
     ):
         raise UserError(
             f"{path} holds a pickled {found[1]}, and code in a file is not run: load it in PyTorch, and save the tensors alone"

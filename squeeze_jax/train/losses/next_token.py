@@ -44,7 +44,7 @@ def target_losses(
     """
     advice = "add it; config.data = dict(name='contiguous', …) makes such batches"
     batch = batches.read(batch, "losses.next_token", advice)
-    if "chosen" in batch:
+    if "chosen" in batch and "fresh" not in batch:
         raise UserError(
             "losses.next_token reads a target for each position, and the batch has masked tokens: choose losses.masked_lm, or"
             " config.data = dict(name='contiguous', …)"
