@@ -335,6 +335,9 @@ def test_a_work_directory_gives_network_and_variables(tmp_path, caplog):
     other, fresh = load(tmp_path / "run", num_classes=3)
     assert "classifier initialised anew" in caplog.text
     assert run(other, fresh, images()).shape == (2, 3)
+    headless = load(tmp_path / "run", num_classes=None)[1]
+    assert "classifier" not in headless["params"]
+    assert "run: classifier left out: the network has none" in caplog.text
     with pytest.raises(
         UserError,
         match=r"run: weights do not fit: .*; make the network with the options",

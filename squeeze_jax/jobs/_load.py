@@ -98,14 +98,15 @@ def _load_into(net, trained, name, example, fresh):
         *_pretrained.classifier_layers(name),
         *getattr(module, "CLASSIFIER", ()),
     )
+    loaded = tree.flatten(variables)
     taken, _ = weights.fit_same_names(
-        tree.flatten(variables), expected, classifier, module, trained.location
+        loaded, expected, classifier, module, trained.location
     )
-    layers = sorted(
-        {n.rpartition("/")[0].partition("/")[2] for n in expected if n not in taken}
-    )
-    if layers:
-        _log.warning(
-            "%s: %s initialised anew: train it", trained.location, ", ".join(layers)
-        )
+    for names, problem in (
+        (expected.keys() - taken.keys(), "initialised anew: train it"),
+        (loaded.keys() - expected.keys(), "left out: the network has none"),
+    ):
+        layers = sorted({n.rpartition("/")[0].partition("/")[2] for n in names})
+        if layers:
+            _log.warning("%s: %s %s", trained.location, ", ".join(layers), problem)
     return _load.complete_variables(net, taken, example, fresh)
