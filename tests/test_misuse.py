@@ -49,7 +49,7 @@ CALLS = {
     "gradients": (lambda: step(gradients=len), r"step\.make\.gradients = .* should be Named or Gradients or None"),
     "loss of labels": (lambda: traced(lambda logits, labels: 0), r"the objective makes no loss but a function\(logits, labels\): a loss takes \(logits, endpoints"),
     "make of a loss": (lambda: traced(sj.losses.cross_entropy.make), r"a make\(\) returns one when it is called"),
-    "loss alone": (lambda: traced(lambda l, e, b: l.mean()), r"returns one array: return \(scalar, metrics\)"),
+    "loss alone": (lambda: traced(lambda l, e, b: l.mean()), r"returns a single array: return \(scalar, metrics\)"),
     "unbound": (lambda: traced(SOFT), r"without the shapes of both networks' outputs: give what its bind"),
     "no teacher": (lambda: traced(SOFT.bind(LOGITS, LOGITS)), "no teacher, which distill.soft_logits reads"),
     "bound to arrays": (lambda: SOFT.bind(X, X), "bound to a dict of outputs, .*not to a ndarray"),

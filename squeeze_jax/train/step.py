@@ -401,7 +401,9 @@ def _check_returned(name: str, returned: Any) -> tuple:
     """
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         kind = (
-            "one array" if hasattr(returned, "aval") else f"a {type(returned).__name__}"
+            "a single array"
+            if hasattr(returned, "aval")
+            else f"a {type(returned).__name__}"
         )
         raise UserError(
             f"the loss {name} returns {kind}: return (scalar, metrics), or (scalar, metrics, state)"

@@ -41,13 +41,13 @@ def make(discriminator: NonNegative = WEIGHT) -> Callable:
 
     def loss(logits, endpoints, batch):
         batch = masked_lm.read(batch, "losses.replaced")
+        generator_logits = head_logits(logits, "masked_lm")
+        discriminator_logits = head_logits(logits, "replaced")
         if "is_replaced" not in endpoints:
             raise UserError(
                 f"losses.replaced reads the endpoint 'is_replaced', and the network gives {', '.join(endpoints) or 'none'}:"
                 " models.make('electra_pretraining') makes a network with it"
             )
-        generator_logits = head_logits(logits, "masked_lm")
-        discriminator_logits = head_logits(logits, "replaced")
         losses, hits, weights = masked_lm.masked_losses(generator_logits, batch)
         replaced_losses, replaced_hits, real = discriminator_losses(
             discriminator_logits, endpoints["is_replaced"], batch
