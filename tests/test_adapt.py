@@ -241,6 +241,55 @@ def test_batches_that_do_not_fit(batch, message):
         train.init(jax.random.key(0), batch)
 
 
+def network(source, **fields):
+    """A module whose __call__ has these arguments."""
+    space = {"nn": nn}
+    exec(f"def call(self, {source}):\n    return nn.Dense(3)(x.mean((1, 2)))", space)
+    call = nn.compact(space["call"])
+    annotations = dict.fromkeys(fields, bool)
+    body = {"__call__": call, "__annotations__": annotations, **fields}
+    return type("Mine", (nn.Module,), body)()
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (network("x, is_train=False"), "Mine.__call__ takes is_train, .*call it one of train, "),
+        (network("x, eval_mode=True"), "Mine.__call__ takes eval_mode"),
+        (network("x, train, attention"), "Mine.__call__ needs attention besides its inputs"),
+        (network("x, attention"), "Mine.__call__ needs attention besides its inputs"),
+        (network("x", train=True), "Mine has its mode as a field, train=True, .*in evaluation: make it an argument"),
+        (network("x", deterministic=False), "Mine has its mode as a field, deterministic=False"),
+    ],
+)  # fmt: skip
+def test_a_mode_that_cannot_be_switched_is_named(module, words):
+    train = step.make(module, optax.sgd(0.1), cross_entropy.make())
+    with pytest.raises(UserError, match=words) as caught:
+        train.init(jax.random.key(0), batches()[0])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="in training"):
+        forward.mode_argument(network("x", train=False), True)
+
+
+@pytest.mark.parametrize(
+    ("module", "training"),
+    [
+        (network("x, train"), {"train": True}),
+        (network("x, *, is_training=False, width=1.0"), {"is_training": True}),
+        (network("x, use_running_average=None"), {"use_running_average": False}),
+        (network("x, **options"), {"train": True}),
+        (network("x, return_features=False"), {}),
+        (network("x", train=True), {}),
+        (nn.Sequential([nn.Dense(3), nn.relu]), {}),
+        (nn.Sequential([nn.relu, nn.Dense(3)]), {}),
+        (nn.Sequential([network("x, training=False")]), {"training": True}),
+        (nn.remat(type(network("x, deterministic")))(), {"deterministic": False}),
+    ],
+)
+def test_the_mode_of_a_module(module, training):
+    assert forward.mode_argument(module, True) == training
+
+
 def test_arguments_of_a_step():
     with pytest.raises(UserError, match=r"the update is 'adam'.*optax\.adam"):
         step.make(Modeless(), "adam", cross_entropy.make())

@@ -21,6 +21,24 @@ class Pair(NamedTuple):
     second: object
 
 
+@jax.tree_util.register_pytree_node_class
+class Called:
+    """A pytree that can be called, as a module of some libraries."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def __call__(self, x):
+        return x
+
+    def tree_flatten(self):
+        return (self.w,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, leaves):
+        return cls(*leaves)
+
+
 TREES = {
     "dict": {"a": jnp.arange(3.0), "b": [jnp.int8([1, -2])], "half": jnp.bfloat16(1.5)},
     "numbers": Pair(0.1, {"n": 3, "big": 2**40, "flag": True, "none": None}),
@@ -28,8 +46,12 @@ TREES = {
     "keys": {"key": jax.random.key(7), "old": jax.random.PRNGKey(7)},
     "empty": {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)},
     "optax": TrainState.create(
-        apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.adam(0.1)
+        apply_fn=len, params={"w": jnp.ones(2)}, tx=optax.adam(0.1)
     ),
+    "optax with functions": optax.inject_hyperparams(optax.adamw)(
+        optax.linear_schedule(0.1, 0.0, 9)
+    ).init({"w": jnp.ones(2)}),
+    "called": Called({"w": jnp.arange(2.0)}),
     "nnx": nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))),
     "state": State(3, {"w": jnp.ones(2)}, {}, ()),
 }
@@ -61,6 +83,7 @@ def test_it_comes_back_to_the_bit(name, tmp_path):
     [
         ({"a": jnp.ones(2)}, {}, "a dict has no step: .*step="),
         ({"a": "text"}, {"step": 1}, r"\['a'\] is 'text': a checkpoint holds arrays"),
+        ({"a": len}, {"step": 1}, r"\['a'\] is <.*len>: .*leave the function out"),
         ({}, {"step": 1}, "no arrays to save"),
         (
             {"a": jnp.ones(2)},

@@ -91,6 +91,36 @@ def test_a_broken_contract_is_named(plugs, message):
         trace(**plugs)
 
 
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (
+            [jnp.ones(2)],
+            "mine has own parameters of type list: init should return a dict",
+        ),
+        ({"a": (jnp.ones(2),)}, "mine/a has own parameters of type tuple"),
+        ({1: jnp.ones(2)}, "mine has the own parameter 1: .* names as keys"),
+    ],
+)
+def test_own_parameters_that_are_no_dict_are_named(own, words):
+    with pytest.raises(UserError, match=words):
+        trace(gradients=gradients(plain, init=lambda key, params: own))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"dense": {"bias": np.ones(3)}}, "given has 'dense': it may have params and"),
+        ({"params": {"dense": {"bias": np.ones(4)}}}, r"dense/bias: expected \(3,\), found \(4,\)"),
+        ({"params": {"head": {"bias": np.ones(3)}}}, r"head/bias: found \(3,\), not expected"),
+    ],
+)  # fmt: skip
+def test_given_values_that_no_network_has_are_named(given, words):
+    made = step.make(Net(), optax.sgd(0.1), cross_entropy.make())
+    with pytest.raises(UserError, match=words):
+        made.init(jax.random.key(0), BATCH, given=given)
+
+
 def test_methods_that_keep_it_pass():
     plugs = dict(
         update=methods.Update(optax.sgd(0.1), metrics=lambda p, s: {"mine": 1.0}),

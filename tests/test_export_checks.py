@@ -65,6 +65,24 @@ def test_a_network_in_training_mode_is_said_so(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_narrow_network_is_told_how_to_cast(x, tmp_path, dtype):
+    model = nn.Sequential(
+        [nn.Dense(3, dtype=dtype), jnp.tanh, nn.Dense(2, dtype=dtype)]
+    )
+    variables = jax.device_get(model.init(jax.random.key(0), x))
+
+    def fn(batch):
+        return model.apply(
+            variables, jnp.pad(batch["x"].astype(dtype), ((0, 0), (1, 1), (0, 0)))
+        )
+
+    words = rf"computes in {dtype} \(.*\), and LiteRT in float32: .*dtype=jnp\.float32.*a\.astype"
+    with pytest.raises(process.Crash, match=words) as caught:
+        export.make(fn, INPUTS, tmp_path, formats=("tflite",), check={"x": x})
+    assert "\n" not in str(caught.value)
+
+
 def test_random_numbers_that_stay_the_same_are_exported(x, tmp_path):
     """Fixed random features are no training mode."""
 

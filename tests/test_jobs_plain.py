@@ -68,7 +68,8 @@ def test_every_job_goes_on_from_it(narrowed, tmp_path, capsys):
 def test_what_does_not_fit_is_named_and_nothing_is_written(narrowed, tmp_path):
     _, variables = narrowed
     with pytest.raises(
-        UserError, match=r"do not fit the network 'squeezenet': .*fire2"
+        UserError,
+        match=r"the variables: weights do not fit: .*fire2.*list=model.squeezenet",
     ):
         _plain.write(tmp_path / "run", CONFIG, OPTIONS, variables)
     assert not (tmp_path / "run").exists()

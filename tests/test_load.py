@@ -2,7 +2,10 @@
 
 import functools
 import logging
+import sys
+import unittest.mock
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -187,9 +190,53 @@ def test_our_own_names_are_recognised(state, tmp_path, caplog):
     torch.save(state, tmp_path / "w.pth")
     net, variables = load(tmp_path / "w.pth", "resnet", variant="18", num_classes=10)
     pretrained.save(tmp_path / "own.npz", variables)
+    without = load(tmp_path / "own.npz", "resnet", variant="18", num_classes=None)[1]
+    assert "classifier" not in without["params"]
+    assert "classifier params/classifier/bias left out" in caplog.text
     again = load(tmp_path / "own.npz", net)
     assert "the names are squeeze_jax's own" in caplog.text
     jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+class Own(nn.Module):
+    """A user's own network; in their script no constant names its classifier."""
+
+    classes: int
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.width, (3, 3), name="conv")(x)
+        x = nn.BatchNorm(not train, name="norm")(x).mean((1, 2))
+        return nn.Dense(self.classes, name="head")(x)
+
+
+def test_another_number_of_classes_in_a_network_of_ones_own(tmp_path, caplog):
+    x, path = (1, 8, 8, 3), tmp_path / "own.npz"
+    variables = Own(3).init(jax.random.key(5), np.zeros(x), False)
+    pretrained.save(path, variables)
+    jax.tree.map(np.testing.assert_array_equal, load(path, Own(3), x), dict(variables))
+    assert "anew" not in caplog.text
+    found = load(path, Own(7), x)
+    assert "params/head/kernel is initialised anew: of shape (4, 3)" in caplog.text
+    assert found["params"]["head"]["kernel"].shape == (4, 7)
+    for part in "params", "batch_stats":
+        for layer in "conv", "norm":
+            if layer in found[part]:
+                jax.tree.map(np.testing.assert_array_equal, found[part][layer], variables[part][layer])  # fmt: skip
+    with pytest.raises(UserError, match=r"conv/bias: expected \(5,\), found \(4,\).*CLASSIFIER = "):  # fmt: skip
+        load(path, Own(3, width=5), x)
+    without = {"params": {k: v for k, v in variables["params"].items() if k != "head"}}
+    pretrained.save(path, variables | without)
+    with pytest.raises(UserError, match=r"head/bias: .*not there; .*CLASSIFIER = "):
+        load(path, Own(3), x)
+    caplog.clear()
+    pretrained.save(path, variables)
+    with unittest.mock.patch.object(sys.modules[__name__], "CLASSIFIER", ("head",), create=True):  # fmt: skip
+        assert load(path, Own(7), x)["params"]["head"]["kernel"].shape == (4, 7)
+        pretrained.save(path, variables | without)
+        assert load(path, Own(3), x)["params"]["head"]["kernel"].shape == (4, 3)
+    assert "params/head/bias is initialised anew: missing in the file" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -205,7 +252,11 @@ def test_our_own_names_are_recognised(state, tmp_path, caplog):
         ("bert", {}, "bert has no map of names"),
         ("resnt", {}, "unknown model 'resnt'; did you mean 'resnet'"),
         ("resnet", {"names": "tochvision"}, "knows the names of keras, timm, torchv"),
-        ("resnet", {"variant": "34"}, "weights do not fit .*missing"),
+        (
+            "resnet",
+            {"variant": "34"},
+            r"weights do not fit .*missing.*; make the network with .* variant \(one of 18, 34.*list=model.resnet",
+        ),
         ("resnet", {"classes": 3}, "unknown key .*classes"),
     ],
 )
@@ -284,7 +335,13 @@ def test_a_work_directory_gives_network_and_variables(tmp_path, caplog):
     other, fresh = load(tmp_path / "run", num_classes=3)
     assert "classifier initialised anew" in caplog.text
     assert run(other, fresh, images()).shape == (2, 3)
-    with pytest.raises(UserError, match=r"run does not fit the model: .* should be"):
+    headless = load(tmp_path / "run", num_classes=None)[1]
+    assert "classifier" not in headless["params"]
+    assert "run: classifier left out: the network has none" in caplog.text
+    with pytest.raises(
+        UserError,
+        match=r"run: weights do not fit: .*; make the network with the options",
+    ):
         load(tmp_path / "run", "resnet", variant="18")
     with pytest.raises(UserError, match="holds the network 'resnet', not 'squeezenet'"):
         load(tmp_path / "run", "squeezenet")

@@ -363,9 +363,11 @@ def test_options_that_do_not_fit_are_named(options, message):
 
 
 def test_outputs_that_do_not_fit_the_loss_are_named():
-    batch = {"targets": np.zeros((2, 5), np.int32), "fresh": np.zeros(2, bool)}
-    with pytest.raises(UserError, match=r"needs targets: config\.data should be"):
+    batch = {"targets": np.zeros((2, 5), np.int32)}
+    with pytest.raises(UserError, match=r"no targets, which losses\.next_token reads"):
         next_token.target_losses(np.zeros((2, 5, 9)), {"tokens": batch["targets"]})
+    with pytest.raises(UserError, match=r"has masked tokens: choose losses\.masked_lm"):
+        next_token.target_losses(np.zeros((2, 5, 9)), {**batch, "chosen": 1})
     with pytest.raises(UserError, match=r"for targets \(2, 5\), .* returns \(2, 9\)"):
         next_token.target_losses(np.zeros((2, 9)), batch)
 

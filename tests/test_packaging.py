@@ -13,6 +13,7 @@ LIBRARY = ROOT / "squeeze_jax"
 
 # A package imports itself and lower levels; what shares a level shares nothing else.
 LEVELS = {
+    "batches": 0,
     "errors": 0,
     "files": 0,
     "methods": 0,

@@ -13,6 +13,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _experiment,
     _model_json,
+    _pretrained,
     _settings,
     _teachers,
     evaluate,
@@ -140,6 +141,36 @@ def test_some_layers_of_the_discriminator(electra, place):
     assert "layer1/ffn_in/kernel" in begun
     for name, value in begun.items():
         np.testing.assert_array_equal(value, source[name.replace("layer1", "layer2")])
+
+
+def test_layers_of_every_collection_are_renumbered():
+    def variables(count):
+        layers = {f"layer{n}": np.float32([n]) for n in range(1, count + 1)}
+        few = {
+            name: {"mean": value} for name, value in layers.items() if name != "layer3"
+        }
+        return {
+            "params": {k: {"kernel": v} for k, v in layers.items()},
+            "batch_stats": few | {"stem": {"mean": np.float32([9])}},
+        }
+
+    trained = _pretrained.PretrainedNetwork(
+        {"name": "bert"}, lambda *_: variables(4), "run"
+    )
+    shapes = variables(2)
+    del shapes["batch_stats"]["layer2"]
+    shapes = jax.eval_shape(lambda: shapes)
+    begun = _pretrained.initial_variables(
+        trained, {"name": "bert"}, shapes, None, layers=(4, 3)
+    )
+    assert begun == {
+        "params": {"layer1": {"kernel": [4]}, "layer2": {"kernel": [3]}},
+        "batch_stats": {"layer1": {"mean": [4]}, "stem": {"mean": [9]}},
+    }
+    with pytest.raises(UserError, match="layers has 5: run has layers 1 to 4"):
+        _pretrained.initial_variables(
+            trained, {"name": "bert"}, shapes, None, layers=(5,)
+        )
 
 
 def test_what_is_fine_tuned_is_what_is_saved(electra):

@@ -437,9 +437,7 @@ def test_a_network_that_does_not_fit_is_named(trained, place):
     built = build(
         place, init=dict(workdir=str(trained[0])), model=dict(ffn_features=32)
     )
-    with pytest.raises(
-        UserError, match="does not fit the model: layer1/ffn_in/"
-    ) as error:
+    with pytest.raises(UserError, match="weights do not fit: layer1/ffn_in/") as error:
         built.initial_variables()
     assert "take only what fits by config.init.only" in str(error.value)
     built = build(place, init=dict(workdir=str(trained[0]), layers=(2, 3)))

@@ -1,6 +1,8 @@
 """Checkpoints: exact, on any number of devices, and never a damaged one in silence."""
 
 import asyncio
+import contextlib
+import json
 import os
 import shutil
 import sys
@@ -316,6 +318,41 @@ def test_checksums_see_every_bit_and_no_sharding():
     assert [k for k, v in checksums(changed).items() if v != first[k]] == [
         "params/head/kernel"
     ]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float16", "float8_e4m3fn", "int8", "bool", "complex64"]
+)
+def test_checksums_see_the_last_bit_of_every_dtype(dtype):
+    value = np.asarray(jnp.asarray([0.25, 1.0, -3.0]).astype(dtype))
+    first, seen = checksums({"x": value})["x"], set()
+    for bit in range(8 * value.nbytes if dtype != "bool" else 0):
+        raw = bytearray(value.tobytes())
+        raw[bit // 8] ^= 1 << bit % 8
+        seen.add(checksums({"x": np.frombuffer(bytes(raw), value.dtype)})["x"])
+    if dtype == "bool":
+        seen = {checksums({"x": ~value})["x"]}
+    assert seen
+    assert first not in seen
+
+
+def test_checksums_of_earlier_versions_are_still_accepted(tmp_path):
+    """They were over values: 0.25 and 0.5 of bfloat16 had the checksum of 0."""
+    half = {"x": jnp.asarray([0.25, 0.5], jnp.bfloat16)}
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(half, step=1)
+        checkpoints.wait()
+        (note,) = tmp_path.glob("1/note/metadata")
+        content = json.loads(note.read_text())
+        assert content["checksums"].values() != [0]
+        assert content.pop("checksums_over_bits")
+        content["checksums"] = {
+            name: 0 if "x" in name else value
+            for name, value in content["checksums"].items()
+        }
+        note.write_text(json.dumps(content))
+        restored = checkpoints.restore(half)
+    np.testing.assert_array_equal(restored.state["x"], half["x"])
 
 
 @pytest.mark.parametrize(

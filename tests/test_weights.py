@@ -1,5 +1,8 @@
 """Foreign files are read as their own libraries wrote them, and what does not fit is named and counted."""
 
+import argparse
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +116,43 @@ def test_checkpoints_of_something_else_are_named(tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=message):
         weight_files.read(tmp_path / "w.pt")
+
+
+def test_pickled_networks_and_programs_are_named(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    path = tmp_path / "w.pth"
+    torch.save(net, path)
+    with pytest.raises(UserError, match=r"holds a pickled torch\.nn.*\.Sequential, .*net\.state_dict") as error:  # fmt: skip
+        weight_files.read(path)
+    torch.save({"args": argparse.Namespace(lr=1), "w": torch.ones(2)}, path)
+    with pytest.raises(UserError, match=r"holds a pickled argparse\.Namespace"):
+        weight_files.read(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(net), path)
+    with pytest.raises(UserError, match="holds a TorchScript program"):
+        weight_files.read(path)
+    assert "damaged" not in str(error.value)
+
+
+def test_casts_to_float32_are_said(tmp_path):
+    kept = {"a": np.ones(2, np.float32), "n": np.ones(2, np.int64)}
+    narrow = {"b": np.ones(2, np.float16), "c": np.ones(2, np.float16)}
+    wide = {"d": np.float64([0.1])}
+    said = ["2 arrays of float16 are cast to float32", "1 arrays of float64 are cast to float32"]  # fmt: skip
+    np.savez(tmp_path / "w.npz", **kept, **narrow, **wide)
+    tensors = {k: torch.tensor(v) for k, v in (kept | narrow | wide).items()}
+    brain = {"e": torch.tensor([0.1, -3.0], dtype=torch.bfloat16)}
+    torch.save(tensors, tmp_path / "w.pth")
+    torch.save(brain, tmp_path / "brain.pth")
+    for name in "w.npz", "w.pth":
+        arrays = weight_files.read(tmp_path / name, notes := [])
+        assert notes == said
+        assert arrays["d"][0] == 0.1
+        assert arrays["b"].dtype == np.float16
+    found = weight_files.read(tmp_path / "brain.pth", notes := [])["e"]
+    np.testing.assert_array_equal(found.astype("f4"), brain["e"].float().numpy())
+    assert notes == ["1 arrays of bfloat16 are cast to float32"]
 
 
 def test_a_truncated_safetensors_file_is_damaged(tmp_path, arrays):

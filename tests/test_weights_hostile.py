@@ -14,7 +14,7 @@ import torch
 from squeeze_jax.errors import UserError
 from squeeze_jax.weights import weight_files
 
-NOT_RUN = "no checkpoint of tensors alone, and code in one is not run"
+NOT_RUN = "code in (one|a file) is not run"
 
 
 class Code:

@@ -102,8 +102,14 @@ def test_what_does_not_fit_is_named(saved):
     with pytest.raises(UserError, match=r"missing.*left over.*conv1") as caught:
         load(saved / "plain.pth", "torchvision", name="resnet")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"under = 'encoder': no name in .* begins"):
-        load(saved / "plain.pth", "torchvision", under="encoder")
+    for under, near in (
+        ("encoder", r" choose from classifier, features$"),
+        ("feature.", r" did you mean 'features'\? choose from classifier, features$"),
+        ("features.20", r" did you mean 'features.\d+'\? choose from .*features"),
+    ):
+        words = rf"under = '{under}': no name in .* begins with '{under.rstrip('.')}\.';{near}"
+        with pytest.raises(UserError, match=words):
+            load(saved / "plain.pth", "torchvision", under=under)
 
 
 def test_own_files_are_read_back_to_the_bit(saved, tmp_path):

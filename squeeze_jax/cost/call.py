@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import nnx
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.extend import core
 
@@ -29,9 +30,15 @@ def check(fn: Callable | nn.Module, args: tuple, kwargs: Mapping) -> None:
     """
     if not callable(fn):
         raise UserError(f"{shown(fn)} is neither a function nor a module")
+    if isinstance(fn, type) and issubclass(fn, nn.Module | nnx.Module):
+        raise UserError(f"{fn.__name__} is a class: give a network, {fn.__name__}(…)")
     method = kwargs.get("method") or "__call__"
     target, keywords = fn, dict(kwargs)
     if isinstance(fn, nn.Module):
+        if args and isinstance(args[0], Mapping) and "params" in args[0]:
+            raise UserError(
+                f"{type(fn).__name__} gets its variables as an input: give its inputs alone, or its apply in its place"
+            )
         target = getattr(fn, method, None) if isinstance(method, str) else None
         keywords = {k: v for k, v in kwargs.items() if k not in (*_APPLY, "method")}
     name = getattr(fn, "__name__", type(fn).__name__)

@@ -1,4 +1,4 @@
-"""The interface of distillation losses, and functions that they share: pairs of layers, weights of tokens, projections.
+"""The interface of distillation losses, and functions that they share: pairs of layers, teacher outputs, projections.
 
 Each loss in `distill/` has a function `make(**options) → UnboundLoss`, which checks the options. `UnboundLoss.bind` gets the
 shapes of the outputs of both networks, checks that they fit, and returns the loss.
@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import batches, methods
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.ranges import Range
 
@@ -19,8 +20,6 @@ Layers = str | tuple[tuple[Layer, Layer], ...]
 # "skip" and "last" are the mappings of patient knowledge distillation (arXiv 1908.09355). They leave out the last layer,
 # which learns from the logits.
 MAPPINGS = ("uniform", "skip", "last")
-# Names of the padding mask in a batch; the second one is its name in `transformers`.
-_PADDING_MASKS = ("attended", "attention_mask")
 
 
 class BoundLoss(NamedTuple):
@@ -43,12 +42,42 @@ class UnboundLoss(NamedTuple):
     """A distillation loss whose options are known, but not the shapes of the networks.
 
     Attributes:
-      bind: (student, teacher) → BoundLoss. Both arguments are the shapes of a network's outputs, {"logits": shape or
-        dict, endpoint: shape}; with several teachers, the second is a sequence of these. Raises a UserError if the
-        shapes do not fit.
+      from_shapes: the function of `bind`.
     """
 
-    bind: Callable[[Shapes, Shapes | Sequence[Shapes]], BoundLoss]
+    from_shapes: Callable[[Shapes, Shapes | Sequence[Shapes]], BoundLoss]
+
+    def bind(self, student: Shapes, teacher: Shapes | Sequence[Shapes]) -> BoundLoss:
+        """Returns the loss for networks with outputs of these shapes.
+
+        Args:
+          student: the shapes of the student's outputs, {"logits": shape or dict, endpoint: shape}.
+          teacher: the same of the teacher; with several teachers a sequence of these.
+
+        Raises:
+          UserError: the shapes do not fit, or are not in a dict.
+        """
+        is_one = isinstance(teacher, Mapping) or not isinstance(teacher, list | tuple)
+        for outputs in (student, *((teacher,) if is_one else teacher)):
+            if not isinstance(outputs, Mapping):
+                raise UserError(
+                    f"a distillation loss is bound to a dict of outputs, such as {{'logits': …}}, not to a"
+                    f" {type(outputs).__name__}"
+                )
+        return self.from_shapes(student, teacher)
+
+
+def as_objective(name: str, bound: BoundLoss) -> methods.Objective:
+    """Returns a bound loss as a method of the plug point objective, which reports its value as the metric `name`."""
+
+    def loss(logits, endpoints, batch, params, own):
+        del params
+        value, _ = bound.loss(logits, endpoints, batch, own.params)
+        return value, {name: value}
+
+    return methods.Objective(
+        loss, init=lambda key, params: bound.init(key), wants=tuple(bound.wants)
+    )
 
 
 def paired_loss(
@@ -71,14 +100,59 @@ def paired_loss(
 
     def loss(logits, endpoints, batch, params):
         del logits
-        teacher_outputs = jax.lax.stop_gradient(batch["teacher"][teacher])
+        for student_name, _ in pairs:
+            endpoint_shape(endpoints, student_name, "student")
+        batch = read_batch(batch, name)
+        outputs = teacher_outputs(batch, name, wants, (teacher,))[teacher]
         total = sum(
-            compare(endpoints[pair[0]], teacher_outputs[pair[1]], batch, params, pair)
+            compare(endpoints[pair[0]], outputs[pair[1]], batch, params, pair)
             for pair in pairs
         )
         return total, {name: total}
 
-    return BoundLoss(tuple(dict.fromkeys(t for _, t in pairs)), init, loss)
+    wants = tuple(dict.fromkeys(t for _, t in pairs))
+    return BoundLoss(wants, init, loss)
+
+
+def read_batch(batch: Mapping, name: str) -> Mapping:
+    """Returns the batch of a distillation loss; a missing entry is an error that names the loss, see `batches.read`."""
+    advice = (
+        "put the teachers' outputs there under 'teacher', a tuple with one dict for each teacher"
+        if "teacher" not in batch
+        else "add it"
+    )
+    return batches.read(batch, f"distill.{name}", advice)
+
+
+def teacher_outputs(
+    batch: Mapping, name: str, wants: Sequence[str], numbers: Sequence[int] = ()
+) -> tuple[Mapping, ...]:
+    """Returns the outputs of all teachers, without gradients.
+
+    Args:
+      batch: "teacher", a tuple with a dict of outputs for each teacher.
+      name: name of the loss, for errors.
+      wants: names of the outputs that the loss reads.
+      numbers: numbers of the teachers that the loss reads; () for all.
+
+    Raises:
+      UserError: the batch has no teacher outputs, or they are no tuple of dicts with these outputs.
+    """
+    outputs = batch["teacher"]
+    if not isinstance(outputs, list | tuple) or not all(
+        isinstance(each, Mapping) for each in outputs
+    ):
+        raise UserError(
+            f"distill.{name} reads batch['teacher'], a tuple with one dict of outputs for each teacher, such as"
+            f" ({{'logits': …}},): it is a {type(outputs).__name__}"
+        )
+    for number in numbers or range(len(outputs)):
+        for want in wants:
+            if want not in (available := select_teacher(outputs, number)):
+                raise UserError(
+                    f"the teacher has no endpoint {want!r}{nearest(want, available)}"
+                )
+    return jax.lax.stop_gradient(tuple(outputs))
 
 
 def select_teacher(teacher: Shapes | Sequence[Shapes], number: int) -> Shapes:
@@ -267,71 +341,6 @@ def image_channels(
             f" {theirs[2]}: choose endpoints of equal size, or of a multiple"
         )
     return ours[3], theirs[3]
-
-
-def example_weights(batch: Mapping, rows: int) -> jax.Array:
-    """Returns the weights of rows, float32 [rows]: 1 for the rows of examples that count, else 0.
-
-    Args:
-      batch: "mask" bool [b].
-      rows: number of rows, a multiple of b: in multiple choice, each example has one row per choice.
-
-    Raises:
-      UserError: the mask has more than one axis, as a padding mask has.
-    """
-    mask = batch["mask"].astype(jnp.float32)
-    if mask.ndim != 1:
-        raise UserError(
-            f"batch['mask'] should be [b], true for examples that count, its shape is {mask.shape}: the padding mask is"
-            " 'attended' (or 'attention_mask'), [b, l]"
-        )
-    return jnp.repeat(mask, rows // mask.shape[0])
-
-
-def token_weights(batch: Mapping, rows: int, length: int) -> jax.Array:
-    """Returns the weights of tokens, float32 [rows, length]: 1 for real tokens of examples that count, else 0.
-
-    Args:
-      batch: "mask" bool [b], and the padding mask, see `padding_mask`.
-      rows: number of sequences; see `example_weights`.
-      length: number of tokens of a sequence.
-
-    Raises:
-      UserError: the padding mask has another size.
-    """
-    weights = example_weights(batch, rows)[:, None]
-    is_real = padding_mask(batch)
-    if is_real is None:
-        return jnp.repeat(weights, length, 1)
-    if is_real.size != rows * length:
-        raise UserError(
-            f"the batch's padding mask is {tuple(is_real.shape)}, the network's outputs are of {rows} sequences of {length}"
-            " tokens: both should be equal"
-        )
-    return weights * is_real.reshape(rows, length).astype(jnp.float32)
-
-
-def padding_mask(batch: Mapping) -> jax.Array | None:
-    """Returns the padding mask of a batch, bool [b, l] with True for real tokens; None if the batch has none.
-
-    Args:
-      batch: contains the mask as "attended", or as "attention_mask", its name in `transformers`.
-
-    Raises:
-      UserError: the batch has both, or has neither but an entry that looks like a padding mask under another name.
-    """
-    masks = [key for key in _PADDING_MASKS if key in batch]
-    if len(masks) > 1:
-        raise UserError(f"the batch has its padding mask twice, as {masks}: give one")
-    if masks:
-        return jnp.asarray(batch[masks[0]]) != 0
-    for key in batch:
-        if key != "mask" and ("mask" in key.split("_") or key.startswith("attend")):
-            raise UserError(
-                f"the batch has {key!r}: a padding mask, true for real tokens, is called"
-                f" {' or '.join(map(repr, _PADDING_MASKS))}"
-            )
-    return None
 
 
 def unit_vectors(x: jax.Array, axis: int = -1) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
@@ -94,7 +95,7 @@ def _divergence(student_scores, teacher_probabilities, batch, averages):
 
     Args:
       student_scores, teacher_probabilities: [b, heads, l, l].
-      batch: see `_loss.token_weights`.
+      batch: see `batches.token_weights`.
       averages: whether probabilities are first averaged over the heads.
     """
     query_weights, visible = _weights_and_mask(student_scores, batch)
@@ -115,9 +116,9 @@ def _weights_and_mask(scores, batch):
 
     Args:
       scores: the student's attention scores, [b, heads, l, l].
-      batch: see `_loss.token_weights`.
+      batch: see `batches.token_weights`.
     """
-    query_weights = _loss.token_weights(batch, scores.shape[0], scores.shape[-1])
+    query_weights = batches.token_weights(batch, scores.shape[0], scores.shape[-1])
     # Padded keys are masked in the scores too.
     return query_weights, scores[:, :1] > _MASKED
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.nn import means
@@ -49,7 +50,7 @@ def _compare(student_map, teacher_map, batch, params, pair):
     rows = maps[0].shape[0]
     student, teacher = (_loss.unit_vectors(x.reshape(rows, -1)) for x in maps)
     distance = ((student - teacher) ** 2).mean(-1)
-    return means.mean(distance, _loss.example_weights(batch, rows))
+    return means.mean(distance, batches.example_weights(batch, rows))
 
 
 def _energy(x):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
@@ -55,4 +56,4 @@ def _compare(student_states, teacher_states, batch, params, pair):
         for states in (student_states, teacher_states)
     )
     cosine = jnp.sum(student * teacher, -1)  # [b, l]
-    return means.mean(1 - cosine, _loss.token_weights(batch, *cosine.shape))
+    return means.mean(1 - cosine, batches.token_weights(batch, *cosine.shape))

@@ -15,6 +15,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
@@ -82,10 +83,10 @@ def make(
         x = _loss.project(student_map, params.get("_".join(pair)))
         target = _loss.project(teacher_map, None)
         if is_text:
-            weights = _loss.token_weights(batch, *x.shape[:2])
+            weights = batches.token_weights(batch, *x.shape[:2])
         else:
             x, target = _loss.pool_to_same_size(x, target)
-            weights = _loss.example_weights(batch, x.shape[0])
+            weights = batches.example_weights(batch, x.shape[0])
             weights = jnp.broadcast_to(weights[:, None, None], x.shape[:3])
         values = 0.0
         if mean:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import jax
 
+from squeeze_jax import batches
 from squeeze_jax.distill import _loss
 from squeeze_jax.distill._loss import BoundLoss, Layers, Shapes, UnboundLoss
 from squeeze_jax.errors import UserError
@@ -78,7 +79,7 @@ def make(
 
     def compare(student_states, teacher_states, batch, params, pair):
         x, target = student_states, teacher_states
-        weights = _loss.token_weights(batch, *x.shape[:2])
+        weights = batches.token_weights(batch, *x.shape[:2])
         if tokens == "first":
             x, target, weights = x[:, :1], target[:, :1], weights[:, :1]
         x = _loss.project(x, params.get(projection_name(pair)))

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax import tree
+from squeeze_jax.batches import example_weights, padding_mask, token_weights
 from squeeze_jax.distill._loss import (
     BoundLoss,
     Shapes,
     UnboundLoss,
-    example_weights,
-    padding_mask,
-    token_weights,
+    read_batch,
+    teacher_outputs,
 )
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn.means import mean
@@ -71,9 +71,10 @@ def make(
         def loss(logits, endpoints, batch, params):
             del endpoints, params
             heads = tree.flatten(logits)
+            batch = read_batch(batch, "soft_logits")
             teacher_heads = [
-                tree.flatten(jax.lax.stop_gradient(outputs["logits"]))
-                for outputs in batch["teacher"]
+                tree.flatten(outputs["logits"])
+                for outputs in teacher_outputs(batch, "soft_logits", ("logits",))
             ]
             losses = [
                 head_loss(name, x, [each[name] for each in teacher_heads], batch)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from squeeze_jax.cost import program
@@ -37,6 +38,21 @@ def unroll_loops(fn: Callable, input_shapes: Any) -> Callable:
     structure = jax.tree.structure(shapes)
     run = core.jaxpr_as_fun(closed.replace(jaxpr=_unroll(closed.jaxpr)))
     return lambda x: jax.tree.unflatten(structure, run(*jax.tree.leaves(x)))
+
+
+def narrow_floats(fn: Callable, input_shapes: Any) -> dict[str, str]:
+    """Returns {dtype: the first operation that computes in it} of the floats other than float32 in a function.
+
+    Args:
+      fn, input_shapes: as for `unroll_loops`.
+    """
+    first: dict[str, str] = {}
+    for op, _, _ in program.executions(program.trace(fn, input_shapes), _no_cost):
+        for dtype in (output.dtype for output in op.outputs):
+            if jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.float32:
+                where = op.layer or "the function itself"
+                first.setdefault(str(dtype), f"{op.name} in {where}")
+    return first
 
 
 def unsupported_operations(fn: Callable, input_shapes: Any) -> list[str]:

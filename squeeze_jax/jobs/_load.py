@@ -8,10 +8,12 @@ import flax.linen as nn
 import jax
 
 from squeeze_jax import files, models, tree
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shown
 from squeeze_jax.jobs import _model_json, _pretrained
 from squeeze_jax.models import _load
-from squeeze_jax.weights import foreign
+from squeeze_jax.nn.mode import mode_argument
+from squeeze_jax.weights import foreign, weight_files
+from squeeze_jax.weights import pretrained as weights
 
 _log = logging.getLogger("squeeze_jax")
 
@@ -40,7 +42,20 @@ def load(
     Raises:
       UserError: see `models._load.load`; or the network does not fit the run's.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(
+            f"{shown(path)} is no path: give a file of weights, a folder of transformers or a work directory"
+        )
+    if isinstance(model, type):
+        raise UserError(
+            f"model is the class {model.__name__}: give a network, {model.__name__}(…)"
+        )
     folder = files.path(path)
+    if not folder.exists() and not weight_files.is_known(folder):
+        raise UserError(
+            f"there is no file or folder {path}: check the path; a network of the Hugging Face Hub is downloaded first, such as"
+            f" by huggingface_hub.snapshot_download"
+        )
     if not (folder / _model_json.NAME).is_file():
         return _load.load(path, model, example, **options)
     fresh = options.pop("fresh", None)
@@ -76,24 +91,22 @@ def _load_into(net, trained, name, example, fresh):
       UserError: a parameter outside the classifier is missing or has another shape.
     """
     variables, _ = trained.plain_variables(trained.options, fresh)
-    shapes = foreign.variable_shapes(net, _load.example_input(net, example))
-    head = _pretrained.head_prefixes(name)
-    loaded, expected = tree.flatten(variables), tree.flatten(dict(shapes))
-    taken = {}
-    for leaf, shape in expected.items():
-        array = loaded.get(leaf)
-        if array is not None and array.shape == shape.shape:
-            taken[leaf] = array
-        elif not leaf.partition("/")[2].startswith(head):
-            problem = "is not there" if array is None else f"is {array.shape}"
-            raise UserError(
-                f"{trained.location} does not fit the model: {leaf} {problem}, should be {shape.shape}"
-            )
-    layers = sorted(
-        {n.rpartition("/")[0].partition("/")[2] for n in expected if n not in taken}
+    mode = mode_argument(net, False)
+    shapes = foreign.variable_shapes(net, _load.example_input(net, example), **mode)
+    expected, module = tree.flatten(dict(shapes)), _load.module_of(net)
+    classifier = (
+        *_pretrained.classifier_layers(name),
+        *getattr(module, "CLASSIFIER", ()),
     )
-    if layers:
-        _log.warning(
-            "%s: %s initialised anew: train it", trained.location, ", ".join(layers)
-        )
+    loaded = tree.flatten(variables)
+    taken, _ = weights.fit_same_names(
+        loaded, expected, classifier, module, trained.location
+    )
+    for names, problem in (
+        (expected.keys() - taken.keys(), "initialised anew: train it"),
+        (loaded.keys() - expected.keys(), "left out: the network has none"),
+    ):
+        layers = sorted({n.rpartition("/")[0].partition("/")[2] for n in names})
+        if layers:
+            _log.warning("%s: %s %s", trained.location, ", ".join(layers), problem)
     return _load.complete_variables(net, taken, example, fresh)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 
 from squeeze_jax import methods, registry
+from squeeze_jax.distill._loss import as_objective
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import Positive
 from squeeze_jax.train import forward
@@ -118,23 +119,10 @@ def bind_losses(
         objective = loss.method
         if hasattr(objective, "bind"):
             bound = objective.bind(student_shapes, tuple(teacher_shapes))
-            objective = _distillation_objective(loss.name, bound)
+            objective = as_objective(loss.name, bound)
         wants += objective.wants
         terms.append(Term(loss.name, loss.weight, objective))
     return TrainingLoss(tuple(terms), tuple(dict.fromkeys(wants)))
-
-
-def _distillation_objective(name, bound) -> methods.Objective:
-    """Wraps a bound distillation loss as a `methods.Objective` that reports its value as the metric `name`."""
-
-    def loss(logits, endpoints, batch, params, own):
-        del params
-        value, _ = bound.loss(logits, endpoints, batch, own.params)
-        return value, {name: value}
-
-    return methods.Objective(
-        loss, init=lambda key, params: bound.init(key), wants=tuple(bound.wants)
-    )
 
 
 def output_shapes(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:

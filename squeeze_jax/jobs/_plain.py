@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from squeeze_jax import files, tree
+from squeeze_jax import files, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _model_json, _settings, _workdir
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
+from squeeze_jax.weights import foreign
 
 
 def write(
@@ -55,10 +56,8 @@ def write(
     }
     arrays = {k: variables.get(k, {}) for k in expected}
     if problems := tree.differences(expected, arrays):
-        hidden = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"the variables do not fit the network {options.get('name')!r}: {'; '.join(problems[:3])}{hidden}"
-        )
+        module = registry.load("squeeze_jax.models", options["name"], "model")
+        raise foreign.misfit("the variables", problems, foreign.advice_for(module))
     state = built.create(
         tree.map_named(lambda name, a: np.asarray(a, np.float32), arrays)
     )

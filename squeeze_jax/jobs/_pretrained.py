@@ -23,7 +23,7 @@ from squeeze_jax.models import _folder
 from squeeze_jax.ranges import Layers, OptionalPath
 from squeeze_jax.train import forward
 from squeeze_jax.train.checkpoint import Checkpoints
-from squeeze_jax.weights import pretrained
+from squeeze_jax.weights import foreign, pretrained
 
 _LAYER_NAME = re.compile(r"^layer(\d+)/")
 CLASSIFIER_LAYER = "head/classifier"  # of an encoder: its outputs are the classes
@@ -421,18 +421,25 @@ def initial_variables(
     pretrained_variables, fresh_layers = network.plain_variables(
         {**network.options, **options} if takes_all else network.options, fresh
     )
-    params = pretrained_variables["params"]
     if network.options.get("task", options.get("task")) != options.get("task"):
         # The layers of two tasks' heads may have the same names.
-        params = _without_head(params, options["name"])
+        pretrained_variables = {
+            collection: _without_head(values, options["name"])
+            for collection, values in pretrained_variables.items()
+        }
     if layers:
-        params = _selected_layers(params, layers, network.location)
+        _check_layers(pretrained_variables["params"], layers, network.location)
+        pretrained_variables = {
+            collection: _selected_layers(values, layers)
+            for collection, values in pretrained_variables.items()
+        }
+    params = pretrained_variables["params"]
     head = head_prefixes(options["name"])
     trained_head = CLASSIFIER_LAYER not in fresh_layers
     if trained_head and _takes_whole_head(params, shapes["params"], head, only):
         params = _match_class_order(network, params, options, classes, example)
     pretrained_variables = pretrained_variables | {"params": params}
-    initial = {}
+    initial, problems = {}, []
     for collection, collection_shapes in shapes.items():
         available = tree.flatten(pretrained_variables.get(collection, {}))
         expected = tree.flatten(collection_shapes)
@@ -447,12 +454,18 @@ def initial_variables(
             if array is not None and np.shape(array) == expected[name].shape:
                 taken[name] = np.asarray(array, expected[name].dtype)
             elif not name.startswith(head):
-                problem = "is not there" if array is None else f"is {np.shape(array)}"
-                raise UserError(
-                    f"{network.location} does not fit the model: {name} {problem}, should be {expected[name].shape}; take"
-                    " only what fits by config.init.only, a regular expression over names"
+                problems.append(
+                    f"{name} {expected[name].shape} is not there"
+                    if array is None
+                    else f"{name} is {np.shape(array)}, should be {expected[name].shape}"
                 )
         initial[collection] = traverse_util.unflatten_dict(taken, sep="/")
+    if problems:
+        module = registry.load("squeeze_jax.models", options["name"], "model")
+        advice = "or take only what fits by config.init.only, a regular expression over names"
+        raise foreign.misfit(
+            network.location, problems, f"{foreign.advice_for(module)}, {advice}"
+        )
     left_out = tree.flatten(shapes["params"]).keys() - tree.flatten(initial["params"])
     fresh_layers = {*fresh_layers, *(name.rpartition("/")[0] for name in left_out)}
     # `only` asks for this, and the reader of a file, whose network is that of the config, has said it.
@@ -513,29 +526,31 @@ def head_prefixes(model: str) -> tuple[str, ...]:
     Args:
       model: the name of a file of `models`, which declares them as CLASSIFIER.
     """
+    return tuple(f"{layer}/" for layer in classifier_layers(model))
+
+
+def classifier_layers(model: str) -> tuple[str, ...]:
+    """Returns the layers that depend on the classes, which a network's file names; `model` is the file of `models`."""
     module = registry.load("squeeze_jax.models", model, "model")
-    return tuple(f"{layer}/" for layer in getattr(module, "CLASSIFIER", ()))
+    return tuple(getattr(module, "CLASSIFIER", ()))
 
 
-def _without_head(params, model):
-    """Returns the parameters without those of the head; `model` is the name of a file of `models`."""
+def _without_head(values, model):
+    """Returns one collection of variables without those of the head; `model` is the name of a file of `models`."""
     head = head_prefixes(model)
     return traverse_util.unflatten_dict(
-        {k: v for k, v in tree.flatten(params).items() if not k.startswith(head)},
+        {k: v for k, v in tree.flatten(values).items() if not k.startswith(head)},
         sep="/",
     )
 
 
-def _selected_layers(params, layers, location):
-    """Returns the parameters with only these layers, renumbered from 1 in the order of `layers`.
+def _check_layers(params, layers, location) -> None:
+    """Raises a UserError if a trained network lacks one of its layers "layer1", "layer2", ... with these numbers.
 
     Args:
-      params: of the trained network; its layers are called "layer1", "layer2", ...
-      layers: numbers of the layers to keep, from 1.
+      params: of the trained network.
+      layers: numbers of the layers, from 1.
       location: the network's location, for the error message.
-
-    Raises:
-      UserError: the network has no layer of such a number.
     """
     numbers = {int(m[1]) for m in map(_LAYER_NAME.match, tree.flatten(params)) if m}
     for layer in layers:
@@ -543,9 +558,20 @@ def _selected_layers(params, layers, location):
             raise UserError(
                 f"config.init.layers has {layer}: {location} has layers 1 to {max(numbers, default=0)}"
             )
-    others = {k: v for k, v in params.items() if not re.fullmatch(r"layer\d+", k)}
+
+
+def _selected_layers(values, layers):
+    """Returns one collection of variables with only these layers, renumbered from 1 in the order of `layers`.
+
+    Args:
+      values: params, batch_stats or another collection of the trained network; it may lack layers without such variables.
+      layers: numbers of the layers to keep, from 1.
+    """
+    others = {k: v for k, v in values.items() if not re.fullmatch(r"layer\d+", k)}
     return others | {
-        f"layer{new}": params[f"layer{old}"] for new, old in enumerate(layers, 1)
+        f"layer{new}": values[f"layer{old}"]
+        for new, old in enumerate(layers, 1)
+        if f"layer{old}" in values
     }
 
 

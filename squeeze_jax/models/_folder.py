@@ -181,7 +181,7 @@ def save(
         foreign.variable_shapes(net, _example(net))["params"], variables["params"]
     )
     if lines:
-        raise UserError(f"the variables are not the net's ({len(lines)}): {lines[0]}")
+        raise foreign.misfit("the variables", lines, foreign.advice_for(module))
     params = tree.flatten(variables["params"])
     params = {name: np.asarray(leaf, np.float32) for name, leaf in params.items()}
     pooled = net.task in family.pooled
@@ -269,7 +269,9 @@ def _fit_arrays(net, arrays, module, fresh):
         ignore.append(rf"^{re.escape(names[name.rpartition('/')[0]])}\.[^.]+$")
     wanted = {k: v for k, v in shapes.items() if k not in missing}
     like = {"params": traverse_util.unflatten_dict(wanted, sep="/")}
-    params = tree.flatten(foreign.fit(arrays, like, names, ignore=ignore)["params"])
+    advice = foreign.advice_for(module)
+    fitted = foreign.fit(arrays, like, names, ignore=ignore, advice=advice)
+    params = tree.flatten(fitted["params"])
     if missing:
         params |= _initial_values(net, fresh, lambda name: name in missing)
     layers = tuple(sorted({name.rpartition("/")[0] for name in missing}))

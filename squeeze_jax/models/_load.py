@@ -20,6 +20,7 @@ from flax import traverse_util
 from squeeze_jax import files, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.models import _folder, _make
+from squeeze_jax.nn.mode import mode_argument
 from squeeze_jax.nn.reshaped import Reshaped
 from squeeze_jax.weights import foreign, pretrained
 
@@ -102,13 +103,14 @@ def complete_variables(
       fresh: a key from `jax.random.key` for the initial values.
     """
     example, arrays = example_input(net, example), tree.flatten(dict(loaded))
-    shapes = tree.flatten(dict(foreign.variable_shapes(net, example)))
+    mode = mode_argument(net, False)
+    shapes = tree.flatten(dict(foreign.variable_shapes(net, example, **mode)))
     missing = [name for name in shapes if name not in arrays]
     if missing:
 
         @jax.jit
         def init(key):
-            initial = tree.flatten(dict(net.init(key, example)))
+            initial = tree.flatten(dict(net.init(key, example, **mode)))
             return {name: initial[name] for name in missing}
 
         arrays |= jax.tree.map(np.asarray, init(fresh))
@@ -133,14 +135,15 @@ def _load_folder(path, model, fresh, options):
 
 def _load_file(path, net, example, names, under, key, fresh):
     """Returns a network's variables from a file, and logs the conversions."""
-    module = _module(net)
+    module = module_of(net)
     arrays, lines = pretrained.read(path, under=under, key=key)
     if names is None:
         names, line = recognise_names(arrays, net, module, path)
         lines.append(line)
     elif names != pretrained.OWN and names not in pretrained.known_namings(module):
         pretrained.check(path, names, _model_name(module), module, net)
-    like = foreign.variable_shapes(net, example_input(net, example))
+    mode = mode_argument(net, False)
+    like = foreign.variable_shapes(net, example_input(net, example), **mode)
     variables, fit_lines = pretrained.fit(arrays, names, net, module, like, path)
     for line in map(_as_argument, lines + fit_lines):
         counters = line.endswith("counters of batches ignored")
@@ -231,7 +234,7 @@ def _inner_net(net: nn.Module) -> nn.Module:
     return net.net if isinstance(net, Reshaped) else net
 
 
-def _module(net: nn.Module) -> types.ModuleType:
+def module_of(net: nn.Module) -> types.ModuleType:
     """Returns the file of a network, as a module, which has its maps of names."""
     return sys.modules[type(_inner_net(net)).__module__]
 
@@ -251,7 +254,7 @@ def example_input(net: nn.Module, example: Any) -> Any:
         return jnp.zeros(example, jnp.float32)
     if example is not None:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), example)
-    if getattr(_module(net), "INPUTS", "images") == "images":
+    if getattr(module_of(net), "INPUTS", "images") == "images":
         return jnp.zeros((1, 224, 224, 3), jnp.float32)
     choices = getattr(_inner_net(net), "task", "") == "choice"
     return {"tokens": jnp.zeros((1,) * (2 + choices), jnp.int32)}

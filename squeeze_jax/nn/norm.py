@@ -99,7 +99,8 @@ class BatchNorm(nn.Module):
           An array of the shape of x.
 
         Raises:
-          UserError: Training runs without `mutable=["batch_stats"]`, or x does not have the axis.
+          UserError: Training runs without `mutable=["batch_stats"]`, or x does not have the axis or is complex, or the momentum
+            lies outside of [0, 1].
         """
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -107,6 +108,11 @@ class BatchNorm(nn.Module):
         if not isinstance(self.axis, int) or not -x.ndim <= self.axis < x.ndim:
             raise UserError(
                 f"{self._name()}: axis = {self.axis!r} should be one axis of the input {x.shape}"
+            )
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise UserError(
+                f"{self._name()}: the input is {x.dtype}: normalise its real and imaginary parts by layers of their own, or use"
+                " flax.linen.BatchNorm"
             )
         axis_is_last = self.axis % x.ndim == x.ndim - 1
         if not axis_is_last:
@@ -118,6 +124,11 @@ class BatchNorm(nn.Module):
             )
         shape = x.shape[-1:]
         momentum = norm_momentum(self, self.momentum)
+        if not 0 <= momentum <= 1:
+            raise UserError(
+                f"{self._name()}: momentum = {momentum} should lie in [0, 1]: it is the share of the old statistics that an"
+                " update keeps"
+            )
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = bias = None

@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from squeeze_jax import methods
-from squeeze_jax.errors import UserError, shortened
-from squeeze_jax.train.forward import Network
+from squeeze_jax import methods, registry
+from squeeze_jax.distill._loss import BoundLoss, UnboundLoss, as_objective
+from squeeze_jax.errors import UserError, shortened, shown
+from squeeze_jax.train.forward import Network, as_network
 from squeeze_jax.train.split import Named
 from squeeze_jax.train.state import State
 
@@ -34,24 +36,33 @@ def full_forms(network, update, objective) -> tuple[Network, methods.Update, tup
     Args:
       network: a `Network`, or a Linen module alone.
       update: a `methods.Update`, or an optax transform.
-      objective: a sequence of `Term`s, or one loss, which becomes the term "objective" with weight 1.
+      objective: a sequence of `Term`s, or one loss, which becomes the term "objective" with weight 1. A bound loss of
+        `distill` reads the teachers' outputs from batch["teacher"].
 
     Raises:
       UserError: the network is no module, the update is no gradient transform, or the objective is no loss.
     """
-    if not isinstance(network, Network):
-        network = Network(network)
-    if isinstance(network.model, type) or not hasattr(network.model, "init"):
+    network = as_network(network)
+    if isinstance(objective, UnboundLoss):
         raise UserError(
-            f"the network is {shortened(repr(network.model), 60)}: give a Linen module, such as Net(), or an NNX module by"
-            " from_nnx"
+            "the objective is a distillation loss without the shapes of both networks' outputs: give what its bind(student,"
+            " teacher) returns"
         )
+    if isinstance(objective, BoundLoss):
+        objective = as_objective("distill", objective)
     if callable(getattr(objective, "make", None)):
         raise UserError(
             f"the objective is the module {objective.__name__}: give the loss that its make() returns"
         )
     if callable(objective) or isinstance(objective, methods.Objective):
-        objective = (Term("objective", 1.0, methods.objective(objective)),)
+        try:
+            objective = methods.objective(objective)
+        except UserError as error:
+            problem = str(error).partition(";")[0]
+            raise UserError(
+                f"the {problem}: a loss takes (logits, endpoints, batch), or also params; a make() returns one when it is called"
+            ) from None
+        objective = (Term("objective", 1.0, objective),)
     if isinstance(update, optax.GradientTransformation):
         update = methods.Update(update)
     if not isinstance(update, methods.Update):
@@ -67,11 +78,47 @@ def full_forms(network, update, objective) -> tuple[Network, methods.Update, tup
     return network, update, tuple(objective)
 
 
-def named_exchange(exchange: Named | Callable | None) -> Named | None:
-    """Returns an exchange with its name; a plain function gets the name "exchange"."""
-    if callable(exchange) and not isinstance(exchange, Named):
+def named_exchange(
+    exchange: Named | methods.Exchange | Callable | None,
+) -> Named | None:
+    """Returns an exchange with its name; one without, or a plain function, gets the name "exchange"."""
+    if isinstance(exchange, methods.Exchange) or callable(exchange):
         return Named("exchange", methods.exchange(exchange))
     return exchange
+
+
+def named_gradients(
+    gradients: Named | methods.Gradients | None,
+) -> Named | None:
+    """Returns a method of the plug point gradients with its name; one without gets the name "gradients"."""
+    if isinstance(gradients, methods.Gradients):
+        return Named("gradients", gradients)
+    return gradients
+
+
+def check_plugs(parts: Callable, plugs: Mapping[str, Any]) -> None:
+    """Raises a UserError for an unknown plug of a training step, or one of another type or out of its range.
+
+    Args:
+      parts: the function whose signature is the schema.
+      plugs: its keyword arguments.
+    """
+    values = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in plugs.items()
+    }
+    supplied = ("network", "update", "objective")
+    registry.check(parts, values, "step.make", given=supplied)
+
+
+def check_key(key: Any) -> None:
+    """Raises a UserError unless a value is a key of `jax.random`."""
+    dtype = getattr(key, "dtype", None)
+    is_raw = dtype == jnp.uint32 and key.ndim == 1
+    if dtype is None or not (is_raw or jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        raise UserError(
+            f"key = {shown(key)} is no random key: give one, such as jax.random.key(0)"
+        )
 
 
 def image(batch: Mapping[str, Any]) -> jax.Array:
@@ -120,6 +167,10 @@ def check_state(state: State, update: methods.Update, ema: float) -> None:
       update: the gradient transforms of the step, whose optimizer state must have the shapes of `state.opt`.
       ema: decay of the averaged weights; a state has averaged weights if and only if it is not 0.
     """
+    if not isinstance(state, State):
+        raise UserError(
+            f"the state is a {type(state).__name__}: create it by step.init; pretrained values go in by given="
+        )
     if bool(ema) != (state.ema is not None):
         has, wants = (
             ("has", "averages none") if not ema else ("has no", "averages them")

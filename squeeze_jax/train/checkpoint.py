@@ -8,12 +8,14 @@ A checkpoint holds two items: the training state and a note. The note is a JSON 
     position    examples consumed in this phase, which is the position in the data
     config      the run's config
     checksums   a checksum of every array; it detects damaged arrays that the file system does not report
+    checksums_over_bits    true; absent in checkpoints of earlier versions, whose checksums missed bits of narrow floats
     phase, options, …    the phase, the network's options, and what else the caller of `save` adds
 
 Checksums are computed on the devices and do not depend on the sharding.
 """
 
 import contextlib
+import functools
 import logging
 import pathlib
 import shutil
@@ -45,6 +47,9 @@ for library in ("absl", "orbax"):
 # Earlier versions saved the parameters of losses under this key of `params`, and no other methods had parameters.
 # Today the parameters of all methods stand under `METHODS`.
 _OLD_METHODS = "objective"
+
+# The key of a note whose checksums are over the bits of all arrays; in earlier versions some were over values.
+_OVER_BITS = "checksums_over_bits"
 
 _METADATA_BYTES = 2**18  # upper estimate of a checkpoint's files that hold no arrays
 
@@ -207,6 +212,7 @@ class Checkpoints:
             "position": position,
             "config": trees.to_json(config or {}),
             "checksums": checksums(_to_dict(state)),
+            _OVER_BITS: True,
             **trees.to_json(note or {}, "note"),
         }
         with self._reporting_full_disk(), warnings.catch_warnings():
@@ -371,7 +377,7 @@ class Checkpoints:
         """
 
         def template(note):
-            network = like(note) if callable(like) else like
+            network = like(note) if _is_function(like) else like
             saved = self._saved_shapes(network.step.sharding, note["step"])
             if saved is None:
                 return network
@@ -430,7 +436,7 @@ class Checkpoints:
           UserError: a checkpoint does not fit the template (the message names the first arrays that differ, with both
             shapes), or all checkpoints are damaged.
         """
-        if not isinstance(like, State) and not callable(like):
+        if not isinstance(like, State) and not _is_function(like):
 
             def template(note):
                 trees.check_dtypes(note.get("dtypes"), like)
@@ -497,7 +503,7 @@ class Checkpoints:
           Exception: the checkpoint is damaged: an `OSError` for a wrong checksum, or any exception of Orbax.
         """
         note = self._read_note(step)
-        like = like(note) if callable(like) else like
+        like = like(note) if _is_function(like) else like
         expected = _to_dict(like)
         metadata = self._manager.item_metadata(step)["state"]
         if metadata is None:
@@ -515,9 +521,10 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(expected)),
             )["state"]
+        compute = checksums if note.get(_OVER_BITS) else _checksums_of_values
         wrong = [
             name
-            for name, checksum in checksums(restored).items()
+            for name, checksum in compute(restored).items()
             if note["checksums"].get(name) != checksum
         ]
         if wrong:
@@ -555,7 +562,8 @@ class Checkpoints:
                     " device, as of an exchange of gradients, needs the number of devices that the run began with"
                 )
             raise UserError(
-                f"checkpoint {place} does not fit the model: {'; '.join(problems[:3])}{more}"
+                f"checkpoint {place} does not fit the model: {'; '.join(problems[:3])}{more}; make the network and the optimizer"
+                " with the options that it was saved with, or take another directory"
             )
 
 
@@ -579,6 +587,11 @@ def _split_off_shares(expected: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 def _ones(shape: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns an array of ones with the shape, dtype and sharding of a `jax.ShapeDtypeStruct`."""
     return jax.device_put(np.ones(shape.shape, shape.dtype), shape.sharding)
+
+
+def _is_function(like: Template) -> bool:
+    """Returns whether a template is a function, and not a pytree that can be called, such as a module."""
+    return callable(like) and jax.tree_util.all_leaves([like])
 
 
 def _params_first(part: str) -> tuple[bool, str]:
@@ -608,24 +621,45 @@ def checksums(arrays) -> dict[str, int]:
     """Returns a 32-bit checksum of each array of a pytree, as {name: checksum}.
 
     A checksum is a sum over the elements modulo 2^32, each multiplied by an odd number that depends on its index. It
-    does not depend on the sharding. Elements of 4 bytes count by their bits, all others by their values as
-    uint32: floats of other widths lose their fraction, so that small changes of them go unnoticed.
+    does not depend on the sharding. Elements count by their bits as uint32; those of more than 32 bits count as several.
     """
-    sums = _compute_checksums(tree.flatten(arrays))
+    sums = _compute_checksums(tree.flatten(arrays), _bits)
     return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
-@jax.jit
-def _compute_checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Computes `checksums` on the devices: {name: array} → {name: uint32 []}."""
+def _checksums_of_values(arrays) -> dict[str, int]:
+    """Returns the checksums that earlier versions saved, in which floats of other widths than 32 bits lost their fraction."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # complex numbers lost their imaginary part
+        sums = _compute_checksums(tree.flatten(arrays), _bits_or_values)
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def _bits_or_values(x: jax.Array) -> jax.Array:
+    """Returns the bits of an array of 4-byte elements, and the values of any other array, as uint32."""
+    return _bits(x) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Returns the bits of the elements of an array as uint32 [..., n], n of each element."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], -1)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        width = min(jnp.finfo(x.dtype).bits, 32)
+        x = jax.lax.bitcast_convert_type(x, f"uint{width}")
+    elif x.dtype.itemsize > 4:
+        x = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return x.astype(jnp.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _compute_checksums(
+    arrays: dict[str, jax.Array], as_integers: Callable
+) -> dict[str, jax.Array]:
+    """Computes `checksums` on the devices, {name: uint32 []}, from the uint32 that `as_integers` makes of each array."""
 
     def checksum(x):
-        bits = (
-            jax.lax.bitcast_convert_type(x, jnp.uint32)
-            if x.dtype.itemsize == 4
-            else x.astype(jnp.uint32)
-        )
-        bits = bits.reshape(-1)
+        bits = as_integers(x).reshape(-1)
         # An odd weight is invertible modulo 2^32, so that the change of a single element always changes the sum.
         weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(
             2654435761

@@ -12,7 +12,6 @@ is the same network everywhere. The variables of a network are a dict:
 
 import contextlib
 import functools
-import inspect
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,10 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from squeeze_jax import tree
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shortened, shown
 from squeeze_jax.methods import METHODS, Forward, Own, Tap
 from squeeze_jax.nn.intercept import intercepting
 from squeeze_jax.nn.layer_norm import LayerNorm, NoNorm
+from squeeze_jax.nn.mode import mode_argument
 from squeeze_jax.nn.norm import SHARES, BatchNorm
 
 # The parameters of these layers stay float32, whatever the dtype of the computation is.
@@ -64,13 +64,26 @@ def make(
       model: a Linen module.
       example: shapes of its inputs. A dtype other than float32 needs them, to find the normalisation layers.
       forwards, dtype, first: see `Network`.
+
+    Raises:
+      UserError: the model is no module, or the dtype no floating-point one.
     """
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise UserError(
+            f"dtype = {shown(dtype)} should be float32, bfloat16 or float16: the dtype of the computation"
+        )
+    dtype = str(jnp.dtype(dtype))
+    model = as_network(model).model
     float32 = normalisation_paths(model, example) if dtype != "float32" else ()
     return Network(model, dict(forwards or {}), dtype, first, frozenset(float32))
 
 
 def run(
-    network: Network,
+    network: Network | nn.Module,
     variables: Mapping[str, Any],
     inputs: Any,
     *,
@@ -83,7 +96,7 @@ def run(
     The module may return its logits alone, without endpoints. Its call may lack an argument `train`, see `mode_argument`.
 
     Args:
-      network: the network that `make` built.
+      network: the network that `make` built, or a Linen module.
       variables: see the top of this file.
       inputs: the inputs of the module; floating-point arrays are cast to the network's dtype.
       train: whether normalisations use the batch's statistics, dropout is active and methods may change their state.
@@ -93,7 +106,12 @@ def run(
     Returns:
       ((logits, endpoints), changed). Logits are float32. `changed` holds the new "batch_stats" and "extra", which only
       training changes.
+
+    Raises:
+      UserError: the network is no module, or the variables have no "params".
     """
+    network = as_network(network)
+    _check_variables(variables)
     owns = _owns(network, variables, train, key)
     params = _reparametrize(network, variables, owns)
     params = cast_parameters(params, network.dtype, network.float32)
@@ -123,6 +141,38 @@ def run(
     return (cast_floats(logits, jnp.float32), endpoints), after
 
 
+def as_network(network: Any) -> Network:
+    """Returns a `Network` unchanged, and a Linen module as one without methods.
+
+    Raises:
+      UserError: it is neither, such as a module's class.
+    """
+    if not isinstance(network, Network):
+        network = Network(network)
+    if isinstance(network.model, type) or not hasattr(network.model, "init"):
+        raise UserError(
+            f"the network is {shortened(repr(network.model), 60)}: give a Linen module, such as Net(), or an NNX module by"
+            " from_nnx"
+        )
+    return network
+
+
+def _check_variables(variables: Any) -> None:
+    """Raises a UserError unless variables are a dict with "params"."""
+    if isinstance(variables, Mapping) and "params" in variables:
+        return
+    if hasattr(variables, "variables"):
+        problem = f"a {type(variables).__name__}: give its variables()"
+    elif isinstance(variables, Mapping):
+        names = ", ".join(map(str, variables)) or "nothing"
+        problem = f"a dict with {names} and no 'params': give {{'params': …}}, as init returns it"
+    else:
+        problem = (
+            f"a {type(variables).__name__}: give {{'params': …}}, as init returns it"
+        )
+    raise UserError(f"the variables are {problem}")
+
+
 def split_outputs(result: Any) -> tuple[Any, Mapping[str, Any]]:
     """Splits the outputs of a module into (logits, endpoints); endpoints are {} if the module returns logits alone.
 
@@ -136,25 +186,6 @@ def split_outputs(result: Any) -> tuple[Any, Mapping[str, Any]]:
     raise UserError(
         f"the network returns a tuple of {len(result)}: return logits, or (logits, a dict of endpoints)"
     )
-
-
-def mode_argument(model: nn.Module, train: bool) -> dict[str, bool]:
-    """Returns the keyword argument that switches a module between training and evaluation, as {name: value}.
-
-    The name is the one of `train`, `training`, `is_training`, `deterministic` and `use_running_average` that the module's
-    call has; the last two get the opposite value. A call with `**kwargs` gets `train`. Returns {} for a module without
-    such an argument, which computes the same in both modes.
-    """
-    parameters = inspect.signature(type(model).__call__).parameters
-    for name in ("train", "training", "is_training"):
-        if name in parameters:
-            return {name: train}
-    for name in ("deterministic", "use_running_average"):
-        if name in parameters:
-            return {name: not train}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return {"train": train}
-    return {}
 
 
 @contextlib.contextmanager

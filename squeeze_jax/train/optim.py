@@ -117,8 +117,17 @@ def make(
     return freeze_matching(chain, freeze) if freeze else chain
 
 
-def chain(transforms: Sequence[methods.Update]) -> methods.Update:
-    """Joins gradient transforms to one, which applies them in order; its state is a tuple of their states."""
+def chain(
+    transforms: Sequence[methods.Update | optax.GradientTransformation],
+) -> methods.Update:
+    """Joins gradient transforms to one, which applies them in order; its state is a tuple of their states.
+
+    Raises:
+      UserError: one of them is no gradient transform.
+    """
+    if isinstance(transforms, methods.Update | optax.GradientTransformation):
+        transforms = (transforms,)
+    transforms = [methods.update(each, "optim.chain") for each in transforms]
 
     def project(params, states):
         for transform, state in zip(transforms, states, strict=True):

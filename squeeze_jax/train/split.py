@@ -70,6 +70,13 @@ def compute_in_parts(
         totals = _sum_over(axes, weigh(params, stats, carry, batch, key))
         return compute_part(totals, stats, carry, batch, key)
 
+    rows = batch["mask"].shape[0]
+    if rows % accumulate:
+        raise UserError(
+            f"accumulate = {accumulate}: a batch of {rows} examples{' on a device' if axes else ''} does not divide into"
+            f" {accumulate} equal parts"
+        )
+
     # [b] → [b / n, n] → [n, b / n]: every part takes rows of every device, so nothing moves between devices.
     def split(x):
         return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)

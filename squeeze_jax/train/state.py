@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from squeeze_jax import tree
+from squeeze_jax.errors import UserError, shown
 from squeeze_jax.methods import METHODS
 from squeeze_jax.nn.norm import SHARES, shares
 from squeeze_jax.train import forward
+from squeeze_jax.weights import foreign
 
 
 class State(NamedTuple):
@@ -60,6 +62,54 @@ class State(NamedTuple):
         return {"params": params, "batch_stats": variables["batch_stats"]}
 
 
+def _check_given(given: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+    """Raises a UserError if pretrained values are none of a network's variables, or have another shape.
+
+    Args:
+      given: see `create`.
+      variables: of the network.
+    """
+    for collection in given:
+        if collection not in ("params", "batch_stats"):
+            raise UserError(
+                f"given has {shown(collection)}: it may have params and batch_stats, such as {{'params': …}}"
+            )
+    expected = tree.flatten({k: variables.get(k, {}) for k in given})
+    values = tree.flatten(dict(given))
+    values = {k: v for k, v in values.items() if not k.startswith(f"params/{METHODS}/")}
+    lines = tree.differences({k: expected[k] for k in values if k in expected}, values)
+    if lines:
+        raise foreign.misfit(
+            "given",
+            lines,
+            "name and shape the values as the network's own variables are",
+        )
+
+
+def _check_own(name: str, field: str, value: Any) -> None:
+    """Raises a UserError unless a method's own parameters are nested dicts of arrays, whose keys become their names.
+
+    Args:
+      name: the method.
+      field: the field of its value that made them.
+      value: what that returned.
+    """
+    if isinstance(value, Mapping):
+        wrong = next((k for k in value if not isinstance(k, str)), None)
+        if wrong is not None:
+            raise UserError(
+                f"the method {name} has the own parameter {shown(wrong)}: {field} should return a dict with names as keys"
+            )
+        for key, part in value.items():
+            if not hasattr(part, "shape") and not isinstance(part, int | float):
+                _check_own(f"{name}/{key}", field, part)
+        return
+    raise UserError(
+        f"the method {name} has own parameters of type {type(value).__name__}: {field} should return a dict of arrays, such as"
+        " {'weight': …}"
+    )
+
+
 class Owner(NamedTuple):
     """The functions that create a method's own parameters and state; see `methods.py`.
 
@@ -101,6 +151,7 @@ def create(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example)
     variables = model.init(key, zeros, **forward.mode_argument(model, False))
     pretrained = given or {}
+    _check_given(pretrained, variables)
     known_stats = pretrained.get("batch_stats", {})
     params = _replace_leaves(variables["params"], pretrained.get("params", {}))
     stats = _replace_leaves(variables.get("batch_stats", {}), known_stats)
@@ -109,6 +160,7 @@ def create(
         seed = zlib.crc32(name.encode()) & 0x7FFFFFFF
         if owner.init is not None:
             owned[name] = owner.init(jax.random.fold_in(key, seed), params)
+            _check_own(name, "init", owned[name])
         state = owner.state(params) if owner.state is not None else None
         if jax.tree.leaves(state):
             extra[name] = _copy_per_device(state, owner.devices)

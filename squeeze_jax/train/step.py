@@ -25,13 +25,17 @@ from jax.sharding import Mesh
 from squeeze_jax import methods
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
+from squeeze_jax.ranges import Count, Rate
 from squeeze_jax.train import contract, forward, split
 from squeeze_jax.train.arguments import (
     Term,
+    check_key,
+    check_plugs,
     check_state,
     full_forms,
     image,
     named_exchange,
+    named_gradients,
     with_mask,
 )
 from squeeze_jax.train.forward import Network
@@ -80,6 +84,7 @@ class Step:
 
     def __call__(self, state: State, batch: dict, key: jax.Array, *frozen):
         """Runs one training step; see `make`."""
+        check_key(key)
         return self.run(state, batch, key, *frozen)
 
     def init(
@@ -92,6 +97,7 @@ class Step:
           batch: one batch {name: [b, ...]}, or its shapes.
           given: pretrained values that replace initial ones, see `state.create`.
         """
+        check_key(key)
         return self.create(key, batch, given)
 
 
@@ -114,9 +120,10 @@ def make(network: Network | Any, update: Any, objective: Any, **plugs) -> Step:
       step with a `gradients` method that is not fused cannot be jitted; it compiles its other parts itself.
 
     Raises:
-      UserError: the step was called with a state that does not fit it, or with a batch whose arrays have different
+      UserError: a plug is unknown or out of its range; the step was called with a state that does not fit it, or with a batch whose arrays have different
         numbers of examples.
     """
+    check_plugs(parts, plugs)
     create_state = functools.partial(_create_state, network, update, objective, plugs)
     return Step(compose(parts(network, update, objective, **plugs)), create_state)
 
@@ -141,7 +148,7 @@ def _create_state(network, update, objective, plugs, key, batch, given) -> State
     for term in terms:
         owners[term.name] = Owner(term.objective.init, term.objective.state)
     if plugs.get("gradients") is not None:
-        name, method = plugs["gradients"]
+        name, method = named_gradients(plugs["gradients"])
         owners[name] = Owner(method.init, method.state)
     if exchange is not None:
         owners[exchange.name] = Owner(None, exchange.method.state, devices)
@@ -186,17 +193,17 @@ def compose(parts: Parts, **jit_options) -> Callable:
 
 def parts(
     network: Network | Any,
-    update: methods.Update | optax.GradientTransformation,
-    objective: Callable | Sequence[Term],
+    update: methods.Update | optax.GradientTransformation | Any,
+    objective: Callable | Sequence[Term] | Any,
     *,
     prepare: Callable = lambda key, batch: batch,
     inputs: Callable = image,
     teach: Callable | None = None,
-    gradients: Named | None = None,
-    exchange: Named | Callable | None = None,
+    gradients: Named | methods.Gradients | None = None,
+    exchange: Named | methods.Exchange | Callable | None = None,
     mesh: Mesh | None = None,
-    accumulate: int = 1,
-    ema: float = 0.0,
+    accumulate: Count = 1,
+    ema: Rate = 0.0,
 ) -> Parts:
     """Builds the parts of a training step.
 
@@ -217,7 +224,7 @@ def parts(
       ema: decay of the averaged weights, 0 for none; after t updates it is at most (1 + t) / (10 + t).
     """
     network, update, objective = full_forms(network, update, objective)
-    exchange = named_exchange(exchange)
+    exchange, gradients = named_exchange(exchange), named_gradients(gradients)
     fused = gradients is None or gradients.method.fused
     compute, weigh = _gradient_functions(network, objective, inputs, gradients)
     if accumulate > 1 or exchange is not None:
@@ -279,10 +286,10 @@ def make_evaluation(
 
     Args:
       network, inputs: see `parts`.
-      measure: (logits, batch) → (sums, rows).
+      measure: (logits, batch) → (sums, rows), or the `Metric` that has it.
     """
-    if not isinstance(network, Network):
-        network = Network(network)
+    measure = getattr(measure, "measure", measure)
+    network = forward.as_network(network)
 
     def evaluate(variables: dict[str, Any], batch: dict, carry=None):
         options, batch = {} if carry is None else {"carry": carry}, with_mask(batch)
@@ -409,8 +416,13 @@ def _check_returned(name: str, returned: Any) -> tuple:
       UserError: the loss called `name` returned anything else.
     """
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
+        kind = (
+            "a single array"
+            if hasattr(returned, "aval")
+            else f"a {type(returned).__name__}"
+        )
         raise UserError(
-            f"the loss {name} returns a {type(returned).__name__}: return (scalar, metrics), or (scalar, metrics, state)"
+            f"the loss {name} returns {kind}: return (scalar, metrics), or (scalar, metrics, state)"
         )
     value, record, *_ = returned
     if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):

@@ -35,8 +35,13 @@ def pack(pytree: Any, step: int) -> State:
             or not hasattr(leaf, "shape")
             or (isinstance(leaf, np.ndarray) and not _is_numeric(leaf.dtype))
         ):
+            advice = (
+                "; leave the function out, in a Flax dataclass by flax.struct.field(pytree_node=False)"
+                if callable(leaf)
+                else ""
+            )
             raise UserError(
-                f"{name} is {shortened(repr(leaf), 60)}: a checkpoint holds arrays, numbers and random keys"
+                f"{name} is {shortened(repr(leaf), 60)}: a checkpoint holds arrays, numbers and random keys{advice}"
             )
         if _is_key(leaf):
             is_shape = isinstance(leaf, jax.ShapeDtypeStruct)

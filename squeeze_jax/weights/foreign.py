@@ -5,6 +5,7 @@ layer and the order of their axes are the same for all networks of a framework, 
 """
 
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def fit(
     *,
     ignore: Sequence[str] = (),
     channels_last: bool = False,
+    advice: str = "",
 ):
     """Returns variables with the structure of `like` and the values of `arrays`.
 
@@ -49,6 +51,7 @@ def fit(
       ignore: regexes of their names that have no counterpart here, such as an auxiliary head.
       channels_last: whether their kernels are [kh, kw, in, out] and [in, out] like ours, and depthwise kernels
         [kh, kw, c, 1], as in Keras.
+      advice: the end of the error, see `advice_for`.
 
     Raises:
       UserError: names or shapes do not fit. The message counts the arrays that are missing, left over or of another shape,
@@ -85,8 +88,54 @@ def fit(
         if name not in used and not any(p.search(name) for p in ignored)
     ]
     if any(problems.values()):
-        raise UserError(_describe_problems(problems))
+        counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
+        first = [line for lines in problems.values() for line in lines[:3]]
+        raise misfit("", first, advice, f" ({', '.join(counts)})")
     return fitted
+
+
+def misfit(
+    place: str, lines: Sequence[str], advice: str = "", counts: str = ""
+) -> UserError:
+    """Returns the error about weights that do not fit a network; all that loads weights raises it.
+
+    Args:
+      place: the file, folder or work directory of the weights; "" if the caller adds it.
+      lines: a line about each array that does not fit.
+      advice: what to do about it, see `advice_for`.
+      counts: text about the numbers of such arrays; without it the first three lines and the number of the others are shown.
+    """
+    more = ""
+    if not counts:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        lines = lines[:3]
+    start, end = f"{place}: " if place else "", f"; {advice}" if advice else ""
+    return UserError(
+        f"{start}weights do not fit{counts}: {'; '.join(lines)}{more}{end}"
+    )
+
+
+def advice_for(module: types.ModuleType) -> str:
+    """Returns what to do about weights that do not fit the network of a file.
+
+    Args:
+      module: the network's file; one of `models` has `make`, and may have VARIANTS and a CLASSIFIER.
+    """
+    own = module.__name__.rpartition(".")[0] != "squeeze_jax.models"
+    advice = "make the network with the options that the weights belong to"
+    if not hasattr(module, "make"):
+        advice = "give the network the sizes that the weights have"
+    if variants := ", ".join(getattr(module, "VARIANTS", ())):
+        advice += f", such as variant (one of {variants})"
+    if not own:
+        name = module.__name__.rpartition(".")[2]
+        advice += f"; python run.py --list=model.{name} lists them"
+    elif not hasattr(module, "CLASSIFIER"):
+        advice += (
+            "; layers that depend on the classes are left fresh if the network's file names them, such as CLASSIFIER ="
+            " ('head',)"
+        )
+    return advice
 
 
 def check_options(
@@ -243,9 +292,3 @@ def _to_our_layout(
     if array.ndim == 4 and len(shape) == 2 and array.shape[:2] == (1, 1):
         return array[0, 0]
     return array
-
-
-def _describe_problems(problems: Mapping[str, list[str]]) -> str:
-    counts = [f"{len(lines)} {kind}" for kind, lines in problems.items() if lines]
-    first = [line for lines in problems.values() for line in lines[:3]]
-    return f"weights do not fit ({', '.join(counts)}): {'; '.join(first)}"

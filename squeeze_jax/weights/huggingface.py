@@ -7,7 +7,7 @@ keys of config.json, and the names of its layers. `models.load` and `models.save
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,19 +113,24 @@ def read_arrays(folder: str | Path) -> weight_files.Arrays:
     Raises:
       UserError: the folder has no weights, or a file is missing or damaged.
     """
-    folder = files.path(folder)
+    folder, lines = files.path(folder), []
     for name in WEIGHTS:
         if (folder / name).is_file():
-            arrays, lines = weight_files.remove_prefixes(
-                weight_files.read(folder / name)
-            )
-            for line in lines:
-                _log.warning("%s: %s", folder, line)
+            arrays = weight_files.read(folder / name, lines)
+            arrays, prefix_lines = weight_files.remove_prefixes(arrays)
+            _log_lines(folder, lines + prefix_lines)
             return arrays
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _read_sharded(index)
+            arrays = _read_sharded(index)
+            _log_lines(folder, weight_files.describe_casts(arrays))
+            return arrays
     raise UserError(f"{folder} has no weights: it should have {' or '.join(WEIGHTS)}")
+
+
+def _log_lines(folder: Path, lines: Sequence[str]) -> None:
+    for line in lines:
+        _log.warning("%s: %s", folder, line)
 
 
 def _read_sharded(index: Path) -> weight_files.Arrays:

@@ -9,7 +9,7 @@ for a network that pads or normalises differently from the published one.
 import io
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ import numpy as np
 from flax import traverse_util
 
 from squeeze_jax import files, tree
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.weights import foreign, weight_files
 
 Names = Literal["torchvision", "timm", "keras", "caffe", "released", "squeeze_jax"]
 
 OWN = "squeeze_jax"
+_PREFIXES_NAMED = 12  # an error names so many prefixes of a file's names
 # Statistics of Keras' layer Normalization, which normalises the inputs of a network.
 _INPUT_STATISTICS = re.compile(r"^normalization(_\d+)?/(mean|variance|count)$")
 
@@ -179,7 +180,12 @@ def fit(
         notes.append(f"{len(counters)} counters of batches ignored")
     try:
         fitted = foreign.fit(
-            arrays, like, layers, ignore=ignored, channels_last=names == "keras"
+            arrays,
+            like,
+            layers,
+            ignore=ignored,
+            channels_last=names == "keras",
+            advice=foreign.advice_for(module),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -226,13 +232,28 @@ def _select_under(arrays, under: str, path):
         n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)
     }
     if not selected:
-        first = next(iter(arrays), "nothing")
         raise UserError(
-            f"config.init.under = {under!r}: no name in {path} begins with {start!r}; there is {first}, for example"
+            f"config.init.under = {under!r}: no name in {path} begins with {start!r}{_near_prefixes(arrays, start)}"
         )
     omitted = len(arrays) - len(selected)
     note = f"{omitted} arrays outside of {start!r} left out"
     return selected, [note] if omitted else []
+
+
+def _near_prefixes(arrays, start: str) -> str:
+    """Returns the end of an error about an unknown prefix: the prefixes of a file's names, to the depth of `start`."""
+    separator = start[-1]
+    depth = start.count(separator)
+    parts = [name.split(separator)[:-1] for name in arrays]
+    prefixes = dict.fromkeys(
+        separator.join(p[:n])
+        for n in range(1, depth + 1)
+        for p in parts
+        if p[: n - 1] != p[:n]
+    )
+    if not prefixes:
+        return "; its names have no prefixes: leave under out"
+    return nearest(start[:-1], list(prefixes)[:_PREFIXES_NAMED])
 
 
 def _remove_input_statistics(arrays):
@@ -291,30 +312,92 @@ def _remove_unfit_classifier(arrays, module, like, layers, names):
     return {**like, "params": params}, ignored, notes
 
 
+def fit_same_names(
+    arrays: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    classifier: Sequence[str],
+    module: types.ModuleType,
+    place: str | Path,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Fits arrays whose names are those of a network's variables.
+
+    Leaves out the arrays of a classifier for other classes. In a network whose file names no classifier, it is the layers
+    that differ in their number of outputs alone, if everything else fits.
+
+    Args:
+      arrays: {name: array}, such as "params/conv1/kernel".
+      expected: {name: shape} of the network's variables.
+      classifier: layers that depend on the classes.
+      module: the network's file, for the error.
+      place: where the arrays are from, for the error.
+
+    Returns:
+      ({name: array} of what fits, in the dtypes of `expected`; a line about each array that was left out).
+
+    Raises:
+      UserError: arrays outside the classifier are missing, unexpected, of another shape or of integers.
+    """
+    if not classifier:
+        classifier = _layers_of_other_widths(arrays, expected)
+    heads = tuple(f"{layer}/" for layer in classifier)
+
+    def in_classifier(name):
+        return name.partition("/")[2].startswith(heads)
+
+    taken, notes = {}, []
+    for name, shape in expected.items():
+        array = arrays.get(name)
+        if array is not None and np.shape(array) == tuple(shape.shape):
+            taken[name] = array
+        elif in_classifier(name):
+            is_now = "missing" if array is None else f"of shape {np.shape(array)}"
+            notes.append(f"classifier {name} is initialised anew: {is_now} in the file")
+    notes += [
+        f"classifier {name} left out: the network has none"
+        for name in arrays
+        if name not in expected and in_classifier(name)
+    ]
+    problems = tree.differences(
+        {n: s for n, s in expected.items() if n in taken or not in_classifier(n)},
+        {n: a for n, a in arrays.items() if n in taken or not in_classifier(n)},
+    )
+    if problems:
+        raise foreign.misfit(str(place), problems, foreign.advice_for(module))
+    for name, array in taken.items():
+        if array.dtype.kind not in "fV":
+            raise UserError(
+                f"{place}: {name} is {array.dtype}, not floats: weights of integers need their scales"
+            )
+    values = {n: np.asarray(a, expected[n].dtype) for n, a in taken.items()}
+    return values, notes
+
+
+def _layers_of_other_widths(arrays, expected) -> tuple[str, ...]:
+    """Returns the layers whose arrays all have another number of outputs; () if anything else does not fit.
+
+    A layer before others cannot be among them: the inputs of the next layer would have another size too.
+    """
+    layers: dict[str, list[bool]] = {}
+    for name, shape in expected.items():
+        found, wanted = np.shape(arrays.get(name, ())), tuple(shape.shape)
+        if found == wanted:
+            continue
+        only_width = len(found) == len(wanted) > 0 and found[:-1] == wanted[:-1]
+        if not only_width or not name.startswith("params/"):
+            return ()
+        layers.setdefault(name.rpartition("/")[0], []).append(len(wanted) > 1)
+    if any(name not in expected for name in arrays) or not all(
+        map(any, layers.values())
+    ):
+        return ()
+    return tuple(layer.partition("/")[2] for layer in layers)
+
+
 def _fit_own_names(arrays, module, like, notes, path):
     """Fits arrays that have our own names; appends lines about a new classifier to `notes`."""
     wanted = {k: like.get(k, {}) for k in ("params", "batch_stats")}
-    flat = tree.flatten(wanted)
-    classifier = tuple(f"params/{layer}/" for layer in _classifier_layers(module))
-    for name in [n for n in flat if n.startswith(classifier)]:
-        array = arrays.get(name)
-        if array is None or array.shape != flat[name].shape:
-            shape = "missing" if array is None else f"of shape {array.shape}"
-            notes.append(f"classifier {name} is initialised anew: {shape} in the file")
-            flat.pop(name)
-            arrays = {k: v for k, v in arrays.items() if k != name}
-    problems = tree.differences(flat, arrays)
-    if problems:
-        others = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{path}: weights do not fit: {'; '.join(problems[:3])}{others}; make the network with the options that the file"
-            " belongs to, such as variant or width"
-        )
-    for name in flat:
-        if arrays[name].dtype.kind not in "fV":
-            raise UserError(
-                f"{path}: {name} is {arrays[name].dtype}, not floats: weights of integers need their scales"
-            )
-    values = {k: np.asarray(arrays[k], flat[k].dtype) for k in flat}
+    values, lines = fit_same_names(
+        arrays, tree.flatten(wanted), _classifier_layers(module), module, path
+    )
     fitted = traverse_util.unflatten_dict(values, sep="/")
-    return {k: fitted.get(k, {}) for k in wanted}, notes
+    return {k: fitted.get(k, {}) for k in wanted}, notes + lines

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -41,7 +42,8 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
 
     Args:
       path: the file.
-      notes: a list that receives a line for each part that was unwrapped or omitted, such as an optimizer's state.
+      notes: a list that receives a line for each part that was unwrapped or omitted, such as an optimizer's state, and for
+        each floating-point dtype other than float32.
       key: the part of a PyTorch checkpoint that holds the weights, such as "model_ema"; "" for the first suitable part.
 
     Raises:
@@ -58,7 +60,7 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
                 )
         notes = [] if notes is None else notes
         reader = _READERS[path.suffix]
-        return (
+        arrays = (
             reader(path, notes, key) if reader is _read_torch else reader(path, notes)
         )
     except UserError:
@@ -78,12 +80,29 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
         raise UserError(
             f"weights file {path} is damaged ({reason}): fetch it again"
         ) from error
+    notes += describe_casts(arrays)
+    return arrays
+
+
+def describe_casts(arrays: Arrays) -> list[str]:
+    """Returns a line about the arrays of each floating-point dtype that networks cast to float32."""
+    dtypes = [str(a.dtype) for a in arrays.values() if a.dtype.kind in "fV"]
+    return [
+        f"{dtypes.count(dtype)} arrays of {dtype} are cast to float32"
+        for dtype in dict.fromkeys(dtypes)
+        if dtype != "float32"
+    ]
+
+
+def is_known(path: Path) -> bool:
+    """Returns whether a file of this name has a format that `read` reads."""
+    return path.suffix in _READERS
 
 
 def check(path: str | Path, *, key: str = "") -> None:
     """Raises a UserError if a file is missing or of an unknown format, or if a key is given for a format without parts."""
     path = files.path(path)
-    if path.suffix not in _READERS:
+    if not is_known(path):
         raise UserError(
             f"weights {path} have an unknown ending: use {', '.join(_READERS)}"
         )
@@ -184,6 +203,7 @@ def _read_torch(path: Path, notes: list[str], key: str) -> Arrays:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch raises many kinds of errors
+        _raise_for_objects(path, str(error))
         # Some messages explain how to run the code in a file.
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise ValueError(
@@ -202,10 +222,35 @@ def _read_torch(path: Path, notes: list[str], key: str) -> Arrays:
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)} is not stored whole"
             )
-    return {
-        name: (value.float() if value.is_floating_point() else value).detach().numpy()
-        for name, value in state.items()
-    }
+    return {name: _to_numpy(value.detach()) for name, value in state.items()}
+
+
+def _raise_for_objects(path: Path, message: str) -> None:
+    """Raises a UserError if PyTorch's error says that a file holds an object or a program in place of tensors."""
+    if "TorchScript" in message:
+        raise UserError(
+            f"{path} holds a TorchScript program, and code in a file is not run: save torch.jit.load(…).state_dict() by"
+            " torch.save"
+        )
+    if found := re.search(
+        r"[Uu]nsupported (?:global|class|GLOBAL)\W*(?:GLOBAL )?([\w.]+)", message
+    ):
+        raise UserError(
+            f"{path} holds a pickled {found[1]}, and code in a file is not run: load it in PyTorch, and save the tensors alone"
+            " by torch.save(net.state_dict(), …)"
+        )
+
+
+def _to_numpy(tensor) -> np.ndarray:
+    """Returns a PyTorch tensor as an array of the same dtype; floats that NumPy lacks become float32."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    numpy_has = tensor.dtype in (torch.float16, torch.float32, torch.float64)
+    if tensor.is_floating_point() and not numpy_has:
+        tensor = tensor.float()
+    return tensor.numpy()
 
 
 def _select_part(state: Any, key: str, path: Path, notes: list[str]) -> Any:

@@ -56,7 +56,7 @@ def convert_in_child(key: str, fn, inputs, calibration=None) -> bytes:
       The file's bytes.
 
     Raises:
-      process.Crash: the conversion failed; the message names operations that LiteRT does not have.
+      process.Crash: the conversion failed; the message names operations and dtypes that LiteRT does not have.
     """
     import jax
     from jax import export
@@ -92,6 +92,14 @@ def convert_in_child(key: str, fn, inputs, calibration=None) -> bytes:
             )
         except process.Crash:
             unsupported = loops.unsupported_operations(unrolled, input_shapes)
+            narrow = loops.narrow_floats(unrolled, input_shapes)
+            if not unsupported and narrow:
+                dtype, operation = next(iter(narrow.items()))
+                raise process.Crash(
+                    f"the conversion to {key} failed: the function computes in {dtype} ({operation}), and LiteRT in float32:"
+                    " make the network with dtype=jnp.float32, and cast its weights by jax.tree.map(lambda a:"
+                    " a.astype(jnp.float32), variables)"
+                ) from None
             if not unsupported:
                 raise
             advice = LOOP_ADVICE if any("loop" in op for op in unsupported) else ""

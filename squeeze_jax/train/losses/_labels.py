@@ -10,34 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax import batches
 from squeeze_jax.errors import UserError
 
-
-def labels_of(batch: Mapping[str, Any]) -> jax.Array:
-    """Returns the labels of a batch.
-
-    Raises:
-      UserError: the batch has no labels.
-    """
-    if "label" not in batch:
-        raise UserError(
-            f"the batch has {', '.join(batch)} and no label: call the labels 'label', or the map of labels 'target'"
-        )
-    return jnp.asarray(batch["label"])
+ADVICE = "call the labels 'label', or the map of labels 'target'"
 
 
-def mask_of(batch: Mapping[str, Any], rows: int) -> jax.Array:
-    """Returns a batch's mask [b], all true if it has none.
-
-    Raises:
-      UserError: the mask has another shape.
-    """
-    mask = jnp.asarray(batch.get("mask", jnp.ones(rows, bool)))
-    if mask.shape != (rows,):
-        raise UserError(
-            f"the batch's mask is {list(mask.shape)}: give one number or bool for each of {rows} examples"
-        )
-    return mask
+def read(batch: Mapping[str, Any], reader: str) -> Mapping[str, Any]:
+    """Returns a batch of a loss or metric that reads labels, see `batches.read`."""
+    return batches.read(batch, reader, ADVICE)
 
 
 def numbers_of(batch: Mapping[str, Any], rows: int) -> jax.Array:
@@ -46,7 +27,7 @@ def numbers_of(batch: Mapping[str, Any], rows: int) -> jax.Array:
     Raises:
       UserError: the batch has no labels, or other ones.
     """
-    labels = labels_of(batch)
+    labels = jnp.asarray(batch["label"])
     if labels.shape not in ((rows,), (rows, 1)):
         raise UserError(
             f"labels are {list(labels.shape)}: a regression of {rows} examples needs one number for each"

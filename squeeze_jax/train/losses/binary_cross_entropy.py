@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from squeeze_jax.batches import mask_of
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import _labels
@@ -21,7 +22,8 @@ def make() -> Callable:
 
     def loss(logits, endpoints, batch):
         del endpoints
-        mask, labels = _labels.mask_of(batch, len(logits)), _labels.labels_of(batch)
+        batch = _labels.read(batch, "losses.binary_cross_entropy")
+        mask, labels = mask_of(batch, len(logits)), jnp.asarray(batch["label"])
         losses = example_losses(logits, labels)
         hits = (logits > 0) == (labels > 0.5)
         accuracy = mean(hits.astype(jnp.float32).mean(-1), mask)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses.masked_lm import token_losses
 
@@ -27,12 +28,14 @@ def next_token_losses(
 
     Args:
       logits: [b, l, vocabulary]; position i predicts token i + 1.
-      batch: "tokens" int [b, l]; "attended" [b, l], the padding mask; "mask" [b], the examples that count.
+      batch: "tokens" int [b, l]; may have "attended" [b, l], the padding mask, and "mask" [b], the examples that count.
 
     Returns:
       Losses in nats, hits (1 where the token has the highest logit) and weights (1 where the token counts), float32
       [b, l - 1] each.
     """
-    weights = batch["attended"][:, 1:] * batch["mask"][:, None].astype(jnp.float32)
-    losses, hits = token_losses(logits[:, :-1], batch["tokens"][:, 1:], weights)
+    batch = batches.read(batch, "losses.causal_lm")
+    tokens = jnp.asarray(batch["tokens"])
+    weights = batches.token_weights(batch, *tokens.shape)[:, 1:]
+    losses, hits = token_losses(logits[:, :-1], tokens[:, 1:], weights)
     return losses, hits, weights

@@ -1,8 +1,8 @@
 """The loss of classification, of examples or of pixels: softmax cross-entropy with label smoothing.
 
 All losses have the signature `loss(logits, endpoints, batch) → (scalar, metrics)`. `batch["mask"]` is true for the examples
-that count. Label smoothing is described by Szegedy et al., arXiv 1512.00567. For a map of labels, all pixels that count
-have the same weight (Long et al., arXiv 1411.4038, section 3); pixels with the label `IGNORED` do not count.
+that count; without it all count. Label smoothing is described by Szegedy et al., arXiv 1512.00567. For a map of labels, all
+pixels that count have the same weight (Long et al., arXiv 1411.4038, section 3); pixels with the label `IGNORED` do not count.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from squeeze_jax.batches import mask_of
 from squeeze_jax.data.source import IGNORED
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
@@ -32,6 +33,7 @@ def make(label_smoothing: Rate = 0.0) -> Callable:
 
     def loss(logits, endpoints, batch):
         del endpoints
+        batch = _labels.read(batch, "losses.cross_entropy")
         labels, counts = labels_and_mask(logits, batch)
         losses, hits = losses_and_hits(logits, labels, counts, label_smoothing)
         return mean(losses, counts), {"accuracy": mean(hits, counts)}
@@ -75,14 +77,14 @@ def labels_and_mask(logits: jax.Array, batch) -> tuple[jax.Array, jax.Array]:
 
     Args:
       logits: [b, classes] or [b, h, w, classes].
-      batch: "mask" bool [b]; "label", or "target" int [b, h, w].
+      batch: "label", or "target" int [b, h, w]; may have a "mask", bool [b].
 
     Raises:
       UserError: the target has another size than the logits.
     """
-    mask = _labels.mask_of(batch, len(logits))
+    mask = mask_of(batch, len(logits))
     if "target" not in batch:
-        labels = _labels.labels_of(batch)
+        labels = jnp.asarray(batch["label"])
         if labels.ndim > 1 and labels.shape == logits.shape[:-1]:
             raise UserError(
                 f"labels are a map {list(labels.shape)}: call it 'target' in the batch"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import _labels
@@ -24,6 +25,12 @@ def make() -> Callable:
     return loss
 
 
+def read(batch: Mapping, reader: str) -> Mapping:
+    """Returns a batch of a loss or metric that reads masked tokens, see `batches.read`."""
+    advice = "add it; config.data = dict(name='pretraining', …) makes batches of masked tokens"
+    return batches.read(batch, reader, advice)
+
+
 def masked_losses(
     logits: jax.Array, batch: dict
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -32,8 +39,8 @@ def masked_losses(
     Args:
       logits: [b, p, vocabulary] for p positions per sequence. Or [b, l, vocabulary] for all positions, of which the
         function takes those in "positions".
-      batch: "targets" int [b, p], the original tokens; "chosen" [b, p], 1 for the targets that count; "mask" [b], the
-        examples that count; "positions" int [b, p], unless p = l.
+      batch: "targets" int [b, p], the original tokens; "chosen" [b, p], 1 for the targets that count; "positions" int
+        [b, p], unless p = l. May have a "mask" [b], true for the examples that count.
 
     Returns:
       Losses in nats, hits (1 where the target has the highest logit) and weights (1 where the target counts), float32
@@ -42,14 +49,11 @@ def masked_losses(
     Raises:
       UserError: the batch has no masked tokens, or the logits have another shape.
     """
-    if "targets" not in batch:
-        raise UserError(
-            "the loss needs masked tokens: config.data should be dict(name='pretraining', ...)"
-        )
-    targets = batch["targets"]
+    batch = read(batch, "losses.masked_lm")
+    targets = jnp.asarray(batch["targets"])
     shape = tuple(getattr(logits, "shape", logits))
-    if "positions" in batch and shape[:2] == batch["tokens"].shape:
-        positions = batch["positions"][..., None]
+    if "positions" in batch and shape[:2] == jnp.shape(batch["tokens"]):
+        positions = jnp.asarray(batch["positions"])[..., None]
         logits = jnp.take_along_axis(logits, positions, axis=1, mode="clip")
         shape = logits.shape
     if len(shape) != 3 or shape[:2] != targets.shape:
@@ -57,7 +61,8 @@ def masked_losses(
             f"the loss reads scores of tokens at {targets.shape} places, the network gives {shape}: its task, the"
             " objective and config.data.kind should be of one kind"
         )
-    weights = batch["chosen"] * batch["mask"][:, None].astype(jnp.float32)
+    mask = batches.mask_of(batch, len(targets))
+    weights = batch["chosen"] * mask[:, None].astype(jnp.float32)
     return *token_losses(logits, targets, weights), weights
 
 

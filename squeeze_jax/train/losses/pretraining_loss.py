@@ -6,6 +6,9 @@ segment follows the first; ALBERT predicts their order (Lan et al., arXiv 1909.1
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
+from squeeze_jax.batches import mask_of
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import masked_lm
 from squeeze_jax.train.losses.masked_lm import head_logits
@@ -20,15 +23,17 @@ def make() -> Callable:
 
     def loss(logits, endpoints, batch):
         del endpoints
+        batch = masked_lm.read(batch, "losses.pretraining_loss")
         token_logits = head_logits(logits, "masked_lm")
         losses, hits, weights = masked_lm.masked_losses(token_logits, batch)
         order_logits = head_logits(logits, "next_sentence")
         order_losses, order_hits = segment_losses(order_logits, batch)
         total = mean(losses, weights)
-        total += mean(order_losses, batch["mask"])
+        examples = mask_of(batch, len(order_losses))
+        total += mean(order_losses, examples)
         return total, {
             "accuracy": mean(hits, weights),
-            "order_accuracy": mean(order_hits, batch["mask"]),
+            "order_accuracy": mean(order_hits, examples),
         }
 
     return loss
@@ -39,6 +44,8 @@ def segment_losses(logits, batch):
 
     Args:
       logits: [b, 2].
-      batch: "label" int [b], and "mask" [b].
+      batch: "label" int [b]; may have a "mask" [b].
     """
-    return masked_lm.token_losses(logits, batch["label"], batch["mask"])
+    batch = masked_lm.read(batch, "losses.pretraining_loss")
+    labels = jnp.asarray(batch["label"])
+    return masked_lm.token_losses(logits, labels, mask_of(batch, len(labels)))

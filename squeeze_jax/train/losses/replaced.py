@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import NonNegative
@@ -39,8 +40,14 @@ def make(discriminator: NonNegative = WEIGHT) -> Callable:
         )
 
     def loss(logits, endpoints, batch):
+        batch = masked_lm.read(batch, "losses.replaced")
         generator_logits = head_logits(logits, "masked_lm")
         discriminator_logits = head_logits(logits, "replaced")
+        if "is_replaced" not in endpoints:
+            raise UserError(
+                f"losses.replaced reads the endpoint 'is_replaced', and the network gives {', '.join(endpoints) or 'none'}:"
+                " models.make('electra_pretraining') makes a network with it"
+            )
         losses, hits, weights = masked_lm.masked_losses(generator_logits, batch)
         replaced_losses, replaced_hits, real = discriminator_losses(
             discriminator_logits, endpoints["is_replaced"], batch
@@ -65,7 +72,7 @@ def discriminator_losses(
     Args:
       logits: [b, l], positive where the discriminator predicts a replaced token.
       is_replaced: [b, l], nonzero where the generator replaced the token.
-      batch: "attended" [b, l], the padding mask, and "mask" [b], the examples that count.
+      batch: may have "attended" [b, l], the padding mask, and "mask" [b], the examples that count.
 
     Returns:
       Binary cross-entropies in nats, hits (1 where the prediction is right) and weights (1 for real tokens of examples
@@ -74,4 +81,4 @@ def discriminator_losses(
     is_replaced = is_replaced != 0
     losses = jax.nn.softplus(jnp.where(is_replaced, -logits, logits))
     hits = ((logits > 0) == is_replaced).astype(jnp.float32)
-    return losses, hits, batch["attended"] * batch["mask"][:, None].astype(jnp.float32)
+    return losses, hits, batches.token_weights(batch, *logits.shape)

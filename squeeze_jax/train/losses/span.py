@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from squeeze_jax import batches
 from squeeze_jax.nn.means import mean
+from squeeze_jax.train.losses.masked_lm import head_logits
 
 SIDES = ("start", "end")
 
@@ -25,9 +27,10 @@ def make() -> Callable:
 
     def loss(logits, endpoints, batch):
         del endpoints
+        batch = batches.read(batch, "losses.span")
         sides = (_side_loss(logits, batch, side) for side in SIDES)
         losses, hits = zip(*sides, strict=True)
-        accuracy = mean(hits[0] & hits[1], batch["mask"])
+        accuracy = mean(hits[0] & hits[1], batches.mask_of(batch, len(hits[0])))
         return (losses[0] + losses[1]) / 2, {"accuracy": accuracy}
 
     return loss
@@ -55,6 +58,7 @@ def position_losses(
 
 def _side_loss(logits, batch, side):
     """Returns the mean loss of one side, "start" or "end", and bool [b]: whether each predicted position is right."""
-    losses, inside = position_losses(logits[side], batch[side])
-    hits = jnp.argmax(logits[side], -1) == batch[side]
-    return mean(losses, batch["mask"] & inside), hits
+    scores, position = head_logits(logits, side), jnp.asarray(batch[side])
+    losses, inside = position_losses(scores, position)
+    hits = jnp.argmax(scores, -1) == position
+    return mean(losses, batches.mask_of(batch, len(scores)).astype(bool) & inside), hits

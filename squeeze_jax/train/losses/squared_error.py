@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax.batches import mask_of
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import _labels
@@ -18,7 +19,8 @@ def make() -> Callable:
 
     def loss(logits, endpoints, batch):
         del endpoints
-        mask = _labels.mask_of(batch, len(logits))
+        batch = _labels.read(batch, "losses.squared_error")
+        mask = mask_of(batch, len(logits))
         error = predicted_number(logits) - _labels.numbers_of(batch, len(logits))
         absolute = mean(jnp.abs(error), mask)
         return mean(jnp.square(error), mask), {"absolute_error": absolute}

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax.train.losses._labels import nan_for_invalid_labels
+from squeeze_jax.train.losses import _labels
 from squeeze_jax.train.losses.cross_entropy import labels_and_mask, losses_and_hits
 from squeeze_jax.train.metrics._metric import Metric
 
@@ -29,18 +29,19 @@ def measure(logits, batch):
 
     Args:
       logits: [b, classes].
-      batch: "label" int [b] and "mask" bool [b]. A label that counts but is none of the classes makes the sums NaN.
+      batch: "label" int [b]; may have a "mask", bool [b]. A label that counts but is none of the classes makes the sums NaN.
 
     Returns:
       The sums "loss", "top1", "top5" (only for more than 5 classes) and "examples", float32 [], and no rows.
     """
+    batch = _labels.read(batch, "metrics.classification")
     labels, mask = labels_and_mask(logits, batch)
     logits, mask = logits.astype(jnp.float32), mask.astype(jnp.float32)
     losses, _ = losses_and_hits(logits, labels, mask)
     # Among equal logits the first ranks highest, so that a network with constant outputs is right only by chance.
     top_classes = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
     hits = top_classes == labels[:, None]
-    top1, top5 = nan_for_invalid_labels(
+    top1, top5 = _labels.nan_for_invalid_labels(
         labels, logits.shape[-1], mask, hits[:, 0], hits.any(-1)
     )
     sums = {

@@ -16,9 +16,12 @@ network without knowledge. Matthews' coefficient and F1 of constant predictions 
 which could not be ranked.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax.batches import mask_of
 from squeeze_jax.train.losses import _labels
 from squeeze_jax.train.losses.cross_entropy import losses_and_hits
 from squeeze_jax.train.losses.squared_error import predicted_number
@@ -43,7 +46,11 @@ def make(data) -> Metric:
     names = NAMES.get(data.task, ("accuracy",))
     if data.task == "mnli" and data.matched in (0, data.num_eval):
         names = ("accuracy",)
-    measure = measure_regression if data.task == "stsb" else _measure_classification
+    measure = (
+        partial(measure_regression, reader="metrics.glue")
+        if data.task == "stsb"
+        else _measure_classification
+    )
 
     def score(sums, rows):
         named = scores(data.task, rows, data.matched)
@@ -126,24 +133,28 @@ def f1(prediction: np.ndarray, label: np.ndarray) -> float:
 
 def _measure_classification(logits, batch):
     """Measures a batch: logits [b, classes], "label" int [b] → sums "loss", "examples"; rows "prediction", "label" [b]."""
-    logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-    losses, _ = losses_and_hits(logits, batch["label"], batch["mask"])
+    batch = _labels.read(batch, "metrics.glue")
+    labels, mask = jnp.asarray(batch["label"]), mask_of(batch, len(logits))
+    logits, mask = logits.astype(jnp.float32), mask.astype(jnp.float32)
+    losses, _ = losses_and_hits(logits, labels, mask)
     sums = {"loss": jnp.sum(losses * mask), "examples": jnp.sum(mask)}
-    return sums, {"prediction": jnp.argmax(logits, -1), "label": batch["label"]}
+    return sums, {"prediction": jnp.argmax(logits, -1), "label": labels}
 
 
-def measure_regression(logits, batch):
+def measure_regression(logits, batch, reader: str = "metrics.regression"):
     """Measures a batch of a regression.
 
     Args:
       logits: [b, 1].
-      batch: "label" float [b] and "mask" bool [b].
+      batch: "label" float [b]; may have a "mask", bool [b].
+      reader: the metric, for errors.
 
     Returns:
       The sums "loss" (squared errors) and "examples", float32 []; and the rows "prediction" and "label", float [b].
     """
     prediction = predicted_number(logits)
-    mask = _labels.mask_of(batch, len(logits)).astype(jnp.float32)
+    batch = _labels.read(batch, reader)
+    mask = mask_of(batch, len(logits)).astype(jnp.float32)
     labels = _labels.numbers_of(batch, len(logits))
     losses = jnp.square(prediction - labels)
     sums = {"loss": jnp.sum(losses * mask), "examples": jnp.sum(mask)}

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax.batches import mask_of
 from squeeze_jax.train.losses import _labels
 from squeeze_jax.train.losses.binary_cross_entropy import example_losses
 from squeeze_jax.train.metrics._metric import Metric
@@ -25,14 +26,15 @@ def measure(logits, batch):
 
     Args:
       logits: [b, classes].
-      batch: "label" float [b, classes] and "mask" bool [b].
+      batch: "label" float [b, classes]; may have a "mask", bool [b].
 
     Returns:
       Sums, and no rows. "loss", "hits" (right labels), "exact" (examples whose labels are all right) and "examples" are
       float32 []; "true_positives", "positives" (labels) and "predictions" are float32 [classes].
     """
-    mask = _labels.mask_of(batch, len(logits)).astype(jnp.float32)
-    labels = _labels.labels_of(batch)
+    batch = _labels.read(batch, "metrics.labels")
+    mask = mask_of(batch, len(logits)).astype(jnp.float32)
+    labels = jnp.asarray(batch["label"])
     losses = example_losses(logits, labels)
     predicted, true = logits >= 0, labels >= 0.5
     weights = mask[:, None]

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.train.losses import next_token
 from squeeze_jax.train.metrics._metric import Metric
 
@@ -11,7 +12,7 @@ from squeeze_jax.train.metrics._metric import Metric
 _LARGEST = 700.0
 
 
-def make(data) -> Metric:
+def make(data=None) -> Metric:
     """Returns the metric with the scores "eval_loss" (nats per token), "eval_accuracy" and "eval_perplexity".
 
     The perplexity is the exponential of the mean loss.
@@ -19,12 +20,13 @@ def make(data) -> Metric:
     del data
 
     def measure(logits, batch):
+        batch = batches.read(batch, "metrics.perplexity")
         losses, hits, weights = next_token.target_losses(logits, batch)
         sums = {
             "loss": jnp.sum(losses * weights),
             "hits": jnp.sum(hits * weights),
             "tokens": jnp.sum(weights),
-            "examples": jnp.sum(batch["mask"].astype(jnp.float32)),
+            "examples": jnp.sum(batches.example_weights(batch, len(losses))),
         }
         return sums, {}
 

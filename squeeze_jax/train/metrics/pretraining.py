@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.train.losses import causal_lm, masked_lm, pretraining_loss, replaced
 from squeeze_jax.train.metrics._metric import Metric
 
@@ -24,8 +25,7 @@ def make(data) -> Metric:
     """
 
     def measure(logits, batch):
-        batch = data.masked(batch)
-        examples = batch["mask"].astype(jnp.float32)
+        batch = masked_lm.read(data.masked(batch), "metrics.pretraining")
         heads = logits if isinstance(logits, Mapping) else {"masked_lm": logits}
         token_losses = (
             masked_lm.masked_losses
@@ -34,6 +34,7 @@ def make(data) -> Metric:
         )
         token_logits = masked_lm.head_logits(heads, "masked_lm")
         results = {"tokens": token_losses(token_logits, batch)}
+        examples = batches.example_weights(batch, len(results["tokens"][0]))
         if "next_sentence" in heads:
             losses, hits = pretraining_loss.segment_losses(
                 heads["next_sentence"], batch

@@ -11,6 +11,8 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax.batches import example_weights
+from squeeze_jax.train.losses import _labels
 from squeeze_jax.train.losses.cross_entropy import labels_and_mask, losses_and_hits
 from squeeze_jax.train.metrics._metric import Metric
 
@@ -36,12 +38,13 @@ def measure(logits, batch):
 
     Args:
       logits: [b, h, w, classes].
-      batch: "target" int [b, h, w] and "mask" bool [b].
+      batch: "target" int [b, h, w]; may have a "mask", bool [b].
 
     Returns:
       The sums "loss" and "examples", float32 [], and "confusion", int32 [classes, classes], whose rows are the true
       classes; and no rows. The matrix has integers, because float32 cannot count beyond 2**24 pixels.
     """
+    batch = _labels.read(batch, "metrics.segmentation")
     logits, classes = logits.astype(jnp.float32), logits.shape[-1]
     labels, counts = labels_and_mask(logits, batch)
     losses, _ = losses_and_hits(logits, labels, counts)
@@ -53,7 +56,7 @@ def measure(logits, batch):
     sums = {
         "loss": jnp.sum(jnp.where(counts, losses, 0)),
         "confusion": cells[:-1].reshape(classes, classes),
-        "examples": jnp.sum(batch["mask"].astype(jnp.float32)),
+        "examples": jnp.sum(example_weights(batch, len(logits))),
     }
     return sums, {}
 

@@ -9,7 +9,9 @@ import functools
 
 import jax.numpy as jnp
 
+from squeeze_jax import batches
 from squeeze_jax.train.losses import span
+from squeeze_jax.train.losses.masked_lm import head_logits
 from squeeze_jax.train.metrics import _answers
 from squeeze_jax.train.metrics._metric import Metric
 
@@ -36,20 +38,22 @@ def measure(logits, batch, *, length: int):
 
     Args:
       logits: {"start": [b, l], "end": [b, l]} with l ≤ length.
-      batch: "start" int [b], "end" int [b] and "mask" bool [b].
+      batch: "start" int [b] and "end" int [b]; may have a "mask", bool [b].
       length: number of positions in the rows.
 
     Returns:
       The sums "examples", and for each side "<side>_loss" and "<side>_count", the number of windows whose position is
       below l. The rows "start" and "end", float32 [b, length]: the logits, padded with -inf.
     """
-    mask, rows = batch["mask"].astype(jnp.float32), {}
+    batch, rows = batches.read(batch, "metrics.squad"), {}
+    mask = batches.example_weights(batch, len(head_logits(logits, "start")))
     sums = {"examples": jnp.sum(mask)}
     for side in span.SIDES:
-        losses, inside = span.position_losses(logits[side], batch[side])
+        scores = head_logits(logits, side)
+        losses, inside = span.position_losses(scores, jnp.asarray(batch[side]))
         sums[f"{side}_loss"] = jnp.sum(losses * mask * inside)
         sums[f"{side}_count"] = jnp.sum(mask * inside)
-        x = logits[side].astype(jnp.float32)
+        x = scores.astype(jnp.float32)
         padding = ((0, 0), (0, length - x.shape[1]))
         rows[side] = jnp.pad(x, padding, constant_values=-jnp.inf)
     return sums, rows
