@@ -15,7 +15,7 @@ from tokenizers import models
 from squeeze_jax.data import text_files, token_options, tokenizer
 from squeeze_jax.data.tokenizer import BERT, END, ROBERTA, ROLES, Tokenizer
 from squeeze_jax.errors import UserError
-from squeeze_jax.files import write
+from squeeze_jax.files import parse_json, write
 
 log = logging.getLogger(__name__)
 
@@ -224,10 +224,10 @@ def _read_wordpiece(path: Path, config: dict) -> Tokenizer:
 
 def _read_byte_level(folder: Path, config: dict) -> Tokenizer:
     vocabulary = _read_json(folder / BPE[0])
+    text_files.read_text(folder / BPE[1])  # raises a UserError if unreadable
     try:
         model = models.BPE.from_file(*(str(folder / name) for name in BPE))
     except Exception as error:  # `tokenizers` raises plain Exceptions
-        text_files.read_text(folder / BPE[1])  # raises a UserError if unreadable
         raise UserError(
             f"{folder} holds no byte-level BPE in {' and '.join(BPE)}: {_one_line(error)}"
         ) from None
@@ -306,8 +306,10 @@ def _check_special_tokens(vocabulary, required, path) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(text_files.read_text(path))
-    except json.JSONDecodeError as error:
+        content = parse_json(text_files.read_text(path))
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")

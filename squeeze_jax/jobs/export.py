@@ -207,7 +207,7 @@ def find_files(
         if entry.get("step") == step and "rejected" in entry:
             rejected[key] = entry["rejected"]
             continue
-        if "path" not in entry or not (folder / entry["path"]).exists():
+        if "path" not in entry or not (folder / entry["path"]).is_file():
             raise UserError(f"no exported file of format {key} in {folder}; {remedy}")
         path = folder / entry["path"]
         if entry["step"] != step:

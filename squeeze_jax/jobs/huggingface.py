@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from squeeze_jax import models
+from squeeze_jax import files, models
 from squeeze_jax.data import tokens
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.parity import Disagreement, Verdict, compare
@@ -58,7 +58,10 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             fresh.rename(rejected)
             raise Disagreement(FOLDER, verdict, None)
         folder.mkdir(exist_ok=True)
-        written = [path.replace(folder / path.name) for path in fresh.iterdir()]
+        written = []
+        for path in fresh.iterdir():
+            files.move(path, folder / path.name)
+            written.append(folder / path.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     size = units.size(sum(path.stat().st_size for path in written))
