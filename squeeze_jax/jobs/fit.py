@@ -83,7 +83,7 @@ def train_phases(
     directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
         try:
-            built, restored = _transitions.resume(built, checkpoints)
+            built, restored = _transitions.resume(built, checkpoints, say)
         except UserError:
             # If the classes differ, that explains more than the shapes that differ with them.
             _model_json.check_classes(workdir, built.data.label_names)
