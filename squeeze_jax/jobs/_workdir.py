@@ -37,6 +37,7 @@ DATA_PATHS = ("data.source.root", "data.source.path", "data.folder")
 TABLES = ("data.train", "data.eval")  # of the task texts; elsewhere names of splits
 FREE_KEYS += DATA_PATHS
 FREE_KEYS += ("distill.cache", "distill.cache_dtype")
+FREE_KEYS += ("data.corrupt",)  # a damaged image ended the run, or is skipped now
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 

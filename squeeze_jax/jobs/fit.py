@@ -34,10 +34,12 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
     """Checks what can be checked before the work directory is created.
 
     Raises:
-      UserError: the command line names files, or a batch is larger than the dataset.
+      UserError: the command line names files, examples are damaged, or a batch is larger than the dataset.
     """
     if inputs:
         raise UserError(f"the job fit takes no files: {inputs[0]}")
+    if line := getattr(built.data, "unreadable", ""):
+        raise UserError(line)
     for index in range(max(1, len(built.whole.phases))):
         batch, examples = (
             _phases.at_phase(built.whole, index)[0].batch,
