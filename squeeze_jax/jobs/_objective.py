@@ -4,6 +4,7 @@ A distillation loss compares the student's outputs with those of teachers. Its m
 object with a function `bind(student_shapes, teacher_shapes)`, since its parameters depend on the shapes of both networks.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,10 +24,12 @@ class Objective(NamedTuple):
     Attributes:
       terms: the losses with their weights.
       wants: names of the teacher outputs that the losses read.
+      reads: {loss: what it reads, in words}, see `Loss`.
     """
 
     terms: tuple[Term, ...]
     wants: tuple[str, ...] = ()
+    reads: Mapping[str, str] = {}
 
 
 class Loss(NamedTuple):
@@ -36,11 +39,13 @@ class Loss(NamedTuple):
       name: its name in metrics, unique in the run.
       weight: its factor in the sum.
       method: what its method file makes: a `methods.Objective`, or an unbound distillation loss with a function `bind`.
+      reads: the logits and the arrays of a batch that it reads, in words, see READS in its method file; "" if unknown.
     """
 
     name: str
     weight: float
     method: Any
+    reads: str = ""
 
 
 def make_losses(
@@ -69,13 +74,14 @@ def make_losses(
         if wrong := registry.fault(weight, Positive, f"{where}.weight"):
             raise UserError(wrong)
         method = make_method(section, where, ("weight",))
+        reads = getattr(inspect.getmodule(method), "READS", "")
         if not hasattr(method, "bind"):
             method = methods.objective(method, f"{where}.name = {section['name']!r}")
         name = section["name"].removesuffix(".py").replace("/", ".").rpartition(".")[2]
         while name in taken:
             name += "_"
         taken.add(name)
-        losses.append(Loss(name, float(weight), method))
+        losses.append(Loss(name, float(weight), method, reads))
     return tuple(losses)
 
 
@@ -116,7 +122,42 @@ def bind_losses(
             objective = _distillation_objective(loss.name, bound)
         wants += objective.wants
         terms.append(Term(loss.name, loss.weight, objective))
-    return Objective(tuple(terms), tuple(dict.fromkeys(wants)))
+    reads = {loss.name: loss.reads for loss in losses}
+    return Objective(tuple(terms), tuple(dict.fromkeys(wants)), reads)
+
+
+def check_fit(
+    objective: Objective, call: Callable[[Term], Any], logits, batch: Mapping[str, Any]
+) -> None:
+    """Checks by shapes alone that all losses can be computed from a network's outputs and the data's batches.
+
+    Args:
+      objective: the losses.
+      call: computes a loss, or its shapes, and raises any exception if it cannot.
+      logits, batch: shapes of the network's logits and of a batch, for the error message.
+
+    Raises:
+      UserError: a loss cannot be computed; the line tells what it reads, and what the network and the data give.
+    """
+    for term in objective.terms:
+        try:
+            call(term)
+        except Exception as error:  # losses index and compute with whatever they get
+            reads = objective.reads.get(term.name)
+            reads = f"; it reads {reads}" if reads else ""
+            raise UserError(
+                f"config.objective: the loss {term.name} does not fit: {registry.describe_error(error)}{reads}; the network"
+                f" returns {describe_shapes(logits)}, the data give {describe_shapes(batch)}"
+            ) from None
+
+
+def describe_shapes(arrays: Any) -> str:
+    """Returns the dtypes and shapes of arrays in words, such as "label int32 [64], mask bool [64]"."""
+    if isinstance(arrays, Mapping):
+        return ", ".join(f"{k} {describe_shapes(v)}" for k, v in arrays.items())
+    if hasattr(arrays, "dtype"):
+        return f"{arrays.dtype} {list(arrays.shape)}"
+    return type(arrays).__name__
 
 
 def _distillation_objective(name, bound) -> methods.Objective:

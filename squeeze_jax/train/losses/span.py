@@ -14,6 +14,8 @@ from squeeze_jax.nn.means import mean
 
 SIDES = ("start", "end")
 
+READS = 'logits {"start": [b, l], "end": [b, l]}, and integers batch["start"] and batch["end"] [b]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`.
