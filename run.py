@@ -243,11 +243,18 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _compilation, _experiment, _pretrained, _workdir
+    from squeeze_jax.jobs import (
+        _compilation,
+        _experiment,
+        _places,
+        _pretrained,
+        _workdir,
+    )
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     inputs = list(map(input_of, args.inputs))
     config, workdir = config_and_workdir(args, overrides)
+    _places.check(workdir)
     experiment = _experiment.check(config)
     join(args)
     # Whether a job begins a run, needs one that was begun, or ignores what the work directory holds.
@@ -333,7 +340,7 @@ def place(config):
     if data.get("name") == "texts":
         paths += [data.get("train"), data.get("eval")]
     paths = [path for path in paths if isinstance(path, str)]
-    return str(pathlib.Path(paths[0]).expanduser().resolve()) if paths else ""
+    return os.path.realpath(os.path.expanduser(paths[0])) if paths else ""
 
 
 def dataset(config):
@@ -344,7 +351,8 @@ def dataset(config):
     source = source if isinstance(source, collections.abc.Mapping) else {}
     for key in ("root", "path"):
         if isinstance(source.get(key), str):
-            return pathlib.Path(source[key]).expanduser().resolve().name or "images"
+            real = os.path.realpath(os.path.expanduser(source[key]))
+            return os.path.basename(real) or "images"
     name = source.get("dataset") or source.get("name") or data.get("name") or "data"
     return pathlib.Path(str(name).replace(":", "_")).stem
 

@@ -291,6 +291,30 @@ def check(config: Mapping[str, Any]) -> Experiment:
     return experiment
 
 
+def find_fault(config: Mapping[str, Any]) -> str:
+    """Returns the line about the first key or value that no config has; "" if there is none.
+
+    Only the config counts: neither data nor other files are opened.
+
+    Args:
+      config: a config.
+    """
+    try:
+        experiment = check(config)
+        for index in range(max(1, len(experiment.phases))):
+            e = _phases.at_phase(experiment, index)[0]
+            _check_sections(e)
+            registry.check(sharding.make_mesh, e.sharding, "config.sharding")
+            data.check(**e.data)
+            if "name" in e.model:
+                models.check(e.model)
+            build_settings(_teachers.Settings, e.distill, "config.distill")
+            _plugs.make_plugs(e)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def _check_values(experiment: Experiment) -> None:
     """Raises a UserError if a value of an experiment, with the overrides of one phase, is out of range."""
     keys = dataclasses.asdict(experiment)

@@ -19,6 +19,7 @@ from squeeze_jax.jobs import (
     _plan,
     _teachers,
     _transitions,
+    _workdir,
 )
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import loop, optim, sharding
@@ -92,12 +93,11 @@ def train_phases(
             raise
         say(_plan.plan(built, workdir))
         initial = {} if restored else built.initial_variables()
-        if main:
-            if restored:
-                _model_json.check_classes(workdir, built.data.label_names)
-            _model_json.write(workdir, built.options, settings, built.data)
+        if restored and main:
+            _model_json.check_classes(workdir, built.data.label_names)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps and checkpoints.has_scores(start):
+            _write_files(built, workdir)
             say("trained    already, to the last step")
             return built
         for line in _transitions.rehearse(built):
@@ -119,6 +119,7 @@ def train_phases(
                 start_from = start_from or Restored(built.create(initial), 0)
                 if jax.process_count() == 1:
                     stop.check()
+                _write_files(built, workdir)
                 last_state = train_phase(
                     built, step, start_from, workdir, checkpoints, quiet=not main
                 )
@@ -127,10 +128,16 @@ def train_phases(
             if built.phase.end == built.whole.steps:
                 return built
             built, state = _transitions.next_phase(built, last_state, say)
-            if main:
-                _model_json.write(workdir, built.options, settings, built.data)
+            _write_files(built, workdir)
             start_from, restored, start = Restored(state, 0), None, built.phase.first
             say(f"\n{_plan.plan(built, workdir)}")
+
+
+def _write_files(built: Built, workdir: pathlib.Path) -> None:
+    """Writes config.json and model.json; until then a run that is refused has changed no file of its work directory."""
+    if jax.process_index() == 0:
+        _workdir.write_config(workdir)
+        _model_json.write(workdir, built.options, built.checkpoints, built.data)
 
 
 def train_phase(
