@@ -397,10 +397,12 @@ def one_line(message, category, filename, lineno, line=None):
 
 def end(error):
     """Prints an error's line and ends with its status."""
-    from squeeze_jax import files
+    from squeeze_jax import files, machine
 
     lead = "\n" if error.status > 128 else "error: "
     print(f"{lead}{error}", file=sys.stderr, flush=True)
+    if isinstance(error, machine.OutputClosed):
+        machine.drop_output()
     if isinstance(error, files.DiskFull):
         sys.stdout.flush()
         os._exit(error.status)  # each thread of a library would report it once more
@@ -408,7 +410,7 @@ def end(error):
 
 
 if __name__ == "__main__":
-    from squeeze_jax import files, stop
+    from squeeze_jax import machine, stop
     from squeeze_jax.errors import Reported, print_any_name
 
     warnings.formatwarning = one_line
@@ -418,8 +420,7 @@ if __name__ == "__main__":
             main()
     except Reported as error:
         end(error)
-    except OSError as error:
-        if not files.is_full(error):
+    except Exception as error:
+        if (explained := machine.explain(error)) is None:
             raise
-        where = f" in {error.filename}" if error.filename else ""
-        end(files.DiskFull(f"no space left on the disk{where}"))
+        end(explained)

@@ -15,6 +15,7 @@ LIBRARY = ROOT / "squeeze_jax"
 LEVELS = {
     "errors": 0,
     "files": 0,
+    "machine": 0,
     "methods": 0,
     "own": 0,
     "ranges": 0,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax import stop
+from squeeze_jax import stop, tree
 from squeeze_jax.cost import wire
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
@@ -22,6 +22,7 @@ from squeeze_jax.jobs import (
     _workdir,
 )
 from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.report import units
 from squeeze_jax.train import loop, optim, sharding
 from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
@@ -35,7 +36,8 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
     """Checks what can be checked before the work directory is created.
 
     Raises:
-      UserError: the command line names files, examples are damaged, or a batch is larger than the dataset.
+      UserError: the command line names files, examples are damaged, a batch is larger than the dataset, or state and batch are
+        larger than the memory.
     """
     if inputs:
         raise UserError(f"the job fit takes no files: {inputs[0]}")
@@ -50,6 +52,25 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
             raise UserError(
                 f"config.batch = {batch} is more than the {examples:,} training examples: choose a smaller batch"
             )
+    _check_memory(built)
+
+
+def _check_memory(built: Built) -> None:
+    """Raises a UserError if a device's memory is too small for its share of the training state and of one batch alone."""
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(built.abstract())
+    )
+    spec = built.data.specs(built.experiment.batch)[-1]
+    inputs = jax.eval_shape(built.data.inputs, spec)
+    batch = tree.nbytes((dict(spec), inputs)) // sharding.batch_shards(built.mesh)
+    memory, device = sharding.device_memory()
+    if state + batch > memory:
+        raise UserError(
+            f"training needs at least {units.size(state + batch)} on each device, {units.size(state)} for the state and"
+            f" {units.size(batch)} for a batch of inputs, and {device} has {units.size(memory)}: choose a smaller network,"
+            " config.batch or config.data.size"
+        )
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
