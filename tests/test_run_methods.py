@@ -221,7 +221,7 @@ def test_a_run_continues_on_another_number_of_devices(tmp_path, rule):
         )  # fmt: skip
         for key, residual in restored.state.extra[name].items():
             np.testing.assert_allclose(residual.mean(0), saved[key].mean(0), atol=1e-6)
-    line = f"exchange   {name} continues on 4 devices with its states of 2"
+    line = f"exchange   {name}: the states of 2 devices are carried over to 4"
     assert said == [line] * (2 if rule == "mean" else 1)
 
 

@@ -112,7 +112,7 @@ def _reshard_exchange(built: Built, state: State, say: Callable[[str], None]) ->
     states = jax.jit(lambda states: reshard(states, now), out_shardings=shardings)(
         state.extra[name]
     )
-    say(f"exchange   {name} continues on {now} devices with its states of {before}")
+    say(f"exchange   {name}: the states of {before} devices are carried over to {now}")
     return state._replace(extra={**state.extra, name: states})
 
 
