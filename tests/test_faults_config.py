@@ -136,6 +136,8 @@ def test_no_number_is_unbounded_and_defaults_are_in_range(name):
         ("data.tasks.images", dict(pad=10000), "pad = 10000 should lie in [0, 1024]"),
         ("jobs.export", dict(formats=("tflite", "tflite")), "names 'tflite' twice"),
         ("jobs.export", dict(formats=("tflite", 3)), "formats[1] = 3 (int) should be"),
+        ("jobs.export", dict(check=10**9), "= 1000000000 should lie in [1, 100000]"),
+        ("jobs.export", dict(calibration=0), "calibration = 0 should lie in [1, 100"),
         ("jobs.export", dict(int8_agreement=2), "= 2 should lie in [0, 1]"),
         ("jobs.cost", dict(weight_bits=(("a", 65),)), "weight_bits[0][1] = 65 should"),
         ("jobs.benchmark", dict(runs=-1), "runs = -1 should be at least 1"),
