@@ -247,11 +247,18 @@ def main(argv=None):
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry
-    from squeeze_jax.jobs import _compilation, _experiment, _pretrained, _workdir
+    from squeeze_jax.jobs import (
+        _compilation,
+        _experiment,
+        _places,
+        _pretrained,
+        _workdir,
+    )
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
     inputs = list(map(input_of, args.inputs))
     config, workdir = config_and_workdir(args, overrides)
+    _places.check(workdir)
     experiment = _experiment.check(config)
     join(args)
     # Whether a job begins a run, needs one that was begun, or ignores what the work directory holds.
@@ -337,7 +344,7 @@ def place(config):
     if data.get("name") == "texts":
         paths += [data.get("train"), data.get("eval")]
     paths = [path for path in paths if isinstance(path, str)]
-    return str(pathlib.Path(paths[0]).expanduser().resolve()) if paths else ""
+    return os.path.realpath(os.path.expanduser(paths[0])) if paths else ""
 
 
 def dataset(config):
@@ -348,7 +355,8 @@ def dataset(config):
     source = source if isinstance(source, collections.abc.Mapping) else {}
     for key in ("root", "path"):
         if isinstance(source.get(key), str):
-            return pathlib.Path(source[key]).expanduser().resolve().name or "images"
+            real = os.path.realpath(os.path.expanduser(source[key]))
+            return os.path.basename(real) or "images"
     name = source.get("dataset") or source.get("name") or data.get("name") or "data"
     return pathlib.Path(str(name).replace(":", "_")).stem
 
@@ -393,10 +401,12 @@ def one_line(message, category, filename, lineno, line=None):
 
 def end(error):
     """Prints an error's line and ends with its status."""
-    from squeeze_jax import files
+    from squeeze_jax import files, machine
 
     lead = "\n" if error.status > 128 else "error: "
     print(f"{lead}{error}", file=sys.stderr, flush=True)
+    if isinstance(error, machine.OutputClosed):
+        machine.drop_output()
     if isinstance(error, files.DiskFull):
         sys.stdout.flush()
         os._exit(error.status)  # each thread of a library would report it once more
@@ -404,7 +414,7 @@ def end(error):
 
 
 if __name__ == "__main__":
-    from squeeze_jax import files, stop
+    from squeeze_jax import machine, stop
     from squeeze_jax.errors import Reported, print_any_name
 
     warnings.formatwarning = one_line
@@ -414,8 +424,7 @@ if __name__ == "__main__":
             main()
     except Reported as error:
         end(error)
-    except OSError as error:
-        if not files.is_full(error):
+    except Exception as error:
+        if (explained := machine.explain(error)) is None:
             raise
-        where = f" in {error.filename}" if error.filename else ""
-        end(files.DiskFull(f"no space left on the disk{where}"))
+        end(explained)

@@ -1,9 +1,12 @@
-"""Paths from users and for libraries, and writing a file so that a reader finds all of it or the one before it."""
+"""Paths from users and for libraries, reading files alone, and writing a file so that a reader finds all of it or the one before it."""
 
 import contextlib
 import errno
+import json
 import os
+import stat
 from pathlib import Path
+from typing import IO, Any
 
 from squeeze_jax.errors import UserError, shown
 from squeeze_jax.ranges import Usable
@@ -30,6 +33,51 @@ def path(text: str | os.PathLike, where: str = "") -> Path:
             f"{where}: there is no home directory {user}; write ./{user} for a folder of this name"
         )
     return Path(expanded)
+
+
+# What a path may lead to in place of a file or a folder.
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: str | os.PathLike) -> IO[bytes]:
+    """Opens a file for reading; refuses a pipe, a socket or a device, which may never end.
+
+    Raises:
+      OSError: the path cannot be opened, or is no file; its `strerror` says why.
+    """
+    kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    if kind:
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", os.fspath(path))
+    return open(path, "rb")
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Returns the content of a file; raises the errors of `open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+      OSError: see `open_file`.
+      ValueError: the file is no JSON, or is nested too deep.
+    """
+    return parse_json(read_file(path))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Returns what JSON stands for; raises a ValueError for anything else, also if it is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,3 +142,15 @@ def write(path: str | Path, content: bytes | str) -> Path:
         kind = DiskFull if is_full(error) else UserError
         raise kind(f"cannot write {path}: {error.strerror}") from None
     return path
+
+
+def move(source: str | Path, target: str | Path) -> None:
+    """Moves a written file to its place on the same disk, in one step, over an earlier file.
+
+    Raises:
+      UserError: the place is a folder, or cannot be written to.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from None

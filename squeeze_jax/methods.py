@@ -179,10 +179,13 @@ class Exchange(NamedTuple):
         which all devices share, such as `jax.lax.pmean(grads, axis_names)`. `own.key` differs from device to device.
       state: params → state of one device, such as the error that was not sent; None for no state. It is kept for each
         device: `State.extra[name]` has one more leading axis, over the devices.
+      reshard: (states with the leading axis, number of devices) → states of so many devices, for a run that continues on
+        another number of devices. None copies a state that is equal on all devices; another ends the run with an error.
     """
 
     exchange: Callable[[Any, Any, Own], tuple[Any, Any]]
     state: Callable[[Any], Any] | None = None
+    reshard: Callable[[Any, int], Any] | None = None
 
 
 class Plain(NamedTuple):

@@ -133,6 +133,21 @@ def blamed(path: str | pathlib.Path, passing: tuple[type, ...] = ()) -> Iterator
         ) from None
 
 
+def describe_error(error: BaseException) -> str:
+    """Returns an exception in words: the message of a UserError; of any other its type, and its place in a file of the user."""
+    if isinstance(error, UserError):
+        return str(error)
+    reason = (str(error).splitlines() or ["no message"])[0]
+    line = f"{type(error).__name__}: {reason}"
+    own = set(_own_paths())
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename in own
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {line}" if frames else line
+
+
 def _module_name(path: pathlib.Path) -> str:
     stem = "".join(c if c.isalnum() else "_" for c in path.stem)
     return f"{_OWN}.{stem}_{zlib.crc32(os.fsencode(path)):08x}"

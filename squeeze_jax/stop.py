@@ -37,6 +37,12 @@ class Stopped(Reported):
         self.status = 128 + number
 
 
+def request(number: int) -> None:
+    """Asks the work to stop, as the signal of that number would."""
+    global _received
+    _received = _received or number
+
+
 def requested() -> int:
     """Returns the number of the signal that asks to stop; 0 for none."""
     return _received

@@ -121,6 +121,27 @@ def test_what_was_applied_and_the_mean_residual_are_all_gradients(devices, round
     np.testing.assert_allclose(applied + residual, total, atol=1e-4)
 
 
+@pytest.mark.parametrize(("before", "now"), [(4, 2), (2, 4), (4, 1)])
+def test_no_gradient_is_lost_on_another_number_of_devices(before, now):
+    """All applied gradients and the mean residual are all mean gradients, on whatever devices they were computed."""
+    method, applied, total = int8.make(**SMALL), 0.0, 0.0
+    state = begin(method, gradients(before))
+    for step in range(6):
+        devices = before if step < 3 else now
+        if step == 3:
+            state = jax.device_get(method.reshard(state, now))
+            assert [len(x) for x in jax.tree.leaves(state)] == [now]
+        grads = gradients(devices, step)
+        shared, state = jax.jit(mapped(method, devices))(
+            grads, state, jax.random.key(step)
+        )
+        applied += np.asarray(shared["layer"]["kernel"], np.float64)
+        total += np.asarray(grads["layer"]["kernel"], np.float64).mean(0)
+    residual = np.asarray(state["layer/kernel"], np.float64).mean(0)
+    assert np.abs(applied - total).max() > 1e-2
+    np.testing.assert_allclose(applied + residual, total, atol=1e-4)
+
+
 def test_stochastic_rounding_is_unbiased():
     """The mean over 4000 keys of 0.3 steps is 0.3; its standard error is sqrt(0.3 * 0.7 / 4000) = 0.007."""
     block = jnp.array([[127.0, 0.3, -0.3, 2.75]])

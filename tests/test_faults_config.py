@@ -24,7 +24,9 @@ from squeeze_jax.jobs import (
     _pretrained,
     _settings,
     _teachers,
+    _transitions,
     _workdir,
+    fit,
 )
 from squeeze_jax.ranges import Count, Fraction
 from squeeze_jax.train import optim, sharding
@@ -135,6 +137,8 @@ def test_no_number_is_unbounded_and_defaults_are_in_range(name):
         ("data.tasks.images", dict(pad=10000), "pad = 10000 should lie in [0, 1024]"),
         ("jobs.export", dict(formats=("tflite", "tflite")), "names 'tflite' twice"),
         ("jobs.export", dict(formats=("tflite", 3)), "formats[1] = 3 (int) should be"),
+        ("jobs.export", dict(check=10**9), "= 1000000000 should lie in [1, 100000]"),
+        ("jobs.export", dict(calibration=0), "calibration = 0 should lie in [1, 100"),
         ("jobs.export", dict(int8_agreement=2), "= 2 should lie in [0, 1]"),
         ("jobs.cost", dict(weight_bits=(("a", 65),)), "weight_bits[0][1] = 65 should"),
         ("jobs.benchmark", dict(runs=-1), "runs = -1 should be at least 1"),
@@ -257,6 +261,13 @@ def test_a_config_file_that_fails_is_one_line(text, words, tmp_path):
             ["--config.batch=2000"],
             "config.batch = 2000 is more than the 1,437 training",
         ),
+        (["--config.batch=1000000000"], "config.batch = 1000000000 is more than the"),
+        (["--config.steps=1000000000000000000"], "should be at most 2147483647"),
+        (["--config.accumulate=1000000000000000000"], "should be at most 2147483647"),
+        (["--config.data.size=16384"], "training needs at least"),
+        (["--config.model.width=100"], "training needs at least"),
+        (["--config.phases=({'steps': 3, 'optim': 5},)"], "[0].optim = 5 should be a"),
+        (["--config.objective={'name':'losses.span'}"], "the loss span does not fit"),
         (["--job=fit", "photo.jpg"], "the job fit takes no files: photo.jpg"),
         (["photo.jpg"], "photo.jpg: files are for --job=predict"),
         (["--job=predict", ""], "'' is no file, folder or text: leave it out"),
@@ -281,6 +292,8 @@ def test_a_bad_command_line_is_one_line_and_makes_no_folder(
     arguments, words, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    memory = (16 * 10**9, "a machine")
+    monkeypatch.setattr(sharding, "device_memory", lambda: memory)
     with pytest.raises(Reported) as caught:
         run.main(arguments)
     line = str(caught.value)
@@ -307,6 +320,88 @@ def test_an_error_about_a_tuple_has_an_example(value, hint, example):
     line = registry.fault(value, hint, "config.key")
     assert line.startswith("config.key = ")
     assert line.endswith(example)
+
+
+def digits():
+    """A config of the digits and a small network."""
+    return {
+        "data": {"source": {"name": "digits"}, "size": 8, "resize": "crop"},
+        "model": {"name": "squeezenet", "variant": "tiny", "stem_strides": 1},
+        "optim": {"lr": 0.1},
+        "steps": 1,
+        "batch": 16,
+    }
+
+
+LOSSES = sorted({*registry.names("squeeze_jax.train.losses")} - {"cross_entropy"})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_does_not_fit_the_data_is_one_line(name):
+    config = digits() | {"objective": {"name": f"losses.{name}"}}
+    with pytest.raises(UserError) as caught:
+        _experiment.build(_experiment.check(config))
+    line = str(caught.value)
+    assert line.startswith(f"config.objective: the loss {name} does not fit: ")
+    assert "; it reads logits " in line
+    assert line.endswith(
+        "; the network returns float32 [16, 10], the data give image uint8 [16, 8, 8, 1], label int32 [16], mask bool [16]"
+    )
+    assert "\n" not in line
+
+
+OWN_LOSS = """
+def make():
+    def loss(logits, endpoints, batch):
+        return WHAT, {}
+    return loss
+"""
+OWN_NETWORK = """
+import flax.linen as nn
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(10)(x), {}
+
+def make():
+    return Net()
+"""
+
+
+def test_own_losses_and_networks_that_do_not_fit_are_one_line(tmp_path):
+    for name, text in (
+        ("index.py", OWN_LOSS.replace("WHAT", "endpoints['none'].mean()")),
+        ("rows.py", OWN_LOSS.replace("WHAT", "logits[:, 0]")),
+        ("mean.py", OWN_LOSS.replace("WHAT", "logits.mean()")),
+        ("net.py", OWN_NETWORK),
+    ):
+        (tmp_path / name).write_text(text)
+
+    def line(loss, **changes):
+        own = {"objective": {"name": str(tmp_path / loss)}, **changes}
+        with pytest.raises(UserError) as caught:
+            _experiment.build(_experiment.check(digits() | own))
+        return str(caught.value)
+
+    place = f"{tmp_path / 'index.py'}:4: KeyError: 'none'"
+    assert f"the loss index does not fit: {place}; the network" in line("index.py")
+    assert "the loss rows returns float32 [16]: return one float" in line("rows.py")
+    network = {"name": str(tmp_path / "net.py")}
+    wrong = line("mean.py", model=network)
+    assert wrong.startswith("the metric classification of config.data does not fit")
+    assert wrong.endswith("; the network returns float32 [16, 8, 8, 10]")
+
+
+def test_training_that_no_memory_holds_is_one_line(monkeypatch):
+    """A device gets 4 of 16 images: 64 bytes as stored, 256 as float32, 5 of label and mask."""
+    built = _experiment.build(_experiment.check(digits()))
+    monkeypatch.setattr(sharding, "device_memory", lambda: (1000, "a watch"))
+    with pytest.raises(UserError, match=r"1.3 kB for a batch of inputs, and a watch h"):
+        fit.ready(built)
+    monkeypatch.undo()
+    assert sharding.device_memory()[0] > 10**7
+    fit.ready(built)
 
 
 def test_errors_show_long_values_in_short():
@@ -452,6 +547,12 @@ def newest(workdir):
     return jax.device_get(restored.state)
 
 
+def contents(folder):
+    """{path: bytes} of all files of a folder, without the lock."""
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p: p.read_bytes() for p in paths}
+
+
 def test_more_steps_continue_the_run_to_the_bit(tmp_path, monkeypatch, capsys):
     """With a constant learning rate, 3 steps and then 5 are 5 steps at once; the last phase may grow too."""
     (tmp_path / "mine.py").write_text(CONFIG)
@@ -477,9 +578,20 @@ def test_more_steps_continue_the_run_to_the_bit(tmp_path, monkeypatch, capsys):
         fit("parts", 4)
     assert _workdir.read(tmp_path / "parts")["steps"] == 5
 
+    # A run that is refused later leaves every file as it was.
+    def refuse(*_):
+        raise UserError("the checkpoint does not fit")
+
+    before = contents(tmp_path / "parts")
+    monkeypatch.setattr(_transitions, "resume", refuse)
+    with pytest.raises(UserError, match="the checkpoint does not fit"):
+        fit("parts", 7)
+    assert contents(tmp_path / "parts") == before
+
 
 def test_the_last_phase_may_become_longer_and_others_not(tmp_path):
-    config = dict(data={}, optim={}, batch=4, phases=(dict(steps=2), dict(steps=3)))
+    config = digits() | dict(phases=(dict(steps=2), dict(steps=3)))
+    del config["steps"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     _workdir.check_same_experiment(tmp_path, config)

@@ -6,10 +6,15 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import re
+import socket
+import struct
 import subprocess
 import sys
+import types
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -17,10 +22,10 @@ from PIL import Image
 
 import run as run_py
 from squeeze_jax import data, files
-from squeeze_jax.data import photos, survey, vision
+from squeeze_jax.data import photos, survey, text_files, vision
 from squeeze_jax.data.sources import coco, folder, pairs, tfds
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _plan
+from squeeze_jax.jobs import _experiment, _plan, fit
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], -1)
@@ -377,6 +382,41 @@ def test_each_image_has_its_line(album):
     assert "\n" not in error
 
 
+def not_a_file(path, kind):
+    """Puts something at a path that is no file; returns why it cannot be read."""
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+        return "it is a pipe, not a file"
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            here = os.getcwd()
+            os.chdir(path.parent)  # the names of sockets are short
+            listener.bind(path.name)
+            os.chdir(here)
+        return "it is a socket, not a file"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+        return "it is a device, not a file"
+    path.symlink_to(path.name)
+    return "Too many levels of symbolic links"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "loop"])
+def test_what_is_no_file_is_never_waited_for(tmp_path, kind):
+    path = tmp_path / "in" / "x.png"
+    reason = f"cannot read {path}: {not_a_file(path, kind)}"
+    assert line_of(photos.decode, path, vision.View(8, 3)) == reason
+    assert line_of(text_files.read_text, path) == reason
+    assert line_of(list, text_files.read_lines(path)) == reason
+    assert line_of(pairs.Folder(str(path.parent)).read, "x.png") == reason
+    with pytest.raises(OSError):
+        files.read_json(path)
+    made = data.make(source={"name": "digits"}, size=8)
+    assert line_of(list, made.predict([str(path)], None)) == reason
+    assert run_py.place({"data": {"source": {"root": str(path)}}})
+
+
 def test_each_image_of_many_has_its_line(tmp_path):
     """More than are decoded at a time, and bad ones in between."""
     for i in range(70):
@@ -665,13 +705,23 @@ LOOKED = survey.Survey(5, {(28, 28): 5}, grey=5)
             ["28x28 pixels, resized to 16x16 (in training random crops, resized to 16x16)"],
         ),
         (
-            survey.Survey(5, {(8, 8): 4}, 1, 3, 2, 1, ("x.png",)),
+            survey.Survey(5, {(8, 8): 4}, 1, 3, 2, 1, (survey.Unreadable(0, "x.png", "no"),)),
             dict(size=8, channels=3),
             [
                 "1 grey, turned into 3 equal channels, beside 3 in colour",
                 "2 with transparency, laid on white",
                 "1 of 16 or 32 bits, turned into 8 bits",
                 "1 that cannot be read (x.png)",
+            ],
+        ),
+        (
+            survey.Survey(5, {(8, 8): 5}, colour=5, palette=1, rotated=2, frames=3, modes=(("CMYK", 4),)),
+            dict(size=8, channels=3),
+            [
+                "1 with a palette, replaced by its colours",
+                "4 in CMYK, turned into RGB",
+                "2 turned upright as their EXIF data say",
+                "3 of several frames or pages, of which the first counts",
             ],
         ),
     ],
@@ -697,7 +747,110 @@ def test_headers_tell_all_that_is_counted(tmp_path):
         colour=2,
         transparent=1,
         deep=1,
-        unreadable=(str(tmp_path / "bad.png"), str(tmp_path / "none.png")),
+        unreadable=(
+            (4, str(tmp_path / "bad.png"), "no known image format"),
+            (5, str(tmp_path / "none.png"), "No such file or directory"),
+        ),
+    )
+
+
+def deep_png():
+    """A PNG of 16-bit colours, after the PNG specification."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))  # fmt: skip
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(8 * (1 + 8 * 6)))
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", rows), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[vision.ORIENTATION] = orientation
+    return exif
+
+
+PICTURE = Image.fromarray(COLOUR)
+FRAMES = dict(save_all=True, append_images=[Image.fromarray(255 - COLOUR)])
+KINDS = {
+    "16-bit colours, PNG": (deep_png(), dict(deep=1)),
+    "16-bit colours, PPM": (b"P6 8 8 65535\n" + bytes(8 * 8 * 6), dict(deep=1)),
+    "palette": (encode(PICTURE.convert("P")), dict(palette=1)),
+    "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), dict(modes=(("CMYK", 1),))),
+    "turned JPEG": (encode(PICTURE, "JPEG", exif=turned(6)), dict(rotated=1)),
+    "turned PNG": (encode(PICTURE, exif=turned(3)), dict(rotated=1)),
+    "turned TIFF": (encode(PICTURE, "TIFF", exif=turned(8)), dict(rotated=1)),
+    "upright": (encode(PICTURE, "JPEG", exif=turned(1)), {}),
+    "GIF of 2": (encode(PICTURE, "GIF", **FRAMES), dict(palette=1, frames=1)),
+    "GIF of 1": (encode(PICTURE, "GIF"), dict(palette=1)),
+    "PNG of 2": (encode(PICTURE, **FRAMES), dict(frames=1)),
+    "WebP of 2": (encode(PICTURE, "WEBP", **FRAMES), dict(frames=1)),
+    "TIFF of 2": (encode(PICTURE, "TIFF", **FRAMES), dict(frames=1)),
+    "TIFF of 1": (encode(PICTURE, "TIFF"), {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_headers_tell_every_conversion(kind):
+    image, counts = KINDS[kind]
+    found = survey.survey_images(["x"], lambda _: io.BytesIO(image))
+    assert found == survey.Survey(1, {(8, 8): 1}, colour=1)._replace(**counts)
+    vision.still(image, vision.View(8, 3))
+
+
+CUT = encode(COLOUR)[:20]
+BROKEN = {
+    "empty.png": (b"", "the file is empty"),
+    "text.jpg": (b"no image", "no known image format"),
+    "cut.png": (CUT, ""),
+    "int32.tif": (
+        encode(Image.fromarray(GREY.astype(np.int32)), "TIFF"),
+        "its pixels are 32-bit integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("corrupt", ["raise", "skip"])
+def test_images_that_cannot_be_read_are_known_before_training(tmp_path, split, corrupt):
+    source, _, _ = as_folder(tmp_path, {f"{i}.png": None for i in range(4)})
+    for name, (content, _) in BROKEN.items():
+        put(tmp_path, f"{split}/a/{name}", content)
+    os.mkfifo(tmp_path / split / "a" / "pipe.png")
+    os.symlink("loop.png", tmp_path / split / "a" / "loop.png")
+    made = data.make(source=source, size=8, corrupt=corrupt)
+    reasons = {pathlib.Path(u.name).name: u.reason for u in made_survey(source)}
+    assert reasons.keys() == {*BROKEN, "pipe.png", "loop.png"}
+    for name, (_, reason) in BROKEN.items():
+        assert reason in reasons[name]
+    assert reasons["pipe.png"] == "it is a pipe, not a file"
+    assert reasons["loop.png"] == "Too many levels of symbolic links"
+    if (corrupt, split) == ("skip", "train"):
+        assert made.unreadable == ""
+        return
+    line = made.unreadable
+    assert line.startswith(f"6 images cannot be read: {tmp_path / split / 'a' / 'cut.png'} (")  # fmt: skip
+    assert "replace or remove them" in line
+    assert ("config.data.corrupt='skip'" in line) == (split == "train")
+    built = types.SimpleNamespace(data=made)
+    assert line_of(fit.ready, built) == line
+
+
+def made_survey(source):
+    return folder.make(source["root"]).survey.unreadable
+
+
+def test_targets_that_cannot_be_read_are_known_before_training(tmp_path):
+    keys, task, _ = as_pairs(tmp_path, {f"{i}.png": encode(GREY) for i in range(3)})
+    put(tmp_path, "trainannot/1.png", encode(COLOUR))
+    put(tmp_path, "testannot/2.png", b"")
+    made = data.make(task, source=keys, size=8)
+    assert made.unreadable.startswith(
+        "2 images cannot be read: trainannot/1.png (a map of labels has 8-bit class numbers, this image has mode RGB),"
+        " testannot/2.png (the file is empty); replace or remove them"
     )
 
 

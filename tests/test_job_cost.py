@@ -288,12 +288,16 @@ def test_begins_no_run(here, capsys):
     assert before.keys() == after.keys()
 
 
-@pytest.mark.parametrize("workdir", ["file", "file/below"])
-def test_a_place_that_cannot_be_written_to(here, workdir):
+@pytest.mark.parametrize(
+    ("workdir", "words"),
+    [
+        ("file", "file is a file, not a folder: move it away"),
+        ("file/below", "cannot write to the work directory file/below"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to(here, workdir, words):
     (here / "file").write_text("as it was")
-    with pytest.raises(
-        UserError, match=f"cannot write to the work directory {workdir}"
-    ):
+    with pytest.raises(UserError, match=words):
         run_py.main(["--job=cost", TINY, f"--workdir={workdir}"])
     assert (here / "file").read_text() == "as it was"
 

@@ -1,5 +1,6 @@
 """`run.py` and bad input: one line, before any work; work directories that are another's."""
 
+import errno
 import json
 import os
 import pathlib
@@ -7,9 +8,10 @@ import pathlib
 import pytest
 
 import run as run_py
+from squeeze_jax import machine, registry
 from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.export import build, listing, parity, runnable
-from squeeze_jax.jobs import _experiment, _workdir, export
+from squeeze_jax.jobs import _experiment, _model_json, _places, _workdir, export
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -104,6 +106,33 @@ def test_bad_input_is_one_line_that_names_the_culprit(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space", "a/b"), 1, "no space left on the disk in a"),
+        (OSError(errno.EFBIG, "File too large"), 1, "no space left on the disk"),
+        (
+            ValueError("OUT_OF_RANGE: Error writing x [OS error 27: File too large]"),
+            *(1, "no space left on the disk"),
+        ),
+        (OSError(errno.EMFILE, "Too many open files", "c"), 1, "c: Too many open fil"),
+        (PermissionError(errno.EACCES, "Permission denied", "d"), 1, "d: Permission"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, "the reader of the output"),
+        (MemoryError(), 1, "out of memory: choose a smaller config.batch"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n x"),
+            *(1, "out of memory (Out of memory allocating 9 bytes.): choose a smaller"),
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_machine_causes_is_one_line(error, status, words):
+    explained = machine.explain(error)
+    assert words in str(explained)
+    assert explained.status == status
+    assert machine.explain(ValueError("of the code")) is None
+
+
 def test_without_a_checkpoint_another_config_does_no_harm(tmp_path):
     """A run that failed before its first checkpoint can be tried again with its mistake mended."""
     first, mended = {"optim": {"lr": 1e30}}, {"optim": {"lr": 0.1}}
@@ -111,6 +140,8 @@ def test_without_a_checkpoint_another_config_does_no_harm(tmp_path):
     _workdir._locks.popitem()[1].close()
     _workdir.begin(tmp_path / "run", mended)
     _workdir._locks.popitem()[1].close()
+    assert _workdir.read(tmp_path / "run") == first  # it may still be refused
+    _workdir.write_config(tmp_path / "run")
     assert _workdir.read(tmp_path / "run") == mended
 
 
@@ -126,6 +157,7 @@ def test_a_notebook_may_begin_its_work_directory_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for steps, name in enumerate(("run", "run", tmp_path / "run")):
         _workdir.begin(pathlib.Path(name), {"steps": steps})
+        _workdir.write_config(tmp_path / "run")
         assert _workdir.read(tmp_path / "run") == {"steps": steps}
     _workdir._locks.popitem()[1].close()
     assert not _workdir._locks
@@ -164,7 +196,127 @@ def test_a_flipped_bit_of_an_exported_file_is_noticed(tmp_path, suffix):
         runnable.open_file(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"tflite": 1}', b"\xff"])
+GOOD = {
+    "data": {"source": {"name": "digits"}, "size": 8, "resize": "crop"},
+    "model": {"name": "squeezenet"},
+    "optim": {"lr": 0.1},
+    "batch": 4,
+    "steps": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": "many"}, "config.steps = 'many' (str) should be int"),
+        ({"stpes": 3}, "unknown key config.stpes"),
+        ({"optim": [1]}, "is no config ("),
+        ({"optim": {"lr": "x"}}, "config.optim.lr = 'x' (str) should be float"),
+        ({"optim": {"lr": 0.1, "momentun": 0}}, "unknown key config.optim.momentun"),
+        ({"phases": 5}, "config.phases = 5 (int) should be tuple of dict"),
+        ({"transforms": 5}, "is no config ("),
+        ({"data": {"source": {"name": "folder", "root": 5}, "size": 8}}, "root = 5"),
+        ({"data": {"source": 5, "size": 8}}, "config.data.source = 5"),
+        ({"model": {"name": "squeezenet", "width": -1}}, "config.model.width = -1"),
+        ({"sharding": {"dat": 2}}, "unknown key config.sharding.dat"),
+        ({"distill": {"cache": 5}}, "config.distill.cache = 5"),
+        ({"export": {"formats": 5}}, "config.export.formats = 5"),
+        ({"update": ["optim", {"name": "prune.no"}]}, "unknown method of prune 'no'"),
+        (b"[1, 2]", "is no config"),
+        (b"[" * 100_000, "is not valid JSON (it is nested too deep)"),
+    ],
+    ids=str,
+)
+def test_a_config_that_no_config_is_comes_back_from_the_checkpoint(
+    change, words, tmp_path, monkeypatch
+):
+    text = change if isinstance(change, bytes) else json.dumps(GOOD | change).encode()
+    (tmp_path / "config.json").write_bytes(text)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    note = {}
+    monkeypatch.setattr(_model_json, "checkpoint_note", lambda workdir: note)
+    with pytest.raises(UserError, match="; restore it or remove the work dir"):
+        _workdir.read(tmp_path)
+    note["config"] = GOOD
+    with pytest.warns(UserWarning, match="the newest checkpoint's is taken") as caught:
+        assert _workdir.read(tmp_path) == GOOD
+    (line,) = {str(w.message) for w in caught}
+    assert line.startswith(str(tmp_path / "config.json"))
+    assert words in line
+    assert line.endswith("; the newest checkpoint's is taken")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {"name": 5}, "checkpoint": {}},
+        {"model": {}, "checkpoint": {}},
+        {"model": {"name": "squeezenet"}, "checkpoint": {"keep": "x"}},
+        {"model": {"name": "squeezenet"}, "checkpoint": {"kep": 1}},
+        {"model": {"name": "squeezenet"}, "checkpoint": 5},
+        {"model": {"name": "squeezenet"}, "checkpoint": {}, "classes": [1]},
+    ],
+    ids=str,
+)
+def test_a_model_file_of_wrong_values_comes_back_from_the_checkpoint(
+    content, tmp_path, monkeypatch
+):
+    good = {"model": {"name": "squeezenet"}, "checkpoint": {"best": "eval_loss"}}
+    (tmp_path / "model.json").write_text(json.dumps(good))
+    assert _model_json.read(tmp_path) == good
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    monkeypatch.setattr(_model_json, "checkpoint_note", lambda workdir: {})
+    with pytest.raises(UserError, match="or damaged: run the job fit there again"):
+        _model_json.read(tmp_path)
+    monkeypatch.setattr(_model_json, "checkpoint_note", lambda _: {"noted": good})
+    with pytest.warns(UserWarning, match="the newest checkpoint's is taken"):
+        assert _model_json.read(tmp_path) == good
+
+
+@pytest.mark.parametrize(
+    "name", [*_places.FILES, *_places.FOLDERS, "checkpoints/7", "."]
+)
+def test_what_is_in_the_place_of_a_file_or_folder_is_named(name, tmp_path):
+    workdir = tmp_path / "run"
+    path = workdir / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wants_file = name in _places.FILES
+    wanted = "a file" if wants_file else "a folder"
+    for kind in ("other", "pipe", "link", "right"):
+        if kind == "other":
+            path.mkdir() if wants_file else path.write_bytes(b"")
+            words = "a folder" if wants_file else "a file"
+        elif kind == "pipe":
+            os.mkfifo(path)
+            words = "a pipe, a socket or a device"
+        elif kind == "link":
+            path.symlink_to("nowhere")
+            words = "a link that leads nowhere"
+        else:
+            path.write_bytes(b"") if wants_file else path.mkdir()
+            _places.check(workdir)
+            break
+        with pytest.raises(UserError) as caught:
+            _places.check(workdir)
+        assert str(caught.value) == (
+            f"{path} is {words}, not {wanted}: move it away, or choose another work directory"
+        )
+        path.rmdir() if kind == "other" and wants_file else path.unlink()
+
+
+@pytest.mark.parametrize("job", registry.names("squeeze_jax.jobs"))
+def test_every_job_looks_at_the_places_first(job, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(GOOD))
+    line = refusal(f"--job={job}", f"--workdir={tmp_path}")
+    assert line.startswith(f"{tmp_path / 'metrics.jsonl'} is a folder, not a file")
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        _model_json.read(tmp_path)  # as for config.init and teachers
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"tflite": 1}', b"\xff", b"[" * 100_000]
+)
 def test_a_damaged_listing_is_written_anew(tmp_path, content):
     path = listed(tmp_path, "tflite", "model.tflite", 3)
     (tmp_path / "export" / "files.json").write_bytes(content)

@@ -10,17 +10,19 @@ import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import run as run_py
 from squeeze_jax import models
-from squeeze_jax.jobs import _experiment, _workdir
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _experiment, _transitions, _workdir
 from squeeze_jax.prune import group_lasso, magnitude
 from squeeze_jax.train import log
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
-from tests import test_run
+from tests import test_run, test_run_errors
 from tests.compiler_flags import xla_flags
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -171,6 +173,56 @@ def test_the_exchange_keeps_each_devices_residual(tmp_path):
         assert residual.shape[0] == DEVICES, name
         assert len({row.tobytes() for row in residual}) == DEVICES, name
     check_exports(tmp_path / "whole")
+
+
+RESIDUALS = """
+import jax
+import jax.numpy as jnp
+from squeeze_jax import methods
+
+def make():
+    def exchange(grads, axis_names, own):
+        return jax.lax.pmean(grads, axis_names), own.state
+    return methods.Exchange(exchange, lambda params: {"kept": jnp.zeros(3)})
+"""
+
+
+@pytest.mark.parametrize("rule", ["mean", "none"])
+def test_a_run_continues_on_another_number_of_devices(tmp_path, rule):
+    """The states of 2 devices go to 4: the mean residual stays, or equal states are copied."""
+    (tmp_path / "mine.py").write_text(RESIDUALS)
+    int8 = {"name": "comm.int8", "block": 16, "smallest": 32}
+    name = "int8" if rule == "mean" else "mine"
+    config = test_run_errors.GOOD | {
+        "model": {"name": "squeezenet", "variant": "tiny", "stem_strides": 1},
+        "exchange": int8 if rule == "mean" else {"name": str(tmp_path / "mine.py")},
+    }
+    built = _experiment.build(_experiment.check(config))
+    state, said = built.create(), []
+    random = np.random.default_rng(0)
+    states = {
+        name: random.normal(size=(2, *residual.shape[1:])).astype(np.float32)
+        for name, residual in state.extra[name].items()
+    }
+    for step, saved in enumerate((states, jax.tree.map(np.ones_like, states))):
+        with contextlib.closing(Checkpoints(tmp_path / str(step))) as checkpoints:
+            own = {name: jax.tree.map(jnp.asarray, saved)}
+            checkpoints.save(state._replace(extra={**state.extra, **own}), 0)
+            checkpoints.wait()
+            if rule == "none" and step == 0:
+                with pytest.raises(UserError, match="no rule to continue on 4: use 2"):
+                    _transitions.resume(built, checkpoints, said.append)
+                continue
+            _, restored = _transitions.resume(built, checkpoints, said.append)
+        jax.tree.map(
+            lambda x, shape: chex.assert_equal((x.shape, x.sharding), (shape.shape, shape.sharding)),
+            restored.state,
+            built.abstract(),
+        )  # fmt: skip
+        for key, residual in restored.state.extra[name].items():
+            np.testing.assert_allclose(residual.mean(0), saved[key].mean(0), atol=1e-6)
+    line = f"exchange   {name}: the states of 2 devices are carried over to 4"
+    assert said == [line] * (2 if rule == "mean" else 1)
 
 
 def test_learned_step_sizes_continue_and_export(tmp_path):

@@ -1,8 +1,10 @@
 """The loop and its log: cadences, waiting, skipped images, records after a crash."""
 
 import contextlib
+import itertools
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeeze_jax import files
+from squeeze_jax import files, stop
 from squeeze_jax.errors import UserError
 from squeeze_jax.train import log, loop
 from squeeze_jax.train.state import State
@@ -57,8 +59,10 @@ def batches(missing=0):
         yield {"index": np.arange(4) + i, "mask": np.arange(4) >= missing}
 
 
-def run(step=None, steps=10, missing=0, start=0, **cadences):
-    recorder = Recorder()
+def run(
+    step=None, steps=10, missing=0, start=0, stream=None, recorder=None, **cadences
+):
+    recorder = recorder or Recorder()
 
     def default(state, batch, key):
         at = state.step + 1
@@ -70,7 +74,7 @@ def run(step=None, steps=10, missing=0, start=0, **cadences):
     loop.run(
         step or default,
         State(jnp.int32(start), {}, {}, ()),
-        batches(missing),
+        stream or batches(missing),
         None,
         steps=steps,
         batch=4,
@@ -115,6 +119,22 @@ def test_skipped_images_are_counted():
     assert [r["skipped"] for _, r in told.trained] == [5, 5]
 
 
+@pytest.mark.parametrize("error", [UserError("x.png is cut off"), RuntimeError("no")])
+@pytest.mark.parametrize("good", [0, 5])
+def test_a_batch_that_cannot_be_read_loses_no_training(good, error):
+    def stream():
+        yield from itertools.islice(batches(), good)
+        raise error
+
+    recorder = Recorder()
+    with pytest.raises(type(error)) as caught:
+        run(stream=stream(), recorder=recorder, log_every=4)
+    assert recorder.saved == [(good, 4 * good, None)] * (good > 0)
+    said = f"; step {good} is saved, and the same command continues there"
+    told = good and isinstance(error, UserError)
+    assert str(caught.value) == str(error) + (said if told else "")
+
+
 def test_a_checksum_tells_which_examples_came():
     one, other = run(log_every=1), run(log_every=1)
     sums = [r["examples_crc32"] for _, r in one.trained]
@@ -144,7 +164,7 @@ def test_nothing_is_saved_from_a_loss_that_is_not_finite():
             "examples": jnp.float32(4),
         }
 
-    with pytest.raises(UserError, match="at step 1; none was saved"):
+    with pytest.raises(UserError, match="at step 1; none was saved; no update came b"):
         run(step, log_every=100, save_every=2)
 
 
@@ -297,3 +317,17 @@ def test_an_evaluation_that_is_repeated_replaces_its_record(tmp_path, capsys):
         second.evaluation(10, {"eval_loss": float("nan")})
     assert [r["step"] for r in log.read(tmp_path / "metrics.jsonl")] == [5, 10]
     assert "warning: eval_loss not finite" in capsys.readouterr().out
+
+
+def test_a_closed_output_stops_the_run_after_saving(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    dropped = []
+    monkeypatch.setattr(log, "print", closed, raising=False)
+    monkeypatch.setattr(log.machine, "drop_output", lambda: dropped.append(1))
+    monkeypatch.setattr(stop, "_received", 0)
+    with contextlib.closing(log.Log(tmp_path, 10)) as opened:
+        opened.say("a line")
+    assert dropped == [1]
+    assert stop.requested() == signal.SIGPIPE

@@ -82,7 +82,26 @@ def make(
         means = tree.map_named(lambda k, g: means[k].astype(g.dtype), grads)
         return means, residuals
 
-    return methods.Exchange(exchange, state if feedback else None)
+    if not feedback:
+        return methods.Exchange(exchange)
+    return methods.Exchange(exchange, state, mean_residuals)
+
+
+def mean_residuals(
+    residuals: dict[str, jax.Array], devices: int
+) -> dict[str, jax.Array]:
+    """Gives each of another number of devices the mean of the residuals.
+
+    The mean residual stays what it was, and with it the sum that error feedback keeps: all applied gradients plus the mean
+    residual are all mean gradients.
+
+    Args:
+      residuals: {parameter: float32 [devices before, ...]}.
+      devices: the number of devices now.
+    """
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(x.mean(0), (devices, *x.shape[1:])), residuals
+    )
 
 
 def quantize(

@@ -1,5 +1,5 @@
 """Data: kinds of examples, their sources and transforms, and a deterministic, resumable input pipeline."""
 
-from squeeze_jax.data.pipeline import Data, make
+from squeeze_jax.data.pipeline import Data, check, make
 
-__all__ = ["Data", "make"]
+__all__ = ["Data", "check", "make"]

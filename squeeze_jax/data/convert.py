@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError, print_any_name
 
 VERSION = "1.0.0"
@@ -99,7 +100,7 @@ def _load(archive: Path) -> tuple[dict[str, tuple], tuple[str, ...]]:
     """Returns `{split: (bytes, offsets, labels)}` and the class names, checked."""
     try:
         # The file is opened here, because numpy does not close a file that is not an archive.
-        with open(archive, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with files.open_file(archive) as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError:
         raise UserError(f"no archive {archive}") from None

@@ -47,6 +47,7 @@ class ImageSet:
       fixed: whether a training example is the same each time it comes.
       predict: see `pipeline.Data`; None if the task prints no predictions.
       notes: lines of the plan that is printed before training.
+      unreadable: see `pipeline.Data`.
     """
 
     reads = "images"
@@ -69,6 +70,7 @@ class ImageSet:
     fixed: bool
     predict: Callable[[Sequence[str], Callable], Iterator[str]] | None
     notes: tuple[str, ...]
+    unreadable: str
 
     @property
     def num_classes(self) -> int:
@@ -213,6 +215,7 @@ def make(
         fixed=still and augment is unchanged,
         predict=predict,
         notes=(*survey.plan_notes(source, view), *notes),
+        unreadable=survey.describe_unreadable(source, skip=corrupt == "skip"),
     )
 
 

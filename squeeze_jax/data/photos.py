@@ -12,6 +12,7 @@ import numpy as np
 
 from squeeze_jax.data import vision
 from squeeze_jax.errors import UserError
+from squeeze_jax.files import read_file
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp"),
@@ -68,7 +69,7 @@ def walk(
     Returns:
       The paths, relative to `folder`.
     """
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))  # which links that lead in a circle have too
     ancestors_of = {str(folder): (real, *real.parents)}
     paths = []
     for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -76,7 +77,7 @@ def walk(
         ancestors = ancestors_of.pop(place)
         for name in list(folders):
             # Following a link to a folder that contains it would never end.
-            target = Path(place, name).resolve()
+            target = Path(os.path.realpath(os.path.join(place, name)))
             if is_hidden(name) or target in ancestors:
                 folders.remove(name)
                 paths.append(f"{relative / name}/")
@@ -136,12 +137,9 @@ def decode(
       UserError: there is no such file, or it is not an image.
     """
     if not isinstance(image, bytes):
-        name, path = str(image), Path(image)
-        # Reading a pipe or a device may never end; a folder cannot be read, which is said below.
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{name} is no image file")
+        name = str(image)
         try:
-            image = path.read_bytes()
+            image = read_file(image)
         except OSError as error:
             raise UserError(f"cannot read {name}: {error.strerror}") from None
     try:

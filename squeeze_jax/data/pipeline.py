@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from squeeze_jax import registry
+from squeeze_jax.data import source
 from squeeze_jax.errors import UserError
 
 TASKS = "squeeze_jax.data.tasks"
@@ -36,9 +38,7 @@ def make(name: str = "images", **options) -> "Data":
     Raises:
       UserError: a key is unknown or missing, a value is out of range, or the file itself raises an error.
     """
-    module = registry.load(TASKS, name, "kind of data")
-    registry.check(module.make, options, "config.data")
-    opened = module.make(**options)
+    opened = check(name, **options).make(**options)
     for attribute in _ATTRIBUTES:
         if not hasattr(opened, attribute):
             raise UserError(
@@ -46,6 +46,22 @@ def make(name: str = "images", **options) -> "Data":
                 " squeeze_jax.data.Data describes"
             )
     return opened
+
+
+def check(name: str = "images", **options) -> types.ModuleType:
+    """Checks the keys of `config.data` without opening the data, and returns the file of `data/tasks` that `name` names.
+
+    Args:
+      name, **options: see `make`.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value has another type or is out of range.
+    """
+    module = registry.load(TASKS, name, "kind of data")
+    registry.check(module.make, options, "config.data")
+    if isinstance(options.get("source"), Mapping):
+        source.check(options["source"])
+    return module
 
 
 class Data(Protocol):
@@ -65,6 +81,8 @@ class Data(Protocol):
       fixed: whether a training example is the same each time it comes.
       metrics: the evaluation, a file of `train/metrics`.
       notes: lines of the plan about files left out and changes of the stored examples; may be missing.
+      unreadable: the line of an error about examples that are known to be damaged, which ends a training run before it begins;
+        "" for none; may be missing.
       ranges: {name of an exported input: (least, greatest value)}, such as {"image": (0, 255)}; may be missing.
       exported: {name: shape without the batch axis} of the inputs of an exported file, with the names in a batch.
     """

@@ -1,12 +1,12 @@
 """Reads questions about documents, with answers in them, from files in the format of SQuAD 1.1 and 2.0 (also XQuAD, MLQA)."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError
+from squeeze_jax.files import parse_json
 
 
 class Answer(NamedTuple):
@@ -84,8 +84,8 @@ def _load_json(path: Path):
     if not content.strip():
         raise UserError(f"{path} is empty")
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
+        return parse_json(content)
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 

@@ -5,6 +5,7 @@ A file in `sources/` has one function `make(...) -> Source`. Its parameters are 
 """
 
 import dataclasses
+import types
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -90,6 +91,22 @@ def make(source: Mapping) -> Source:
     Raises:
       UserError: a key is unknown or missing, or the source itself raises an error.
     """
+    module = check(source)
+    opened = module.make(**{k: v for k, v in source.items() if k != "name"})
+    if not isinstance(opened, Source):
+        raise UserError(
+            f"config.data.source.name = {source['name']!r} makes a {type(opened).__name__}: return a"
+            " squeeze_jax.data.source.Source"
+        )
+    return opened
+
+
+def check(source: Mapping) -> types.ModuleType:
+    """Checks the keys of `config.data.source` without opening the dataset, and returns the file of `sources` that it names.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value has another type or is out of range.
+    """
     if not isinstance(source, Mapping) or "name" not in source:
         raise UserError(
             f"config.data.source = {source!r} lacks a name; choose from {', '.join(registry.names(SOURCES))}"
@@ -97,10 +114,4 @@ def make(source: Mapping) -> Source:
     keys = dict(source)
     module = registry.load(SOURCES, keys.pop("name"), "data source")
     registry.check(module.make, keys, "config.data.source")
-    opened = module.make(**keys)
-    if not isinstance(opened, Source):
-        raise UserError(
-            f"config.data.source.name = {source['name']!r} makes a {type(opened).__name__}: return a"
-            " squeeze_jax.data.source.Source"
-        )
-    return opened
+    return module

@@ -27,13 +27,17 @@ def read(target: bytes | np.ndarray) -> np.ndarray:
     if isinstance(target, np.ndarray):
         return target
     with vision.decoding():
-        picture = Image.open(io.BytesIO(target))
-        mode, pixels = picture.mode, np.asarray(picture)
-    if mode not in MODES:
+        picture = vision.open_picture(io.BytesIO(target))
+        check_mode(picture)
+        return np.asarray(picture).astype(np.uint8)
+
+
+def check_mode(picture: Image.Image) -> None:
+    """Raises `vision.Undecodable` if a picture has colours instead of class numbers, according to its header."""
+    if picture.mode not in MODES:
         raise vision.Undecodable(
-            f"a map of labels has 8-bit class numbers, this image has mode {mode}"
+            f"a map of labels has 8-bit class numbers, this image has mode {picture.mode}"
         )
-    return pixels.astype(np.uint8)
 
 
 def still(target: np.ndarray, view: vision.View) -> np.ndarray:

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 
 # The exceptions that reading a file raises, and decompressing one that is damaged or cut off.
@@ -18,7 +19,7 @@ def read_text(path: Path) -> str:
       UserError: the file is missing, damaged, or not UTF-8.
     """
     try:
-        content = path.read_bytes()
+        content = files.read_file(path)
         if path.suffix == ".gz":
             content = gzip.decompress(content)
     except FAILURES as error:
@@ -36,13 +37,14 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
       UserError: the file is missing, damaged, or not UTF-8.
     """
-    open_file = gzip.open if path.suffix == ".gz" else open
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_file(path, "rt", encoding="utf-8-sig") as file:
+        files.open_file(path).close()
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError:
         # The error counts bytes from the start of a buffer, not of the file, so the line is searched for.
-        with open_file(path, "rb") as file:
+        with open_text(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     line.decode()

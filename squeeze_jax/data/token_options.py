@@ -5,7 +5,6 @@ The files are tokenizer_config.json, special_tokens_map.json and added_tokens.js
 tokenizer_config.json.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import tokenizers
 
 from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError, shortened
+from squeeze_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +167,10 @@ def read_json(path: Path) -> dict:
       UserError: the file cannot be read, is not JSON, or holds no object.
     """
     try:
-        value = json.loads(text_files.read_text(path))
-    except json.JSONDecodeError as error:
+        value = parse_json(text_files.read_text(path))
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")

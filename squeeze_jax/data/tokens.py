@@ -261,10 +261,10 @@ def _read_wordpiece(path: Path, found: Class | None) -> Tokenizer:
 
 def _read_byte_level(folder: Path, found: Class | None) -> Tokenizer:
     vocabulary = token_options.read_json(folder / BPE[0])
+    text_files.read_text(folder / BPE[1])  # raises a UserError if unreadable
     try:
         model = models.BPE.from_file(*(str(folder / name) for name in BPE))
     except Exception as error:  # `tokenizers` raises plain Exceptions
-        text_files.read_text(folder / BPE[1])  # raises a UserError if unreadable
         raise UserError(
             f"{folder} holds no byte-level BPE in {' and '.join(BPE)}: {_one_line(error)}"
         ) from None

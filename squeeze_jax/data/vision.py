@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,6 +28,8 @@ MAX_OPS = (DRAWS - OPS) // 2
 MODES = {1: "L", 3: "RGB"}
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes above 8 bits
 GREY = ("1", "L", "LA", "La", *DEEP)
+COLOUR = ("RGB", "RGBA", "RGBa", "RGBX")
+PALETTE = ("P", "PA")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 PAD = 4
 ASPECT = (3 / 4, 4 / 3)
@@ -290,6 +293,39 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
     return picture.size[::-1] if sideways else picture.size
 
 
+def is_rotated(picture: Image.Image) -> bool:
+    """Returns whether a viewer turns or mirrors a picture, according to its header."""
+    tiff = picture.format == "TIFF"  # its own tags have the orientation
+    known = tiff or "exif" in picture.info
+    return known and picture.getexif().get(ORIENTATION, 1) in range(2, 9)
+
+
+def is_deep(picture: Image.Image) -> bool:
+    """Returns whether a picture's channels have more than 8 bits in its file, according to its header."""
+    if picture.mode in DEEP:
+        return True
+    bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
+    # Pillow reads such colours as 8 bits at once; its decoder is told the stored ones.
+    arguments = [tile.args for tile in getattr(picture, "tile", ())]
+    largest = [a[-1] for a in arguments if picture.format == "PPM" and a]
+    return (
+        max(bits) > 8
+        or any(";16" in str(each) for each in arguments)
+        or any(isinstance(value, int) and value > 255 for value in largest)
+    )
+
+
+def has_frames(picture: Image.Image) -> bool:
+    """Returns whether a file has more than one frame or page; may move the picture to the second."""
+    # A damaged second frame does no harm to the first.
+    with contextlib.suppress(Exception):
+        if picture.format == "TIFF":
+            picture.seek(1)
+            return True
+        return getattr(picture, "is_animated", False)
+    return False
+
+
 def is_transparent(picture: Image.Image) -> bool:
     """Returns whether a picture has an alpha channel or a transparent colour, according to its header."""
     return picture.has_transparency_data
@@ -300,7 +336,7 @@ def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     with decoding():
-        picture = Image.open(io.BytesIO(image))
+        picture = open_picture(io.BytesIO(image))
         rotated = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1
         if picture.mode in DEEP:
             picture = _eight_bits(picture)
@@ -309,6 +345,27 @@ def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
         if load:
             picture.load()
         return picture
+
+
+def open_picture(file: IO[bytes]) -> Image.Image:
+    """Returns the picture of an image file, of which only the header is read.
+
+    Raises:
+      Undecodable: the file is empty.
+      Exception: the header cannot be read.
+    """
+    if not file.read(1):
+        raise Undecodable("the file is empty")
+    file.seek(0)
+    return Image.open(file)
+
+
+def check_integers(picture: Image.Image) -> None:
+    """Raises `Undecodable` for 32-bit integers, of which no value is known to be white."""
+    if picture.mode == "I" and picture.format == "TIFF":
+        raise Undecodable(
+            "its pixels are 32-bit integers, which have no fixed white: save 8 or 16 bits"
+        )
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -322,11 +379,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
                 f"its float pixels are {pixels.min():g} to {pixels.max():g}, not 0 to 1: scale them, or save 8 or 16 bits"
             )
         grey = np.rint(pixels * 255)
-    elif picture.mode == "I" and picture.format == "TIFF":
-        raise Undecodable(
-            "its pixels are 32-bit integers, which have no fixed white: save 8 or 16 bits"
-        )
     else:
+        check_integers(picture)
         # In formats other than TIFF, mode "I" is 16 bits. The 12 bits of a camera are not scaled: 0 to 4095.
         bits = 12 if tags.get(BITS_PER_SAMPLE) == (12,) else 16
         grey = (pixels >> (bits - 8)).clip(0, 255)
@@ -347,10 +401,13 @@ def decoding() -> Iterator[None]:
         yield
     except MemoryError:
         raise
+    except Undecodable:
+        raise
     except UnidentifiedImageError:
         raise Undecodable("no known image format") from None
     except Exception as error:  # damaged bytes make Pillow's parsers raise anything
-        raise Undecodable(" ".join(str(error).split())) from None
+        reason = getattr(error, "strerror", None) or error
+        raise Undecodable(" ".join(str(reason).split())) from None
 
 
 def _in_mode(picture: Image.Image, channels: int) -> Image.Image:

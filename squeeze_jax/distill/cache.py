@@ -269,12 +269,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """Reads `manifest.json`; raises a UserError if it is absent or damaged."""
     path = folder / _MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = files.read_json(path)
         return {key: manifest[key] for key in ("fingerprint", "count", "arrays")}
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no teacher's outputs: {path} is absent"
         ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{path} is damaged: delete {folder} and write it again"

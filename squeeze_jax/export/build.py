@@ -3,6 +3,7 @@
 A file gets its final name only if its outputs agree.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -147,7 +148,7 @@ def make(
             )
             if not verdict.agrees:
                 for path in paths:
-                    os.replace(path, directory / f"{path.name}.rejected")
+                    files.move(path, directory / f"{path.name}.rejected")
                 stage, detail = None, ""
                 if endpoints_fn is not None:
                     stage, detail = _locate_divergence(
@@ -155,9 +156,10 @@ def make(
                     )
                 raise Disagreement(paths[0].name, verdict, stage, detail)
             for path in paths:
-                os.replace(path, directory / path.name)
-                # A file that was rejected before is out of date.
-                (directory / f"{path.name}.rejected").unlink(missing_ok=True)
+                files.move(path, directory / path.name)
+                with contextlib.suppress(OSError):  # what is no file is not ours
+                    # A file that was rejected before is out of date.
+                    (directory / f"{path.name}.rejected").unlink(missing_ok=True)
             path = directory / paths[0].name
             exported.append(
                 Exported(

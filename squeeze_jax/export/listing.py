@@ -42,7 +42,7 @@ def read(directory: Path) -> dict[str, dict[str, Any]] | None:
     if not path.is_file():
         return {}
     try:
-        entries = json.loads(path.read_bytes())
+        entries = files.read_json(path)
     except (OSError, ValueError):
         return None
     if not isinstance(entries, dict) or not all(
@@ -63,4 +63,7 @@ def verify(path: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(files.read_file(path)).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -294,6 +294,30 @@ def check(config: Mapping[str, Any]) -> Experiment:
     return experiment
 
 
+def find_fault(config: Mapping[str, Any]) -> str:
+    """Returns the line about the first key or value that no config has; "" if there is none.
+
+    Only the config counts: neither data nor other files are opened.
+
+    Args:
+      config: a config.
+    """
+    try:
+        experiment = check(config)
+        for index in range(max(1, len(experiment.phases))):
+            e = _phases.at_phase(experiment, index)[0]
+            _check_sections(e)
+            registry.check(sharding.make_mesh, e.sharding, "config.sharding")
+            data.check(**e.data)
+            if "name" in e.model:
+                models.check(e.model)
+            build_settings(_teachers.Settings, e.distill, "config.distill")
+            _plugs.make_plugs(e)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def _check_values(experiment: Experiment) -> None:
     """Raises a UserError if a value of an experiment, with the overrides of one phase, is out of range."""
     keys = dataclasses.asdict(experiment)
@@ -396,6 +420,8 @@ def build(
         distill=distill,
     )
     _check_built(built)
+    if workdir is None:  # the network is to be trained
+        _check_objective(built)
     return built
 
 
@@ -450,6 +476,58 @@ def _check_built(built: Built) -> None:
         state,
     )
     _settings.check_jobs(built)
+
+
+def _check_objective(built: Built) -> None:
+    """Raises a UserError if the losses or the evaluation cannot be computed from the network's outputs and the data's batches.
+
+    Only shapes are computed.
+    """
+    state, key = built.abstract(), jax.eval_shape(lambda: jax.random.key(0))
+    variables = state.variables(averaged=False)
+    rows = built.experiment.batch
+    stored = dict(built.data.specs(rows)[-1])
+    index = jax.ShapeDtypeStruct((rows,), np.int32)
+
+    def outputs(variables, batch, key):
+        batch = built.data.augment(key, batch)
+        x = built.data.inputs(batch)
+        options = {} if state.carry is None else {"carry": variables["carry"]}
+        network_variables = {k: v for k, v in variables.items() if k != "carry"}
+        (logits, endpoints), _ = forward.run(
+            built.network, network_variables, x, train=True, key=key, **options
+        )
+        return logits, endpoints, batch, x
+
+    carry = {} if state.carry is None else {"carry": state.carry}
+    logits, endpoints, batch, x = jax.eval_shape(
+        outputs, variables | carry, stored | {"index": index}, key
+    )
+    if built.teachers:
+        available = [_objective.output_shapes(t.model, x) for t, _, _ in built.teachers]
+        wants = built.objective.wants
+        batch["teacher"] = tuple(
+            {k: shapes[k] for k in wants if k in shapes} for shapes in available
+        )
+
+    def loss(term, logits, endpoints, batch, variables, key):
+        own = forward.own(term.name, variables, first=built.phase.first, key=key)
+        plain = forward.parameters(variables["params"])
+        returned = term.objective.loss(logits, endpoints, batch, plain, own)
+        return training_step.check_returned(term.name, returned)
+
+    def call(term):
+        shapes = (logits, endpoints, batch, variables, key)
+        return jax.eval_shape(functools.partial(loss, term), *shapes)
+
+    _objective.check_fit(built.objective, call, logits, stored)
+    try:
+        jax.eval_shape(built.metric.measure, logits, stored)
+    except Exception as error:  # a metric indexes and computes with whatever it gets
+        raise UserError(
+            f"the metric {built.data.metrics} of config.data does not fit the network: {registry.describe_error(error)}; the"
+            f" network returns {_objective.describe_shapes(logits)}"
+        ) from None
 
 
 def _bind_losses(losses, model, teachers, source) -> _objective.TrainingLoss:

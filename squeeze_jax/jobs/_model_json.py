@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from squeeze_jax import files
+from squeeze_jax import files, registry
 from squeeze_jax.data import Data
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _classes
+from squeeze_jax.jobs import _classes, _places
 from squeeze_jax.jobs._settings import with_tuples
 from squeeze_jax.train.checkpoint import Checkpoints
 
@@ -68,9 +68,10 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
     Raises:
       UserError: the file is damaged, and no checkpoint has its contents.
     """
+    _places.check(workdir)
     path = workdir / NAME
     try:
-        saved_model = with_tuples(json.loads(path.read_bytes()))
+        saved_model = with_tuples(files.read_json(path))
     except FileNotFoundError:
         saved_model, problem = None, f"{path} is missing"
     except ValueError as error:
@@ -93,10 +94,17 @@ def _is_complete(saved_model: Any) -> bool:
     """Returns whether the contents of a file have the form that `contents` gives them."""
     if not isinstance(saved_model, dict):
         return False
-    sections = (saved_model.get(key) for key in ("model", "checkpoint"))
+    model, checkpoint = (saved_model.get(key) for key in ("model", "checkpoint"))
     classes = saved_model.get("classes", ())
+    if not isinstance(model, dict) or not isinstance(checkpoint, dict):
+        return False
+    try:
+        given = ("directory", "read_only")
+        registry.check(Checkpoints, checkpoint, "checkpoint", given=given)
+    except UserError:
+        return False
     return (
-        all(isinstance(section, dict) for section in sections)
+        isinstance(model.get("name"), str)
         and isinstance(classes, list | tuple)
         and all(isinstance(name, str) for name in classes)
         and isinstance(saved_model.get("source", {}), dict)

@@ -4,6 +4,7 @@ A distillation loss compares the student's outputs with those of teachers. Its m
 object with a function `bind(student_shapes, teacher_shapes)`, since its parameters depend on the shapes of both networks.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +27,12 @@ class TrainingLoss(NamedTuple):
     Attributes:
       terms: the losses with their names and weights, bound to the networks.
       wants: names of the teachers' outputs that the losses read, each once.
+      reads: {loss: what it reads, in words}, see `Loss`.
     """
 
     terms: tuple[Term, ...]
     wants: tuple[str, ...] = ()
+    reads: Mapping[str, str] = {}
 
 
 class Loss(NamedTuple):
@@ -39,11 +42,13 @@ class Loss(NamedTuple):
       name: its name in metrics, unique in the run.
       weight: its factor in the sum.
       method: a `methods.Objective`, or a distillation loss that is not bound yet: an object with a function `bind`.
+      reads: the logits and the arrays of a batch that it reads, in words, see READS in its method file; "" if unknown.
     """
 
     name: str
     weight: float
     method: Any
+    reads: str = ""
 
 
 def make_losses(
@@ -73,13 +78,14 @@ def make_losses(
         if wrong := registry.fault(weight, Positive, f"{where}.weight"):
             raise UserError(wrong)
         method = make_method(section, where, ("weight",))
+        reads = getattr(inspect.getmodule(method), "READS", "")
         if not hasattr(method, "bind"):
             method = methods.objective(method, f"{where}.name = {section['name']!r}")
         name = section["name"].removesuffix(".py").replace("/", ".").rpartition(".")[2]
         while name in taken:
             name += "_"
         taken.add(name)
-        losses.append(Loss(name, float(weight), method))
+        losses.append(Loss(name, float(weight), method, reads))
     return tuple(losses)
 
 
@@ -122,7 +128,45 @@ def bind_losses(
             objective = as_objective(loss.name, bound)
         wants += objective.wants
         terms.append(Term(loss.name, loss.weight, objective))
-    return TrainingLoss(tuple(terms), tuple(dict.fromkeys(wants)))
+    reads = {loss.name: loss.reads for loss in losses}
+    return TrainingLoss(tuple(terms), tuple(dict.fromkeys(wants)), reads)
+
+
+def check_fit(
+    objective: TrainingLoss,
+    call: Callable[[Term], Any],
+    logits,
+    batch: Mapping[str, Any],
+) -> None:
+    """Checks by shapes alone that all losses can be computed from a network's outputs and the data's batches.
+
+    Args:
+      objective: the losses.
+      call: computes a loss, or its shapes, and raises any exception if it cannot.
+      logits, batch: shapes of the network's logits and of a batch, for the error message.
+
+    Raises:
+      UserError: a loss cannot be computed; the line tells what it reads, and what the network and the data give.
+    """
+    for term in objective.terms:
+        try:
+            call(term)
+        except Exception as error:  # losses index and compute with whatever they get
+            reads = objective.reads.get(term.name)
+            reads = f"; it reads {reads}" if reads else ""
+            raise UserError(
+                f"config.objective: the loss {term.name} does not fit: {registry.describe_error(error)}{reads}; the network"
+                f" returns {describe_shapes(logits)}, the data give {describe_shapes(batch)}"
+            ) from None
+
+
+def describe_shapes(arrays: Any) -> str:
+    """Returns the dtypes and shapes of arrays in words, such as "label int32 [64], mask bool [64]"."""
+    if isinstance(arrays, Mapping):
+        return ", ".join(f"{k} {describe_shapes(v)}" for k, v in arrays.items())
+    if hasattr(arrays, "dtype"):
+        return f"{arrays.dtype} {list(arrays.shape)}"
+    return type(arrays).__name__
 
 
 def output_shapes(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.errors import UserError, nearest, shown
 
 OVERRIDES = ("batch", "optim", "data", "update", "forward", "objective", "gradients")
 OVERRIDES += ("exchange", "accumulate", "ema", "dtype")
@@ -68,6 +68,9 @@ def check(config: Mapping[str, Any]) -> None:
         for key in phase:
             if key not in allowed:
                 raise UserError(f"unknown key {where}.{key}{nearest(key, allowed)}")
+        for key in MERGED:
+            if not isinstance(phase.get(key, {}), Mapping):
+                raise UserError(f"{where}.{key} = {shown(phase[key])} should be a dict")
         steps = phase.get("steps")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UserError(

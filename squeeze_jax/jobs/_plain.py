@@ -68,5 +68,6 @@ def write(
         note["forward"] = built.experiment.forward
         checkpoints.save(state, 0, built.whole.config(), note=note)
         checkpoints.wait()
+    _workdir.write_config(workdir)
     _model_json.write(workdir, built.options, settings, built.data)
     return built

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import pathlib
 import time
 import zlib
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from squeeze_jax import models, registry
+from squeeze_jax import files, models, registry
 from squeeze_jax.data import Data
 from squeeze_jax.data.tasks import images
 from squeeze_jax.distill.cache import Cached
@@ -416,8 +415,8 @@ def _check_normalisation(section: Mapping[str, Any], source: Data, where: str) -
     if source.reads != "images" or "workdir" not in section or not path.is_file():
         return
     try:
-        teacher_data = json.loads(path.read_bytes())["data"]
-    except (ValueError, KeyError, TypeError):
+        teacher_data = files.read_json(path)["data"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: run the job fit there again") from None
     parameters = inspect.signature(images.make).parameters
     for key in "mean", "std":

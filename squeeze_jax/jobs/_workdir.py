@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from squeeze_jax import files
 from squeeze_jax.data.vision import CROP, SQUASH
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _model_json, _phases
+from squeeze_jax.jobs import _experiment, _model_json, _phases, _places
 from squeeze_jax.jobs._experiment import Experiment
 from squeeze_jax.jobs._settings import canonical, job_names, upgrade, with_resize
 
@@ -37,8 +37,10 @@ DATA_PATHS = ("data.source.root", "data.source.path", "data.folder")
 TABLES = ("data.train", "data.eval")  # of the task texts; elsewhere names of splits
 FREE_KEYS += DATA_PATHS
 FREE_KEYS += ("distill.cache", "distill.cache_dtype")
+FREE_KEYS += ("data.corrupt",)  # a damaged image ended the run, or is skipped now
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
+_configs: dict[pathlib.Path, str] = {}  # the contents of config.json, not yet written
 
 
 def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -48,9 +50,11 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     continues: weights, optimizer state, order of examples and random keys go on exactly. From then on the learning rate
     follows the schedule of the new number of steps.
 
+    An existing config.json stays as it is until `write_config`, because the run may still be refused.
+
     Args:
       workdir: the work directory.
-      config: the run's config; it is written to config.json.
+      config: the run's config.
 
     Raises:
       UserError: the directory is not writable, another process uses it, it was begun with another config, or its run has
@@ -58,7 +62,8 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """
     if jax.process_index() == 0:
         with contextlib.ExitStack() as undo:
-            if own_lock := _locks.pop(workdir.resolve(), None):
+            key = _key(workdir)
+            if own_lock := _locks.pop(key, None):
                 own_lock.close()  # a notebook begins runs in one process
             with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
@@ -66,12 +71,28 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             if is_trained(workdir):
                 check_same_experiment(workdir, config)
                 _report_changes(workdir, config)
-            text = json.dumps(with_resize(config, CROP), indent=2)
-            files.write(workdir / "config.json", text + "\n")
+            _configs[key] = json.dumps(with_resize(config, CROP), indent=2) + "\n"
+            if not is_begun(workdir):
+                write_config(workdir)
             undo.pop_all()
-            _locks[workdir.resolve()] = lock
+            _locks[key] = lock
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
+
+
+def write_config(workdir: pathlib.Path) -> None:
+    """Writes the config.json of a run that `begin` began, once nothing refuses the run any more.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if text := _configs.pop(_key(workdir), None):
+        files.write(workdir / "config.json", text)
+
+
+def _key(workdir: pathlib.Path) -> pathlib.Path:
+    """Returns the path of a work directory without links, the same for all its names."""
+    return pathlib.Path(os.path.realpath(workdir))
 
 
 @contextlib.contextmanager
@@ -126,15 +147,21 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
 def read(workdir: pathlib.Path) -> dict[str, Any]:
     """Reads the config that a work directory was begun with.
 
-    If config.json is missing or damaged, the function reads the config from the newest checkpoint and warns.
+    If config.json is missing or damaged, or has keys or values that no config has, the function reads the config from the
+    newest checkpoint and warns.
 
     Raises:
       UserError: there is no config.json and no checkpoint, or neither can be read.
     """
+    _places.check(workdir)
     path = workdir / "config.json"
+    config, problem = None, ""
     try:
-        config = json.loads(path.read_bytes())
-        problem = "" if isinstance(config, dict) else f"{path} is no config"
+        config = _upgraded(files.read_json(path))
+        if is_trained(workdir) and (wrong := _experiment.find_fault(config)):
+            problem = f"{path}: {wrong}"
+    except _NoConfig as error:
+        problem = f"{path} is no config{error}"
     except FileNotFoundError:
         problem = f"{path} is missing"
         if not is_trained(workdir):
@@ -145,12 +172,31 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         problem = f"{path} is not valid JSON ({error})"
     except OSError as error:
         problem = f"{path} cannot be read ({error.strerror})"
-    if problem:
-        config = _model_json.checkpoint_note(workdir).get("config")
-        if not isinstance(config, dict):
-            raise UserError(f"{problem}; restore it or remove the work directory")
-        warnings.warn(f"{problem}; the newest checkpoint's is taken", stacklevel=2)
-    return upgrade(canonical(config))
+    if not problem:
+        return config
+    try:
+        saved = _upgraded(_model_json.checkpoint_note(workdir).get("config"))
+    except _NoConfig:
+        raise UserError(f"{problem}; restore it or remove the work directory") from None
+    if config is not None and _experiment.find_fault(saved):
+        return config  # such as a method's file that is gone: the job's checks tell
+    warnings.warn(f"{problem}; the newest checkpoint's is taken", stacklevel=2)
+    return saved
+
+
+class _NoConfig(Exception):
+    """The content of a file is no config; the message says where, or is empty."""
+
+
+def _upgraded(content: Any) -> dict[str, Any]:
+    """Returns a config as today's version writes it; raises `_NoConfig` for other contents."""
+    if not isinstance(content, dict):
+        raise _NoConfig
+    try:
+        return upgrade(canonical(content))
+    except (UserError, AttributeError, TypeError, ValueError) as error:
+        # Sections of earlier versions are read before any section is checked.
+        raise _NoConfig(f" ({error})") from None
 
 
 def is_begun(workdir: pathlib.Path) -> bool:

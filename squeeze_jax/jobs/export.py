@@ -17,12 +17,15 @@ from squeeze_jax.export import listing, process
 from squeeze_jax.export.runnable import load_format, name_outputs
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.ranges import Count, Distinct, Positive, Share
+from squeeze_jax.ranges import Distinct, Positive, Range, Share
 from squeeze_jax.report import units
 from squeeze_jax.train import forward
 from squeeze_jax.train.state import State
 
 EXAMPLES = False  # only integer formats need the data's examples
+
+
+Examples = Annotated[int, Range(1, 100_000)]  # all of them are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Settings:
 
     Attributes:
       formats: the formats to write, each once: names of --list=formats.
-      calibration: number of training examples for measuring the value ranges of integer formats; at least 1.
-      check: number of test examples on which each file must agree with the live model; at least 1.
+      calibration: number of training examples for measuring the value ranges of integer formats; 1 to 100,000.
+      check: number of test examples on which each file must agree with the live model; 1 to 100,000.
       tolerance: largest allowed difference between a float file's logits and the live model's, as a fraction of the
         largest logit; above 0.
       int8_agreement: smallest allowed fraction of the check examples on which an integer file predicts the live model's top
@@ -44,8 +47,8 @@ class Settings:
         "tflite",
         "tflite_int8",
     )
-    calibration: Count = 256
-    check: Count = 128
+    calibration: Examples = 256
+    check: Examples = 128
     tolerance: Positive = 1e-4
     int8_agreement: Share = 0.95
 
@@ -88,7 +91,7 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
     check_single_process("export")
     state = evaluate.trained_state(built, workdir)
     settings = _settings.job_settings(built, Settings)
-    check = collect_examples(built, built.data.eval(settings.check), settings.check)
+    check = check_examples(built, settings.check)
     training = built.data.train(built.experiment.batch, built.experiment.seed)
     calibration = collect_examples(built, training, settings.calibration)
     _check_calibration(built, settings)
@@ -207,7 +210,7 @@ def find_files(
         if entry.get("step") == step and "rejected" in entry:
             rejected[key] = entry["rejected"]
             continue
-        if "path" not in entry or not (folder / entry["path"]).exists():
+        if "path" not in entry or not (folder / entry["path"]).is_file():
             raise UserError(f"no exported file of format {key} in {folder}; {remedy}")
         path = folder / entry["path"]
         if entry["step"] != step:
@@ -217,6 +220,12 @@ def find_files(
         listing.verify(path)
         paths.append(path)
     return paths, rejected
+
+
+def check_examples(built: Built, count: int) -> dict[str, np.ndarray]:
+    """Returns the inputs of an exported file for the first test examples, see `collect_examples`; all if there are fewer."""
+    batches = built.data.eval(min(count, built.data.num_eval))
+    return collect_examples(built, batches, count)
 
 
 def collect_examples(built: Built, batches, count: int) -> dict[str, np.ndarray]:

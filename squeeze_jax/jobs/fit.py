@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax import stop
+from squeeze_jax import stop, tree
 from squeeze_jax.cost import wire
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
@@ -20,8 +20,10 @@ from squeeze_jax.jobs import (
     _plan,
     _teachers,
     _transitions,
+    _workdir,
 )
 from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.report import units
 from squeeze_jax.train import loop, optim, sharding
 from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints, Restored
@@ -35,10 +37,13 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
     """Checks what can be checked before the work directory is created.
 
     Raises:
-      UserError: the command line names files, or a batch is larger than the dataset.
+      UserError: the command line names files, examples are damaged, a batch is larger than the dataset, or state and batch are
+        larger than the memory.
     """
     if inputs:
         raise UserError(f"the job fit takes no files: {inputs[0]}")
+    if line := getattr(built.data, "unreadable", ""):
+        raise UserError(line)
     for index in range(max(1, len(built.whole.phases))):
         batch, examples = (
             _phases.at_phase(built.whole, index)[0].batch,
@@ -48,6 +53,25 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
             raise UserError(
                 f"config.batch = {batch} is more than the {examples:,} training examples: choose a smaller batch"
             )
+    _check_memory(built)
+
+
+def _check_memory(built: Built) -> None:
+    """Raises a UserError if a device's memory is too small for its share of the training state and of one batch alone."""
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(built.abstract())
+    )
+    spec = built.data.specs(built.experiment.batch)[-1]
+    inputs = jax.eval_shape(built.data.inputs, spec)
+    batch = tree.nbytes((dict(spec), inputs)) // sharding.batch_shards(built.mesh)
+    memory, device = sharding.device_memory()
+    if state + batch > memory:
+        raise UserError(
+            f"training needs at least {units.size(state + batch)} on each device, {units.size(state)} for the state and"
+            f" {units.size(batch)} for a batch of inputs, and {device} has {units.size(memory)}: choose a smaller network,"
+            " config.batch or config.data.size"
+        )
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
@@ -84,19 +108,18 @@ def train_phases(
     directory = workdir / "checkpoints"
     with contextlib.closing(Checkpoints(directory, **settings)) as checkpoints:
         try:
-            built, restored = _transitions.resume(built, checkpoints)
+            built, restored = _transitions.resume(built, checkpoints, say)
         except UserError:
             # If the classes differ, that explains more than the shapes that differ with them.
             _model_json.check_classes(workdir, built.data.label_names)
             raise
         say(_plan.plan(built, workdir))
         initial = {} if restored else built.initial_variables()
-        if main:
-            if restored:
-                _model_json.check_classes(workdir, built.data.label_names)
-            _model_json.write(workdir, built.options, settings, built.data)
+        if restored and main:
+            _model_json.check_classes(workdir, built.data.label_names)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps and checkpoints.has_scores(start):
+            _write_files(built, workdir)
             say("trained    already, to the last step")
             return built
         for line in _transitions.rehearse(built):
@@ -118,6 +141,7 @@ def train_phases(
                 start_from = start_from or Restored(built.create(initial), 0)
                 if jax.process_count() == 1:
                     stop.check()
+                _write_files(built, workdir)
                 last_state = train_phase(
                     built, step, start_from, workdir, checkpoints, quiet=not main
                 )
@@ -126,10 +150,16 @@ def train_phases(
             if built.phase.end == built.whole.steps:
                 return built
             built, state = _transitions.next_phase(built, last_state, say)
-            if main:
-                _model_json.write(workdir, built.options, settings, built.data)
+            _write_files(built, workdir)
             start_from, restored, start = Restored(state, 0), None, built.phase.first
             say(f"\n{_plan.plan(built, workdir)}")
+
+
+def _write_files(built: Built, workdir: pathlib.Path) -> None:
+    """Writes config.json and model.json; until then a run that is refused has changed no file of its work directory."""
+    if jax.process_index() == 0:
+        _workdir.write_config(workdir)
+        _model_json.write(workdir, built.options, built.checkpoints, built.data)
 
 
 def train_phase(

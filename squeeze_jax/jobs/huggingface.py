@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from squeeze_jax import models
+from squeeze_jax import files, models
 from squeeze_jax.data import tokens
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.parity import Disagreement, Verdict, compare
@@ -58,7 +58,10 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             fresh.rename(rejected)
             raise Disagreement(FOLDER, verdict, None)
         folder.mkdir(exist_ok=True)
-        written = [path.replace(folder / path.name) for path in fresh.iterdir()]
+        written = []
+        for path in fresh.iterdir():
+            files.move(path, folder / path.name)
+            written.append(folder / path.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     size = units.size(sum(path.stat().st_size for path in written))
@@ -92,7 +95,7 @@ def _compare_outputs(built, variables, folder) -> Verdict:
     """
     settings = _settings.job_settings(built, export.Settings)
     count = settings.check
-    examples = export.collect_examples(built, built.data.eval(count), count)
+    examples = export.check_examples(built, count)
     folder_net, folder_variables = models.load(folder, task=built.model.task)
 
     def outputs(net, variables):

@@ -221,7 +221,7 @@ def moments(
       names: axes of `jax.vmap` or `jax.shard_map` to average over, in addition to those that x varies over.
       index_groups: parts of these axes to average over, see `jax.lax.pmean`.
     """
-    count = math.prod(x.shape[:-1])
+    count = float(math.prod(x.shape[:-1]))  # may be too large for an int32
     sums = _sums(x, x) if native_is_forced() else _sums_of_powers(x)
     square, mean = sums / count
     mean, square, count = _mean_over_devices(

@@ -39,7 +39,8 @@ def series(
     Returns:
       (steps int [n], values float [n]).
     """
-    by_step = {r["step"]: r[key] for r in records if r.get(key) is not None}
+    numbers = (r for r in records if isinstance(r.get(key), int | float))
+    by_step = {r["step"]: r[key] for r in numbers}
     steps = sorted(by_step)
     return np.array(steps, int), np.array([by_step[s] for s in steps], float)
 

@@ -48,7 +48,7 @@ def read(path: str | Path) -> dict[str, Any]:
       UserError: the file cannot be read or is not a report.
     """
     try:
-        content = json.loads(files.path(path).read_text())
+        content = files.read_json(files.path(path))
         content["rows"], content["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the report {path}: {error}") from None

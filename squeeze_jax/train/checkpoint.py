@@ -351,11 +351,11 @@ class Checkpoints:
           UserError: all checkpoints are damaged, or `use` is "best" and no checkpoint was evaluated.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        newest = self._saved_shapes(device)
+        newest = self.saved_shapes(device)
         if newest is None:
             return None
         restored = self.restore_trained(
-            lambda note: self._saved_shapes(device, note["step"]) or newest
+            lambda note: self.saved_shapes(device, note["step"]) or newest
         )
         return None if restored is None else jax.device_get(restored.state.variables())
 
@@ -378,7 +378,7 @@ class Checkpoints:
 
         def template(note):
             network = like(note) if _is_function(like) else like
-            saved = self._saved_shapes(network.step.sharding, note["step"])
+            saved = self.saved_shapes(network.step.sharding, note["step"])
             if saved is None:
                 return network
             params = forward.parameters(network.params)
@@ -389,7 +389,7 @@ class Checkpoints:
 
         return self.restore_trained(template)
 
-    def _saved_shapes(self, sharding, step: int | None = None) -> State | None:
+    def saved_shapes(self, sharding, step: int | None = None) -> State | None:
         """Returns a saved state as `jax.ShapeDtypeStruct`s, read from Orbax' metadata; None if they cannot be read.
 
         Args:
@@ -483,6 +483,8 @@ class Checkpoints:
             for step in damaged:
                 aside = self.directory / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    aside.unlink()  # a file of that name
                 (self.directory / str(step)).rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints")
@@ -558,8 +560,7 @@ class Checkpoints:
             place = self.directory / str(step)
             if all(line.startswith("extra/") for line in problems):
                 raise UserError(
-                    f"checkpoint {place} does not fit the state of a method: {'; '.join(problems[:3])}{more}; a state of each"
-                    " device, as of an exchange of gradients, needs the number of devices that the run began with"
+                    f"checkpoint {place} does not fit the state of a method: {'; '.join(problems[:3])}{more}"
                 )
             raise UserError(
                 f"checkpoint {place} does not fit the model: {'; '.join(problems[:3])}{more}; make the network and the optimizer"

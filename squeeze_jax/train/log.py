@@ -4,12 +4,13 @@ import contextlib
 import json
 import math
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from squeeze_jax import files
+from squeeze_jax import files, machine, stop
 from squeeze_jax.errors import UserError
 
 # Entries that each training record has with any objective. The progress line formats them itself or leaves them out.
@@ -129,12 +130,12 @@ class Log:
             self._last_tick = now
             metrics = self._line.removeprefix(self._prefix).partition(" · ")[2]
             line = f"{self._prefix}step {step}/{self.steps} · {metrics or 'under way'}"
-            print(f"\r\033[K{line}", end="", flush=True)
+            _print(f"\r\033[K{line}", end="")
 
     def say(self, text: str) -> None:
         """Prints a line on the screen, which is in no file."""
         if not self.quiet:
-            print(("\r\033[K" if self._is_terminal else "") + text, flush=True)
+            _print(("\r\033[K" if self._is_terminal else "") + text)
 
     def _write(self, step, record, text, keep=False):
         """Writes a record to the files and its line to the screen; on a terminal the next line replaces it unless `keep`."""
@@ -151,7 +152,7 @@ class Log:
             kind = files.DiskFull if files.is_full(error) else UserError
             raise kind(f"cannot write {self._file.name}: {error.strerror}") from None
         if self._is_terminal and not keep:
-            print("\r\033[K" + text, end="", flush=True)
+            _print("\r\033[K" + text, end="")
         else:
             self.say(text)
 
@@ -159,10 +160,19 @@ class Log:
         """Ends the progress line and closes the files."""
         if not self.quiet:
             if self._is_terminal:
-                print()
+                _print("")
             for file in self._file, self._tensorboard:
                 with contextlib.suppress(OSError):  # a full disk was reported before
                     file.close()
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """Prints a text at once; if nobody reads the output any more, asks the run to save and stop."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        machine.drop_output()
+        stop.request(signal.SIGPIPE)
 
 
 def _rewrite(path: pathlib.Path, records: Sequence[Mapping]) -> TextIO:
@@ -212,12 +222,12 @@ def accuracy_gap(
 def read(path: pathlib.Path) -> list[dict]:
     """Reads the records of a `metrics.jsonl`, up to the first damaged line."""
     records = []
-    for line in path.read_bytes().splitlines():
+    for line in files.read_file(path).splitlines():
         try:
-            record = json.loads(line)
+            record = files.parse_json(line)
         except ValueError:  # neither JSON nor UTF-8
             break
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
             break
         records.append(record)
     return records

@@ -62,7 +62,8 @@ def run(
     Each training record has an entry `examples_crc32`: a checksum of the indices of the examples that this process used
     since the last record. Runs that use the same examples in the same order have the same checksums.
 
-    A state is saved before it is evaluated, so that an evaluation that fails loses no training.
+    A state is saved before it is evaluated, so that an evaluation that fails loses no training. It is also saved if a batch
+    cannot be read, except with several processes, which save together.
 
     Args:
       step: the compiled training step, (state, batch, key) → (state, metrics); it may donate its state.
@@ -83,7 +84,8 @@ def run(
       learning_rate: step of this phase → learning rate, for the log.
 
     Raises:
-      UserError: the loss or the norm of the gradients is not finite; the message names the step and the last checkpoint.
+      UserError: the loss or the norm of the gradients is not finite; the message names the step and the last checkpoint. Or
+        a batch cannot be read.
       Interrupted: SIGINT or SIGTERM arrived; the state is saved.
     """
     pending, input_wait, digest, since = [], 0.0, 0, time.perf_counter()
@@ -108,6 +110,30 @@ def run(
         pending, input_wait, digest, since = [], 0.0, 0, time.perf_counter()
         return record
 
+    def log_and_save(at: int, saves: bool) -> None:
+        record = flush(at)
+        try:
+            if record:
+                log.train(at, record)
+        finally:  # a full disk must not lose the training
+            if saves:
+                checkpoints.save(state, (at - first) * batch, config, note)
+
+    def next_batch(at: int) -> dict:
+        """Returns the batch of a step; if it cannot be read, first saves the state of the step before it."""
+        try:
+            return next(batches)
+        except Exception as error:
+            if at - 1 == start or jax.process_count() > 1:
+                raise
+            log_and_save(at - 1, saves=True)
+            checkpoints.wait()
+            if not isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{error}; step {at - 1} is saved, and the same command continues there"
+            ) from None
+
     def is_due(at: int, every: int) -> bool:
         return at == steps or (every > 0 and at % every == 0)
 
@@ -122,7 +148,7 @@ def run(
             evaluate_and_record(start)  # the run ended between saving and evaluating
         for at in range(start + 1, steps + 1):
             begin = time.perf_counter()
-            host_batch = next(batches)
+            host_batch = next_batch(at)
             device_batch = put(host_batch)
             input_wait += time.perf_counter() - begin
             digest = zlib.crc32(host_batch["index"].tobytes(), digest)
@@ -134,13 +160,7 @@ def run(
             signum = _signal_to_stop(at % log_every == 0 or at == start + 1)
             saves = is_due(at, save_every) or is_due(at, eval_every) or signum
             if saves or is_due(at, log_every):
-                record = flush(at)
-                try:
-                    if record:
-                        log.train(at, record)
-                finally:  # a full disk must not lose the training
-                    if saves:
-                        checkpoints.save(state, (at - first) * batch, config, note)
+                log_and_save(at, saves)
             if signum:
                 checkpoints.wait()
                 raise Interrupted(signum, at)
@@ -223,9 +243,13 @@ def _means(
                 if saved_steps
                 else "none was saved"
             )
+            advice = (
+                "no update came before it: see whether inputs and labels fit config.objective, and the initial weights"
+                if first + i == 1
+                else "try a lower config.optim.lr, more config.optim.warmup, or config.optim.clip=1.0, in a new --workdir"
+            )
             raise UserError(
-                f"the {diverged} is {each[diverged]} at step {first + i}; {last}; try a lower config.optim.lr, more"
-                " config.optim.warmup, or config.optim.clip=1.0, in a new --workdir"
+                f"the {diverged} is {each[diverged]} at step {first + i}; {last}; {advice}"
             )
     return {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
 

@@ -103,6 +103,6 @@ def _read(path: Path) -> dict[int, Mapping[str, float]]:
 def _parse(path: Path):
     """Returns the content of a JSON file; None if it is damaged."""
     try:
-        return json.loads(path.read_bytes())
+        return files.read_json(path)
     except (OSError, ValueError):
         return None

@@ -8,7 +8,10 @@ Jitted functions get their placement only from the `NamedSharding`s of their arg
 communication.
 """
 
+import contextlib
 import math
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -80,6 +83,22 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of devices over which a batch is divided."""
     return math.prod(mesh.shape[a] for a in BATCH)
+
+
+def device_memory() -> tuple[int, str]:
+    """Returns the bytes that one device of this process can use, and the device in words.
+
+    The devices of a CPU share the memory of the machine, or of the container that the process runs in.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"], device.device_kind
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
+        limit = pathlib.Path("/sys/fs/cgroup/memory.max").read_text()
+        memory = min(memory, int(limit))
+    return memory // jax.local_device_count(), "this machine"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -335,7 +335,7 @@ def _gradient_functions(network, terms, inputs, gradients):
             own = forward.own(term.name, variables, first=network.first, key=key)
             with means.divide_by(stats.get("divisors", {}).get(term.name)):
                 returned = term.objective.loss(logits, endpoints, batch, plain, own)
-            value, record, *state = _check_returned(term.name, returned)
+            value, record, *state = check_returned(term.name, returned)
             declared = term.objective.state is not None
             contract.check_state(term.name, declared, bool(state))
             if state:
@@ -409,7 +409,7 @@ def _gradient_functions(network, terms, inputs, gradients):
     return compute, weigh
 
 
-def _check_returned(name: str, returned: Any) -> tuple:
+def check_returned(name: str, returned: Any) -> tuple:
     """Returns the result of a loss unchanged, if it is (scalar, metrics) or (scalar, metrics, state).
 
     Raises:

@@ -99,7 +99,9 @@ def read_config(folder: str | Path) -> Config:
             f"{folder} {problem} {CONFIG}: give a folder as transformers saves it"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = files.read_json(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): fetch it again") from None
     if not isinstance(config, dict):
@@ -136,9 +138,11 @@ def _log_lines(folder: Path, lines: Sequence[str]) -> None:
 def _read_sharded(index: Path) -> weight_files.Arrays:
     """Reads tensors from the files that an index maps them to."""
     try:
-        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_of = files.read_json(index)["weight_map"]
         parts = sorted(set(file_of.values()))
         valid = all(part == Path(part).name for part in parts)  # files beside the index
+    except OSError as error:
+        raise UserError(f"cannot read {index}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         valid = False
     if not valid:

@@ -7,7 +7,6 @@ dataset is grey if all images are grey, otherwise it is in colour.
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from squeeze_jax.data import photos, survey
 from squeeze_jax.data.source import Example, Source
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.files import open_file, read_file
 from squeeze_jax.ranges import PathStr, Rate
 
 EVAL_NAMES = ("test", "val", "validation", "eval")
@@ -73,7 +73,7 @@ def make(root: PathStr, holdout: Rate = 0.0) -> Source:
             notes.append(f"without an image for {use}: {photos.join_names(absent)}")
     label = {name: i for i, name in enumerate(classes)}
     paths = [str(path) for _, _, path in train + test]
-    surveyed = survey.survey_images(paths, functools.partial(open, mode="rb"))
+    surveyed = survey.survey_images(paths, open_file)
     return Source(
         label_names=tuple(classes),
         channels=surveyed.channels,
@@ -172,6 +172,6 @@ class _Files:
 
 def _read_bytes(path: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read_file(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated
 
-from squeeze_jax.data import photos, survey
+from squeeze_jax.data import photos, survey, target
 from squeeze_jax.data.source import IGNORED, Example, Source
 from squeeze_jax.errors import UserError
+from squeeze_jax.files import open_file, read_file
 from squeeze_jax.ranges import PathStr, Range
 
 
@@ -45,8 +46,10 @@ def make(
     splits = (train, eval)
     names = files.names()
     pairs = {split: _pairs(files, set(names), split) for split in splits}
-    images = [image for image, _ in pairs[train] + pairs[eval]]
+    images, targets = zip(*pairs[train], *pairs[eval], strict=True)
     surveyed = survey.survey_images(images, files.open)
+    unreadable = survey.unreadable_files(targets, files.open, target.check_mode)
+    surveyed = surveyed._replace(targets=unreadable)
     return Source(
         label_names=_names(classes),
         channels=surveyed.channels,
@@ -61,7 +64,8 @@ def make(
 def _names(classes: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         try:
-            lines = Path(classes).expanduser().read_text("utf-8").splitlines()
+            content = read_file(Path(classes).expanduser())
+            lines = content.decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"config.data.source.classes = {classes!r} is no text file with a name per line: {error}"
@@ -88,12 +92,12 @@ def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
         )
     pairs = []
     for image in images:
-        target = f"{split}annot/{PurePosixPath(image).stem}.png"
-        if target not in listed:
+        label_map = f"{split}annot/{PurePosixPath(image).stem}.png"
+        if label_map not in listed:
             raise UserError(
-                f"{files.root}: {image} lacks its target {target}; add the target or remove the image"
+                f"{files.root}: {image} lacks its target {label_map}; add the target or remove the image"
             )
-        pairs.append((image, target))
+        pairs.append((image, label_map))
     return tuple(pairs)
 
 
@@ -134,10 +138,10 @@ class _Pairs:
     def read(self, indices: Sequence[int]) -> list[Example]:
         examples = []
         for i in indices:
-            image, target = self.pairs[i]
+            image, label_map = self.pairs[i]
             name = f"{self.files.root}/{image}"
             examples.append(
-                Example(self.files.read(image), 0, name, self.files.read(target))
+                Example(self.files.read(image), 0, name, self.files.read(label_map))
             )
         return examples
 
@@ -158,12 +162,12 @@ class Folder:
 
     def open(self, name: str) -> IO[bytes]:
         """Opens a file for reading."""
-        return open(self.root / name, "rb")
+        return open_file(self.root / name)
 
     def read(self, name: str) -> bytes:
         """Returns the content of a file; raises a UserError if it cannot be read."""
         try:
-            return (self.root / name).read_bytes()
+            return read_file(self.root / name)
         except OSError as error:
             raise UserError(
                 f"cannot read {self.root / name}: {error.strerror}"

@@ -11,6 +11,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import _labels
 
+READS = 'logits [b, classes] and floats batch["label"] [b, classes]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"label_accuracy"})`.

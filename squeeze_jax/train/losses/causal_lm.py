@@ -9,6 +9,8 @@ from squeeze_jax import batches
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses.masked_lm import token_losses
 
+READS = 'logits [b, l, vocabulary], and batch["tokens"] and batch["attended"] [b, l]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; see `next_token_losses` for logits and batch."""

@@ -19,6 +19,8 @@ from squeeze_jax.ranges import Rate
 from squeeze_jax.registry import checked
 from squeeze_jax.train.losses import _labels
 
+READS = 'logits [b, classes] with integers batch["label"] [b], or logits [b, h, w, classes] with integers batch["target"] [b, h, w]'
+
 
 @checked
 def make(label_smoothing: Rate = 0.0) -> Callable:

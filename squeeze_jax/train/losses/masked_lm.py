@@ -13,6 +13,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import _labels
 
+READS = 'logits [b, p, vocabulary], and batch["targets"] and batch["chosen"] [b, p]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; see `masked_losses` for logits and batch."""

@@ -13,6 +13,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses.masked_lm import token_losses
 
+READS = 'logits [b, l, vocabulary], and batch["targets"] and batch["attended"] [b, l]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`; see `target_losses` for logits and batch."""

@@ -13,6 +13,8 @@ from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import masked_lm
 from squeeze_jax.train.losses.masked_lm import head_logits
 
+READS = 'logits {"masked_lm": [b, p, vocabulary], "next_sentence": [b, 2]}, and batch["targets"] [b, p] and batch["label"] [b]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (loss, {"accuracy", "order_accuracy"})`.

@@ -19,6 +19,8 @@ from squeeze_jax.train.losses.masked_lm import head_logits
 
 WEIGHT = 50.0
 
+READS = 'logits {"masked_lm": [b, p, vocabulary], "replaced": [b, l]}, and batch["targets"] [b, p] and batch["tokens"] [b, l]'
+
 
 @checked
 def make(discriminator: NonNegative = WEIGHT) -> Callable:

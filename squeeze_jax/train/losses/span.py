@@ -16,6 +16,8 @@ from squeeze_jax.train.losses.masked_lm import head_logits
 
 SIDES = ("start", "end")
 
+READS = 'logits {"start": [b, l], "end": [b, l]}, and integers batch["start"] and batch["end"] [b]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean loss, {"accuracy"})`.

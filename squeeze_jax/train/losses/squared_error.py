@@ -10,6 +10,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn.means import mean
 from squeeze_jax.train.losses import _labels
 
+READS = 'logits [b, 1] and numbers batch["label"] [b]'
+
 
 def make() -> Callable:
     """Returns `loss(logits, endpoints, batch) → (mean squared error, {"absolute_error"})`.

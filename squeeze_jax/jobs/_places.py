@@ -1,0 +1,46 @@
+"""Checks that a work directory has files and folders where jobs read and write them, and nothing else in their places."""
+
+import os
+import pathlib
+
+from squeeze_jax.errors import UserError
+
+FILES = (
+    *("config.json", "model.json", "metrics.jsonl", ".lock", "seeds.json"),
+    *("report.json", "report.png", "cost.csv", "cost.png"),
+    *("checkpoints/scores.json", "export/files.json"),
+)
+FOLDERS = ("checkpoints", "tensorboard", "export", "huggingface", "submission")
+
+
+def check(workdir: pathlib.Path) -> None:
+    """Checks a work directory before any job reads or writes there.
+
+    Raises:
+      UserError: a folder stands in the place of a file, a file in the place of a folder, or a link that leads nowhere.
+    """
+    _check(workdir, "a folder", os.path.isdir)
+    for name in FILES:
+        _check(workdir / name, "a file", os.path.isfile)
+    for name in FOLDERS:
+        _check(workdir / name, "a folder", os.path.isdir)
+    for path in (workdir / "checkpoints").glob("[0-9]*"):
+        if path.name.isdecimal():
+            _check(path, "a folder", os.path.isdir)
+
+
+def _check(path: pathlib.Path, wanted: str, is_wanted) -> None:
+    """Raises a UserError if something is at a path, but not what is wanted."""
+    if is_wanted(path) or not os.path.lexists(path):
+        return
+    if os.path.isdir(path):
+        kind = "a folder"
+    elif os.path.isfile(path):
+        kind = "a file"
+    elif os.path.exists(path):
+        kind = "a pipe, a socket or a device"
+    else:
+        kind = "a link that leads nowhere"
+    raise UserError(
+        f"{path} is {kind}, not {wanted}: move it away, or choose another work directory"
+    )
