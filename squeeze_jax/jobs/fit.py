@@ -395,7 +395,15 @@ class CompiledStep:
         if shape_key not in self._compiled:
             spec = self._specs[shape_key]
             name = step_name(spec, len(self._compiled) + 1, len(self._specs))
-            with _compilation.compiling(self._say, name):
+            gradients = self._built.plugs.gradients
+            if gradients is None or gradients.method.fused:
+                announced = _compilation.compiling(self._say, name)
+            else:
+                self._say(
+                    f"compiling  {name} in pieces, each when a step first needs it"
+                )
+                announced = contextlib.nullcontext()
+            with announced:
                 step = compile_step(self._built, spec, self.teacher_outputs)
             self._compiled[shape_key] = step
         return self._compiled[shape_key]
