@@ -177,6 +177,8 @@ def test_tokenizing(vocabulary, capfd, monkeypatch):
     assert one.tokens.tolist() == [101, 1037, 3899, 102]
     with pytest.raises(UserError, match="length = 3 leaves no room"):
         text.tokenize(tokenizer, [], [], 3)
+    with pytest.raises(UserError, match="1 first texts and 2 second ones"):
+        text.tokenize(tokenizer, ["a"], ["b", "c"], 9)
 
 
 def test_mistakes():

@@ -11,7 +11,7 @@ import torch
 from jax import export
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.nn.conv import Conv, conv, lowering
+from squeeze_jax.nn.conv import Conv, conv, lowering, separate_groups
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import max_pool, mean_pool
 
@@ -254,11 +254,23 @@ def test_the_layer_is_flax_with_other_arithmetic():
         ({"lowering": "tap"}, "did you mean 'taps'"),
         ({"lowering": "taps"}, "cannot"),
         ({"padding": "VALID", "dilation": 4}, "smaller than a window"),
+        ({"padding": (1,)}, r"padding \(1,\) does not fit 2 axes"),
+        ({"padding": ((1, 2, 3), 0)}, "does not fit 2 axes"),
     ],
 )
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 4, 4)), **arguments)
+
+
+def test_a_layer_of_separate_groups_takes_one_array_a_group():
+    halves = (jnp.ones((1, 3, 2)),) * 2
+    layer = Conv(4, (1,), feature_group_count=4)
+    with (
+        separate_groups(),
+        pytest.raises(UserError, match=r"tuple of 2 arrays, .* has groups=4"),
+    ):
+        layer.init(jax.random.key(0), halves)
 
 
 @pytest.mark.parametrize("batch", [2, 5])

@@ -221,6 +221,25 @@ def test_the_discriminator_teaches(electra, place, tmp_path):
         )
 
 
+def test_the_parameters_of_losses_are_none_of_the_network():
+    own = {"methods": {"hidden": {"kernel": np.ones(2)}}}
+    saved = {"params": {"conv1": {"kernel": np.ones(3)}} | own, "step": 4}
+    network = _pretrained.PretrainedNetwork({}, lambda *_: (saved, ()), "here")
+    assert list(network.plain_variables({}, None)[0]["params"]) == ["conv1"]
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path):
+    for name, is_one in ("2.orbax-checkpoint-tmp", False), ("2", True):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        assert _pretrained.has_checkpoint(tmp_path) == is_one
+
+
+def test_a_network_without_embeddings_fits_every_vocabulary():
+    assert _pretrained.vocabulary_fits(models.make("mobilenet_v2"), 9)
+    bert = models.make("electra", variant="toy", **SIZES)
+    assert [_pretrained.vocabulary_fits(bert, n) for n in (9, 10)] == [True, False]
+
+
 def test_a_network_for_pretraining_is_none_for_a_task(place):
     net = dict(name="electra_pretraining", variant="toy") | SIZES
     with pytest.raises(

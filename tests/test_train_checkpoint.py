@@ -224,6 +224,9 @@ def test_scores_of_earlier_versions_count(tmp_path):
         checkpoints = Checkpoints(tmp_path, use="best", read_only=True)
     assert [checkpoints.has_scores(step) for step in (1, 2)] == [True, False]
     assert checkpoints.restore_trained(make()[1]).state.step == 1
+    # A read-only object leaves the damaged file, and the arrays beside it can be read.
+    assert (tmp_path / "2/metrics/metrics").exists()
+    assert checkpoints.saved_shapes(None, 2) is not None
 
 
 def test_a_full_disk_is_one_line_that_names_what_is_safe(tmp_path, monkeypatch):
@@ -244,6 +247,7 @@ def test_a_full_disk_is_one_line_that_names_what_is_safe(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints._manager, "wait_until_finished", full)
+        patch.setattr(checkpoints._manager, "all_steps", lambda: [1, 2])  # 2 has begun
         with pytest.raises(DiskFull, match=r"no space left in .* of step 1 is whole"):
             checkpoints.wait()
     checkpoints.close()
@@ -301,9 +305,12 @@ def test_another_model_is_named_with_both_shapes(tmp_path):
         Checkpoints(tmp_path).restore(make(width=65)[1])
 
 
-def test_another_optimizer_is_named(tmp_path):
+def test_another_optimizer_or_dtype_is_named(tmp_path):
     save(tmp_path, 1)
     like = make()[1]
+    half = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), like.params)
+    with pytest.raises(UserError, match=r"has params/.* in float32, .* in bfloat16"):
+        Checkpoints(tmp_path).restore(like._replace(params=half))
     with pytest.raises(UserError, match=r"opt/0/count: found \(\), not expected"):
         Checkpoints(tmp_path).restore(like._replace(opt=optax.EmptyState()))
 

@@ -174,7 +174,8 @@ def compiled(
     function closes over become arguments, because XLA would otherwise compute the result during compilation.
 
     Args:
-      fn, *args, weight_argnums, **kwargs: as for `peak`.
+      fn, *args, weight_argnums, **kwargs: as for `peak`. But arrays that a function closes over count as weights only if no
+        argument is an array and `weight_argnums` is empty.
 
     Returns:
       The plan, or None if the backend reports none.

@@ -111,9 +111,14 @@ def tokenize(
       **fields: further arrays [n, ...] with one row per text or pair, such as label=[n].
 
     Raises:
-      UserError: `length` leaves no room for text next to the special tokens.
+      UserError: `length` leaves no room for text next to the special tokens; `firsts` and `seconds` differ in length; or a
+        text is not valid Unicode, such as half of a surrogate pair.
     """
     room = tokenizer.room(length, seconds is not None)
+    if seconds is not None and len(seconds) != len(firsts):
+        raise UserError(
+            f"there are {len(firsts):,} first texts and {len(seconds):,} second ones: each pair needs one of both"
+        )
     sequences, report, cut = [], Progress("texts", len(firsts)), 0
     for begin in range(0, len(firsts), CHUNK):
         chunk = slice(begin, begin + CHUNK)
@@ -173,10 +178,11 @@ class SequenceReader:
     """A split of token sequences that are read in padded batches.
 
     A batch has "tokens" and "segments" int32 [b, l], "attended" bool [b, l] (False: padding), "mask" bool [b] (False: a row of
-    padding only), "index" int64 [b] (the sequence in the split; -1 in a row of padding), and the sequences' fields [b, ...].
+    padding only), "index" int64 [b] (the sequence in the split; -1 in a row of padding), and the sequences' fields [b, ...],
+    which are zero in a row of padding. `len(reader)` is the number of sequences.
 
     Attributes:
-      sequences: the split; none of its sequences is longer than `length`.
+      sequences: the split. A sequence that is longer than `length` raises a ValueError.
       length: the largest width l of a batch.
       buckets: smaller widths that batches may have, ascending; with () all batches are padded to `length`.
       pad: the id of the padding token.

@@ -22,7 +22,8 @@ from squeeze_jax.train.step import Term
 class TrainingLoss(NamedTuple):
     """The weighted sum of losses that training minimises.
 
-    One of the losses is a `methods.Objective`, the value of the plug point `objective`.
+    Each term holds a `methods.Objective`, the value of the plug point `objective`. `bind_losses` wraps distillation losses as
+    such objectives.
 
     Attributes:
       terms: the losses with their names and weights, bound to the networks.
@@ -103,7 +104,7 @@ def bind_losses(
 
     Args:
       losses: the result of `make_losses`.
-      student_shapes: {"logits": shape, endpoint: shape}, see `output_shapes`.
+      student_shapes: {"logits": shape, endpoint: shape} of `jax.ShapeDtypeStruct`s with a batch axis, see `output_shapes`.
       teacher_shapes: the same for each teacher.
 
     Raises:
@@ -170,12 +171,15 @@ def describe_shapes(arrays: Any) -> str:
 
 
 def output_shapes(net: nn.Module, inputs, *, train: bool = False) -> dict[str, Any]:
-    """Returns the shapes of a network's outputs, {"logits": shape, endpoint: shape}, without running it.
+    """Returns the shapes and dtypes of a network's outputs, without running it.
 
     Args:
-      net: the module; its call returns (logits, endpoints).
+      net: the module; its call takes `train` and returns (logits, endpoints).
       inputs: shapes of its inputs.
       train: whether it is called in training mode.
+
+    Returns:
+      {"logits": shape, endpoint: shape} of `jax.ShapeDtypeStruct`s. Several heads give a dict {head: shape} as "logits".
     """
 
     def run(x):

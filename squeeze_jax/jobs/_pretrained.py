@@ -38,13 +38,15 @@ class PretrainedNetwork(NamedTuple):
     Attributes:
       options: the arguments of `models.make` that build it.
       read_variables: (options, fresh) → (variables, fresh layers): reads the weights into the network that `models.make`
-        builds of the options, see `_folder_reader`. The variables are numpy arrays for `forward.run`. Only a folder of
-        `transformers` reads the arguments, because only a folder may have layers that are initialised; the other readers
-        return () for the fresh layers.
+        builds of the options, see `_folder_reader`. The variables are numpy arrays for `forward.run`. Only the reader of a
+        folder of `transformers` uses the arguments, because it alone initialises layers; the others return () for the
+        fresh layers. The reader of a file prints what it converts and leaves out. If the file has no classifier, or one for
+        other classes, the variables lack it, and the caller initialises it.
       location: the folder, work directory or file, as error messages name it.
       forward_sections: the sections of `config.forward` that the network was trained with.
       first_step: the step at which its last training phase began; the methods of `config.forward` count from it.
-      class_names: names of the classes in the order of the head's outputs; None if they are unknown or it has no classes.
+      class_names: names of the classes in the order of the head's outputs; None if they are unknown, () for a run whose data
+        name no classes.
     """
 
     options: dict[str, Any]
@@ -63,8 +65,12 @@ class PretrainedNetwork(NamedTuple):
 
         Args:
           model: the module, such as `models.make(**self.options)`.
-          example: shapes of the module's inputs; None if only the methods that change weights matter.
+          example: shapes of the module's inputs. Any dtype but float32 needs them, to find the normalisation layers; None is
+            enough for float32.
           dtype: the dtype of the computation.
+
+        Raises:
+          UserError: a method of `forward_sections` cannot be made, or `dtype` is no floating-point dtype.
         """
         methods = _plugs.make_forward_methods(self.forward_sections, set())
         return forward.make(
@@ -76,21 +82,23 @@ class PretrainedNetwork(NamedTuple):
     ) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Reads the weights and applies the methods that change weights, such as pruning masks.
 
-        Methods that change activations are left out.
+        Leaves out the methods that change activations, and the parameters that methods own.
 
         Args:
           options, fresh: see `_folder_reader`.
 
         Returns:
-          ({"params", "batch_stats"} of numpy arrays, the layers that were initialised).
+          ({"params", "batch_stats"} of numpy arrays, the layers that were initialised). A folder of `transformers` has no
+          "batch_stats".
 
         Raises:
-          UserError: the weights are missing, damaged or do not fit.
+          UserError: the weights are missing, damaged or do not fit; or a method of `forward_sections` cannot be made.
         """
         variables, fresh_layers = self.read_variables(options, fresh)
         if not self.forward_sections:
             kept = ("params", "batch_stats")
             plain = {k: variables[k] for k in kept if k in variables}
+            plain["params"] = forward.parameters(plain["params"])
             return plain, fresh_layers
         network = self.with_forward_methods(models.make(**options), None, "float32")
         network, variables = forward.fold_reparametrizations(network, variables)
@@ -120,8 +128,9 @@ def find_network(
       where: the config section that names the network, for error messages.
 
     Raises:
-      UserError: both `folder` and `workdir` are set, or neither is; the folder has no config.json, or of an unknown
-        architecture; nothing was trained in the work directory.
+      UserError: both `folder` and `workdir` are set, or neither is; the folder has no config.json, or one of an unknown
+        architecture; the work directory has neither `model.json` nor a readable checkpoint, or its `model.json` is damaged
+        and no checkpoint replaces it. A run that stopped before its first checkpoint is an error of `read_variables` only.
     """
     if bool(folder) == bool(workdir):
         raise UserError(
@@ -216,6 +225,8 @@ def network_from_file(
 ) -> PretrainedNetwork:
     """Returns the network of `config.model`, which gets its weights from a file. The file is not read yet.
 
+    `read_variables` of the result prints what it converts and leaves out.
+
     Args:
       options: the arguments of `models.make` that build the network.
       example: shapes of the network's inputs.
@@ -224,8 +235,9 @@ def network_from_file(
       needed: whether a missing file is an error; a run that continues from a checkpoint does not read the file again.
 
     Raises:
-      UserError: the file does not exist, the network has no map from the names in the file to its parameters, or its
-        options make it compute something else than the network that the weights were trained for.
+      UserError: the network has no map from the names in the file to its parameters, or its options make it compute
+        something else than the network that the weights were trained for. If `needed`, also: the file does not exist or has
+        an unknown ending, or `key` is given for a file that is not PyTorch's.
     """
     module = registry.load("squeeze_jax.models", options["name"], "model")
     net = models.make(**options)
@@ -310,8 +322,13 @@ def read_checkpoint(workdir: str, **checkpoint_settings) -> dict[str, Any]:
       workdir: the run's work directory.
       **checkpoint_settings: arguments of `Checkpoints`; they select the newest or the best checkpoint.
 
+    Returns:
+      The variables for `forward.run`: {"params", "batch_stats", "step"}, and "extra" if methods have state. They hold the
+      averaged weights if the run averages its weights.
+
     Raises:
-      UserError: there is no checkpoint, or it cannot be read.
+      UserError: there is no checkpoint, or it cannot be read; or the settings ask for the best checkpoint, and none was
+        evaluated.
     """
     directory = pathlib.Path(workdir) / "checkpoints"
     if directory.is_dir():
@@ -339,8 +356,10 @@ def _checkpoint_options(
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
-    """Returns whether a work directory has a checkpoint, from which a run would continue."""
-    return any((workdir / "checkpoints").glob("[0-9]*"))
+    """Returns whether a work directory has the folder of a finished checkpoint; a damaged one counts, too."""
+    folders = (workdir / "checkpoints").glob("[0-9]*")
+    # An unfinished checkpoint has a name such as "2.orbax-checkpoint-tmp".
+    return any(folder.name.isdecimal() for folder in folders)
 
 
 def config_without_training(
@@ -348,7 +367,8 @@ def config_without_training(
 ) -> tuple[dict[str, Any], int, dict[str, Any] | None]:
     """Removes the keys that only training reads from a run's config, and makes it name the trained network.
 
-    The removed keys are `init`, `distill`, the training methods, and the optimizer's rules over parameter names.
+    The removed keys are `init`, `distill`, `objective`, `update`, `gradients` and `exchange`, and the optimizer's rules
+    `freeze` and `decay_rules`, also those of the phases. `forward` stays, because it belongs to the network.
 
     Args:
       workdir: the run's work directory.
@@ -356,7 +376,11 @@ def config_without_training(
 
     Returns:
       A tuple of the reduced config, in which "model" holds the options of the trained network; the index of the phase that
-      this network comes from; and its options. If nothing was trained yet: the config as it is, 0 and None.
+      this network comes from; and its options. If there is neither `model.json` nor a readable checkpoint: the config as it
+      is, 0 and None.
+
+    Raises:
+      UserError: `model.json` is damaged, and no checkpoint has its contents.
     """
     saved_model, reduced = _model_json.read(workdir), dict(config)
     if saved_model is None:
@@ -584,5 +608,5 @@ def vocabulary_fits(net: nn.Module, vocabulary_size: int) -> bool:
       net: the network.
       vocabulary_size: the number of tokens of the vocabulary.
     """
-    row = getattr(net, "row", None)
-    return row is None or 0 <= row.vocabulary - vocabulary_size <= _MAX_PADDING_ROWS
+    rows = getattr(getattr(net, "row", None), "vocabulary", None)
+    return rows is None or 0 <= rows - vocabulary_size <= _MAX_PADDING_ROWS

@@ -35,7 +35,8 @@ class Teacher(NamedTuple):
       read_variables: reads its variables, numpy arrays for `forward.run`. It takes a key from `jax.random.key`, which
         initialises the head if a folder lacks it; with None a missing head is a UserError.
       location: the folder or work directory, as lines and error messages name it.
-      class_names: names of its classes, in the order of its own head; None if they are unknown.
+      class_names: names of its classes, in the order of its own head; None if they are unknown, () for a run whose data
+        name no classes.
     """
 
     network: forward.Network
@@ -50,8 +51,8 @@ class Settings:
 
     Attributes:
       teachers: the networks to learn from: each {"workdir": DIR} of an earlier run, or {"folder": DIR} of transformers.
-      cache: a folder for the teachers' outputs on the training examples; computed once and shared by all runs. ""
-        computes the outputs anew in each step.
+      cache: a folder for the teachers' outputs on the training examples. The first run computes them. Runs with the same
+        teachers, data, `cache_dtype` and outputs that the losses read share them. "" computes the outputs anew in each step.
       cache_dtype: dtype of the cached outputs, float16 or float32; outputs above 65504, such as those of MobileBERT's
         layers, need float32.
     """
@@ -166,13 +167,16 @@ def check_cache(distill: Settings, data: Data) -> None:
 def open_outputs(built, say: Callable[[str], None]) -> Iterator[TeacherOutputs]:
     """Opens the outputs of an experiment's teachers for training; fills an incomplete cache first.
 
+    If a loss reads logits and the data name their classes, a line tells which teachers do not name theirs.
+
     Args:
       built: the experiment.
       say: prints a line.
 
     Raises:
-      UserError: a teacher's weights are missing or do not fit, or a cache holds the outputs of another teacher or of other
-        data.
+      UserError: a teacher's weights are missing or do not fit; a cache holds the outputs of another teacher or of other data,
+        other outputs, or outputs of another dtype; the disk has too little space for a cache; or `cache_dtype` cannot hold
+        an output.
     """
     if not built.teachers:
         yield TeacherOutputs()
@@ -335,8 +339,10 @@ def make_teacher(
 
     Raises:
       UserError: the section has other keys; there is no network in the folder or work directory; the network reads images
-        and the data are texts, or the other way round; it was trained with another normalisation of images, another
-        vocabulary, or with as many classes of other names; or it replaces tokens itself, as ELECTRA's pretraining network.
+        and the data are texts, or the other way round; it was trained with another normalisation of images, which only a
+        work directory with config.json tells; its embedding table does not fit the number of the data's tokens (the tokens
+        themselves are not compared); it has as many classes as the data, with other names; or it replaces tokens itself, as
+        ELECTRA's pretraining network does.
     """
     if not isinstance(section, Mapping):
         raise UserError(

@@ -1,9 +1,9 @@
 """Convolutions of sequences [b, l, c], images [b, h, w, c] and volumes [b, d, h, w, c], fast on each platform.
 
 A "lowering" is one way to compute a convolution with operations of XLA; `nn/lowerings.py` lists them. All lowerings return
-the same numbers and have derivatives of every order (`nn/bilinear.py`). The lowering "native" is XLA's own convolution. It
-is the right choice on accelerators and in exported files. On a CPU, XLA is many times slower than the other lowerings for
-grouped and depthwise convolutions, for small images with large kernels, and above all for gradients.
+the same numbers up to rounding, and have derivatives of every order (`nn/bilinear.py`). The lowering "native" is XLA's own
+convolution. It is the right choice on accelerators and in exported files. On a CPU, XLA is many times slower than the other
+lowerings for grouped and depthwise convolutions, for small images with large kernels, and above all for gradients.
 
 `lowering="auto"` uses "native" on accelerators, and on a CPU the fastest lowering for the convolution's shape. The platform
 that counts is the one a function is compiled for. So `jax.export` for a TPU writes XLA's convolutions, even on a machine
@@ -52,7 +52,7 @@ FEWEST_SEPARATE_POSITIONS = 512
 def lowering(name: Lowering) -> Iterator[None]:
     """Sets the lowering of all convolutions traced inside this context, whatever their own `lowering` argument.
 
-    Exports and cost counts use `lowering("native")`.
+    With "native", pooling and normalisation use XLA's own operations, too. Exports and cost counts use `lowering("native")`.
 
     Raises:
       UserError: The lowering is unknown. Inside the context, `conv` raises if a convolution does not have this lowering.
@@ -82,26 +82,27 @@ def conv(
 
     Args:
       x: [b, h, w, c], [b, l, c] or [b, d, h, w, c].
-      kernel: [kh, kw, c / groups, features] for images; for sequences and volumes it has as many spatial axes as x. The
-        convolution is computed in the dtype to which x and kernel promote.
+      kernel: [kh, kw, c / groups, features] for images; for sequences and volumes it has as many spatial axes as x.
       strides: distance between the windows of neighbouring outputs; one number, or one per axis.
       padding: "SAME", "SAME_LOWER" and "VALID" as in XLA; "CIRCULAR", "REFLECT" and, for sequences, "CAUSAL" as in
         Flax; a number p, or one number per axis, for as many zeros on both sides, as in PyTorch; or a pair
-        (before, after) per axis.
+        (before, after) per axis. Strings may have capital or small letters.
       groups: number of groups. Input and output channels are divided, in order, into this many separate convolutions.
       dilation: distance between neighbouring kernel positions; one number, or one per axis.
       input_dilation: distance between neighbouring positions of x, with zeros inserted between them; one number, or one
         per axis.
-      lowering: how to compute the convolution; "auto" chooses the fastest way on the platform it is compiled for.
-      precision: see `jax.lax.Precision`; any value but None requires the lowering "native" (or "auto", which uses it).
-      bias: [features], or None for no bias.
+      lowering: how to compute the convolution; "auto" chooses the fastest way on the platform it is compiled for. Volumes,
+        an `input_dilation` other than 1 and a `precision` have only the lowering "native"; "auto" uses it for them on
+        each platform.
+      precision: see `jax.lax.Precision`; None for the default.
+      bias: [features], cast to the dtype of the convolution; None for no bias.
 
     Returns:
-      [b, h', w', features], or with the spatial axes of x.
+      [b, h', w', features], or with the spatial axes of x, in the dtype to which x and kernel promote.
 
     Raises:
-      UserError: The shapes do not fit, the padding is unknown (see `explicit_padding`), the padded input is smaller than a
-        window, or this convolution does not have the chosen lowering.
+      UserError: The shapes do not fit; an argument does not have one number per axis; the padding is no such form, see
+        `explicit_padding`; the padded input is smaller than a window; or this convolution does not have the chosen lowering.
     """
     check_shapes(x.shape, kernel.shape, groups)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
@@ -173,13 +174,18 @@ def _pad_with_values(x, kernel, dilation, padding):
 def separate_groups() -> Iterator[None]:
     """Splits each grouped 1x1 `Conv` of sequences traced inside this context into one ungrouped convolution per group.
 
-    This concerns layers with kernel 1, stride 1, no padding and 2 to MOST_SEPARATE_GROUPS groups, on inputs [b, l, c]; their own
-    `lowering` does not count. The function `conv` is not affected. Runtimes have their fastest
-    matrix product for one group. If two consecutive layers have the same number of groups, the code that calls them can
-    keep the groups as separate arrays between the layers, with `join_groups=False` of `Conv`.
+    This concerns layers on inputs [b, l, c] with kernel 1, stride 1, no precision, no input dilation, 2 to
+    MOST_SEPARATE_GROUPS groups, and a padding that is a string or zero. Neither their own `lowering` nor an enclosing
+    `lowering` context prevents the split. The function `conv` is not affected.
 
-    Float files for LiteRT are exported in this context; integer files keep LiteRT's grouped convolution. Outside the context
-    groups are separated only on a CPU, from FEWEST_SEPARATE_POSITIONS positions on, and only if no lowering is set.
+    Runtimes have their fastest matrix product for one group. If two consecutive layers have the same number of groups, the
+    code that calls them can keep the groups as separate arrays between the layers, with `join_groups=False` of `Conv`.
+
+    Float files for LiteRT are exported in this context; integer files keep LiteRT's grouped convolution.
+
+    Outside the context such a layer separates its groups only if JAX's default backend is the CPU, whatever platform the
+    function is compiled for. Its batch must have at least FEWEST_SEPARATE_POSITIONS positions (sequences times length), or a
+    symbolic size. And neither the layer nor a context may set a lowering.
     """
     with _groups_separated(True):
         yield
@@ -198,8 +204,16 @@ def conv_each_group(
 
     Returns:
       A tuple of the output's groups, each [b, l, features / groups].
+
+    Raises:
+      UserError: x is a tuple of another number of arrays than `groups`.
     """
     inputs = x if isinstance(x, tuple) else jnp.split(x, groups, -1)
+    if len(inputs) != groups:
+        raise UserError(
+            f"the input is a tuple of {len(inputs)} arrays, the convolution has groups={groups}: give one array a group, or"
+            " join them to one array"
+        )
     # NumPy weights are split by NumPy: converters of exported programs take minutes to do it.
     split = np.split if isinstance(kernel, np.ndarray) else jnp.split
     kernels = split(kernel, groups, -1)
@@ -224,10 +238,11 @@ def geometry(
     Args:
       x: shape of the input, [b, l, c] or [b, h, w, c].
       kernel: shape of the kernel, [k, c / groups, features] or [kh, kw, c / groups, features].
-      strides, padding, groups, dilation: see `conv`.
+      strides, groups, dilation: see `conv`.
+      padding: see `explicit_padding`, which does not take all forms of `conv`.
 
     Raises:
-      UserError: The shapes do not fit; or see `explicit_padding`.
+      UserError: The shapes do not fit, or an argument does not have one number per axis; or see `explicit_padding`.
     """
     check_shapes(x, kernel, groups)
     axes = len(x) - 2
@@ -268,13 +283,14 @@ def _conv_with_lowering(x, kernel, geometry: Geometry, lowering: str) -> jax.Arr
 class Conv(nn.Module):
     """A convolution layer that takes the place of `flax.linen.Conv`: change the import, and a Flax model uses it.
 
-    With the arguments of `flax.linen.Conv` it has the same parameters, initial values, outputs, gradients and dtypes. The
-    parameters are kernel [kh, kw, c / groups, features] and bias [features]. These are the differences:
+    With the arguments of `flax.linen.Conv` it has the same parameters, initial values and dtypes, and up to rounding the same
+    outputs and gradients. The parameters are kernel [kh, kw, c / groups, features] and bias [features]. These are the
+    differences:
 
     - `lowering` and `fixed` are new attributes, and `join_groups` is a new argument of the call. Inputs may be a tuple.
     - `promote_dtype`, `conv_general_dilated` and `conv_general_dilated_cls` do not exist.
-    - Two calls that Flax allows raise a UserError: an integer `kernel_size` for images, and a padded input that is smaller
-      than a window of the kernel.
+    - Three calls that Flax allows raise a UserError: an integer `kernel_size` for images, a `kernel_size` of more than three
+      numbers, and a padded input that is smaller than a window of the kernel.
     - Inputs, kernel and outputs pass through taps, where other code can replace them; see `nn/intercept.py`.
 
     Attributes:
@@ -317,14 +333,16 @@ class Conv(nn.Module):
         before those are batch axes; there may be none or several.
 
         Args:
-          inputs: an array, or a tuple of its channel groups as a layer with `join_groups=False` returns it.
+          inputs: an array, or a tuple of its channel groups as a layer with `join_groups=False` returns it. If this layer
+            computes its groups separately, the tuple must have `feature_group_count` arrays.
           join_groups: whether the output is always one array. With False, the output is a tuple of its groups if the
             layer computes its groups separately; see `separate_groups`.
 
         Raises:
           UserError: The input has fewer axes than the kernel needs; `kernel_size` is an integer and the input has more than
-            three axes, or it has more than three numbers; the groups do not divide the channels; `mask` has not the shape
-            of the kernel; or `conv` raises it.
+            three axes, or it has more than three numbers; the groups do not divide the channels or the features; a tuple
+            has another number of arrays than this layer has separate groups; `mask` does not have the shape of the kernel;
+            or `conv` raises it.
         """
         arrays = inputs if isinstance(inputs, tuple) else (inputs,)
         first, groups = arrays[0], self.feature_group_count
@@ -445,8 +463,8 @@ def explicit_padding(
     """Converts the padding of a convolution or pooling to numbers: one pair (before, after) for each spatial axis.
 
     Args:
-      padding: any form that `conv` accepts, except for "CIRCULAR" and "REFLECT", with which `conv` pads before it calls this
-        function.
+      padding: a form that `conv` accepts, strings in capital letters; not "CIRCULAR" and "REFLECT": for these `conv` pads
+        before it calls this function.
       size: input positions along each spatial axis.
       kernel: kernel positions along each spatial axis.
       strides: stride of each spatial axis.
@@ -454,7 +472,8 @@ def explicit_padding(
 
     Raises:
       UserError: The padding is an unknown string, "CIRCULAR" or "REFLECT", or it is "CAUSAL" and there are several spatial
-        axes; or the padded input is smaller than a window, so that there would be no output.
+        axes; it does not have one number or pair per axis; or the padded input is smaller than a window, so that there
+        would be no output.
     """
     dilation = dilation or (1,) * len(kernel)
     extent = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
@@ -481,7 +500,13 @@ def _padding_pairs(padding, size, extent, strides):
         return tuple(map(tuple, lax.padtype_to_pads(size, extent, strides, padding)))
     if isinstance(padding, int):
         return ((padding, padding),) * len(extent)
-    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    pads = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    if len(pads) != len(extent) or any(len(p) != 2 for p in pads):
+        raise UserError(
+            f"padding {padding} does not fit {len(extent)} axes of positions: give one number, or one number or pair (before,"
+            " after) for each axis"
+        )
+    return pads
 
 
 def native_is_forced() -> bool:

@@ -41,7 +41,8 @@ class Geometry(NamedTuple):
       kernel: height and width of the kernel.
       features: number of channels of the output.
       strides: distance between the windows of neighbouring outputs.
-      pads: zeros (before, after) that are added along each axis.
+      pads: numbers of positions (before, after) that padding adds along each axis: zeros for a convolution, `fill` for other
+        uses.
       dilation: distance between neighbouring kernel positions.
       groups: number of groups into which channels and features are divided.
     """
@@ -229,7 +230,8 @@ def pad_output(
       fill: value of the padding.
 
     Returns:
-      A list of the numbers of rows and columns added at the beginning, and the padded array.
+      ([rows, columns] added at the beginning, the padded array [b, t + rows, t' + columns, c]), for t and t' as in
+      `output_slices`.
     """
     before = [(e - 1) // s for e, s in zip(g.extent, g.strides, strict=True)]
     axes = zip(g.size, g.pads, g.strides, before, strict=True)

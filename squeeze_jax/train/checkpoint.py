@@ -90,6 +90,16 @@ class _PreservationPolicy(NamedTuple):
         return [step in kept for step in steps]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax' manager, without the metrics of checkpoints.
+
+    Earlier versions wrote their scores where Orbax reads metrics, and Orbax would fail on a damaged file. `Scores` reads them.
+    """
+
+    def _get_metrics(self, step: int) -> None:
+        del step
+
+
 class Checkpoints:
     """Saves and restores the checkpoints of one work directory, and remembers the scores of their evaluations."""
 
@@ -112,13 +122,13 @@ class Checkpoints:
           lowest: whether the lowest value of that score is the best, as for a loss; otherwise the highest is.
           use: which checkpoint holds the trained network: the newest, or the best by the score `best`. Evaluation and
             export use that checkpoint; training always continues from the newest.
-          read_only: whether to leave all checkpoints as they are, because another process may be saving to the directory.
+          read_only: whether to save, rename and delete nothing, because another process may be saving to the directory.
         """
         self._use, self._best, self._read_only = use, best, read_only
         self._keep = keep
         self.directory = files.path(directory).absolute()
         self._scores = Scores(self.directory, best, lowest=lowest)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -132,7 +142,10 @@ class Checkpoints:
         )
 
     def saved_steps(self) -> list[int]:
-        """Returns the steps that have a complete checkpoint, in ascending order."""
+        """Returns the steps of all checkpoints in ascending order.
+
+        A step counts as soon as `save` starts it; call `wait` first to get complete checkpoints only.
+        """
         return sorted(self._manager.all_steps())
 
     def _steps_to_keep(self, steps: Sequence[int]) -> set[int]:
@@ -146,7 +159,8 @@ class Checkpoints:
     def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Records the evaluation scores of a step, and deletes the checkpoints that no longer need to be kept.
 
-        Waits first until all checkpoints are on disk. The first process writes the scores to `scores.json`.
+        Waits first until all checkpoints are on disk. The first process writes the scores to `scores.json`, and drops those of
+        other steps that have no checkpoint any more.
 
         Args:
           step: the step whose state was evaluated.
@@ -188,7 +202,7 @@ class Checkpoints:
             `State` always uses its own step.
 
         Raises:
-          DiskFull: the disk has too little space; the message names the last complete checkpoint.
+          DiskFull: the disk has too little space; the message names the newest complete checkpoint.
           UserError: a value that a checkpoint cannot hold, a pytree without a step, or one whose step is no whole number or
             is not above that of the newest checkpoint.
           RuntimeError: Orbax refused to save.
@@ -280,7 +294,8 @@ class Checkpoints:
 
     def _disk_full(self, what: str) -> files.DiskFull:
         """Returns the error for a full disk; it says what could not be saved, and names the newest complete checkpoint."""
-        steps = self.saved_steps()
+        # Orbax gives a checkpoint its final name when all of its files are on disk.
+        steps = [s for s in self.saved_steps() if (self.directory / str(s)).is_dir()]
         last = (
             f"the checkpoint of step {steps[-1]} is whole"
             if steps
@@ -297,7 +312,8 @@ class Checkpoints:
         no other checkpoint replaces it.
 
         Raises:
-          UserError: see `restore`; or `use` is "best" and no checkpoint was evaluated.
+          UserError: see `restore`; or `use` is "best" and no checkpoint has a finite value of the score `best`, also if
+            there is no checkpoint at all.
         """
         best = self._best_step()
         return self.restore(like) if best is None else self.restore(like, [best])
@@ -324,7 +340,7 @@ class Checkpoints:
         With `use="newest"` this is the newest note that can be read. Returns None if no note can be read.
 
         Raises:
-          UserError: `use` is "best" and no checkpoint was evaluated.
+          UserError: there are checkpoints, `use` is "best", and none of them has a finite value of the score `best`.
         """
         best = self._best_step() if self.saved_steps() else None
         for step in self.saved_steps()[::-1] if best is None else [best]:
@@ -348,7 +364,7 @@ class Checkpoints:
         can be read.
 
         Raises:
-          UserError: all checkpoints are damaged, or `use` is "best" and no checkpoint was evaluated.
+          UserError: all checkpoints are damaged, or `use` is "best" and none has a finite value of the score `best`.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         newest = self.saved_shapes(device)
@@ -363,14 +379,15 @@ class Checkpoints:
         """Restores the trained network as `restore_trained` does, for a run with another optimizer or other methods.
 
         Only the network's parameters and running statistics have to match `like`. The optimizer's state and the parameters
-        and state of methods are restored in the shapes in which they were saved. The optimizer's state of the result is a
-        dict of arrays by name, not an optax state.
+        and state of methods are restored in the shapes in which they were saved.
 
         Args:
           like: a `State` of `jax.ShapeDtypeStruct`s with shardings, or a function from a checkpoint's note to one.
 
         Returns:
-          The state and its note, or None if there is no checkpoint.
+          The state and its note; None if there is no checkpoint and `use` is "newest". `opt` and `carry` of the state are
+          dicts of arrays by name. The network's parameters and running statistics and their averages get the shardings of
+          `like`; all other arrays get the sharding of `like.step`.
 
         Raises:
           UserError: see `restore_trained`.
@@ -423,18 +440,18 @@ class Checkpoints:
         `damaged-STEP`, so that training can save these steps again; a read-only object renames nothing.
 
         Args:
-          like: the template of the result, in one of three forms. A `State` of `jax.ShapeDtypeStruct`s, whose shardings
-            place the restored arrays; they may differ from the shardings of the run that saved the checkpoint. A
-            function from a checkpoint's note to such a `State`. Or a pytree of the structure that was saved, see
-            `save`; then the result's `state` is such a pytree.
-          steps: the steps to try, in this order; by default all steps, newest first.
+          like: the template of the result, in one of three forms. A `State` of `jax.ShapeDtypeStruct`s in the saved dtypes,
+            whose shardings place the restored arrays; they may differ from the shardings of the run that saved the
+            checkpoint. A function from a checkpoint's note to such a `State`. Or a pytree of the structure and dtypes that
+            were saved, see `save`; then the result's `state` is such a pytree.
+          steps: saved steps to try, in this order; None for all, newest first.
 
         Returns:
           The state and its note, or None if there is no checkpoint.
 
         Raises:
-          UserError: a checkpoint does not fit the template (the message names the first arrays that differ, with both
-            shapes), or all checkpoints are damaged.
+          UserError: a checkpoint does not fit the template: the message names the first arrays that differ with both shapes,
+            or an array of another dtype. Or all checkpoints are damaged.
         """
         if not isinstance(like, State) and not _is_function(like):
 
@@ -501,7 +518,7 @@ class Checkpoints:
           like: a `State` of `jax.ShapeDtypeStruct`s with shardings, or a function from the note to one.
 
         Raises:
-          UserError: the shapes or names do not match the template.
+          UserError: the shapes, names or dtypes do not match the template.
           Exception: the checkpoint is damaged: an `OSError` for a wrong checksum, or any exception of Orbax.
         """
         note = self._read_note(step)
@@ -539,15 +556,17 @@ class Checkpoints:
         return Restored(state, note["position"], note)
 
     def _check_shapes(self, step, expected, saved) -> None:
-        """Raises a UserError if two states differ in the names or shapes of their arrays.
+        """Raises a UserError if two states differ in the names, shapes or dtypes of their arrays.
 
-        The message names the first three arrays that differ, those of `params` first.
+        The message names the first three arrays that differ in name or shape, those of `params` first. Otherwise it names the
+        first one that differs in its dtype.
 
         Args:
           step: the checkpoint's step, for the message.
           expected: the template, as a dict of `_to_dict`.
           saved: the checkpoint's metadata, as such a dict.
         """
+        place = self.directory / str(step)
         problems = [
             line
             for part in sorted(expected.keys() | saved.keys(), key=_params_first)
@@ -557,7 +576,6 @@ class Checkpoints:
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            place = self.directory / str(step)
             if all(line.startswith("extra/") for line in problems):
                 raise UserError(
                     f"checkpoint {place} does not fit the state of a method: {'; '.join(problems[:3])}{more}"
@@ -566,6 +584,14 @@ class Checkpoints:
                 f"checkpoint {place} does not fit the model: {'; '.join(problems[:3])}{more}; make the network and the optimizer"
                 " with the options that it was saved with, or take another directory"
             )
+        # Converted arrays would have other checksums, and the checkpoint would count as damaged.
+        dtypes = {name: leaf.dtype for name, leaf in tree.flatten(saved).items()}
+        for name, leaf in tree.flatten(expected).items():
+            if leaf.dtype != dtypes[name]:
+                raise UserError(
+                    f"checkpoint {place} has {name} in {dtypes[name]}, the template in {leaf.dtype}: give a template of the"
+                    " saved dtypes, and convert what is restored"
+                )
 
 
 def _split_off_shares(expected: dict[str, Any]) -> tuple[dict[str, Any], Any]:

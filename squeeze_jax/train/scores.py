@@ -4,7 +4,6 @@ All scores stand in one file beside the checkpoints, `scores.json`. They cannot 
 saved before it is evaluated, so that a failing evaluation loses no training.
 """
 
-import contextlib
 import json
 import math
 import warnings
@@ -22,9 +21,7 @@ class Scores:
     """The evaluation scores of each step; `step in scores` tells whether a step was evaluated."""
 
     def __init__(self, directory: Path, best: str, *, lowest: bool):
-        """Reads the scores on disk; a step whose scores cannot be read counts as not evaluated.
-
-        Warns of damaged files, and renames damaged files of earlier versions.
+        """Reads the scores on disk, and warns of damaged files; a step whose scores cannot be read counts as not evaluated.
 
         Args:
           directory: the directory of the checkpoints.
@@ -36,10 +33,11 @@ class Scores:
         self._scores = _read(self._path)
         for old in directory.glob("[0-9]*/" + "/".join(_OLD_PLACE)):
             if not isinstance(_parse(old), dict):
-                # Orbax reads these files too, and would fail on a damaged one.
-                warnings.warn(f"{old} is damaged and set aside", stacklevel=2)
-                with contextlib.suppress(OSError):
-                    old.parent.rename(old.parent.with_name("damaged-metrics"))
+                step = old.parents[1].name
+                warnings.warn(
+                    f"{old} is damaged: step {step} counts as not evaluated",
+                    stacklevel=2,
+                )
 
     def __contains__(self, step: int) -> bool:
         return self._scores_of(step) is not None
@@ -80,7 +78,7 @@ class Scores:
         if step not in self._scores:
             old = self._path.parent.joinpath(str(step), *_OLD_PLACE)
             scores = _parse(old) if old.is_file() else None
-            if scores:
+            if isinstance(scores, dict) and scores:
                 self._scores[step] = scores
         return self._scores.get(step)
 
