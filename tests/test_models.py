@@ -12,7 +12,7 @@ from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 
 # (parameters, MACs in millions at 224 pixels or at SIZES), counted by PyTorch's own counter: on torchvision's networks;
-# on timm's for EfficientNet Lite and for the narrow and minimalistic MobileNetV3; for ShuffleNet on its authors' code
+# on timm's for EfficientNet Lite and for the narrow and minimalistic MobileNetV3; on the authors' once-for-all networks; for ShuffleNet on its authors' code
 # where that has the variant, else on the network of test_models_parity.py.
 PUBLISHED = {
     ("efficientnet", "b0"): (5_288_548, 385.81),
@@ -46,6 +46,10 @@ PUBLISHED = {
     ("mobilenet_v3", "small"): (2_542_856, 56.51),
     ("mobilenet_v3", "small-0.75"): (2_041_872, 43.40),
     ("mobilenet_v3", "small-minimalistic"): (2_044_736, 52.29),
+    ("ofa_mobilenet_v3", "w1.0"): (7_664_760, 566.17),
+    ("ofa_mobilenet_v3", "w1.2"): (10_701_632, 843.10),
+    ("ofa_proxyless", "w1.3"): (7_942_056, 1_004.91),
+    ("ofa_resnet", "50"): (48_105_992, 7_491.64),
     ("resnet", "101"): (44_549_160, 7_801.41),
     ("resnet", "152"): (60_192_808, 11_513.63),
     ("resnet", "18"): (11_689_512, 1_814.07),

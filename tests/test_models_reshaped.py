@@ -133,6 +133,37 @@ ROWS = {
         64 * 8 + 16 * 25 + 2 + 2 + 16 * 16,
         "stage3_1",
     ),
+    # expand 8 → 24 at 8x8, depthwise 5x5, project to 16.
+    "ofa_mobilenet_v3": inverted(
+        "stage1_block1",
+        24,
+        False,
+        [7],
+        8 + 2 + 25 + 2 + 16,
+        64 * (8 + 25 + 16),
+        "stage1_block2",
+    ),
+    "ofa_proxyless": inverted(
+        "stage1_block1",
+        24,
+        False,
+        [7],
+        8 + 2 + 25 + 2 + 16,
+        64 * (8 + 25 + 16),
+        "stage1_block2",
+    ),
+    # 1x1 and 3x3 convolutions of 16 channels at 16x16.
+    "ofa_resnet": Row(
+        {"variant": "tiny"},
+        "stage1_block1/conv1",
+        15,
+        16 + 2 + 9 * 16,
+        256 * (16 + 9 * 16),
+        {"^stage1_block1/conv1(_norm)?/": (-1, [3])},
+        {"^stage1_block1/conv2/kernel": (-2, [3])},
+        "stage1_block2",
+        "^stage1_block2/conv3_norm/(scale|bias)",
+    ),
     # Two 3x3 convolutions of 8 channels at 4x4.
     "resnet": Row(
         {"variant": "18", "width": 1 / 8, "num_classes": 7},

@@ -33,9 +33,11 @@ PUBLISHED = {
     ("ofa_mobilenet_v3", "w1.2", "smallest"): (4_602_456, 193.08, 100.32, 65.54),
     ("ofa_proxyless", "w1.3", "largest"): (7_942_056, 1004.91, None, 329.25),
     ("ofa_proxyless", "w1.3", "smallest"): (3_718_832, 265.53, None, 87.82),
+    ("ofa_resnet", "50", "largest"): (48_105_992, 7_491.64, None, 2_447.63),
+    ("ofa_resnet", "50", "smallest"): (6_539_280, 962.19, None, 315.08),
 }
 # Matrices of the 7x7 kernels: 25 * 25 + 9 * 9 in each of 20 and 21 blocks.
-MATRICES = {"ofa_mobilenet_v3": 20 * 706, "ofa_proxyless": 21 * 706}
+MATRICES = {"ofa_mobilenet_v3": 20 * 706, "ofa_proxyless": 21 * 706, "ofa_resnet": 0}
 
 
 def image(*shape):
@@ -88,6 +90,45 @@ def test_costs_of_random_networks_are_sums_over_their_pieces():
     # Per stage 3 * 3 choices of the first block and of the others, which have equal inputs; and four other pieces.
     assert len(pieces.distinct) == 5 * 2 * 9 + 4
     assert pieces.number_of_networks() == (9**2 + 9**3 + 9**4) ** 5
+
+
+def test_costs_of_networks_whose_stages_have_several_widths():
+    """Two stages of d or d + 1 blocks with 2 expansions have 2 + 4 networks each; there are 4 widths and a block in the stem."""
+    family = family_of(dict(name="ofa_resnet", variant="tiny", num_classes=3), 16)
+    pieces = costs.Pieces(family, image(1, 16, 16, 1))
+    assert pieces.number_of_networks() == (2 + 4) ** 2 * 2**4 * 2
+    table = pieces.tabulate(costs.macs)
+    for key in jax.random.split(jax.random.key(0), 4):
+        arch = jax.device_get(space.sample(family.space, key))
+        net = family.network(arch)
+        counted = count.macs(net.apply, family.shapes(net), image(1, 16, 16, 1))
+        assert table(arch) == counted.total
+
+
+def test_a_smaller_resnet_is_sorted_and_extracted():
+    """Sorting leaves the function as it is, and the extracted network has the shapes of its options."""
+    options = dict(name="ofa_resnet", variant="tiny", num_classes=3)
+    family = family_of(options, 8)
+    rng = np.random.default_rng(0)
+
+    def noise(name, a):
+        array = rng.uniform(-0.5, 0.5, a.shape).astype(np.float32)
+        return array + name.endswith(("/var", "/scale"))
+
+    variables = tree.map_named(noise, family.shapes(family.holder()))
+    state = State(np.int32(0), variables["params"], variables["batch_stats"], {})
+    plain = _plugs.plain(image(2, 8, 8, 1))
+    _, after = sort_channels.make().apply(options, state, plain)
+    first = after.params["stage1_block1"]["conv1_norm"]["scale"]
+    second = after.params["stage1_block1"]["conv2_norm"]["scale"]
+    before = variables["params"]["stage1_block1"]
+    order = np.argsort(-np.abs(before["conv2"]["kernel"]).sum((0, 1, 3)))
+    np.testing.assert_array_equal(first, before["conv1_norm"]["scale"][order])
+    order = np.argsort(-np.abs(before["conv3"]["kernel"]).sum((0, 1, 3)))
+    np.testing.assert_array_equal(second, before["conv2_norm"]["scale"][order])
+    arch = family.space.arch({"stage_width": (0.5, 1.0, 0.5, 1.0), "depth": (1, 0)})
+    small_options, small = family.extract(arch, variables)
+    assert tree.differences(family.shapes(models.make(**small_options)), small) == []
 
 
 @functools.cache

@@ -504,7 +504,9 @@ def _check_objective(built: Built) -> None:
         outputs, variables | carry, stored | {"index": index}, key
     )
     if built.teachers:
-        available = [_objective.output_shapes(t.network.model, x) for t in built.teachers]
+        available = [
+            _objective.output_shapes(t.network.model, x) for t in built.teachers
+        ]
         wants = built.objective.wants
         batch["teacher"] = tuple(
             {k: shapes[k] for k in wants if k in shapes} for shapes in available

@@ -20,7 +20,7 @@ from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
 
-CLASSIFIER = ("classifier/dense",)  # the layers that depend on the classes
+CLASSIFIER = ("classifier",)  # the layers that depend on the classes
 
 
 class Stage(NamedTuple):

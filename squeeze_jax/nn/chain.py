@@ -63,16 +63,17 @@ class Classifier(nn.Module):
     num_classes: int
     dropout: float = 0.0
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns the logits."""
-        x = Dropout(self.dropout)(x, train=train)
-        init = nn.initializers.normal(0.01)
-        dense = Dense(
+    def setup(self):
+        """Creates the layers; the dense layer's parameters are the piece's own."""
+        self.drop = Dropout(self.dropout)
+        self.dense = Dense(
             self.num_classes,
             dtype=jnp.float32,
-            kernel_init=init,
+            kernel_init=nn.initializers.normal(0.01),
             fixed=True,
-            name="dense",
         )
-        return dense(x)
+        nn.share_scope(self, self.dense)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns the logits."""
+        return self.dense(self.drop(x, train=train))
