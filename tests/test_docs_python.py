@@ -31,7 +31,7 @@ MODULES = {
         ),
         *("pretraining_loss", "replaced", "span", "squared_error"),
     },
-    "models": {"check", "class_names", "load", "make", "options", "save"},
+    "models": {"check", "class_names", "elastic", "load", "make", "options", "save"},
 }
 
 

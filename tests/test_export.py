@@ -337,8 +337,8 @@ def test_operation_that_the_runtime_lacks(tmp_path):
 
 def test_operation_that_the_converter_lacks(tmp_path):
     def fn(x):
-        half = x["image"].mean((1, 2)).astype(jnp.bfloat16)
-        return (half @ jnp.ones((3, 4), jnp.bfloat16)).astype(jnp.float32)
+        whole = x["image"].mean((1, 2)).astype(jnp.uint16)
+        return (whole @ jnp.ones((3, 4), jnp.uint16)).astype(jnp.float32)
 
     with pytest.raises(
         process.Crash, match="the conversion to tflite ended with"

@@ -155,7 +155,7 @@ def test_layers_of_every_collection_are_renumbered():
         }
 
     trained = _pretrained.PretrainedNetwork(
-        {"name": "bert"}, lambda *_: variables(4), "run"
+        {"name": "bert"}, lambda *_: (variables(4), ()), "run"
     )
     shapes = variables(2)
     del shapes["batch_stats"]["layer2"]

@@ -61,7 +61,7 @@ _STAGES = (  # the widths of MobileNetV3-Large
     Stage(112, 1, True, nn.hard_swish),
     Stage(160, 2, True, nn.hard_swish),
 )
-_TINY = (Stage(16, 1, False, nn.relu), Stage(24, 2, True, nn.hard_swish))
+_TINY = (Stage(16, 1, False, nn.relu), Stage(16, 2, True, nn.hard_swish))
 _CHOICES = {"kernel": (3, 5, 7), "expand": (3, 4, 6), "depth": (2, 3, 4)}
 _FEW = {"kernel": (3, 5), "expand": (2, 3), "depth": (1, 2)}
 
@@ -113,8 +113,8 @@ class Head(nn.Module):
             train=train,
             name="expand",
         )
-        y = global_mean(y)[:, None, None].astype(x.dtype)
-        y = Conv(self.hidden, (1, 1), use_bias=False, name="mix")(y)
+        y = global_mean(y)[:, None, None].astype(y.dtype)
+        y = Conv(self.hidden, (1, 1), use_bias=False, dtype=y.dtype, name="mix")(y)
         return nn.hard_swish(y)[:, 0, 0]
 
 

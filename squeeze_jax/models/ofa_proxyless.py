@@ -100,7 +100,7 @@ class Head(nn.Module):
             train=train,
             name="mix",
         )
-        return global_mean(y)
+        return global_mean(y).astype(y.dtype)
 
 
 def make(
@@ -122,7 +122,11 @@ def make(
     Args:
       variant: a row of VARIANTS.
       num_classes: outputs of the classifier; None for no classifier.
-      kernel, expand, depth: see `ofa_mobilenet_v3`.
+      kernel: side of the depthwise kernel: one for all blocks, or one for each block of the largest network; None for
+        the largest.
+      expand: ratio of the channels inside a block to those of its input, likewise.
+      depth: number of blocks: one for all stages, or one for each; None for the largest. Values of `kernel` and
+        `expand` for blocks beyond it are not used.
       width: width multiplier that replaces the variant's.
       strides: strides of each stage that replace (2, 2, 2, 1, 2, 1); smaller ones for small images.
       stem_strides: strides of the first convolution.

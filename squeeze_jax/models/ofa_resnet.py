@@ -98,13 +98,13 @@ class Bottleneck(nn.Module):
 
 
 class Head(nn.Module):
-    """The global mean: [b, h, w, c] → [b, c] in float32."""
+    """The global mean: [b, h, w, c] → [b, c]."""
 
     @nn.compact
     def __call__(self, x, *, train: bool):
         """Returns the means over all positions."""
         del train
-        return global_mean(x)
+        return global_mean(x).astype(x.dtype)
 
 
 def make(

@@ -33,7 +33,7 @@ class Chain(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False):
-        """Returns (output of the last piece, {name: output} of all pieces before it).
+        """Returns (output of the last piece in float32, {name: output} of all pieces before it).
 
         Args:
           x: input of the first piece.
@@ -49,7 +49,7 @@ class Chain(nn.Module):
         for name, module in ((p.name, p.module) for p in self.pieces):
             x = endpoints[name] = module.clone(parent=self, name=name)(x, train=train)
         endpoints.pop(names[-1])
-        return x, endpoints
+        return x.astype(jnp.float32), endpoints
 
 
 class Classifier(nn.Module):
