@@ -45,7 +45,7 @@ _FEW = {"depth": (0, 1), "expand": (0.25, 0.5), "stage_width": (0.5, 1.0)}
 
 VARIANTS = {
     "50": Row(64, (256, 512, 1024, 2048), (2, 2, 4, 2), True, _CHOICES),
-    "tiny": Row(16, (32, 48), (1, 1), False, _FEW),
+    "tiny": Row(16, (32, 32), (1, 1), False, _FEW),
 }
 
 
@@ -92,7 +92,8 @@ class Bottleneck(nn.Module):
         if not self.residual:
             window = (self.strides, self.strides)
             if self.strides > 1:
-                x = nn.avg_pool(x, window, window, "SAME", count_include_pad=False)
+                means = nn.avg_pool(x, window, window, "SAME", count_include_pad=False)
+                x = means.astype(x.dtype)
             x = unit(x, self.features, 1, name="shortcut")
         return nn.relu(residual_sum(x, y, self, "conv3"))
 

@@ -139,8 +139,9 @@ class Pieces:
         return total
 
     def number_of_networks(self) -> int:
-        """Returns the number of different networks: positions of absent pieces are not counted.
+        """Returns the number of architectures, counting once those that differ only in positions without effect.
 
+        Positions of absent pieces have no effect. Two choices of a position count twice even if rounding makes them equal.
         Positions that share no piece are independent, so the number is a product over groups of positions.
         """
         groups = _connected(column.positions for column in self.columns.values())
