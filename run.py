@@ -329,8 +329,8 @@ def check_dataset(begun, config, workdir):
     theirs, ours = (place(each) or dataset(each) for each in (begun, config))
     if theirs != ours:
         raise UserError(
-            f"{workdir} holds a network of the dataset {theirs}, not of {ours}: go on there by --workdir={workdir}, or"
-            " choose another --workdir"
+            f"{workdir} holds a network of the dataset {theirs}, not of {ours}: choose another work directory, such as"
+            f" --workdir={workdir}_2"
         )
 
 

@@ -147,6 +147,20 @@ class Passes(NamedTuple):
     named: bool = True
 
 
+class Plain(NamedTuple):
+    """How a method makes networks.
+
+    Attributes:
+      make: options of `models.make` → Linen module.
+      example: shapes of its inputs.
+      elastic: options of `models.make` → {option: choices of each position}, see `models.elastic`.
+    """
+
+    make: Callable[[Mapping[str, Any]], Any]
+    example: Any
+    elastic: Callable[[Mapping[str, Any]], Mapping[str, tuple]] | None = None
+
+
 class Gradients(NamedTuple):
     """How gradients are computed; without one they are `jax.value_and_grad` of one forward pass.
 
@@ -168,7 +182,7 @@ class Gradients(NamedTuple):
     state: Callable[[Any], Any] | None = None
     options: tuple[str, ...] = ()
     fused: bool = True
-    bind: Callable[[Mapping[str, Any], "Plain"], "Gradients"] | None = None
+    bind: Callable[[Mapping[str, Any], Plain], Any] | None = None
 
 
 class Exchange(NamedTuple):
@@ -186,20 +200,6 @@ class Exchange(NamedTuple):
     exchange: Callable[[Any, Any, Own], tuple[Any, Any]]
     state: Callable[[Any], Any] | None = None
     reshard: Callable[[Any, int], Any] | None = None
-
-
-class Plain(NamedTuple):
-    """How a method makes networks.
-
-    Attributes:
-      make: options of `models.make` → Linen module.
-      example: shapes of its inputs.
-      elastic: options of `models.make` → {option: choices of each position}, see `models.elastic`.
-    """
-
-    make: Callable[[Mapping[str, Any]], Any]
-    example: Any
-    elastic: Callable[[Mapping[str, Any]], Mapping[str, tuple]] | None = None
 
 
 class Transition(NamedTuple):

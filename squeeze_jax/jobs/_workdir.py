@@ -126,10 +126,10 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
     if now.get("data.name") == "texts":
         free += TABLES
     different = [
-        f"{k} = {before.get(k)!r} there, {now.get(k)!r} here"
+        line
         for k in sorted(before.keys() | now.keys())
-        if before.get(k) != now.get(k)
-        and not any(k == f or k.startswith(f + ".") for f in free)
+        if not any(k == f or k.startswith(f + ".") for f in free)
+        for line in _differences(k, before.get(k), now.get(k))
     ]
     if different == [f"data.resize = {SQUASH!r} there, {CROP!r} here"]:
         raise UserError(
@@ -139,9 +139,29 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
     if different:
         hidden = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
-            f"{workdir} holds another experiment: {'; '.join(different[:3])}{hidden}; choose another --workdir or"
-            " remove it"
+            f"{workdir} holds another experiment: {'; '.join(different[:3])}{hidden}; choose another --workdir, or"
+            f" delete the folder {workdir} to start anew"
         )
+
+
+def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
+    """Yields a line such as "optim.lr = 0.1 there, 0.3 here" for each difference inside a key's values; none if they are equal."""
+    if before == now:
+        return
+    same_kind = type(before) is type(now)
+    if same_kind and isinstance(before, Mapping):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(f"{key}.{name}", before.get(name), now.get(name))
+    elif (
+        same_kind
+        and isinstance(before, tuple)
+        and len(before) == len(now)
+        and all(isinstance(item, Mapping) for item in (*before, *now))
+    ):
+        for number, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(f"{key}.{number}", *pair)
+    else:
+        yield f"{key} = {before!r} there, {now!r} here"
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Extracts one network of a trained space, as a work directory of its own: every job goes on from there.
 
-The network is an ordinary one, with its part of the largest network's weights. The statistics of its normalisation layers are
+The network is an ordinary one, with its part of the largest network's weights, and the config is that of the run's last phase. The statistics of its normalisation layers are
 measured anew on training examples.
 """
 
@@ -82,9 +82,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     examples = min(settings.examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
     print(f"statistics measured anew on {examples:,} training examples")
-    config = built.whole.config()
+    config = built.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
-    kept["steps"] = built.phase.steps
     small = _plain.write(settings.to, kept, options, variables)
     scores = fit.make_evaluator(small)(
         evaluate.trained_state(small, files.path(settings.to))

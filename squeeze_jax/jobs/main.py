@@ -20,6 +20,10 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
       UserError: see `fit.ready`; or the packages of an export format are missing.
     """
     if inputs:
+        if inputs[0] in _settings.job_names():
+            raise UserError(
+                f"{inputs[0]} is a job, not a file: write --job={inputs[0]}"
+            )
         raise UserError(f"{inputs[0]}: files are for --job=predict")
     fit.ready(built)
     if jax.process_count() == 1:

@@ -23,7 +23,8 @@ def expand(
         value = options.get(name)
         if value is None:
             value = tuple(c[-1] for c in choices)
-        if not isinstance(value, tuple | list):
+        single_value = not isinstance(value, tuple | list)
+        if single_value:
             value = (value,) * len(choices)
         if len(value) != len(choices):
             raise UserError(
@@ -31,8 +32,9 @@ def expand(
             )
         for place, (single, allowed) in enumerate(zip(value, choices, strict=True)):
             if single not in allowed:
+                where = name if single_value else f"{name}[{place}]"
                 raise UserError(
-                    f"{name}[{place}] = {single} is not in the space: choose one of {', '.join(map(str, allowed))}"
+                    f"{where} = {single!r} is not in the space: choose one of {', '.join(map(str, allowed))}"
                 )
         values[name] = tuple(value)
     return values

@@ -72,28 +72,22 @@ class Space(NamedTuple):
         fields = []
         for name, choices in self.choices.items():
             values = options.get(name, tuple(c[-1] for c in choices))
-            if not isinstance(values, tuple | list):
+            single = not isinstance(values, tuple | list)
+            if single:
                 values = (values,) * len(choices)
             if len(values) != len(choices):
                 raise UserError(
                     f"{name} has {len(values)} values: give one, or {len(choices)}, one for each position"
                 )
-            fields.append(
-                [
-                    _index(name, *pair)
-                    for pair in enumerate(zip(values, choices, strict=True))
-                ]
-            )
+            fields.append([])
+            for place, (value, allowed) in enumerate(zip(values, choices, strict=True)):
+                if value not in allowed:
+                    where = name if single else f"{name}[{place}]"
+                    raise UserError(
+                        f"{where} = {value!r} is not in the space: choose one of {', '.join(map(str, allowed))}"
+                    )
+                fields[-1].append(allowed.index(value))
         return self.arch_type(*(np.asarray(f, np.int32) for f in fields))
-
-
-def _index(name, place, pair):
-    value, choices = pair
-    if value not in choices:
-        raise UserError(
-            f"{name}[{place}] = {value} is not in the space: choose one of {', '.join(map(str, choices))}"
-        )
-    return choices.index(value)
 
 
 def from_choices(
