@@ -270,7 +270,7 @@ def test_the_guide_of_devices(place, capsys):
 
 
 def test_the_guide_of_supernets(place, capsys):
-    phases = "--config.phases=({'steps': 1}, {'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1}})"
+    phases = "--config.phases=({'steps': 1}, {'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1}, 'optim': {'lr': 0.02}})"
     for arguments in commands("supernets.md"):
         if "--job=fit" in arguments:
             tiny = [a for a in TINY if "steps" not in a]
@@ -280,3 +280,6 @@ def test_the_guide_of_supernets(place, capsys):
     printed = capsys.readouterr().out
     assert "extracted  kernel 3 3 3 3, expand 2 2 2 2, depth 1 1" in printed
     assert (place / "runs/small/export/model.stablehlo").exists()
+    small = json.loads((place / "runs/small/config.json").read_text())
+    assert small["steps"] == 1
+    assert small["optim"]["lr"] == 0.02  # of the last phase

@@ -322,6 +322,16 @@ def test_an_error_about_a_tuple_has_an_example(value, hint, example):
     assert line.endswith(example)
 
 
+def test_differences_of_phases_are_named_one_by_one():
+    before = ({"steps": 100}, {"optim": {"lr": 0.1}, "begin": {"name": "a"}})
+    now = ({"steps": 300}, {"optim": {"lr": 0.1}, "begin": {"name": "b"}})
+    assert list(_workdir._differences("phases", before, now)) == [
+        "phases.0.steps = 100 there, 300 here",
+        "phases.1.begin.name = 'a' there, 'b' here",
+    ]
+    assert list(_workdir._differences("phases", now, now)) == []
+
+
 def digits():
     """A config of the digits and a small network."""
     return {
@@ -498,7 +508,8 @@ def test_a_bare_command_does_not_go_on_with_own_images(tmp_path, monkeypatch):
     begun["data"]["source"] = dict(name="folder", root="flowers")
     path.write_text(json.dumps(begun))
     with pytest.raises(
-        UserError, match=r"holds a network of the dataset .*flowers, not of digits: go"
+        UserError,
+        match=r"holds a network of the dataset .*flowers, not of digits: choose",
     ):
         run.main([])
     source, workdir = resolved("--workdir=runs/digits")

@@ -84,6 +84,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     print(f"statistics measured anew on {examples:,} training examples")
     config = built.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
+    kept["steps"] = built.phase.steps
     small = _plain.write(settings.to, kept, options, variables)
     scores = fit.make_evaluator(small)(
         evaluate.trained_state(small, files.path(settings.to))
