@@ -539,7 +539,8 @@ def test_other_data_of_the_same_name_need_a_named_work_directory(
     assert run.config_and_workdir(*run.parse(first))[1] == workdir
     if not named:
         with pytest.raises(
-            UserError, match=rf"dataset .*{paths[0]}, not of .*{paths[1]}: go on"
+            UserError,
+            match=rf"dataset .*{paths[0]}, not of .*{paths[1]}: choose another",
         ):
             run.config_and_workdir(*run.parse(second))
         return
