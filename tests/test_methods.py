@@ -367,3 +367,16 @@ def test_the_plan_shows_the_weights_of_losses(tmp_path):
     built = _experiment.build(_experiment.check(BASE | section))
     plan = _plan.plan(built, tmp_path)
     assert "objective  cross_entropy + 0.001 group_lasso" in plan
+
+
+def test_a_loss_of_ones_own_that_wants_teacher_outputs_needs_a_teacher():
+    """`methods.Objective.wants` names outputs of teachers, also without a distillation loss."""
+
+    def loss(logits, endpoints, batch, params, own):
+        return jnp.mean(logits - batch["teacher"][0]["logits"]), {}
+
+    losses = (_objective.Loss("own", 1.0, methods.Objective(loss, wants=("logits",))),)
+    shapes = {"logits": jax.ShapeDtypeStruct(CLASSES, jnp.float32)}
+    assert _objective.bind_losses(losses, shapes, (shapes,)).wants == ("logits",)
+    with pytest.raises(UserError, match=r"own compares with a teacher: name one"):
+        _objective.bind_losses(losses, shapes, ())

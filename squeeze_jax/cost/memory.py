@@ -169,9 +169,10 @@ def compiled(
 ) -> Compiled | None:
     """Compiles `fn(*args, **kwargs)` for the default device and returns the memory that XLA plans for it.
 
-    Values have their own dtypes. Neither this number nor `peak` bounds the other: XLA fuses more than TFLite and may compute
-    in another order, but it also transposes and packs arrays for its kernels. If no argument is an array, the arrays that the
-    function closes over become arguments, because XLA would otherwise compute the result during compilation.
+    Values have their own dtypes. Convolutions of `nn/conv.py` are compiled with the lowering "native"; on a CPU `jax.jit(fn)`
+    may use other lowerings and need other memory. Neither this number nor `peak` bounds the other: XLA fuses more than TFLite
+    and may compute in another order, but it also transposes and packs arrays for its kernels. If no argument is an array, the
+    arrays that the function closes over become arguments, because XLA would otherwise compute the result during compilation.
 
     Args:
       fn, *args, weight_argnums, **kwargs: as for `peak`. But arrays that a function closes over count as weights only if no

@@ -91,8 +91,12 @@ def make_losses(
 
 
 def needs_teacher(losses: Sequence[Loss]) -> bool:
-    """Returns whether any of the losses compares the student with teachers."""
-    return any(hasattr(loss.method, "bind") for loss in losses)
+    """Returns whether any of the losses compares the student with teachers, or reads their outputs."""
+    return any(map(_reads_teacher, losses))
+
+
+def _reads_teacher(loss: Loss) -> bool:
+    return hasattr(loss.method, "bind") or bool(getattr(loss.method, "wants", ()))
 
 
 def bind_losses(
@@ -112,7 +116,7 @@ def bind_losses(
         none, or there are teachers and no loss compares with them.
     """
     if needs_teacher(losses) and not teacher_shapes:
-        name = next(loss.name for loss in losses if hasattr(loss.method, "bind"))
+        name = next(loss.name for loss in losses if _reads_teacher(loss))
         raise UserError(
             f"config.objective: {name} compares with a teacher: name one in config.distill.teachers, such as"
             ' ({"workdir": DIR},)'

@@ -36,7 +36,8 @@ class PretrainedNetwork(NamedTuple):
     """A trained network: how it is built, and how its weights are read.
 
     Attributes:
-      options: the arguments of `models.make` that build it.
+      options: the arguments of `models.make` that build it. Those of a folder lack `task` and `num_classes`: callers add
+        them, because `models.make` would take its own defaults, and `read_variables` the folder's values.
       read_variables: (options, fresh) → (variables, fresh layers): reads the weights into the network that `models.make`
         builds of the options, see `_folder_reader`. The variables are numpy arrays for `forward.run`. Only the reader of a
         folder of `transformers` uses the arguments, because it alone initialises layers; the others return () for the
@@ -180,7 +181,8 @@ def network_from_init(
       file: a file of weights for the network that `config.model` names: .safetensors, .pth, .pt, .bin, .npz, .h5 or .keras.
       names: the project whose parameter names the file uses: torchvision, timm, keras, caffe, released (by a paper's
         authors) or squeeze_jax.
-      under: a prefix of each parameter name in the file, such as "backbone"; "" for none.
+      under: the prefix of the network's names in the file, such as "backbone"; arrays with other names are left out; "" for
+        none.
       key: the entry of a PyTorch checkpoint that holds the weights, such as "model_ema"; "" for the first that fits.
       only: a regular expression; takes the parameters whose names it matches, and initialises the others; "" takes all.
       layers: layers of the trained network to take, counted from 1, as layers 1, 2, ... of the new one; () takes all.

@@ -52,7 +52,8 @@ class Settings:
     Attributes:
       teachers: the networks to learn from: each {"workdir": DIR} of an earlier run, or {"folder": DIR} of transformers.
       cache: a folder for the teachers' outputs on the training examples. The first run computes them. Runs with the same
-        teachers, data, `cache_dtype` and outputs that the losses read share them. "" computes the outputs anew in each step.
+        teachers (at the same paths), data, `dtype`, `cache_dtype` and outputs that the losses read share them; any other run is
+        refused and needs another folder. "" computes the outputs anew in each step.
       cache_dtype: dtype of the cached outputs, float16 or float32; outputs above 65504, such as those of MobileBERT's
         layers, need float32.
     """
