@@ -610,7 +610,8 @@ def test_the_last_phase_may_become_longer_and_others_not(tmp_path):
     _workdir.check_same_experiment(
         tmp_path, config | dict(phases=(dict(steps=2), dict(steps=9)))
     )
-    with pytest.raises(UserError, match="holds another experiment: phases = "):
+    different = r"holds another experiment: phases\.0\.steps = 2 there, 4 here"
+    with pytest.raises(UserError, match=different):
         _workdir.check_same_experiment(
             tmp_path, config | dict(phases=(dict(steps=4), dict(steps=3)))
         )
