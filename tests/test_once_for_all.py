@@ -12,7 +12,7 @@ import run as run_py
 from squeeze_jax import models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, fit
+from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, extract, fit
 from squeeze_jax.methods import METHODS, Own
 from squeeze_jax.nas import costs, once_for_all, sort_channels, space, subnetwork
 from squeeze_jax.nas.family import Family
@@ -409,6 +409,10 @@ def test_an_extracted_network_is_a_work_directory(tmp_path, capsys):
     assert any(np.any(a != stats[n]) for n, a in tree.flatten(state.stats).items())
     with pytest.raises(UserError, match="holds a run already"):
         run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
+    untrained = config | dict(gradients=config["gradients"] | dict(choices={"kernel": (5,)}))  # fmt: skip
+    untrained["extract"] = config["extract"] | dict(to=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="kernel = 3 is not in the space: choose one of 5"):  # fmt: skip
+        extract.ready(_experiment.build(_experiment.check(untrained)))
     run_py.main(["--job=fit", f"--workdir={tmp_path / 'small'}"])
     assert "step 2/2 · test accuracy" in capsys.readouterr().out
 

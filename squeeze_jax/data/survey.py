@@ -15,7 +15,7 @@ class Unreadable(NamedTuple):
     """A file whose header shows that it cannot be decoded.
 
     Attributes:
-      index: of the example; those of training come first, then those of evaluation.
+      index: position of the example; training examples come first, evaluation examples follow.
       name: of the file.
       reason: why it cannot be decoded.
     """
@@ -78,7 +78,7 @@ def survey_images(
     """Counts images by the headers of their files: of all files, or of `SAMPLE` evenly spaced ones if there are more.
 
     Args:
-      names: of the files, first those of training, then those of evaluation.
+      names: file names, of the training images first, then of the evaluation images.
       open_file: opens a file by its name.
     """
     sizes, counts, modes, unreadable = Counter(), Counter(), Counter(), []
@@ -180,7 +180,7 @@ def describe_unreadable(source, skip: bool) -> str:
 
     Args:
       source: the dataset.
-      skip: whether training skips such images, so that only those of evaluation count.
+      skip: whether training skips such images, so that only evaluation images count.
     """
     if source.survey is None:
         return ""

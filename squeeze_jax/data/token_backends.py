@@ -145,7 +145,7 @@ def _parts(kind: str, content: Mapping, options: Options) -> dict[str, Any]:
 
 
 def _unigram_normalizer(kind: str, content: Mapping, values: Mapping) -> dict:
-    """Returns the normalizer of ALBERT or XLM-RoBERTa; the table of characters is that of the tokenizer.json."""
+    """Returns the normalizer of ALBERT or XLM-RoBERTa, with the table of characters from the tokenizer.json."""
     steps = []
     if kind == "albert":
         steps += [
@@ -185,7 +185,7 @@ def _compare(
     found: Class,
     where: Path,
 ) -> None:
-    """Raises a UserError if a part of a tokenizer.json is not that of a class, except where a given option says so."""
+    """Raises a UserError if a tokenizer.json has another part than its class builds, unless an option asks for that part."""
     as_it_is = f'"tokenizer_class": "{GENERIC}" in {CONFIG} uses the file as it is'
     stored, expected = (
         [s for s in _steps(steps) if not _counts_elsewhere(s, given)]

@@ -23,6 +23,7 @@ from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.ranges import Count, PathStr
 from squeeze_jax.train import forward, log, sharding
 
+METHOD = "nas.once_for_all"
 SIZES = ("smallest", "largest")  # names of architectures
 # Keys of a config that train the whole space, and that the extracted network's config does not keep.
 _OF_SPACE = ("gradients", "phases", "model", "init", "extract")
@@ -79,6 +80,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     )
     elastic = family.space.options(arch)
     print(f"extracted  {_describe(elastic)}")
+    if built.experiment.gradients is None:
+        print("warning    the last phase has trained the largest network alone")
     examples = min(settings.examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
     print(f"statistics measured anew on {examples:,} training examples")
@@ -166,7 +169,10 @@ def size_of(built: Built, variables: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _family(built: Built) -> Family:
-    return Family(built.options, _plugs.plain(built.data.example()))
+    """Returns the networks that the run's last phase has trained."""
+    section = built.experiment.gradients or {}
+    choices = section.get("choices") if section.get("name") == METHOD else None
+    return Family(built.options, _plugs.plain(built.data.example()), choices)
 
 
 def _describe(options: Mapping[str, Any]) -> str:

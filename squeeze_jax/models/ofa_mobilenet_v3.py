@@ -12,11 +12,11 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
-from squeeze_jax.models import _elastic
 from squeeze_jax.models.mobilenet_v3 import Bottleneck
 from squeeze_jax.nn.blocks import Sides, UnitOptions, conv_norm, stage_strides
 from squeeze_jax.nn.chain import Chain, Classifier, Piece
 from squeeze_jax.nn.conv import Conv, per_axis
+from squeeze_jax.nn.elastic import one_per_position
 from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
@@ -77,17 +77,18 @@ class Stem(nn.Module):
 
     features: int
     strides: tuple[int, int]
+    activation: Callable
     options: UnitOptions
 
     @nn.compact
     def __call__(self, x, *, train: bool):
         """Applies the convolution to images."""
         return conv_norm(
-            check_images(x, "ofa_mobilenet_v3"),
+            check_images(x, "the stem"),
             self.features,
             3,
             self.strides,
-            activation=nn.hard_swish,
+            activation=self.activation,
             options=self.options,
             train=train,
             name="conv",
@@ -152,14 +153,14 @@ def make(
       UserError: the variant is unknown, or an option has the wrong number of values.
     """
     row = registry.row(VARIANTS, variant, "variant of ofa_mobilenet_v3")
-    values = _elastic.expand(
+    values = one_per_position(
         elastic(variant), dict(kernel=kernel, expand=expand, depth=depth)
     )
     strides = stage_strides(strides, [s.strides for s in row.stages])
     width = row.width if width is None else width
     options = UnitOptions(padding, epsilon, momentum=0.9)
     channels = scaled(row.stem, width)
-    stem = Stem(channels, per_axis(stem_strides), options)
+    stem = Stem(channels, per_axis(stem_strides), nn.hard_swish, options)
     pieces = [Piece("stem", stem)]
     first = Bottleneck(
         channels, channels, channels, 3, 1, False, nn.relu, True, options

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
-from squeeze_jax.models import _elastic
 from squeeze_jax.models.mobilenet_v3 import Bottleneck
+from squeeze_jax.models.ofa_mobilenet_v3 import Stem
 from squeeze_jax.nn.blocks import Sides, UnitOptions, conv_norm, stage_strides
 from squeeze_jax.nn.chain import Chain, Classifier, Piece
 from squeeze_jax.nn.conv import per_axis
-from squeeze_jax.nn.image import check_images
+from squeeze_jax.nn.elastic import one_per_position
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
@@ -58,28 +58,6 @@ VARIANTS = {  # 1.3: the width multiplier of the authors' published weights
     "w1.3": Row(1.3, 32, 16, 1280, _STAGES, _CHOICES),
     "tiny": Row(1.0, 8, 8, 64, _TINY, _FEW),
 }
-
-
-class Stem(nn.Module):
-    """The first convolution: [b, h, w, c] → [b, h', w', features]."""
-
-    features: int
-    strides: tuple[int, int]
-    options: UnitOptions
-
-    @nn.compact
-    def __call__(self, x, *, train: bool):
-        """Applies the convolution to images."""
-        return conv_norm(
-            check_images(x, "ofa_proxyless"),
-            self.features,
-            3,
-            self.strides,
-            activation=nn.relu6,
-            options=self.options,
-            train=train,
-            name="conv",
-        )
 
 
 class Head(nn.Module):
@@ -137,7 +115,7 @@ def make(
       UserError: the variant is unknown, or an option has the wrong number of values.
     """
     row = registry.row(VARIANTS, variant, "variant of ofa_proxyless")
-    values = _elastic.expand(
+    values = one_per_position(
         elastic(variant), dict(kernel=kernel, expand=expand, depth=depth)
     )
     strides = stage_strides(strides, [s.strides for s in row.stages])
@@ -147,7 +125,7 @@ def make(
     common = dict(excite=False, activation=nn.relu6, options=options)
     first = Bottleneck(stem, stem, channels, 3, 1, residual=False, **common)
     pieces = [
-        Piece("stem", Stem(stem, per_axis(stem_strides), options)),
+        Piece("stem", Stem(stem, per_axis(stem_strides), nn.relu6, options)),
         Piece("first", first),
     ]
     place = 0

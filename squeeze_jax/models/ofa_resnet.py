@@ -11,9 +11,9 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
-from squeeze_jax.models import _elastic
 from squeeze_jax.nn.blocks import UnitOptions, conv_norm, residual_sum
 from squeeze_jax.nn.chain import Chain, Classifier, Piece
+from squeeze_jax.nn.elastic import one_per_position
 from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean, max_pool
 from squeeze_jax.nn.width import scaled
@@ -137,7 +137,7 @@ def make(
     """
     row = registry.row(VARIANTS, variant, "variant of ofa_resnet")
     given = dict(depth=depth, expand=expand, stage_width=stage_width)
-    values = _elastic.expand(elastic(variant), given | dict(stem_block=stem_block))
+    values = one_per_position(elastic(variant), given | dict(stem_block=stem_block))
     options = UnitOptions("symmetric", epsilon, momentum=0.9)
     of_middle, of_stem, *of_stages = values["stage_width"]
     middle = scaled(scaled(row.stem, of_middle) // 2, 1.0)

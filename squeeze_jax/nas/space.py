@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.nn.elastic import one_per_position
 
 Arch = Any  # a NamedTuple of int32 arrays, of the type `Space.arch_type`
 
@@ -69,24 +70,11 @@ class Space(NamedTuple):
                 raise UserError(
                     f"{name} is not an option of the space{nearest(name, self.choices)}"
                 )
-        fields = []
-        for name, choices in self.choices.items():
-            values = options.get(name, tuple(c[-1] for c in choices))
-            single = not isinstance(values, tuple | list)
-            if single:
-                values = (values,) * len(choices)
-            if len(values) != len(choices):
-                raise UserError(
-                    f"{name} has {len(values)} values: give one, or {len(choices)}, one for each position"
-                )
-            fields.append([])
-            for place, (value, allowed) in enumerate(zip(values, choices, strict=True)):
-                if value not in allowed:
-                    where = name if single else f"{name}[{place}]"
-                    raise UserError(
-                        f"{where} = {value!r} is not in the space: choose one of {', '.join(map(str, allowed))}"
-                    )
-                fields[-1].append(allowed.index(value))
+        values = one_per_position(self.choices, options)
+        fields = (
+            [c.index(v) for v, c in zip(values[name], choices, strict=True)]
+            for name, choices in self.choices.items()
+        )
         return self.arch_type(*(np.asarray(f, np.int32) for f in fields))
 
 

@@ -24,6 +24,8 @@ def take(
 ) -> dict[str, Any]:
     """Returns the variables of a smaller network, as slices of a larger network's.
 
+    A convolution has the same number of groups in both networks, unless it is depthwise.
+
     Args:
       variables: collections of the larger network, such as {"params", "batch_stats"}.
       shapes: the same collections of the smaller network, as arrays or shapes. Arrays that it lacks are left out.

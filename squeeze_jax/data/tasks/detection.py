@@ -51,7 +51,7 @@ def make(
     move boxes.
 
     Args:
-      source: `{"name": a name of --list=source, ...its keys}`; its images must have boxes, as those of coco.
+      source: `{"name": a name of --list=source, ...its keys}`; its images must have boxes, as the source coco has.
       size: images become size x size pixels, or (height, width).
       max_boxes: the number of rows for the boxes of an image, 1 or more; an image with more boxes is an error.
       min_visible: a crop drops a box if less than this share of the box's area is inside, 0 to 1. With 0 it drops only boxes

@@ -45,7 +45,7 @@ def make(
     Where images are interpolated, targets take the nearest pixel; where images are padded, targets have the ignored label 255.
 
     Args:
-      source: `{"name": a name of --list=source, ...its keys}`; its images must have targets, as those of camvid or pairs.
+      source: `{"name": a name of --list=source, ...its keys}`; its images must have targets, as the sources camvid and pairs have.
       size: images and targets become size x size pixels, or (height, width).
       channels, mean, std, crop, pad, scale, flip: see `images.make`.
       eval_resize: evaluation images and targets are resized to this short side, then cropped in the centre; a crop that

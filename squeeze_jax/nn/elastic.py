@@ -6,7 +6,7 @@ from typing import Any
 from squeeze_jax.errors import UserError
 
 
-def expand(
+def one_per_position(
     space: Mapping[str, tuple[tuple, ...]], options: Mapping[str, Any]
 ) -> dict[str, tuple]:
     """Returns for each elastic option one value per position.
@@ -16,7 +16,7 @@ def expand(
       options: {option: one value for all positions, one value for each, or None for the largest of each}.
 
     Raises:
-      UserError: an option has another number of values than positions, or a value is larger than the largest choice.
+      UserError: an option has another number of values than positions, or a value is not among its choices.
     """
     values = {}
     for name, choices in space.items():
