@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from squeeze_jax import stop
@@ -23,7 +24,13 @@ class Crash(Reported, RuntimeError):
     """A converter or runtime crashed, hung, or rejected a file; the message is one line that names the file."""
 
 
-def run_module(module: str, *args: object, what: str, timeout: float) -> str:
+def run_module(
+    module: str,
+    *args: object,
+    what: str,
+    timeout: float,
+    poll: Callable[[], None] = lambda: None,
+) -> str:
     """Runs `python -m module args` in a child process and returns its stdout.
 
     The child runs on the CPU and does not inherit this process's XLA settings, such as simulated devices.
@@ -33,6 +40,7 @@ def run_module(module: str, *args: object, what: str, timeout: float) -> str:
       *args: command-line arguments, converted to strings.
       what: name of the task in error messages, such as "model.tflite in its runtime".
       timeout: seconds until the child is killed.
+      poll: called twice a second while the child runs, such as to show progress.
 
     Raises:
       UserError: the child exited with status `USER_ERROR`.
@@ -56,7 +64,7 @@ def run_module(module: str, *args: object, what: str, timeout: float) -> str:
     stop.children.add(child.pid)
     with child:
         try:
-            out, err = _communicate(child, what, timeout)
+            out, err = _communicate(child, what, timeout, poll)
         finally:
             child.kill()
             stop.children.discard(child.pid)
@@ -73,7 +81,7 @@ def run_module(module: str, *args: object, what: str, timeout: float) -> str:
     raise Crash(f"{what} {ending}: {reason}")
 
 
-def _communicate(child, what: str, timeout: float) -> tuple[str, str]:
+def _communicate(child, what: str, timeout: float, poll) -> tuple[str, str]:
     """Waits for a child to end and returns its (stdout, stderr)."""
     end = time.monotonic() + timeout
     while True:
@@ -81,6 +89,7 @@ def _communicate(child, what: str, timeout: float) -> tuple[str, str]:
             return child.communicate(timeout=POLL_SECONDS)
         except subprocess.TimeoutExpired:
             stop.check()
+            poll()
             if time.monotonic() > end:
                 raise Crash(f"{what} gave no answer within {timeout:g} s") from None
 

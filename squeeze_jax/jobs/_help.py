@@ -26,7 +26,7 @@ GROUPS = {
     "train": ("fit", "seeds"),
     "use the trained network": ("evaluate", "predict", "extract", "submit"),
     "ship it": ("export", "benchmark", "huggingface"),
-    "inspect a network before it is trained": ("cost",),
+    "inspect a network before it is trained": ("cost", "latency_table"),
 }
 # The jobs with settings that the main job does.
 PARTS_OF_MAIN = ("export", "benchmark")

@@ -1,7 +1,7 @@
 """Extracts one network of a trained space, as a work directory of its own: every job goes on from there.
 
-The network is an ordinary one, with its part of the largest network's weights, and the config is that of the run's last phase. The statistics of its normalisation layers are
-measured anew on training examples.
+The network is an ordinary one, with its part of the largest network's weights, and the config is that of the run's last
+phase. The statistics of its normalisation layers are measured anew on training examples.
 """
 
 import dataclasses
@@ -15,16 +15,13 @@ import numpy as np
 from squeeze_jax import files, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _plain, _plugs, _settings, evaluate, fit
+from squeeze_jax.jobs import _plain, _settings, _space, evaluate, fit
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.methods import METHODS
-from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.ranges import Count, PathStr
 from squeeze_jax.train import forward, log, sharding
 
-METHOD = "nas.once_for_all"
-SIZES = ("smallest", "largest")  # names of architectures
+ARCH = "config.extract.arch"
 # Keys of a config that train the whole space, and that the extracted network's config does not keep.
 _OF_SPACE = ("gradients", "phases", "model", "init", "extract")
 
@@ -58,7 +55,7 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
         raise UserError(
             f"config.extract.to = {settings.to} holds a run already: choose another work directory"
         )
-    architecture(_family(built), settings.arch)
+    _space.architecture(_space.family(built), settings.arch, ARCH)
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
@@ -72,14 +69,14 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     """
     ready(built, inputs)
     settings = _settings.job_settings(built, Settings)
-    family = _family(built)
-    arch = architecture(family, settings.arch)
+    family = _space.family(built)
+    arch = _space.architecture(family, settings.arch, ARCH)
     state = jax.device_get(evaluate.trained_state(built, workdir))
     options, variables = family.extract(
-        arch, state.plain(), transforms_of(built, state.variables()["params"])
+        arch, state.plain(), _space.transforms_of(built, state.variables()["params"])
     )
     elastic = family.space.options(arch)
-    print(f"extracted  {_describe(elastic)}")
+    print(f"extracted  {_space.describe(elastic)}")
     if built.experiment.gradients is None:
         print("warning    the last phase has trained the largest network alone")
     examples = min(settings.examples, built.data.num_train)
@@ -97,23 +94,6 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     print(f"scores     {log.format_scores(scores)}")
     print(f"written    {settings.to}: next, --job=fit, export or benchmark")
     return small
-
-
-def architecture(family: Family, arch: Mapping[str, Any] | str):
-    """Returns the architecture that settings name; raises a UserError if the space does not have it."""
-    if isinstance(arch, Mapping):
-        return family.space.arch(arch)
-    if arch not in SIZES:
-        raise UserError(
-            f'config.extract.arch = {arch!r} should be "smallest", "largest" or a dict such as {{"depth": 2}}'
-        )
-    return getattr(family.space, arch)()
-
-
-def transforms_of(built: Built, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the matrices of kernels that the gradient method has learned, {layer: {"7to5": matrix}}; {} without them."""
-    gradients = built.plugs.gradients
-    return params.get(METHODS, {}).get(gradients.name, {}) if gradients else {}
 
 
 def recalibrated(
@@ -161,22 +141,6 @@ def recalibrated(
 
 def size_of(built: Built, variables: Mapping[str, Any]) -> tuple[int, int]:
     """Returns (parameters, MACs per example) of a network."""
-    example = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((1, *s.shape[1:]), s.dtype), built.data.example()
-    )
+    example = _space.one_example(built)
     macs = count.macs(built.model.apply, dict(variables), example).total
     return tree.size(variables["params"]), macs
-
-
-def _family(built: Built) -> Family:
-    """Returns the networks that the run's last phase has trained."""
-    section = built.experiment.gradients or {}
-    choices = section.get("choices") if section.get("name") == METHOD else None
-    return Family(built.options, _plugs.plain(built.data.example()), choices)
-
-
-def _describe(options: Mapping[str, Any]) -> str:
-    """Returns the elastic options in a line, such as "depth 2 1, kernel 3 5"."""
-    return ", ".join(
-        f"{name} {' '.join(map(str, values))}" for name, values in options.items()
-    )

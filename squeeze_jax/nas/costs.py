@@ -2,19 +2,22 @@
 
 A piece depends on few positions of the architecture: its own kernel and expansion, and its stage's depth. These positions
 are found by changing each one. So a table per piece holds the costs of all its choices, and an architecture's cost is a sum of
-look-ups. Costs that are not sums over pieces, such as peak memory, do not fit this form.
+look-ups. The peak of memory is the largest of the pieces' peaks instead of their sum.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeeze_jax.cost import count
+from squeeze_jax import tree
+from squeeze_jax.cost import count, memory
+from squeeze_jax.cost.latency_table import Table, key_of
 from squeeze_jax.errors import UserError
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas.family import Family
@@ -29,6 +32,11 @@ class Placed(NamedTuple):
 
     piece: Piece
     inputs: Any
+
+    @property
+    def example(self) -> Any:
+        """Returns the shapes of the inputs."""
+        return jax.ShapeDtypeStruct(*self.inputs)
 
 
 class Column(NamedTuple):
@@ -117,13 +125,18 @@ class Pieces:
             dict.fromkeys(p for c in self.columns.values() for p in c.placed if p)
         )
 
-    def tabulate(self, cost: Callable[[Placed], float]) -> Callable[[Arch], jax.Array]:
+    def tabulate(
+        self,
+        cost: Callable[[Placed], float],
+        combine: Callable[[Sequence[Any]], Any] = sum,
+    ) -> Callable[[Arch], jax.Array]:
         """Returns a function from an architecture to the sum of the costs of its pieces, float32 [].
 
         `jax.vmap` and `jax.jit` apply to the function.
 
         Args:
-          cost: costs of a piece; called once for each different piece.
+          cost: costs of a piece, at least 0; called once for each different piece.
+          combine: what a network's cost is of its pieces' costs, such as `largest` for the peak of memory.
         """
         costs = {placed: cost(placed) for placed in self.distinct}
         tables = [
@@ -132,11 +145,25 @@ class Pieces:
         ]
 
         def total(arch):
-            return sum(
-                jnp.asarray(table)[_index(column, arch)] for column, table in tables
+            return combine(
+                [jnp.asarray(table)[_index(column, arch)] for column, table in tables]
             )
 
         return total
+
+    def latency(self, table: Table, name: str) -> Callable[[Arch], jax.Array]:
+        """Returns a function from an architecture to its predicted latency in ms, float32 [].
+
+        Args:
+          table: the latencies of a device.
+          name: how errors call the table.
+
+        Raises:
+          UserError: the table lacks a piece.
+        """
+        sums = self.tabulate(measured(table, name))
+        counts = self.tabulate(lambda placed: 1)
+        return lambda arch: table.predict(sums(arch), counts(arch))
 
     def number_of_networks(self) -> int:
         """Returns the number of architectures, counting once those that differ only in positions without effect.
@@ -176,18 +203,65 @@ class Pieces:
         return len(self._family.space.choices[name][place])
 
 
+def largest(costs: Sequence[Any]) -> jax.Array:
+    """Returns the largest of the pieces' costs."""
+    return jnp.stack(costs).max(0)
+
+
 def macs(placed: Placed) -> int:
     """Returns the multiply-accumulates of a piece."""
+    net, variables = network_of(placed)
+    return count.macs(net.apply, variables, placed.example).total
+
+
+def parameters(placed: Placed) -> int:
+    """Returns the number of parameters of a piece."""
+    return tree.size(network_of(placed)[1].get("params", {}))
+
+
+def peak_bytes(placed: Placed, bits: int = 8) -> int:
+    """Returns the most bytes of activations that are live at once in a piece, inputs and outputs included.
+
+    A network's peak is that of one of its pieces, because between two pieces only one piece's outputs are live.
+
+    Args:
+      placed: the piece.
+      bits: bits of an activation, see `memory.peak`.
+    """
+    net, variables = network_of(placed)
+    run = functools.partial(net.apply, variables)
+    return memory.peak(lambda x: run(x)[0], placed.example, bits=bits).bytes
+
+
+def measured(table: Table, name: str) -> Callable[[Placed], float]:
+    """Returns a function from a piece to its latency in ms.
+
+    Args:
+      table: the latencies of a device.
+      name: how errors call the table.
+    """
+
+    def latency(placed):
+        key = key_of(placed.piece.module, placed.example)
+        if key not in table.pieces:
+            raise UserError(
+                f"{name} has no latency of {key}: it is of another space, image size or version: measure it with"
+                " --job=latency_table"
+            )
+        return table.pieces[key].ms
+
+    return latency
+
+
+def network_of(placed: Placed) -> tuple[Chain, Any]:
+    """Returns a network of a piece alone, and the shapes of its variables."""
     net = Chain((placed.piece,))
-    inputs = jax.ShapeDtypeStruct(*placed.inputs)
-    variables = jax.eval_shape(net.init, jax.random.key(0), inputs)
-    return count.macs(net.apply, variables, inputs).total
+    return net, jax.eval_shape(net.init, jax.random.key(0), placed.example)
 
 
 def _output(placed: Placed):
     net = Chain((placed.piece,))
-    inputs = jax.ShapeDtypeStruct(*placed.inputs)
-    return jax.eval_shape(net.init_with_output, jax.random.key(0), inputs)[0][0]
+    return jax.eval_shape(net.init_with_output, jax.random.key(0), placed.example)[0][0]
 
 
 def _hashable(x) -> tuple:

@@ -40,6 +40,10 @@ class Space(NamedTuple):
             )
         )
 
+    def describe(self) -> str:
+        """Returns the options with their numbers of positions, such as "kernel x 20, depth x 5"."""
+        return ", ".join(f"{name} x {len(c)}" for name, c in self.choices.items())
+
     def smallest(self) -> Arch:
         """Returns the architecture with the first choice everywhere."""
         return jax.tree.map(np.zeros_like, self.sizes)

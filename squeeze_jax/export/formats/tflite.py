@@ -10,9 +10,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,27 +58,12 @@ def convert_in_child(key: str, fn, inputs, calibration=None) -> bytes:
     Raises:
       process.Crash: the conversion failed; the message names operations and dtypes that LiteRT does not have.
     """
-    import jax
-    from jax import export
-
     from squeeze_jax.export import loops
-    from squeeze_jax.nn import composite
 
-    input_shapes = {
-        name: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype)
-        for name, spec in inputs.items()
-    }
-    with composite.keep_composites():
-        unrolled = loops.unroll_loops(lambda x: name_outputs(fn(x)), input_shapes)
-        program = jax.jit(unrolled, keep_unused=True)
-        exported = export.export(program, platforms=("cpu",))(input_shapes)
-    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-    # JAX sorts the inputs and outputs of a program by name.
-    arguments = {"inputs": sorted(input_shapes), "outputs": sorted(outputs)}
-    arguments["ranges"] = {name: s.range for name, s in inputs.items() if s.range}
+    program = lower(fn, inputs)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "in.mlirbc"), Path(folder, "out.tflite")
-        source.write_bytes(exported.mlir_module_serialized)
+        source.write_bytes(program.stablehlo)
         calibration_paths = []
         if calibration is not None:
             calibration_paths.append(Path(folder, "calibration.npz"))
@@ -86,13 +71,13 @@ def convert_in_child(key: str, fn, inputs, calibration=None) -> bytes:
         try:
             process.run_module(
                 f"squeeze_jax.export.formats.{key}",
-                *(source, target, json.dumps(arguments), *calibration_paths),
+                *(source, target, json.dumps(program.arguments), *calibration_paths),
                 what=f"the conversion to {key}",
                 timeout=CONVERTER_SECONDS,
             )
         except process.Crash:
-            unsupported = loops.unsupported_operations(unrolled, input_shapes)
-            narrow = loops.narrow_floats(unrolled, input_shapes)
+            unsupported = loops.unsupported_operations(program.fn, program.shapes)
+            narrow = loops.narrow_floats(program.fn, program.shapes)
             if not unsupported and narrow:
                 dtype, operation = next(iter(narrow.items()))
                 raise process.Crash(
@@ -108,6 +93,45 @@ def convert_in_child(key: str, fn, inputs, calibration=None) -> bytes:
                 f" or outside of the file{advice}"
             ) from None
         return target.read_bytes()
+
+
+class Lowered(NamedTuple):
+    """A function in StableHLO, as the converters read it.
+
+    Attributes:
+      stablehlo: portable bytecode.
+      arguments: dict(inputs, outputs, ranges): names in the program's order, and the known ranges of inputs; plain JSON.
+      fn: the function with its loops unrolled.
+      shapes: {input: shape with batch 1}.
+    """
+
+    stablehlo: bytes
+    arguments: dict[str, Any]
+    fn: Callable
+    shapes: dict[str, Any]
+
+
+def lower(fn: Callable, inputs: Mapping[str, Spec]) -> Lowered:
+    """Lowers a function at batch 1 to StableHLO for `to_flatbuffer`; see `stablehlo.convert` for the arguments."""
+    import jax
+    from jax import export
+
+    from squeeze_jax.export import loops
+    from squeeze_jax.nn import composite
+
+    shapes = {
+        name: jax.ShapeDtypeStruct((1, *spec.shape), spec.dtype)
+        for name, spec in inputs.items()
+    }
+    with composite.keep_composites():
+        unrolled = loops.unroll_loops(lambda x: name_outputs(fn(x)), shapes)
+        program = jax.jit(unrolled, keep_unused=True)
+        exported = export.export(program, platforms=("cpu",))(shapes)
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    # JAX sorts the inputs and outputs of a program by name.
+    arguments = {"inputs": sorted(shapes), "outputs": sorted(outputs)}
+    arguments["ranges"] = {name: s.range for name, s in inputs.items() if s.range}
+    return Lowered(exported.mlir_module_serialized, arguments, unrolled, shapes)
 
 
 def to_flatbuffer(
