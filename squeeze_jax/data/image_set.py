@@ -18,7 +18,7 @@ from squeeze_jax.data.annotations import Annotation
 from squeeze_jax.data.normalise import check_normalisation, normalised, per_channel
 from squeeze_jax.data.pipeline import Batch, Batches
 from squeeze_jax.data.reader import ImageReader, readers
-from squeeze_jax.data.source import Source
+from squeeze_jax.data.source import Source, hold_out
 
 
 def unchanged(key: jax.Array, batch: dict) -> dict:
@@ -38,6 +38,7 @@ class ImageSet:
       label_names: the names of the classes.
       view: the size and the transforms of the images.
       train_reader, eval_reader: read the two splits.
+      validation_reader: reads the training images that were held out; None if there are none.
       mean, std: of the pixels, see `inputs`.
       workers, threads: the numbers of processes and threads that prepare batches.
       arrays: {name: (shape of one row, dtype)} of the batch arrays that go to the devices, besides "image" and "mask".
@@ -58,6 +59,7 @@ class ImageSet:
     view: vision.View
     train_reader: ImageReader
     eval_reader: ImageReader
+    validation_reader: ImageReader | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int
@@ -91,8 +93,11 @@ class ImageSet:
     def describe(self) -> str:
         """A phrase about the dataset."""
         size = "{}x{}x{}".format(*self.shape)
+        held_out = (
+            f" + {self.num_validation:,} validation" if self.num_validation else ""
+        )
         return (
-            f"{self.num_train:,} train + {self.num_eval:,} test images at {size}{self.having},"
+            f"{self.num_train:,} train{held_out} + {self.num_eval:,} test images at {size}{self.having},"
             f" {self.num_classes} classes"
         )
 
@@ -111,6 +116,11 @@ class ImageSet:
         """The number of evaluation images."""
         return len(self.eval_reader)
 
+    @property
+    def num_validation(self) -> int:
+        """The number of training images that were held out."""
+        return len(self.validation_reader) if self.validation_reader else 0
+
     def train(
         self, batch: int, seed: int, start: int = 0, process: tuple[int, int] = (0, 1)
     ) -> Batches:
@@ -128,6 +138,11 @@ class ImageSet:
         """
         options = dict(workers=self.workers, threads=self.threads)
         return pipeline.evaluation(self.eval_reader, batch, process, **options)
+
+    def validate(self, batch: int, process: tuple[int, int] = (0, 1)) -> Batches:
+        """Returns each held-out training image once and in order, as evaluation sees it; see `eval`."""
+        options = dict(workers=self.workers, threads=self.threads)
+        return pipeline.evaluation(self.validation_reader, batch, process, **options)
 
     def specs(self, rows: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Returns the one shape that all batches have."""
@@ -178,6 +193,7 @@ def make(
     augment: Callable[[jax.Array, Batch], Batch] = unchanged,
     predict: Callable[[Sequence[str], Callable], Iterator[str]] | None = None,
     notes: Sequence[str] = (),
+    validation: float = 0.0,
 ) -> ImageSet:
     """Makes a dataset of the images of a source under a view.
 
@@ -189,6 +205,7 @@ def make(
       arrays, objective, metrics, having, augment, predict: see `ImageSet`.
       annotation: the kind of annotation that moves with the pixels; None for images that have a label.
       notes: further lines of the plan, after those about files left out and changes of the stored images.
+      validation: share of the training images that is held out, see `ImageSet.validate`.
 
     Raises:
       UserError: the number of means or deviations does not fit the channels, or a deviation is not positive.
@@ -196,13 +213,20 @@ def make(
     mean, std = per_channel(mean), per_channel(std)
     check_normalisation(mean, std, view.channels)
     reading = dict(workers=workers, cache_mb=cache_mb, corrupt=corrupt)
+    notes = (*survey.plan_notes(source, view), *notes)
+    source, held_out = hold_out(source, validation)
     train, evaluated = readers(source, view, annotation=annotation, **reading)
+    validated = None
+    if held_out:
+        split = dataclasses.replace(source, train=held_out, eval=held_out)
+        _, validated = readers(split, view, annotation=annotation, **reading)
     still = view.crop == "none" and not view.flip and not view.randaugment
     return ImageSet(
         label_names=source.label_names,
         view=view,
         train_reader=train,
         eval_reader=evaluated,
+        validation_reader=validated,
         mean=mean,
         std=std,
         workers=workers,
@@ -214,7 +238,7 @@ def make(
         augment=augment,
         fixed=still and augment is unchanged,
         predict=predict,
-        notes=(*survey.plan_notes(source, view), *notes),
+        notes=notes,
         unreadable=survey.describe_unreadable(source, skip=corrupt == "skip"),
     )
 

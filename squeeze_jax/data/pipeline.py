@@ -83,6 +83,8 @@ class Data(Protocol):
       notes: lines of the plan about files left out and changes of the stored examples; may be missing.
       unreadable: the line of an error about examples that are known to be damaged, which ends a training run before it begins;
         "" for none; may be missing.
+      validate: as `eval`, of the training examples that were held out; may be missing, and so may `num_validation`, their
+        number.
       ranges: {name of an exported input: (least, greatest value)}, such as {"image": (0, 255)}; may be missing.
       exported: {name: shape without the batch axis} of the inputs of an exported file, with the names in a batch.
     """

@@ -85,6 +85,48 @@ class Source:
         return LABELS if self.ignored is None else "targets"
 
 
+class Subset(NamedTuple):
+    """Some examples of a split.
+
+    Attributes:
+      examples: the split.
+      indices: of the examples, int [n].
+    """
+
+    examples: Examples
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: Sequence[int]) -> list[Example]:
+        """Returns the examples at these places of `self.indices`."""
+        return self.examples.read([int(self.indices[i]) for i in indices])
+
+
+def hold_out(opened: Source, share: float) -> tuple[Source, Subset]:
+    """Returns (the source without some of its training examples, these examples).
+
+    Args:
+      opened: the source.
+      share: of the training examples, 0 to 1; which ones depends on their number and the share alone.
+
+    Raises:
+      UserError: no example is left on one side.
+    """
+    count = len(opened.train)
+    order = np.random.default_rng(0).permutation(count)
+    held = round(share * count)
+    if share and not 0 < held < count:
+        raise UserError(
+            f"config.data.validation = {share} holds out {held} of {count} training images: choose another share"
+        )
+    kept = np.sort(order[held:])
+    train = Subset(opened.train, kept) if held else opened.train
+    validation = Subset(opened.train, np.sort(order[:held]))
+    return dataclasses.replace(opened, train=train), validation
+
+
 def make(source: Mapping) -> Source:
     """Opens the dataset that `config.data.source` names, such as {"name": "tfds", "dataset": "cifar10", ...}.
 

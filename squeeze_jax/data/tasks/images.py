@@ -20,6 +20,7 @@ from squeeze_jax.ranges import (
     Pixels,
     Positive,
     Range,
+    Rate,
     Threads,
     Whole,
 )
@@ -48,6 +49,7 @@ def make(
     threads: Threads = 2,
     cache_mb: Whole = 512,
     corrupt: Literal["raise", "skip"] = "raise",
+    validation: Rate = 0.0,
 ) -> ImageSet:
     """Opens a dataset; the parameters are the keys of `config.data`.
 
@@ -78,6 +80,8 @@ def make(
         not for "random_resized" and not in worker processes. 0 is off.
       corrupt: for a training image that cannot be decoded. "raise": an error; "skip": a black image with "mask" False, and a
         warning. In evaluation it is always an error.
+      validation: the share of the training images, in [0, 1), that training leaves out, so that a search can compare networks
+        on them.
 
     Raises:
       UserError: a key is unknown or missing, a value is out of range, or the source itself raises an error.
@@ -124,6 +128,7 @@ def make(
         metrics="classification",
         augment=partial(mix.augment, **mixing) if mixup or cutmix else unchanged,
         predict=partial(_predict, view, opened.label_names),
+        validation=validation,
     )
 
 

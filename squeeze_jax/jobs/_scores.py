@@ -1,0 +1,151 @@
+"""Scores networks of a trained space, each on its part of the weights and with statistics of its own.
+
+The pieces of the networks are compiled once for each of their choices, so thousands of networks need few compilations.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from squeeze_jax.jobs import _space, benchmark, fit
+from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.nas import subnetwork
+from squeeze_jax.nas.family import Family
+from squeeze_jax.nas.recalibrate import recalibrate
+from squeeze_jax.nas.space import Arch
+from squeeze_jax.nn.chain import Chain, Piece
+from squeeze_jax.nn.reshaped import reshaped
+from squeeze_jax.train import forward, loop
+from squeeze_jax.train.state import State
+
+
+class Scorer:
+    """Measures the score of networks on validation examples, such as their accuracy."""
+
+    def __init__(
+        self,
+        built: Built,
+        state: State,
+        networks: Family,
+        calibration: int,
+        examples: int,
+    ):
+        """Reads the examples into memory.
+
+        Args:
+          built: the experiment in the phase of the trained network.
+          state: the trained state.
+          networks: the space.
+          calibration: number of training examples for statistics, rounded up to whole batches.
+          examples: largest number of validation examples, rounded up to whole batches.
+        """
+        self._built, self._networks = built, networks
+        self._network = built.network
+        plain = state.plain()
+        self._weights = {"params": plain["params"], "batch_stats": plain["batch_stats"]}
+        self._transforms = _space.transforms_of(built, state.variables()["params"])
+        self._named = bool(built.network.forwards or built.network.float32)
+        self._run = jax.jit(self._run_piece, static_argnames=("piece", "train"))
+        self._inputs = jax.jit(built.data.inputs)
+        self._measure = jax.jit(self._measure_batch)
+        self._key = jax.random.key(built.experiment.seed)
+        augment = jax.jit(built.data.augment)
+        self._calibration = [
+            self._inputs(augment(key, batch))
+            for key, batch in zip(
+                jax.random.split(self._key, -(-calibration // built.experiment.batch)),
+                self._placed(_training(built)),
+                strict=False,
+            )
+        ]
+        count = -(-examples // built.experiment.batch)
+        self._validation = [
+            b
+            for _, b in zip(range(count), self._placed(validation(built)), strict=False)
+        ]
+
+    @property
+    def examples(self) -> tuple[int, int]:
+        """Returns the numbers of examples for the statistics and for the score."""
+        batch = self._built.experiment.batch
+        measured = sum(int(b["mask"].sum()) for b in self._validation)
+        return len(self._calibration) * batch, measured
+
+    def __call__(self, arch: Arch) -> float:
+        """Returns the score of an architecture's network, a fraction of 1 such as its accuracy."""
+        pieces = self._networks.network(arch).pieces
+        stats = {}
+        if self._weights["batch_stats"]:
+            stats = recalibrate(
+                lambda inputs: self._chain(pieces, inputs, {}, train=True)[1],
+                self._calibration,
+            )
+
+        def step(stats, batch):
+            logits, _ = self._chain(pieces, self._inputs(batch), stats, train=False)
+            return self._measure(logits, batch)
+
+        scores = loop.evaluate(
+            step, stats, self._validation, lambda b: b, self._built.metric.score
+        )
+        return benchmark.headline(self._built, scores)
+
+    def _placed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            for batch in batches:
+                yield fit.put_batch(batch, self._built)
+        finally:
+            batches.close()
+
+    def _chain(self, pieces, x, stats, train: bool):
+        """Runs a network's pieces; returns (logits, {piece: statistics of the batch})."""
+        changed = {}
+        for piece in pieces:
+            name = piece.name if self._named else "piece"
+            own = {
+                collection: {name: arrays[piece.name]} if piece.name in arrays else {}
+                for collection, arrays in self._weights.items()
+            }
+            transforms = {
+                name + layer.removeprefix(piece.name): matrices
+                for layer, matrices in self._transforms.items()
+                if layer.partition("/")[0] == piece.name
+            }
+            known = {name: stats[piece.name]} if piece.name in stats else {}
+            x, new = self._run(
+                own, transforms, known, x, piece=Piece(name, piece.module), train=train
+            )
+            if new:
+                changed[piece.name] = new[name]
+        return x, changed
+
+    def _run_piece(self, large, transforms, stats, x, *, piece: Piece, train: bool):
+        """Runs a piece; returns (output, statistics of the batch in training mode)."""
+        chain = Chain((piece,))
+        shapes = jax.eval_shape(chain.init, jax.random.key(0), x)
+        small = subnetwork.take(large, shapes, transforms) | (
+            {} if train else {"batch_stats": stats}
+        )
+        small.setdefault("params", {})
+        # With the momentum 0 the new statistics are the batch's own.
+        network = self._network._replace(model=reshaped(chain, {}, (), 0.0))
+        (y, _), after = forward.run(network, small, x, train=train, key=self._key)
+        return y, after["batch_stats"] if train else {}
+
+    def _measure_batch(self, logits, batch):
+        sums, rows = self._built.metric.measure(logits, batch)
+        return sums, rows | {k: batch[k] for k in ("mask", "index") if rows}
+
+
+def validation(built: Built) -> Iterator[Any]:
+    """Returns batches of the examples on which networks are compared: held-out training examples, or else training examples."""
+    batch = built.experiment.batch
+    if getattr(built.data, "num_validation", 0):
+        return built.data.validate(batch, (0, 1))
+    return _training(built)
+
+
+def _training(built: Built) -> Iterator[Any]:
+    """Returns the stream of training batches."""
+    return built.data.train(built.experiment.batch, built.experiment.seed, 0, (0, 1))
