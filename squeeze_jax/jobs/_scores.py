@@ -3,6 +3,7 @@
 The pieces of the networks are compiled once for each of their choices, so thousands of networks need few compilations.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ class Scorer:
           examples: largest number of validation examples, rounded up to whole batches.
         """
         self._built, self._networks = built, networks
-        self._network = built.network
+        self._network, self.step = built.network, int(state.step)
         plain = state.plain()
         self._weights = {"params": plain["params"], "batch_stats": plain["batch_stats"]}
         self._transforms = _space.transforms_of(built, state.variables()["params"])
@@ -50,20 +51,16 @@ class Scorer:
         self._inputs = jax.jit(built.data.inputs)
         self._measure = jax.jit(self._measure_batch)
         self._key = jax.random.key(built.experiment.seed)
-        augment = jax.jit(built.data.augment)
+        batch, augment = built.experiment.batch, jax.jit(built.data.augment)
+        parts = -(-calibration // batch)
+        keys = jax.random.split(self._key, parts)
         self._calibration = [
-            self._inputs(augment(key, batch))
-            for key, batch in zip(
-                jax.random.split(self._key, -(-calibration // built.experiment.batch)),
-                self._placed(_training(built)),
-                strict=False,
+            self._inputs(augment(key, placed))
+            for key, placed in zip(
+                keys, self._take(_training(built), parts), strict=True
             )
         ]
-        count = -(-examples // built.experiment.batch)
-        self._validation = [
-            b
-            for _, b in zip(range(count), self._placed(validation(built)), strict=False)
-        ]
+        self._validation = self._take(validation(built), -(-examples // batch))
 
     @property
     def examples(self) -> tuple[int, int]:
@@ -73,7 +70,7 @@ class Scorer:
         return len(self._calibration) * batch, measured
 
     def __call__(self, arch: Arch) -> float:
-        """Returns the score of an architecture's network, a fraction of 1 such as its accuracy."""
+        """Returns the score of an architecture's network, larger is better: a fraction of 1 such as its accuracy."""
         pieces = self._networks.network(arch).pieces
         stats = {}
         if self._weights["batch_stats"]:
@@ -89,12 +86,15 @@ class Scorer:
         scores = loop.evaluate(
             step, stats, self._validation, lambda b: b, self._built.metric.score
         )
-        return benchmark.headline(self._built, scores)
+        headline = benchmark.headline(self._built, scores)
+        lower = self._built.metric.headline in self._built.metric.lower
+        return -headline if lower else headline
 
-    def _placed(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _take(self, batches: Iterator[Any], count: int) -> list[Any]:
+        """Returns at most `count` batches on the devices."""
         try:
-            for batch in batches:
-                yield fit.put_batch(batch, self._built)
+            taken = itertools.islice(batches, count)
+            return [fit.put_batch(batch, self._built) for batch in taken]
         finally:
             batches.close()
 

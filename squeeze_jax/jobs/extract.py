@@ -15,15 +15,18 @@ import numpy as np
 from squeeze_jax import files, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _plain, _settings, _space, evaluate, fit
+from squeeze_jax.jobs import _phases, _plain, _settings, _space, evaluate, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas.recalibrate import recalibrate
+from squeeze_jax.nas.space import Arch
 from squeeze_jax.ranges import Count, PathStr
 from squeeze_jax.train import forward, log, sharding
+from squeeze_jax.train.state import State
 
 ARCH = "config.extract.arch"
 # Keys of a config that train the whole space, and that the extracted network's config does not keep.
-_OF_SPACE = ("gradients", "phases", "model", "init", "extract")
+_OF_SPACE = ("gradients", "phases", "model", "init")
+_OF_SPACE += ("extract", "latency_table", "search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,30 +72,45 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     """
     ready(built, inputs)
     settings = _settings.job_settings(built, Settings)
-    family = _space.family(built)
-    arch = _space.architecture(family, settings.arch, ARCH)
-    state = jax.device_get(evaluate.trained_state(built, workdir))
+    arch = _space.architecture(_space.family(built), settings.arch, ARCH)
+    state = evaluate.trained_state(built, workdir)
+    return write(built, state, arch, files.path(settings.to), settings.examples)
+
+
+def write(
+    built: Built, state: State, arch: Arch, target: pathlib.Path, examples: int
+) -> Built:
+    """Writes a network's work directory, and prints its costs and scores.
+
+    Args:
+      built: the experiment in the phase of the trained network.
+      state: the trained state.
+      arch: the network's architecture.
+      target: the new work directory.
+      examples: number of training examples for the statistics of normalisation layers.
+
+    Returns:
+      The experiment of the new work directory.
+    """
+    family, state = _space.family(built), jax.device_get(state)
     options, variables = family.extract(
         arch, state.plain(), _space.transforms_of(built, state.variables()["params"])
     )
-    elastic = family.space.options(arch)
-    print(f"extracted  {_space.describe(elastic)}")
+    print(f"extracted  {_space.describe(family.space.options(arch))}")
     if built.experiment.gradients is None:
         print("warning    the last phase has trained the largest network alone")
-    examples = min(settings.examples, built.data.num_train)
+    examples = min(examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
     print(f"statistics measured anew on {examples:,} training examples")
     config = built.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
     kept["steps"] = built.phase.steps
-    small = _plain.write(settings.to, kept, options, variables)
-    scores = fit.make_evaluator(small)(
-        evaluate.trained_state(small, files.path(settings.to))
-    )
+    small = _plain.write(target, kept, options, variables)
+    scores = fit.make_evaluator(small)(evaluate.trained_state(small, target))
     parameters, macs = size_of(small, variables)
     print(f"network    {parameters:,} parameters, {macs:,} MACs per example")
     print(f"scores     {log.format_scores(scores)}")
-    print(f"written    {settings.to}: next, --job=fit, export or benchmark")
+    print(f"written    {target}: next, --job=fit, export or benchmark", flush=True)
     return small
 
 
@@ -144,3 +162,24 @@ def size_of(built: Built, variables: Mapping[str, Any]) -> tuple[int, int]:
     example = _space.one_example(built)
     macs = count.macs(built.model.apply, dict(variables), example).total
     return tree.size(variables["params"]), macs
+
+
+def training_macs(built: Built, smallest: float, mean: float, largest: float) -> float:
+    """Returns the MACs of a training run, in which a backward pass costs two forward passes.
+
+    Args:
+      built: the experiment.
+      smallest, mean, largest: MACs of the smallest, of a random and of the largest network for one example.
+    """
+    total = 0.0
+    for index in range(max(1, len(built.whole.phases))):
+        experiment, phase = _phases.at_phase(built.whole, index)
+        section = experiment.gradients or {}
+        each = 3 * largest
+        if section.get("name") == _space.METHOD:
+            random = section.get("random", 2)
+            each = 3 * random * mean + largest
+            if section.get("rule", "sandwich") == "sandwich":
+                each += 2 * largest + 3 * smallest
+        total += each * phase.steps * experiment.batch
+    return total

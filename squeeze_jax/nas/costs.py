@@ -5,7 +5,6 @@ are found by changing each one. So a table per piece holds the costs of all its 
 look-ups. The peak of memory is the largest of the pieces' peaks instead of their sum.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -262,8 +261,8 @@ def peak_bytes(placed: Placed, bits: int = 8) -> int:
       bits: bits of an activation, see `memory.peak`.
     """
     net, variables = network_of(placed)
-    run = functools.partial(net.apply, variables)
-    return memory.peak(lambda x: run(x)[0], placed.example, bits=bits).bytes
+    arguments = dict(bits=bits, weight_argnums=0)
+    return memory.peak(net.apply, variables, placed.example, **arguments).bytes
 
 
 def measured(table: Table, name: str) -> Callable[[Placed], float]:

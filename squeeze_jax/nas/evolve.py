@@ -30,6 +30,7 @@ class Found(NamedTuple):
       score, cost: its score and cost.
       queries: number of different architectures that were scored.
       history: [generations + 1] best score after each generation.
+      archs: the best architectures, best first, at most `population` of them, with a leading axis.
     """
 
     arch: Arch
@@ -37,6 +38,7 @@ class Found(NamedTuple):
     cost: float
     queries: int
     history: np.ndarray
+    archs: Arch
 
 
 @checked
@@ -78,7 +80,8 @@ def evolve(
         archs = search.within_budget(generation_key, child, elite)
         history.append(search.add(archs))
     arch, best, price = search.winner()
-    return Found(arch, best, price, len(search.scores), np.asarray(history))
+    queries, best_archs = len(search.scores), search.best(population)
+    return Found(arch, best, price, queries, np.asarray(history), best_archs)
 
 
 def _vectorised(space: Space, draw: Callable) -> Callable:
