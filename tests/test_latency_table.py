@@ -124,8 +124,7 @@ def test_the_peak_of_memory_is_that_of_the_whole_network(family, pieces):
     peak = pieces.tabulate(costs.peak_bytes, costs.largest)
     for arch in sample_networks(family.space, 4, 1):
         net = family.network(arch)
-        shapes = family.shapes(net)
-        whole = memory.peak(net.apply, shapes, image(1, 16, 16, 1), weight_argnums=0)
+        whole = memory.peak(net, image(1, 16, 16, 1))
         assert float(peak(arch)) == whole.bytes
 
 

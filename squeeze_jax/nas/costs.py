@@ -260,9 +260,7 @@ def peak_bytes(placed: Placed, bits: int = 8) -> int:
       placed: the piece.
       bits: bits of an activation, see `memory.peak`.
     """
-    net, variables = network_of(placed)
-    arguments = dict(bits=bits, weight_argnums=0)
-    return memory.peak(net.apply, variables, placed.example, **arguments).bytes
+    return memory.peak(network_of(placed)[0], placed.example, bits=bits).bytes
 
 
 def measured(table: Table, name: str) -> Callable[[Placed], float]:
