@@ -1,6 +1,8 @@
 """Supernets: spaces of networks, slices of weights, the gradients of a step, and extracted networks."""
 
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import run as run_py
 from squeeze_jax import models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, extract, fit
+from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, fit
 from squeeze_jax.methods import METHODS, Own
 from squeeze_jax.nas import costs, once_for_all, sort_channels, space, subnetwork
 from squeeze_jax.nas.family import Family
@@ -374,8 +376,14 @@ def test_recalibrated_statistics_are_those_of_all_examples():
     np.testing.assert_allclose(stats["var"], [5.1875], rtol=1e-6)
 
 
-def test_an_extracted_network_is_a_work_directory(tmp_path, capsys):
+def test_an_extracted_network_is_a_work_directory(tmp_path, capsys, monkeypatch):
     """Its logits are those of the active network, it is evaluated with its own statistics, and its training goes on."""
+    rng, identity = np.random.default_rng(0), subnetwork.identity_transforms
+
+    def noisy(sizes):  # two steps would hardly change the matrices
+        return jax.tree.map(lambda a: a + rng.uniform(-0.1, 0.1, a.shape).astype(a.dtype), identity(sizes))  # fmt: skip
+
+    monkeypatch.setattr(subnetwork, "identity_transforms", noisy)
     config = dict(
         steps=2,
         batch=8,
@@ -401,6 +409,9 @@ def test_an_extracted_network_is_a_work_directory(tmp_path, capsys):
     _, active = family.extract(
         family.space.arch({"kernel": 3}), large.plain(), matrices
     )
+    _, cropped = family.extract(family.space.arch({"kernel": 3}), large.plain())
+    kernels = [v["stage1_block1"]["depthwise"]["kernel"] for v in (active["params"], cropped["params"])]  # fmt: skip
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # the matrices count
     assert tree.differences(active["params"], state.params) == []
     for name, array in tree.flatten(active["params"]).items():
         found = tree.flatten(state.params)[name]
@@ -409,10 +420,13 @@ def test_an_extracted_network_is_a_work_directory(tmp_path, capsys):
     assert any(np.any(a != stats[n]) for n, a in tree.flatten(state.stats).items())
     with pytest.raises(UserError, match="holds a run already"):
         run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
-    untrained = config | dict(gradients=config["gradients"] | dict(choices={"kernel": (5,)}))  # fmt: skip
-    untrained["extract"] = config["extract"] | dict(to=str(tmp_path / "other"))
+    assert "largest network alone" not in capsys.readouterr().out
+    restricted = built.whole.config() | dict(gradients=config["gradients"] | dict(choices={"kernel": (5,)}))  # fmt: skip
+    restricted["extract"] = config["extract"] | dict(to=str(tmp_path / "other"))
+    shutil.copytree(tmp_path / "large", tmp_path / "restricted")
+    (tmp_path / "restricted" / "config.json").write_text(json.dumps(restricted))
     with pytest.raises(UserError, match="kernel = 3 is not in the space: choose one of 5"):  # fmt: skip
-        extract.ready(_experiment.build(_experiment.check(untrained)))
+        run_py.main(["--job=extract", f"--workdir={tmp_path / 'restricted'}"])
     run_py.main(["--job=fit", f"--workdir={tmp_path / 'small'}"])
     assert "step 2/2 · test accuracy" in capsys.readouterr().out
 

@@ -12,7 +12,6 @@ import jax
 from squeeze_jax.jobs import _space, benchmark, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas import subnetwork
-from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.nas.space import Arch
 from squeeze_jax.nn.chain import Chain, Piece
@@ -27,8 +26,8 @@ class Scorer:
     def __init__(
         self,
         built: Built,
+        trained: _space.Trained,
         state: State,
-        networks: Family,
         calibration: int,
         examples: int,
     ):
@@ -36,16 +35,16 @@ class Scorer:
 
         Args:
           built: the experiment in the phase of the trained network.
+          trained: the networks.
           state: the trained state.
-          networks: the space.
           calibration: number of training examples for statistics, rounded up to whole batches.
           examples: largest number of validation examples, rounded up to whole batches.
         """
-        self._built, self._networks = built, networks
+        self._built, self._networks = built, trained.networks
         self._network, self.step = built.network, int(state.step)
         plain = state.plain()
         self._weights = {"params": plain["params"], "batch_stats": plain["batch_stats"]}
-        self._transforms = _space.transforms_of(built, state.variables()["params"])
+        self._transforms = trained.transforms(state.variables()["params"])
         self._named = bool(built.network.forwards or built.network.float32)
         self._run = jax.jit(self._run_piece, static_argnames=("piece", "train"))
         self._inputs = jax.jit(built.data.inputs)

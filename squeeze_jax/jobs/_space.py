@@ -1,13 +1,14 @@
 """The space of networks that a run trains, for the jobs that extract, measure and search."""
 
+import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _phases, _plugs
-from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.jobs import _experiment, _phases, _plugs, _workdir
+from squeeze_jax.jobs._experiment import Built, Experiment
 from squeeze_jax.methods import METHODS
 from squeeze_jax.nas import costs
 from squeeze_jax.nas.family import Family
@@ -17,23 +18,57 @@ METHOD = "nas.once_for_all"
 SIZES = ("smallest", "largest")  # names of architectures
 
 
-def family(built: Built, whole: bool = False) -> Family:
-    """Returns the networks that the experiment's phase trains.
+class Trained(NamedTuple):
+    """How the networks of a space were trained.
+
+    Attributes:
+      networks: the networks.
+      method: name of the method under which the training state has its matrices of kernels; "" if there is no such method.
+      experiment: the experiment in the phase of the trained network, with its gradient method.
+    """
+
+    networks: Family
+    method: str
+    experiment: Experiment
+
+    def transforms(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the matrices of kernels that the method has learned, {layer: {"7to5": matrix}}; {} without them."""
+        return params.get(METHODS, {}).get(self.method, {})
+
+
+def trained(built: Built, workdir: pathlib.Path) -> Trained:
+    """Returns the networks that the phase of the trained network has trained.
 
     Args:
-      built: the experiment in the phase of the trained network.
-      whole: whether the run's last phase counts instead.
+      built: the experiment, as a job gets it that needs a trained network: without the methods of training.
+      workdir: its work directory, whose config has them.
 
     Raises:
       UserError: the network has no elastic options.
     """
-    experiment = built.experiment
-    if whole:
-        last = max(0, len(built.whole.phases) - 1)
-        experiment, _ = _phases.at_phase(built.whole, last)
-    section = experiment.gradients or {}
-    choices = section.get("choices") if section.get("name") == METHOD else None
-    return Family(built.options, _plugs.plain(built.data.example()), choices)
+    config = _workdir.read(workdir)
+    experiment, _ = _phases.at_phase(_experiment.check(config), built.phase.index)
+    return Trained(*_family(built, experiment), experiment)
+
+
+def family(built: Built) -> Family:
+    """Returns the networks that the last phase of an experiment trains, which may be untrained.
+
+    Raises:
+      UserError: the network has no elastic options.
+    """
+    last = max(0, len(built.whole.phases) - 1)
+    return _family(built, _phases.at_phase(built.whole, last)[0])[0]
+
+
+def _family(built: Built, experiment: Experiment) -> tuple[Family, str]:
+    """Returns (the networks that an experiment trains, the name of its method)."""
+    section, choices, method = experiment.gradients or {}, None, ""
+    if section.get("name") == METHOD:
+        choices = section.get("choices")
+        method = _plugs.make_plugs(experiment).gradients.name
+    plain = _plugs.plain(built.data.example())
+    return Family(built.options, plain, choices), method
 
 
 def pieces(built: Built, networks: Family) -> costs.Pieces:
@@ -66,12 +101,6 @@ def architecture(networks: Family, arch: Mapping[str, Any] | str, where: str) ->
             f'{where} = {arch!r} should be "smallest", "largest" or a dict such as {{"depth": 2}}'
         )
     return getattr(networks.space, arch)()
-
-
-def transforms_of(built: Built, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the matrices of kernels that the gradient method has learned, {layer: {"7to5": matrix}}; {} without them."""
-    gradients = built.plugs.gradients
-    return params.get(METHODS, {}).get(gradients.name, {}) if gradients else {}
 
 
 def describe(options: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from squeeze_jax import files, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _phases, _plain, _settings, _space, evaluate, fit
-from squeeze_jax.jobs._experiment import Built
+from squeeze_jax.jobs._experiment import Built, Experiment
 from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.nas.space import Arch
 from squeeze_jax.ranges import Count, PathStr
@@ -46,7 +46,7 @@ class Settings:
 
 
 def ready(built: Built, inputs: Sequence[str] = ()) -> None:
-    """Raises a UserError if the network has no elastic options, or the settings do not name a network and a work directory."""
+    """Raises a UserError if the network has no elastic options, or the settings do not name a work directory."""
     if inputs:
         raise UserError(f"the job extract takes no files: {inputs[0]}")
     settings = _settings.job_settings(built, Settings)
@@ -58,7 +58,7 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
         raise UserError(
             f"config.extract.to = {settings.to} holds a run already: choose another work directory"
         )
-    _space.architecture(_space.family(built), settings.arch, ARCH)
+    _space.family(built)
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
@@ -72,18 +72,26 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     """
     ready(built, inputs)
     settings = _settings.job_settings(built, Settings)
-    arch = _space.architecture(_space.family(built), settings.arch, ARCH)
+    trained = _space.trained(built, workdir)
+    arch = _space.architecture(trained.networks, settings.arch, ARCH)
     state = evaluate.trained_state(built, workdir)
-    return write(built, state, arch, files.path(settings.to), settings.examples)
+    target = files.path(settings.to)
+    return write(built, trained, state, arch, target, settings.examples)
 
 
 def write(
-    built: Built, state: State, arch: Arch, target: pathlib.Path, examples: int
+    built: Built,
+    trained: _space.Trained,
+    state: State,
+    arch: Arch,
+    target: pathlib.Path,
+    examples: int,
 ) -> Built:
     """Writes a network's work directory, and prints its costs and scores.
 
     Args:
       built: the experiment in the phase of the trained network.
+      trained: the networks.
       state: the trained state.
       arch: the network's architecture.
       target: the new work directory.
@@ -92,17 +100,17 @@ def write(
     Returns:
       The experiment of the new work directory.
     """
-    family, state = _space.family(built), jax.device_get(state)
-    options, variables = family.extract(
-        arch, state.plain(), _space.transforms_of(built, state.variables()["params"])
+    networks, state = trained.networks, jax.device_get(state)
+    options, variables = networks.extract(
+        arch, state.plain(), trained.transforms(state.variables()["params"])
     )
-    print(f"extracted  {_space.describe(family.space.options(arch))}")
-    if built.experiment.gradients is None:
-        print("warning    the last phase has trained the largest network alone")
+    print(f"extracted  {_space.describe(networks.space.options(arch))}")
+    if not trained.method:
+        print("warning    the run has trained the largest network alone")
     examples = min(examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
     print(f"statistics measured anew on {examples:,} training examples")
-    config = built.experiment.config()  # with the settings of the last phase
+    config = trained.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
     kept["steps"] = built.phase.steps
     small = _plain.write(target, kept, options, variables)
@@ -164,16 +172,18 @@ def size_of(built: Built, variables: Mapping[str, Any]) -> tuple[int, int]:
     return tree.size(variables["params"]), macs
 
 
-def training_macs(built: Built, smallest: float, mean: float, largest: float) -> float:
+def training_macs(
+    whole: Experiment, smallest: float, mean: float, largest: float
+) -> float:
     """Returns the MACs of a training run, in which a backward pass costs two forward passes.
 
     Args:
-      built: the experiment.
+      whole: the experiment with all its phases and methods.
       smallest, mean, largest: MACs of the smallest, of a random and of the largest network for one example.
     """
     total = 0.0
-    for index in range(max(1, len(built.whole.phases))):
-        experiment, phase = _phases.at_phase(built.whole, index)
+    for index in range(max(1, len(whole.phases))):
+        experiment, phase = _phases.at_phase(whole, index)
         section = experiment.gradients or {}
         each = 3 * largest
         if section.get("name") == _space.METHOD:

@@ -86,7 +86,7 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
     for key in settings.formats:
         if key != "xla":
             load_format(key)
-    _space.family(built, whole=True)
+    _space.family(built)
 
 
 def run(
@@ -102,7 +102,7 @@ def run(
     """
     ready(built, inputs)
     settings = _settings.job_settings(built, Settings)
-    networks = _space.family(built, whole=True)
+    networks = _space.family(built)
     pieces = _space.pieces(built, networks)
     archs = sample_networks(networks.space, settings.networks, built.experiment.seed)
     wanted = _piece_files.targets(pieces, archs)

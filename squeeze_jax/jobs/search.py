@@ -19,7 +19,15 @@ import numpy as np
 from squeeze_jax import files, stop
 from squeeze_jax.cost import latency_table
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _scores, _settings, _space, evaluate, extract
+from squeeze_jax.jobs import (
+    _experiment,
+    _scores,
+    _settings,
+    _space,
+    _workdir,
+    evaluate,
+    extract,
+)
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.jobs.latency_table import sample_networks
 from squeeze_jax.nas import limits, predict_mlp
@@ -136,9 +144,9 @@ class Search:
         self.settings = _settings.job_settings(built, Settings)
         check(self.settings, built)
         self.built, self.workdir = built, workdir
-        self.networks = _space.family(built)
-        self.space = self.networks.space
-        self.pieces = _space.pieces(built, self.networks)
+        self.trained = _space.trained(built, workdir)
+        self.space = self.trained.networks.space
+        self.pieces = _space.pieces(built, self.trained.networks)
         entries = [LimitSettings(**section) for section in self.settings.limits]
         self.limits = Limits(
             [self._cost(e) for e in entries], [e.at_most for e in entries]
@@ -212,8 +220,9 @@ def run(
     _check_target(target)
     search = Search(built, workdir)
     state = evaluate.trained_state(built, workdir)
+    calibration = min(settings.calibration, built.data.num_train)
     scorer = _scores.Scorer(
-        built, state, search.networks, settings.calibration, settings.examples
+        built, search.trained, state, calibration, settings.examples
     )
     log = Log(workdir / "search" / "scored.jsonl", search, scorer)
     start, scored_before = time.monotonic(), len(log.scores)
@@ -230,7 +239,7 @@ def run(
         f"search     {new} networks scored in {time.monotonic() - start:.0f} s; all {len(log.scores)} cost {share:.1%} of the"
         " arithmetic of the training run"
     )
-    small = extract.write(built, state, winner, target, settings.calibration)
+    small = extract.write(built, search.trained, state, winner, target, calibration)
     describe_next(target, small)
     return target
 
@@ -381,7 +390,7 @@ def trade_offs(search: Search, predict) -> Front:
         columns = [-predict(archs), *(c.of(archs) for c in search.traded)]
         return np.stack([np.asarray(c) for c in columns], axis=1)
 
-    return pareto(
+    front = pareto(
         search.keys[3],
         search.space,
         objectives,
@@ -389,6 +398,9 @@ def trade_offs(search: Search, predict) -> Front:
         rate=search.settings.rate,
         generations=search.settings.generations,
     )
+    archs = search.canonical(front.archs)  # equal networks once
+    places = list({key_of(a): i for i, a in enumerate(rows(archs))}.values())
+    return Front(jax.tree.map(lambda a: a[places], archs), front.values[places])
 
 
 def scoring_share(search: Search, log: Log, scorer: _scores.Scorer) -> float:
@@ -401,7 +413,8 @@ def scoring_share(search: Search, log: Log, scorer: _scores.Scorer) -> float:
         jax.random.split(search.keys[0], 100)
     )
     mean = float(search.macs.of(drawn).mean())
-    return scoring / extract.training_macs(search.built, smallest, mean, largest)
+    whole = _experiment.check(_workdir.read(search.workdir))
+    return scoring / extract.training_macs(whole, smallest, mean, largest)
 
 
 def report(search, log, predict, front, winner, score, rank) -> None:

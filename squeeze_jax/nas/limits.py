@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
     def show(self, value: float) -> str:
         """Returns a value for the user, such as "latency, tflite_1 0.0312 ms"."""
-        number = f"{value:.4g}" if self.unit else f"{round(value):,}"
+        number = f"{value:.4g}" if self.unit == "ms" else f"{round(value):,}"
         return f"{self.name} {number}{' ' if self.unit else ''}{self.unit}"
 
 
@@ -48,8 +48,7 @@ def cost(
       UserError: the table lacks a piece of the space.
     """
     if kind == "latency":
-        of, name = pieces.latency(table, path), f"latency on {table.name}"
-        return Cost(name, "ms", _vectorised(of))
+        return Cost(table.name, "ms", _vectorised(pieces.latency(table, path)))
     if kind == "macs":
         return Cost("MACs", "", _vectorised(pieces.tabulate(costs.macs)))
     if kind == "memory":
@@ -95,7 +94,7 @@ class Limits(NamedTuple):
         """Returns the costs of an architecture with their limits, in a line."""
         archs = jax.tree.map(lambda a: np.asarray(a)[None], arch)
         return ", ".join(
-            f"{c.show(float(c.of(archs)[0]))} of {m:g}"
+            f"{c.show(float(c.of(archs)[0]))} (at most {m:,g})"
             for c, m in zip(self.costs, self.at_most, strict=True)
         )
 
