@@ -24,7 +24,7 @@ WIDTH = 100
 GROUPS = {
     "everything in turn": ("main",),
     "train": ("fit", "seeds"),
-    "use the trained network": ("evaluate", "predict", "extract", "submit"),
+    "use the trained network": ("evaluate", "predict", "search", "extract", "submit"),
     "ship it": ("export", "benchmark", "huggingface"),
     "inspect a network before it is trained": ("cost", "latency_table"),
 }

@@ -6,6 +6,7 @@ phase. The statistics of its normalisation layers are measured anew on training 
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ def write(
     arch: Arch,
     target: pathlib.Path,
     examples: int,
+    steps: int | None = None,
 ) -> Built:
     """Writes a network's work directory, and prints its costs and scores.
 
@@ -96,6 +98,7 @@ def write(
       arch: the network's architecture.
       target: the new work directory.
       examples: number of training examples for the statistics of normalisation layers.
+      steps: training steps in the new config; None for those of the trained phase.
 
     Returns:
       The experiment of the new work directory.
@@ -112,8 +115,11 @@ def write(
     print(f"statistics measured anew on {examples:,} training examples")
     config = trained.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
-    kept["steps"] = built.phase.steps
-    small = _plain.write(target, kept, options, variables)
+    kept["steps"] = steps or built.phase.steps
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted extraction
+    small = _plain.write(partial, kept, options, variables)
+    files.move(partial, target)
     scores = fit.make_evaluator(small)(evaluate.trained_state(small, target))
     parameters, macs = size_of(small, variables)
     print(f"network    {parameters:,} parameters, {macs:,} MACs per example")

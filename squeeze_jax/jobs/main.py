@@ -1,4 +1,8 @@
-"""Does everything in turn: trains, evaluates and exports the network, and measures the exported files."""
+"""Does everything in turn: trains, evaluates and exports the network, and measures the exported files.
+
+For a config with the section "search", the trained network is a space of networks. Then the job measures the latency tables of
+the section "latency_table", searches the space, and trains, exports and measures the found network in its own work directory.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -7,7 +11,17 @@ import jax
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.runnable import load_format
-from squeeze_jax.jobs import _experiment, _settings, benchmark, evaluate, export, fit
+from squeeze_jax.jobs import (
+    _experiment,
+    _settings,
+    _workdir,
+    benchmark,
+    evaluate,
+    export,
+    fit,
+    latency_table,
+    search,
+)
 from squeeze_jax.jobs._experiment import Built
 
 RUN = "begins"  # a run, unless the work directory holds one
@@ -34,7 +48,7 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Does the jobs fit, evaluate, export and benchmark in turn; training continues from the newest checkpoint.
 
-    With several processes, export and benchmark are left out, because they run in one process.
+    What an interrupted run has finished is kept. With several processes, export and benchmark are left out, because they run in one process.
 
     Raises:
       export.Rejected: a format was rejected; the report has the others.
@@ -50,6 +64,26 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
                 f"run --job=export and --job=benchmark with --workdir={workdir} in one process"
             )
         return
+    if "search" in built.whole.jobs:
+        _search_and_ship(built, workdir)
+        return
     rejected = export.write_files(built, workdir)
     benchmark.run(built, workdir)
     export.raise_rejected(rejected)
+
+
+def _search_and_ship(built: Built, workdir: pathlib.Path) -> None:
+    """Searches a trained space, and does this job in the found network's work directory."""
+    if "latency_table" in built.whole.jobs:
+        latency_table.run(
+            _experiment.build(_experiment.check(_workdir.read(workdir))), workdir
+        )
+    found = search.found_directory(built, workdir)
+    if _workdir.is_trained(found):
+        print(f"found      already: {found}")
+    else:
+        search.run(built, workdir)
+    print()
+    config = _workdir.read(found)
+    run(_experiment.build(_experiment.check(config)), found)
+    print(search.describe_latencies(workdir, found))

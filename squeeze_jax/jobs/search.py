@@ -7,7 +7,6 @@ predicted networks within the limits, which are then scored too. The best of the
 
 import dataclasses
 import json
-import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -68,9 +67,11 @@ class LimitSettings(CostSettings):
 
     Attributes:
       at_most: the largest allowed value: milliseconds, a number or bytes.
+      share: the largest allowed value as a share of the largest network's cost, in (0, 1]; set this key or `at_most`.
     """
 
-    at_most: Positive = math.inf
+    at_most: Positive | None = None
+    share: Part | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Settings:
       rate: probability that a mutation changes a position, in (0, 1].
       calibration: training examples for each network's normalisation statistics; at least 1.
       examples: largest number of examples for a score; at least 1.
+      steps: training steps of the found network in its work directory; None for those of this run's last phase.
       log: a file `search/scored.jsonl` of another search of this space, whose scores are used too.
     """
 
@@ -104,6 +106,7 @@ class Settings:
     rate: Part = 0.1
     calibration: Count = 2048
     examples: Count = 10_000
+    steps: Count | None = None
     log: PathStr | None = None
 
 
@@ -124,8 +127,12 @@ def check(settings: Settings, built: Built) -> None:
                 )
             if entry.cost != "latency" and entry.table:
                 raise UserError(f"{where}: {entry.cost} needs no table: leave it out")
-            if kind is LimitSettings and math.isinf(entry.at_most):
-                raise UserError(f"{where} lacks the key at_most, such as at_most=8.0")
+            if kind is LimitSettings and (entry.at_most is None) == (
+                entry.share is None
+            ):
+                raise UserError(
+                    f"{where} needs one of the keys at_most and share, such as at_most=8.0"
+                )
 
 
 class Search:
@@ -148,9 +155,13 @@ class Search:
         self.space = self.trained.networks.space
         self.pieces = _space.pieces(built, self.trained.networks)
         entries = [LimitSettings(**section) for section in self.settings.limits]
-        self.limits = Limits(
-            [self._cost(e) for e in entries], [e.at_most for e in entries]
-        )
+        limited = [self._cost(e) for e in entries]
+        largest = one(self.space.largest())
+        at_most = [
+            e.at_most or e.share * float(c.of(largest)[0])
+            for e, c in zip(entries, limited, strict=True)
+        ]
+        self.limits = Limits(limited, at_most)
         traded = [self._cost(CostSettings(**s)) for s in self.settings.front]
         self.traded = traded or self.limits.costs or [limits.cost("macs", self.pieces)]
         self.macs = limits.cost("macs", self.pieces)
@@ -216,7 +227,7 @@ def run(
     """
     ready(built, inputs)
     settings = _settings.job_settings(built, Settings)
-    target = files.path(settings.to) if settings.to else workdir / "found"
+    target = found_directory(built, workdir)
     _check_target(target)
     search = Search(built, workdir)
     state = evaluate.trained_state(built, workdir)
@@ -239,9 +250,43 @@ def run(
         f"search     {new} networks scored in {time.monotonic() - start:.0f} s; all {len(log.scores)} cost {share:.1%} of the"
         " arithmetic of the training run"
     )
-    small = extract.write(built, search.trained, state, winner, target, calibration)
+    small = extract.write(
+        built, search.trained, state, winner, target, calibration, settings.steps
+    )
     describe_next(target, small)
     return target
+
+
+def found_directory(built: Built, workdir: pathlib.Path) -> pathlib.Path:
+    """Returns the work directory of the network that a search in `workdir` finds."""
+    settings = _settings.job_settings(built, Settings)
+    return files.path(settings.to) if settings.to else workdir / "found"
+
+
+def describe_latencies(workdir: pathlib.Path, found: pathlib.Path) -> str:
+    """Returns the predicted latencies of the found network beside those of its exported files; "" if none is comparable.
+
+    Args:
+      workdir: of the search.
+      found: work directory of the found network, which the job benchmark has measured.
+    """
+    costs_of_found = record.read(workdir / "search" / "front.json")["found"]["costs"]
+    measured = {row["model"]: row for row in record.read(found / "report.json")["rows"]}
+    lines = []
+    for path in sorted((workdir / "latency").glob("*.json")):
+        table = latency_table.read(path)
+        predicted = costs_of_found.get(table.name)
+        row = measured.get(
+            {"tflite": "model.tflite", "tflite_int8": "model_int8.tflite"}.get(
+                table.about["format"]
+            )
+        )
+        if predicted and row and table.about["threads"] == 1:
+            p50 = row["latency_ms"]["p50"]
+            lines.append(
+                f"latency    {table.name}: {predicted:.4f} ms predicted, {p50:.4f} ms measured on this machine"
+            )
+    return "\n".join(lines)
 
 
 def _check_target(target: pathlib.Path) -> None:

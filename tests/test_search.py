@@ -1,0 +1,347 @@
+"""The job search: scores, limits, trade-offs, the log that a stopped search goes on from, and what it refuses."""
+
+import itertools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import run as run_py
+from squeeze_jax import stop
+from squeeze_jax.cost import latency_table as tables
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import (
+    _experiment,
+    _plugs,
+    _scores,
+    _space,
+    _workdir,
+    evaluate,
+    extract,
+    fit,
+    main,
+)
+from squeeze_jax.nas import costs, limits
+from squeeze_jax.nas.family import Family
+from squeeze_jax.nas.pareto import crowding, pareto, ranks
+
+MODEL = dict(name="ofa_mobilenet_v3", variant="tiny", stem_strides=1)
+CONFIG = dict(
+    steps=2,
+    batch=16,
+    data=dict(source=dict(name="digits"), size=8, validation=0.1),
+    model=MODEL,
+    gradients=dict(name="nas.once_for_all", random=1),
+    optim=dict(lr=0.1, warmup=0),
+    eval_every=0,
+    search=dict(
+        limits=({"cost": "latency", "table": "device", "share": 0.6},),
+        samples=10,
+        candidates=3,
+        generations=3,
+        population=20,
+        calibration=32,
+        examples=64,
+        steps=1,
+    ),
+)
+
+
+def image(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def space():
+    """(family, pieces, all 400 different networks with a leading axis) of the space of 8x8 images."""
+    family = Family(MODEL | dict(num_classes=10), _plugs.plain(image(2, 8, 8, 1)))
+    pieces = costs.Pieces(family, image(1, 8, 8, 1))
+    grids = [
+        list(itertools.product(*(range(len(c)) for c in choices)))
+        for choices in family.space.choices.values()
+    ]
+    rows = list(itertools.product(*grids))
+    fields = (np.asarray([row[i] for row in rows], np.int32) for i in range(3))
+    archs = family.space.arch_type(*fields)
+    return family, pieces, archs
+
+
+def write_table(pieces, path):
+    """Writes a table in which each piece takes as many microseconds as it has parameters."""
+    timings = {
+        tables.key_of(p.piece.module, p.example): tables.Timing(
+            1e-3 * (1 + costs.parameters(p)), 0.0, 1
+        )
+        for p in pieces.distinct
+    }
+    about = dict(device="board", runtime="r", format="tflite", threads=1)
+    tables.write(path, tables.Table(about | {"statistic": "median"}, timings), {})
+
+
+@pytest.fixture(scope="module")
+def trained(space, tmp_path_factory):
+    """A work directory with a space that was trained for two steps, and a latency table."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    built = _experiment.build(_experiment.check(CONFIG))
+    _workdir.begin(workdir, built.whole.config())
+    fit.run(built, workdir)
+    write_table(space[1], workdir / "latency" / "device.json")
+    return workdir
+
+
+def copied(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def job(workdir, *overrides):
+    section = [f"--config.search.{o}" for o in overrides]
+    run_py.main(["--job=search", f"--workdir={workdir}", *section])
+
+
+def log_of(workdir):
+    lines = (workdir / "search" / "scored.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_score_is_that_of_the_extracted_network(trained):
+    """The extracted network is built and evaluated whole, with statistics of the same examples."""
+    built = _experiment.build_trained(trained, _workdir.read(trained))
+    state = evaluate.trained_state(built, trained)
+    how = _space.trained(built, trained)
+    scorer = _scores.Scorer(built, how, state, calibration=48, examples=1000)
+    assert scorer.examples == (48, 144)  # a tenth of the 1,437 training images
+    for name in "smallest", "largest":
+        arch = getattr(how.networks.space, name)()
+        options, variables = how.networks.extract(
+            arch, state.plain(), how.transforms(state.variables()["params"])
+        )
+        stats = extract.recalibrated(built, options, variables, 48)
+        network = how.networks.network(arch)
+
+        @jax.jit
+        def predictions(batch, network=network, variables=variables, stats=stats):
+            inputs = built.data.inputs(batch)
+            params = variables["params"]
+            logits, _ = network.apply({"params": params, "batch_stats": stats}, inputs)
+            return logits.argmax(-1)
+
+        hits = 0
+        for batch in built.data.validate(16):
+            right = np.asarray(predictions(fit.put_batch(batch, built)))
+            hits += ((right == batch["label"]) & batch["mask"]).sum()
+        assert scorer(arch) == pytest.approx(hits / 144, abs=1e-6)
+
+
+def test_validation_images_are_left_out_of_training(trained):
+    built = _experiment.build_trained(trained, _workdir.read(trained))
+    data = built.data
+    assert (data.num_train, data.num_validation, data.num_eval) == (1293, 144, 360)
+    held = np.concatenate([b["image"][b["mask"]] for b in data.validate(16)])
+    stream = data.train(16, 0)
+    trained_on = np.concatenate([next(stream)["image"] for _ in range(81)])
+    stream.close()
+    unique = {row.tobytes() for row in trained_on}
+    known = sum(row.tobytes() in unique for row in held)
+    assert known <= 2  # some digits are alike to the pixel
+    assert "1,293 train + 144 validation + 360 test" in data.describe
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0, 3.0])
+def test_the_nearest_network_breaks_the_limits_least(space, share):
+    """By looking at all networks."""
+    family, pieces, archs = space
+    macs, memory = (limits.cost(kind, pieces) for kind in ("macs", "memory"))
+    least = float(macs.of(archs).min()), float(memory.of(archs).min())
+    both = limits.Limits([macs, memory], [share * least[0], 1.2 * least[1]])
+    found = limits.nearest(family.space, both)
+    best = float(both.share(archs).min())
+    found_share = float(both.share(jax.tree.map(lambda a: a[None], found))[0])
+    assert found_share == pytest.approx(best)
+
+
+def test_costs_of_a_space_by_hand(space):
+    family, pieces, _ = space
+    arch = family.space.largest()
+    one = jax.tree.map(lambda a: a[None], arch)
+    shapes = family.shapes(family.network(arch))["params"]
+    count = sum(np.prod(a.shape) for a in jax.tree.leaves(shapes))
+    of = {
+        kind: limits.cost(kind, pieces).of(one)[0] for kind in ("parameters", "bytes")
+    }
+    assert of == {"parameters": count, "bytes": count}
+    assert limits.cost("bytes", pieces, bits=4).of(one)[0] == count / 2
+
+
+def test_ranks_and_crowding_by_hand():
+    """Points (1, 4), (2, 2), (4, 1) do not dominate each other; (3, 3) is behind (2, 2); (5, 5) behind (3, 3)."""
+    values = np.asarray([[1, 4], [3, 3], [2, 2], [5, 5], [4, 1]], float)
+    assert ranks(values, np.zeros(5)).tolist() == [0, 1, 0, 2, 0]
+    # A candidate that breaks a constraint is behind all that do not, and behind those that break it less.
+    broken = np.asarray([0, 0, 2.0, 0, 1.0])
+    assert ranks(values, broken).tolist() == [0, 0, 3, 1, 2]
+    # (2, 2) lies between (1, 4) and (4, 1): (4 - 1) / 3 + (4 - 1) / 3.
+    front = values[[0, 2, 4]]
+    assert crowding(front).tolist() == [np.inf, 2.0, np.inf]
+
+
+def test_the_front_of_two_costs_is_found(space):
+    """Against the front among all networks, from 20 + 10 * 20 of 400; random search would find half of it."""
+    family, pieces, archs = space
+    macs, memory = (limits.cost(kind, pieces) for kind in ("macs", "memory"))
+
+    def objectives(archs):  # much capacity with few MACs, at little memory
+        size = sum(np.asarray(f, float).sum(1) for f in archs)
+        return np.stack([macs.of(archs), memory.of(archs), -size], 1)
+
+    everything = objectives(archs)
+    true = {
+        tuple(v) for v in everything[ranks(everything, np.zeros(len(everything))) == 0]
+    }
+    front = pareto(
+        jax.random.key(0), family.space, objectives, population=100, generations=10
+    )
+    found = {tuple(v) for v in front.values}
+    assert len(found & true) > 0.8 * len(found)
+    assert ranks(front.values, np.zeros(len(front.values))).max() == 0
+    within = pareto(
+        jax.random.key(0),
+        family.space,
+        objectives,
+        lambda archs: np.asarray(macs.of(archs)) - np.median(everything[:, 0]),
+        population=50,
+        generations=5,
+    )
+    assert within.values[:, 0].max() <= np.median(everything[:, 0])
+
+
+def test_a_search_finds_a_network_within_its_limits(trained, tmp_path, capsys):
+    """The network is a work directory, its latency is below the limit, and it has the best score among such networks."""
+    workdir = copied(trained, tmp_path)
+    job(workdir)
+    printed = capsys.readouterr().out
+    assert "rank correlation" in printed
+    assert "of the arithmetic of the training run" in printed
+    report = json.loads((workdir / "search" / "front.json").read_text())
+    options, latency = report["found"]["options"], report["found"]["costs"]
+    table = tables.read(workdir / "latency" / "device.json")
+    small = _experiment.build_trained(
+        workdir / "found", _workdir.read(workdir / "found")
+    )
+    assert {k: list(small.options[k]) for k in options} == options
+    state = evaluate.trained_state(small, workdir / "found")
+    count = sum(a.size for a in jax.tree.leaves(state.params))
+    pieces = len(small.model.pieces)
+    assert latency[table.name] == pytest.approx(1e-3 * (count + pieces), rel=1e-5)
+    rows = log_of(workdir)
+    assert len(rows) == len({json.dumps(r["options"]) for r in rows})
+    assert 10 < len(rows) <= 13
+    assert report["found"]["score"] == max(
+        row["score"] for row in rows if within(row["options"], small, table)
+    )
+    assert small.experiment.steps == 1
+    assert (workdir / "search" / "front.png").stat().st_size > 10_000
+    with pytest.raises(
+        UserError, match=r"found holds a run already.*config\.search\.to"
+    ):
+        job(workdir)
+    # Another search reads the log, and scores nothing again.
+    log = workdir / "search" / "scored.jsonl"
+    again = shutil.copytree(trained, tmp_path / "again")
+    job(again, f"log={log}")
+    assert f"search     {len(rows) - 10} networks scored" not in capsys.readouterr().out
+    other = json.loads((again / "search" / "front.json").read_text())
+    assert other["found"]["options"] == options
+
+
+def within(options, small, table):
+    """Whether the latency of a network is at most 0.6 of the largest network's."""
+    plain = _plugs.plain(small.data.example())
+
+    def latency(options):
+        net = plain.make(small.options | options)
+        shapes = jax.eval_shape(net.init, jax.random.key(0), small.data.example())
+        count = sum(np.prod(a.shape) for a in jax.tree.leaves(shapes["params"]))
+        return count + len(net.pieces)
+
+    largest = latency(dict.fromkeys(options))
+    return latency({k: tuple(v) for k, v in options.items()}) <= 0.6 * largest
+
+
+def test_a_stopped_search_goes_on(trained, tmp_path, monkeypatch):
+    """Its result is that of a search that was not stopped, and no network is scored twice."""
+    whole = copied(trained, tmp_path)
+    job(whole)
+    stopped = shutil.copytree(trained, tmp_path / "stopped")
+    score, calls = _scores.Scorer.__call__, []
+
+    def counted(self, arch):
+        calls.append(arch)
+        if len(calls) == 5:
+            raise stop.Stopped(15)
+        return score(self, arch)
+
+    monkeypatch.setattr(_scores.Scorer, "__call__", counted)
+    with pytest.raises(stop.Stopped):
+        job(stopped)
+    assert len(log_of(stopped)) == 4
+    with open(stopped / "search" / "scored.jsonl", "a") as file:
+        file.write('{"options": {"ker')  # killed while it wrote
+    job(stopped)
+    expected, found = (
+        json.loads((w / "search" / "front.json").read_text()) for w in (whole, stopped)
+    )
+    assert found["found"] == expected["found"]
+    assert found["rows"] == expected["rows"]
+    assert len(calls) == 1 + len(log_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["samples=5"], "samples = 5 should be at least 10"),
+        (["limits=({'cost':'macs','at_most':10},)"], r"no network of the space meets them; the nearest has MACs [\d,]+ \(at most 10\): raise at_most"),
+        (["limits=({'cost':'mac','at_most':10},)"], r"config\.search\.limits\[0\]\.cost"),
+        (["limits=({'cost':'macs'},)"], "needs one of the keys at_most and share"),
+        (["limits=({'cost':'macs','at_most':9.0,'share':0.5},)"], "needs one of the keys"),
+        (["limits=({'cost':'macs','at_most':-1},)"], "at_most"),
+        (["limits=({'cost':'macs','table':'device','at_most':9.0},)"], "needs no table"),
+        (["limits=({'cost':'latency','at_most':9.0},)"], "a latency needs a table"),
+        (["limits=({'cost':'latency','table':'phone','at_most':9.0},)"], "cannot read the latency table phone"),
+        (["front=({'cost':'macs','at_most':1.0},)"], "at_most"),
+        (["log=none.jsonl"], r"cannot read the log none\.jsonl"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_one_line(trained, tmp_path, overrides, message):
+    workdir = copied(trained, tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        job(workdir, *overrides)
+    assert "\n" not in str(error.value)
+    assert not (workdir / "found").exists()
+
+
+def test_a_table_of_another_image_size_is_refused(trained, tmp_path):
+    workdir = copied(trained, tmp_path)
+    family = Family(MODEL | dict(num_classes=10), _plugs.plain(image(2, 16, 16, 1)))
+    path = workdir / "latency" / "device.json"
+    write_table(costs.Pieces(family, image(1, 16, 16, 1)), path)
+    with pytest.raises(UserError, match=r"device\.json has no latency of .*another space, image size or version"):  # fmt: skip
+        job(workdir)
+
+
+def test_the_main_job_ships_the_found_network(trained, tmp_path, capsys):
+    """It trains the found network, exports and measures it; a second call finds everything done."""
+    workdir = copied(trained, tmp_path)
+    overrides = ["--config.export.formats=('tflite',)", "--config.benchmark.runs=2"]
+    run_py.main(["--job=main", f"--workdir={workdir}", *overrides])
+    printed = capsys.readouterr().out
+    assert "found" in printed
+    assert (workdir / "found" / "export" / "model.tflite").exists()
+    assert (workdir / "found" / "report.json").exists()
+    assert "tflite on board, 1 thread:" in printed
+    assert "ms measured on this machine" in printed
+    run_py.main(["--job=main", f"--workdir={workdir}", *overrides])
+    assert "found      already" in capsys.readouterr().out
+    assert main.RUN == "begins"
