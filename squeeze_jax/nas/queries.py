@@ -1,0 +1,116 @@
+"""The log of a search: the architectures that were scored, in order."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from squeeze_jax.errors import UserError
+from squeeze_jax.nas import space as spaces
+from squeeze_jax.nas.space import Arch, Space
+
+ROUNDS = 100  # tries to find architectures that were not scored yet
+
+
+class Queries(NamedTuple):
+    """The result of a search.
+
+    Attributes:
+      archs: the different architectures that were scored, in order, with a leading axis.
+      scores: their scores, float64 [queries].
+    """
+
+    archs: Arch
+    scores: np.ndarray
+
+    @property
+    def best(self) -> int:
+        """Returns the place of the largest score."""
+        return int(np.argmax(self.scores))
+
+    @property
+    def arch(self) -> Arch:
+        """Returns the architecture with the largest score."""
+        return jax.tree.map(lambda a: a[self.best], self.archs)
+
+    @property
+    def score(self) -> float:
+        """Returns the largest score."""
+        return float(self.scores[self.best])
+
+    @property
+    def history(self) -> np.ndarray:
+        """Returns the largest score after each query, [queries]."""
+        return np.maximum.accumulate(self.scores)
+
+
+class Log:
+    """Scores architectures, each only once."""
+
+    def __init__(self, space: Space, score: Callable[[Arch], Any]):
+        """Starts an empty log.
+
+        Args:
+          space: the space.
+          score: architectures with a leading axis n → array [n].
+        """
+        self._space, self._score = space, score
+        self._scores: dict[tuple, float] = {}
+
+    def __len__(self) -> int:
+        """Returns the number of architectures that were scored."""
+        return len(self._scores)
+
+    def __contains__(self, row: tuple) -> bool:
+        """Whether an architecture, as `rows` writes it, was scored."""
+        return row in self._scores
+
+    def score(self, archs: Arch) -> np.ndarray:
+        """Returns the scores [n] of architectures with a leading axis; only new ones are computed.
+
+        Raises:
+          UserError: the scores have another shape.
+        """
+        keys = rows(archs)
+        new = list(dict.fromkeys(k for k in keys if k not in self._scores))
+        if new:
+            scores = np.asarray(self._score(self.archs(new)), np.float64)
+            if scores.shape != (len(new),):
+                raise UserError(
+                    f"score returns the shape {list(scores.shape)} for {len(new)} architectures: it should be [{len(new)}]"
+                )
+            self._scores.update(zip(new, scores.tolist(), strict=True))
+        return np.asarray([self._scores[k] for k in keys])
+
+    def archs(self, keys: list[tuple]) -> Arch:
+        """Returns architectures with a leading axis, from rows of `rows`."""
+        ends = np.cumsum([len(sizes) for sizes in self._space.sizes])
+        fields = np.split(np.asarray(keys, np.int32), ends[:-1], axis=1)
+        return self._space.arch_type(*fields)
+
+    def new(self, key: jax.Array, count: int) -> Arch:
+        """Returns different random architectures that were not scored, with a leading axis; fewer if the space has no more."""
+        draw = jax.jit(jax.vmap(lambda k: spaces.sample(self._space, k)))
+        found = {}
+        for round_key in jax.random.split(key, ROUNDS):
+            keys = rows(jax.device_get(draw(jax.random.split(round_key, count))))
+            found.update(dict.fromkeys(k for k in keys if k not in self))
+            if len(found) >= count:
+                break
+        return self.archs(list(found)[:count]) if found else self._none()
+
+    def _none(self) -> Arch:
+        return jax.tree.map(
+            lambda n: np.zeros((0, len(n)), np.int32), self._space.sizes
+        )
+
+    def result(self) -> Queries:
+        """Returns all architectures and their scores."""
+        scores = np.asarray(list(self._scores.values()))
+        return Queries(self.archs(list(self._scores)), scores)
+
+
+def rows(archs: Arch) -> list[tuple]:
+    """Returns architectures with a leading axis as tuples, which can be keys of a dict."""
+    return list(map(tuple, np.concatenate([np.asarray(f) for f in archs], 1).tolist()))

@@ -1,0 +1,22 @@
+"""Random search: scores different random architectures, and returns all of them."""
+
+from typing import Any
+
+from squeeze_jax.nas.queries import Log, Queries
+from squeeze_jax.ranges import Count
+from squeeze_jax.registry import checked
+
+
+@checked
+def search(key: Any, space: Any, score: Any, *, queries: Count = 1000) -> Queries:
+    """Returns the architectures that were scored; `arch` and `score` of the result are the best.
+
+    Args:
+      key: random key; the same key gives the same result.
+      space: the space.
+      score: architectures with a leading axis n → array [n], larger is better.
+      queries: number of architectures to score; fewer if the space has no more.
+    """
+    log = Log(space, score)
+    log.score(log.new(key, queries))
+    return log.result()
