@@ -20,7 +20,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export import time_files
 from squeeze_jax.jobs import _plugs
 from squeeze_jax.jobs.latency_table import sample_networks
-from squeeze_jax.nas import costs, space
+from squeeze_jax.nas import costs, encode, space
 from squeeze_jax.nas.family import Family
 
 TINY = dict(name="ofa_mobilenet_v3", variant="tiny", num_classes=10, stem_strides=1)
@@ -133,11 +133,14 @@ def test_equal_networks_have_one_canonical_architecture(family, pieces):
     keys = jax.random.split(jax.random.key(0), 8000)
     archs = jax.vmap(lambda k: space.sample(family.space, k))(keys)
     unique = np.unique(
-        np.concatenate(jax.vmap(pieces.canonical)(archs), axis=1), axis=0
+        np.concatenate(
+            jax.vmap(encode.canonical(family.space, pieces.columns))(archs), axis=1
+        ),
+        axis=0,
     )
     assert len(unique) == (4 + 16) ** 2 == pieces.number_of_networks()
     # One block in each stage: the kernels and expansions of the second blocks have no effect, 4 positions of 2 choices.
-    features = pieces.features(family.space.smallest())
+    features = encode.one_hot(family.space, pieces.columns)(family.space.smallest())
     assert features.shape == (20,)
     assert features.sum() == 10 - 4
 

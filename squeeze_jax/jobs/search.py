@@ -29,7 +29,7 @@ from squeeze_jax.jobs import (
 )
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.jobs.latency_table import sample_networks
-from squeeze_jax.nas import limits, predict_mlp
+from squeeze_jax.nas import encode, limits, predict_mlp
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas.evolve import evolve
 from squeeze_jax.nas.limits import Cost, Limits
@@ -165,8 +165,8 @@ class Search:
         traded = [self._cost(CostSettings(**s)) for s in self.settings.front]
         self.traded = traded or self.limits.costs or [limits.cost("macs", self.pieces)]
         self.macs = limits.cost("macs", self.pieces)
-        self._canonical = jax.jit(jax.vmap(self.pieces.canonical))
-        self.features = jax.jit(jax.vmap(self.pieces.features))
+        self._canonical = _vectorised(encode.canonical, self)
+        self.features = _vectorised(encode.one_hot, self)
         self.keys = jax.random.split(jax.random.key(built.experiment.seed), 4)
         self._check_limits()
 
@@ -203,6 +203,11 @@ class Search:
         )
         archs = rows(self.canonical(stacked(spread))) + rows(self.canonical(uniform))
         return list({key_of(a): a for a in archs}.values())[:count]
+
+
+def _vectorised(make, search: Search):
+    """Returns a function of `encode` for the space of a search, for architectures with a leading axis."""
+    return jax.jit(jax.vmap(make(search.space, search.pieces.columns)))
 
 
 def ready(built: Built, inputs: Sequence[str] = ()) -> None:
@@ -481,7 +486,7 @@ def report(search, log, predict, front, winner, score, rank) -> None:
         print(f"           {search.limits.describe(winner)}")
     archs, scores = log.arrays()
     limit = search.limits.at_most[0] if search.traded is search.limits.costs else None
-    active = jax.device_get(search.pieces.active(winner))
+    active = one_of(_vectorised(encode.effects, search)(one(winner)))
     choices = [
         picture.Choices(
             option,

@@ -164,39 +164,6 @@ class Pieces:
         counts = self.tabulate(lambda placed: 1)
         return lambda arch: table.predict(sums(arch), counts(arch))
 
-    def active(self, arch: Arch) -> Arch:
-        """Returns for each position whether it has an effect, bool; positions of absent pieces have none.
-
-        `jax.vmap` and `jax.jit` apply to this method and to the two below.
-        """
-        found = {
-            name: [False] * len(c) for name, c in self._family.space.choices.items()
-        }
-        for column in self.columns.values():
-            present = jnp.asarray([p is not None for p in column.placed])
-            here = present[_index(column, arch)]
-            for axis, (name, place) in enumerate(column.positions):
-                decides = _decides_presence(column, axis)
-                found[name][place] = found[name][place] | here | decides
-        return type(arch)(*(jnp.stack(list(map(jnp.asarray, found[n]))) for n in found))
-
-    def canonical(self, arch: Arch) -> Arch:
-        """Returns the architecture with 0 in positions without effect, so that equal networks have equal architectures."""
-        return jax.tree.map(
-            lambda index, active: jnp.where(active, index, 0), arch, self.active(arch)
-        )
-
-    def features(self, arch: Arch) -> jax.Array:
-        """Returns the one-hot features of an architecture, with zeros for positions without effect; see `space.one_hot`."""
-        space = self._family.space
-        masks = zip(self.active(arch), space.choices.values(), strict=True)
-        mask = [
-            jnp.broadcast_to(active[place], len(values))
-            for active, choices in masks
-            for place, values in enumerate(choices)
-        ]
-        return spaces.one_hot(space, arch) * jnp.concatenate(mask)
-
     def number_of_networks(self) -> int:
         """Returns the number of architectures, counting once those that differ only in positions without effect.
 

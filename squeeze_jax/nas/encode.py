@@ -50,6 +50,21 @@ def effects(space: Space, columns: Mapping[str, Column]) -> Callable[[Arch], Arc
     return effective
 
 
+def canonical(space: Space, columns: Mapping[str, Column]) -> Callable[[Arch], Arch]:
+    """Returns a function from an architecture to the one with 0 in all positions without effect.
+
+    So equal networks have equal architectures.
+
+    Args:
+      space: the space.
+      columns: `costs.Pieces.columns`.
+    """
+    effective = effects(space, columns)
+    return lambda arch: jax.tree.map(
+        lambda index, active: jnp.where(active, index, 0), arch, effective(arch)
+    )
+
+
 def one_hot(space: Space, columns: Mapping[str, Column]) -> Callable[[Arch], jax.Array]:
     """Returns a function from an architecture to float32 [total number of choices].
 
