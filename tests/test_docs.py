@@ -57,7 +57,7 @@ def test_commands_name_files_that_exist(page):
     named += re.findall(r"notebooks/\w+\.ipynb", text)
     named += re.findall(r"docs/[\w/]+\.(?:md|svg|py|txt)", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
-    jobs = set(re.findall(r"--job=([a-z]+)", text))
+    jobs = set(re.findall(r"--job=([a-z_]+)", text))
     assert jobs <= set(_settings.job_names())
 
 
@@ -113,7 +113,7 @@ SMALL = ('--config.model={"name": "squeezenet", "variant": "tiny", "stem_strides
 def commands(name):
     """The commands of run.py in the pages' blocks that are marked as bash, without `python run.py`."""
     blocks = re.findall(r"```bash\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
-    lines = "".join(blocks).splitlines()
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
     found = [shlex.split(line) for line in lines if line.startswith("python run.py")]
     assert found
     return [words[2:] for words in found]
@@ -180,6 +180,21 @@ def test_the_guides_of_the_first_run_and_of_export(place, capsys):
     capsys.readouterr()
     exec(code, {})
     assert capsys.readouterr().out.strip() in map(str, range(10))
+
+
+def test_the_guides_of_supernets_and_of_devices(place, capsys):
+    few = ["--config.phases.0.steps=1", "--config.phases.1.steps=1", "--config.batch=8"]
+    few += [f"--config.{key}" for key in ("save_every=0", "search.samples=10", "search.calibration=8", "search.examples=8", "search.steps=1", "search.generations=1")]  # fmt: skip
+    quick = [f"--config.latency_table.{key}" for key in ("networks=4", "rounds=1", "runs=1", "seconds=0")]  # fmt: skip
+    small = [a for a in TINY if ".export." in a or ".benchmark." in a]
+    for name in "supernets.md", "measure_device.md":
+        for arguments in commands(name):
+            table = "--job=latency_table" in arguments
+            run_py.main([*arguments, *(quick if table else [*few, *quick, *small])])
+    printed = capsys.readouterr().out
+    assert (place / "runs/ofa_digits/found/report.json").exists()
+    assert (place / "runs/half/config.json").exists()
+    assert "copy the folder to the device" in printed
 
 
 WORDS = ("a", "charming", "and", "often", "affecting", "journey", "slow", "dull")

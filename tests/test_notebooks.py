@@ -54,6 +54,14 @@ SMALL = {
         "TIMED": 2,
         "ROUNDS": 2,
     },
+    "05_once_for_all": {
+        "STEPS": (1, 2),
+        "SAMPLES": 10,
+        "NETWORKS": 4,
+        "ROUNDS": 1,
+        "TRUTH": 3,
+        "WORKDIR": "{tmp}/run",
+    },
 }
 # Code that runs behind a notebook's last cell: the small run takes the branches that the notebook's own values take.
 BRANCHES = {
