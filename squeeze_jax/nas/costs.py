@@ -91,7 +91,7 @@ class Pieces:
             place = Placed(Piece("piece", piece.module), _hashable(x))
             placed[piece.name] = place
             if place not in self._outputs:
-                self._outputs[place] = _output(place)
+                self._outputs[place] = output_of(place)
             x = self._outputs[place]
         return placed
 
@@ -256,7 +256,8 @@ def network_of(placed: Placed) -> tuple[Chain, Any]:
     return net, jax.eval_shape(net.init, jax.random.key(0), placed.example)
 
 
-def _output(placed: Placed):
+def output_of(placed: Placed) -> Any:
+    """Returns the shapes of a piece's outputs."""
     net = Chain((placed.piece,))
     return jax.eval_shape(net.init_with_output, jax.random.key(0), placed.example)[0][0]
 
