@@ -101,10 +101,10 @@ def parse(argv):
 
 def help_text(parser, args):
     """Returns what --help or --list prints."""
-    from squeeze_jax.jobs import _help, _search
+    from squeeze_jax.jobs import _find_names, _help
 
     if args.list is not None:
-        return _search.describe(args.list) if args.list else _help.list_names()
+        return _find_names.describe(args.list) if args.list else _help.list_names()
     if args.job is not None:
         return _help.describe_job(args.job)
     parser.epilog = f"{_help.list_jobs()}\n\nNames and keys for configs: --list"

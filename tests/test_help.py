@@ -11,10 +11,10 @@ from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _experiment,
+    _find_names,
     _help,
     _plugs,
     _schemas,
-    _search,
     _settings,
 )
 
@@ -116,9 +116,9 @@ def test_each_key_has_a_meaning(name):
 def test_any_text_is_searched_in_names_and_their_lines(text, hit):
     if hit is None:
         with pytest.raises(UserError, match="no name and no description has this tex"):
-            _search.describe(text)
+            _find_names.describe(text)
         return
-    lines = _search.describe(text).splitlines()
+    lines = _find_names.describe(text).splitlines()
     assert all(text.casefold() in line.casefold() for line in lines)
     assert len(lines) == len(set(lines))
     assert any(re.fullmatch(hit, line) for line in lines), lines
@@ -134,7 +134,7 @@ def test_any_text_is_searched_in_names_and_their_lines(text, hit):
     ],
 )
 def test_a_kind_lists_its_names(kind, names):
-    lines = _search.describe(kind).splitlines()
+    lines = _find_names.describe(kind).splitlines()
     assert [line.split()[1] for line in lines] == names
 
 

@@ -19,7 +19,6 @@ from squeeze_jax.cost import memory
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import time_files
 from squeeze_jax.jobs import _plugs
-from squeeze_jax.jobs.latency_table import sample_networks
 from squeeze_jax.nas import costs, encode, space
 from squeeze_jax.nas.family import Family
 
@@ -39,6 +38,10 @@ def family():
 @pytest.fixture(scope="module")
 def pieces(family):
     return costs.Pieces(family, image(1, 16, 16, 1))
+
+
+def spread(family, count):
+    return space.spread_networks(family.space, count, jax.random.key(0))
 
 
 def timing(ms):
@@ -107,7 +110,7 @@ def test_predictions_of_networks_are_sums_over_their_pieces(family, pieces):
         known[key] = timing(1e-3 * max(costs.parameters(placed), 1e-6))
     table = tables.Table(ABOUT, known, scale=2.0, join_ms=0.5)
     latency = jax.jit(jax.vmap(pieces.latency(table, "t.json")))
-    archs = sample_networks(family.space, 5, 0)
+    archs = spread(family, 5)
     predicted = latency(jax.tree.map(lambda *rows: np.stack(rows), *archs))
     for arch, ms in zip(archs, predicted, strict=True):
         net = family.network(arch)
@@ -122,7 +125,7 @@ def test_predictions_of_networks_are_sums_over_their_pieces(family, pieces):
 
 def test_the_peak_of_memory_is_that_of_the_whole_network(family, pieces):
     peak = pieces.tabulate(costs.peak_bytes, costs.largest)
-    for arch in sample_networks(family.space, 4, 1):
+    for arch in spread(family, 4):
         net = family.network(arch)
         whole = memory.peak(net, image(1, 16, 16, 1))
         assert float(peak(arch)) == whole.bytes
@@ -146,7 +149,7 @@ def test_equal_networks_have_one_canonical_architecture(family, pieces):
 
 
 def test_sampled_networks_reach_from_the_smallest_to_the_largest(family):
-    archs = sample_networks(family.space, 9, 0)
+    archs = spread(family, 9)
     smallest, largest = family.space.smallest(), family.space.largest()
     jax.tree.map(
         np.testing.assert_array_equal, (archs[0], archs[-1]), (smallest, largest)

@@ -104,7 +104,8 @@ def run(
     settings = _settings.job_settings(built, Settings)
     networks = _space.family(built)
     pieces = _space.pieces(built, networks)
-    archs = sample_networks(networks.space, settings.networks, built.experiment.seed)
+    key = jax.random.key(built.experiment.seed)
+    archs = spaces.spread_networks(networks.space, settings.networks, key)
     wanted = _piece_files.targets(pieces, archs)
     print(
         f"space      {networks.space.describe()}: {len(wanted) - len(archs)} different pieces, {len(archs)} whole networks",
@@ -122,31 +123,6 @@ def run(
         else:
             paths += _tables_of_litert(key, built, networks, pieces, wanted, workdir)
     return paths
-
-
-def sample_networks(space: spaces.Space, count: int, seed: int) -> list:
-    """Returns random architectures from the smallest to the largest.
-
-    In each one, positions take their smallest or their largest choice with a probability of its own, and a random choice
-    otherwise. The first is the smallest network, the last the largest.
-    """
-    archs = []
-    keys = jax.random.split(jax.random.key(seed), count)
-    for number, key in enumerate(keys):
-        position = 2 * number / (count - 1) - 1  # from -1 to 1
-        extreme = space.smallest() if position < 0 else space.largest()
-        share = 1.0 if abs(position) == 1 else 0.7 * abs(position)
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        archs.append(
-            jax.tree.map(
-                lambda random, end, rng=rng, share=share: np.where(
-                    rng.random(random.shape) < share, end, random
-                ),
-                jax.device_get(spaces.sample(space, key)),
-                extreme,
-            )
-        )
-    return archs
 
 
 def _tables_of_litert(

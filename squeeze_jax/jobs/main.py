@@ -13,6 +13,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export.runnable import load_format
 from squeeze_jax.jobs import (
     _experiment,
+    _search_report,
     _settings,
     _workdir,
     benchmark,
@@ -86,4 +87,4 @@ def _search_and_ship(built: Built, workdir: pathlib.Path) -> None:
     print()
     config = _workdir.read(found)
     run(_experiment.build(_experiment.check(config)), found)
-    print(search.describe_latencies(workdir, found))
+    print(_search_report.describe_latencies(workdir, found))

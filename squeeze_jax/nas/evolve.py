@@ -154,13 +154,14 @@ class _Search:
             archs = draw(keys, nearness, *others)
             costs = np.asarray(self._cost(archs))
             lowest = min(lowest, costs.min())
-            kept += [_row(archs, i) for i in np.flatnonzero(costs <= self._budget)]
+            rows = spaces.unstack(archs)
+            kept += [rows[i] for i in np.flatnonzero(costs <= self._budget)]
             if len(kept) >= self._population:
                 return kept[: self._population]
             if not kept:
                 nearness = 1.0
                 smallest = self._space.smallest()
-                (price,) = self._cost(jax.tree.map(lambda a: a[None], smallest))
+                (price,) = self._cost(spaces.stack([smallest]))
                 lowest = min(lowest, price)
                 if price <= self._budget:
                     kept.append(smallest)
@@ -172,9 +173,13 @@ class _Search:
 
     def add(self, archs: list[Arch]) -> float:
         """Scores architectures, and returns the best score so far."""
-        new = {_key(arch): arch for arch in archs if _key(arch) not in self.scores}
+        new = {
+            spaces.key_of(arch): arch
+            for arch in archs
+            if spaces.key_of(arch) not in self.scores
+        }
         if new:
-            together = jax.tree.map(lambda *rows: np.stack(rows), *new.values())
+            together = spaces.stack(list(new.values()))
             scores = np.asarray(self._score(together), np.float64)
             costs = np.asarray(self._cost(together), np.float64)
             for (key, arch), s, c in zip(new.items(), scores, costs, strict=True):
@@ -184,17 +189,9 @@ class _Search:
     def best(self, count: int) -> Arch:
         """Returns the best architectures, best first, with a leading axis."""
         ranked = sorted(self.scores.values(), key=lambda row: -row[0])[:count]
-        return jax.tree.map(lambda *rows: np.stack(rows), *(r[2] for r in ranked))
+        return spaces.stack([row[2] for row in ranked])
 
     def winner(self) -> tuple[Arch, float, float]:
         """Returns the best architecture, its score and its cost."""
         score, cost, arch = max(self.scores.values(), key=lambda row: row[0])
         return arch, score, cost
-
-
-def _row(archs: Arch, index: int) -> Arch:
-    return jax.tree.map(lambda a: np.asarray(a)[index], archs)
-
-
-def _key(arch: Arch) -> tuple:
-    return tuple(np.concatenate([np.ravel(field) for field in arch]).tolist())

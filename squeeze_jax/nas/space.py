@@ -6,7 +6,7 @@ functions of arrays: `jax.vmap` and `jax.jit` apply to them.
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,6 +130,36 @@ def sample(space: Space, key: jax.Array) -> Arch:
     )
 
 
+def spread_networks(space: Space, count: int, key: jax.Array) -> list[Arch]:
+    """Returns random architectures from the smallest to the largest.
+
+    In each one, positions take their smallest or their largest choice with a probability of its own, and a random choice
+    otherwise. The first is the smallest network, the last the largest.
+
+    Args:
+      space: the space.
+      count: number of architectures, 0 or at least 2.
+      key: random key; the same key gives the same architectures.
+    """
+    archs = []
+    for number, arch_key in enumerate(jax.random.split(key, count)):
+        position = 2 * number / (count - 1) - 1  # from -1 to 1
+        extreme = space.smallest() if position < 0 else space.largest()
+        share = 1.0 if abs(position) == 1 else 0.7 * abs(position)
+        mask_key, draw_key = jax.random.split(arch_key)
+        masks = jax.random.split(mask_key, len(extreme))
+        fields = zip(masks, extreme, sample(space, draw_key), strict=True)
+        archs.append(
+            space.arch_type(
+                *(
+                    np.where(jax.random.uniform(k, end.shape) < share, end, random)
+                    for k, end, random in fields
+                )
+            )
+        )
+    return archs
+
+
 def mutate(space: Space, key: jax.Array, arch: Arch, rate: float) -> Arch:
     """Returns an architecture in which each position is drawn anew with the probability `rate`."""
     key, fresh_key = jax.random.split(key)
@@ -162,3 +192,20 @@ def one_hot(space: Space, arch: Arch) -> jax.Array:
             for place, values in enumerate(choices)
         ]
     return jnp.concatenate(parts)
+
+
+def stack(archs: Sequence[Arch]) -> Arch:
+    """Returns architectures with a leading axis, as numpy arrays."""
+    return jax.tree.map(lambda *fields: np.stack(fields), *archs)
+
+
+def unstack(archs: Arch) -> list[Arch]:
+    """Returns the architectures along a leading axis."""
+    archs = jax.device_get(archs)
+    count = len(jax.tree.leaves(archs)[0])
+    return [jax.tree.map(lambda a, i=i: np.asarray(a[i]), archs) for i in range(count)]
+
+
+def key_of(arch: Arch) -> tuple[int, ...]:
+    """Returns an architecture as a tuple, which can be hashed."""
+    return tuple(np.concatenate([np.ravel(field) for field in arch]).tolist())

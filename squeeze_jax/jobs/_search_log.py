@@ -1,0 +1,125 @@
+"""The log of a search: the networks that were scored."""
+
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from squeeze_jax import files, stop
+from squeeze_jax.errors import UserError
+from squeeze_jax.jobs._scores import Scorer
+from squeeze_jax.jobs._search_problem import Problem
+from squeeze_jax.nas import space as spaces
+from squeeze_jax.nas.space import Arch
+
+
+class Log:
+    """The networks that were scored, in a file of JSON lines: {"options", "score"}.
+
+    Attributes:
+      scores: {key of an architecture: (architecture, score)}.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        problem: Problem,
+        scorer: Scorer,
+        other: pathlib.Path | None,
+    ):
+        """Reads the log of this search and another one.
+
+        Args:
+          path: the log of this search; it need not exist.
+          problem: the search.
+          scorer: scores networks.
+          other: the log of another search, or None.
+
+        Raises:
+          UserError: a log cannot be read, or has a line that is no scored network of the space.
+        """
+        self._path, self._problem, self._scorer = path, problem, scorer
+        calibration, examples = scorer.examples
+        self._about = {
+            "step": int(scorer.step),
+            "calibration": calibration,
+            "examples": examples,
+        }
+        self.scores: dict[tuple, tuple[Arch, float]] = {}
+        if other is not None:
+            self._read(other, strict=True)
+        if path.exists():
+            self._read(path, strict=False)
+
+    def _read(self, path: pathlib.Path, strict: bool) -> None:
+        """Reads a log's scores; those of another checkpoint or of other examples are left out, and a line says so.
+
+        Args:
+          path: of the log.
+          strict: whether the last line has to be whole, too.
+        """
+        others = 0
+        try:
+            lines = files.read_file(path).decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the log {path}: {error}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                options, score = row["options"], float(row["score"])
+                about = {k: row[k] for k in self._about}
+            except (ValueError, KeyError, TypeError):
+                if number == len(lines) and not strict:
+                    continue  # it was stopped while it wrote the line
+                raise UserError(
+                    f"{path}: line {number} is no scored network: delete the line, or leave config.search.log out"
+                ) from None
+            if about != self._about:
+                others += 1
+                continue
+            arch = self._problem.space.arch({k: tuple(v) for k, v in options.items()})
+            arch = spaces.unstack(self._problem.canonical(spaces.stack([arch])))[0]
+            self.scores[spaces.key_of(arch)] = arch, score
+        if others:
+            print(
+                f"log        {others} scores in {path} are of another checkpoint or of other examples: left out"
+            )
+
+    def score(self, archs: Sequence[Arch], what: str) -> None:
+        """Scores those architectures that have no score yet, and logs each at once."""
+        new = {
+            spaces.key_of(a): a for a in archs if spaces.key_of(a) not in self.scores
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        begin = shown = time.monotonic()
+        for number, (key, arch) in enumerate(new.items(), 1):
+            stop.check()
+            score = self._scorer(arch)
+            self.scores[key] = arch, score
+            options = {k: list(v) for k, v in self._problem.space.options(arch).items()}
+            row = {"options": options, "score": score, **self._about}
+            with open(self._path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            now = time.monotonic()
+            if now - shown > 10 or number == len(new):
+                shown = now
+                left = (now - begin) / number * (len(new) - number)
+                print(
+                    f"scored     {number} of {len(new)} {what}, {left:.0f} s left",
+                    flush=True,
+                )
+
+    def best(self) -> tuple[Arch, float]:
+        """Returns the network with the highest score among those that meet the limits."""
+        archs, scores = self.arrays()
+        share = np.asarray(self._problem.limits.share(archs))
+        best = int(np.where(share <= 1, scores, -np.inf).argmax())
+        return jax.tree.map(lambda a: a[best], archs), float(scores[best])
+
+    def arrays(self) -> tuple[Arch, np.ndarray]:
+        """Returns (architectures with a leading axis, scores [n])."""
+        archs, scores = zip(*self.scores.values(), strict=True)
+        return spaces.stack(archs), np.asarray(scores)
