@@ -49,10 +49,15 @@ class Log:
             "examples": examples,
         }
         self.scores: dict[tuple, tuple[Arch, float]] = {}
-        if other is not None:
-            self._read(other, strict=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read(path, strict=False)
+        if other is not None:
+            known = set(self.scores)
+            self._read(other, strict=True)
+            for key, (arch, score) in self.scores.items():
+                if key not in known:
+                    self._append(arch, score)
 
     def _read(self, path: pathlib.Path, strict: bool) -> None:
         """Reads a log's scores; those of another checkpoint or of other examples are left out, and a line says so.
@@ -93,16 +98,12 @@ class Log:
         new = {
             spaces.key_of(a): a for a in archs if spaces.key_of(a) not in self.scores
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         begin = shown = time.monotonic()
         for number, (key, arch) in enumerate(new.items(), 1):
             stop.check()
             score = self._scorer(arch)
             self.scores[key] = arch, score
-            options = {k: list(v) for k, v in self._problem.space.options(arch).items()}
-            row = {"options": options, "score": score, **self._about}
-            with open(self._path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(arch, score)
             now = time.monotonic()
             if now - shown > 10 or number == len(new):
                 shown = now
@@ -111,6 +112,13 @@ class Log:
                     f"scored     {number} of {len(new)} {what}, {left:.0f} s left",
                     flush=True,
                 )
+
+    def _append(self, arch: Arch, score: float) -> None:
+        """Writes a line of the log."""
+        options = {k: list(v) for k, v in self._problem.space.options(arch).items()}
+        row = {"options": options, "score": score, **self._about}
+        with open(self._path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def best(self) -> tuple[Arch, float]:
         """Returns the network with the highest score among those that meet the limits."""
