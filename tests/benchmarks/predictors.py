@@ -302,6 +302,9 @@ def draw(path: str, results: dict, top: int) -> None:
             xlabel="samples",
             ylabel="Kendall's tau, held-out architectures",
         )
+        marks = sorted({row["samples"] for row in rows})
+        left.set_xticks(marks, marks)
+        left.set_xticks([], minor=True)
         left.legend()
         smallest = min(best - row["history"][-1] for row in rows)
         right.set(
@@ -311,7 +314,7 @@ def draw(path: str, results: dict, top: int) -> None:
             xlabel="queries",
             ylabel="regret, percentage points",
             xlim=(20, None),
-            ylim=(max(smallest / 2, 1e-3), None),
+            ylim=(max(smallest / 2, 1e-3), 2 * (best - histories["random"][19])),
         )
         right.legend(fontsize=8)
     figure.tight_layout()
