@@ -86,24 +86,20 @@ class Log:
     def archs(self, keys: list[tuple]) -> Arch:
         """Returns architectures with a leading axis, from rows of `rows`."""
         ends = np.cumsum([len(sizes) for sizes in self._space.sizes])
-        fields = np.split(np.asarray(keys, np.int32), ends[:-1], axis=1)
+        flat = np.asarray(keys, np.int32).reshape(len(keys), ends[-1])
+        fields = np.split(flat, ends[:-1], axis=1)
         return self._space.arch_type(*fields)
 
     def new(self, key: jax.Array, count: int) -> Arch:
         """Returns different random architectures that were not scored, with a leading axis; fewer if the space has no more."""
-        draw = jax.jit(jax.vmap(lambda k: spaces.sample(self._space, k)))
+        draw = jax.vmap(lambda k: spaces.sample(self._space, k))
         found = {}
         for round_key in jax.random.split(key, ROUNDS):
             keys = rows(jax.device_get(draw(jax.random.split(round_key, count))))
             found.update(dict.fromkeys(k for k in keys if k not in self))
             if len(found) >= count:
                 break
-        return self.archs(list(found)[:count]) if found else self._none()
-
-    def _none(self) -> Arch:
-        return jax.tree.map(
-            lambda n: np.zeros((0, len(n)), np.int32), self._space.sizes
-        )
+        return self.archs(list(found)[:count])
 
     def result(self) -> Queries:
         """Returns all architectures and their scores."""

@@ -8,12 +8,10 @@ scored before joins the population again, without a query: only different archit
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.nas.queries import Log, Queries
-from squeeze_jax.nas.space import Arch, Space
+from squeeze_jax.nas.queries import Log, Queries, rows
 from squeeze_jax.ranges import Count
 from squeeze_jax.registry import checked
 
@@ -47,52 +45,39 @@ def search(
         raise UserError(
             f"regularised_evolution: population = {population}, but queries = {queries}: the first population needs a query each"
         )
-    first_key, key = jax.random.split(key)
-    log = Log(space, score)
-    members = log.new(first_key, population)
-    scores = log.score(members)
-    members = jax.tree.map(np.array, members)
-    breed = jax.jit(
-        lambda key, members, scores: _child(space, key, members, scores, tournament)
-    )
-    limit = CHILDREN * queries
-    for step in range(limit):
-        if len(log) >= queries:
-            break
-        child = breed(jax.random.fold_in(key, step), members, scores)
-        child = jax.tree.map(lambda a: np.asarray(a)[None], child)
-        oldest = step % len(scores)
-        scores[oldest] = log.score(child)[0]
-        for field, values in zip(members, child, strict=True):
-            field[oldest] = values[0]
-    return log.result()
-
-
-def neighbour(space: Space, key: jax.Array, arch: Arch) -> Arch:
-    """Returns an architecture in which one random position has another random choice.
-
-    Positions with one choice are never drawn. `jax.vmap` and `jax.jit` apply to the function.
-
-    Raises:
-      UserError: all positions have one choice.
-    """
     sizes = np.concatenate(list(space.sizes))
     elastic = np.flatnonzero(sizes > 1)
     if not len(elastic):
-        raise UserError("neighbour: all positions of the space have one choice")
-    place_key, choice_key = jax.random.split(key)
-    place = jax.random.choice(place_key, elastic)
-    size = jnp.asarray(sizes)[place]
-    step = jax.random.randint(choice_key, (), 1, size)
-    flat = jnp.concatenate([jnp.asarray(field) for field in arch])
-    flat = flat.at[place].set((flat[place] + step) % size)
-    ends = np.cumsum([len(field) for field in space.sizes])
-    return space.arch_type(*jnp.split(flat, ends[:-1]))
+        raise UserError("regularised_evolution: all positions have one choice")
+    first_key, drawn_key, change_key = jax.random.split(key, 3)
+    log = Log(space, score)
+    first = log.new(first_key, population)
+    scores, members = log.score(first), rows(first)
+    steps = CHILDREN * queries
+    drawn = np.asarray(
+        jax.random.randint(drawn_key, (steps, tournament), 0, len(members))
+    )
+    changes = np.asarray(jax.random.uniform(change_key, (steps, 2)))
+    for step in range(steps):
+        if len(log) >= queries:
+            break
+        parent = drawn[step][np.argmax(scores[drawn[step]])]
+        oldest = step % len(members)
+        members[oldest] = _neighbour(members[parent], sizes, elastic, *changes[step])
+        scores[oldest] = log.score(log.archs([members[oldest]]))[0]
+    return log.result()
 
 
-def _child(space: Space, key, members: Arch, scores, tournament: int) -> Arch:
-    """Returns a neighbour of the best of some random members."""
-    tournament_key, change_key = jax.random.split(key)
-    drawn = jax.random.randint(tournament_key, (tournament,), 0, len(scores))
-    parent = drawn[jnp.argmax(scores[drawn])]
-    return neighbour(space, change_key, jax.tree.map(lambda a: a[parent], members))
+def _neighbour(arch: tuple, sizes, elastic, place: float, change: float) -> tuple:
+    """Returns an architecture in which one position has another choice.
+
+    Args:
+      arch: choices of all positions.
+      sizes: number of choices of each position.
+      elastic: the positions with several choices.
+      place, change: random numbers in [0, 1) that decide the position and its new choice.
+    """
+    position = elastic[int(place * len(elastic))]
+    size = int(sizes[position])
+    choice = (arch[position] + 1 + int(change * (size - 1))) % size
+    return (*arch[:position], choice, *arch[position + 1 :])

@@ -1,7 +1,7 @@
 """Accuracy predictors against tables of trained networks, `python tests/benchmarks/predictors.py --data DIR`.
 
 The tables are NAS-Bench-201 (validation accuracies on CIFAR-10 after 12 epochs) and NAS-Bench-Macro. For each number of samples it
-prints the rank correlation of the predictions with the scores of all architectures, and what a search with as many samples
+prints the rank correlation of the predictions with the scores of the other architectures, and what a search with as many samples
 and `--top` further queries finds, against random search and regularised evolution. Regret is the largest score of the table minus
 the score that was found, in percentage points. "evolution" is the number of queries after which regularised evolution's mean
 regret is as small, and "ratio" that number divided by the predictor's number of queries.
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import workload  # noqa: F401, the path of the project
 
 import squeeze_jax
 from squeeze_jax.nas import (
@@ -42,22 +43,20 @@ class Table(NamedTuple):
     Attributes:
       space: the space, with one option.
       choices: [n, positions].
+      rows: row of each architecture, with an axis for each position.
       scores: [n], in percent.
       graphs: adjacency and nodes.
     """
 
     space: spaces.Space
     choices: np.ndarray
+    rows: np.ndarray
     scores: np.ndarray
     graphs: tuple[np.ndarray, np.ndarray]
 
     def places(self, archs) -> np.ndarray:
         """Returns the rows of architectures."""
-        sizes = np.concatenate(list(self.space.sizes))
-        order = np.ravel_multi_index(self.choices.T, sizes)
-        rows = np.empty(len(order), int)
-        rows[order] = np.arange(len(order))
-        return rows[np.ravel_multi_index(np.asarray(archs[0]).T, sizes)]
+        return self.rows[tuple(np.asarray(archs[0]).T)]
 
     def score(self, archs) -> np.ndarray:
         """Returns the scores of architectures."""
@@ -75,7 +74,7 @@ def nas_bench_201(data: Path) -> Table:
     )
     space = spaces.from_choices({"edge": (tuple(range(len(OPERATIONS))),) * 6})
     scores = np.asarray([float(row["cifar10-val"]) for row in rows])
-    return Table(space, choices, scores, cell_graphs(choices))
+    return Table(space, choices, rows_of(space, choices), scores, cell_graphs(choices))
 
 
 def cell_graphs(choices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +112,14 @@ def nas_bench_macro(data: Path) -> Table:
     archs = space.arch_type(choices)
     graphs = jax.device_get(jax.vmap(encode.chain_of_positions(space))(archs))
     scores = np.asarray([row["mean_acc"] for row in rows.values()])
-    return Table(space, choices, scores, graphs)
+    return Table(space, choices, rows_of(space, choices), scores, graphs)
+
+
+def rows_of(space: spaces.Space, choices: np.ndarray) -> np.ndarray:
+    """Returns the row of each architecture, with an axis for each position."""
+    rows = np.empty(np.concatenate(list(space.sizes)), int)
+    rows[tuple(choices.T)] = np.arange(len(choices))
+    return rows
 
 
 def predictors(table: Table, members: int) -> dict:
@@ -198,8 +204,12 @@ def baselines(table: Table, args) -> dict[str, np.ndarray]:
             )
             for seed in range(args.seeds)
         ]
-        shortest = min(len(log.scores) for log in logs)
-        return np.mean([log.history[:shortest] for log in logs], 0)
+        # A search that finds no new architecture keeps its best.
+        histories = [
+            np.pad(log.history, (0, args.queries - len(log.scores)), "edge")
+            for log in logs
+        ]
+        return np.mean(histories, 0)
 
     histories = {"random": mean_history(random_search.search)}
     for population, tournament in POPULATIONS:
@@ -227,7 +237,7 @@ def print_row(table: Table, row: dict, histories: dict, top: int) -> None:
         f"{row['predictor']:<11}{row['samples']:>8}",
         f"{row['kendall']:>8.3f} ± {row['kendall_deviation']:.3f}",
         f"{row['spearman']:>10.3f}{row['seconds']:>9.1f}{queries:>9}",
-        f"{best - score:>8.2f}{best - histories['random'][queries - 1]:>8.2f}",
+        f"{max(best - score, 0):>8.2f}{best - histories['random'][queries - 1]:>8.2f}",
         f"{sign + str(number):>11}{f'{sign}{number / queries:.1f}':>8}",
     ]
     print("".join(cells), flush=True)
@@ -239,7 +249,7 @@ def print_searches(table: Table, histories: dict) -> None:
     print(f"\n{'regret by queries':<28}" + "".join(f"{q:>8}" for q in marks))
     for name, history in histories.items():
         known = [q for q in marks if q <= len(history)]
-        cells = [f"{best - history[q - 1]:>8.2f}" for q in known]
+        cells = [f"{max(best - history[q - 1], 0):>8.2f}" for q in known]
         print(f"{name:<28}" + "".join(cells), flush=True)
 
 
@@ -292,6 +302,9 @@ def draw(path: str, results: dict, top: int) -> None:
             xlabel="samples",
             ylabel="Kendall's tau, held-out architectures",
         )
+        marks = sorted({row["samples"] for row in rows})
+        left.set_xticks(marks, marks)
+        left.set_xticks([], minor=True)
         left.legend()
         smallest = min(best - row["history"][-1] for row in rows)
         right.set(
@@ -301,7 +314,7 @@ def draw(path: str, results: dict, top: int) -> None:
             xlabel="queries",
             ylabel="regret, percentage points",
             xlim=(20, None),
-            ylim=(max(smallest / 2, 1e-3), None),
+            ylim=(max(smallest / 2, 1e-3), 2 * (best - histories["random"][19])),
         )
         right.legend(fontsize=8)
     figure.tight_layout()
@@ -312,7 +325,7 @@ def main() -> None:
     """Prints a table for each benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).resolve().parents[3] / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=default)
+    parser.add_argument("--data", type=Path, default=default, help="folder with nas/")
     parser.add_argument("--tables", default="nas_bench_201,nas_bench_macro")
     parser.add_argument("--samples", default="20,50,100,172,334")
     parser.add_argument("--top", type=int, default=50, help="queries after the samples")
