@@ -161,3 +161,26 @@ def test_a_bad_transition_is_found_before_the_first_phase(tmp_path, begin, words
 def test_steps_of_the_config_may_not_contradict_the_phases(tmp_path):
     with pytest.raises(UserError, match=r"steps of config\.phases add up to 22"):
         run_py.main(["--job=fit", f"--workdir={tmp_path}", *TINY, "--config.steps=7"])
+
+
+SUPERNET = (
+    config_of("ofa_digits"),
+    '--config.phases=({"steps": 5}, {"steps": 6, "begin": {"name": "nas.sort_channels"}, "gradients": {"name": "nas.once_for_all", "random": 1}, "optim": {"lr": 0.05}})',
+    "--config.batch=8",
+    "--config.data.size=8",
+    "--config.data.pad=1",
+    "--config.optim.warmup=0",
+    "--config.log_every=1",
+    "--config.save_every=2",
+)
+
+
+def test_a_supernet_killed_in_any_phase_ends_the_same_to_the_bit(tmp_path):
+    """In the first phase, at its end, and twice in the second, which has drawn random networks."""
+    for name, kills in ("whole", ()), ("killed", (3, 5, 7, 10)):
+        for step in kills:
+            test_run_methods.fit(tmp_path / name, SUPERNET, 1, kill_at=step)
+        test_run_methods.fit(tmp_path / name, SUPERNET, 1)
+    ends = [states(tmp_path / name) for name in ("whole", "killed")]
+    assert "once_for_all" in ends[0].params["methods"]
+    chex.assert_trees_all_equal(*ends)
