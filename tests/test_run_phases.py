@@ -175,12 +175,28 @@ SUPERNET = (
 )
 
 
-def test_a_supernet_killed_in_any_phase_ends_the_same_to_the_bit(tmp_path):
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("supernet")
+    test_run_methods.fit(workdir, SUPERNET, 1)
+    return workdir
+
+
+def test_a_supernet_killed_in_any_phase_ends_the_same_to_the_bit(supernet, tmp_path):
     """In the first phase, at its end, and twice in the second, which has drawn random networks."""
-    for name, kills in ("whole", ()), ("killed", (3, 5, 7, 10)):
-        for step in kills:
-            test_run_methods.fit(tmp_path / name, SUPERNET, 1, kill_at=step)
-        test_run_methods.fit(tmp_path / name, SUPERNET, 1)
-    ends = [states(tmp_path / name) for name in ("whole", "killed")]
-    assert "once_for_all" in ends[0].params["methods"]
-    chex.assert_trees_all_equal(*ends)
+    for step in (3, 5, 7, 10):
+        test_run_methods.fit(tmp_path, SUPERNET, 1, kill_at=step)
+    test_run_methods.fit(tmp_path, SUPERNET, 1)
+    assert "once_for_all" in states(tmp_path).params["methods"]
+    chex.assert_trees_all_equal(states(tmp_path), states(supernet))
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_a_supernet_on_four_devices_is_that_on_one(supernet, tmp_path, axis):
+    """Only sums are rounded in another order."""
+    sharding = f"--config.sharding.{axis}=4"
+    more = () if axis == "data" else ("--config.sharding.data=1",)
+    test_run_methods.fit(tmp_path, (*SUPERNET, sharding, *more), 4)
+    one, four = (tree.flatten(states(w).params) for w in (supernet, tmp_path))
+    for name, array in one.items():
+        np.testing.assert_allclose(four[name], array, atol=1e-3, err_msg=name)
