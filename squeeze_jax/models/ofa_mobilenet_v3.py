@@ -19,6 +19,7 @@ from squeeze_jax.nn.conv import Conv, per_axis
 from squeeze_jax.nn.elastic import one_per_position
 from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.pool import global_mean
+from squeeze_jax.nn.resolution import resize_pieces, resolution_choices
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
 
@@ -101,6 +102,7 @@ class Head(nn.Module):
     features: int
     hidden: int
     options: UnitOptions
+    activation: Callable = nn.hard_swish
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -109,14 +111,14 @@ class Head(nn.Module):
             x,
             self.features,
             1,
-            activation=nn.hard_swish,
+            activation=self.activation,
             options=self.options,
             train=train,
             name="expand",
         )
         y = global_mean(y)[:, None, None].astype(y.dtype)
         y = Conv(self.hidden, (1, 1), use_bias=False, dtype=y.dtype, name="mix")(y)
-        return nn.hard_swish(y)[:, 0, 0]
+        return self.activation(y)[:, 0, 0]
 
 
 def make(
@@ -126,6 +128,8 @@ def make(
     kernel: tuple[Count, ...] | Count | None = None,
     expand: tuple[Positive, ...] | Positive | None = None,
     depth: tuple[Count, ...] | Count | None = None,
+    resolutions: tuple[Count, ...] = (),
+    resolution: tuple[Count, ...] | Count | None = None,
     width: Multiplier | None = None,
     strides: tuple[Strides, ...] | None = None,
     stem_strides: Strides | tuple[Strides, ...] = 2,
@@ -143,6 +147,8 @@ def make(
       expand: ratio of the channels inside a block to those of its input, likewise.
       depth: number of blocks: one for all stages, or one for each; None for the largest. Values of `kernel` and
         `expand` for blocks beyond it are not used.
+      resolutions: image sizes among which `resolution` chooses, ascending; () for images that keep their size.
+      resolution: images are resized to this size; None for the largest of `resolutions`.
       width: width multiplier that replaces the variant's.
       strides: strides of each stage that replace (2, 2, 2, 1, 2); smaller ones for small images.
       stem_strides: strides of the first convolution.
@@ -153,15 +159,16 @@ def make(
       UserError: the variant is unknown, or an option has the wrong number of values.
     """
     row = registry.row(VARIANTS, variant, "variant of ofa_mobilenet_v3")
-    values = one_per_position(
-        elastic(variant), dict(kernel=kernel, expand=expand, depth=depth)
-    )
+    resolution_choices(resolutions, resolution)
+    given = dict(kernel=kernel, expand=expand, depth=depth, resolution=resolution)
+    values = one_per_position(elastic(variant, resolutions), given)
     strides = stage_strides(strides, [s.strides for s in row.stages])
     width = row.width if width is None else width
     options = UnitOptions(padding, epsilon, momentum=0.9)
     channels = scaled(row.stem, width)
     stem = Stem(channels, per_axis(stem_strides), nn.hard_swish, options)
-    pieces = [Piece("stem", stem)]
+    pieces = resize_pieces(values.get("resolution", ()))
+    pieces.append(Piece("stem", stem))
     first = Bottleneck(
         channels, channels, channels, 3, 1, False, nn.relu, True, options
     )
@@ -192,7 +199,9 @@ def make(
     return Chain(tuple(pieces))
 
 
-def elastic(variant: str = "w1.0", **_) -> dict[str, tuple[tuple[int, ...], ...]]:
+def elastic(
+    variant: str = "w1.0", resolutions: tuple[int, ...] = (), **_
+) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Returns the space: for each elastic option of `make`, the choices of each of its values, in ascending order."""
     row = registry.row(VARIANTS, variant, "variant of ofa_mobilenet_v3")
     stages, choices = len(row.stages), row.choices
@@ -201,4 +210,5 @@ def elastic(variant: str = "w1.0", **_) -> dict[str, tuple[tuple[int, ...], ...]
         "kernel": (choices["kernel"],) * blocks,
         "expand": (choices["expand"],) * blocks,
         "depth": (choices["depth"],) * stages,
+        **resolution_choices(resolutions),
     }
