@@ -12,9 +12,10 @@ from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 
 # (parameters, MACs in millions at 224 pixels or at SIZES), counted by PyTorch's own counter: on torchvision's networks;
-# on timm's for EfficientNet Lite and for the narrow and minimalistic MobileNetV3; on the authors' once-for-all networks; for ShuffleNet on its authors' code
+# on timm's for EfficientNet Lite and for the narrow and minimalistic MobileNetV3; on the authors' networks for once-for-all and AttentiveNAS; for ShuffleNet on its authors' code
 # where that has the variant, else on the network of test_models_parity.py.
 PUBLISHED = {
+    ("attentive_nas", "imagenet"): (23_404_080, 1_179.10),
     ("efficientnet", "b0"): (5_288_548, 385.81),
     ("efficientnet", "b1"): (7_794_184, 686.80),
     ("efficientnet", "b2"): (9_109_994, 993.56),

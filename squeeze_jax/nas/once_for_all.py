@@ -67,6 +67,7 @@ def make(
     def bind(options: Mapping[str, Any], plain: Plain) -> Gradients:
         family = Family(options, plain, choices)
         sizes = family.kernel_sizes() if transforms else {}
+        spare = family.spare_shapes()
 
         @functools.lru_cache(maxsize=2)  # a new run has new passes
         def trainer(passes):
@@ -76,10 +77,12 @@ def make(
             return trainer(passes).compute(params, stats, batch, own, rule, random)
 
         def init(key, params):
-            del key, params
-            return subnetwork.identity_transforms(sizes)
+            del params
+            matrices = subnetwork.identity_transforms(sizes)
+            return matrices | subnetwork.initial_parameters(key, spare)
 
-        return Gradients(compute, init=init if sizes else None, fused=False)
+        own = init if sizes or spare else None
+        return Gradients(compute, init=own, fused=False)
 
     return Gradients(_compute_unbound, bind=bind, fused=False)
 
