@@ -111,6 +111,10 @@ class Block(nn.Module):
         return residual_sum(x, y, self, "project")
 
 
+class AttentiveNas(Chain):
+    """A network of the space; attributes and endpoints as in `Chain`."""
+
+
 def make(
     variant: str = "imagenet",
     *,
@@ -126,7 +130,7 @@ def make(
     dropout: Rate = 0.2,
     padding: Sides = "symmetric",
     epsilon: Positive = 1e-5,
-) -> Chain:
+) -> AttentiveNas:
     """Builds a network of the space.
 
     Args:
@@ -179,7 +183,7 @@ def make(
     pieces.append(Piece("head", head))
     if num_classes is not None:
         pieces.append(Piece("classifier", Classifier(num_classes, dropout)))
-    return Chain(tuple(pieces))
+    return AttentiveNas(tuple(pieces))
 
 
 def elastic(

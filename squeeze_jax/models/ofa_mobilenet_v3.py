@@ -12,6 +12,7 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
+from squeeze_jax.models import _once_for_all
 from squeeze_jax.models.mobilenet_v3 import Bottleneck
 from squeeze_jax.nn.blocks import Sides, UnitOptions, conv_norm, stage_strides
 from squeeze_jax.nn.chain import Chain, Classifier, Piece
@@ -22,8 +23,10 @@ from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.resolution import resize_pieces, resolution_choices
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that depend on the classes
+APART = _once_for_all.APART
 
 
 class Stage(NamedTuple):
@@ -62,13 +65,20 @@ _STAGES = (  # the widths of MobileNetV3-Large
     Stage(112, 1, True, nn.hard_swish),
     Stage(160, 2, True, nn.hard_swish),
 )
+_CIFAR = (  # for images of 32 pixels, with `stem_strides=1`: 16, 8 and 4 pixels
+    Stage(24, 2, False, nn.relu),
+    Stage(40, 2, True, nn.hard_swish),
+    Stage(80, 2, True, nn.hard_swish),
+)
 _TINY = (Stage(16, 1, False, nn.relu), Stage(16, 2, True, nn.hard_swish))
 _CHOICES = {"kernel": (3, 5, 7), "expand": (3, 4, 6), "depth": (2, 3, 4)}
+_MIXED = {"kernel": (3, 5), "expand": (2, 4, 6), "depth": (1, 2, 3)}
 _FEW = {"kernel": (3, 5), "expand": (2, 3), "depth": (1, 2)}
 
-VARIANTS = {  # the width multipliers of the authors' published weights
+VARIANTS = {  # w1.0 and w1.2: the width multipliers of the authors' published weights
     "w1.0": Row(1.0, 16, 960, 1280, _STAGES, _CHOICES),
     "w1.2": Row(1.2, 16, 960, 1280, _STAGES, _CHOICES),
+    "cifar": Row(1.0, 16, 480, 640, _CIFAR, _MIXED),
     "tiny": Row(1.0, 8, 48, 64, _TINY, _FEW),
 }
 
@@ -121,6 +131,10 @@ class Head(nn.Module):
         return self.activation(y)[:, 0, 0]
 
 
+class OfaMobileNetV3(Chain):
+    """A network of the space; attributes and endpoints as in `Chain`."""
+
+
 def make(
     variant: str = "w1.0",
     *,
@@ -136,7 +150,7 @@ def make(
     dropout: Rate = 0.1,
     padding: Sides = "symmetric",
     epsilon: Positive = 1e-5,
-) -> Chain:
+) -> OfaMobileNetV3:
     """Builds a network of the space.
 
     Args:
@@ -196,7 +210,7 @@ def make(
     pieces.append(Piece("head", Head(*head, options)))
     if num_classes is not None:
         pieces.append(Piece("classifier", Classifier(num_classes, dropout)))
-    return Chain(tuple(pieces))
+    return OfaMobileNetV3(tuple(pieces))
 
 
 def elastic(
@@ -212,3 +226,16 @@ def elastic(
         "depth": (choices["depth"],) * stages,
         **resolution_choices(resolutions),
     }
+
+
+def released_names(net: OfaMobileNetV3) -> dict[str, str | tuple[str, ...]]:
+    """Returns {our layer: its possible names in the authors' files}; raises a UserError for another padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-5)
+    stem = next(p.module for p in net.pieces if p.name == "stem")
+    foreign.check_options("released", stem.options._asdict(), published)
+    names = _once_for_all.unit("stem/conv", "first_conv")
+    names |= _once_for_all.bottlenecks(_once_for_all.blocks(net))
+    names |= _once_for_all.unit("head/expand", "final_expand_layer")
+    names["head/mix"] = "feature_mix_layer.conv"
+    names["classifier"] = "classifier.linear"
+    return names

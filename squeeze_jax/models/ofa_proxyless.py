@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
+from squeeze_jax.models import _once_for_all
 from squeeze_jax.models.mobilenet_v3 import Bottleneck
 from squeeze_jax.models.ofa_mobilenet_v3 import Stem
 from squeeze_jax.nn.blocks import Sides, UnitOptions, conv_norm, stage_strides
@@ -20,8 +21,10 @@ from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.resolution import resize_pieces, resolution_choices
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that depend on the classes
+APART = _once_for_all.APART
 
 
 class Stage(NamedTuple):
@@ -82,6 +85,10 @@ class Head(nn.Module):
         return global_mean(y).astype(y.dtype)
 
 
+class OfaProxyless(Chain):
+    """A network of the space; attributes and endpoints as in `Chain`."""
+
+
 def make(
     variant: str = "w1.3",
     *,
@@ -97,7 +104,7 @@ def make(
     dropout: Rate = 0.1,
     padding: Sides = "symmetric",
     epsilon: Positive = 1e-3,
-) -> Chain:
+) -> OfaProxyless:
     """Builds a network of the space.
 
     Args:
@@ -154,7 +161,7 @@ def make(
     pieces.append(Piece("head", Head(scaled(row.head, width), options)))
     if num_classes is not None:
         pieces.append(Piece("classifier", Classifier(num_classes, dropout)))
-    return Chain(tuple(pieces))
+    return OfaProxyless(tuple(pieces))
 
 
 def elastic(
@@ -174,3 +181,15 @@ def elastic(
 def _longest(row: Row, stage: Stage) -> int:
     """Returns the largest number of blocks of a stage."""
     return 1 if stage.single else max(row.choices["depth"])
+
+
+def released_names(net: OfaProxyless) -> dict[str, str | tuple[str, ...]]:
+    """Returns {our layer: its possible names in the authors' files}; raises a UserError for another padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-3)
+    stem = next(p.module for p in net.pieces if p.name == "stem")
+    foreign.check_options("released", stem.options._asdict(), published)
+    names = _once_for_all.unit("stem/conv", "first_conv")
+    names |= _once_for_all.bottlenecks(_once_for_all.blocks(net))
+    names |= _once_for_all.unit("head/mix", "feature_mix_layer")
+    names["classifier"] = "classifier.linear"
+    return names

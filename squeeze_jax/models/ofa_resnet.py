@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
+from squeeze_jax.models import _once_for_all
 from squeeze_jax.nn.blocks import UnitOptions, conv_norm, residual_sum
 from squeeze_jax.nn.chain import Chain, Classifier, Piece
 from squeeze_jax.nn.elastic import one_per_position
@@ -19,8 +20,10 @@ from squeeze_jax.nn.pool import global_mean, max_pool, window_mean
 from squeeze_jax.nn.resolution import resize_pieces, resolution_choices
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Part, Positive, Rate, Whole
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that depend on the classes
+APART = _once_for_all.APART
 
 
 class Row(NamedTuple):
@@ -106,6 +109,10 @@ class Head(nn.Module):
         return global_mean(x).astype(x.dtype)
 
 
+class OfaResNet(Chain):
+    """A network of the space; attributes and endpoints as in `Chain`."""
+
+
 def make(
     variant: str = "50",
     *,
@@ -118,7 +125,7 @@ def make(
     resolution: tuple[Count, ...] | Count | None = None,
     dropout: Rate = 0.0,
     epsilon: Positive = 1e-5,
-) -> Chain:
+) -> OfaResNet:
     """Builds a network of the space.
 
     Args:
@@ -163,7 +170,7 @@ def make(
     pieces.append(Piece("head", Head()))
     if num_classes is not None:
         pieces.append(Piece("classifier", Classifier(num_classes, dropout)))
-    return Chain(tuple(pieces))
+    return OfaResNet(tuple(pieces))
 
 
 def elastic(
@@ -179,3 +186,26 @@ def elastic(
         "stem_block": ((0, 1),),
         **resolution_choices(resolutions),
     }
+
+
+def released_names(net: OfaResNet) -> dict[str, str | tuple[str, ...]]:
+    """Returns {our layer: its possible names in the authors' files}; raises a UserError for another padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-5)
+    stem = next(p.module for p in net.pieces if p.name == "stem")
+    foreign.check_options("released", stem.options._asdict(), published)
+    convs = {"conv1": "0", "conv2": "1.conv", "conv3": "2"}
+    if not stem.extra:
+        convs = {"conv1": "0", "conv3": "1"}
+    names = {}
+    for ours, theirs in convs.items():
+        names |= _once_for_all.unit(f"stem/{ours}", f"input_stem.{theirs}")
+    for number, block in enumerate(_once_for_all.blocks(net)):
+        layers = {f"conv{n}": f"conv{n}" for n in (1, 2, 3)}
+        if not block.module.residual:
+            layers["shortcut"] = "downsample"
+        for ours, theirs in layers.items():
+            names |= _once_for_all.unit(
+                f"{block.name}/{ours}", f"blocks.{number}.{theirs}"
+            )
+    names["classifier"] = ("classifier.linear.linear", "classifier.linear")
+    return names
