@@ -75,12 +75,11 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     family = _family(built)
     arch = architecture(family, settings.arch)
     state = jax.device_get(evaluate.trained_state(built, workdir))
-    options, variables = family.extract(
-        arch, state.plain(), transforms_of(built, state.variables()["params"])
-    )
+    transforms = transforms_of(built, state.variables()["params"])
+    options, variables = family.extract(arch, state.plain(), transforms)
     elastic = family.space.options(arch)
     print(f"extracted  {_describe(elastic)}")
-    if built.experiment.gradients is None:
+    if built.experiment.gradients is None and not transforms:
         print("warning    the last phase has trained the largest network alone")
     examples = min(settings.examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
@@ -111,9 +110,10 @@ def architecture(family: Family, arch: Mapping[str, Any] | str):
 
 
 def transforms_of(built: Built, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the matrices of kernels that the gradient method has learned, {layer: {"7to5": matrix}}; {} without them."""
-    gradients = built.plugs.gradients
-    return params.get(METHODS, {}).get(gradients.name, {}) if gradients else {}
+    """Returns what the gradient method has learned for smaller networks, see `subnetwork.take`; {} without it."""
+    gradients = built.plugs.gradients  # None if the config is read without training
+    name = gradients.name if gradients else METHOD.rpartition(".")[2]
+    return params.get(METHODS, {}).get(name, {})
 
 
 def recalibrated(
