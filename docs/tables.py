@@ -21,10 +21,11 @@ from squeeze_jax.report.units import count
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TEXT_TOKENS = 128
-# Input size of each image network's paper, where it is not 224 pixels.
+# Input size that an image network is made for, where it is not 224 pixels.
 SIZES = {
     "efficientnet": dict(zip((f"b{n}" for n in range(8)), (224, 240, 260, 300, 380, 456, 528, 600), strict=True))
     | dict(zip((f"lite{n}" for n in range(5)), (224, 240, 260, 280, 300), strict=True)),
+    "ofa_mobilenet_v3": {"cifar": 32},
     "slimmable": {"small": 16},
 }  # fmt: skip
 SMALL = ("tiny", "toy")  # variants for tests

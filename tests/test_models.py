@@ -12,9 +12,10 @@ from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 
 # (parameters, MACs in millions at 224 pixels or at SIZES), counted by PyTorch's own counter: on torchvision's networks;
-# on timm's for EfficientNet Lite and for the narrow and minimalistic MobileNetV3; on the authors' once-for-all networks; for ShuffleNet on its authors' code
+# on timm's for EfficientNet Lite and for the narrow and minimalistic MobileNetV3; on the authors' networks for once-for-all and AttentiveNAS; for ShuffleNet on its authors' code
 # where that has the variant, else on the network of test_models_parity.py.
 PUBLISHED = {
+    ("attentive_nas", "imagenet"): (23_404_080, 1_179.10),
     ("efficientnet", "b0"): (5_288_548, 385.81),
     ("efficientnet", "b1"): (7_794_184, 686.80),
     ("efficientnet", "b2"): (9_109_994, 993.56),
@@ -46,6 +47,10 @@ PUBLISHED = {
     ("mobilenet_v3", "small"): (2_542_856, 56.51),
     ("mobilenet_v3", "small-0.75"): (2_041_872, 43.40),
     ("mobilenet_v3", "small-minimalistic"): (2_044_736, 52.29),
+    # By hand, of c channels expanded to w = 6 c: a block has w (c + 25 + o) weights, 4 w + 2 o of its normalisations, and (2 w + 1) s
+    # + w of an excitation of s = w / 4 channels. At 32 pixels the blocks have 0.69, 0.67, 0.67, 0.38, 0.43, 0.43, 0.29, 0.47 and 0.47
+    # million MACs, the stem and the first block 0.21, head and classifier 1.10.
+    ("ofa_mobilenet_v3", "cifar"): (1_637_440, 5.83),
     ("ofa_mobilenet_v3", "w1.0"): (7_664_760, 566.17),
     ("ofa_mobilenet_v3", "w1.2"): (10_701_632, 843.10),
     ("ofa_proxyless", "w1.3"): (7_942_056, 1_004.91),
@@ -92,6 +97,7 @@ SIZES = {
     ("efficientnet", "lite2"): 260,
     ("efficientnet", "lite3"): 280,
     ("efficientnet", "lite4"): 300,
+    ("ofa_mobilenet_v3", "cifar"): 32,
 }
 # A network of several widths is initialised and counted at one.
 OPTIONS = {"slimmable": {"switches": (1.0,)}}

@@ -17,6 +17,7 @@ LENGTH = 5
 POOLER, TRANSFORM = {"pooler/dense"}, {"head/transform"}
 HEAD_LAYERS = {
     "albert": POOLER,
+    "attentive_nas": set(),
     "bert": POOLER,
     "distilbert": TRANSFORM,
     "efficientnet": set(),

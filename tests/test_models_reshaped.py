@@ -133,6 +133,16 @@ ROWS = {
         64 * 8 + 16 * 25 + 2 + 2 + 16 * 16,
         "stage3_1",
     ),
+    # expand 16 → 48 at 8x8, depthwise 5x5 with strides 2, excitation by 16, project to 16.
+    "attentive_nas": inverted(
+        "stage2_block1",
+        48,
+        True,
+        [7],
+        16 + 2 + 25 + 2 + 16 + 16 + 1 + 16,
+        64 * 16 + 16 * 25 + 16 + 16 + 16 * 16,
+        "stage2_block2",
+    ),
     # expand 8 → 24 at 8x8, depthwise 5x5, project to 16.
     "ofa_mobilenet_v3": inverted(
         "stage1_block1",

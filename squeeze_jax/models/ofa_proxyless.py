@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
+from squeeze_jax.models import _once_for_all
 from squeeze_jax.models.mobilenet_v3 import Bottleneck
 from squeeze_jax.models.ofa_mobilenet_v3 import Stem
 from squeeze_jax.nn.blocks import Sides, UnitOptions, conv_norm, stage_strides
@@ -17,10 +18,13 @@ from squeeze_jax.nn.chain import Chain, Classifier, Piece
 from squeeze_jax.nn.conv import per_axis
 from squeeze_jax.nn.elastic import one_per_position
 from squeeze_jax.nn.pool import global_mean
+from squeeze_jax.nn.resolution import resize_pieces, resolution_choices
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Multiplier, Positive, Rate, Strides
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that depend on the classes
+APART = _once_for_all.APART
 
 
 class Stage(NamedTuple):
@@ -81,6 +85,10 @@ class Head(nn.Module):
         return global_mean(y).astype(y.dtype)
 
 
+class OfaProxyless(Chain):
+    """A network of the space; attributes and endpoints as in `Chain`."""
+
+
 def make(
     variant: str = "w1.3",
     *,
@@ -88,13 +96,15 @@ def make(
     kernel: tuple[Count, ...] | Count | None = None,
     expand: tuple[Positive, ...] | Positive | None = None,
     depth: tuple[Count, ...] | Count | None = None,
+    resolutions: tuple[Count, ...] = (),
+    resolution: tuple[Count, ...] | Count | None = None,
     width: Multiplier | None = None,
     strides: tuple[Strides, ...] | None = None,
     stem_strides: Strides | tuple[Strides, ...] = 2,
     dropout: Rate = 0.1,
     padding: Sides = "symmetric",
     epsilon: Positive = 1e-3,
-) -> Chain:
+) -> OfaProxyless:
     """Builds a network of the space.
 
     Args:
@@ -105,6 +115,8 @@ def make(
       expand: ratio of the channels inside a block to those of its input, likewise.
       depth: number of blocks: one for all stages, or one for each; None for the largest. Values of `kernel` and
         `expand` for blocks beyond it are not used.
+      resolutions: image sizes among which `resolution` chooses, ascending; () for images that keep their size.
+      resolution: images are resized to this size; None for the largest of `resolutions`.
       width: width multiplier that replaces the variant's.
       strides: strides of each stage that replace (2, 2, 2, 1, 2, 1); smaller ones for small images.
       stem_strides: strides of the first convolution.
@@ -115,16 +127,17 @@ def make(
       UserError: the variant is unknown, or an option has the wrong number of values.
     """
     row = registry.row(VARIANTS, variant, "variant of ofa_proxyless")
-    values = one_per_position(
-        elastic(variant), dict(kernel=kernel, expand=expand, depth=depth)
-    )
+    resolution_choices(resolutions, resolution)
+    given = dict(kernel=kernel, expand=expand, depth=depth, resolution=resolution)
+    values = one_per_position(elastic(variant, resolutions), given)
     strides = stage_strides(strides, [s.strides for s in row.stages])
     width = row.width if width is None else width
     options = UnitOptions(padding, epsilon, momentum=0.9)
     stem, channels = scaled(row.stem, width), scaled(row.first, width)
     common = dict(excite=False, activation=nn.relu6, options=options)
     first = Bottleneck(stem, stem, channels, 3, 1, residual=False, **common)
-    pieces = [
+    pieces = resize_pieces(values.get("resolution", ()))
+    pieces += [
         Piece("stem", Stem(stem, per_axis(stem_strides), nn.relu6, options)),
         Piece("first", first),
     ]
@@ -148,10 +161,12 @@ def make(
     pieces.append(Piece("head", Head(scaled(row.head, width), options)))
     if num_classes is not None:
         pieces.append(Piece("classifier", Classifier(num_classes, dropout)))
-    return Chain(tuple(pieces))
+    return OfaProxyless(tuple(pieces))
 
 
-def elastic(variant: str = "w1.3", **_) -> dict[str, tuple[tuple[int, ...], ...]]:
+def elastic(
+    variant: str = "w1.3", resolutions: tuple[int, ...] = (), **_
+) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Returns the space: for each elastic option of `make`, the choices of each of its values, in ascending order."""
     row = registry.row(VARIANTS, variant, "variant of ofa_proxyless")
     blocks = sum(_longest(row, stage) for stage in row.stages)
@@ -159,9 +174,22 @@ def elastic(variant: str = "w1.3", **_) -> dict[str, tuple[tuple[int, ...], ...]
         "kernel": (row.choices["kernel"],) * blocks,
         "expand": (row.choices["expand"],) * blocks,
         "depth": tuple((1,) if s.single else row.choices["depth"] for s in row.stages),
+        **resolution_choices(resolutions),
     }
 
 
 def _longest(row: Row, stage: Stage) -> int:
     """Returns the largest number of blocks of a stage."""
     return 1 if stage.single else max(row.choices["depth"])
+
+
+def released_names(net: OfaProxyless) -> dict[str, str | tuple[str, ...]]:
+    """Returns {our layer: its possible names in the authors' files}; raises a UserError for another padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-3)
+    stem = next(p.module for p in net.pieces if p.name == "stem")
+    foreign.check_options("released", stem.options._asdict(), published)
+    names = _once_for_all.unit("stem/conv", "first_conv")
+    names |= _once_for_all.bottlenecks(_once_for_all.blocks(net))
+    names |= _once_for_all.unit("head/mix", "feature_mix_layer")
+    names["classifier"] = "classifier.linear"
+    return names

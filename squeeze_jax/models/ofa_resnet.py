@@ -11,15 +11,19 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from squeeze_jax import registry
+from squeeze_jax.models import _once_for_all
 from squeeze_jax.nn.blocks import UnitOptions, conv_norm, residual_sum
 from squeeze_jax.nn.chain import Chain, Classifier, Piece
 from squeeze_jax.nn.elastic import one_per_position
 from squeeze_jax.nn.image import check_images
-from squeeze_jax.nn.pool import global_mean, max_pool
+from squeeze_jax.nn.pool import global_mean, max_pool, window_mean
+from squeeze_jax.nn.resolution import resize_pieces, resolution_choices
 from squeeze_jax.nn.width import scaled
 from squeeze_jax.ranges import Count, Part, Positive, Rate, Whole
+from squeeze_jax.weights import foreign
 
 CLASSIFIER = ("classifier",)  # the layers that depend on the classes
+APART = _once_for_all.APART
 
 
 class Row(NamedTuple):
@@ -90,10 +94,7 @@ class Bottleneck(nn.Module):
         y = unit(y, self.middle, 3, self.strides, activation=nn.relu, name="conv2")
         y = unit(y, self.features, 1, name="conv3")
         if not self.residual:
-            window = (self.strides, self.strides)
-            if self.strides > 1:
-                means = nn.avg_pool(x, window, window, "SAME", count_include_pad=False)
-                x = means.astype(x.dtype)
+            x = window_mean(x, self.strides)
             x = unit(x, self.features, 1, name="shortcut")
         return nn.relu(residual_sum(x, y, self, "conv3"))
 
@@ -108,6 +109,10 @@ class Head(nn.Module):
         return global_mean(x).astype(x.dtype)
 
 
+class OfaResNet(Chain):
+    """A network of the space; attributes and endpoints as in `Chain`."""
+
+
 def make(
     variant: str = "50",
     *,
@@ -116,9 +121,11 @@ def make(
     expand: tuple[Positive, ...] | Positive | None = None,
     stage_width: tuple[Part, ...] | Part | None = None,
     stem_block: tuple[Whole, ...] | Whole | None = None,
+    resolutions: tuple[Count, ...] = (),
+    resolution: tuple[Count, ...] | Count | None = None,
     dropout: Rate = 0.0,
     epsilon: Positive = 1e-5,
-) -> Chain:
+) -> OfaResNet:
     """Builds a network of the space.
 
     Args:
@@ -129,6 +136,8 @@ def make(
       expand: ratio of the channels inside a block to those of its output, for each block of the largest network, likewise.
       stage_width: width multiplier of the stem's middle, the stem's output and each stage, likewise.
       stem_block: 1 for a stem with its second convolution, 0 without.
+      resolutions: image sizes among which `resolution` chooses, ascending; () for images that keep their size.
+      resolution: images are resized to this size; None for the largest of `resolutions`.
       dropout: dropout rate before the classifier.
       epsilon: see `UnitOptions`.
 
@@ -137,13 +146,16 @@ def make(
     """
     row = registry.row(VARIANTS, variant, "variant of ofa_resnet")
     given = dict(depth=depth, expand=expand, stage_width=stage_width)
-    values = one_per_position(elastic(variant), given | dict(stem_block=stem_block))
+    given |= dict(stem_block=stem_block, resolution=resolution)
+    resolution_choices(resolutions, resolution)
+    values = one_per_position(elastic(variant, resolutions), given)
     options = UnitOptions("symmetric", epsilon, momentum=0.9)
     of_middle, of_stem, *of_stages = values["stage_width"]
     middle = scaled(scaled(row.stem, of_middle) // 2, 1.0)
     channels = scaled(row.stem, of_stem)
     extra = bool(values["stem_block"][0])
-    pieces = [Piece("stem", Stem(middle, channels, extra, row.pool, options))]
+    pieces = resize_pieces(values.get("resolution", ()))
+    pieces.append(Piece("stem", Stem(middle, channels, extra, row.pool, options)))
     place, longest = 0, max(row.choices["depth"])
     for index, (blocks, width) in enumerate(zip(row.blocks, of_stages, strict=True)):
         features = scaled(row.features[index], width)
@@ -158,10 +170,12 @@ def make(
     pieces.append(Piece("head", Head()))
     if num_classes is not None:
         pieces.append(Piece("classifier", Classifier(num_classes, dropout)))
-    return Chain(tuple(pieces))
+    return OfaResNet(tuple(pieces))
 
 
-def elastic(variant: str = "50", **_) -> dict[str, tuple[tuple[float, ...], ...]]:
+def elastic(
+    variant: str = "50", resolutions: tuple[int, ...] = (), **_
+) -> dict[str, tuple[tuple[float, ...], ...]]:
     """Returns the space: for each elastic option of `make`, the choices of each of its values, in ascending order."""
     row = registry.row(VARIANTS, variant, "variant of ofa_resnet")
     longest, stages = max(row.choices["depth"]), len(row.blocks)
@@ -170,4 +184,28 @@ def elastic(variant: str = "50", **_) -> dict[str, tuple[tuple[float, ...], ...]
         "expand": (row.choices["expand"],) * (sum(row.blocks) + stages * longest),
         "stage_width": (row.choices["stage_width"],) * (stages + 2),
         "stem_block": ((0, 1),),
+        **resolution_choices(resolutions),
     }
+
+
+def released_names(net: OfaResNet) -> dict[str, str | tuple[str, ...]]:
+    """Returns {our layer: its possible names in the authors' files}; raises a UserError for another padding or epsilon."""
+    published = dict(padding="symmetric", epsilon=1e-5)
+    stem = next(p.module for p in net.pieces if p.name == "stem")
+    foreign.check_options("released", stem.options._asdict(), published)
+    convs = {"conv1": "0", "conv2": "1.conv", "conv3": "2"}
+    if not stem.extra:
+        convs = {"conv1": "0", "conv3": "1"}
+    names = {}
+    for ours, theirs in convs.items():
+        names |= _once_for_all.unit(f"stem/{ours}", f"input_stem.{theirs}")
+    for number, block in enumerate(_once_for_all.blocks(net)):
+        layers = {f"conv{n}": f"conv{n}" for n in (1, 2, 3)}
+        if not block.module.residual:
+            layers["shortcut"] = "downsample"
+        for ours, theirs in layers.items():
+            names |= _once_for_all.unit(
+                f"{block.name}/{ours}", f"blocks.{number}.{theirs}"
+            )
+    names["classifier"] = ("classifier.linear.linear", "classifier.linear")
+    return names

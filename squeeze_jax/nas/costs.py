@@ -72,7 +72,7 @@ class Pieces:
         for name, choices in space.choices.items():
             for place, values in enumerate(choices):
                 changed = [
-                    self._placed(_with(space.largest(), name, place, index))
+                    self._placed(spaces.changed(space.largest(), name, place, index))
                     for index in range(len(values) - 1)
                 ]
                 for piece, before in largest.items():
@@ -102,7 +102,7 @@ class Pieces:
         for indices in itertools.product(*map(range, sizes)):
             arch = self._family.space.largest()
             for (name, place), index in zip(positions, indices, strict=True):
-                arch = _with(arch, name, place, index)
+                arch = spaces.changed(arch, name, place, index)
             placed.append(self._placed(arch).get(piece))
         return Column(positions, sizes, tuple(placed))
 
@@ -264,12 +264,6 @@ def output_of(placed: Placed) -> Any:
 
 def _hashable(x) -> tuple:
     return tuple(x.shape), np.dtype(x.dtype)
-
-
-def _with(arch: Arch, name: str, place: int, index: int) -> Arch:
-    field = np.array(getattr(arch, name))
-    field[place] = index
-    return arch._replace(**{name: field})
 
 
 def _index(column: Column, arch: Arch):

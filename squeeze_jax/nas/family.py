@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import Plain
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nas.space import Arch
-from squeeze_jax.nn.chain import Chain
+from squeeze_jax.nn.chain import Chain, Piece
 
 
 class Family:
@@ -51,7 +53,7 @@ class Family:
                         f" config.model.{name} out, or restrict the choices"
                     )
         self.holder_options = {**options, **held}
-        self._plain = plain
+        self._plain, self._known = plain, {}
         if not isinstance(self.holder(), Chain):
             raise UserError(
                 f"{options['name']!r} makes no Chain: choose a network of pieces, such as 'ofa_mobilenet_v3'"
@@ -70,8 +72,42 @@ class Family:
         return self._plain.make(self.holder_options)
 
     def shapes(self, network: Chain) -> Any:
-        """Returns the shapes of a network's variables, {"params", "batch_stats"}."""
-        return jax.eval_shape(network.init, jax.random.key(0), self._plain.example)
+        """Returns the shapes of a network's variables, {"params", "batch_stats"}; equal pieces are traced once."""
+        x, shapes = self._plain.example, {"params": {}}
+        for piece in network.pieces:
+            inputs, structure = jax.tree.flatten(x)
+            key = piece.module, structure, tuple((a.shape, a.dtype) for a in inputs)
+            if key not in self._known:
+                net = Chain((Piece("piece", piece.module),))
+                (output, _), own = jax.eval_shape(
+                    net.init_with_output, jax.random.key(0), x
+                )
+                self._known[key] = output, own
+            x, own = self._known[key]
+            for collection, arrays in own.items():
+                shapes.setdefault(collection, {})[piece.name] = arrays["piece"]
+        return shapes
+
+    def spare_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Returns the parameters that smaller networks have and the network that holds the weights lacks.
+
+        An example is the convolution in a shortcut between layers that have equal widths in the largest network only. The shape
+        of each array, {layer: {"kernel": shape}}, has room for all networks that differ from the largest in one position.
+        """
+        held = tree.flatten(self.shapes(self.holder())["params"])
+        spare = {}
+        for name, positions in self.space.choices.items():
+            for place in range(len(positions)):
+                arch = spaces.changed(self.space.largest(), name, place, 0)
+                shapes = self.shapes(self.network(arch))["params"]
+                for array, leaf in tree.flatten(shapes).items():
+                    if array in held:
+                        continue
+                    layer, _, end = array.rpartition("/")
+                    known = spare.setdefault(layer, {}).get(end, leaf)
+                    shape = tuple(np.maximum(leaf.shape, known.shape).tolist())
+                    spare[layer][end] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+        return spare
 
     def kernel_sizes(self) -> dict[str, tuple[int, ...]]:
         """Returns the sides of the kernels that have several, {layer: sides in descending order}."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.nas import costs
+from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas.space import Arch, Space
 
 KINDS = ("latency", "macs", "parameters", "bytes", "memory")
@@ -92,7 +93,7 @@ class Limits(NamedTuple):
 
     def describe(self, arch: Arch) -> str:
         """Returns the costs of an architecture with their limits, in a line."""
-        archs = jax.tree.map(lambda a: np.asarray(a)[None], arch)
+        archs = spaces.stack([arch])
         return ", ".join(
             f"{c.show(float(c.of(archs)[0]))} (at most {m:,g})"
             for c, m in zip(self.costs, self.at_most, strict=True)
@@ -122,7 +123,5 @@ def _neighbours(space: Space, arch: Arch) -> Arch:
     for name, choices in space.choices.items():
         for place, values in enumerate(choices):
             for index in range(len(values)):
-                field = np.array(getattr(arch, name))
-                field[place] = index
-                rows.append(arch._replace(**{name: field}))
-    return jax.tree.map(lambda *fields: np.stack(fields), *rows)
+                rows.append(spaces.changed(arch, name, place, index))
+    return spaces.stack(rows)

@@ -21,9 +21,11 @@ from squeeze_jax.methods import METHODS, Gradients, Passes, Plain
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nas.family import Family
+from squeeze_jax.nas.matrices import read as read_matrices
+from squeeze_jax.nas.matrices import replaced
 from squeeze_jax.nas.pieces import Runner, Sums, endpoints_read
 from squeeze_jax.nas.sandwich import soft_cross_entropy, soft_labels
-from squeeze_jax.ranges import NonNegative, Positive, Whole
+from squeeze_jax.ranges import NonNegative, OptionalPath, Positive, Whole
 from squeeze_jax.registry import checked
 
 
@@ -33,6 +35,7 @@ def make(
     random: Whole = 2,
     choices: Mapping[str, Any] | None = None,
     transforms: bool = True,
+    matrices: OptionalPath = "",
     temperature: Positive = 1.0,
     labels: NonNegative = 0.0,
     distill: NonNegative = 1.0,
@@ -46,6 +49,8 @@ def make(
       choices: {option: values}, which restrict the space, such as {"kernel": (7,)} in a phase of progressive shrinking;
         None for the whole space.
       transforms: whether learned matrices change the kernels of smaller networks, which are otherwise only cropped.
+      matrices: a file of weights that once-for-all's authors released, whose matrices training begins with; "" begins with
+        those that leave kernels as they are.
       temperature: temperature of the probabilities, above 0.
       labels: weight of the config's objective in the loss of a smaller network.
       distill: weight of the cross-entropy with the largest network's probabilities in that loss.
@@ -62,11 +67,16 @@ def make(
         raise UserError(
             "nas.once_for_all: labels = 0 and distill = 0 leave smaller networks without a loss: set one above 0"
         )
+    if matrices and not transforms:
+        raise UserError(
+            "nas.once_for_all: matrices has no effect with transforms = False: leave it out"
+        )
     weights = _Weights(temperature, labels, distill)
 
     def bind(options: Mapping[str, Any], plain: Plain) -> Gradients:
         family = Family(options, plain, choices)
         sizes = family.kernel_sizes() if transforms else {}
+        spare = family.spare_shapes()
 
         @functools.lru_cache(maxsize=2)  # a new run has new passes
         def trainer(passes):
@@ -76,10 +86,15 @@ def make(
             return trainer(passes).compute(params, stats, batch, own, rule, random)
 
         def init(key, params):
-            del key, params
-            return subnetwork.identity_transforms(sizes)
+            del params
+            start = subnetwork.identity_transforms(sizes)
+            if matrices:
+                released = read_matrices(matrices, family.holder())
+                start = replaced(start, released)
+            return start | subnetwork.initial_parameters(key, spare)
 
-        return Gradients(compute, init=init if sizes else None, fused=False)
+        own = init if sizes or spare else None
+        return Gradients(compute, init=own, fused=False)
 
     return Gradients(_compute_unbound, bind=bind, fused=False)
 

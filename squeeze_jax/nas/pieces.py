@@ -73,7 +73,7 @@ class Runner:
           update: whether the pass changes the statistics.
           differentiate: whether pullbacks are computed.
         """
-        outputs, pullbacks = {}, []
+        outputs, pullbacks, first = {}, [], True
         for index, piece in enumerate(pieces):
             part = {piece.name: params[piece.name]} if piece.name in params else {}
             own = {k: v for k, v in transforms.items() if _belongs(k, piece.name)}
@@ -87,13 +87,15 @@ class Runner:
                 x,
                 jax.random.fold_in(key, index),
                 piece=Piece(name, piece.module),
-                first=index == 0,
+                first=first,
                 update=update,
-                differentiate=differentiate,
+                differentiate=differentiate and not (first and not part),
             )
             if update:
                 stats = _with_part(stats, piece.name, after)
-            pullbacks.append((piece.name, name, pullback))
+            if pullback is not None:
+                pullbacks.append((piece.name, name, pullback))
+            first = first and not part  # no parameters so far
             if piece.name in endpoints:
                 outputs[piece.name] = x
         return Run(x, outputs, stats, pullbacks if differentiate else None)

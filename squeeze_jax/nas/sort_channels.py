@@ -86,7 +86,7 @@ def _elastic_layers(family: Family) -> tuple[set[str], set[str]]:
         values = tuple(choices[0] for choices in positions)
         small = family.network(family.space.arch({name: values}))
         for key, array in tree.flatten(family.shapes(small)["params"]).items():
-            if key.endswith("/kernel"):
+            if key.endswith("/kernel") and key in large:
                 layer = key.removesuffix("/kernel")
                 if array.shape[-1] < large[key].shape[-1]:
                     outer.add(layer)
@@ -108,8 +108,9 @@ def _groups(find, sources, mixing, arrays):
       mixing: layers that mix channels.
       arrays: {name: array} of the piece.
     """
-    sizes = {layer: arrays[f"params/{layer}/kernel"].shape[-1] for layer in sources}
-    reached = {}
+    kernels = {layer: arrays[f"params/{layer}/kernel"].shape for layer in sources}
+    sizes = {layer: shape[-1] for layer, shape in kernels.items()}
+    reached, grouped = {}, set()
     for source in sorted(sources):
         followed = {
             layer: np.zeros(n, bool) if layer != source else np.arange(n) == n - 1
@@ -118,6 +119,8 @@ def _groups(find, sources, mixing, arrays):
         found = find(followed)
         if found.pop(OUTPUT).any():  # other pieces read these channels
             continue
+        if kernels[source][-2] < len(found[source]):
+            grouped.add(source)
         n = sizes[source]
         reached[source] = {
             layer
@@ -136,7 +139,8 @@ def _groups(find, sources, mixing, arrays):
             for other in joined:
                 group.add(other)
                 members |= remaining.pop(other)
-        yield group, members
+        if not group <= grouped:  # else the order is that of the piece's inputs
+            yield group, members
 
 
 def _order(group, arrays, mixing, kept, taken):

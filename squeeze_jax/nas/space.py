@@ -118,6 +118,13 @@ def from_choices(
     return Space(limited, collections.namedtuple("Arch", limited))
 
 
+def changed(arch: Arch, name: str, place: int, index: int) -> Arch:
+    """Returns an architecture with another choice at one position of an option; on host arrays."""
+    field = np.array(getattr(arch, name))
+    field[place] = index
+    return arch._replace(**{name: field})
+
+
 def sample(space: Space, key: jax.Array) -> Arch:
     """Returns a random architecture; each position has each of its choices with the same probability."""
     sizes = space.sizes

@@ -29,19 +29,23 @@ def take(
     Args:
       variables: collections of the larger network, such as {"params", "batch_stats"}.
       shapes: the same collections of the smaller network, as arrays or shapes. Arrays that it lacks are left out.
-      transforms: {layer: {"7to5": [25, 25], "5to3": [9, 9]}}; kernels without one are cropped only.
+      transforms: {layer: {"7to5": [25, 25], "5to3": [9, 9]}}; kernels without one are cropped only. A layer that the larger
+        network lacks has its parameters here, {layer: {"kernel": array}}, see `Family.spare_shapes`.
 
     Raises:
-      UserError: an array of the smaller network is absent in the larger one, is larger there, or has a kernel whose
+      UserError: an array of the smaller network is absent in the larger one, is smaller there, or has a kernel whose
         centre is between two positions.
     """
     large = tree.flatten(variables)
 
     def sub(name, like):
-        if name not in large:
+        layer, _, end = name.partition("/")[2].rpartition("/")
+        own = (transforms or {}).get(layer, {})
+        if name in large:
+            return _slice(name, large[name], like.shape, own)
+        if end not in own:
             raise UserError(f"{name} is not in the larger network")
-        layer = name.partition("/")[2].rpartition("/")[0]
-        return _slice(name, large[name], like.shape, (transforms or {}).get(layer, {}))
+        return _slice(name, own[end], like.shape, {})
 
     return tree.map_named(sub, shapes)
 
@@ -154,4 +158,26 @@ def identity_transforms(
             for large, small in itertools.pairwise(sides)
         }
         for layer, sides in sizes.items()
+    }
+
+
+def initial_parameters(
+    key: jax.Array, shapes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns initial parameters of layers: LeCun's normal distribution for kernels, ones for scales, zeros for the others.
+
+    Args:
+      key: random key.
+      shapes: {layer: {"kernel": shape}}.
+    """
+    kernel = jax.nn.initializers.lecun_normal()
+    starts = {"kernel": kernel, "scale": jax.nn.initializers.ones}
+    return {
+        layer: {
+            end: starts.get(end, jax.nn.initializers.zeros)(
+                jax.random.fold_in(key, index), leaf.shape, leaf.dtype
+            )
+            for end, leaf in arrays.items()
+        }
+        for index, (layer, arrays) in enumerate(shapes.items())
     }

@@ -233,6 +233,18 @@ def mean_pool(
     return lax.platform_dependent(x, cpu=depthwise_conv, default=native_mean)
 
 
+def window_mean(x: jax.Array, strides: int) -> jax.Array:
+    """Returns the means of windows that touch each other: [b, h, w, c] → [b, ⌈h / strides⌉, ⌈w / strides⌉, c].
+
+    The last windows are smaller if the image does not divide into whole ones.
+    """
+    if strides == 1:
+        return x
+    window = (strides, strides)
+    means = nn.avg_pool(x, window, window, "SAME", count_include_pad=False)
+    return means.astype(x.dtype)
+
+
 def global_mean(x: jax.Array) -> jax.Array:
     """Returns the mean over all positions of an image in float32, or a wider dtype of x: [b, h, w, c] → [b, c].
 

@@ -177,7 +177,7 @@ def resolve_names(
     Returns:
       {our layer: their layer}.
     """
-    layers = {name.rpartition("/")[0] for name in arrays}
+    layers = {name.rpartition(end)[0] for name in arrays for end in "/."}
     resolved = {}
     for ours, theirs in names.items():
         choices = (theirs,) if isinstance(theirs, str) else theirs

@@ -175,6 +175,10 @@ def fit(
         notes.append(
             f"the ImageNet weights of {names} expect {expected}: see docs/methods.md"
         )
+    pattern, omission = getattr(module, "APART", {}).get(names, (None, ""))
+    if apart := [n for n in arrays if pattern and re.search(pattern, n)]:
+        notes.append(f"{len(apart)} {omission}")
+        arrays = {n: a for n, a in arrays.items() if n not in apart}
     counters = [n for n in arrays if n.endswith("num_batches_tracked")]
     if counters:
         notes.append(f"{len(counters)} counters of batches ignored")

@@ -16,6 +16,8 @@ def main() -> None:
     """Prints a row for each network: share of MACs, share of time, ms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ofa_mobilenet_v3")
+    parser.add_argument("--variant", default="w1.0")
+    parser.add_argument("--stem_strides", type=int, default=2)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
@@ -33,7 +35,9 @@ def main() -> None:
     from squeeze_jax.train import forward
 
     example = jax.ShapeDtypeStruct((args.batch, args.size, args.size, 3), jnp.float32)
-    family = Family(dict(name=args.model, num_classes=10), _plugs.plain(example))
+    options = dict(name=args.model, variant=args.variant, num_classes=10)
+    options |= dict(stem_strides=args.stem_strides)
+    family = Family(options, _plugs.plain(example))
     holder = family.holder()
     x = np.random.default_rng(0).normal(size=example.shape).astype(np.float32)
     variables = jax.jit(holder.init)(jax.random.key(0), x)
