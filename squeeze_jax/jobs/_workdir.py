@@ -284,6 +284,18 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
+def move(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Moves a work directory that this process has begun, and its lock with it.
+
+    Raises:
+      UserError: the target is a directory that is not empty, or cannot be written to.
+    """
+    key = _key(source)
+    files.move(source, target)
+    if lock := _locks.pop(key, None):
+        _locks[_key(target)] = lock
+
+
 def _lock_directory(lock: TextIO, workdir: pathlib.Path) -> None:
     """Locks the directory for this process and writes the process id; the system releases the lock when the process ends.
 

@@ -16,7 +16,7 @@ import numpy as np
 from squeeze_jax import files, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _phases, _plain, _settings, _space, evaluate, fit
+from squeeze_jax.jobs import _phases, _plain, _settings, _space, _workdir, evaluate, fit
 from squeeze_jax.jobs._experiment import Built, Experiment
 from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.nas.space import Arch
@@ -119,7 +119,7 @@ def write(
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted extraction
     small = _plain.write(partial, kept, options, variables)
-    files.move(partial, target)
+    _workdir.move(partial, target)
     scores = fit.make_evaluator(small)(evaluate.trained_state(small, target))
     parameters, macs = size_of(small, variables)
     print(f"network    {parameters:,} parameters, {macs:,} MACs per example")
