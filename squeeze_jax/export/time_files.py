@@ -39,7 +39,7 @@ def main(argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="folder of .tflite files")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=3, help="passes over all files")
+    parser.add_argument("--rounds", type=int, default=5, help="passes over all files")
     parser.add_argument("--runs", type=int, default=20, help="least runs in a round")
     parser.add_argument("--seconds", type=float, default=0.05, help="least time")
     parser.add_argument("--device", help="name of the device; found by default")

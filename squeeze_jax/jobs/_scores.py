@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from squeeze_jax.jobs import _space, benchmark, fit
+from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.jobs import _space, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nas.recalibrate import recalibrate
@@ -21,7 +22,12 @@ from squeeze_jax.train.state import State
 
 
 class Scorer:
-    """Measures the score of networks on validation examples, such as their accuracy."""
+    """Measures the score of networks on validation examples, such as their accuracy.
+
+    Attributes:
+      sign: 1 if larger scores are better, otherwise -1.
+      step: of the checkpoint.
+    """
 
     def __init__(
         self,
@@ -30,6 +36,7 @@ class Scorer:
         state: State,
         calibration: int,
         examples: int,
+        score: str = "",
     ):
         """Reads the examples into memory.
 
@@ -39,7 +46,13 @@ class Scorer:
           state: the trained state.
           calibration: number of training examples for statistics, rounded up to whole batches.
           examples: largest number of validation examples, rounded up to whole batches.
+          score: name of the score, such as "eval_loss"; "" for the one by which networks are compared.
         """
+        metric = built.metric
+        self._name = score or metric.headline
+        self._scale = metric.scale if self._name == metric.headline else 1.0
+        is_lower_better = self._name in (*metric.lower, "eval_loss")
+        self.sign = -1.0 if is_lower_better else 1.0
         self._built, self._networks = built, trained.networks
         self._network, self.step = built.network, int(state.step)
         plain = state.plain()
@@ -69,7 +82,7 @@ class Scorer:
         return len(self._calibration) * batch, measured
 
     def __call__(self, arch: Arch) -> float:
-        """Returns the score of an architecture's network, larger is better: a fraction of 1 such as its accuracy."""
+        """Returns the score of an architecture's network, times `sign`, so that larger is better."""
         pieces = self._networks.network(arch).pieces
         stats = {}
         if self._weights["batch_stats"]:
@@ -85,9 +98,16 @@ class Scorer:
         scores = loop.evaluate(
             step, stats, self._validation, lambda b: b, self._built.metric.score
         )
-        headline = benchmark.headline(self._built, scores)
-        lower = self._built.metric.headline in self._built.metric.lower
-        return -headline if lower else headline
+        if self._name not in scores:
+            raise UserError(
+                f"config.search.score = {self._name!r} is no score of this task{nearest(self._name, scores)}"
+            )
+        return self.sign * scores[self._name] / self._scale
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the score for the user, such as "accuracy"."""
+        return self._name.removeprefix("eval_").replace("_", " ")
 
     def _take(self, batches: Iterator[Any], count: int) -> list[Any]:
         """Returns at most `count` batches on the devices."""

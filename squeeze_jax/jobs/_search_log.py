@@ -17,7 +17,7 @@ from squeeze_jax.nas.space import Arch
 
 
 class Log:
-    """The networks that were scored, in a file of JSON lines: {"options", "score"}.
+    """The networks that were scored, in a file of JSON lines: {"options", "score", ...}; larger scores are better.
 
     Attributes:
       scores: {key of an architecture: (architecture, score)}.
@@ -47,6 +47,7 @@ class Log:
             "step": int(scorer.step),
             "calibration": calibration,
             "examples": examples,
+            "name": scorer.name,
         }
         self.scores: dict[tuple, tuple[Arch, float]] = {}
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ class Log:
             self.scores[spaces.key_of(arch)] = arch, score
         if others:
             print(
-                f"log        {others} scores in {path} are of another checkpoint or of other examples: left out"
+                f"log        {others} scores in {path} are of another checkpoint, other examples or another score: left out"
             )
 
     def score(self, archs: Sequence[Arch], what: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from squeeze_jax.cost import latency_table
 from squeeze_jax.jobs import _space
+from squeeze_jax.jobs._scores import Scorer
 from squeeze_jax.jobs._search_log import Log
 from squeeze_jax.jobs._search_problem import Problem
 from squeeze_jax.nas import space as spaces
@@ -28,6 +29,7 @@ def report(
     front: Front,
     winner: tuple[Arch, float],
     rank: float,
+    scorer: Scorer,
 ) -> None:
     """Prints the front and the best network, and writes `search/front.json` and `search/front.png`.
 
@@ -38,18 +40,21 @@ def report(
       front: the trade-offs, see `search.trade_offs`.
       winner: the best network and its score.
       rank: rank correlation of the predictor.
+      scorer: has the name of the score and its sign.
     """
     winner, score = winner
     cost = problem.traded[0]
-    name = problem.built.metric.headline.removeprefix("eval_").replace("_", " ")
+    name, sign = scorer.name, scorer.sign
     values = front.values[np.argsort(front.values[:, 1], kind="stable")]
     places = np.unique(np.linspace(0, len(values) - 1, SHOWN).round().astype(int))
     heading = [f"predicted {name}", *(c.name for c in problem.traded)]
     cells = [
-        [f"{-row[0]:.4f}", *(f"{v:.5g}" for v in row[1:])] for row in values[places]
+        [f"{-sign * row[0]:.4f}", *(f"{v:.5g}" for v in row[1:])]
+        for row in values[places]
     ]
     print(f"front      {len(values)} trade-offs\n{align([heading, *cells])}")
-    predicted = float(np.asarray(predict(spaces.stack([winner])))[0])
+    predicted = sign * float(np.asarray(predict(spaces.stack([winner])))[0])
+    score *= sign
     elastic = problem.space.options(winner)
     print(f"found      {_space.describe(elastic)}")
     print(f"           {name} {score:.4f} measured, {predicted:.4f} predicted")
@@ -71,8 +76,8 @@ def report(
     folder = problem.workdir / "search"
     picture.write(
         folder / "front.png",
-        picture.Series("front, predicted", values[:, 1], -values[:, 0]),
-        [picture.Series("scored networks", np.asarray(cost.of(archs)), scores)],
+        picture.Series("front, predicted", values[:, 1], -sign * values[:, 0]),
+        [picture.Series("scored networks", np.asarray(cost.of(archs)), sign * scores)],
         limit,
         (float(cost.of(spaces.stack([winner]))[0]), score),
         choices,
@@ -81,12 +86,13 @@ def report(
             "cost": f"{cost.name}{', ' if cost.unit else ''}{cost.unit}",
             "score": name,
         },
+        lower_is_better=sign < 0,
         caption=f"{len(scores)} networks scored; rank correlation of the predictor {rank:.2f}",
     )
     table = [
         {
             "options": problem.space.options(arch),
-            "predicted_score": -row[0],
+            "predicted_score": -sign * row[0],
             **{c.name: v for c, v in zip(problem.traded, row[1:], strict=True)},
         }
         for arch, row in zip(spaces.unstack(front.archs), front.values, strict=True)
@@ -94,6 +100,7 @@ def report(
     found = {
         "options": elastic,
         "score": score,
+        "score_name": name,
         "predicted_score": predicted,
         "costs": {
             c.name: float(c.of(spaces.stack([winner]))[0])

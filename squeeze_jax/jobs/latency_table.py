@@ -58,7 +58,7 @@ class Settings:
     ] = ("tflite",)
     threads: Annotated[tuple[Count, ...], Distinct(), Filled()] = (1,)
     networks: WholeNumber = 12
-    rounds: Count = 3
+    rounds: Count = 5
     runs: Count = 20
     seconds: NonNegative = 0.05
     device_folder: PathStr | None = None

@@ -58,6 +58,8 @@ class Settings:
       rate: probability that a mutation changes a position, in (0, 1].
       calibration: training examples for each network's normalisation statistics; at least 1.
       examples: largest number of examples for a score; at least 1.
+      score: the score that is predicted and compared, such as "eval_loss", which tells networks apart that are right on the
+        same few examples; "" for the one by which the task compares networks, such as accuracy.
       steps: training steps of the found network in its work directory; None for those of this run's last phase.
       log: a file `search/scored.jsonl` of another search of this space, whose scores are used too.
     """
@@ -73,6 +75,7 @@ class Settings:
     rate: Part = 0.1
     calibration: Count = 2048
     examples: Count = 10_000
+    score: str = ""
     steps: Count | None = None
     log: PathStr | None = None
 
@@ -116,7 +119,7 @@ def run(
     state = evaluate.trained_state(built, workdir)
     calibration = min(settings.calibration, built.data.num_train)
     scorer = _scores.Scorer(
-        built, problem.trained, state, calibration, settings.examples
+        built, problem.trained, state, calibration, settings.examples, settings.score
     )
     other = settings.log and files.path(settings.log)
     log = Log(workdir / "search" / "scored.jsonl", problem, scorer, other)
@@ -127,7 +130,7 @@ def run(
     log.score(spaces.unstack(problem.canonical(found)), "candidates")
     front = trade_offs(problem, predict, keys[3], settings)
     winner = log.best()
-    report(problem, log, predict, front, winner, rank)
+    report(problem, log, predict, front, winner, rank, scorer)
     new = len(log.scores) - scored_before
     share = scoring_share(problem, log, scorer)
     print(

@@ -58,6 +58,7 @@ def draw(
     *,
     title: str,
     labels: Mapping[str, str],
+    lower_is_better: bool = False,
     caption: str = "",
 ) -> Figure:
     """Draws the front above the choices of the best network.
@@ -70,6 +71,7 @@ def draw(
       choices: of the best network.
       title: one line above the picture.
       labels: {"cost", "score"}: the names of the two axes.
+      lower_is_better: whether the better scores are the lower ones; they are at the top in any case.
       caption: smaller lines at the bottom.
 
     Returns:
@@ -97,6 +99,8 @@ def draw(
         plane.axvline(limit, color=COLORS[6], ls="--", lw=1, label="limit")
     plane.set_xlabel(labels["cost"])
     plane.set_ylabel(labels["score"])
+    if lower_is_better:
+        plane.invert_yaxis()
     plane.spines[["top", "right"]].set_visible(False)
     plane.legend(frameon=False, fontsize=8, loc="lower right")
     figure.text(0.15 / width, 1 - 0.25 / height, title, fontsize=11, va="center")
