@@ -56,7 +56,7 @@ def transparent_pictures():
     deep = GREY.astype(np.uint16) * 257
     yield "16-bit PNG, key", png(deep, key=30 * 257), on_white(three, np.where(GREY == 30, 0, 255))  # fmt: skip
     for bits in 1, 2, 4, 8:
-        values = GREY // 3 % 2**bits
+        values = GREY.astype(int) // 3 % 2**bits
         white = np.repeat(values[..., None] * (255 / (2**bits - 1)), 3, -1)
         for key in 0, 1:
             image = png(values, key, bits=bits)
