@@ -10,6 +10,7 @@ import inspect
 import os
 import pathlib
 import sys
+import typing
 import warnings
 
 DESCRIPTION = """\
@@ -177,8 +178,8 @@ def load_config(config):
 def override(config, argument):
     """Sets one key from `--config.a.b=value`; a number is a place in a tuple, as in `--config.phases.0.steps=40`.
 
-    What replaces a string is a string; other values are Python where they read as Python. None leaves a key out that
-    cannot be None.
+    What replaces a string is a string, unless the key also takes another value that the text reads as, such as a tuple. Other
+    values are Python where they read as Python. None leaves a key out that cannot be None.
     """
     from squeeze_jax.errors import UserError
     from squeeze_jax.jobs import _schemas
@@ -190,7 +191,7 @@ def override(config, argument):
     if not all(names):
         raise UserError(f"--config.{key}=... has an empty name between its dots")
     declared = _schemas.find_parameter(config, names) if text == "None" else None
-    placed(config, names, f"--config.{key}", text)
+    placed(config, names, f"--config.{key}", text, _schemas.find_type(config, names))
     if declared is not None:
         section = config[names[0]] if names[1:] else config
         section[names[-1]] = None
@@ -199,7 +200,7 @@ def override(config, argument):
             print(f"without    config.{key}, which falls back to {declared.fallback}")
 
 
-def placed(holder, names, flag, text):
+def placed(holder, names, flag, text, hint):
     """Sets the entry that names lead to; returns the section, which is a new one if it is a tuple."""
     from squeeze_jax.errors import UserError
 
@@ -216,11 +217,27 @@ def placed(holder, names, flag, text):
     else:
         raise UserError(f"{flag}: {name} is no part of a value, only of a section")
     if rest:
-        items[at] = placed(items[at], rest, flag, text)
+        items[at] = placed(items[at], rest, flag, text, hint)
     else:
         old = items.get(at) if isinstance(items, dict) else items[at]
-        items[at] = text if isinstance(old, str) else parsed(text, flag)
+        replaced = isinstance(old, str)
+        items[at] = replacement(text, hint) if replaced else parsed(text, flag)
     return items if isinstance(holder, dict) else type(holder)(items)
+
+
+def replacement(text, hint):
+    """Returns the value of a text that replaces a string, at a key with that annotation or None."""
+    from squeeze_jax import registry
+    from squeeze_jax.errors import UserError
+
+    if hint in (None, typing.Any):
+        return text
+    try:
+        value = parsed(text, "")
+    except UserError:
+        return text
+    is_other = not isinstance(value, str | None) and registry.fits(value, hint)
+    return value if is_other else text
 
 
 def parsed(text, flag):
