@@ -20,7 +20,15 @@ from squeeze_jax.data.image_set import ImageSet, class_name
 from squeeze_jax.data.source import Source
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
-from squeeze_jax.ranges import Finite, Part, Pixels, Positive, Range, Threads, Whole
+from squeeze_jax.ranges import (
+    Part,
+    PixelMean,
+    Pixels,
+    PixelStd,
+    Range,
+    Threads,
+    Whole,
+)
 
 ENDING = "_classes.png"  # the end of the names of files that the job predict writes
 # The text in these files that tells them from the user's own files, which are never replaced.
@@ -33,8 +41,8 @@ def make(
     size: Pixels | tuple[Pixels, Pixels],
     *,
     channels: Literal[1, 3] | None = None,
-    mean: Finite | tuple[Finite, ...] = 0.5,
-    std: Positive | tuple[Positive, ...] = 0.5,
+    mean: PixelMean | tuple[PixelMean, ...] = 0.5,
+    std: PixelStd | tuple[PixelStd, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
     pad: Annotated[int, Range(0, 1024)] = 4,
     scale: tuple[Part, Part] = (0.08, 1.0),
