@@ -28,6 +28,7 @@ Stop it with Ctrl-C at any time; the same command continues where it was."""
 
 def parse(argv):
     """Returns the arguments of the command line, and the overrides of config keys among them."""
+    from squeeze_jax import stop
     from squeeze_jax.errors import UserError, nearest
 
     parser = argparse.ArgumentParser(
@@ -94,9 +95,11 @@ def parse(argv):
             raise UserError(f"unknown flag {flag}{nearest(flag, parser_flags(parser))}")
     args.inputs += others
     if args.help or args.list is not None:
-        print(help_text(parser, args))
+        text = help_text(parser, args)
+        stop.check()
+        print(text, flush=True)
         sys.exit(0)
-    args.job = args.job or "main"
+    args.job = "main" if args.job is None else args.job
     return args, overrides
 
 
@@ -133,7 +136,7 @@ def file_and_argument(config):
 
 def load_config(config):
     """Returns the dict that the `get_config` of a file returns; after a colon may come its argument."""
-    from squeeze_jax.errors import UserError, nearest, shown
+    from squeeze_jax.errors import UserError, message_of, nearest, shown
     from squeeze_jax.registry import blamed
 
     path, arguments = file_and_argument(config)
@@ -167,7 +170,7 @@ def load_config(config):
     except UserError:  # it names the file already
         raise
     except ValueError as error:  # what the file says of its argument
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {message_of(error)}") from None
     if not isinstance(config, collections.abc.Mapping):
         raise UserError(
             f"{path}: get_config() returned {shown(config)} ({type(config).__name__}), it should return a dict"
@@ -394,6 +397,10 @@ def join(args):
     """Joins the other processes of the run, where there are any."""
     from squeeze_jax.errors import UserError
 
+    if args.processes < 1:
+        raise UserError(f"--processes={args.processes} should be at least 1")
+    if args.coordinator == "":
+        raise UserError("--coordinator= is empty: write HOST:PORT, or leave it out")
     if args.processes > 1 and not args.coordinator:
         raise UserError(
             "--processes needs --coordinator=HOST:PORT, the address of process 0"
