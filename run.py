@@ -266,7 +266,7 @@ def main(argv=None):
     from squeeze_jax.jobs import _allocator
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
-    from squeeze_jax import registry
+    from squeeze_jax import registry, stop
     from squeeze_jax.jobs import (
         _compilation,
         _experiment,
@@ -293,6 +293,8 @@ def main(argv=None):
     if hasattr(job, "ready"):  # whatever can be refused before a work directory is made
         job.ready(built, inputs)
     cache = _compilation.enable(**built.experiment.compilation)
+    if args.processes == 1:
+        stop.check()
     if use == "begins":
         _workdir.begin(workdir, config)
         if args.process == 0:
@@ -423,20 +425,6 @@ def one_line(message, category, filename, lineno, line=None):
     return f"warning: {message}\n"
 
 
-def end(error):
-    """Prints an error's line and ends with its status."""
-    from squeeze_jax import files, machine
-
-    lead = "\n" if error.status > 128 else "error: "
-    print(f"{lead}{error}", file=sys.stderr, flush=True)
-    if isinstance(error, machine.OutputClosed):
-        machine.drop_output()
-    if isinstance(error, files.DiskFull):
-        sys.stdout.flush()
-        os._exit(error.status)  # each thread of a library would report it once more
-    sys.exit(error.status)
-
-
 if __name__ == "__main__":
     from squeeze_jax import machine, stop
     from squeeze_jax.errors import Reported, print_any_name
@@ -446,9 +434,11 @@ if __name__ == "__main__":
     try:
         with stop.listening():
             main()
+            sys.stdout.flush()
+            stop.check_done()
     except Reported as error:
-        end(error)
+        machine.end(error)
     except Exception as error:
         if (explained := machine.explain(error)) is None:
             raise
-        end(explained)
+        machine.end(explained)
