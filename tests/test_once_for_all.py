@@ -402,9 +402,11 @@ def test_an_extracted_network_is_a_work_directory(tmp_path, capsys, monkeypatch)
         raise stop.Stopped(15)
 
     # The line of `Stopped` promises that the same command goes on.
-    with monkeypatch.context() as patch, pytest.raises(stop.Stopped):
-        patch.setattr(fit, "make_evaluator", lambda built: stopped)
+    make_evaluator = fit.make_evaluator
+    monkeypatch.setattr(fit, "make_evaluator", lambda built: stopped)
+    with pytest.raises(stop.Stopped):
         run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
+    monkeypatch.setattr(fit, "make_evaluator", make_evaluator)
     run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
     assert "kernel 3 3 3 3" in capsys.readouterr().out
     small = _experiment.build_trained(
