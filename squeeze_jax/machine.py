@@ -59,9 +59,8 @@ def _fails_output(error: BaseException) -> bool:
     if not isinstance(error, OSError) or error.filename is not None:
         return False
     try:
-        if getattr(sys.stdout, "write_through", False):  # it keeps nothing to flush
-            sys.stdout.write("\n")
-        sys.stdout.flush()
+        # A flush alone may succeed: what failed is not always kept.
+        print(flush=True)
     except OSError:
         return True
     return False

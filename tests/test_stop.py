@@ -191,8 +191,10 @@ def test_timing_stops_between_two_runs():
 
 def test_a_tool_that_is_stopped_is_one_line():
     tool = """
-    import time
+    import signal, time
     from squeeze_jax import machine
+    # A shell may start a process in the background without Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     def main():
         print("ready", flush=True)
         time.sleep(60)
@@ -220,10 +222,11 @@ def test_an_output_on_a_full_disk_loses_no_training(tmp_path):
         done = subprocess.run(
             [*command, "--config.log_every=1"],
             **dict(cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True),
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
         )
     assert done.returncode == 128 + signal.SIGPIPE
     assert done.stderr == (
-        "\ncannot write the output to /dev/full: No space left on device; stopped at step 1 and saved; run the same"
+        "\ncannot write the output to /dev/full: No space left on device; stopped at step 2 and saved; run the same"
         " command again to continue\n"
     )
-    assert (tmp_path / "checkpoints" / "1").is_dir()
+    assert (tmp_path / "checkpoints" / "2").is_dir()
