@@ -10,6 +10,7 @@ import inspect
 import os
 import pathlib
 import sys
+import typing
 import warnings
 
 DESCRIPTION = """\
@@ -27,6 +28,7 @@ Stop it with Ctrl-C at any time; the same command continues where it was."""
 
 def parse(argv):
     """Returns the arguments of the command line, and the overrides of config keys among them."""
+    from squeeze_jax import stop
     from squeeze_jax.errors import UserError, nearest
 
     parser = argparse.ArgumentParser(
@@ -93,9 +95,11 @@ def parse(argv):
             raise UserError(f"unknown flag {flag}{nearest(flag, parser_flags(parser))}")
     args.inputs += others
     if args.help or args.list is not None:
-        print(help_text(parser, args))
+        text = help_text(parser, args)
+        stop.check()
+        print(text, flush=True)
         sys.exit(0)
-    args.job = args.job or "main"
+    args.job = "main" if args.job is None else args.job
     return args, overrides
 
 
@@ -132,7 +136,7 @@ def file_and_argument(config):
 
 def load_config(config):
     """Returns the dict that the `get_config` of a file returns; after a colon may come its argument."""
-    from squeeze_jax.errors import UserError, nearest, shown
+    from squeeze_jax.errors import UserError, message_of, nearest, shown
     from squeeze_jax.registry import blamed
 
     path, arguments = file_and_argument(config)
@@ -166,7 +170,7 @@ def load_config(config):
     except UserError:  # it names the file already
         raise
     except ValueError as error:  # what the file says of its argument
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {message_of(error)}") from None
     if not isinstance(config, collections.abc.Mapping):
         raise UserError(
             f"{path}: get_config() returned {shown(config)} ({type(config).__name__}), it should return a dict"
@@ -177,8 +181,8 @@ def load_config(config):
 def override(config, argument):
     """Sets one key from `--config.a.b=value`; a number is a place in a tuple, as in `--config.phases.0.steps=40`.
 
-    What replaces a string is a string; other values are Python where they read as Python. None leaves a key out that
-    cannot be None.
+    What replaces a string is a string, unless the key also takes another value that the text reads as, such as a tuple. Other
+    values are Python where they read as Python. None leaves a key out that cannot be None.
     """
     from squeeze_jax.errors import UserError
     from squeeze_jax.jobs import _schemas
@@ -190,7 +194,7 @@ def override(config, argument):
     if not all(names):
         raise UserError(f"--config.{key}=... has an empty name between its dots")
     declared = _schemas.find_parameter(config, names) if text == "None" else None
-    placed(config, names, f"--config.{key}", text)
+    placed(config, names, f"--config.{key}", text, _schemas.find_type(config, names))
     if declared is not None:
         section = config[names[0]] if names[1:] else config
         section[names[-1]] = None
@@ -199,7 +203,7 @@ def override(config, argument):
             print(f"without    config.{key}, which falls back to {declared.fallback}")
 
 
-def placed(holder, names, flag, text):
+def placed(holder, names, flag, text, hint):
     """Sets the entry that names lead to; returns the section, which is a new one if it is a tuple."""
     from squeeze_jax.errors import UserError
 
@@ -216,11 +220,27 @@ def placed(holder, names, flag, text):
     else:
         raise UserError(f"{flag}: {name} is no part of a value, only of a section")
     if rest:
-        items[at] = placed(items[at], rest, flag, text)
+        items[at] = placed(items[at], rest, flag, text, hint)
     else:
         old = items.get(at) if isinstance(items, dict) else items[at]
-        items[at] = text if isinstance(old, str) else parsed(text, flag)
+        replaced = isinstance(old, str)
+        items[at] = replacement(text, hint) if replaced else parsed(text, flag)
     return items if isinstance(holder, dict) else type(holder)(items)
+
+
+def replacement(text, hint):
+    """Returns the value of a text that replaces a string, at a key with that annotation or None."""
+    from squeeze_jax import registry
+    from squeeze_jax.errors import UserError
+
+    if hint in (None, typing.Any):
+        return text
+    try:
+        value = parsed(text, "")
+    except UserError:
+        return text
+    is_other = not isinstance(value, str | None) and registry.fits(value, hint)
+    return value if is_other else text
 
 
 def parsed(text, flag):
@@ -246,7 +266,7 @@ def main(argv=None):
     from squeeze_jax.jobs import _allocator
 
     _allocator.keep_memory()  # before jax is imported and starts its threads
-    from squeeze_jax import registry
+    from squeeze_jax import registry, stop
     from squeeze_jax.jobs import (
         _compilation,
         _experiment,
@@ -273,6 +293,8 @@ def main(argv=None):
     if hasattr(job, "ready"):  # whatever can be refused before a work directory is made
         job.ready(built, inputs)
     cache = _compilation.enable(**built.experiment.compilation)
+    if args.processes == 1:
+        stop.check()
     if use == "begins":
         _workdir.begin(workdir, config)
         if args.process == 0:
@@ -377,6 +399,10 @@ def join(args):
     """Joins the other processes of the run, where there are any."""
     from squeeze_jax.errors import UserError
 
+    if args.processes < 1:
+        raise UserError(f"--processes={args.processes} should be at least 1")
+    if args.coordinator == "":
+        raise UserError("--coordinator= is empty: write HOST:PORT, or leave it out")
     if args.processes > 1 and not args.coordinator:
         raise UserError(
             "--processes needs --coordinator=HOST:PORT, the address of process 0"
@@ -399,20 +425,6 @@ def one_line(message, category, filename, lineno, line=None):
     return f"warning: {message}\n"
 
 
-def end(error):
-    """Prints an error's line and ends with its status."""
-    from squeeze_jax import files, machine
-
-    lead = "\n" if error.status > 128 else "error: "
-    print(f"{lead}{error}", file=sys.stderr, flush=True)
-    if isinstance(error, machine.OutputClosed):
-        machine.drop_output()
-    if isinstance(error, files.DiskFull):
-        sys.stdout.flush()
-        os._exit(error.status)  # each thread of a library would report it once more
-    sys.exit(error.status)
-
-
 if __name__ == "__main__":
     from squeeze_jax import machine, stop
     from squeeze_jax.errors import Reported, print_any_name
@@ -422,9 +434,11 @@ if __name__ == "__main__":
     try:
         with stop.listening():
             main()
+            sys.stdout.flush()
+            stop.check_done()
     except Reported as error:
-        end(error)
+        machine.end(error)
     except Exception as error:
         if (explained := machine.explain(error)) is None:
             raise
-        end(explained)
+        machine.end(explained)

@@ -37,6 +37,15 @@ def shortened(text: str, longest: int) -> str:
     return f"{text[:first]} … {text[first - longest :]}"
 
 
+def message_of(error: BaseException) -> str:
+    """Returns the first line of an exception's message, or the name of its type if it has no message."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # its type is the user's own
+        lines = []
+    return lines[0] if lines else type(error).__name__
+
+
 def shown(value: object, longest: int = 100) -> str:
     """Returns how an error shows a value from the user: as Python writes it, shortened."""
     try:

@@ -144,6 +144,26 @@ def write(path: str | Path, content: bytes | str) -> Path:
     return path
 
 
+def check_writable(path: str | Path, key: str) -> None:
+    """Raises a UserError if `write` could not write a file, so that no work is lost; writes nothing.
+
+    Args:
+      path: where the file would go.
+      key: how the error calls it, such as "--outputs".
+    """
+    path = Path(path).absolute()
+    folder = next(place for place in path.parents if os.path.lexists(place))
+    if os.path.isdir(path):
+        reason = "it is a folder"
+    elif not os.path.isdir(folder):
+        reason = f"{folder} is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{folder} cannot be written to"
+    else:
+        return
+    raise UserError(f"{key} = {str(path)!r}: {reason}; choose another file")
+
+
 def move(source: str | Path, target: str | Path) -> None:
     """Moves a written file to its place on the same disk, in one step, over an earlier file.
 

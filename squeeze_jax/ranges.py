@@ -118,6 +118,9 @@ Share = Annotated[float, Range(0, 1)]  # [0, 1]
 Rate = Annotated[float, Range(0, 1, open_high=True)]  # [0, 1): dropout, momentum
 Part = Annotated[float, Range(0, 1, open_low=True)]  # (0, 1]
 Fraction = Annotated[float, Range(0, 1, True, True)]  # (0, 1)
+# Statistics of pixels in units of 0..1; beyond them the networks' inputs overflow.
+PixelMean = Annotated[float, Range(-1000, 1000)]
+PixelStd = Annotated[float, Range(1e-4, 1e4)]
 
 Bits = Annotated[int, Range(1, 64)]
 Layers = Annotated[int, Range(1, 1000)]

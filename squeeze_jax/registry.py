@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from squeeze_jax.errors import UserError, nearest, shown
+from squeeze_jax.errors import UserError, message_of, nearest, shown
 
 # The user's own files that this program has imported; worker processes inherit it and import from the same paths.
 _OWN_FILES = "SQUEEZE_JAX_OWN_FILES"
@@ -127,18 +127,20 @@ def blamed(path: str | pathlib.Path, passing: tuple[type, ...] = ()) -> Iterator
             f.lineno for f in frames if str(pathlib.Path(f.filename).resolve()) == own
         ]
         line = lines[-1] if lines else 1
-        reason = (str(error).splitlines() or ["no message"])[0]
-        raise UserError(
-            f"{path}:{line}: {type(error).__name__}: {reason}; mend the file"
-        ) from None
+        raise UserError(f"{path}:{line}: {_typed(error)}; mend the file") from None
+
+
+def _typed(error: BaseException) -> str:
+    """Returns an exception's type and message, such as "KeyError: 'x'"."""
+    name, message = type(error).__name__, message_of(error)
+    return f"{name}: {'no message' if message == name else message}"
 
 
 def describe_error(error: BaseException) -> str:
     """Returns an exception in words: the message of a UserError; of any other its type, and its place in a file of the user."""
     if isinstance(error, UserError):
         return str(error)
-    reason = (str(error).splitlines() or ["no message"])[0]
-    line = f"{type(error).__name__}: {reason}"
+    line = _typed(error)
     own = set(_own_paths())
     frames = [
         frame

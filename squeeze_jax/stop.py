@@ -26,21 +26,37 @@ _NOTE = b"\nstopping at the next safe place; once more to end at once\n"
 children: set[int] = set()  # processes that end with this one
 
 _received = 0
+_reason = ""
 _listening = False
 
 
 class Stopped(Reported):
     """The work was asked to stop, and left nothing half done."""
 
-    def __init__(self, number: int):
-        super().__init__("stopped; the same command goes on from what was saved")
+    def __init__(
+        self,
+        number: int,
+        message: str = "stopped; the same command goes on from what was saved",
+    ):
+        super().__init__(_reason + message)
         self.status = 128 + number
 
 
-def request(number: int) -> None:
-    """Asks the work to stop, as the signal of that number would."""
-    global _received
-    _received = _received or number
+def request(number: int, reason: str = "") -> None:
+    """Asks the work to stop, as the signal of that number would.
+
+    Args:
+      number: of the signal.
+      reason: why, for the line that ends the program.
+    """
+    global _received, _reason
+    if not _received:
+        _received, _reason = number, f"{reason}; " if reason else ""
+
+
+def reason() -> str:
+    """Returns why the work was asked to stop, ready to begin a line: "" or a text that ends in "; "."""
+    return _reason
 
 
 def requested() -> int:
@@ -54,13 +70,21 @@ def check() -> None:
         raise Stopped(_received)
 
 
+def check_done() -> None:
+    """Raises `Stopped` where a stop was requested too late, because all work is done."""
+    if _received:
+        raise Stopped(
+            _received, "asked to stop when all was done; nothing is left to do"
+        )
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Turns SIGINT and SIGTERM into the flag within this context.
 
     Outside of the main thread signals stay with whoever handles them.
     """
-    global _listening, _received
+    global _listening, _received, _reason
     if _listening:
         listen_again()
         yield
@@ -74,11 +98,11 @@ def listening() -> Iterator[None]:
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(read,), daemon=True)
     watcher.start()
-    _listening, _received = True, 0
+    _listening, _received, _reason = True, 0, ""
     try:
         yield
     finally:
-        _listening, _received = False, 0
+        _listening, _received, _reason = False, 0, ""
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -157,8 +157,15 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     assert line == f"programs are kept in {place()}, at most 7 MB"
     assert jax.config.jax_compilation_cache_max_size == 7_000_000
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.5
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/here")
+    _compilation.enable()
+    assert place().parent == tmp_path / "here" / "squeeze_jax" / "xla"
     _compilation.enable("~/other")
     assert place().parent == tmp_path / "other"
+    monkeypatch.setattr(_compilation, "_INITIAL_CACHE", ("~/of_jax", -1))
+    line = _compilation.enable()
+    assert place() == tmp_path / "of_jax"
+    assert line.startswith(f"programs are kept in {place()}, set by JAX_COMPILATION")
     line = _compilation.enable(enabled=False)
     assert line == "programs are not kept: config.compilation.enabled is off"
     assert jax.config.jax_compilation_cache_dir is None

@@ -89,3 +89,17 @@ def test_an_error_in_a_config_names_its_path_once(tmp_path):
         run.load_config(path)
     assert str(error.value).count("own.py") == 1
     assert "own.py:2: ValueError: too small" in str(error.value)
+
+
+@pytest.mark.parametrize("raised", ["E()", "ValueError()", "ValueError('\\n')"])
+def test_an_error_without_a_message_has_its_type(tmp_path, raised):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "class E(ValueError):\n    def __str__(self): return 1 / 0\n"
+        f"def get_config(size=1):\n    raise {raised}\n"
+    )
+    name = raised.partition("(")[0]
+    with pytest.raises(UserError, match=f": {name}$"):
+        run.load_config(f"{path}:1")
+    with pytest.raises(UserError, match=f":4: {name}: no message; mend the file"):
+        run.load_config(str(path))

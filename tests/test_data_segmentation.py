@@ -234,3 +234,32 @@ def test_predictions_are_written_with_a_palette(pairs, tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), labels)
         shown = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(shown, axis=0)) == 2
+
+
+@pytest.mark.parametrize("kind", ["picture", "text", "folder", "link"])
+def test_predictions_replace_only_their_own_files(pairs, tmp_path, kind):
+    split = opened(pairs)
+    photo, result = tmp_path / "q.png", tmp_path / "q_classes.png"
+    photo.write_bytes(encode(blocks(48, 64)[0]))
+
+    def predict(label):
+        labels = np.full((24, 32), label)
+        return list(split.predict([str(photo)], lambda _: np.eye(5)[labels][None]))
+
+    predict(1)
+    predict(3)  # over its own file
+    assert np.asarray(Image.open(result)).max() == 3
+    result.unlink()
+    if kind == "folder":
+        result.mkdir()
+    elif kind == "link":
+        result.symlink_to(tmp_path / "missing.png")
+    else:
+        result.write_bytes(encode(blocks(8, 8)[1]) if kind == "picture" else b"mine")
+    before = result.read_bytes() if result.is_file() else None
+    with pytest.raises(
+        UserError, match=r"q_classes\.png exists and is no result of the"
+    ):
+        predict(2)
+    assert before is None or result.read_bytes() == before
+    assert not (tmp_path / "missing.png").exists()

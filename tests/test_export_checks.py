@@ -1,5 +1,6 @@
 """What cannot become a file is said before it is one; ranges and limits are the examples' and the outputs' own."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jax import lax
 
 from squeeze_jax import export
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import operators, parity, process
+from squeeze_jax.export import class_names, operators, parity, process
 from squeeze_jax.nn import composite
 from squeeze_jax.nn.activations import gelu
 from squeeze_jax.nn.conv import Conv
@@ -304,6 +305,17 @@ def test_files_hold_the_converters_own_operations(tmp_path):
     assert (
         text.count("stablehlo.convolution(") == 9
     )  # three, for each of three platforms
+
+
+def test_class_names_that_are_not_utf8_keep_their_bytes(tmp_path):
+    names = (os.fsdecode(b"caf\xe9"), "dog")
+    class_names.check(names)
+    (tmp_path / "f").write_bytes(class_names.attach(b"model", names))
+    with zipfile.ZipFile(tmp_path / "f") as archive:
+        assert archive.read("labels.txt") == b"caf\xe9\ndog\n"
+    assert class_names.read(tmp_path / "f") == names
+    with pytest.raises(UserError, match="half a character"):
+        class_names.check(["\ud800"])
 
 
 @pytest.mark.parametrize("key", ["stablehlo", "tflite", "tflite_int8"])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from squeeze_jax import export
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import process, runtime
+from squeeze_jax.export import operators, process, runtime
 
 SHAPE = (4, 4, 3)
 INPUTS = {"image": jax.ShapeDtypeStruct(SHAPE, np.float32)}
@@ -87,6 +87,27 @@ def test_ranges_come_from_all_calibration_images(tmp_path):
     expected = images.astype(np.float64).mean((1, 2)) @ HEAD
     error = np.abs(runtime.load(made.path)(images) - expected).max()
     assert error < 0.04 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("tool", [runtime, operators])
+def test_outputs_that_cannot_be_written_are_refused_before_all_work(tool, tmp_path, capsys):  # fmt: skip
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path / "file" / "o.npz", f"{tmp_path / 'file'} is no folder"),
+        (tmp_path, "it is a folder"),
+    ):
+        status = tool.main(["missing.tflite", "--image=missing.npy", f"--outputs={path}"])  # fmt: skip
+        assert status == process.USER_ERROR
+        line = f"--outputs = {str(path)!r}: {reason}; choose another file\n"
+        assert capsys.readouterr().err == line
+
+
+def test_outputs_go_to_a_new_folder_and_home(folder, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "x.npy", images[:3])
+    monkeypatch.setattr(runtime, "pin", lambda: None)
+    assert not runtime.main([str(folder / "model.tflite"), "--examples=~/x.npy", "--outputs=~/new/o.npz", "--runs=0"])  # fmt: skip
+    assert next(iter(runtime.read_arrays(tmp_path / "new" / "o.npz").values())).shape == (3, 5)  # fmt: skip
 
 
 def test_without_labels_there_is_no_accuracy(folder, images):

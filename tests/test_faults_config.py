@@ -22,6 +22,7 @@ from squeeze_jax.jobs import (
     _compilation,
     _experiment,
     _pretrained,
+    _schemas,
     _settings,
     _teachers,
     _transitions,
@@ -275,6 +276,9 @@ def test_a_config_file_that_fails_is_one_line(text, words, tmp_path):
         (["--wrkdir=x"], "unknown flag --wrkdir; did you mean '--workdir'"),
         (["-x"], "unknown flag -x"),
         (["--processes=two"], "argument --processes: invalid int value: 'two'"),
+        (["--processes=0"], "--processes=0 should be at least 1"),
+        (["--coordinator="], "--coordinator= is empty: write HOST:PORT"),
+        (["--job="], "unknown job ''; choose from"),
         (["--workdir"], "argument --workdir: expected one argument"),
         (["--workdir="], "--workdir = '' should be a path, not empty"),
         (["--workdir=" + "w" * 256], "should be a path: names up to 255 bytes"),
@@ -678,6 +682,35 @@ def test_none_removes_a_key_that_cannot_be_none(capsys):
         "without    config.model.variant, which falls back to its default, '1.1'",
         "without    config.export.check, which falls back to its default, 128",
     ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "old", "value"),
+    [
+        ("data.text=('question','answer')", "text", ("question", "answer")),
+        ("data.label=['a','b']", "label", ("a", "b")),
+        ("data.label=1", "label", "1"),
+        ("data.text=(half", "text", "(half"),
+        ("data.train=('a','b')", "x.tsv", "('a','b')"),  # which is no union
+        ("phases.0.data.text=('q','a')", "text", ("q", "a")),
+        ("objective.0.layers=((1,2),)", "uniform", ((1, 2),)),
+        ("extract.arch={'d': 1}", "largest", {"d": 1}),
+    ],
+)
+def test_text_that_replaces_a_string_may_be_another_value_of_the_key(argument, old, value):  # fmt: skip
+    names = argument.partition("=")[0].split(".")
+    config = dict(data=dict(name="texts"), objective=(dict(name="distill.hidden"),), phases=(dict(data={}),), extract={})  # fmt: skip
+    run.placed(config, names, "--config", repr(old), None)
+    run.override(config, f"--config.{argument}")
+    assert _schemas._entry(_settings.canonical(config), names) == value
+
+
+def test_paths_of_texts_may_be_replaced_by_a_tuple():
+    changed = overridden(dict(data=dict(name="pretraining", files="/a.txt", eval="/b")), "data.files=('/x.txt',)", "data.eval=0.1")  # fmt: skip
+    assert changed["data"] == dict(name="pretraining", files=("/x.txt",), eval=0.1)
+    source = dict(name="pairs", root="/r", classes="/classes.txt")
+    changed = overridden(dict(data=dict(source=source)), "data.source.classes=('a','b')")  # fmt: skip
+    assert changed["data"]["source"]["classes"] == ("a", "b")
 
 
 def test_a_config_that_contains_itself_is_one_line():

@@ -284,15 +284,20 @@ def test_links_that_lead_back_are_not_followed(tmp_path):
     source = folder.make(str(tmp_path))
     assert len(source.train) == 3
     said = "2 backward links (a/up, b/linked/2)"
-    assert source.notes == (f"left out in {tmp_path / 'train'}: {said}",)
+    assert source.notes == (
+        f"left out in {tmp_path / 'train'}: {said}",
+        f"not read: else in {tmp_path}",
+    )
 
 
 def test_splits_that_are_not_read_and_classes_without_images_are_named(tmp_path):
     as_folder(tmp_path, {"x.png": None})
     put(tmp_path, "val/a/x.png")
+    put(tmp_path, "other/a/x.png")
+    put(tmp_path, ".hidden/a/x.png")
     put(tmp_path, "train/c/x.png")
     notes = folder.make(str(tmp_path)).notes
-    assert notes == (f"not read: val in {tmp_path}", "without an image for evaluation: c")  # fmt: skip
+    assert notes == (f"not read: other, val in {tmp_path}", "without an image for evaluation: c")  # fmt: skip
 
 
 def test_a_class_of_unknown_files_names_them(tmp_path):

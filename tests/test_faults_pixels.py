@@ -55,21 +55,38 @@ def transparent_pictures():
     yield "RGB PNG, key", encode(Image.fromarray(COLOUR), transparency=at), on_white(COLOUR, np.where(clear, 0, 255))  # fmt: skip
     deep = GREY.astype(np.uint16) * 257
     yield "16-bit PNG, key", png(deep, key=30 * 257), on_white(three, np.where(GREY == 30, 0, 255))  # fmt: skip
+    for bits in 1, 2, 4, 8:
+        values = GREY.astype(int) // 3 % 2**bits
+        white = np.repeat(values[..., None] * (255 / (2**bits - 1)), 3, -1)
+        for key in 0, 1:
+            image = png(values, key, bits=bits)
+            yield f"{bits}-bit grey PNG, key {key}", image, on_white(white, np.where(values == key, 0, 255))  # fmt: skip
+    # Colours that differ from the transparent one in a low byte alone stay.
+    deep = COLOUR.astype(np.uint16) * 256 + np.arange(8, dtype=np.uint16)[:, None, None]
+    at = tuple(int(v) for v in deep[2, 2])
+    clear = (deep == at).all(-1)
+    yield "48-bit PNG, key", png(deep, at), on_white(COLOUR, np.where(clear, 0, 255))
+    deep = np.full((8, 8, 3), 1000, np.uint16)
+    deep[4:, :, 1] += 1
+    shades = on_white(np.full((8, 8, 3), 3), np.repeat([[0], [255]], 4, 0) * np.ones(8))
+    yield "48-bit PNG, key in the low byte", png(deep, (1000,) * 3), shades
 
 
-def png(pixels, key=None):
-    """A 16-bit PNG by hand, grey [h, w] or colour [h, w, 3], after the PNG specification."""
+def png(pixels, key=None, bits=16):
+    """A PNG by hand, grey [h, w] or colour [h, w, 3], after the PNG specification."""
     h, w = pixels.shape[:2]
 
     def chunk(kind, content):
         body = kind + content
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))  # fmt: skip
 
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", w, h, 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    shifts = np.arange(bits)[::-1]
+    stored = (pixels.reshape(h, -1, 1).astype(int) >> shifts & 1).reshape(h, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(stored, axis=1))
+    header = struct.pack(">IIBBBBB", w, h, bits, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     parts = chunk(b"IHDR", header)
     if key is not None:
-        parts += chunk(b"tRNS", struct.pack(">H", key))
+        parts += chunk(b"tRNS", np.array(key, ">u2").tobytes())
     parts += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
 

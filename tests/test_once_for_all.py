@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import run as run_py
-from squeeze_jax import models, tree
+from squeeze_jax import models, stop, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, fit
@@ -397,6 +397,16 @@ def test_an_extracted_network_is_a_work_directory(tmp_path, capsys, monkeypatch)
     built = _experiment.build(_experiment.check(config))
     _workdir.begin(tmp_path / "large", built.whole.config())
     fit.run(built, tmp_path / "large")
+
+    def stopped(state):
+        raise stop.Stopped(15)
+
+    # The line of `Stopped` promises that the same command goes on.
+    make_evaluator = fit.make_evaluator
+    monkeypatch.setattr(fit, "make_evaluator", lambda built: stopped)
+    with pytest.raises(stop.Stopped):
+        run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
+    monkeypatch.setattr(fit, "make_evaluator", make_evaluator)
     run_py.main(["--job=extract", f"--workdir={tmp_path / 'large'}"])
     assert "kernel 3 3 3 3" in capsys.readouterr().out
     small = _experiment.build_trained(

@@ -12,7 +12,9 @@ import time
 import pytest
 
 from squeeze_jax import stop
+from squeeze_jax.cost import timing
 from squeeze_jax.export import process
+from squeeze_jax.jobs import _experiment, cost
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -28,6 +30,15 @@ def send(number=signal.SIGTERM):
     end = time.monotonic() + 10
     while not stop.requested() and time.monotonic() < end:
         time.sleep(0.01)
+
+
+CONFIG = dict(
+    data=dict(source=dict(name="digits"), size=8),
+    model=dict(name="squeezenet", variant="tiny"),
+    optim=dict(name="sgd", lr=0.1),
+    batch=16,
+    steps=4,
+)
 
 
 @pytest.mark.parametrize("number", stop.SIGNALS)
@@ -139,3 +150,83 @@ def test_the_main_job_stops_between_two_files_and_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     files |= {"model.tflite"}
     assert {path.name for path in (tmp_path / "export").iterdir()} == files
+
+
+def test_the_line_names_the_reason_and_whether_work_is_left():
+    with stop.listening():
+        stop.check_done()
+        stop.request(signal.SIGPIPE, "nobody listens")
+        with pytest.raises(stop.Stopped, match=r"^nobody listens; stopped; the same"):
+            stop.check()
+        with pytest.raises(stop.Stopped, match=r"^nobody listens; asked to stop when"):
+            stop.check_done()
+
+
+def test_a_request_during_a_job_that_never_looks_is_not_lost(tmp_path):
+    job = tmp_path / "own_job.py"
+    job.write_text(
+        "import os, signal, time\nRUN = 'ignores'\n"
+        "def run(built, workdir, inputs=()):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.5)\n"
+    )
+    command = [sys.executable, "run.py", f"--job={job}", f"--workdir={tmp_path / 'w'}"]
+    done = subprocess.run([*command, *TINY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.endswith("asked to stop when all was done; nothing is left to do\n")  # fmt: skip
+
+
+def test_the_job_cost_stops(tmp_path):
+    with stop.listening():
+        built = _experiment.build(_experiment.check(CONFIG))
+        stop.request(signal.SIGTERM)
+        with pytest.raises(stop.Stopped):
+            cost.run(built, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_timing_stops_between_two_runs():
+    with stop.listening(), pytest.raises(stop.Stopped):
+        timing.times(lambda: stop.request(signal.SIGTERM), 2)
+
+
+def test_a_tool_that_is_stopped_is_one_line():
+    tool = """
+    import signal, time
+    from squeeze_jax import machine
+    # A shell may start a process in the background without Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    def main():
+        print("ready", flush=True)
+        time.sleep(60)
+    machine.run_tool(main)
+    """
+    assert python(tool, (0.1, signal.SIGINT)) == (130, "\nstopped\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_on_a_full_disk_is_named(unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "run.py", "--list"],
+            **dict(cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True),
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == "\nstopped: cannot write the output to /dev/full: No space left on device\n"  # fmt: skip
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_an_output_on_a_full_disk_loses_no_training(tmp_path):
+    command = [sys.executable, "run.py", "--job=fit", f"--workdir={tmp_path}", *TINY]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "--config.log_every=1"],
+            **dict(cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True),
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == (
+        "\ncannot write the output to /dev/full: No space left on device; stopped at step 2 and saved; run the same"
+        " command again to continue\n"
+    )
+    assert (tmp_path / "checkpoints" / "2").is_dir()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from squeeze_jax import stop
+
 
 def times(run: Callable[[], Any], runs: int) -> list[float]:
     """Returns the milliseconds of each run, with Python's garbage collector off.
@@ -14,6 +16,9 @@ def times(run: Callable[[], Any], runs: int) -> list[float]:
     Args:
       run: a function without arguments that returns when its work is done.
       runs: number of calls.
+
+    Raises:
+      stop.Stopped: the program was asked to stop.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -21,6 +26,7 @@ def times(run: Callable[[], Any], runs: int) -> list[float]:
         # Allocated before the loop, so that timing allocates nothing.
         times_ns = np.empty(runs, np.int64)
         for i in range(runs):
+            stop.check()
             start = time.perf_counter_ns()
             run()
             times_ns[i] = time.perf_counter_ns() - start

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from squeeze_jax import files
-from squeeze_jax.errors import UserError, print_any_name
+from squeeze_jax import files, machine
+from squeeze_jax.errors import UserError
 
 VERSION = "1.0.0"
 
@@ -233,5 +233,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_any_name()
-    sys.exit(main())
+    machine.run_tool(main)

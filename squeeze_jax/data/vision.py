@@ -30,6 +30,8 @@ DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's modes above 8 b
 GREY = ("1", "L", "LA", "La", *DEEP)
 COLOUR = ("RGB", "RGBA", "RGBa", "RGBX")
 PALETTE = ("P", "PA")
+WIDENED = {"L;2": 85, "L;4": 17}  # Pillow's factors for grey PNGs of 2 and 4 bits
+HIGH_BYTES, LOW_BYTES = "RGB;16B", "RGB;16L"  # Pillow's words for parts of 16-bit RGB
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 PAD = 4
 ASPECT = (3 / 4, 4 / 3)
@@ -340,6 +342,8 @@ def _open(image: bytes | np.ndarray, load: bool = True) -> Image.Image:
         rotated = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1
         if picture.mode in DEEP:
             picture = _eight_bits(picture)
+        elif picture.format == "PNG" and "transparency" in picture.info:
+            picture = _with_clear_colour(picture, image)
         if rotated:
             return ImageOps.exif_transpose(picture)
         if load:
@@ -390,6 +394,27 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     if clear is not None:
         grey[pixels == clear] = 255
     converted = Image.fromarray(grey)
+    converted.getexif().update(picture.getexif())  # for its rotation
+    return converted
+
+
+def _with_clear_colour(picture: Image.Image, image: bytes) -> Image.Image:
+    """Applies a PNG's transparent colour, which its header gives in the file's own depth, if Pillow decodes to another depth.
+
+    Args:
+      picture: the opened file, of which only the header is read.
+      image: the file's bytes.
+    """
+    clear, raw_mode = picture.info["transparency"], picture.tile[0].args
+    if raw_mode in WIDENED:
+        picture.info["transparency"] = clear * WIDENED[raw_mode]
+    if raw_mode != HIGH_BYTES:
+        return picture
+    other = open_picture(io.BytesIO(image))
+    other.tile = [tile._replace(args=LOW_BYTES) for tile in other.tile]
+    high, low = np.array(picture), np.asarray(other)
+    high[(high * np.uint16(256) + low == clear).all(-1)] = 255
+    converted = Image.fromarray(high)
     converted.getexif().update(picture.getexif())  # for its rotation
     return converted
 

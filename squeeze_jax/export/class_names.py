@@ -1,7 +1,7 @@
 """Class names inside exported files.
 
 A zip archive after a file's own bytes holds `labels.txt`, one name per line, as in TensorFlow Lite's metadata.
-`unzip -p model.tflite labels.txt` prints it, and the runtimes ignore it.
+`unzip -p model.tflite labels.txt` prints it, and the runtimes ignore it. Names of folders that are not UTF-8 keep their bytes.
 """
 
 import io
@@ -13,15 +13,22 @@ from squeeze_jax.errors import UserError
 
 NAME = "labels.txt"
 DAY = (1980, 1, 1, 0, 0, 0)  # a fixed date, so that equal names give equal bytes
+BYTES = "surrogateescape"  # how Python holds bytes of a name that are not UTF-8
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises a UserError if a class name has a line break."""
+    """Raises a UserError if a class name has a line break, or characters that no file can hold."""
     for name in names:
         if len(name.splitlines()) > 1:
             raise UserError(
                 f"the class name {name!r} has a line break: rename the class"
             )
+        try:
+            _to_bytes(name)
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the class name {name!r} has half a character: rename the class"
+            ) from None
 
 
 def attach(content: bytes, names: Sequence[str]) -> bytes:
@@ -32,7 +39,7 @@ def attach(content: bytes, names: Sequence[str]) -> bytes:
     archive.seek(0, io.SEEK_END)
     with zipfile.ZipFile(archive, "a") as archive_file:
         archive_file.writestr(
-            zipfile.ZipInfo(NAME, DAY), "".join(f"{n}\n" for n in names)
+            zipfile.ZipInfo(NAME, DAY), _to_bytes("".join(f"{n}\n" for n in names))
         )
     return archive.getvalue()
 
@@ -41,7 +48,11 @@ def read(path: str | Path) -> tuple[str, ...]:
     """Returns the class names of an exported file, in order; () if it has none."""
     try:
         with zipfile.ZipFile(path) as archive_file:
-            lines = archive_file.read(NAME).decode()
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError):
+            lines = archive_file.read(NAME).decode(errors=BYTES)
+    except (zipfile.BadZipFile, KeyError):
         return ()
     return tuple(lines.splitlines())
+
+
+def _to_bytes(text: str) -> bytes:
+    return text.encode(errors=BYTES)

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from squeeze_jax import files, machine
 from squeeze_jax.cost import timing
-from squeeze_jax.errors import UserError, print_any_name
+from squeeze_jax.errors import UserError
 from squeeze_jax.export import litert_c, process, runtime
 from squeeze_jax.export.formats.tflite import (
     dequantize,
@@ -126,14 +127,20 @@ def main(argv: list[str] | None = None) -> int:
         help=".npz of an array [1, ...] for each input, or .npy; noise by default, and zeros for integers",
     )
     parser.add_argument(
-        "--outputs", help="where the outputs go, .npz; prints JSON then"
+        "--outputs",
+        type=os.path.expanduser,
+        help="where the outputs go, .npz; prints JSON then",
     )
     parser.add_argument("--runs", type=int, default=100, help="profiled runs")
     parser.add_argument("--warmup", type=int, default=10, help="runs before them")
     args = parser.parse_args(argv)
     try:
+        if args.outputs:
+            files.check_writable(args.outputs, "--outputs")
         cores = runtime.pin()
         measured, outputs = _measure(args.file, args.example, args.runs, args.warmup)
+        if args.outputs:
+            runtime.write_arrays(args.outputs, outputs)
     except UserError as error:
         print(error, file=sys.stderr)
         return process.USER_ERROR
@@ -141,7 +148,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.file} cannot be profiled: {error}", file=sys.stderr)
         return process.USER_ERROR
     if args.outputs:
-        np.savez(args.outputs, **outputs)
         print(json.dumps(measured | {"core": cores[0] if cores else None}))
     else:
         print(text(measured))
@@ -296,5 +302,4 @@ def layer_in_name(tensor: str) -> str | None:
 
 
 if __name__ == "__main__":
-    print_any_name()
-    sys.exit(main())
+    machine.run_tool(main)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from squeeze_jax import files, registry
-from squeeze_jax.errors import UserError, nearest, shortened
+from squeeze_jax.errors import UserError, message_of, nearest, shortened
 from squeeze_jax.export import listing
 
 FORMATS = "squeeze_jax.export.formats"
@@ -90,8 +90,9 @@ def open_file(path: str | Path, threads: int | None = None) -> Runnable:
     except (
         Exception
     ) as error:  # each runtime raises its own exceptions for a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} cannot be run as {extension}: {reason[0]}") from error
+        raise UserError(
+            f"{path} cannot be run as {extension}: {message_of(error)}"
+        ) from error
 
 
 def input_specs(

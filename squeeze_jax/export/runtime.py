@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import io
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from squeeze_jax import files, machine
 from squeeze_jax.cost import timing
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import class_names, process
@@ -139,6 +141,13 @@ def write_examples(examples: Any, folder: str | Path) -> Path:
     return path
 
 
+def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to an `.npz` file; raises a UserError if it cannot be written."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    files.write(path, content.getvalue())
+
+
 def read_arrays(path: str | Path) -> Any:
     """Reads the array of a `.npy` file, or {name: array} of an `.npz` file.
 
@@ -207,13 +216,17 @@ def main(argv: list[str] | None = None) -> int:
         help=".npz of an array [n, ...] for each input, or .npy, such as pixels [n, h, w, c]",
     )
     parser.add_argument(
-        "--outputs", help="runs all examples, their outputs go here, .npz"
+        "--outputs",
+        type=os.path.expanduser,
+        help="runs all examples, their outputs go here, .npz",
     )
     parser.add_argument("--runs", type=int, default=100, help="timed runs at batch 1")
     parser.add_argument("--warmup", type=int, default=10, help="runs before them")
     parser.add_argument("--batch", type=int, default=1, help="examples at a time")
     args = parser.parse_args(argv)
     try:
+        if args.outputs:
+            files.check_writable(args.outputs, "--outputs")
         cores = pin()
         examples = read_arrays(args.examples)
         _load_runtime(Path(args.file))
@@ -225,7 +238,8 @@ def main(argv: list[str] | None = None) -> int:
             runnable = open_file(args.file, threads=1)
         results["runtime"] = runnable.runtime
         if args.outputs:
-            np.savez(args.outputs, **compute_outputs(runnable, examples, args.batch))
+            outputs = compute_outputs(runnable, examples, args.batch)
+            write_arrays(args.outputs, outputs)
     except UserError as error:
         print(error, file=sys.stderr)
         return process.USER_ERROR
@@ -321,4 +335,4 @@ def _status_bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    machine.run_tool(main)

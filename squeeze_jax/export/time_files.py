@@ -62,6 +62,8 @@ def main(argv=None):
     if done is None:
         return fail(f"{target} is of another device or runtime: move it away")
     total = args.rounds * len(paths)
+    if not os.access(args.folder, os.W_OK):
+        return fail(f"cannot write to {args.folder}")
     with open(target, "a") as lines:
         if not done:
             lines.write(json.dumps(header) + "\n")
@@ -232,4 +234,8 @@ def adb(*arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -21,7 +21,7 @@ import filelock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, message_of
 from squeeze_jax.ranges import Count, PathStr
 
 MIN_COMPILE_SECONDS = 0.5  # programs that compile faster are not kept
@@ -78,15 +78,16 @@ def enable(
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         return _turn_off("XLA cannot run loaded ones on several CPU devices")
     if _INITIAL_CACHE[0]:
-        _set_cache(*_INITIAL_CACHE)
-        return f"programs are kept in {_INITIAL_CACHE[0]}, set by JAX_COMPILATION_CACHE_DIR"
+        folder, size = os.path.expanduser(_INITIAL_CACHE[0]), _INITIAL_CACHE[1]
+        _set_cache(folder, size)
+        return f"programs are kept in {folder}, set by JAX_COMPILATION_CACHE_DIR"
     try:
         folder = _default_folder() if directory is None else pathlib.Path(directory)
         folder = folder.expanduser().absolute() / machine_name()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_partial_programs(folder)
     except (OSError, RuntimeError) as error:  # no home, or a file system without locks
-        return _turn_off((str(error).splitlines() or [type(error).__name__])[0])
+        return _turn_off(message_of(error))
     if _MIN_SECONDS_VARIABLE not in os.environ:
         jax.config.update(
             "jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS
@@ -156,7 +157,7 @@ def compiling(say: Callable[[str], None], what: str) -> Iterator[None]:
 
 def _default_folder() -> pathlib.Path:
     """Returns the default folder of the cache; raises a RuntimeError if the user has no home directory."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = pathlib.Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME", "")))
     if not cache.is_absolute():  # the XDG standard ignores relative paths
         cache = pathlib.Path.home() / ".cache"
     return cache / "squeeze_jax" / "xla"

@@ -5,6 +5,7 @@ A method is a value of `squeeze_jax/methods.py` that changes how a network is tr
 
 import inspect
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,15 +75,7 @@ def make_method(section: Mapping, where: str, reserved: Sequence[str] = ()) -> A
             f"{where} should be a dict with a name such as 'comm.mean', not {section!r}"
         )
     name = section["name"]
-    if registry.is_path(name):
-        module = registry.load("squeeze_jax.comm", name, "method")
-    else:
-        package, _, file = name.partition(".")
-        if package not in PACKAGES or not file:
-            raise UserError(
-                f"{where}.name = {name!r} should be package.file or the path of a Python file{nearest(package, PACKAGES)}"
-            )
-        module = registry.load(PACKAGES[package], file, f"method of {package}")
+    module = load_file(name, where)
     if not hasattr(module, "make"):
         raise UserError(
             f"{where}.name = {name!r} is no method: that file has no function make"
@@ -99,6 +92,18 @@ def make_method(section: Mapping, where: str, reserved: Sequence[str] = ()) -> A
         return module.make(**arguments)
     with registry.blamed(module.__file__):
         return module.make(**arguments)
+
+
+def load_file(name: str, where: str) -> types.ModuleType:
+    """Returns the file of a method by its name in a config; see `make_method` for the arguments and errors."""
+    if registry.is_path(name):
+        return registry.load("squeeze_jax.comm", name, "method")
+    package, _, file = name.partition(".")
+    if package not in PACKAGES or not file:
+        raise UserError(
+            f"{where}.name = {name!r} should be package.file or the path of a Python file{nearest(package, PACKAGES)}"
+        )
+    return registry.load(PACKAGES[package], file, f"method of {package}")
 
 
 def unique_name(section: Mapping, taken: set[str]) -> str:

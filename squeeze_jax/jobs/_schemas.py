@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from squeeze_jax import registry
+from squeeze_jax.data.source import SOURCES
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _compilation,
     _experiment,
+    _phases,
+    _plugs,
     _pretrained,
     _settings,
     _teachers,
@@ -24,6 +27,8 @@ SECTIONS = {
     "init": _pretrained.network_from_init,
     "distill": _teachers.Settings,
 }
+# Sections that name methods, alone or in a tuple.
+_METHODS = ("update", "forward", "objective", "gradients", "exchange")
 # Sections whose key "name" chooses a file: (package, what its files are, default name).
 _NAMED_SECTIONS = {
     "data": ("squeeze_jax.data.tasks", "kind of data", "images"),
@@ -76,6 +81,55 @@ def find_parameter(config: Mapping[str, Any], names: Sequence[str]) -> Parameter
     elif not isinstance(default, str | int | float | tuple | None):
         fallback = "an empty section"
     return Parameter(registry.annotations(function)[parameter.name], fallback)
+
+
+def find_type(config: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Returns the annotation of the function parameter that a config key sets, also in sections of phases, sources and methods.
+
+    Args:
+      config, names: see `find_parameter`; a number is a place in a tuple.
+
+    Returns:
+      None if no signature has the key.
+    """
+    first, *others = names
+    if first == "phases" and len(others) > 1 and others[1] != "begin":
+        phase = _entry(config, names[:2])
+        if not isinstance(phase, Mapping):
+            return None
+        merged = {
+            k: {**config[k], **v} if k in _phases.MERGED and k in config else v
+            for k, v in phase.items()
+        }
+        return find_type({**config, **merged}, others[1:])
+    section = _entry(config, names[:-1])
+    if not isinstance(section, Mapping):
+        return None
+    try:
+        if names[:-1] == ["data", "source"]:
+            function = registry.load(SOURCES, section.get("name", ""), "source").make
+        elif first in _METHODS or "begin" in names[:-1]:
+            function = _plugs.load_file(section.get("name", ""), first).make
+        else:
+            declared = find_parameter(config, names)
+            return declared and declared.hint
+    except (
+        UserError,
+        AttributeError,
+        TypeError,
+    ):  # the check of the whole config reports it
+        return None
+    return registry.annotations(function).get(names[-1])
+
+
+def _entry(config: Any, names: Sequence[str]) -> Any:
+    """Returns what names lead to in a config; None if there is nothing."""
+    for name in names:
+        if isinstance(config, tuple | list) and name.isdecimal():
+            config = config[int(name)] if int(name) < len(config) else None
+        else:
+            config = config.get(name) if isinstance(config, Mapping) else None
+    return config
 
 
 def _section_function(config: Mapping[str, Any], section: str) -> Callable | None:

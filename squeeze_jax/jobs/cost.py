@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from squeeze_jax import files, tree
+from squeeze_jax import files, stop, tree
 from squeeze_jax.cost import count, layers, memory, program
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _profile, _settings, _workdir, export
@@ -111,9 +111,11 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             weight_bits=settings.weight_bits,
             activation_bits=settings.activation_bits,
         )
+        stop.check()
         peak = memory.peak(model, example, bits=settings.activation_bits)
         uncounted = uncounted_operations(model, example)
         lines = [describe_peak(peak), *other_memory(model, example)]
+    stop.check()
     measured = None
     if settings.latency:
         print(f"measuring  {settings.runs} runs of {name}, compiled first", flush=True)
@@ -130,6 +132,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         lines += [f"latency         {whole}", f"by layer        {parts}"]
         caption += f" · latency {whole} · by layer {parts}"
     print("\n".join(lines))
+    stop.check()
     csv_file, picture = workdir / "cost.csv", workdir / "cost.png"
     with _workdir.writable(workdir):
         files.write(csv_file, to_csv(rows))

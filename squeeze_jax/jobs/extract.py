@@ -119,8 +119,9 @@ def write(
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted extraction
     small = _plain.write(partial, kept, options, variables)
+    scores = fit.make_evaluator(small)(evaluate.trained_state(small, partial))
+    # Last, because the same command refuses a complete work directory.
     _workdir.move(partial, target)
-    scores = fit.make_evaluator(small)(evaluate.trained_state(small, target))
     parameters, macs = size_of(small, variables)
     print(f"network    {parameters:,} parameters, {macs:,} MACs per example")
     print(f"scores     {log.format_scores(scores)}")

@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from squeeze_jax import files, tree
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, message_of
 from squeeze_jax.methods import METHODS
 from squeeze_jax.nn.norm import SHARES
 from squeeze_jax.ranges import Count
@@ -473,10 +473,9 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # Orbax raises many types for damaged files
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 damaged.append(step)
                 warnings.warn(
-                    f"checkpoint {self.directory / str(step)} is damaged and skipped ({reason[:200]})",
+                    f"checkpoint {self.directory / str(step)} is damaged and skipped ({message_of(error)[:200]})",
                     stacklevel=2,
                 )
                 continue

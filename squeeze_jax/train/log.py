@@ -167,12 +167,13 @@ class Log:
 
 
 def _print(text: str, end: str = "\n") -> None:
-    """Prints a text at once; if nobody reads the output any more, asks the run to save and stop."""
+    """Prints a text at once; if the output takes nothing any more, asks the run to save and stop."""
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        reason = machine.describe_output(error)
         machine.drop_output()
-        stop.request(signal.SIGPIPE)
+        stop.request(signal.SIGPIPE, reason)
 
 
 def _rewrite(path: pathlib.Path, records: Sequence[Mapping]) -> TextIO:

@@ -32,7 +32,7 @@ class Interrupted(Reported):
 
     def __init__(self, signum: int, step: int):
         super().__init__(
-            f"stopped at step {step} and saved; run the same command again to continue"
+            f"{stop.reason()}stopped at step {step} and saved; run the same command again to continue"
         )
         self.step, self.status = step, 128 + signum
 

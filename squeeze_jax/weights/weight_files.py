@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from squeeze_jax import files
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, message_of
 from squeeze_jax.weights import keras
 
 Arrays = dict[str, np.ndarray]
@@ -76,9 +76,8 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
         RecursionError,  # a header with a thousand nested brackets
         zipfile.BadZipFile,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"weights file {path} is damaged ({reason}): fetch it again"
+            f"weights file {path} is damaged ({message_of(error)}): fetch it again"
         ) from error
     notes += describe_casts(arrays)
     return arrays

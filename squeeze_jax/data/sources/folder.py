@@ -48,7 +48,7 @@ def make(root: PathStr, holdout: Rate = 0.0) -> Source:
         classes, train, notes = _scan(base, "train")
         eval_classes, test, eval_notes = _scan(base, eval_folder)
         notes += eval_notes
-        if unused := set(_splits(base)) - {"train", eval_folder}:
+        if unused := set(_folders(base)) - {"train", eval_folder}:
             notes.append(f"not read: {', '.join(sorted(unused))} in {base}")
         for name in eval_classes:
             if name not in classes:
@@ -108,8 +108,12 @@ def _check_no_split(base: Path) -> None:
 
 
 def _splits(base: Path) -> list[str]:
-    folders = sorted(p.name for p in base.iterdir() if p.is_dir())
-    return [name for name in folders if name.lower() in SPLIT_NAMES]
+    return [name for name in _folders(base) if name.lower() in SPLIT_NAMES]
+
+
+def _folders(base: Path) -> list[str]:
+    names = sorted(p.name for p in base.iterdir() if p.is_dir())
+    return [name for name in names if not photos.is_hidden(name)]
 
 
 def _scan(

@@ -11,10 +11,10 @@ from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import (
     Count,
-    Finite,
     Part,
+    PixelMean,
     Pixels,
-    Positive,
+    PixelStd,
     Range,
     Share,
     Threads,
@@ -29,8 +29,8 @@ def make(
     max_boxes: Count = 100,
     min_visible: Share = 0.0,
     channels: Literal[1, 3] | None = None,
-    mean: Finite | tuple[Finite, ...] = 0.5,
-    std: Positive | tuple[Positive, ...] = 0.5,
+    mean: PixelMean | tuple[PixelMean, ...] = 0.5,
+    std: PixelStd | tuple[PixelStd, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
     pad: Annotated[int, Range(0, 1024)] = 4,
     scale: tuple[Part, Part] = (0.08, 1.0),

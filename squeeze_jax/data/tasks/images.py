@@ -14,11 +14,11 @@ from squeeze_jax.data.source import LABELS
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
 from squeeze_jax.ranges import (
-    Finite,
     NonNegative,
     Part,
+    PixelMean,
     Pixels,
-    Positive,
+    PixelStd,
     Range,
     Rate,
     Threads,
@@ -33,8 +33,8 @@ def make(
     size: Pixels | tuple[Pixels, Pixels],
     *,
     channels: Literal[1, 3] | None = None,
-    mean: Finite | tuple[Finite, ...] = 0.5,
-    std: Positive | tuple[Positive, ...] = 0.5,
+    mean: PixelMean | tuple[PixelMean, ...] = 0.5,
+    std: PixelStd | tuple[PixelStd, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
     pad: Annotated[int, Range(0, 1024)] = 4,
     scale: tuple[Part, Part] = (0.08, 1.0),

@@ -1,6 +1,8 @@
 """Semantic segmentation: images with a class for each pixel, from a source whose examples have targets."""
 
 import colorsys
+import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,16 +11,28 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from squeeze_jax import files
 from squeeze_jax.data import answering, image_set, photos, vision
 from squeeze_jax.data.annotations import Maps
 from squeeze_jax.data.image_set import ImageSet, class_name
 from squeeze_jax.data.source import Source
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError
-from squeeze_jax.ranges import Finite, Part, Pixels, Positive, Range, Threads, Whole
+from squeeze_jax.ranges import (
+    Part,
+    PixelMean,
+    Pixels,
+    PixelStd,
+    Range,
+    Threads,
+    Whole,
+)
 
 ENDING = "_classes.png"  # the end of the names of files that the job predict writes
+# The text in these files that tells them from the user's own files, which are never replaced.
+MARK = ("Software", "squeeze_jax predict")
 GOLDEN = 0.618034  # turns of the colour wheel from one class to the next
 
 
@@ -27,8 +41,8 @@ def make(
     size: Pixels | tuple[Pixels, Pixels],
     *,
     channels: Literal[1, 3] | None = None,
-    mean: Finite | tuple[Finite, ...] = 0.5,
-    std: Positive | tuple[Positive, ...] = 0.5,
+    mean: PixelMean | tuple[PixelMean, ...] = 0.5,
+    std: PixelStd | tuple[PixelStd, ...] = 0.5,
     crop: Literal["none", "pad", "random_resized"] = "none",
     pad: Annotated[int, Range(0, 1024)] = 4,
     scale: tuple[Part, Part] = (0.08, 1.0),
@@ -104,7 +118,8 @@ def _predict(
 ) -> Iterator[str]:
     """Writes each image's classes to NAME_classes.png beside it, and yields their shares of the pixels.
 
-    The PNG has a palette, the class numbers as its pixels, and the size of the network's inputs.
+    The PNG has a palette, the class numbers as its pixels, and the size of the network's inputs. It replaces only a file that
+    this function has written.
 
     Args:
       view: the size and the transforms.
@@ -155,19 +170,23 @@ def _write(
       pictures: {written file: its image}; this image is added.
 
     Raises:
-      UserError: the file cannot be written, or it already holds the classes of another image.
+      UserError: the file cannot be written, it already holds the classes of another image, or the user has a file of this name.
     """
     written = path.with_name(path.stem + ENDING)
     if written in pictures:
         raise UserError(
             f"{written} holds the classes of {pictures[written]}: rename one of the images"
         )
+    if os.path.lexists(written) and not _is_marked(written):
+        raise UserError(
+            f"{written} exists and is no result of the job predict: move it away, or rename the image"
+        )
     picture = Image.fromarray(labels.astype(np.uint8))
     picture.putpalette(palette(len(label_names)))
-    try:
-        picture.save(written)
-    except OSError as error:
-        raise UserError(f"cannot write {written}: {error.strerror}") from None
+    text, content = PngInfo(), io.BytesIO()
+    text.add_text(*MARK)
+    picture.save(content, "PNG", pnginfo=text)
+    files.write(written, content.getvalue())
     pictures[written] = path
     lines = [f"{path} -> {written}"]
     shares = np.bincount(labels.reshape(-1)) / labels.size
@@ -175,6 +194,16 @@ def _write(
         if shares[label]:
             lines.append(f"  {shares[label]:6.1%}  {class_name(label_names, label)}")
     return lines
+
+
+def _is_marked(path: Path) -> bool:
+    """Returns whether the job predict has written a file."""
+    key, text = MARK
+    try:
+        with vision.decoding(), files.open_file(path) as file:
+            return vision.open_picture(file).info.get(key) == text
+    except (OSError, vision.Undecodable):
+        return False
 
 
 def palette(classes: int) -> list[int]:

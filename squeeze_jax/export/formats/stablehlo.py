@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, message_of
 from squeeze_jax.export.runnable import Runnable, Spec, name_outputs
 
 SUFFIX = ".stablehlo"
@@ -76,8 +76,9 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
         except (
             jax.errors.JaxRuntimeError
         ) as error:  # the file is parsed at the first call
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be run as stablehlo: {reason}") from error
+            raise UserError(
+                f"{path} cannot be run as stablehlo: {message_of(error)}"
+            ) from error
 
     def to_argument(x):
         return x[SINGLE_INPUT] if takes_array else dict(x)
