@@ -11,6 +11,7 @@ from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nas.space import Arch
 from squeeze_jax.nn.chain import Chain
+from squeeze_jax.nn.placement import placements
 
 
 class Family:
@@ -45,7 +46,8 @@ class Family:
         self.space = spaces.from_choices(elastic, choices)
         for name, wanted in self.space.options(self.space.largest()).items():
             for place, (have, want) in enumerate(zip(held[name], wanted, strict=True)):
-                if have < want:
+                ascending = elastic[name][place]
+                if ascending.index(have) < ascending.index(want):
                     raise UserError(
                         f"{name}[{place}] = {have} in the network that holds the weights, but {want} is in the space: leave"
                         f" config.model.{name} out, or restrict the choices"
@@ -95,6 +97,8 @@ class Family:
           variables: {"params", "batch_stats"} of the network that holds the weights.
           transforms: matrices of the kernels, see `subnetwork.take`.
         """
-        shapes = self.shapes(self.network(arch))
+        network = self.network(arch)
+        shapes = self.shapes(network)
         large = {k: variables[k] for k in shapes}
-        return self.options(arch), subnetwork.take(large, shapes, transforms)
+        both = placements(self.holder().pieces), placements(network.pieces)
+        return self.options(arch), subnetwork.take(large, shapes, transforms, both)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from squeeze_jax.methods import Passes
 from squeeze_jax.nas import subnetwork
-from squeeze_jax.nn.chain import Chain, Piece
+from squeeze_jax.nn.chain import Chain, Piece, number_of
 from squeeze_jax.nn.norm import SHARES
+from squeeze_jax.nn.placement import of_module, placements
 
 
 class Run(NamedTuple):
@@ -23,9 +24,9 @@ class Run(NamedTuple):
 
     Attributes:
       logits: output of the last piece.
-      endpoints: {piece: output} of the pieces that were asked for.
+      endpoints: {name: array} of the endpoints that were asked for.
       stats: the statistics after the pass.
-      pullbacks: (piece, its pullback) in order; None if the pass cannot be differentiated.
+      pullbacks: the `Pullback`s in order; None if the pass cannot be differentiated.
     """
 
     logits: Any
@@ -34,17 +35,38 @@ class Run(NamedTuple):
     pullbacks: list | None
 
 
+class Pullback(NamedTuple):
+    """The backward pass of a piece.
+
+    Attributes:
+      scope: the piece's name in the variables.
+      compiled: its name in its compiled program.
+      endpoints: {name in the program: name in the network} of its outputs beside the next piece's input.
+      pull: gradients of the outputs → gradients of (parameters, matrices of kernels, input).
+    """
+
+    scope: str
+    compiled: str
+    endpoints: Mapping[str, str]
+    pull: Any
+
+
 class Runner:
     """Runs and differentiates networks on slices of the largest network's variables; each piece is compiled once."""
 
-    def __init__(self, passes: Passes):
+    def __init__(self, passes: Passes, holder: Sequence[Piece] = ()):
         """Builds a runner.
 
         Args:
           passes: the functions of the training step.
+          holder: pieces of the network that holds the weights, if its modules have placements.
         """
         self._passes = passes
-        static = ("piece", "first", "update", "differentiate")
+        self._held = {
+            piece.scope: tuple(sorted(of_module(piece.module).items()))
+            for piece in holder
+        }
+        static = ("piece", "held", "first", "update", "differentiate", "endpoints")
         self._forward = jax.jit(self._run_piece, static_argnames=static)
         self._backward = jax.jit(lambda pullback, cotangent: pullback(cotangent))
 
@@ -75,55 +97,78 @@ class Runner:
         """
         outputs, pullbacks = {}, []
         for index, piece in enumerate(pieces):
-            part = {piece.name: params[piece.name]} if piece.name in params else {}
-            own = {k: v for k, v in transforms.items() if _belongs(k, piece.name)}
+            scope = piece.scope
+            part = {scope: params[scope]} if scope in params else {}
+            own = {k: v for k, v in transforms.items() if _belongs(k, scope)}
             name, part, own, before = _renamed(
-                self._passes.named, piece.name, part, own, _part(stats, piece.name)
+                self._passes.named, scope, part, own, _part(stats, scope)
             )
-            x, after, pullback = self._forward(
+            named = _endpoints_of(piece, name, endpoints)
+            x, found, after, pullback = self._forward(
                 part,
                 own,
                 before,
                 x,
                 jax.random.fold_in(key, index),
                 piece=Piece(name, piece.module),
+                held=self._held.get(scope, ()),
                 first=index == 0,
                 update=update,
                 differentiate=differentiate,
+                endpoints=tuple(sorted(named)),
             )
             if update:
-                stats = _with_part(stats, piece.name, after)
-            pullbacks.append((piece.name, name, pullback))
+                stats = _with_part(stats, scope, after)
+            outputs |= {named[k]: v for k, v in found.items()}
             if piece.name in endpoints:
-                outputs[piece.name] = x
+                outputs.setdefault(piece.name, x)
+            named = {k: named[k] for k in found}
+            pullbacks.append((piece.name, Pullback(scope, name, named, pullback)))
         return Run(x, outputs, stats, pullbacks if differentiate else None)
 
     def _run_piece(
-        self, params, transforms, stats, x, key, *, piece, first, update, differentiate
+        self,
+        params,
+        transforms,
+        stats,
+        x,
+        key,
+        *,
+        piece,
+        held,
+        first,
+        update,
+        differentiate,
+        endpoints,
     ):
-        """Runs a piece; returns (output, its statistics or None, its pullback or None)."""
+        """Runs a piece; returns (output, its endpoints, its statistics or None, its pullback or None)."""
         module = Chain((piece,))
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+        large = {f"{piece.name}/{layer}": placement for layer, placement in held}
+        both = large, placements((piece,))
 
         def run(params, transforms, x):
             large = {"params": params, "batch_stats": stats["batch_stats"]}
-            small = subnetwork.take(large, shapes, transforms)
+            small = subnetwork.take(large, shapes, transforms, both)
             small_stats = stats | {"batch_stats": small.get("batch_stats", {})}
-            y, _, after = self._passes.run(
+            y, found, after = self._passes.run(
                 module, small.get("params", {}), small_stats, x, key
             )
-            return y, (after if update else None)
+            found = {k: found[k] for k in endpoints if k in found}
+            return (y, found), (after if update else None)
 
         if not differentiate:
-            y, after = run(params, transforms, x)
-            return y, after, None
+            (y, found), after = run(params, transforms, x)
+            return y, found, after, None
         if first:  # its inputs need no gradients, and may be integers
-            y, pullback, after = jax.vjp(
+            (y, found), pullback, after = jax.vjp(
                 lambda p, t: run(p, t, x), params, transforms, has_aux=True
             )
         else:
-            y, pullback, after = jax.vjp(run, params, transforms, x, has_aux=True)
-        return y, after, pullback
+            (y, found), pullback, after = jax.vjp(
+                run, params, transforms, x, has_aux=True
+            )
+        return y, found, after, pullback
 
     def pull(
         self, run: Run, cotangent: Any, of_endpoints: Mapping[str, Any], sums: "Sums"
@@ -133,16 +178,17 @@ class Runner:
         Args:
           run: the network's forward pass.
           cotangent: gradient of the loss with respect to the logits.
-          of_endpoints: the same for endpoints, {piece: gradient}.
+          of_endpoints: the same for endpoints, {name: gradient}.
           sums: collects the gradients.
         """
-        for piece, name, pullback in reversed(run.pullbacks):
-            if piece in of_endpoints:
-                cotangent = _add(cotangent, of_endpoints[piece])
-            part, own, *rest = self._backward(pullback, cotangent)
+        for name, (scope, compiled, endpoints, pull) in reversed(run.pullbacks):
+            if name in of_endpoints and name not in endpoints.values():
+                cotangent = _add(cotangent, of_endpoints[name])
+            own_endpoints = {k: of_endpoints[v] for k, v in endpoints.items()}
+            part, own, *rest = self._backward(pull, (cotangent, own_endpoints))
             sums.add(
-                {piece: part[name]} if part else {},
-                {_with_name(k, name, piece): v for k, v in own.items()},
+                {scope: part[compiled]} if part else {},
+                {_with_name(k, compiled, scope): v for k, v in own.items()},
             )
             cotangent = rest[0] if rest else None
 
@@ -200,6 +246,20 @@ def endpoints_read(passes: Passes, params, stats, batch, key) -> tuple[str, ...]
 
 
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add))
+
+
+def _endpoints_of(piece, compiled, names) -> dict[str, str]:
+    """Returns {name in the compiled program: name} of the endpoints of a piece's `Output` that are among `names`.
+
+    Args:
+      piece: the piece.
+      compiled: its name in the compiled program.
+      names: endpoints of the network.
+    """
+    keys = getattr(piece.module, "endpoints", ())
+    pairs = {k + number_of(compiled): k + number_of(piece.name) for k in keys}
+    return {ours: name for ours, name in pairs.items() if name in names}
+
 
 _ANY = "piece"  # the name of each piece, so that equal pieces share a compilation
 

@@ -208,24 +208,15 @@ def shuffle_channels(x: jax.Array, before: int, after: int) -> jax.Array:
 
     Each group of the second convolution gets the same number of neighbouring channels from each group of the first. This is
     the channel shuffle of ShuffleNet (arXiv 1707.01083, section 3.1), except for the order of channels inside the groups.
-    That order does not matter, because the weights are learned for it. Whole blocks of channels are faster to move.
+    That order does not matter, because the weights are learned for it. Whole blocks of channels are faster to move. If
+    before * after does not divide c, the order is ShuffleNet's own, and the numbers of channels differ by up to one.
 
     Args:
-      x: [b, l, c].
-      before: number of groups of the first convolution.
-      after: number of groups of the second convolution; before * after divides c.
-
-    Raises:
-      UserError: The groups do not divide the channels.
+      x: [..., c].
+      before: number of groups of the first convolution; divides c.
+      after: number of groups of the second convolution; divides c.
     """
-    check_shuffle(x.shape[-1], before, after)
-    blocks = x.reshape(*x.shape[:-1], before, after, -1)
-    return blocks.swapaxes(-2, -3).reshape(x.shape)
-
-
-def check_shuffle(features: int, before: int, after: int) -> None:
-    """Raises a UserError unless `shuffle_channels` can divide a number of channels for these numbers of groups."""
-    if after > 1 and features % (before * after):
-        raise UserError(
-            f"{features} features of {before} groups do not shuffle into {after} groups: the product should divide them"
-        )
+    channels = x.shape[-1]
+    blocks = channels // before if channels % (before * after) else after
+    y = x.reshape(*x.shape[:-1], before, blocks, -1)
+    return y.swapaxes(-2, -3).reshape(x.shape)

@@ -1,6 +1,8 @@
 """A network that runs its modules one after the other, so that each of them can also run on its own."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,12 +13,38 @@ from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 
 
+class Output(NamedTuple):
+    """The output of a module that has endpoints of its own, such as attention probabilities.
+
+    The module names them in its attribute `endpoints`.
+
+    Attributes:
+      value: input of the next module, an array or a pytree of arrays.
+      endpoints: {name: array}; the network's endpoints have these names and the number at the end of the piece's name.
+    """
+
+    value: Any
+    endpoints: Mapping[str, jax.Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A module and its name in a `Chain`; two pieces are equal if they compute the same function of their variables."""
+    """A module and its name in a `Chain`; two pieces are equal if they compute the same function of their variables.
+
+    Attributes:
+      name: name of the piece.
+      module: the module, called with (x, train=...). It returns an array, a pytree of arrays or an `Output`.
+      owner: the earlier piece whose weights this piece uses, by an equal module; None for weights of its own.
+    """
 
     name: str
     module: nn.Module
+    owner: str | None = None
+
+    @property
+    def scope(self) -> str:
+        """Returns the name of the piece that owns the weights, as it stands in the variables."""
+        return self.owner or self.name
 
 
 class Chain(nn.Module):
@@ -26,30 +54,51 @@ class Chain(nn.Module):
     each piece once and compose many networks of them.
 
     Attributes:
-      pieces: pieces with different names, each called with (x, train=...).
+      pieces: pieces with different names.
     """
 
     pieces: tuple[Piece, ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False):
-        """Returns (output of the last piece in float32, {name: output} of all pieces before it).
+    def __call__(self, x: Any, *, train: bool = False):
+        """Returns (output of the last piece in float32, endpoints).
+
+        The endpoints are {name: output} of all pieces before the last one. A piece that returns an `Output` has the
+        endpoints of the `Output` instead, also if it is the last one.
 
         Args:
-          x: input of the first piece.
+          x: input of the first piece, an array or a pytree of arrays.
           train: whether normalisations use the batch's statistics and dropout is active.
 
         Raises:
-          UserError: Two pieces have the same name.
+          UserError: Two pieces have the same name, or a piece differs from the piece that owns its weights.
         """
         names = [piece.name for piece in self.pieces]
         if len(set(names)) < len(names):
             raise UserError(f"Chain: its pieces are named {names}: name each once")
-        endpoints = {}
-        for name, module in ((p.name, p.module) for p in self.pieces):
-            x = endpoints[name] = module.clone(parent=self, name=name)(x, train=train)
-        endpoints.pop(names[-1])
-        return x.astype(jnp.float32), endpoints
+        owners, modules, endpoints = {}, {}, {}
+        for piece in self.pieces:
+            scope = piece.scope
+            if scope not in modules:
+                owners[scope] = piece.module
+                modules[scope] = piece.module.clone(parent=self, name=scope)
+            elif owners[scope] != piece.module:
+                raise UserError(
+                    f"Chain: {piece.name} uses the weights of {scope}, but is another module: make both equal"
+                )
+            x = modules[scope](x, train=train)
+            if isinstance(x, Output):
+                number = number_of(piece.name)
+                endpoints |= {k + number: v for k, v in x.endpoints.items()}
+                x = x.value
+            elif piece.name != names[-1]:
+                endpoints[piece.name] = x
+        return jax.tree.map(lambda a: a.astype(jnp.float32), x), endpoints
+
+
+def number_of(name: str) -> str:
+    """Returns the digits at the end of a piece's name, such as "12" of "layer12"; "" if there are none."""
+    return name[len(name.rstrip("0123456789")) :]
 
 
 class Classifier(nn.Module):
