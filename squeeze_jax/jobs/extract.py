@@ -84,7 +84,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
         print("warning    the last phase has trained the largest network alone")
     examples = min(settings.examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
-    print(f"statistics measured anew on {examples:,} training examples")
+    if variables["batch_stats"]:
+        print(f"statistics measured anew on {examples:,} training examples")
     config = built.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
     kept["steps"] = built.phase.steps

@@ -284,5 +284,5 @@ def elastic(
         "depth": (row.depth,),
         "heads": (row.heads,) * count,
         "ffn": (row.ffn,) * count,
-        **{name: (GROUPS,) * count for name in _GROUP_OPTIONS},
+        **dict.fromkeys(_GROUP_OPTIONS, (GROUPS,) * count),
     }

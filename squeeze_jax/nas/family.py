@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from squeeze_jax import tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.methods import Plain
 from squeeze_jax.nas import space as spaces
@@ -78,6 +79,10 @@ class Family:
     def kernel_sizes(self) -> dict[str, tuple[int, ...]]:
         """Returns the sides of the kernels that have several, {layer: sides in descending order}."""
         networks = [self.holder()]
+        kernels = tree.flatten(self.shapes(networks[0])["params"]).items()
+        sides = [a.shape[:-2] for n, a in kernels if n.endswith("/kernel")]
+        if all(side == 1 for extent in sides for side in extent):
+            return {}  # smaller networks have no smaller kernels
         for name, positions in self.space.choices.items():
             for value in {v for choices in positions for v in choices}:
                 values = tuple(value if value in c else c[-1] for c in positions)
