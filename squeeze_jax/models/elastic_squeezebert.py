@@ -11,6 +11,7 @@ channels of each of 12 blocks. So a narrower network with as many groups uses a 
 """
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -19,12 +20,12 @@ from squeeze_jax import registry
 from squeeze_jax.errors import UserError
 from squeeze_jax.models import _encoder
 from squeeze_jax.models._encoder import Options, Settings
-from squeeze_jax.nn import encoder, heads
+from squeeze_jax.nn import encoder, encoder_pieces, heads
 from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.chain import Chain, Output, Piece
 from squeeze_jax.nn.elastic import one_per_position
 from squeeze_jax.nn.embed import Embeddings, Sizes, text_inputs
-from squeeze_jax.nn.placement import Axis, Placement
+from squeeze_jax.nn.placement import Axis
 from squeeze_jax.ranges import Count, Layers
 
 INPUTS = "tokens"
@@ -92,10 +93,14 @@ class Tables(nn.Module):
         return Output(value, {"embeddings": y})
 
 
-class Layer(nn.Module):
-    """A layer with its own numbers of heads, hidden channels and groups.
+class Shape(NamedTuple):
+    """The sizes and numbers of groups of a layer, and the sizes of the largest network.
 
-    `row`: sizes of the largest network. `shuffle`: see `encoder.Layer`.
+    Attributes:
+      row: the variant.
+      heads, ffn: numbers of heads and of hidden channels of the feed-forward network.
+      groups: numbers of groups of the convolutions.
+      shuffle: whether a grouped layer after attention reads channels of every group of the values.
     """
 
     row: Row
@@ -103,55 +108,50 @@ class Layer(nn.Module):
     ffn: int
     groups: Groups
     shuffle: bool
-    settings: Settings
 
-    endpoints = ("layer", "attention", "scores")
+    def head_axis(self) -> Axis:
+        """Returns the channels of queries, keys and values."""
+        row, unit = self.row, self.row.features // self.row.heads[-1]
+        blocks = math.gcd(*row.heads)
+        return Axis("heads", row.features, self.heads * unit, blocks, unit)
 
-    def setup(self):
-        """Creates the layer; its parameters are the piece's own."""
-        settings = self.settings
-        self.layer = encoder.Layer(
-            self.heads,
-            self.ffn,
-            self.groups,
-            settings.activation,
-            settings.dropout,
-            settings.attention_dropout,
-            settings.epsilon,
-            shuffle=self.shuffle,
-            features=self.heads * self._head_features(),
-        )
-        nn.share_scope(self, self.layer)
-
-    def __call__(self, x, *, train: bool):
-        """Applies the layer to {"hidden", "attended"}."""
-        states, found = encoder.run_layers(
-            [self.layer], x["hidden"], x.get("attended"), train=train
-        )
-        endpoints = {name.removesuffix("1"): array for name, array in found.items()}
-        return Output(x | {"hidden": states}, endpoints)
-
-    @nn.nowrap
-    def _head_features(self) -> int:
-        return self.row.features // self.row.heads[-1]
-
-    @nn.nowrap
-    def placements(self) -> dict[str, Placement]:
-        """Returns where the channels of the convolutions lie among those of the largest network."""
-        row, groups, size = self.row, self.groups, self._head_features()
-        attention = Axis("heads", row.features, self.heads * size, math.gcd(*row.heads), size)  # fmt: skip
-        reads = attention
+    def read_axis(self) -> Axis:
+        """Returns the channels that the layer after attention reads."""
+        axis, groups = self.head_axis(), self.groups
         if self.shuffle and groups.output > 1:
-            reads = attention._replace(shuffle=(groups.value, groups.output))
-        hidden = Axis("ffn", row.ffn[-1], self.ffn, BLOCKS)
-        return {
-            "attention/query": Placement(groups.query, None, attention),
-            "attention/key": Placement(groups.key, None, attention),
-            "attention/value": Placement(groups.value, None, attention),
-            "attention/output": Placement(groups.output, reads, None),
-            "ffn_in": Placement(groups.ffn_in, None, hidden),
-            "ffn_out": Placement(groups.ffn_out, hidden, None),
-        }
+            return axis._replace(shuffle=(groups.value, groups.output))
+        return axis
+
+    def ffn_axis(self) -> Axis:
+        """Returns the hidden channels of the feed-forward network."""
+        return Axis("ffn", self.row.ffn[-1], self.ffn, BLOCKS)
+
+
+def _layer(shape: Shape, settings: Settings) -> dict[str, nn.Module]:
+    """Returns the modules of a layer, {name: module} in order; names and parameters are those of `encoder.Layer`."""
+    features, groups, heads = shape.row.features, shape.groups, shape.head_axis()
+    projections = {
+        f"attention/{role}": encoder_pieces.Project(
+            role, heads.count, getattr(groups, role), heads
+        )
+        for role in ("query", "key", "value")
+    }
+    ffn, add_norm = shape.ffn_axis(), partial(encoder_pieces.AddNorm, settings.dropout, settings.epsilon)  # fmt: skip
+    return projections | {
+        "attention/output": encoder_pieces.Attend(
+            features,
+            shape.heads,
+            groups.output,
+            shape.read_axis(),
+            settings.attention_dropout,
+        ),
+        "attention_norm": add_norm(last=False),
+        "ffn_in": encoder_pieces.Hidden(
+            shape.ffn, groups.ffn_in, ffn, settings.activation
+        ),
+        "ffn_out": encoder_pieces.Reduce(features, groups.ffn_out, ffn),
+        "ffn_norm": add_norm(last=True),
+    }
 
 
 class Pooler(nn.Module):
@@ -251,13 +251,15 @@ def make(
     )
     groups = map(Groups, *(values[name] for name in _GROUP_OPTIONS))
     layers = zip(values["heads"], values["ffn"], groups, strict=True)
-    modules = [Layer(row, *sizes, shuffle, settings) for sizes in layers]
+    modules = [_layer(Shape(row, *sizes, shuffle), settings) for sizes in layers]
     pieces = [Piece("embeddings", Tables(row, settings))]
     for number in range(values["depth"][0]):
         place = number * len(modules) // row.depth[-1]
         first = -(-place * row.depth[-1] // len(modules))  # layer with these weights
-        owner = None if number == first else f"layer{first + 1}"
-        pieces.append(Piece(f"layer{number + 1}", modules[place], owner))
+        for name, module in modules[place].items():
+            owner = None if number == first else f"layer{first + 1}/{name}"
+            piece = Piece(f"layer{number + 1}/{name}", module, owner, f"{number + 1}")
+            pieces.append(piece)
     if _encoder.has_pooler(task, None, shared.num_classes, Task):
         pieces.append(Piece("pooler", Pooler()))
     task = "features" if shared.num_classes is None else task

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from squeeze_jax.methods import Passes
 from squeeze_jax.nas import subnetwork
-from squeeze_jax.nn.chain import Chain, Piece, number_of
+from squeeze_jax.nn.chain import Chain, Piece
 from squeeze_jax.nn.norm import SHARES
-from squeeze_jax.nn.placement import of_module, placements
+from squeeze_jax.nn.placement import placements
 
 
 class Run(NamedTuple):
@@ -59,13 +59,10 @@ class Runner:
 
         Args:
           passes: the functions of the training step.
-          holder: pieces of the network that holds the weights, if its modules have placements.
+          holder: pieces of the network that holds the weights, for placements.
         """
         self._passes = passes
-        self._held = {
-            piece.scope: tuple(sorted(of_module(piece.module).items()))
-            for piece in holder
-        }
+        self._held = placements(holder)
         static = ("piece", "held", "first", "update", "differentiate", "endpoints")
         self._forward = jax.jit(self._run_piece, static_argnames=static)
         self._backward = jax.jit(lambda pullback, cotangent: pullback(cotangent))
@@ -98,12 +95,14 @@ class Runner:
         outputs, pullbacks = {}, []
         for index, piece in enumerate(pieces):
             scope = piece.scope
-            part = {scope: params[scope]} if scope in params else {}
-            own = {k: v for k, v in transforms.items() if _belongs(k, scope)}
-            name, part, own, before = _renamed(
-                self._passes.named, scope, part, own, _part(stats, scope)
-            )
-            named = _endpoints_of(piece, name, endpoints)
+            name = scope if self._passes.named else _ANY
+            own = {
+                _with_name(layer, scope, name): matrices
+                for layer, matrices in transforms.items()
+                if f"{layer}/".startswith(f"{scope}/")
+            }
+            part, before = _moved(params, scope, name), _part(stats, scope, name)
+            named = _endpoints_of(piece, endpoints)
             x, found, after, pullback = self._forward(
                 part,
                 own,
@@ -111,14 +110,14 @@ class Runner:
                 x,
                 jax.random.fold_in(key, index),
                 piece=Piece(name, piece.module),
-                held=self._held.get(scope, ()),
+                held=self._held.get(scope),
                 first=index == 0,
                 update=update,
                 differentiate=differentiate,
                 endpoints=tuple(sorted(named)),
             )
             if update:
-                stats = _with_part(stats, scope, after)
+                stats = _with_part(stats, scope, after, name)
             outputs |= {named[k]: v for k, v in found.items()}
             if piece.name in endpoints:
                 outputs.setdefault(piece.name, x)
@@ -144,8 +143,7 @@ class Runner:
         """Runs a piece; returns (output, its endpoints, its statistics or None, its pullback or None)."""
         module = Chain((piece,))
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-        large = {f"{piece.name}/{layer}": placement for layer, placement in held}
-        both = large, placements((piece,))
+        both = {piece.name: held} if held else {}, placements((piece,))
 
         def run(params, transforms, x):
             large = {"params": params, "batch_stats": stats["batch_stats"]}
@@ -187,7 +185,7 @@ class Runner:
             own_endpoints = {k: of_endpoints[v] for k, v in endpoints.items()}
             part, own, *rest = self._backward(pull, (cotangent, own_endpoints))
             sums.add(
-                {scope: part[compiled]} if part else {},
+                {scope: _get(part, compiled)} if part else {},
                 {_with_name(k, compiled, scope): v for k, v in own.items()},
             )
             cotangent = rest[0] if rest else None
@@ -209,17 +207,17 @@ class Sums:
         self._whole = grads if self._whole is None else _add(self._whole, grads)
 
     def add(self, part: Mapping[str, Any], transforms: Mapping[str, Any]) -> None:
-        """Adds gradients of one piece, {piece: ...}, and of the matrices of its kernels."""
+        """Adds gradients of one piece, {path: ...}, and of the matrices of its kernels."""
         for sums, new in (self._parts, part), (self.transforms, transforms):
             for name, value in new.items():
                 sums[name] = _add(sums[name], value) if name in sums else value
 
     def total(self) -> dict[str, Any]:
         """Returns the gradients with respect to all parameters, without those of the matrices."""
-        return {
-            name: _add(value, self._parts[name]) if name in self._parts else value
-            for name, value in self._whole.items()
-        }
+        total = self._whole
+        for path, part in self._parts.items():
+            total = _set(total, path, _add(_get(total, path), part))
+        return total
 
 
 def endpoints_read(passes: Passes, params, stats, batch, key) -> tuple[str, ...]:
@@ -248,70 +246,54 @@ def endpoints_read(passes: Passes, params, stats, batch, key) -> tuple[str, ...]
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add))
 
 
-def _endpoints_of(piece, compiled, names) -> dict[str, str]:
-    """Returns {name in the compiled program: name} of the endpoints of a piece's `Output` that are among `names`.
-
-    Args:
-      piece: the piece.
-      compiled: its name in the compiled program.
-      names: endpoints of the network.
-    """
+def _endpoints_of(piece: Piece, names: Sequence[str]) -> dict[str, str]:
+    """Returns {key: name} of the endpoints of a piece's `Output` that are among the names of endpoints of the network."""
     keys = getattr(piece.module, "endpoints", ())
-    pairs = {k + number_of(compiled): k + number_of(piece.name) for k in keys}
-    return {ours: name for ours, name in pairs.items() if name in names}
+    return {k: k + piece.number for k in keys if k + piece.number in names}
 
 
 _ANY = "piece"  # the name of each piece, so that equal pieces share a compilation
-
-
-def _renamed(named, piece, part, transforms, stats):
-    """Returns the piece's name in its compiled program, and its arrays under that name.
-
-    Args:
-      named: whether methods depend on the names of layers; the piece then keeps its own.
-      piece: name of the piece.
-      part, transforms, stats: its parameters, matrices of kernels and statistics.
-    """
-    if named:
-        return piece, part, transforms, stats
-    part = _under(_ANY, part)
-    transforms = {_with_name(k, piece, _ANY): v for k, v in transforms.items()}
-    renamed = _under(_ANY, stats["batch_stats"])
-    extra = dict(stats["extra"])
-    if SHARES in extra:
-        extra[SHARES] = _under(_ANY, extra[SHARES])
-    return _ANY, part, transforms, stats | {"batch_stats": renamed, "extra": extra}
 
 
 def _with_name(layer: str, old: str, new: str) -> str:
     return new + layer.removeprefix(old)
 
 
-def _belongs(layer: str, piece: str) -> bool:
-    return layer.partition("/")[0] == piece
+def _get(arrays: Any, path: str) -> Any:
+    """Returns what stands at a path in nested dicts; {} if there is nothing."""
+    for name in path.split("/"):
+        arrays = arrays.get(name, {})
+    return arrays
 
 
-def _part(stats, name):
-    """Returns the statistics of one piece: its entries in batch_stats and shares, and everything else whole."""
+def _set(arrays: Any, path: str, value: Any) -> dict[str, Any]:
+    """Returns nested dicts with another value at a path."""
+    name, _, rest = path.partition("/")
+    return {**arrays, name: _set(arrays.get(name, {}), rest, value) if rest else value}
+
+
+def _moved(arrays: Any, old: str, new: str) -> dict[str, Any]:
+    """Returns the arrays of one piece under another path, without all others; {} if it has none."""
+    own = _get(arrays, old)
+    return _set({}, new, own) if own else {}
+
+
+def _part(stats, scope: str, name: str):
+    """Returns the statistics of one piece under another name: its batch_stats and shares, and everything else whole."""
     extra = dict(stats["extra"])
     if SHARES in extra:
-        extra[SHARES] = {k: v for k, v in extra[SHARES].items() if k == name}
-    own = {k: v for k, v in stats["batch_stats"].items() if k == name}
+        extra[SHARES] = _moved(extra[SHARES], scope, name)
+    own = _moved(stats["batch_stats"], scope, name)
     return stats | {"batch_stats": own, "extra": extra}
 
 
-def _with_part(stats, name, after):
-    """Returns the statistics with those that a piece has changed."""
+def _with_part(stats, scope: str, after, name: str):
+    """Returns the statistics with those that a piece has changed, which have another name there."""
     extra, new_extra = dict(stats["extra"]), dict(after["extra"])
     if SHARES in extra:
-        extra[SHARES] = {**extra[SHARES], **_under(name, new_extra.pop(SHARES, {}))}
-    own = _under(name, after["batch_stats"])
-    return stats | {
-        "batch_stats": {**stats["batch_stats"], **own},
-        "extra": extra | new_extra,
-    }
-
-
-def _under(name: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arrays of one piece under another name of the piece; {} if it has none."""
-    return dict(zip([name], arrays.values(), strict=bool(arrays)))
+        own = _get(new_extra.pop(SHARES, {}), name)
+        extra[SHARES] = _set(extra[SHARES], scope, own) if own else extra[SHARES]
+    own, batch_stats = _get(after["batch_stats"], name), stats["batch_stats"]
+    if own:
+        batch_stats = _set(batch_stats, scope, own)
+    return stats | {"batch_stats": batch_stats, "extra": extra | new_extra}

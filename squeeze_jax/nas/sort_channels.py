@@ -22,7 +22,7 @@ from squeeze_jax.methods import METHODS, Plain, Transition
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nn.chain import Chain
 from squeeze_jax.nn.channels import OUTPUT, make_finder
-from squeeze_jax.nn.placement import Axis, Placement, of_module, placements
+from squeeze_jax.nn.placement import Axis, Placement, placements
 from squeeze_jax.registry import checked
 
 
@@ -73,18 +73,16 @@ def permutations(
     outer, inner = _elastic_layers(family)
     indices, x = {}, example
     for piece in pieces:
-        name, net = piece.scope, Chain((piece,))
-        own = {k: {name: v[name]} for k, v in variables.items() if name in v}
-        if of_module(piece.module):
-            x = jax.eval_shape(net.apply, own, x)[0]
-            continue
-        arrays = tree.flatten(own)
+        name, net = piece.name, Chain((piece,))
         sources = [layer for layer in outer if _inside(layer, name)]
-        mixing = {layer for layer in inner if _inside(layer, name)}
-        find = make_finder(net, own, mixing, x)
-        for group in _groups(find, sources, mixing, arrays):
-            indices |= _order(group, arrays, mixing, kept or {}, indices)
-        x = jax.eval_shape(net.apply, own, x)[0]
+        if sources:
+            own = {k: {name: v[name]} for k, v in variables.items() if name in v}
+            arrays = tree.flatten(own)
+            mixing = {layer for layer in inner if _inside(layer, name)}
+            find = make_finder(net, own, mixing, x)
+            for group in _groups(find, sources, mixing, arrays):
+                indices |= _order(group, arrays, mixing, kept or {}, indices)
+        x = jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0][0]
     return indices
 
 
@@ -103,12 +101,10 @@ def placed_permutations(
     """
     arrays, kept = tree.flatten({"params": params}), placements(trained.pieces)
     indices: dict[str, dict[int, np.ndarray]] = {}
-    for piece in holder.pieces:
-        layers = {
-            f"{piece.scope}/{layer}": placement
-            for layer, placement in of_module(piece.module).items()
-            if piece.owner is None
-        }
+    groups: dict[str, dict[str, Placement]] = {}
+    for layer, placement in placements(holder.pieces).items():
+        groups.setdefault(layer.partition("/")[0], {})[layer] = placement
+    for layers in groups.values():
         sides = {
             axis._replace(shuffle=(1, 1))
             for placement in layers.values()
@@ -143,7 +139,7 @@ def _importance(axis: Axis, layers: Mapping[str, Placement], arrays):
 
     Args:
       axis: the channels.
-      layers: {layer: placement} of a piece of the network that holds the weights.
+      layers: {layer: placement} of layers of the network that holds the weights.
       arrays: {"params/...": array} of this network.
     """
     sums = np.zeros(axis.count)
@@ -165,7 +161,7 @@ def _classes(
 
     Args:
       axis: the channels in the network that holds the weights.
-      layers: {layer: placement} of a piece of this network.
+      layers: {layer: placement} of layers of this network.
       kept: {layer: placement} of the other network.
     """
     groups = []

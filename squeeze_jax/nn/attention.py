@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.conv import Conv, GroupArrays
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.dtypes import as_float, float_dtype
 from squeeze_jax.nn.intercept import tap
@@ -80,6 +80,45 @@ def attend(
     context = drop(probabilities) @ v  # [b, heads, l, d' / heads]
     context = context.swapaxes(1, 2).reshape(value.shape)
     return Attended(context, probabilities, scores)
+
+
+def attend_groups(
+    query: jax.Array | GroupArrays,
+    key: jax.Array | GroupArrays,
+    value: jax.Array | GroupArrays,
+    *,
+    heads: int,
+    attend: Callable[..., Attended] = attend,
+) -> Attended:
+    """Computes attention on arrays, or on tuples of their channel groups; in the second case the context is a tuple, too.
+
+    Groups are joined unless all three have the same number of groups, and it divides the heads.
+
+    Args:
+      query, key, value: see `attend`, or tuples of groups of neighbouring channels.
+      heads: number of all heads.
+      attend: (query, key, value, heads=...) → `Attended`.
+    """
+    arrays = query, key, value
+    counts = {len(a) if isinstance(a, tuple) else 1 for a in arrays}
+    if len(counts) > 1 or counts == {1} or heads % max(counts):
+        return attend(*map(join_groups, arrays), heads=heads)
+    # Heads do not exchange values, so attention runs on each group of heads.
+    by_group = [
+        attend(*qkv, heads=heads // len(query)) for qkv in zip(*arrays, strict=True)
+    ]
+    context, *maps = zip(*by_group, strict=True)
+    return Attended(context, *(jnp.concatenate(m, 1) for m in maps))
+
+
+def is_grouped(x: jax.Array | GroupArrays, groups: int) -> bool:
+    """Returns whether x is a tuple of so many channel groups."""
+    return isinstance(x, tuple) and len(x) == groups
+
+
+def join_groups(x: jax.Array | GroupArrays) -> jax.Array:
+    """Returns the channels of all groups as one array."""
+    return jnp.concatenate(x, -1) if isinstance(x, tuple) else x
 
 
 def _split_heads(x, heads):
@@ -185,22 +224,13 @@ class SelfAttention(nn.Module):
             kernel_init=init,
             name="output",
         )
-        if isinstance(query, tuple):
-            # Heads do not exchange values, so attention runs on each group of heads.
-            by_group = [
-                attention(*qkv, heads=self.heads // len(query))
-                for qkv in zip(query, key, value, strict=True)
-            ]
-            context, *maps = zip(*by_group, strict=True)
-            if self.shuffle or groups.output != len(query):
-                context = jnp.concatenate(context, -1)
-            attended = Attended(context, *(jnp.concatenate(m, 1) for m in maps))
-        else:
-            attended = attention(query, key, value, heads=self.heads)
+        attended = attend_groups(query, key, value, heads=self.heads, attend=attention)
         context = attended.context
+        if self.shuffle or not is_grouped(context, groups.output):
+            context = join_groups(context)
         if self.shuffle and groups.output > 1:
             context = shuffle_channels(context, groups.value, groups.output)
-        return output(context), attended
+        return output(context), attended._replace(context=context)
 
 
 def shuffle_channels(x: jax.Array, before: int, after: int) -> jax.Array:

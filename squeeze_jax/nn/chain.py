@@ -1,6 +1,7 @@
 """A network that runs its modules one after the other, so that each of them can also run on its own."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class Output(NamedTuple):
 
     Attributes:
       value: input of the next module, an array or a pytree of arrays.
-      endpoints: {name: array}; the network's endpoints have these names and the number at the end of the piece's name.
+      endpoints: {name: array}; the network's endpoints have these names with the piece's number at the end.
     """
 
     value: Any
@@ -32,14 +33,16 @@ class Piece:
     """A module and its name in a `Chain`; two pieces are equal if they compute the same function of their variables.
 
     Attributes:
-      name: name of the piece.
+      name: name of the piece, which may be a path such as "layer1/attention/query".
       module: the module, called with (x, train=...). It returns an array, a pytree of arrays or an `Output`.
-      owner: the earlier piece whose weights this piece uses, by an equal module; None for weights of its own.
+      owner: name of the earlier piece whose weights this piece uses, by an equal module; None for weights of its own.
+      number: end of the names of its endpoints if it returns an `Output`, such as "1".
     """
 
     name: str
     module: nn.Module
     owner: str | None = None
+    number: str = ""
 
     @property
     def scope(self) -> str:
@@ -76,29 +79,57 @@ class Chain(nn.Module):
         names = [piece.name for piece in self.pieces]
         if len(set(names)) < len(names):
             raise UserError(f"Chain: its pieces are named {names}: name each once")
-        owners, modules, endpoints = {}, {}, {}
+        modules, endpoints = self._modules(), {}
         for piece in self.pieces:
-            scope = piece.scope
-            if scope not in modules:
-                owners[scope] = piece.module
-                modules[scope] = piece.module.clone(parent=self, name=scope)
-            elif owners[scope] != piece.module:
-                raise UserError(
-                    f"Chain: {piece.name} uses the weights of {scope}, but is another module: make both equal"
-                )
-            x = modules[scope](x, train=train)
+            x = modules[piece.scope](x, train=train)
             if isinstance(x, Output):
-                number = number_of(piece.name)
-                endpoints |= {k + number: v for k, v in x.endpoints.items()}
+                endpoints |= {k + piece.number: v for k, v in x.endpoints.items()}
                 x = x.value
             elif piece.name != names[-1]:
                 endpoints[piece.name] = x
         return jax.tree.map(lambda a: a.astype(jnp.float32), x), endpoints
 
+    def _modules(self) -> dict[str, nn.Module]:
+        """Creates the modules of all pieces, {scope: module}."""
+        root = _Modules({})
+        for piece in self.pieces:
+            *folders, last = piece.scope.split("/")
+            folder = root
+            for name in folders:
+                folder = folder.children.setdefault(name, _Modules({}))
+            if folder.children.setdefault(last, piece.module) != piece.module:
+                raise UserError(
+                    f"Chain: {piece.name} uses the weights of {piece.scope}, but is another module: make both equal"
+                )
+        created = {
+            name: _Folder(child, name=name)
+            if isinstance(child, _Modules)
+            else child.clone(parent=self, name=name)
+            for name, child in root.children.items()
+        }
+        return {
+            scope: functools.reduce(getattr, rest, created[first])
+            for scope in dict.fromkeys(piece.scope for piece in self.pieces)
+            for first, *rest in [scope.split("/")]
+        }
 
-def number_of(name: str) -> str:
-    """Returns the digits at the end of a piece's name, such as "12" of "layer12"; "" if there are none."""
-    return name[len(name.rstrip("0123456789")) :]
+
+class _Modules:
+    """Modules by name, in folders; Linen leaves them alone, because it does not know the class."""
+
+    def __init__(self, children: dict):
+        self.children = children
+
+
+class _Folder(nn.Module):
+    """A module without a computation of its own, which gives the names of its modules a common beginning."""
+
+    modules: _Modules
+
+    def setup(self):
+        for name, child in self.modules.children.items():
+            nested = isinstance(child, _Modules)
+            setattr(self, name, _Folder(child) if nested else child.clone())
 
 
 class Classifier(nn.Module):

@@ -2,11 +2,11 @@
 
 A narrower layer has some channels of the same layer in the largest network, and a layer with more groups has fewer weights for
 each of them. The shapes of the weights do not tell which ones: [1, 192, 768] may be 192 channels, or four groups of 192. A
-module whose layers are elastic in this way says it by a method `placements`, see `placements`.
+module that is an elastic layer of this kind says it by a method `placement`.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ class Axis(NamedTuple):
     So with a number of groups that divides `blocks`, each remaining channel stays in its group.
 
     Attributes:
-      name: layers of a module whose axes have the same name have the same channels.
+      name: pieces whose axes have the same name, and whose own names have the same first part, have the same channels.
       total: number of channels in the largest network.
       count: number of channels that remain.
       blocks: number of blocks.
@@ -60,18 +60,15 @@ class Placement(NamedTuple):
     outputs: Axis | None = None
 
 
-def of_module(module) -> Mapping[str, Placement]:
-    """Returns {layer: placement} of a module that has a method `placements`; {} for any other module."""
-    return module.placements() if hasattr(module, "placements") else {}
+def of_module(module) -> Placement | None:
+    """Returns the placement of a module that is one layer and has a method `placement`; None for any other module."""
+    return module.placement() if hasattr(module, "placement") else None
 
 
 def placements(pieces: Sequence[Piece]) -> dict[str, Placement]:
-    """Returns {layer: placement} of the pieces of a network, for all layers whose modules say it."""
-    return {
-        f"{piece.scope}/{layer}": placement
-        for piece in pieces
-        for layer, placement in of_module(piece.module).items()
-    }
+    """Returns {piece: placement} of the pieces of a network that have one; pieces with shared weights are one piece."""
+    pairs = ((piece.scope, of_module(piece.module)) for piece in pieces)
+    return {scope: placement for scope, placement in pairs if placement is not None}
 
 
 @functools.lru_cache(maxsize=1024)
