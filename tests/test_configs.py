@@ -145,7 +145,7 @@ def of_text(config, root):
         begins = "bert2" if of_bert else "squeezebert2"
         config["init"] = init | dict(folder=str(root / begins))
         config["init"].pop("workdir", None)
-    if "variant" in config["model"]:  # whose sizes are the space's
+    if config.get("model", {}).get("name", "").startswith("elastic"):
         config["model"] |= dict(variant="tiny", vocabulary=len(VOCABULARY))
     elif not init or "only" in init:
         config["model"] |= SMALL
