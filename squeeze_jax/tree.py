@@ -74,6 +74,22 @@ def apply_rules(rules: Rules, tree, *, default: Any = None, where: str = "rules"
     )
 
 
+def value_at(arrays: Any, path: str) -> Any:
+    """Returns what stands at a path in nested dicts; {} if there is nothing."""
+    for name in path.split("/"):
+        arrays = arrays.get(name, {})
+    return arrays
+
+
+def with_value_at(arrays: Any, path: str, value: Any) -> dict[str, Any]:
+    """Returns nested dicts with another value at a path."""
+    name, _, rest = path.partition("/")
+    return {
+        **arrays,
+        name: with_value_at(arrays.get(name, {}), rest, value) if rest else value,
+    }
+
+
 def size(tree) -> int:
     """Returns the number of elements in all leaves, which are arrays or shapes (of `jax.eval_shape`)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

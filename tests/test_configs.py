@@ -145,7 +145,9 @@ def of_text(config, root):
         begins = "bert2" if of_bert else "squeezebert2"
         config["init"] = init | dict(folder=str(root / begins))
         config["init"].pop("workdir", None)
-    if not init or "only" in init:
+    if config.get("model", {}).get("name", "").startswith("elastic"):
+        config["model"] |= dict(variant="tiny", vocabulary=len(VOCABULARY))
+    elif not init or "only" in init:
         config["model"] |= SMALL
     if config.get("distill"):
         classes = 3 if config["data"].get("task") == "mnli" else 2

@@ -243,6 +243,15 @@ ROWS = {
         macs=LENGTH * (4 * 8 + 32),
         readers={"^layer1/ffn_out/kernel": (-2, [3])},
     ),
+    # 24 channels, 48 in the feed-forward network; its pieces have no residual blocks.
+    "elastic_squeezebert": encoder(
+        {"variant": "tiny"},
+        width=47,
+        parameters=24 + 1 + 24,
+        macs=LENGTH * (24 + 24),
+        block="",
+        branch="",
+    ),
     # 16 channels inside a layer, 24 between the two of a feed-forward network.
     "mobilebert": encoder(
         {"layers": 2},

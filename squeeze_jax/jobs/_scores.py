@@ -9,13 +9,16 @@ from typing import Any
 
 import jax
 
+from squeeze_jax import tree
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import _space, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas import subnetwork
+from squeeze_jax.nas.pieces import matrices_of, moved
 from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.nas.space import Arch
 from squeeze_jax.nn.chain import Chain, Piece
+from squeeze_jax.nn.placement import placements
 from squeeze_jax.nn.reshaped import reshaped
 from squeeze_jax.train import forward, loop
 from squeeze_jax.train.state import State
@@ -59,7 +62,8 @@ class Scorer:
         self._weights = {"params": plain["params"], "batch_stats": plain["batch_stats"]}
         self._transforms = trained.transforms(state.variables()["params"])
         self._named = bool(built.network.forwards or built.network.float32)
-        self._run = jax.jit(self._run_piece, static_argnames=("piece", "train"))
+        self._run = jax.jit(self._run_piece, static_argnames=("piece", "held", "train"))
+        self._held = placements(trained.networks.holder().pieces)
         self._inputs = jax.jit(built.data.inputs)
         self._measure = jax.jit(self._measure_batch)
         self._key = jax.random.key(built.experiment.seed)
@@ -118,35 +122,34 @@ class Scorer:
             batches.close()
 
     def _chain(self, pieces, x, stats, train: bool):
-        """Runs a network's pieces; returns (logits, {piece: statistics of the batch})."""
+        """Runs a network's pieces; returns (logits, the statistics of the batch)."""
         changed = {}
         for piece in pieces:
-            name = piece.name if self._named else "piece"
-            own = {
-                collection: {name: arrays[piece.name]} if piece.name in arrays else {}
-                for collection, arrays in self._weights.items()
-            }
-            transforms = {
-                name + layer.removeprefix(piece.name): matrices
-                for layer, matrices in self._transforms.items()
-                if layer.partition("/")[0] == piece.name
-            }
-            known = {name: stats[piece.name]} if piece.name in stats else {}
+            scope = piece.scope
+            name = scope if self._named else "piece"
+            own = {k: moved(a, scope, name) for k, a in self._weights.items()}
             x, new = self._run(
-                own, transforms, known, x, piece=Piece(name, piece.module), train=train
+                own,
+                matrices_of(self._transforms, scope, name),
+                moved(stats, scope, name),
+                x,
+                piece=Piece(name, piece.module),
+                held=self._held.get(scope),
+                train=train,
             )
             if new:
-                changed[piece.name] = new[name]
+                changed = tree.with_value_at(changed, scope, tree.value_at(new, name))
         return x, changed
 
-    def _run_piece(self, large, transforms, stats, x, *, piece: Piece, train: bool):
+    def _run_piece(
+        self, large, transforms, stats, x, *, piece: Piece, held, train: bool
+    ):
         """Runs a piece; returns (output, statistics of the batch in training mode)."""
         chain = Chain((piece,))
         shapes = jax.eval_shape(chain.init, jax.random.key(0), x)
-        small = subnetwork.take(large, shapes, transforms) | (
-            {} if train else {"batch_stats": stats}
-        )
-        small.setdefault("params", {})
+        both = {piece.name: held} if held else {}, placements((piece,))
+        small = subnetwork.take(large, shapes, transforms, both)
+        small = {"params": {}} | small | ({} if train else {"batch_stats": stats})
         # With the momentum 0 the new statistics are the batch's own.
         network = self._network._replace(model=reshaped(chain, {}, (), 0.0))
         (y, _), after = forward.run(network, small, x, train=train, key=self._key)

@@ -112,7 +112,8 @@ def write(
         print("warning    the run has trained the largest network alone")
     examples = min(examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
-    print(f"statistics measured anew on {examples:,} training examples")
+    if variables["batch_stats"]:
+        print(f"statistics measured anew on {examples:,} training examples")
     config = trained.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
     kept["steps"] = steps or built.phase.steps

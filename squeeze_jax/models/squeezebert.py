@@ -23,7 +23,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.models import _encoder, bert
 from squeeze_jax.models._encoder import Options, Row, Settings, layer_names
 from squeeze_jax.nn import encoder
-from squeeze_jax.nn.attention import Groups, check_shuffle
+from squeeze_jax.nn.attention import Groups
 from squeeze_jax.nn.heads import Task
 from squeeze_jax.ranges import Count, Positive, Whole
 from squeeze_jax.weights import huggingface
@@ -138,8 +138,6 @@ def make(
         {} if groups is None else groups, GROUPS, row.layers
     )
     encoder.check_divisors(row.features, row.ffn_features, row.heads, by_layer)
-    for g in by_layer if shuffle else ():
-        check_shuffle(row.features, g.value, g.output)
     return SqueezeBert(
         row,
         task,

@@ -27,7 +27,10 @@ CHECKED = 8  # random networks whose pieces must be those of the tables
 
 
 class Placed(NamedTuple):
-    """A piece and the shapes of its inputs; equal ones have equal costs."""
+    """A piece and the shapes of its inputs; equal ones have equal costs.
+
+    `inputs` is a pair: the structure of the inputs, and (shape, dtype) of each array.
+    """
 
     piece: Piece
     inputs: Any
@@ -35,7 +38,9 @@ class Placed(NamedTuple):
     @property
     def example(self) -> Any:
         """Returns the shapes of the inputs."""
-        return jax.ShapeDtypeStruct(*self.inputs)
+        structure, arrays = self.inputs
+        shapes = [jax.ShapeDtypeStruct(*array) for array in arrays]
+        return jax.tree.unflatten(structure, shapes)
 
 
 class Column(NamedTuple):
@@ -263,7 +268,8 @@ def output_of(placed: Placed) -> Any:
 
 
 def _hashable(x) -> tuple:
-    return tuple(x.shape), np.dtype(x.dtype)
+    arrays, structure = jax.tree.flatten(x)
+    return structure, tuple((tuple(a.shape), np.dtype(a.dtype)) for a in arrays)
 
 
 def _index(column: Column, arch: Arch):

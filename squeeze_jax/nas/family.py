@@ -13,6 +13,7 @@ from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nas.space import Arch
 from squeeze_jax.nn.chain import Chain, Piece
+from squeeze_jax.nn.placement import placements
 
 
 class Family:
@@ -47,7 +48,8 @@ class Family:
         self.space = spaces.from_choices(elastic, choices)
         for name, wanted in self.space.options(self.space.largest()).items():
             for place, (have, want) in enumerate(zip(held[name], wanted, strict=True)):
-                if have < want:
+                ascending = elastic[name][place]
+                if ascending.index(have) < ascending.index(want):
                     raise UserError(
                         f"{name}[{place}] = {have} in the network that holds the weights, but {want} is in the space: leave"
                         f" config.model.{name} out, or restrict the choices"
@@ -85,7 +87,10 @@ class Family:
                 self._known[key] = output, own
             x, own = self._known[key]
             for collection, arrays in own.items():
-                shapes.setdefault(collection, {})[piece.name] = arrays["piece"]
+                known = shapes.get(collection, {})
+                shapes[collection] = tree.with_value_at(
+                    known, piece.scope, arrays["piece"]
+                )
         return shapes
 
     def spare_shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -112,6 +117,10 @@ class Family:
     def kernel_sizes(self) -> dict[str, tuple[int, ...]]:
         """Returns the sides of the kernels that have several, {layer: sides in descending order}."""
         networks = [self.holder()]
+        kernels = tree.flatten(self.shapes(networks[0])["params"]).items()
+        sides = [a.shape[:-2] for n, a in kernels if n.endswith("/kernel")]
+        if all(side == 1 for extent in sides for side in extent):
+            return {}  # smaller networks have no smaller kernels
         for name, positions in self.space.choices.items():
             for value in {v for choices in positions for v in choices}:
                 values = tuple(value if value in c else c[-1] for c in positions)
@@ -131,6 +140,8 @@ class Family:
           variables: {"params", "batch_stats"} of the network that holds the weights.
           transforms: matrices of the kernels, see `subnetwork.take`.
         """
-        shapes = self.shapes(self.network(arch))
+        network = self.network(arch)
+        shapes = self.shapes(network)
         large = {k: variables[k] for k in shapes}
-        return self.options(arch), subnetwork.take(large, shapes, transforms)
+        both = placements(self.holder().pieces), placements(network.pieces)
+        return self.options(arch), subnetwork.take(large, shapes, transforms, both)

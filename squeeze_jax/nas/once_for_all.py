@@ -117,8 +117,8 @@ class _Trainer:
 
     def __init__(self, passes: Passes, family: Family, weights: _Weights):
         self._passes, self._family, self._weights = passes, family, weights
-        self._runner = Runner(passes)
         self._holder, self._endpoints = family.holder().pieces, None
+        self._runner = Runner(passes, self._holder)
         self._pieces = functools.lru_cache(maxsize=4096)(self._pieces_of)
         self._inputs = jax.jit(passes.inputs)
         self._soft_labels = jax.jit(

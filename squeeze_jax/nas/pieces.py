@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeeze_jax import tree
 from squeeze_jax.methods import Passes
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nn.chain import Chain, Piece
 from squeeze_jax.nn.norm import SHARES
+from squeeze_jax.nn.placement import placements
 
 
 class Run(NamedTuple):
@@ -23,9 +25,9 @@ class Run(NamedTuple):
 
     Attributes:
       logits: output of the last piece.
-      endpoints: {piece: output} of the pieces that were asked for.
+      endpoints: {name: array} of the endpoints that were asked for.
       stats: the statistics after the pass.
-      pullbacks: (piece, its pullback) in order; None if the pass cannot be differentiated.
+      pullbacks: the `Pullback`s in order; None if the pass cannot be differentiated.
     """
 
     logits: Any
@@ -34,17 +36,35 @@ class Run(NamedTuple):
     pullbacks: list | None
 
 
+class Pullback(NamedTuple):
+    """The backward pass of a piece.
+
+    Attributes:
+      scope: the piece's name in the variables.
+      compiled: its name in its compiled program.
+      endpoints: {name in the program: name in the network} of its outputs beside the next piece's input.
+      pull: gradients of the outputs → gradients of (parameters, matrices of kernels, input).
+    """
+
+    scope: str
+    compiled: str
+    endpoints: Mapping[str, str]
+    pull: Any
+
+
 class Runner:
     """Runs and differentiates networks on slices of the largest network's variables; each piece is compiled once."""
 
-    def __init__(self, passes: Passes):
+    def __init__(self, passes: Passes, holder: Sequence[Piece] = ()):
         """Builds a runner.
 
         Args:
           passes: the functions of the training step.
+          holder: pieces of the network that holds the weights, for placements.
         """
         self._passes = passes
-        static = ("piece", "first", "update", "differentiate")
+        self._held = placements(holder)
+        static = ("piece", "held", "first", "update", "differentiate", "endpoints")
         self._forward = jax.jit(self._run_piece, static_argnames=static)
         self._backward = jax.jit(lambda pullback, cotangent: pullback(cotangent))
 
@@ -75,57 +95,78 @@ class Runner:
         """
         outputs, pullbacks, first = {}, [], True
         for index, piece in enumerate(pieces):
-            part = {piece.name: params[piece.name]} if piece.name in params else {}
-            own = {k: v for k, v in transforms.items() if _belongs(k, piece.name)}
-            name, part, own, before = _renamed(
-                self._passes.named, piece.name, part, own, _part(stats, piece.name)
-            )
-            x, after, pullback = self._forward(
+            scope = piece.scope
+            name = scope if self._passes.named else _ANY
+            own = matrices_of(transforms, scope, name)
+            part, before = moved(params, scope, name), _part(stats, scope, name)
+            named = _endpoints_of(piece, endpoints)
+            x, found, after, pullback = self._forward(
                 part,
                 own,
                 before,
                 x,
                 jax.random.fold_in(key, index),
                 piece=Piece(name, piece.module),
+                held=self._held.get(scope),
                 first=first,
                 update=update,
                 differentiate=differentiate and not (first and not part),
+                endpoints=tuple(sorted(named)),
             )
             if update:
-                stats = _with_part(stats, piece.name, after)
-            if pullback is not None:
-                pullbacks.append((piece.name, name, pullback))
+                stats = _with_part(stats, scope, after, name)
             first = first and not part  # no parameters so far
+            outputs |= {named[k]: v for k, v in found.items()}
             if piece.name in endpoints:
-                outputs[piece.name] = x
+                outputs.setdefault(piece.name, x)
+            named = {k: named[k] for k in found}
+            if pullback is not None:
+                pullback = Pullback(scope, name, named, pullback)
+                pullbacks.append((piece.name, pullback))
         return Run(x, outputs, stats, pullbacks if differentiate else None)
 
     def _run_piece(
-        self, params, transforms, stats, x, key, *, piece, first, update, differentiate
+        self,
+        params,
+        transforms,
+        stats,
+        x,
+        key,
+        *,
+        piece,
+        held,
+        first,
+        update,
+        differentiate,
+        endpoints,
     ):
-        """Runs a piece; returns (output, its statistics or None, its pullback or None)."""
+        """Runs a piece; returns (output, its endpoints, its statistics or None, its pullback or None)."""
         module = Chain((piece,))
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+        both = {piece.name: held} if held else {}, placements((piece,))
 
         def run(params, transforms, x):
             large = {"params": params, "batch_stats": stats["batch_stats"]}
-            small = subnetwork.take(large, shapes, transforms)
+            small = subnetwork.take(large, shapes, transforms, both)
             small_stats = stats | {"batch_stats": small.get("batch_stats", {})}
-            y, _, after = self._passes.run(
+            y, found, after = self._passes.run(
                 module, small.get("params", {}), small_stats, x, key
             )
-            return y, (after if update else None)
+            found = {k: found[k] for k in endpoints if k in found}
+            return (y, found), (after if update else None)
 
         if not differentiate:
-            y, after = run(params, transforms, x)
-            return y, after, None
+            (y, found), after = run(params, transforms, x)
+            return y, found, after, None
         if first:  # its inputs need no gradients, and may be integers
-            y, pullback, after = jax.vjp(
+            (y, found), pullback, after = jax.vjp(
                 lambda p, t: run(p, t, x), params, transforms, has_aux=True
             )
         else:
-            y, pullback, after = jax.vjp(run, params, transforms, x, has_aux=True)
-        return y, after, pullback
+            (y, found), pullback, after = jax.vjp(
+                run, params, transforms, x, has_aux=True
+            )
+        return y, found, after, pullback
 
     def pull(
         self, run: Run, cotangent: Any, of_endpoints: Mapping[str, Any], sums: "Sums"
@@ -135,16 +176,17 @@ class Runner:
         Args:
           run: the network's forward pass.
           cotangent: gradient of the loss with respect to the logits.
-          of_endpoints: the same for endpoints, {piece: gradient}.
+          of_endpoints: the same for endpoints, {name: gradient}.
           sums: collects the gradients.
         """
-        for piece, name, pullback in reversed(run.pullbacks):
-            if piece in of_endpoints:
-                cotangent = _add(cotangent, of_endpoints[piece])
-            part, own, *rest = self._backward(pullback, cotangent)
+        for name, (scope, compiled, endpoints, pull) in reversed(run.pullbacks):
+            if name in of_endpoints and name not in endpoints.values():
+                cotangent = _add(cotangent, of_endpoints[name])
+            own_endpoints = {k: of_endpoints[v] for k, v in endpoints.items()}
+            part, own, *rest = self._backward(pull, (cotangent, own_endpoints))
             sums.add(
-                {piece: part[name]} if part else {},
-                {_with_name(k, name, piece): v for k, v in own.items()},
+                {scope: tree.value_at(part, compiled)} if part else {},
+                {_with_name(k, compiled, scope): v for k, v in own.items()},
             )
             cotangent = rest[0] if rest else None
 
@@ -165,17 +207,19 @@ class Sums:
         self._whole = grads if self._whole is None else _add(self._whole, grads)
 
     def add(self, part: Mapping[str, Any], transforms: Mapping[str, Any]) -> None:
-        """Adds gradients of one piece, {piece: ...}, and of the matrices of its kernels."""
+        """Adds gradients of one piece, {path: ...}, and of the matrices of its kernels."""
         for sums, new in (self._parts, part), (self.transforms, transforms):
             for name, value in new.items():
                 sums[name] = _add(sums[name], value) if name in sums else value
 
     def total(self) -> dict[str, Any]:
         """Returns the gradients with respect to all parameters, without those of the matrices."""
-        return {
-            name: _add(value, self._parts[name]) if name in self._parts else value
-            for name, value in self._whole.items()
-        }
+        total = self._whole
+        for path, part in self._parts.items():
+            total = tree.with_value_at(
+                total, path, _add(tree.value_at(total, path), part)
+            )
+        return total
 
 
 def endpoints_read(passes: Passes, params, stats, batch, key) -> tuple[str, ...]:
@@ -203,57 +247,55 @@ def endpoints_read(passes: Passes, params, stats, batch, key) -> tuple[str, ...]
 
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add))
 
+
+def _endpoints_of(piece: Piece, names: Sequence[str]) -> dict[str, str]:
+    """Returns {key: name} of the endpoints of a piece's `Output` that are among the names of endpoints of the network."""
+    keys = getattr(piece.module, "endpoints", ())
+    return {k: k + piece.number for k in keys if k + piece.number in names}
+
+
 _ANY = "piece"  # the name of each piece, so that equal pieces share a compilation
-
-
-def _renamed(named, piece, part, transforms, stats):
-    """Returns the piece's name in its compiled program, and its arrays under that name.
-
-    Args:
-      named: whether methods depend on the names of layers; the piece then keeps its own.
-      piece: name of the piece.
-      part, transforms, stats: its parameters, matrices of kernels and statistics.
-    """
-    if named:
-        return piece, part, transforms, stats
-    part = _under(_ANY, part)
-    transforms = {_with_name(k, piece, _ANY): v for k, v in transforms.items()}
-    renamed = _under(_ANY, stats["batch_stats"])
-    extra = dict(stats["extra"])
-    if SHARES in extra:
-        extra[SHARES] = _under(_ANY, extra[SHARES])
-    return _ANY, part, transforms, stats | {"batch_stats": renamed, "extra": extra}
 
 
 def _with_name(layer: str, old: str, new: str) -> str:
     return new + layer.removeprefix(old)
 
 
-def _belongs(layer: str, piece: str) -> bool:
-    return layer.partition("/")[0] == piece
+def moved(arrays: Any, old: str, new: str) -> dict[str, Any]:
+    """Returns the arrays of one piece under another path, without all others; {} if it has none."""
+    own = tree.value_at(arrays, old)
+    return tree.with_value_at({}, new, own) if own else {}
 
 
-def _part(stats, name):
-    """Returns the statistics of one piece: its entries in batch_stats and shares, and everything else whole."""
-    extra = dict(stats["extra"])
-    if SHARES in extra:
-        extra[SHARES] = {k: v for k, v in extra[SHARES].items() if k == name}
-    own = {k: v for k, v in stats["batch_stats"].items() if k == name}
-    return stats | {"batch_stats": own, "extra": extra}
-
-
-def _with_part(stats, name, after):
-    """Returns the statistics with those that a piece has changed."""
-    extra, new_extra = dict(stats["extra"]), dict(after["extra"])
-    if SHARES in extra:
-        extra[SHARES] = {**extra[SHARES], **_under(name, new_extra.pop(SHARES, {}))}
-    own = _under(name, after["batch_stats"])
-    return stats | {
-        "batch_stats": {**stats["batch_stats"], **own},
-        "extra": extra | new_extra,
+def matrices_of(
+    transforms: subnetwork.Transforms, scope: str, name: str
+) -> dict[str, Any]:
+    """Returns the matrices of one piece's kernels under another name of the piece."""
+    return {
+        _with_name(layer, scope, name): matrices
+        for layer, matrices in transforms.items()
+        if f"{layer}/".startswith(f"{scope}/")
     }
 
 
-def _under(name: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arrays of one piece under another name of the piece; {} if it has none."""
-    return dict(zip([name], arrays.values(), strict=bool(arrays)))
+def _part(stats, scope: str, name: str):
+    """Returns the statistics of one piece under another name: its batch_stats and shares, and everything else whole."""
+    extra = dict(stats["extra"])
+    if SHARES in extra:
+        extra[SHARES] = moved(extra[SHARES], scope, name)
+    own = moved(stats["batch_stats"], scope, name)
+    return stats | {"batch_stats": own, "extra": extra}
+
+
+def _with_part(stats, scope: str, after, name: str):
+    """Returns the statistics with those that a piece has changed, which have another name there."""
+    extra, new_extra = dict(stats["extra"]), dict(after["extra"])
+    if SHARES in extra:
+        own = tree.value_at(new_extra.pop(SHARES, {}), name)
+        extra[SHARES] = (
+            tree.with_value_at(extra[SHARES], scope, own) if own else extra[SHARES]
+        )
+    own, batch_stats = tree.value_at(after["batch_stats"], name), stats["batch_stats"]
+    if own:
+        batch_stats = tree.with_value_at(batch_stats, scope, own)
+    return stats | {"batch_stats": batch_stats, "extra": extra | new_extra}

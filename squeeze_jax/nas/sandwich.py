@@ -7,6 +7,7 @@ forward and backward pass of each width is a program of its own, so a small widt
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,22 +101,45 @@ def _draw_widths(key: jax.Array, widths: list[float], count: int) -> list[float]
     return [widths[i] for i in sorted(order[:count])]
 
 
-def soft_labels(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Returns the probabilities of the largest network, float32 [..., classes]; no gradient passes through them."""
-    logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
-    return jax.nn.softmax(logits / temperature, -1)
+def soft_labels(logits: Any, temperature: float = 1.0) -> Any:
+    """Returns the probabilities of the largest network, float32 [..., classes]; no gradient passes through them.
+
+    Args:
+      logits: [..., classes], or a dict of such arrays.
+      temperature: temperature of the softmax.
+    """
+
+    def soften(array):
+        array = jax.lax.stop_gradient(array).astype(jnp.float32)
+        return jax.nn.softmax(array / temperature, -1)
+
+    return jax.tree.map(soften, logits)
 
 
 def soft_cross_entropy(
-    logits: jax.Array, targets: jax.Array, mask: jax.Array, temperature: float = 1.0
+    logits: Any, targets: Any, mask: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
     """Returns T^2 times the mean cross-entropy of a smaller network with respect to soft labels.
 
     Args:
-      logits: [b, classes].
-      targets: soft labels [b, classes], from `soft_labels` with the same temperature.
+      logits: [b, ..., classes]; or a dict of such arrays, over which the cross-entropies are averaged.
+      targets: soft labels of the same shape, from `soft_labels` with the same temperature.
       mask: bool [b], True for examples that count.
       temperature: T.
+
+    Raises:
+      UserError: there is only one class, as in a regression, which has no soft labels.
     """
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, -1)
-    return temperature**2 * mean(-jnp.sum(targets * log_probabilities, -1), mask)
+
+    def cross_entropy(array, soft):
+        if array.shape[-1] == 1:
+            raise UserError(
+                "the network has one output, whose probability is always 1, so smaller networks learn nothing from the largest"
+                " one: set config.gradients.distill = 0 and labels = 1"
+            )
+        log_probabilities = jax.nn.log_softmax(array.astype(jnp.float32) / temperature)
+        each = -jnp.sum(soft * log_probabilities, -1)
+        return mean(each.mean(tuple(range(1, each.ndim))), mask)
+
+    pairs = jax.tree.map(cross_entropy, logits, targets)
+    return temperature**2 * sum(jax.tree.leaves(pairs)) / len(jax.tree.leaves(pairs))

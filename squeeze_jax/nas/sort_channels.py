@@ -5,7 +5,8 @@ channels of each layer are put in the order of their importance, the sum of the 
 The function of the network stays the same. This is a transition between two phases.
 
 The method finds by itself which arrays belong together. A layer that some network of the space has with fewer output channels
-is sorted, if its channels stay inside the piece. All layers that read a layer's channels are permuted with it.
+is sorted, if its channels stay inside the piece. All layers that read a layer's channels are permuted with it. Layers with
+placements (`nn/placement.py`) tell which channels they have: heads and hidden channels of encoders are sorted by these.
 """
 
 import functools
@@ -21,6 +22,7 @@ from squeeze_jax.methods import METHODS, Plain, Transition
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nn.chain import Chain
 from squeeze_jax.nn.channels import OUTPUT, make_finder
+from squeeze_jax.nn.placement import Axis, Placement, placements
 from squeeze_jax.registry import checked
 
 
@@ -30,7 +32,8 @@ def make(first: Mapping[str, Any] | None = None) -> Transition:
 
     Args:
       first: options of a network, such as {"expand": 4}, whose channels stay before all others. An earlier phase has trained
-        this network already. None to sort all channels together.
+        this network already. None to sort all channels together. If this network has more groups, heads and hidden channels of
+        encoders stay in their groups, so that what it computes does not change either.
 
     Raises:
       UserError: in the transition: the network has no elastic options, or it does not compute the same as before.
@@ -40,10 +43,12 @@ def make(first: Mapping[str, Any] | None = None) -> Transition:
         family = Family(options, plain)
         network = {k: v for k, v in state.params.items() if k != METHODS}
         variables = {"params": network, "batch_stats": state.stats}
-        kept = None
+        kept, trained = None, family.holder()
         if first is not None:
-            kept = tree.flatten(family.shapes(family.network(family.space.arch(first))))
+            trained = family.network(family.space.arch(first))
+            kept = tree.flatten(family.shapes(trained))
         indices = permutations(family, variables, plain.example, kept)
+        indices |= placed_permutations(family.holder(), trained, variables["params"])
         after = methods.take(state, indices)
         _check_unchanged(family.holder(), state, after, plain)
         return options, after
@@ -61,21 +66,127 @@ def permutations(
       variables: {"params", "batch_stats"} of the network that holds the weights.
       example: shapes of its inputs.
       kept: {array: shape} of a network whose channels stay before all others; None for none.
+
+    Layers with placements are left out, see `placed_permutations`.
     """
     pieces = family.holder().pieces
     outer, inner = _elastic_layers(family)
     indices, x = {}, example
     for piece in pieces:
         name, net = piece.name, Chain((piece,))
-        own = {k: {name: v[name]} for k, v in variables.items() if name in v}
-        arrays = tree.flatten(own)
         sources = [layer for layer in outer if _inside(layer, name)]
-        mixing = {layer for layer in inner if _inside(layer, name)}
-        find = make_finder(net, own, mixing, x)
-        for group in _groups(find, sources, mixing, arrays):
-            indices |= _order(group, arrays, mixing, kept or {}, indices)
-        x = jax.eval_shape(net.apply, own, x)[0]
+        if sources:
+            own = {k: {name: v[name]} for k, v in variables.items() if name in v}
+            arrays = tree.flatten(own)
+            mixing = {layer for layer in inner if _inside(layer, name)}
+            find = make_finder(net, own, mixing, x)
+            for group in _groups(find, sources, mixing, arrays):
+                indices |= _order(group, arrays, mixing, kept or {}, indices)
+        x = jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0][0]
     return indices
+
+
+def placed_permutations(
+    holder: Chain, trained: Chain, params: Mapping[str, Any]
+) -> dict[str, dict[int, np.ndarray]]:
+    """Returns the new order of the channels of layers with placements, {"params/...": {axis: indices}}.
+
+    A unit, such as a head, is as important as the sum of the absolute weights that read it. The most important ones come
+    first in the blocks of `Axis`. Units change places only if their channels are in the same groups in both networks.
+
+    Args:
+      holder: the network that holds the weights.
+      trained: a network whose channels and function are kept, too; the holder for none.
+      params: of the holder.
+    """
+    arrays, kept = tree.flatten({"params": params}), placements(trained.pieces)
+    indices: dict[str, dict[int, np.ndarray]] = {}
+    groups: dict[str, dict[str, Placement]] = {}
+    for layer, placement in placements(holder.pieces).items():
+        groups.setdefault(layer.partition("/")[0], {})[layer] = placement
+    for layers in groups.values():
+        sides = {
+            axis._replace(shuffle=(1, 1))
+            for placement in layers.values()
+            for axis in placement[1:]
+            if axis is not None
+        }
+        for axis in sides:
+            importance = _importance(axis, layers, arrays)
+            classes = _classes(axis, layers, kept)
+            if importance is None:
+                continue
+            order = _in_blocks(axis, importance, classes)
+            for layer, (_, inputs, outputs) in layers.items():
+                for name, array in arrays.items():
+                    if name.rpartition("/")[0] == f"params/{layer}":
+                        own = indices.setdefault(name, {})
+                        if _has(outputs, axis):
+                            own[array.ndim - 1] = order
+                        if _has(inputs, axis) and array.ndim > 1:
+                            own[array.ndim - 2] = order
+    return {name: axes for name, axes in indices.items() if axes}
+
+
+def _has(axis: Axis | None, other: Axis) -> bool:
+    return axis is not None and axis.name == other.name
+
+
+def _importance(axis: Axis, layers: Mapping[str, Placement], arrays):
+    """Returns the importance of the units of an axis, [units]; None if a grouped layer reads them.
+
+    The groups of that layer would need orders of their own.
+
+    Args:
+      axis: the channels.
+      layers: {layer: placement} of layers of the network that holds the weights.
+      arrays: {"params/...": array} of this network.
+    """
+    sums = np.zeros(axis.count)
+    for layer, placement in layers.items():
+        if _has(placement.inputs, axis):
+            if placement.groups > 1:
+                return None
+            kernel = np.asarray(arrays[f"params/{layer}/kernel"], np.float64)
+            sums += np.abs(kernel).sum((*range(kernel.ndim - 2), kernel.ndim - 1))
+    return sums.reshape(-1, axis.unit).sum(1)
+
+
+def _classes(
+    axis: Axis, layers: Mapping[str, Placement], kept: Mapping[str, Placement]
+) -> np.ndarray:
+    """Returns a number for each unit of an axis, int [units]: those with equal numbers may change places.
+
+    Their channels are in the same groups of all layers, in the network that holds the weights and in another one that is kept.
+
+    Args:
+      axis: the channels in the network that holds the weights.
+      layers: {layer: placement} of layers of this network.
+      kept: {layer: placement} of the other network.
+    """
+    groups = []
+    for layer, held in layers.items():
+        for placement in held, kept.get(layer, held):
+            for side in placement[1:]:
+                if _has(side, axis):
+                    group = np.full(axis.total, -1)  # -1: the network lacks the channel
+                    numbers = np.arange(side.count) * placement.groups // side.count
+                    group[side.channels()] = numbers
+                    groups.append(group[axis.channels()].reshape(-1, axis.unit))
+    rows = np.concatenate(groups, -1)
+    return np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+
+
+def _in_blocks(axis: Axis, importance: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Returns the new order of channels, int [channels], with the most important units at the beginnings of blocks."""
+    size = axis.total // axis.unit // axis.blocks  # of a block, in units
+    places = np.argsort(axis.units() % size, kind="stable")
+    order = np.arange(len(importance))
+    for number in range(classes.max() + 1):
+        members = np.flatnonzero(classes == number)
+        by_importance = members[np.argsort(-importance[members], kind="stable")]
+        order[places[classes[places] == number]] = by_importance
+    return (order[:, None] * axis.unit + np.arange(axis.unit)).ravel()
 
 
 def _elastic_layers(family: Family) -> tuple[set[str], set[str]]:

@@ -4,6 +4,9 @@ Cai, Gan, Wang, Zhang, Han 2019, arXiv 1908.09791 (once-for-all), section 3.2. A
 each layer, and the centre of each kernel. A learned matrix per pair of kernel sizes changes the centre: from 49 values
 to the 25 of the 5x5 kernel, and from these to the nine of the 3x3 kernel. All channels of a layer share it. This file
 knows no architecture: it compares the shapes of two networks' parameters.
+
+Layers with elastic groups, or of which other channels than the first ones remain, say so by a `Placement`. A layer with more
+groups uses the diagonal blocks of the kernel, that is, each output channel the weights of the inputs that it still reads.
 """
 
 import itertools
@@ -11,41 +14,54 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError
+from squeeze_jax.nn.placement import Axis, Placement
 
 Transforms = Mapping[str, Mapping[str, Any]]
+Placements = Mapping[str, Placement]
+
+MOST_SLICES = 64  # channels in more pieces are picked one by one
 
 
 def take(
-    variables: Mapping[str, Any], shapes: Any, transforms: Transforms | None = None
+    variables: Mapping[str, Any],
+    shapes: Any,
+    transforms: Transforms | None = None,
+    placements: tuple[Placements, Placements] = ({}, {}),
 ) -> dict[str, Any]:
     """Returns the variables of a smaller network, as slices of a larger network's.
 
-    A convolution has the same number of groups in both networks, unless it is depthwise.
+    A convolution without placements has the same number of groups in both networks, unless it is depthwise.
 
     Args:
       variables: collections of the larger network, such as {"params", "batch_stats"}.
       shapes: the same collections of the smaller network, as arrays or shapes. Arrays that it lacks are left out.
       transforms: {layer: {"7to5": [25, 25], "5to3": [9, 9]}}; kernels without one are cropped only. A layer that the larger
         network lacks has its parameters here, {layer: {"kernel": array}}, see `Family.spare_shapes`.
+      placements: {layer: placement} of the larger and of the smaller network, see `nn/placement.py`.
 
     Raises:
       UserError: an array of the smaller network is absent in the larger one, is smaller there, or has a kernel whose
-        centre is between two positions.
+        centre is between two positions; or the groups of the smaller network are not inside those of the larger one.
     """
     large = tree.flatten(variables)
+    of_large, of_small = placements
 
     def sub(name, like):
         layer, _, end = name.partition("/")[2].rpartition("/")
         own = (transforms or {}).get(layer, {})
-        if name in large:
-            return _slice(name, large[name], like.shape, own)
-        if end not in own:
-            raise UserError(f"{name} is not in the larger network")
-        return _slice(name, own[end], like.shape, {})
+        if name not in large:
+            if end not in own:
+                raise UserError(f"{name} is not in the larger network")
+            return _slice(name, own[end], like.shape, {})
+        if layer in of_small:
+            both = of_large.get(layer, Placement()), of_small[layer]
+            return _place(name, large[name], like.shape, both)
+        return _slice(name, large[name], like.shape, own)
 
     return tree.map_named(sub, shapes)
 
@@ -82,6 +98,84 @@ def _slice(name, array, shape, transforms):
         kernel = array[(..., *channels)]
         return resize_kernel(name, kernel, shape[:-2], transforms)
     return array[tuple(slice(0, n) for n in shape)]
+
+
+def _place(name, array, shape, placements: tuple[Placement, Placement]):
+    """Returns the part of an array of a layer that a smaller network uses, for layers with placements.
+
+    Args:
+      name: of the array.
+      array: kernel [..., c / groups, features] or an array [features], such as the bias.
+      shape: its shape in the smaller network.
+      placements: of the layer in the larger and in the smaller network.
+    """
+    if placements[0] == placements[1]:
+        return array
+    large, small = placements
+    columns = _positions(
+        _channels(small.outputs, shape[-1]),
+        _channels(large.outputs, array.shape[-1]),
+        name,
+    )
+    if len(shape) == 1:
+        return _pick(array, columns, 0)
+    sources = _channels(large.inputs, array.shape[-2] * large.groups)
+    sources = sources.reshape(large.groups, -1)
+    wanted = _channels(small.inputs, shape[-2] * small.groups)
+    blocks = []
+    for rows, block in zip(
+        wanted.reshape(small.groups, -1),
+        columns.reshape(small.groups, -1),
+        strict=True,
+    ):
+        groups = set((block * large.groups // array.shape[-1]).tolist())
+        if len(groups) > 1:
+            raise _not_inside(name)
+        rows = _positions(rows, sources[groups.pop()], name)
+        blocks.append(_pick(_pick(array, block, -1), rows, -2))
+    if len(blocks) == 1:
+        return blocks[0]
+    concatenate = np.concatenate if isinstance(array, np.ndarray) else jnp.concatenate
+    return concatenate(blocks, -1)
+
+
+def _channels(axis: Axis | None, count: int) -> np.ndarray:
+    return np.arange(count) if axis is None else axis.channels()
+
+
+def _positions(wanted: np.ndarray, channels: np.ndarray, name: str) -> np.ndarray:
+    """Returns the positions of the wanted channels among others; raises a UserError if one of them is not there."""
+    order = np.argsort(channels)
+    places = np.searchsorted(channels, wanted, sorter=order)
+    found = order[np.minimum(places, len(channels) - 1)]
+    if not np.array_equal(channels[found], wanted):
+        raise _not_inside(name)
+    return found
+
+
+def _not_inside(name: str) -> UserError:
+    return UserError(
+        f"{name}: its channels or groups are not inside those of the network that holds the weights: give that network the"
+        " most channels and 1 group"
+    )
+
+
+def _pick(array, indices: np.ndarray, axis: int):
+    """Returns array[indices] along an axis; slices are faster than indices, above all for gradients."""
+    starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
+    if len(starts) > MOST_SLICES:
+        take = np.take if isinstance(array, np.ndarray) else jnp.take
+        return take(array, indices, axis=axis)
+    others = (slice(None),) * (-axis - 1 if axis < 0 else 0)
+    slices = [
+        slice(int(indices[a]), int(indices[a]) + int(b - a))
+        for a, b in itertools.pairwise([*starts, len(indices)])
+    ]
+    parts = [array[(..., s, *others)] for s in slices]
+    if len(parts) == 1:
+        return parts[0]
+    concatenate = np.concatenate if isinstance(array, np.ndarray) else jnp.concatenate
+    return concatenate(parts, axis)
 
 
 def resize_kernel(

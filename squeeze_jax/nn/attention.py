@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.nn.conv import Conv
+from squeeze_jax.nn.conv import Conv, GroupArrays
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.dtypes import as_float, float_dtype
 from squeeze_jax.nn.intercept import tap
@@ -80,6 +80,45 @@ def attend(
     context = drop(probabilities) @ v  # [b, heads, l, d' / heads]
     context = context.swapaxes(1, 2).reshape(value.shape)
     return Attended(context, probabilities, scores)
+
+
+def attend_groups(
+    query: jax.Array | GroupArrays,
+    key: jax.Array | GroupArrays,
+    value: jax.Array | GroupArrays,
+    *,
+    heads: int,
+    attend: Callable[..., Attended] = attend,
+) -> Attended:
+    """Computes attention on arrays, or on tuples of their channel groups; in the second case the context is a tuple, too.
+
+    Groups are joined unless all three have the same number of groups, and it divides the heads.
+
+    Args:
+      query, key, value: see `attend`, or tuples of groups of neighbouring channels.
+      heads: number of all heads.
+      attend: (query, key, value, heads=...) → `Attended`.
+    """
+    arrays = query, key, value
+    counts = {len(a) if isinstance(a, tuple) else 1 for a in arrays}
+    if len(counts) > 1 or counts == {1} or heads % max(counts):
+        return attend(*map(join_groups, arrays), heads=heads)
+    # Heads do not exchange values, so attention runs on each group of heads.
+    by_group = [
+        attend(*qkv, heads=heads // len(query)) for qkv in zip(*arrays, strict=True)
+    ]
+    context, *maps = zip(*by_group, strict=True)
+    return Attended(context, *(jnp.concatenate(m, 1) for m in maps))
+
+
+def is_grouped(x: jax.Array | GroupArrays, groups: int) -> bool:
+    """Returns whether x is a tuple of so many channel groups."""
+    return isinstance(x, tuple) and len(x) == groups
+
+
+def join_groups(x: jax.Array | GroupArrays) -> jax.Array:
+    """Returns the channels of all groups as one array."""
+    return jnp.concatenate(x, -1) if isinstance(x, tuple) else x
 
 
 def _split_heads(x, heads):
@@ -185,22 +224,13 @@ class SelfAttention(nn.Module):
             kernel_init=init,
             name="output",
         )
-        if isinstance(query, tuple):
-            # Heads do not exchange values, so attention runs on each group of heads.
-            by_group = [
-                attention(*qkv, heads=self.heads // len(query))
-                for qkv in zip(query, key, value, strict=True)
-            ]
-            context, *maps = zip(*by_group, strict=True)
-            if self.shuffle or groups.output != len(query):
-                context = jnp.concatenate(context, -1)
-            attended = Attended(context, *(jnp.concatenate(m, 1) for m in maps))
-        else:
-            attended = attention(query, key, value, heads=self.heads)
+        attended = attend_groups(query, key, value, heads=self.heads, attend=attention)
         context = attended.context
+        if self.shuffle or not is_grouped(context, groups.output):
+            context = join_groups(context)
         if self.shuffle and groups.output > 1:
             context = shuffle_channels(context, groups.value, groups.output)
-        return output(context), attended
+        return output(context), attended._replace(context=context)
 
 
 def shuffle_channels(x: jax.Array, before: int, after: int) -> jax.Array:
@@ -208,24 +238,15 @@ def shuffle_channels(x: jax.Array, before: int, after: int) -> jax.Array:
 
     Each group of the second convolution gets the same number of neighbouring channels from each group of the first. This is
     the channel shuffle of ShuffleNet (arXiv 1707.01083, section 3.1), except for the order of channels inside the groups.
-    That order does not matter, because the weights are learned for it. Whole blocks of channels are faster to move.
+    That order does not matter, because the weights are learned for it. Whole blocks of channels are faster to move. If
+    before * after does not divide c, the order is ShuffleNet's own, and the numbers of channels differ by up to one.
 
     Args:
-      x: [b, l, c].
-      before: number of groups of the first convolution.
-      after: number of groups of the second convolution; before * after divides c.
-
-    Raises:
-      UserError: The groups do not divide the channels.
+      x: [..., c].
+      before: number of groups of the first convolution; divides c.
+      after: number of groups of the second convolution; divides c.
     """
-    check_shuffle(x.shape[-1], before, after)
-    blocks = x.reshape(*x.shape[:-1], before, after, -1)
-    return blocks.swapaxes(-2, -3).reshape(x.shape)
-
-
-def check_shuffle(features: int, before: int, after: int) -> None:
-    """Raises a UserError unless `shuffle_channels` can divide a number of channels for these numbers of groups."""
-    if after > 1 and features % (before * after):
-        raise UserError(
-            f"{features} features of {before} groups do not shuffle into {after} groups: the product should divide them"
-        )
+    channels = x.shape[-1]
+    blocks = channels // before if channels % (before * after) else after
+    y = x.reshape(*x.shape[:-1], before, blocks, -1)
+    return y.swapaxes(-2, -3).reshape(x.shape)
