@@ -183,18 +183,27 @@ def test_the_guides_of_the_first_run_and_of_export(place, capsys):
 
 
 def test_the_guides_of_supernets_and_of_devices(place, capsys):
-    few = ["--config.phases.0.steps=1", "--config.phases.1.steps=1", "--config.batch=8"]
-    few += [f"--config.{key}" for key in ("save_every=0", "search.samples=10", "search.calibration=8", "search.examples=8", "search.steps=1", "search.generations=1")]  # fmt: skip
-    quick = [f"--config.latency_table.{key}" for key in ("networks=4", "rounds=1", "runs=1", "seconds=0")]  # fmt: skip
-    small = [a for a in TINY if ".export." in a or ".benchmark." in a]
+    first = "{'steps': 1}"
+    second = "{'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1}, 'optim': {'lr': 0.02}}"
+    training = [f"--config.phases=({first}, {second})", "--config.batch=8", "--config.optim.warmup=0"]  # fmt: skip
+    search = [f"--config.search.{key}" for key in ("samples=10", "calibration=8", "examples=8", "steps=1", "generations=1")]  # fmt: skip
+    timing = [f"--config.latency_table.{key}" for key in ("networks=4", "rounds=1", "runs=1", "seconds=0")]  # fmt: skip
+    files = [a for a in TINY if ".export." in a or ".benchmark." in a]
+    tiny = {"main": [*training, *search, *timing, *files], "search": search}
+    tiny |= {"latency_table": timing, "export": files, "extract": []}
     for name in "supernets.md", "measure_device.md":
         for arguments in commands(name):
-            table = "--job=latency_table" in arguments
-            run_py.main([*arguments, *(quick if table else [*few, *quick, *small])])
+            jobs = [a.removeprefix("--job=") for a in arguments if "--job=" in a]
+            run_py.main([*arguments, *tiny[jobs[0] if jobs else "main"]])
     printed = capsys.readouterr().out
     assert (place / "runs/ofa_digits/found/report.json").exists()
     assert (place / "runs/half/config.json").exists()
     assert "copy the folder to the device" in printed
+    assert "extracted  kernel 3 3 3 3, expand 2 2 2 2, depth 1 1" in printed
+    assert (place / "runs/small/export/model.stablehlo").exists()
+    small = json.loads((place / "runs/small/config.json").read_text())
+    assert small["steps"] == 1
+    assert small["optim"]["lr"] == 0.02  # of the last phase
 
 
 WORDS = ("a", "charming", "and", "often", "affecting", "journey", "slow", "dull")
@@ -282,19 +291,3 @@ def test_the_guide_of_devices(place, capsys):
     for arguments in commands("devices.md"):
         run(arguments, *SMALL)
     assert "mesh       4 x cpu: data 4" in capsys.readouterr().out
-
-
-def test_the_guide_of_supernets(place, capsys):
-    phases = "--config.phases=({'steps': 1}, {'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1}, 'optim': {'lr': 0.02}})"
-    for arguments in commands("supernets.md"):
-        if "--job=fit" in arguments:
-            tiny = [a for a in TINY if "steps" not in a]
-            run_py.main([*arguments, *tiny, phases])
-        else:
-            run(arguments)
-    printed = capsys.readouterr().out
-    assert "extracted  kernel 3 3 3 3, expand 2 2 2 2, depth 1 1" in printed
-    assert (place / "runs/small/export/model.stablehlo").exists()
-    small = json.loads((place / "runs/small/config.json").read_text())
-    assert small["steps"] == 1
-    assert small["optim"]["lr"] == 0.02  # of the last phase

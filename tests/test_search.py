@@ -300,7 +300,7 @@ def test_a_stopped_search_goes_on(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["score='eval_los'"], "'eval_los' is no score of this task, did you mean 'eval_loss'"),
+        (["score=eval_los"], "is no score of this task; did you mean 'eval_loss'"),
         (["samples=5"], "samples = 5 should be at least 10"),
         (["limits=({'cost':'macs','at_most':10},)"], r"no network of the space meets them; the nearest has MACs [\d,]+ \(at most 10\): raise at_most"),
         (["limits=({'cost':'mac','at_most':10},)"], r"config\.search\.limits\[0\]\.cost"),

@@ -219,15 +219,15 @@ def make(
       query_groups, key_groups, value_groups, output_groups: numbers of groups of attention's projections: one for all layers,
         or one for each; None for 1, which is the largest.
       ffn_in_groups, ffn_out_groups: numbers of groups of the two layers of the feed-forward networks, likewise.
-      shuffle: whether a grouped layer after attention reads channels of every group of the values, see `squeezebert.make`.
+      shuffle: whether a grouped layer after attention reads channels of every group of the values.
       distinct: number of layers with their own weights, each used several times in a row as in ALBERT; then all elastic
         options except `depth` have one value for each of these. None for weights in each layer.
-      task: what the head computes, see `heads.Head`.
+      task: see `heads.Head`.
       **options: see `_encoder.Options`.
 
     Raises:
-      UserError: the variant or activation is unknown, `distinct` exceeds the number of layers, or an option has the wrong number of values or a value outside the
-        space.
+      UserError: the variant or activation is unknown, `distinct` exceeds the number of layers, or an option has the wrong
+        number of values or a value outside the space.
     """
     shared = OPTIONS._replace(**options)
     row = registry.row(VARIANTS, variant, "variant of elastic_squeezebert")
