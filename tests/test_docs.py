@@ -184,7 +184,7 @@ def test_the_guides_of_the_first_run_and_of_export(place, capsys):
 
 def test_the_guides_of_supernets_and_of_devices(place, capsys):
     first = "{'steps': 1}"
-    second = "{'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1}, 'optim': {'lr': 0.02}}"
+    second = "{'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1, 'choices': {'expand': (2,)}}, 'optim': {'lr': 0.02}}"
     training = [f"--config.phases=({first}, {second})", "--config.batch=8", "--config.optim.warmup=0"]  # fmt: skip
     search = [f"--config.search.{key}" for key in ("samples=10", "calibration=8", "examples=8", "steps=1", "generations=1")]  # fmt: skip
     timing = [f"--config.latency_table.{key}" for key in ("networks=4", "rounds=1", "runs=1", "seconds=0")]  # fmt: skip
