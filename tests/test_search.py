@@ -24,6 +24,7 @@ from squeeze_jax.jobs import (
     fit,
     main,
 )
+from squeeze_jax.jobs import search as search_job
 from squeeze_jax.nas import costs, limits
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.pareto import crowding, pareto, ranks
@@ -345,3 +346,18 @@ def test_the_main_job_ships_the_found_network(trained, tmp_path, capsys):
     run_py.main(["--job=main", f"--workdir={workdir}", *overrides])
     assert "found      already" in capsys.readouterr().out
     assert main.RUN == "begins"
+
+
+def test_a_missing_table_is_found_before_training(tmp_path):
+    """The main job would train for hours, and then lack the table."""
+    config = CONFIG | {"model": dict(name="mobilenet_v2", variant="tiny")}
+    with pytest.raises(UserError, match="has no elastic"):
+        _experiment.build(_experiment.check(config))
+    built = _experiment.build(_experiment.check(CONFIG))
+    with pytest.raises(UserError, match="cannot read the latency table device"):
+        main.run(built, tmp_path / "run")
+    planned = CONFIG | {"latency_table": dict(formats=("tflite",), threads=(1, 2))}
+    search = CONFIG["search"] | dict(limits=(), front=({"cost": "latency", "table": "tflite_2"},))  # fmt: skip
+    built = _experiment.build(_experiment.check(planned | {"search": search}))
+    search_job.check_tables(built, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -73,6 +73,12 @@ def check_costs(
                 )
 
 
+def table_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the path of a latency table: a name in the work directory's folder `latency`, or else a path."""
+    path = workdir / "latency" / f"{name}.json"
+    return path if path.exists() else files.path(name)
+
+
 class Problem:
     """What a search looks for: the space, its costs, and the limits on them.
 
@@ -127,9 +133,7 @@ class Problem:
     def _cost(self, entry: CostSettings) -> Cost:
         if entry.cost != "latency":
             return limits.cost(entry.cost, self.pieces, bits=entry.bits)
-        path = self.workdir / "latency" / f"{entry.table}.json"
-        if not path.exists():
-            path = files.path(entry.table)
+        path = table_path(self.workdir, entry.table)
         table = latency_table.read(path)
         return limits.cost("latency", self.pieces, table=table, path=str(path))
 

@@ -64,6 +64,17 @@ class Settings:
     device_folder: PathStr | None = None
 
 
+def names(settings: Settings) -> list[str]:
+    """Returns the names of the tables of this machine, such as "tflite_1"."""
+    return [
+        name
+        for key in settings.formats
+        for name in (
+            ["xla"] if key == "xla" else [f"{key}_{n}" for n in settings.threads]
+        )
+    ]
+
+
 def check(settings: Settings, built: Built) -> None:
     """Raises a UserError for too few networks, and for XLA on another device."""
     del built

@@ -4,6 +4,7 @@ For a config with the section "search", the trained network is a space of networ
 the section "latency_table", searches the space, and trains, exports and measures the found network in its own work directory.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -49,12 +50,15 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:
     """Does the jobs fit, evaluate, export and benchmark in turn; training continues from the newest checkpoint.
 
-    What an interrupted run has finished is kept. With several processes, export and benchmark are left out, because they run in one process.
+    What an interrupted run has finished is kept. With several processes, export and benchmark are left out, because they run
+    in one process.
 
     Raises:
       export.Rejected: a format was rejected; the report has the others.
     """
     ready(built, inputs)
+    if "search" in built.whole.jobs:
+        search.check_tables(built, workdir)
     built = fit.run(built, workdir)
     if built.whole.phases:  # the trained network may be from an earlier phase
         built = _experiment.build_trained(workdir, built.whole.config())
@@ -75,16 +79,17 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
 
 def _search_and_ship(built: Built, workdir: pathlib.Path) -> None:
     """Searches a trained space, and does this job in the found network's work directory."""
-    if "latency_table" in built.whole.jobs:
-        latency_table.run(
-            _experiment.build(_experiment.check(_workdir.read(workdir))), workdir
-        )
+    sections = dataclasses.asdict(built.whole)["jobs"]  # as this command has them
+    if "latency_table" in sections:
+        config = _workdir.read(workdir) | sections
+        latency_table.run(_experiment.build(_experiment.check(config)), workdir)
     found = search.found_directory(built, workdir)
     if _workdir.is_trained(found):
         print(f"found      already: {found}")
     else:
         search.run(built, workdir)
     print()
-    config = _workdir.read(found)
+    shipped = {k: v for k, v in sections.items() if k in ("export", "benchmark")}
+    config = _workdir.read(found) | shipped
     run(_experiment.build(_experiment.check(config)), found)
     print(_search_report.describe_latencies(workdir, found))

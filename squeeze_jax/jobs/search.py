@@ -26,9 +26,10 @@ from squeeze_jax.jobs import (
     evaluate,
     extract,
 )
+from squeeze_jax.jobs import latency_table as latency_tables
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.jobs._search_log import Log
-from squeeze_jax.jobs._search_problem import Problem, check_costs
+from squeeze_jax.jobs._search_problem import Problem, check_costs, table_path
 from squeeze_jax.jobs._search_report import report
 from squeeze_jax.nas import predict_mlp
 from squeeze_jax.nas import space as spaces
@@ -81,13 +82,29 @@ class Settings:
 
 
 def check(settings: Settings, built: Built) -> None:
-    """Raises a UserError for a limit or a cost with a wrong key or value, and for too few samples."""
-    del built
+    """Raises a UserError for a limit or a cost with a wrong key or value, too few samples, or a network without a space."""
+    _space.family(built)
     if settings.samples < LEAST:
         raise UserError(
             f"config.search.samples = {settings.samples} should be at least {LEAST}: the predictor of scores is fitted to them"
         )
     check_costs(settings.limits, settings.front)
+
+
+def check_tables(built: Built, workdir: pathlib.Path) -> None:
+    """Checks that the latency tables exist, or that the config's section "latency_table" will write them.
+
+    Raises:
+      UserError: a table does not exist.
+    """
+    settings = _settings.job_settings(built, Settings)
+    planned = ()
+    if "latency_table" in built.whole.jobs:
+        planned = latency_tables.names(built.whole.jobs["latency_table"])
+    for section in (*settings.limits, *settings.front):
+        name = section.get("table")
+        if name and name not in planned:
+            latency_table.read(table_path(workdir, name))
 
 
 def ready(built: Built, inputs: Sequence[str] = ()) -> None:
