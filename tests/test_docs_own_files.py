@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
     blocks = re.findall(
         r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL
     )
-    assert len(blocks) == PAGE.read_text().count("```python") == 12
+    assert len(blocks) == PAGE.read_text().count("```python") == 13
     for name, code in blocks:
         (tmp_path / name).write_text(code)
     (tmp_path / "config.py").write_text(CONFIG)
@@ -92,6 +92,35 @@ def test_the_examples_run_resume_and_export(folder, capsys):
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
     run_py.main(["--job=export", "--workdir=run"])
     assert (workdir / "export" / "model.mine").exists()
+
+
+SPACE = """
+def get_config():
+    return dict(
+        steps=1, batch=8, data=dict(source=dict(name="./my_source.py"), size=8),
+        model=dict(name="./my_space.py"), optim=dict(lr=0.1, warmup=0),
+        gradients=dict(name="nas.once_for_all", random=1),
+        latency_table=dict(formats=("xla",), networks=4, rounds=1, runs=1, seconds=0.0),
+        search=dict(
+            limits=({"cost": "latency", "table": "xla", "share": 1.0},), samples=10,
+            generations=1, calibration=8, examples=8, steps=1,
+        ),
+        export=dict(formats=("stablehlo",), check=8, calibration=8),
+        benchmark=dict(runs=1, warmup=0),
+    )
+"""
+
+
+def test_the_example_of_a_space_is_measured_and_searched(folder, capsys):
+    """Four blocks differ in kernel and gate. The first and the second have different inputs: 3 and 4 channels, or 1 and 4."""
+    (folder / "space.py").write_text(SPACE)
+    run_py.main(["--config=space.py", "--workdir=space"])
+    printed = capsys.readouterr().out
+    assert "kernel x 2, gated x 2: 10 different pieces, 4 whole networks" in printed
+    assert (folder / "space" / "found" / "report.json").exists()
+    found = _workdir.read(folder / "space" / "found")["model"]
+    assert set(found["kernel"]) <= {1, 3}
+    assert set(found["gated"]) <= {False, True}
 
 
 def test_the_example_of_a_task_is_scored_by_that_of_a_metric(folder):
