@@ -21,6 +21,7 @@ HEAD_LAYERS = {
     "bert": POOLER,
     "distilbert": TRANSFORM,
     "efficientnet": set(),
+    "elastic_squeezebert": POOLER,
     "fcn": set(),
     "electra": TRANSFORM,
     "gpt2": set(),
@@ -49,7 +50,8 @@ def encodes(name):
 
 
 def built(name, **options):
-    variant = "toy" if encodes(name) else "tiny"
+    own = name == "elastic_squeezebert"
+    variant = "toy" if encodes(name) and not own else "tiny"
     if name != "electra_pretraining" and encodes(name):
         options = {"task": "classification", **options}
     return models.make(name, variant=variant, **options)

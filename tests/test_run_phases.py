@@ -183,20 +183,18 @@ def supernet(tmp_path_factory):
 
 
 def test_a_supernet_killed_in_any_phase_ends_the_same_to_the_bit(supernet, tmp_path):
-    """In the first phase, at its end, and twice in the second, which has drawn random networks."""
-    for step in (3, 5, 7, 10):
+    """In the first phase, at its end, and in the second, which has drawn random networks."""
+    for step in (3, 5, 9):
         test_run_methods.fit(tmp_path, SUPERNET, 1, kill_at=step)
     test_run_methods.fit(tmp_path, SUPERNET, 1)
     assert "once_for_all" in states(tmp_path).params["methods"]
     chex.assert_trees_all_equal(states(tmp_path), states(supernet))
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
-def test_a_supernet_on_four_devices_is_that_on_one(supernet, tmp_path, axis):
-    """Only sums are rounded in another order."""
-    sharding = f"--config.sharding.{axis}=4"
-    more = () if axis == "data" else ("--config.sharding.data=1",)
-    test_run_methods.fit(tmp_path, (*SUPERNET, sharding, *more), 4)
+def test_a_supernet_on_four_devices_is_that_on_one(supernet, tmp_path):
+    """Batches are split over all devices, parameters over two. Only sums are rounded in another order."""
+    sharding = ("--config.sharding.data=2", "--config.sharding.fsdp=2")
+    test_run_methods.fit(tmp_path, (*SUPERNET, *sharding), 4)
     one, four = (tree.flatten(states(w).params) for w in (supernet, tmp_path))
     for name, array in one.items():
         np.testing.assert_allclose(four[name], array, atol=1e-3, err_msg=name)

@@ -1,5 +1,7 @@
 """The job search: scores, limits, trade-offs, the log that a stopped search goes on from, and what it refuses."""
 
+import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -219,11 +221,18 @@ def test_the_front_of_two_costs_is_found(space):
     assert within.values[:, 0].max() <= np.median(everything[:, 0])
 
 
-def test_a_search_finds_a_network_within_its_limits(trained, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def searched(trained, tmp_path_factory):
+    """A work directory after a search, and what the search printed."""
+    workdir = shutil.copytree(trained, tmp_path_factory.mktemp("searched") / "run")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        job(workdir)
+    return workdir, printed.getvalue()
+
+
+def test_a_search_finds_a_network_within_its_limits(searched, trained, tmp_path):
     """The network is a work directory, its latency is below the limit, and it has the best score among such networks."""
-    workdir = copied(trained, tmp_path)
-    job(workdir)
-    printed = capsys.readouterr().out
+    workdir, printed = searched
     assert "rank correlation" in printed
     assert "of the arithmetic of the training run" in printed
     report = json.loads((workdir / "search" / "front.json").read_text())
@@ -270,10 +279,9 @@ def within(options, small, table):
     return latency({k: tuple(v) for k, v in options.items()}) <= 0.6 * largest
 
 
-def test_a_stopped_search_goes_on(trained, tmp_path, monkeypatch):
+def test_a_stopped_search_goes_on(searched, trained, tmp_path, monkeypatch):
     """Its result is that of a search that was not stopped, and no network is scored twice."""
-    whole = copied(trained, tmp_path)
-    job(whole)
+    whole, _ = searched
     stopped = shutil.copytree(trained, tmp_path / "stopped")
     score, calls = _scores.Scorer.__call__, []
 
