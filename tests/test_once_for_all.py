@@ -14,12 +14,13 @@ import run as run_py
 from squeeze_jax import models, stop, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate, fit
+from squeeze_jax.jobs import _experiment, _plugs, _settings, _workdir, evaluate, fit
 from squeeze_jax.methods import METHODS, Own
 from squeeze_jax.nas import costs, once_for_all, sort_channels, space, subnetwork
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.pieces import Runner
 from squeeze_jax.nas.recalibrate import recalibrate
+from squeeze_jax.train import log
 from squeeze_jax.train import step as training_step
 from squeeze_jax.train.state import State
 
@@ -486,3 +487,28 @@ def test_samples_mutations_and_crossovers_stay_in_the_space():
 def test_bad_values_are_named(call, words):
     with pytest.raises(UserError, match=words):
         call()
+
+
+def test_the_published_phases_of_progressive_shrinking(tmp_path):
+    """configs/ofa_progressive_cifar10.py: 590 epochs in all; its phases train the smaller space of the digits to the end."""
+    path = "configs/ofa_progressive_cifar10.py"
+    config = _settings.with_tuples(run_py.load_config(f"{path}:0.1"))
+    steps = [phase["steps"] for phase in config["phases"]]
+    assert sum(steps) == pytest.approx(0.1 * 590 * (45_000 // 128), abs=3)
+    smaller = {"expand": {2: 2, 4: 2, 6: 3}, "depth": {1: 1, 2: 1, 3: 2}}
+    for phase in config["phases"]:
+        phase["steps"] = 1
+        choices = phase.get("gradients", {}).get("choices", {})
+        for name, values in choices.items():
+            choices[name] = tuple(sorted({smaller[name][v] for v in values}))
+        if "first" in phase.get("begin", {}):
+            phase["begin"]["first"] = {"expand": 2}
+    config["model"]["variant"] = "tiny"
+    config |= dict(batch=4, data=dict(source=dict(name="digits"), size=8), eval_every=0)
+    config["optim"] |= dict(warmup=0)
+    built = _experiment.build(_experiment.check(config))
+    fit.run(built, tmp_path)
+    losses = [r for r in log.read(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert [r["phase"] for r in losses] == [f"phase {n}/6" for n in range(1, 7)]
+    assert all(np.isfinite(r["loss"]) for r in losses)
+    assert ["random" in r for r in losses] == [False] + 5 * [True]
