@@ -5,6 +5,9 @@ channels are sorted by importance, and each step trains the largest, the smalles
 latencies of all pieces are measured in LiteRT, a predictor of accuracy is fitted to scored networks, and evolution finds the best
 network within the limit. It is extracted, trained a little further, exported and measured.
 
+Result: test accuracy 98.6% for the largest network with 18,226 parameters, and 97.5% for the smallest with 7,490 (one seed). Under
+three minutes on 2 CPU cores once the programs are compiled.
+
     python run.py --config=configs/ofa_digits.py
 """
 
