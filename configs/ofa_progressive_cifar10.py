@@ -1,10 +1,10 @@
 """Progressive shrinking on CIFAR-10: the phases that once-for-all's authors published, scaled by a budget.
 
 Cai, Gan, Wang, Zhang, Han 2019, arXiv 1908.09791, section 3.3 and appendix B: the largest network, then elastic kernels, depths and
-widths, one after the other. Each step trains random networks on the labels and on the largest one's probabilities. Epochs,
-networks per step and learning rates per 64 examples are those of the authors' code: 590 epochs in all. The argument is the share
-of them, here a tenth. The authors' teacher is the network of the first phase as it was then; here it is the largest network of
-the same step.
+widths, one after the other. Each step trains random networks on the labels and on the largest one's probabilities. The config uses
+the authors' epochs, networks per step and learning rates per 64 examples. They train for 590 epochs in all. The argument scales the
+epochs: 0.1 trains for 59. The authors distil from the network that the first phase has trained; this config distils from
+the largest network of the same step.
 
 No whole run is recorded yet.
 

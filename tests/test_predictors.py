@@ -356,7 +356,10 @@ def test_a_perfect_predictor_finds_the_optimum_with_one_query():
 
 def test_a_space_with_fewer_architectures_is_searched_whole():
     space = spaces.from_choices({"a": ((0, 1), (0, 1), (0,))})
-    score = lambda archs: np.asarray(archs.a).sum(1)  # noqa: E731
+
+    def score(archs):
+        return np.asarray(archs.a).sum(1)
+
     options = dict(queries=9)
     for log in (
         random_search.search(jax.random.key(0), space, score, **options),

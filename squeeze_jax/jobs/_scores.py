@@ -1,4 +1,6 @@
-"""Scores networks of a trained space, each on its part of the weights and with statistics of its own.
+"""Measures the scores of the networks of a trained space.
+
+Each network uses its part of the weights, and its own statistics of normalisation layers.
 
 The pieces of the networks are compiled once for each of their choices, so thousands of networks need few compilations.
 """

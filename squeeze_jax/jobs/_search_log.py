@@ -61,7 +61,9 @@ class Log:
                     self._append(arch, score)
 
     def _read(self, path: pathlib.Path, strict: bool) -> None:
-        """Reads a log's scores; those of another checkpoint or of other examples are left out, and a line says so.
+        """Reads the scores of a log.
+
+        The method ignores scores of another checkpoint, of other examples or of another kind, and prints how many it ignores.
 
         Args:
           path: of the log.

@@ -113,7 +113,9 @@ def report(
 
 
 def describe_latencies(workdir: pathlib.Path, found: pathlib.Path) -> str:
-    """Returns the predicted latencies of the found network beside those of its exported files; "" if none is comparable.
+    """Returns a line for each latency table: the found network's predicted latency, and that of its exported file.
+
+    Tables without a measured file of the same format are left out, and so are tables of several threads.
 
     Args:
       workdir: of the search.

@@ -1,7 +1,7 @@
 """Extracts one network of a trained space, as a work directory of its own: every job goes on from there.
 
-The network is an ordinary one, with its part of the largest network's weights, and the config is that of the run's last
-phase. The statistics of its normalisation layers are measured anew on training examples.
+The job copies the network's part of the largest network's weights, and measures the statistics of its normalisation layers
+on training examples. The new work directory has the config of the run's last phase, without the settings of supernets.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ def write(
       arch: the network's architecture.
       target: the new work directory.
       examples: number of training examples for the statistics of normalisation layers.
-      steps: training steps in the new config; None for those of the trained phase.
+      steps: number of training steps in the new config; None takes the number of the trained phase.
 
     Returns:
       The experiment of the new work directory.

@@ -44,7 +44,7 @@ class Settings:
 
     Attributes:
       formats: what is timed, each once: "xla" on JAX's default device, and "tflite" and "tflite_int8" in LiteRT.
-      threads: numbers of CPU threads of LiteRT, each once; each gives a table of its own.
+      threads: numbers of CPU threads for LiteRT, each once; the job writes one table per number.
       networks: number of whole networks that are timed, from the smallest to the largest; 0 for none, at least 4 otherwise.
       rounds: passes over all pieces; at least 1.
       runs: least number of timed runs of a piece in a round; at least 1.
@@ -105,7 +105,7 @@ def run(
 ) -> list[pathlib.Path]:
     """Measures the tables, prints their errors, and returns their paths.
 
-    Tables that are there already are kept if they are of this space, runtime and device. An interrupted measurement goes on where it stopped.
+    The job keeps a finished table of this space, runtime and device. An interrupted measurement in LiteRT goes on where it stopped.
 
     Raises:
       UserError: see `ready`; or a table in the work directory is of another device or runtime.

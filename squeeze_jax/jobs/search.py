@@ -61,7 +61,7 @@ class Settings:
       examples: largest number of examples for a score; at least 1.
       score: the score that is predicted and compared, such as "eval_loss", which tells networks apart that are right on the
         same few examples; "" for the one by which the task compares networks, such as accuracy.
-      steps: training steps of the found network in its work directory; None for those of this run's last phase.
+      steps: number of training steps in the found network's config; None takes the number of this run's last phase.
       log: a file `search/scored.jsonl` of another search of this space, whose scores are used too.
     """
 

@@ -63,7 +63,7 @@ class Log:
         return len(self._scores)
 
     def __contains__(self, row: tuple) -> bool:
-        """Whether an architecture, as `rows` writes it, was scored."""
+        """Whether an architecture, as `space.key_of` writes it, was scored."""
         return row in self._scores
 
     def score(self, archs: Arch) -> np.ndarray:
@@ -72,7 +72,7 @@ class Log:
         Raises:
           UserError: the scores have another shape.
         """
-        keys = rows(archs)
+        keys = spaces.keys_of(archs)
         new = list(dict.fromkeys(k for k in keys if k not in self._scores))
         if new:
             scores = np.asarray(self._score(self.archs(new)), np.float64)
@@ -84,7 +84,7 @@ class Log:
         return np.asarray([self._scores[k] for k in keys])
 
     def archs(self, keys: list[tuple]) -> Arch:
-        """Returns architectures with a leading axis, from rows of `rows`."""
+        """Returns architectures with a leading axis, from their keys, see `space.key_of`."""
         ends = np.cumsum([len(sizes) for sizes in self._space.sizes])
         flat = np.asarray(keys, np.int32).reshape(len(keys), ends[-1])
         fields = np.split(flat, ends[:-1], axis=1)
@@ -95,7 +95,9 @@ class Log:
         draw = jax.vmap(lambda k: spaces.sample(self._space, k))
         found = {}
         for round_key in jax.random.split(key, ROUNDS):
-            keys = rows(jax.device_get(draw(jax.random.split(round_key, count))))
+            keys = spaces.keys_of(
+                jax.device_get(draw(jax.random.split(round_key, count)))
+            )
             found.update(dict.fromkeys(k for k in keys if k not in self))
             if len(found) >= count:
                 break
@@ -105,8 +107,3 @@ class Log:
         """Returns all architectures and their scores."""
         scores = np.asarray(list(self._scores.values()))
         return Queries(self.archs(list(self._scores)), scores)
-
-
-def rows(archs: Arch) -> list[tuple]:
-    """Returns architectures with a leading axis as tuples, which can be keys of a dict."""
-    return list(map(tuple, np.concatenate([np.asarray(f) for f in archs], 1).tolist()))

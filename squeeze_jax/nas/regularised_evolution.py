@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.nas.queries import Log, Queries, rows
+from squeeze_jax.nas import space as spaces
+from squeeze_jax.nas.queries import Log, Queries
 from squeeze_jax.ranges import Count
 from squeeze_jax.registry import checked
 
@@ -52,7 +53,7 @@ def search(
     first_key, drawn_key, change_key = jax.random.split(key, 3)
     log = Log(space, score)
     first = log.new(first_key, population)
-    scores, members = log.score(first), rows(first)
+    scores, members = log.score(first), spaces.keys_of(first)
     steps = CHILDREN * queries
     drawn = np.asarray(
         jax.random.randint(drawn_key, (steps, tournament), 0, len(members))

@@ -214,5 +214,10 @@ def unstack(archs: Arch) -> list[Arch]:
 
 
 def key_of(arch: Arch) -> tuple[int, ...]:
-    """Returns an architecture as a tuple, which can be hashed."""
+    """Returns an architecture as a tuple, which can be a key of a dict."""
     return tuple(np.concatenate([np.ravel(field) for field in arch]).tolist())
+
+
+def keys_of(archs: Arch) -> list[tuple[int, ...]]:
+    """Returns architectures with a leading axis as tuples, see `key_of`."""
+    return list(map(tuple, np.concatenate([np.asarray(f) for f in archs], 1).tolist()))
