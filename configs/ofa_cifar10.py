@@ -25,15 +25,15 @@ def get_config():
     del config.steps
     config.model = dict(name="ofa_mobilenet_v3", variant="cifar", stem_strides=1)
     config.phases = (
-        dict(steps=10 * epoch),
+        dict(steps=6 * epoch),
         dict(
-            steps=16 * epoch,
+            steps=10 * epoch,
             begin=dict(name="nas.sort_channels"),
             gradients=dict(name="nas.once_for_all", random=1),
             optim=dict(lr=0.1),
         ),
     )
-    config.eval_every = 4 * epoch
+    config.eval_every = 2 * epoch
     config.latency_table = dict(formats=("tflite",))
     config.search = dict(
         limits=(dict(cost="latency", table="tflite_1", share=0.35),),
