@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from squeeze_jax.export.formats import tflite, tflite_int8
+from squeeze_jax.export.inline_buffers import inline_buffers
 
 SUFFIX = "_dynamic.tflite"
 INTEGER = True
@@ -34,7 +35,7 @@ def quantize_weights(flatbuffer: bytes) -> bytes:
 
     tool = quantizer.Quantizer(flatbuffer)
     tool.load_quantization_recipe(recipe.dynamic_wi8_afp32())
-    return bytes(tool.quantize().quantized_model)
+    return inline_buffers(bytes(tool.quantize().quantized_model))
 
 
 if __name__ == "__main__":

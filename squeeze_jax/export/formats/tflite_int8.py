@@ -16,6 +16,7 @@ import numpy as np
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import ranges
 from squeeze_jax.export.formats import tflite
+from squeeze_jax.export.inline_buffers import inline_buffers
 from squeeze_jax.export.runnable import check_examples
 
 SUFFIX = "_int8.tflite"
@@ -75,7 +76,7 @@ def quantize_file(
     for name, bounds in tensor_ranges.items():
         for key, bound in zip(("min", "max"), bounds, strict=True):
             statistics[name][key] = np.full_like(statistics[name][key], bound)
-    return bytes(tool.quantize(statistics).quantized_model)
+    return inline_buffers(bytes(tool.quantize(statistics).quantized_model))
 
 
 def softmax_terms(flatbuffer: bytes) -> dict[str, list[str]]:
