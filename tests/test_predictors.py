@@ -1,6 +1,7 @@
 """Accuracy predictors: their networks, encodings of architectures, ranks on tables of trained networks, and searches."""
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -390,6 +391,37 @@ def test_a_child_differs_from_an_architecture_before_it_in_one_position():
         assert np.any((flat[:place] != flat[place]).sum(1) == 1)
     assert np.all(flat[:, 1] == 0)
     assert log.score == 9
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        functools.partial(random_search.search, queries=40),
+        functools.partial(
+            regularised_evolution.search, queries=40, population=10, tournament=3
+        ),
+    ],
+    ids=["random", "evolution"],
+)
+def test_a_search_scores_only_networks_within_the_limits(search):
+    """At most two digits are not 0: 1 + 8 * 2 + 28 * 4 architectures."""
+
+    def within(archs):
+        return (np.asarray(archs.block) > 0).sum(1) <= 2
+
+    score = macro_score(np.arange(3.0**8))
+    log = search(jax.random.key(0), MACRO, score, within=within)
+    assert len(log.scores) == 40
+    assert within(log.archs).all()
+    with pytest.raises(
+        UserError, match=r"none of [14],000 random architectures meets the limits"
+    ):
+        search(
+            jax.random.key(0),
+            MACRO,
+            score,
+            within=lambda a: np.zeros(len(a.block), bool),
+        )
 
 
 def test_evolution_finds_better_networks_than_random_search(macro):

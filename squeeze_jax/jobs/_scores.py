@@ -5,11 +5,13 @@ Each network uses its part of the weights, and its own statistics of normalisati
 The pieces of the networks are compiled once for each of their choices, so thousands of networks need few compilations.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+from flax.core import FrozenDict
 
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError, nearest
@@ -59,12 +61,13 @@ class Scorer:
         is_lower_better = self._name in (*metric.lower, "eval_loss")
         self.sign = -1.0 if is_lower_better else 1.0
         self._built, self._networks = built, trained.networks
-        self._network, self.step = built.network, int(state.step)
+        self.step = int(state.step)
         plain = state.plain()
         self._weights = {"params": plain["params"], "batch_stats": plain["batch_stats"]}
         self._transforms = trained.transforms(state.variables()["params"])
         self._named = bool(built.network.forwards or built.network.float32)
-        self._run = jax.jit(self._run_piece, static_argnames=("piece", "held", "train"))
+        forwards = FrozenDict(built.network.forwards)
+        self._network = built.network._replace(model=None, forwards=forwards)
         self._held = placements(trained.networks.holder().pieces)
         self._inputs = jax.jit(built.data.inputs)
         self._measure = jax.jit(self._measure_batch)
@@ -130,11 +133,13 @@ class Scorer:
             scope = piece.scope
             name = scope if self._named else "piece"
             own = {k: moved(a, scope, name) for k, a in self._weights.items()}
-            x, new = self._run(
+            x, new = _run_piece(
                 own,
                 matrices_of(self._transforms, scope, name),
                 moved(stats, scope, name),
                 x,
+                self._key,
+                network=self._network,
                 piece=Piece(name, piece.module),
                 held=self._held.get(scope),
                 train=train,
@@ -142,20 +147,6 @@ class Scorer:
             if new:
                 changed = tree.with_value_at(changed, scope, tree.value_at(new, name))
         return x, changed
-
-    def _run_piece(
-        self, large, transforms, stats, x, *, piece: Piece, held, train: bool
-    ):
-        """Runs a piece; returns (output, statistics of the batch in training mode)."""
-        chain = Chain((piece,))
-        shapes = jax.eval_shape(chain.init, jax.random.key(0), x)
-        both = {piece.name: held} if held else {}, placements((piece,))
-        small = subnetwork.take(large, shapes, transforms, both)
-        small = {"params": {}} | small | ({} if train else {"batch_stats": stats})
-        # With the momentum 0 the new statistics are the batch's own.
-        network = self._network._replace(model=reshaped(chain, {}, (), 0.0))
-        (y, _), after = forward.run(network, small, x, train=train, key=self._key)
-        return y, after["batch_stats"] if train else {}
 
     def _measure_batch(self, logits, batch):
         sums, rows = self._built.metric.measure(logits, batch)
@@ -173,3 +164,31 @@ def validation(built: Built) -> Iterator[Any]:
 def _training(built: Built) -> Iterator[Any]:
     """Returns the stream of training batches."""
     return built.data.train(built.experiment.batch, built.experiment.seed, 0, (0, 1))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "piece", "held", "train"))
+def _run_piece(
+    large,
+    transforms,
+    stats,
+    x,
+    key,
+    *,
+    network: forward.Network,
+    piece: Piece,
+    held,
+    train: bool,
+):
+    """Runs a piece by what `network` has beside a model; returns (output, statistics of the batch in training mode).
+
+    Searches of one process share what it compiles.
+    """
+    chain = Chain((piece,))
+    shapes = jax.eval_shape(chain.init, jax.random.key(0), x)
+    both = {piece.name: held} if held else {}, placements((piece,))
+    small = subnetwork.take(large, shapes, transforms, both)
+    small = {"params": {}} | small | ({} if train else {"batch_stats": stats})
+    # With the momentum 0 the new statistics are the batch's own.
+    network = network._replace(model=reshaped(chain, {}, (), 0.0))
+    (y, _), after = forward.run(network, small, x, train=train, key=key)
+    return y, after["batch_stats"] if train else {}

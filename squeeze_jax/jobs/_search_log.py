@@ -3,7 +3,7 @@
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -98,23 +98,25 @@ class Log:
 
     def score(self, archs: Sequence[Arch], what: str) -> None:
         """Scores those architectures that have no score yet, and logs each at once."""
-        new = {
-            spaces.key_of(a): a for a in archs if spaces.key_of(a) not in self.scores
-        }
-        begin = shown = time.monotonic()
-        for number, (key, arch) in enumerate(new.items(), 1):
+        new = [a for a in archs if spaces.key_of(a) not in self.scores]
+        show = progress(len(new), what)
+        for number, arch in enumerate(new, 1):
+            self.add(arch)
+            show(number)
+
+    def add(self, arch: Arch) -> float:
+        """Returns the score of an architecture; a new one is logged at once.
+
+        Raises:
+          Stopped: the run was asked to stop.
+        """
+        key = spaces.key_of(arch)
+        if key not in self.scores:
             stop.check()
             score = self._scorer(arch)
             self.scores[key] = arch, score
             self._append(arch, score)
-            now = time.monotonic()
-            if now - shown > 10 or number == len(new):
-                shown = now
-                left = (now - begin) / number * (len(new) - number)
-                print(
-                    f"scored     {number} of {len(new)} {what}, {left:.0f} s left",
-                    flush=True,
-                )
+        return self.scores[key][1]
 
     def _append(self, arch: Arch, score: float) -> None:
         """Writes a line of the log."""
@@ -134,3 +136,20 @@ class Log:
         """Returns (architectures with a leading axis, scores [n])."""
         archs, scores = zip(*self.scores.values(), strict=True)
         return spaces.stack(archs), np.asarray(scores)
+
+
+def progress(total: int, what: str) -> Callable[[int], None]:
+    """Returns a function of the number of scored networks, which prints it every ten seconds and at the end."""
+    begin = shown = time.monotonic()
+
+    def show(number):
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 10 or number == total:
+            shown = now
+            left = (now - begin) / number * (total - number)
+            print(
+                f"scored     {number} of {total} {what}, {left:.0f} s left", flush=True
+            )
+
+    return show

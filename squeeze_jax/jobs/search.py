@@ -1,11 +1,12 @@
 """Searches a trained space for the best network within limits on its costs, and extracts it as a work directory.
 
 The job scores some networks on held-out training examples and fits a predictor of the score to them. An evolution finds the best
-predicted networks within the limits, which are then scored too. The best of these is extracted: train it further and export it with
---job=main and its own work directory.
+predicted networks within the limits, which are then scored too. Other methods choose all networks that are scored without a
+predictor. The best of the scored networks is extracted: train it further and export it with --job=main and its own work directory.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +29,10 @@ from squeeze_jax.jobs import (
 )
 from squeeze_jax.jobs import latency_table as latency_tables
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.jobs._search_log import Log
+from squeeze_jax.jobs._search_log import Log, progress
 from squeeze_jax.jobs._search_problem import Problem, check_costs, table_path
 from squeeze_jax.jobs._search_report import report
-from squeeze_jax.nas import predict_mlp
+from squeeze_jax.nas import predict_mlp, random_search, regularised_evolution
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas.evolve import evolve
 from squeeze_jax.nas.pareto import Front, pareto
@@ -39,6 +40,7 @@ from squeeze_jax.nas.space import Arch, spread_networks
 from squeeze_jax.ranges import Count, Part, PathStr, Whole
 
 LEAST = 10  # scored networks to fit a predictor
+QUERIES = ("regularised_evolution", "random_search")  # methods without a predictor
 POOL = 100_000  # random networks that random search ranks by the predictor
 
 
@@ -52,10 +54,12 @@ class Settings:
         8.0} or {"cost": "memory", "at_most": 256e3}; see `_search_problem.LimitSettings`.
       front: costs that are traded off against the score in the printed front, dicts such as {"cost": "macs"}; () for the
         costs with limits, and MACs if there are none.
-      method: "evolution" of architectures within the limits, or "random": the best predicted of 100,000 random ones.
+      method: "evolution" of architectures within the limits or "random", the best of 100,000 random ones, by predicted
+        scores; or "regularised_evolution" or "random_search", which score samples + candidates networks within the limits
+        and use no predictor.
       samples: number of networks that are scored to fit the predictor; at least 10.
       candidates: number of best predicted networks that are scored before one is chosen; at least 1.
-      population, generations: of the evolution.
+      population, generations: of the evolution; a population of "regularised_evolution" is at most a fifth of its networks.
       rate: probability that a mutation changes a position, in (0, 1].
       calibration: training examples for each network's normalisation statistics; at least 1.
       examples: largest number of examples for a score; at least 1.
@@ -68,7 +72,7 @@ class Settings:
     to: PathStr | None = None
     limits: tuple[dict, ...] = ()
     front: tuple[dict, ...] = ()
-    method: Literal["evolution", "random"] = "evolution"
+    method: Literal["evolution", "random", *QUERIES] = "evolution"
     samples: Count = 100
     candidates: Count = 10
     population: Count = 100
@@ -141,10 +145,14 @@ def run(
     other = settings.log and files.path(settings.log)
     log = Log(workdir / "search" / "scored.jsonl", problem, scorer, other)
     start, scored_before = time.monotonic(), len(log.scores)
-    log.score(samples(problem, keys[0], settings.samples), "samples")
-    predict, rank = fit_predictor(problem, log, keys[1])
-    found = best_predicted(problem, predict, keys[2], settings)
-    log.score(spaces.unstack(problem.canonical(found)), "candidates")
+    if settings.method in QUERIES:
+        query(problem, log, keys[0], settings)
+        predict, rank = fit_predictor(problem, log, keys[1])
+    else:
+        log.score(samples(problem, keys[0], settings.samples), "samples")
+        predict, rank = fit_predictor(problem, log, keys[1])
+        found = best_predicted(problem, predict, keys[2], settings)
+        log.score(spaces.unstack(problem.canonical(found)), "candidates")
     front = trade_offs(problem, predict, keys[3], settings)
     winner = log.best()
     report(problem, log, predict, front, winner, rank, scorer)
@@ -186,6 +194,33 @@ def samples(problem: Problem, key: jax.Array, count: int) -> list[Arch]:
         for arch in spaces.unstack(problem.canonical(drawn))
     ]
     return list({spaces.key_of(a): a for a in archs}.values())[:count]
+
+
+def query(problem: Problem, log: Log, key: jax.Array, settings: Settings) -> None:
+    """Scores the networks that a method without a predictor chooses."""
+    queries = settings.samples + settings.candidates
+
+    show, numbers = progress(queries, "networks"), itertools.count(1)
+
+    def score(archs):
+        scores = []
+        for arch in spaces.unstack(archs):
+            scores.append(log.add(arch))
+            show(next(numbers))
+        return scores
+
+    options = dict(
+        queries=queries,
+        within=lambda archs: problem.limits.share(archs) <= 1,
+        canonical=problem.canonical,
+    )
+    if settings.method == "random_search":
+        random_search.search(key, problem.space, score, **options)
+    else:
+        options["population"] = min(settings.population, queries // 5)
+        regularised_evolution.search(key, problem.space, score, **options)
+    if len(log.scores) < LEAST:  # the limits allow few networks
+        log.score(samples(problem, key, LEAST), "samples for the front")
 
 
 def fit_predictor(

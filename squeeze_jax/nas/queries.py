@@ -48,14 +48,24 @@ class Queries(NamedTuple):
 class Log:
     """Scores architectures, each only once."""
 
-    def __init__(self, space: Space, score: Callable[[Arch], Any]):
+    def __init__(
+        self,
+        space: Space,
+        score: Callable[[Arch], Any],
+        within: Callable[[Arch], Any] | None = None,
+        canonical: Callable[[Arch], Arch] | None = None,
+    ):
         """Starts an empty log.
 
         Args:
           space: the space.
           score: architectures with a leading axis n → array [n].
+          within: architectures with a leading axis n → bool [n]: whether they meet the limits; None if all do.
+          canonical: architectures with a leading axis → the same networks, each in one form, such as those of
+            `encode.canonical`; None if no two architectures are the same network.
         """
-        self._space, self._score = space, score
+        self._space, self._score, self._within = space, score, within
+        self._canonical = canonical or (lambda archs: archs)
         self._scores: dict[tuple, float] = {}
 
     def __len__(self) -> int:
@@ -83,6 +93,15 @@ class Log:
             self._scores.update(zip(new, scores.tolist(), strict=True))
         return np.asarray([self._scores[k] for k in keys])
 
+    def allowed(self, archs: Arch) -> list[tuple]:
+        """Returns those of the architectures that meet the limits, in their canonical form, as `space.key_of` writes it."""
+        archs = jax.device_get(self._canonical(archs))
+        keys = spaces.keys_of(archs)
+        if self._within is None:
+            return keys
+        met = np.asarray(self._within(archs))
+        return [key for key, meets in zip(keys, met, strict=True) if meets]
+
     def archs(self, keys: list[tuple]) -> Arch:
         """Returns architectures with a leading axis, from their keys, see `space.key_of`."""
         ends = np.cumsum([len(sizes) for sizes in self._space.sizes])
@@ -91,16 +110,25 @@ class Log:
         return self._space.arch_type(*fields)
 
     def new(self, key: jax.Array, count: int) -> Arch:
-        """Returns different random architectures that were not scored, with a leading axis; fewer if the space has no more."""
+        """Returns different random architectures within the limits that were not scored, with a leading axis.
+
+        They are fewer than `count` if no more are found.
+
+        Raises:
+          UserError: none that was drawn meets the limits.
+        """
         draw = jax.vmap(lambda k: spaces.sample(self._space, k))
         found = {}
         for round_key in jax.random.split(key, ROUNDS):
-            keys = spaces.keys_of(
-                jax.device_get(draw(jax.random.split(round_key, count)))
-            )
+            keys = self.allowed(draw(jax.random.split(round_key, count)))
             found.update(dict.fromkeys(k for k in keys if k not in self))
             if len(found) >= count:
                 break
+        if self._within and not found and not self._scores:
+            raise UserError(
+                f"none of {ROUNDS * count:,} random architectures meets the limits: choose the method 'evolution', which goes on from"
+                " the smallest one"
+            )
         return self.archs(list(found)[:count])
 
     def result(self) -> Queries:

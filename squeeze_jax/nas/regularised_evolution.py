@@ -2,7 +2,8 @@
 
 Real, Aggarwal, Huang, Le 2018, arXiv 1802.01548 (aging evolution). Each step draws a tournament from the population, changes
 one position of its best architecture, scores the child, adds it to the population and removes the oldest member. A child that was
-scored before joins the population again, without a query: only different architectures count.
+scored before joins the population again, without a query: only different architectures count. A child that breaks the limits does
+not join it.
 """
 
 from typing import Any
@@ -28,6 +29,8 @@ def search(
     queries: Count = 1000,
     population: Count = 100,
     tournament: Count = 10,
+    within: Any = None,
+    canonical: Any = None,
 ) -> Queries:
     """Returns the architectures that were scored; `arch` and `score` of the result are the best.
 
@@ -38,9 +41,11 @@ def search(
       queries: number of architectures to score; fewer if the search finds no more.
       population: number of members; the first ones are random.
       tournament: number of members, drawn with repetition, whose best has a child.
+      within, canonical: the limits and the form of architectures, see `queries.Log`.
 
     Raises:
-      UserError: the population is larger than the number of queries, or all positions have one choice.
+      UserError: the population is larger than the number of queries, all positions have one choice, or no architecture within
+        the limits was found.
     """
     if population > queries:
         raise UserError(
@@ -51,9 +56,10 @@ def search(
     if not len(elastic):
         raise UserError("regularised_evolution: all positions have one choice")
     first_key, drawn_key, change_key = jax.random.split(key, 3)
-    log = Log(space, score)
+    log = Log(space, score, within, canonical)
     first = log.new(first_key, population)
     scores, members = log.score(first), spaces.keys_of(first)
+    children = 0
     steps = CHILDREN * queries
     drawn = np.asarray(
         jax.random.randint(drawn_key, (steps, tournament), 0, len(members))
@@ -63,9 +69,14 @@ def search(
         if len(log) >= queries:
             break
         parent = drawn[step][np.argmax(scores[drawn[step]])]
-        oldest = step % len(members)
-        members[oldest] = _neighbour(members[parent], sizes, elastic, *changes[step])
-        scores[oldest] = log.score(log.archs([members[oldest]]))[0]
+        child = _neighbour(members[parent], sizes, elastic, *changes[step])
+        allowed = log.allowed(log.archs([child]))
+        if not allowed:
+            continue
+        oldest = children % len(members)
+        children += 1
+        (members[oldest],) = allowed
+        scores[oldest] = log.score(log.archs(allowed))[0]
     return log.result()
 
 
