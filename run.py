@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import signal
 import sys
 import typing
 import warnings
@@ -263,10 +264,13 @@ def parsed(text, flag):
 def main(argv=None):
     """Runs the job that the command line names."""
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
+    from squeeze_jax import files
     from squeeze_jax.jobs import _allocator
 
+    files.expand_environment()  # before a library reads it
     _allocator.keep_memory()  # before jax is imported and starts its threads
     from squeeze_jax import registry, stop
+    from squeeze_jax.errors import UserError
     from squeeze_jax.jobs import (
         _compilation,
         _experiment,
@@ -276,6 +280,7 @@ def main(argv=None):
     )
 
     job = registry.load("squeeze_jax.jobs", args.job, "job")
+    check_inputs(args.inputs)
     inputs = list(map(input_of, args.inputs))
     config, workdir = config_and_workdir(args, overrides)
     _places.check(workdir)
@@ -299,7 +304,12 @@ def main(argv=None):
         _workdir.begin(workdir, config)
         if args.process == 0:
             print(f"compiled   {cache}")
-    job.run(built, workdir, inputs)
+    try:
+        job.run(built, workdir, inputs)
+    except UserError:
+        if use == "begins" and args.process == 0:
+            _workdir.abandon(workdir)
+        raise
 
 
 def config_and_workdir(args, overrides):
@@ -383,12 +393,16 @@ def dataset(config):
     return pathlib.Path(str(name).replace(":", "_")).stem
 
 
-def input_of(text):
-    """Returns a file, folder or text of the command line, with the home directory in place of ~."""
+def check_inputs(texts):
+    """Raises a UserError if all inputs are blank; among others, a blank one gets a line of its own."""
     from squeeze_jax.errors import UserError
 
-    if not text.strip():
-        raise UserError(f"{text!r} is no file, folder or text: leave it out")
+    if texts and not "".join(texts).strip():
+        raise UserError(f"{texts[0]!r} is no file, folder or text: leave it out")
+
+
+def input_of(text):
+    """Returns a file, folder or text of the command line, with the home directory in place of ~."""
     expanded = os.path.expanduser(text)
     # A text may begin with ~ too.
     is_path = os.path.lexists(expanded) or not any(c.isspace() for c in text)
@@ -397,7 +411,7 @@ def input_of(text):
 
 def join(args):
     """Joins the other processes of the run, where there are any."""
-    from squeeze_jax.errors import UserError
+    from squeeze_jax.errors import UserError, message_of
 
     if args.processes < 1:
         raise UserError(f"--processes={args.processes} should be at least 1")
@@ -412,12 +426,30 @@ def join(args):
             f"--process={args.process} should lie in [0, {args.processes}), see --processes"
         )
     if args.coordinator:
+        check_address(args.coordinator)
         import jax
 
         from squeeze_jax import stop
 
-        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        try:
+            jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot join the run at --coordinator={args.coordinator}: {message_of(error)}"
+            ) from None
         stop.listen_again()
+
+
+def check_address(coordinator):
+    """Raises a UserError unless an address is HOST:PORT."""
+    from squeeze_jax.errors import UserError, shown
+
+    host, _, port = coordinator.rpartition(":")
+    known = host and port.isascii() and port.isdigit() and len(port) <= 5
+    if not known or not 1 <= int(port) <= 65535:
+        raise UserError(
+            f"--coordinator = {shown(coordinator)} should be HOST:PORT, with a port from 1 to 65535"
+        )
 
 
 def one_line(message, category, filename, lineno, line=None):
@@ -425,7 +457,15 @@ def one_line(message, category, filename, lineno, line=None):
     return f"warning: {message}\n"
 
 
+def end_at_once(number, frame):
+    """Ends the program before it has begun to work; a traceback of its imports would tell nothing."""
+    os.write(2, b"\nstopped\n")
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
     from squeeze_jax import machine, stop
     from squeeze_jax.errors import Reported, print_any_name
 

@@ -35,6 +35,20 @@ def path(text: str | os.PathLike, where: str = "") -> Path:
     return Path(expanded)
 
 
+# Variables of the environment that name folders. Shells expand ~ in them only without quotes, and libraries do not.
+_FOLDERS = (
+    *("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),
+    *("XDG_DATA_HOME", "MPLCONFIGDIR", "TFDS_DATA_DIR"),
+)
+
+
+def expand_environment() -> None:
+    """Replaces ~ in the variables of the environment that name folders, before a library makes a folder of this name."""
+    for name in _FOLDERS:
+        if os.environ.get(name, "").startswith("~"):
+            os.environ[name] = os.path.expanduser(os.environ[name])
+
+
 # What a path may lead to in place of a file or a folder.
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -81,7 +95,12 @@ def parse_json(text: bytes | str) -> Any:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
+_FULL_WORDS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "Not enough disk space",
+)
 
 
 class DiskFull(UserError):

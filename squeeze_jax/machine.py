@@ -1,6 +1,7 @@
 """Explains exceptions that the machine causes, such as a full disk or too little memory, in one line."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def explain(error: BaseException) -> Reported | None:
     if isinstance(error, BrokenPipeError) or _fails_output(error):
         return OutputClosed(f"stopped: {describe_output(error)}")
     if files.is_full(error):
-        place = getattr(error, "filename", None)
+        place = _place_of(error)
         where = f" in {place}" if place else ""
         return files.DiskFull(f"no space left on the disk{where}")
     if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
@@ -41,6 +42,16 @@ def explain(error: BaseException) -> Reported | None:
             ": ".join(map(str, filter(None, (error.filename, error.strerror))))
         )
     return None
+
+
+def _place_of(error: BaseException | None) -> str | None:
+    """Returns the file that an exception names, or one that led to it; libraries write it in their messages."""
+    if error is None:
+        return None
+    if name := getattr(error, "filename", None):
+        return os.fsdecode(name)
+    named = re.search(r"(?<![\w.])/[^\s'\"\]),:]+", str(error))
+    return named[0] if named else _place_of(error.__cause__ or error.__context__)
 
 
 def describe_output(error: OSError) -> str:

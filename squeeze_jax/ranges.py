@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 
 INT32 = 2**31 - 1
 FLOAT32 = 3.4028235e38
+SMALLEST = 1.1754944e-38  # positive number of full precision in float32
 
 
 class Range(NamedTuple):
@@ -28,6 +29,8 @@ class Range(NamedTuple):
         """Returns what is wrong with a number; "" if it lies in the interval."""
         if isinstance(value, float) and not math.isfinite(value):
             return "should be a finite number"
+        if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+            return f"should be 0 or at least {SMALLEST:.1e}, which is float32's smallest number of full precision"
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         if above and below and isinstance(value, int) and abs(value) > INT32:

@@ -4,6 +4,7 @@ Tests marked or fed by `shared` need the folder of real data and reference mater
 absent they are deselected, never skipped; in CI its absence is an error.
 """
 
+import gc
 import importlib.util
 import io
 import os
@@ -53,6 +54,13 @@ SLOW = (
     "test_run_phases.py",
     "test_run_camvid.py",
 )
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what was imported: tracing makes many objects, and each pass would look through all."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config, items):

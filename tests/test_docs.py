@@ -194,7 +194,8 @@ def test_the_guides_of_supernets_and_of_devices(place, capsys):
     for name in "supernets.md", "measure_device.md":
         for arguments in commands(name):
             jobs = [a.removeprefix("--job=") for a in arguments if "--job=" in a]
-            run_py.main([*arguments, *tiny[jobs[0] if jobs else "main"]])
+            fresh = training if jobs and "--config=" in "".join(arguments) else []
+            run_py.main([*arguments, *tiny[jobs[0] if jobs else "main"], *fresh])
     printed = capsys.readouterr().out
     assert (place / "runs/ofa_digits/found/report.json").exists()
     assert (place / "runs/half/config.json").exists()

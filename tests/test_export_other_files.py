@@ -1,6 +1,8 @@
 """TFLite files of other tools: published ones, and files with any names, signatures, shapes and types of inputs."""
 
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 from flatbuffers import Builder
 from jax import export as jax_export
 
-from squeeze_jax.export import operators, runtime
+from squeeze_jax.export import operators, runtime, time_files
 from squeeze_jax.export.formats import tflite
 
 PUBLISHED = (
@@ -91,6 +93,19 @@ def test_the_command_runs_a_published_file_without_an_example(shared, capsys):
     path = shared / "weights" / PUBLISHED[1]
     assert operators.main([str(path), "--runs=2", "--warmup=1"]) == 0
     assert "a run without, median" in capsys.readouterr().out
+
+
+def test_a_name_that_is_not_utf_8(shared, tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"caf\xe9.tflite")
+    shutil.copyfile(shared / "weights" / PUBLISHED[1], path)
+    assert operators.main([str(path), "--runs=2", "--warmup=1"]) == 0
+    assert "a run without, median" in capsys.readouterr().out
+    assert (
+        time_files.main([str(tmp_path), "--rounds=1", "--runs=2", "--seconds=0"]) == 0
+    )
+    (_, row) = map(json.loads, (tmp_path / "times_1.jsonl").read_text().splitlines())
+    assert row["file"] == path.name
+    assert row["ms"] > 0
 
 
 def mixed(a, b, c):

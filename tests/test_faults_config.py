@@ -6,6 +6,7 @@ Every bad input ends in one line before any work starts, and makes no work direc
 import inspect
 import json
 import math
+import os
 import pathlib
 import types
 import typing
@@ -148,6 +149,14 @@ def test_no_number_is_unbounded_and_defaults_are_in_range(name):
         ("config.optim", dict(b2=1.0), "b2 = 1.0 should lie in [0, 1)"),
         ("config.optim", dict(lr=math.inf), "lr = inf should be a finite number"),
         ("config.optim", dict(eps=0), "eps = 0 should be positive"),
+        (
+            "config.optim",
+            dict(eps=1e-60),
+            "eps = 1e-60 should be 0 or at least 1.2e-38",
+        ),
+        ("models.bert", dict(epsilon=1e-60), "epsilon = 1e-60 should be 0 or at least"),
+        ("config.optim", dict(decay=1e30), "decay = 1e+30 should lie in [0, 1000]"),
+        ("config.optim", dict(lr=1e30), "lr = 1e+30 should lie in (0, 1000000]"),
         ("config.optim", dict(boundaries=(0.5, 1)), "boundaries[1] = 1 should lie in"),
         ("config.optim", dict(decay_rules=(("a", "b"),)), "decay_rules[0][1] = 'b'"),
         ("models.squeezenet", dict(width=0), "width = 0 should lie in (0, 100]"),
@@ -278,6 +287,10 @@ def test_a_config_file_that_fails_is_one_line(text, words, tmp_path):
         (["--processes=two"], "argument --processes: invalid int value: 'two'"),
         (["--processes=0"], "--processes=0 should be at least 1"),
         (["--coordinator="], "--coordinator= is empty: write HOST:PORT"),
+        (["--coordinator=myhost", "--processes=2"], "= 'myhost' should be HOST:PORT"),
+        (["--coordinator=here:abc"], "HOST:PORT, with a port from 1 to 65535"),
+        (["--coordinator=:99999999"], "HOST:PORT, with a port from 1 to 65535"),
+        (["--coordinator=" + "c" * 6000], "ccc' should be HOST:PORT"),
         (["--job="], "unknown job ''; choose from"),
         (["--workdir"], "argument --workdir: expected one argument"),
         (["--workdir="], "--workdir = '' should be a path, not empty"),
@@ -469,6 +482,44 @@ def test_a_work_directory_with_a_tilde_in_its_config_is_the_same_experiment(home
     now = _settings.canonical(kept)
     assert _workdir.read(home) == now
     _workdir.check_same_experiment(home, now)
+
+
+def test_folders_in_the_environment_are_expanded(home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~")
+    monkeypatch.setenv("TFDS_DATA_DIR", "/~/data")
+    files.expand_environment()
+    names = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "TFDS_DATA_DIR")
+    assert [os.environ[n] for n in names] == [f"{home}/jax", str(home), "/~/data"]
+
+
+def test_a_refused_run_leaves_no_work_directory(tmp_path, monkeypatch):
+    """Whatever refuses it: the line comes from within the job."""
+
+    def refuse(built, workdir, inputs):
+        (workdir / "checkpoints").mkdir()
+        raise UserError("these classes are others")
+
+    monkeypatch.setattr(fit, "run", refuse)
+    with pytest.raises(UserError, match="these classes are others"):
+        run.main(["--job=fit", f"--workdir={tmp_path / 'runs' / 'a'}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "checkpoints/5", "mine.txt"])
+def test_a_refused_run_keeps_what_it_has_done(tmp_path, kept):
+    _workdir.begin(tmp_path / "run", dict(steps=3))
+    (tmp_path / "run" / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / kept).touch()
+    _workdir.abandon(tmp_path / "run")
+    assert (tmp_path / "run" / kept).exists()
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_refused_run_keeps_the_users_folder(tmp_path):
+    _workdir.begin(tmp_path, dict(steps=3))
+    _workdir.abandon(tmp_path)
+    assert tmp_path.exists()
 
 
 def test_the_librarys_functions_expand_the_home_directory(home):

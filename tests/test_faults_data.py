@@ -19,6 +19,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import run as run_py
 from squeeze_jax import data, files
@@ -308,6 +309,31 @@ def test_a_class_of_unknown_files_names_them(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [as_pairs, as_zip])
+def test_results_of_predict_are_no_images(tmp_path, layout):
+    """A file of the same name that the job has not written is an image, whose target is missing."""
+    keys, _, _ = layout(tmp_path, {f"{i}.png": None for i in range(3)})
+    keys.pop("name")
+    text, result = PngInfo(), io.BytesIO()
+    text.add_text("Software", "squeeze_jax predict")
+    Image.new("P", (8, 8)).save(result, "PNG", pnginfo=text)
+
+    def add(name, content):
+        if layout is as_zip:
+            with zipfile.ZipFile(keys["root"], "a") as archive:
+                archive.writestr(name, content)
+        else:
+            put(tmp_path, name, content)
+
+    add("train/0_classes.png", result.getvalue())
+    source = pairs.make(**keys)
+    assert (len(source.train), len(source.eval)) == (3, 3)
+    said = "1 result of the job predict (train/0_classes.png)"
+    assert source.notes == (f"left out in {keys['root']}: {said}",)
+    add("train/1_classes.png", encode(GREY))
+    assert "train/1_classes.png lacks its target" in line_of(lambda: pairs.make(**keys))
+
+
+@pytest.mark.parametrize("layout", [as_pairs, as_zip])
 def test_targets_without_an_image_are_named(tmp_path, layout):
     keys, _, _ = layout(tmp_path, {f"{i}.png": None for i in range(3)})
     if layout is as_zip:
@@ -369,7 +395,7 @@ def collected(lines):
 def test_each_image_has_its_line(album):
     made = data.make(source={"name": "digits"}, size=8)
     missing = album / "missing.png"
-    given = [str(missing), str(album), str(album / "._a.png")]
+    given = [str(missing), str(album), str(album / "._a.png"), "", "x" * 6000]
     lines, error = collected(made.predict(given, bright))
     assert lines[0] == f"left out in {album}: 1 hidden file (._a.png)"
     answers = dict(itertools.pairwise(lines))
@@ -381,8 +407,10 @@ def test_each_image_has_its_line(album):
     assert (
         answers[str(missing)] == f"  cannot read {missing}: No such file or directory"
     )
+    assert answers["''"] == "  cannot read '': No such file or directory"
+    assert max(map(len, lines)) < 500
     assert error.startswith(
-        "5 of 7 images have no answer, the first because of: cannot"
+        "7 of 9 images have no answer, the first because of: cannot"
     )
     assert "\n" not in error
 
@@ -513,7 +541,7 @@ def test_a_folder_that_cannot_be_read_is_named(album, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("", "the name of an image file is empty: name a file or folder"),
+        ("", "no such file or folder: ''"),
         ("x" * 5000, "no such file or folder: xxx"),
         ("none.png", "no such file or folder: none.png"),
     ],

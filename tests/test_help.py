@@ -104,7 +104,7 @@ def test_each_key_has_a_meaning(name):
         ("sst2", r'key      config\.data\.task  \(glue\) .*"sst2".*'),
         ("ptb", r"config   configs/lstm_ptb\.py  .*"),
         ("huggingface", "job      --job=huggingface  .*"),
-        ("int8", r"format   tflite_int8  +TFLite in 8-bit.*"),
+        ("int8", r"format   tflite_int8  +TFLite quantized to 8-bit.*"),
         ("b0", r"variant  b0  +\(efficientnet\) .*"),
         ("lr", r"key      config\.optim\.lr  +peak learning rate"),
         ("drop_", None),

@@ -198,7 +198,9 @@ def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.json: No such file.*latency_table"):
         tables.read(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("{")
-    with pytest.raises(UserError, match=r"text\.json is no latency table"):
+    with pytest.raises(
+        UserError, match=r"text\.json is no latency table: it is no JSON; delete it"
+    ):
         tables.read(tmp_path / "text.json")
 
 

@@ -490,11 +490,12 @@ def test_bad_values_are_named(call, words):
 
 
 def test_the_published_phases_of_progressive_shrinking(tmp_path):
-    """configs/ofa_progressive_cifar10.py: 590 epochs in all; its phases train the smaller space of the digits to the end."""
+    """configs/ofa_progressive_cifar10.py: 590 epochs in all; a phase of each kind trains the space of the digits."""
     path = "configs/ofa_progressive_cifar10.py"
     config = _settings.with_tuples(run_py.load_config(f"{path}:0.1"))
     steps = [phase["steps"] for phase in config["phases"]]
     assert sum(steps) == pytest.approx(0.1 * 590 * (45_000 // 128), abs=3)
+    config["phases"] = tuple(config["phases"][n] for n in (0, 1, 3, 5))
     smaller = {"expand": {2: 2, 4: 2, 6: 3}, "depth": {1: 1, 2: 1, 3: 2}}
     for phase in config["phases"]:
         phase["steps"] = 1
@@ -509,6 +510,6 @@ def test_the_published_phases_of_progressive_shrinking(tmp_path):
     built = _experiment.build(_experiment.check(config))
     fit.run(built, tmp_path)
     losses = [r for r in log.read(tmp_path / "metrics.jsonl") if "loss" in r]
-    assert [r["phase"] for r in losses] == [f"phase {n}/6" for n in range(1, 7)]
+    assert [r["phase"] for r in losses] == [f"phase {n}/4" for n in range(1, 5)]
     assert all(np.isfinite(r["loss"]) for r in losses)
-    assert ["random" in r for r in losses] == [False] + 5 * [True]
+    assert ["random" in r for r in losses] == [False] + 3 * [True]

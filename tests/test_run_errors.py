@@ -115,6 +115,14 @@ def test_bad_input_is_one_line_that_names_the_culprit(
             ValueError("OUT_OF_RANGE: Error writing x [OS error 27: File too large]"),
             *(1, "no space left on the disk"),
         ),
+        (
+            RuntimeError("Error writing '/runs/a/5/x' [No space left on device]"),
+            *(1, "no space left on the disk in /runs/a/5/x"),
+        ),
+        (
+            OSError("Not enough disk space. Needed: Unknown size"),
+            *(1, "no space left on the disk"),
+        ),
         (OSError(errno.EMFILE, "Too many open files", "c"), 1, "c: Too many open fil"),
         (PermissionError(errno.EACCES, "Permission denied", "d"), 1, "d: Permission"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, "the reader of the output"),

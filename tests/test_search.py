@@ -315,8 +315,8 @@ def test_a_stopped_search_goes_on(searched, trained, tmp_path, monkeypatch):
     with pytest.raises(stop.Stopped):
         job(stopped)
     assert len(log_of(stopped)) == 4
-    with open(stopped / "search" / "scored.jsonl", "a") as file:
-        file.write('{"options": {"ker')  # killed while it wrote
+    with open(stopped / "search" / "scored.jsonl", "ab") as file:
+        file.write(b'{"options": {"ker\xff')  # killed while it wrote
     job(stopped)
     expected, found = (
         json.loads((w / "search" / "front.json").read_text()) for w in (whole, stopped)

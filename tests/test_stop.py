@@ -55,6 +55,22 @@ def test_a_signal_is_a_flag_until_a_safe_place(number):
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_before_the_work_begins_is_no_traceback(tmp_path):
+    """It arrives while the program imports its libraries."""
+    package = tmp_path / "squeeze_jax"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "machine.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    script = (ROOT / "run.py").read_text()
+    (tmp_path / "run.py").write_text(script)
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "run.py", "--list"], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr.strip()) == (130, "stopped")
+
+
 def test_other_threads_leave_signals_alone():
     found = []
 

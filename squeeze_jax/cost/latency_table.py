@@ -232,7 +232,9 @@ def read(path: str | Path) -> Table:
             f"cannot read the latency table {path}: {error.strerror}: --job=latency_table writes one"
         ) from None
     except ValueError:
-        raise UserError(f"{path} is no latency table: it is no JSON") from None
+        raise UserError(
+            f"{path} is no latency table: it is no JSON; delete it, and measure it anew with --job=latency_table"
+        ) from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION or "pieces" not in content:
         said = shortened(repr(version), 20)

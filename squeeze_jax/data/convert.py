@@ -175,8 +175,13 @@ def _write(splits, classes, name, work, progress) -> Path:
     Packed.name = name
     tfds.disable_progress_bar()
     builder = Packed(data_dir=work, file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except OSError as error:
+        if files.is_full(error):
+            raise files.DiskFull(f"no space left on the disk of {work}") from None
+        raise
     return Path(builder.data_dir)
 
 

@@ -6,12 +6,12 @@ Image sources and the job predict share this list of suffixes and this walk over
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from squeeze_jax.data import vision
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.files import read_file
 
 SUFFIXES = (
@@ -24,6 +24,10 @@ SYSTEM = (
     *("__macosx", "@eadir", "$recycle.bin", "system volume information"),
     *("lost+found", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 )
+RESULT = "_classes.png"  # the end of the names of files that the job predict writes
+# The text in these files that tells them from the user's own files.
+RESULT_MARK = ("Software", "squeeze_jax predict")
+LONGEST = 200  # characters of a name in an error
 NAMED = 3  # the number of files that a line names; it only counts the others
 
 
@@ -47,6 +51,16 @@ def is_hidden(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Returns whether a file with this name is an image, judged by its suffix in upper or lower case."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def is_result(file: IO[bytes]) -> bool:
+    """Returns whether the job predict has written a file."""
+    key, text = RESULT_MARK
+    try:
+        with vision.decoding():
+            return vision.open_picture(file).info.get(key) == text
+    except (OSError, vision.Undecodable):
+        return False
 
 
 def raise_unreadable(error: OSError) -> None:
@@ -137,7 +151,7 @@ def decode(
       UserError: there is no such file, or it is not an image.
     """
     if not isinstance(image, bytes):
-        name = str(image)
+        name = shortened(str(image), LONGEST)
         try:
             image = read_file(image)
         except OSError as error:
@@ -158,7 +172,7 @@ def find_images(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
       The paths in order, and for each folder a line that counts and names the files left out.
 
     Raises:
-      UserError: there is no argument, an argument is empty, the only argument is missing, or no folder holds an image.
+      UserError: there is no argument, the only argument is missing, or no folder holds an image.
     """
     if not arguments:
         raise UserError(
@@ -166,12 +180,13 @@ def find_images(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
         )
     files, lines = [], []
     for argument in arguments:
-        if not str(argument):
-            raise UserError("the name of an image file is empty: name a file or folder")
-        path = Path(argument)
+        # "" would be the current folder; in its quotes it is a missing file, and gets its line.
+        path = Path(argument if str(argument).strip() else repr(argument))
         if not os.path.isdir(path):  # also False for a name that is too long
             if len(arguments) == 1 and not os.path.lexists(path):
-                raise UserError(f"no such file or folder: {path}")
+                raise UserError(
+                    f"no such file or folder: {shortened(str(path), LONGEST)}"
+                )
             files.append(path)
             continue
         errors = []

@@ -136,6 +136,9 @@ class Data(Protocol):
         """
 
 
+# Batches that worker processes have prepared and nobody reads are in shared memory when the program ends. Python's tracker frees
+# them, and warns about it.
+_LEAKED = "ignore:resource_tracker"
 # Every job except predict uses these methods; a file of the user's own may leave `predict` out.
 _METHODS = ("train", "eval", "specs", "augment", "inputs", "example")
 _ATTRIBUTES = (*Data.__annotations__, *_METHODS)
@@ -241,6 +244,8 @@ def iterate(chunks: grain.MapDataset, workers: int, threads: int) -> "Batches":
     batches = chunks.to_iter_dataset(options)
     if workers:
         _mark_flags_present()
+        if _LEAKED not in sys.warnoptions:
+            sys.warnoptions.append(_LEAKED)
         options = grain.MultiprocessingOptions(workers, 2)
         batches = batches.mp_prefetch(options, worker_init_fn=_set_up_worker)
     return Batches(batches, copy=workers > 0)

@@ -14,7 +14,7 @@ import numpy as np
 from squeeze_jax.data import answering, tables, text, text_files
 from squeeze_jax.data.text import SequenceReader, Stream
 from squeeze_jax.data.tokens import Tokenizer
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shortened, shown
 
 log = logging.getLogger(__name__)
 
@@ -251,17 +251,22 @@ class TextSet:
 
     def _texts(self, word: str) -> list[tuple[tuple[str, ...] | None, str]]:
         """Returns (parts, "") or (None, why it cannot be used) for each text that a word of the command line names."""
+        if not word.strip():
+            return [(None, f"{word!r} is no file and no text")]
         try:
             path = Path(word)
             is_file, is_folder = path.is_file(), path.is_dir()
+            is_other = path.exists() and not is_file and not is_folder
         except (OSError, ValueError):  # a long sentence is not a valid file name
-            is_file = is_folder = False
+            is_file = is_folder = is_other = False
+        if is_other:
+            return [(None, f"{shortened(word, 200)} is no file and no text")]
         if is_folder:
-            return [(None, f"{word} is a folder: name files of texts")]
+            return [(None, f"{shortened(word, 200)} is a folder: name files of texts")]
         if not is_file and path_like(word):
-            return [(None, f"no such file: {word}")]
+            return [(None, f"no such file: {shortened(word, 200)}")]
         if not is_file:
-            return [answering.attempt(self._parts, word, repr(word))]
+            return [answering.attempt(self._parts, word, shown(word, 200))]
         if self.columns and path.name.removesuffix(".gz").endswith(tables.SUFFIXES):
             rows, reason = answering.attempt(self._table, path)
             return [(None, reason)] if reason else rows

@@ -29,7 +29,7 @@ import numpy as np
 from squeeze_jax import files, machine
 from squeeze_jax.cost import timing
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import litert_c, process, runtime
+from squeeze_jax.export import litert_c, process, runtime, time_files
 from squeeze_jax.export.formats.tflite import (
     dequantize,
     find_signature,
@@ -201,7 +201,7 @@ def _measure(path, example, runs, warmup) -> tuple[dict, dict]:
         )
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path))
+    interpreter = Interpreter(**time_files.interpreter_source(str(path)))
     input_details, output_details = signature_details(interpreter)
     batched = shares_batch(input_details, output_details)
     signature = find_signature(interpreter)

@@ -117,7 +117,9 @@ def on_this_device(args):
         os.sched_setaffinity(0, cores[-args.threads :])
 
     def time_file(path):
-        interpreter = interpreter_class(path, num_threads=args.threads)
+        interpreter = interpreter_class(
+            num_threads=args.threads, **interpreter_source(path)
+        )
         interpreter.allocate_tensors()
         interpreter.invoke()
         start = time.perf_counter()
@@ -145,6 +147,16 @@ def on_this_device(args):
         statistic="median",
     )
     return time_file, header
+
+
+def interpreter_source(path):
+    """Returns the arguments by which an interpreter opens a file; the runtime opens no names that are not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            return dict(model_content=file.read())
+    return dict(model_path=path)
 
 
 def find_runtime():

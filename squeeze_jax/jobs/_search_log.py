@@ -71,9 +71,9 @@ class Log:
         """
         others = 0
         try:
-            lines = files.read_file(path).decode().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the log {path}: {error}") from None
+            lines = files.read_file(path).decode(errors="replace").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read the log {path}: {error.strerror}") from None
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

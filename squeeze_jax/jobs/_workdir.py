@@ -40,6 +40,7 @@ FREE_KEYS += ("distill.cache", "distill.cache_dtype")
 FREE_KEYS += ("data.corrupt",)  # a damaged image ended the run, or is skipped now
 
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
+_made: dict[pathlib.Path, list[pathlib.Path]] = {}  # folders that `begin` has made
 _configs: dict[pathlib.Path, str] = {}  # the contents of config.json, not yet written
 
 
@@ -65,12 +66,14 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             key = _key(workdir)
             if own_lock := _locks.pop(key, None):
                 own_lock.close()  # a notebook begins runs in one process
+            missing = [p for p in (workdir, *workdir.parents) if not p.exists()]
             with writable(workdir):
                 lock = undo.enter_context(open(workdir / ".lock", "a+"))
             _lock_directory(lock, workdir)
             if is_trained(workdir):
                 check_same_experiment(workdir, config)
                 _report_changes(workdir, config)
+            _made[key] = missing
             _configs[key] = json.dumps(with_resize(config, CROP), indent=2) + "\n"
             if not is_begun(workdir):
                 write_config(workdir)
@@ -78,6 +81,27 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             _locks[key] = lock
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("work directory")
+
+
+def abandon(workdir: pathlib.Path) -> None:
+    """Removes a work directory that `begin` has made for a run that was refused, unless the run has left results there."""
+    made = _made.pop(_key(workdir), ())
+    if not made:
+        return
+    ours = {"config.json", ".lock", "checkpoints"}
+    checkpoints = workdir / "checkpoints"
+    with contextlib.suppress(OSError):
+        if set(os.listdir(workdir)) <= ours and not (
+            checkpoints.is_dir() and os.listdir(checkpoints)
+        ):
+            if own_lock := _locks.pop(_key(workdir), None):
+                own_lock.close()
+            for name in ours - {"checkpoints"}:
+                (workdir / name).unlink(missing_ok=True)
+            if checkpoints.is_dir():
+                checkpoints.rmdir()
+            for folder in made:
+                folder.rmdir()
 
 
 def write_config(workdir: pathlib.Path) -> None:

@@ -35,7 +35,7 @@ class Settings:
     """The keys of `config.extract`.
 
     Attributes:
-      to: the new work directory.
+      to: the new work directory; it has to be named.
       arch: elastic options of the network, such as {"depth": 2, "kernel": (3, 5, ...)}, each with one value for all positions
         or one for each; options that are absent have their largest values. Or "smallest" or "largest".
       examples: number of training examples for the statistics of normalisation layers; at least 1.

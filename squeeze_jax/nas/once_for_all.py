@@ -121,6 +121,7 @@ class _Trainer:
         self._runner = Runner(passes, self._holder)
         self._pieces = functools.lru_cache(maxsize=4096)(self._pieces_of)
         self._inputs = jax.jit(passes.inputs)
+        self._sample = jax.jit(self._random_archs, static_argnames="count")
         self._soft_labels = jax.jit(
             functools.partial(soft_labels, temperature=weights.temperature)
         )
@@ -132,6 +133,8 @@ class _Trainer:
 
     def compute(self, params, stats, batch, own, rule, random):
         """Returns (grads, stats, metrics) of one step, see `methods.Gradients`."""
+        # First, so that the host does not wait for the pieces when it reads the architectures.
+        drawn = self._sample(own.key, count=random) if random else ()
         inputs, sums = self._inputs(batch), Sums()
         sandwich = rule == "sandwich"
         if self._endpoints is None:
@@ -159,7 +162,7 @@ class _Trainer:
             metrics = {"loss": loss, **metrics}
         targets = self._soft_labels(largest.logits)
         del largest
-        for arch in self._draw(own.key, sandwich, random):
+        for arch in self._archs(sandwich, drawn):
             smaller = self._runner.run(
                 self._pieces(arch),
                 params,
@@ -213,12 +216,15 @@ class _Trainer:
             loss += weights.labels * hard
         return loss, metrics
 
-    def _draw(self, key, smallest: bool, random: int) -> list[tuple]:
-        """Returns the architectures of a step as nested tuples, which can be hashed; they depend on the key only."""
-        space = self._family.space
-        keys = jax.random.split(jax.random.fold_in(key, 1), max(1, random))[:random]
-        archs = [space.smallest()] if smallest else []
-        archs += [spaces.sample(space, k) for k in keys]
+    def _random_archs(self, key, count: int) -> list:
+        """Returns random architectures; they depend on the key only."""
+        keys = jax.random.split(jax.random.fold_in(key, 1), count)
+        return [spaces.sample(self._family.space, k) for k in keys]
+
+    def _archs(self, smallest: bool, drawn) -> list[tuple]:
+        """Returns the architectures of a step as nested tuples, which can be hashed."""
+        archs = [self._family.space.smallest()] if smallest else []
+        archs += jax.device_get(list(drawn))
         return [
             tuple(tuple(np.asarray(field).tolist()) for field in arch) for arch in archs
         ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from squeeze_jax import tree
 from squeeze_jax.methods import Passes
@@ -105,7 +106,8 @@ class Runner:
                 own,
                 before,
                 x,
-                jax.random.fold_in(key, index),
+                key,
+                np.int32(index),
                 piece=Piece(name, piece.module),
                 held=self._held.get(scope),
                 first=first,
@@ -132,6 +134,7 @@ class Runner:
         stats,
         x,
         key,
+        index,
         *,
         piece,
         held,
@@ -141,7 +144,7 @@ class Runner:
         endpoints,
     ):
         """Runs a piece; returns (output, its endpoints, its statistics or None, its pullback or None)."""
-        module = Chain((piece,))
+        module, key = Chain((piece,)), jax.random.fold_in(key, index)
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)
         both = {piece.name: held} if held else {}, placements((piece,))
 

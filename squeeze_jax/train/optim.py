@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import optax
@@ -16,11 +16,15 @@ from squeeze_jax.ranges import (
     NonNegative,
     Part,
     Positive,
+    Range,
     Rate,
     Share,
 )
 from squeeze_jax.registry import checked
 
+# Beyond these, the first step overflows in float32.
+LearningRate = Annotated[float, Range(0, 1e6, open_low=True)]
+Decay = Annotated[float, Range(0, 1e3)]
 # Keys that only some optimizers or schedules use. `make` rejects them for all others, where they would have no effect.
 USED_BY = {
     "momentum": ("sgd", "rmsprop"),
@@ -41,7 +45,7 @@ def make(
     name: Literal["sgd", "adamw", "lamb", "rmsprop"] = "sgd",
     *,
     steps: Count,
-    lr: Positive,
+    lr: LearningRate,
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine",
     warmup: NonNegative = 0,
     end: Share = 0.0,
@@ -52,7 +56,7 @@ def make(
     b1: Rate = 0.9,
     b2: Rate = 0.999,
     eps: Positive = 1e-8,
-    decay: NonNegative = 0.0,
+    decay: Decay = 0.0,
     decay_rules: tuple[tuple[str, Finite], ...] = DECAY,
     clip: NonNegative = 0.0,
     freeze: tuple[str, ...] = (),

@@ -44,7 +44,13 @@ def make(
             )
     files = Zip(root) if str(root).endswith(".zip") else Folder(root)
     splits = (train, eval)
-    names = files.names()
+    listed = files.names()
+    results = [
+        name
+        for name in listed
+        if name.endswith(photos.RESULT) and _is_result(files, name)
+    ]
+    names = [name for name in listed if name not in set(results)]
     pairs = {split: _pairs(files, set(names), split) for split in splits}
     images, targets = zip(*pairs[train], *pairs[eval], strict=True)
     surveyed = survey.survey_images(images, files.open)
@@ -57,7 +63,7 @@ def make(
         eval=_Pairs(files, pairs[eval]),
         ignored=(*ignored, IGNORED),
         survey=surveyed,
-        notes=_notes(files, names, pairs),
+        notes=_notes(files, names, pairs, results),
     )
 
 
@@ -101,8 +107,18 @@ def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _notes(files, names: Sequence[str], pairs: dict[str, tuple]) -> tuple[str, ...]:
-    """Returns lines that count and name the targets without an image and the other files left out in the splits' folders."""
+def _is_result(files, name: str) -> bool:
+    try:
+        with files.open(name) as file:
+            return photos.is_result(file)
+    except (OSError, RuntimeError, zipfile.BadZipFile):
+        return False
+
+
+def _notes(
+    files, names: Sequence[str], pairs: dict[str, tuple], results: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns lines that count and name the files left out in the splits' folders: results, targets without an image, others."""
     used = {name for split in pairs.values() for pair in split for name in pair}
     targets = {PurePosixPath(f"{split}annot") for split in pairs}
     folders = {PurePosixPath(split) for split in pairs} | targets
@@ -118,6 +134,10 @@ def _notes(files, names: Sequence[str], pairs: dict[str, tuple]) -> tuple[str, .
     misplaced = [n for n in listing.images if PurePosixPath(n).parent not in targets]
     others = [*listing.left_out, *misplaced]
     notes = []
+    if results:
+        notes.append(
+            f"left out in {files.root}: {len(results)} result{'s' if len(results) > 1 else ''} of the job predict ({photos.join_names(results)})"
+        )
     if unpaired:
         notes.append(
             f"left out in {files.root}: {len(unpaired)} target{'s' if len(unpaired) > 1 else ''} without an image ({photos.join_names(unpaired)})"

@@ -31,7 +31,7 @@ import numpy as np
 
 from squeeze_jax.data import answering, pipeline, text_files
 from squeeze_jax.data.text import Stream
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shown
 from squeeze_jax.ranges import Count, PathStr, Whole
 
 END_OF_LINE = "<eos>"
@@ -348,7 +348,7 @@ class Contiguous:
         """Returns the last tokens of a text, int [l], or raises a UserError."""
         if not prompt.strip():
             raise UserError(f"{prompt!r} is an empty text: there is nothing to tell")
-        ids = self.words.encode(self.words.split(prompt), repr(prompt))
+        ids = self.words.encode(self.words.split(prompt), shown(prompt, 200))
         return ids[-self.length :]
 
     def _lines(self, prompt: str, ids: np.ndarray, run: Callable) -> Iterator[str]:

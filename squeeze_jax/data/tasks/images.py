@@ -12,7 +12,7 @@ from squeeze_jax.data import answering, image_set, mix, photos, vision
 from squeeze_jax.data.image_set import ImageSet, class_name, unchanged
 from squeeze_jax.data.source import LABELS
 from squeeze_jax.data.source import make as open_source
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.ranges import (
     NonNegative,
     Part,
@@ -161,7 +161,7 @@ def _predict(
         images = [image for image, reason in attempts if not reason]
         rows = iter(_probabilities(images, run) if images else ())
         for path, (_, reason) in zip(paths, attempts, strict=True):
-            yield str(path)
+            yield shortened(str(path), 2 * photos.LONGEST)
             if reason:
                 yield f"  {reason}"
                 continue

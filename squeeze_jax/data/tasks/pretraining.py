@@ -17,7 +17,7 @@ import numpy as np
 
 from squeeze_jax.data import answering, documents, masking, pipeline, text, tokens
 from squeeze_jax.data.documents import Blocks, Examples, Pairs
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shown
 from squeeze_jax.ranges import Count, Finite, Part, PathStr, Share, Threads, Whole
 
 Kind = Literal["masked", "replaced", "causal"]
@@ -317,7 +317,7 @@ class Pretraining:
         if self.kind == "masked" and self.tokenizer.mask not in row:
             mask = self.tokenizer.token(self.tokenizer.mask)
             raise UserError(
-                f"{line!r} has no {mask} within {self.length} tokens: write it where a token shall be found"
+                f"{shown(line, 200)} has no {mask} within {self.length} tokens: write it where a token shall be found"
             )
         return row
 

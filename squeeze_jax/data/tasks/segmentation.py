@@ -19,7 +19,7 @@ from squeeze_jax.data.annotations import Maps
 from squeeze_jax.data.image_set import ImageSet, class_name
 from squeeze_jax.data.source import Source
 from squeeze_jax.data.source import make as open_source
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.ranges import (
     Part,
     PixelMean,
@@ -30,9 +30,6 @@ from squeeze_jax.ranges import (
     Whole,
 )
 
-ENDING = "_classes.png"  # the end of the names of files that the job predict writes
-# The text in these files that tells them from the user's own files, which are never replaced.
-MARK = ("Software", "squeeze_jax predict")
 GOLDEN = 0.618034  # turns of the colour wheel from one class to the next
 
 
@@ -131,10 +128,10 @@ def _predict(
       UserError: there is no file; or, after all answers, a file has no answer.
     """
     listed, left_out = photos.find_images(arguments)
-    written = [path for path in listed if path.name.endswith(ENDING)]
+    written = [path for path in listed if path.name.endswith(photos.RESULT)]
     if written:
         names = photos.join_names([str(path) for path in written])
-        left_out.append(f"left out: {len(written)} *{ENDING} files ({names})")
+        left_out.append(f"left out: {len(written)} *{photos.RESULT} files ({names})")
     yield from left_out
     paths = [path for path in listed if path not in set(written)]
     reasons, pictures = [], {}
@@ -149,7 +146,7 @@ def _predict(
         if not reason:
             yield from lines
         elif len(paths) > 1:
-            yield str(path)
+            yield shortened(str(path), 2 * photos.LONGEST)
             yield f"  {reason}"
         reasons += [reason] if reason else []
     answering.check(reasons, len(paths), "image")
@@ -172,19 +169,19 @@ def _write(
     Raises:
       UserError: the file cannot be written, it already holds the classes of another image, or the user has a file of this name.
     """
-    written = path.with_name(path.stem + ENDING)
+    written = path.with_name(path.stem + photos.RESULT)
     if written in pictures:
         raise UserError(
             f"{written} holds the classes of {pictures[written]}: rename one of the images"
         )
-    if os.path.lexists(written) and not _is_marked(written):
+    if os.path.lexists(written) and not _is_result(written):
         raise UserError(
             f"{written} exists and is no result of the job predict: move it away, or rename the image"
         )
     picture = Image.fromarray(labels.astype(np.uint8))
     picture.putpalette(palette(len(label_names)))
     text, content = PngInfo(), io.BytesIO()
-    text.add_text(*MARK)
+    text.add_text(*photos.RESULT_MARK)
     picture.save(content, "PNG", pnginfo=text)
     files.write(written, content.getvalue())
     pictures[written] = path
@@ -196,13 +193,12 @@ def _write(
     return lines
 
 
-def _is_marked(path: Path) -> bool:
+def _is_result(path: Path) -> bool:
     """Returns whether the job predict has written a file."""
-    key, text = MARK
     try:
-        with vision.decoding(), files.open_file(path) as file:
-            return vision.open_picture(file).info.get(key) == text
-    except (OSError, vision.Undecodable):
+        with files.open_file(path) as file:
+            return photos.is_result(file)
+    except OSError:
         return False
 
 

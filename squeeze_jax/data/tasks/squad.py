@@ -27,7 +27,7 @@ from squeeze_jax.data import (
 from squeeze_jax.data.answers import SIDES, Answers, Best
 from squeeze_jax.data.questions import Question, Questions
 from squeeze_jax.data.spans import Cutter, Split
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.ranges import Count, Finite, PathStr, Whole
 
 log = logging.getLogger(__name__)
@@ -404,7 +404,7 @@ def _read_document(argument: str) -> str:
     if exists:
         document = text_files.read_text(path)
     elif argument == "".join(argument.split()) and Path(argument).suffix:
-        raise UserError(f"no such file: {argument}")
+        raise UserError(f"no such file: {shortened(argument, 200)}")
     if not document.strip():
         raise UserError("the document is empty: there is no answer in it")
     return document

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import process
+from squeeze_jax.export import process, time_files
 from squeeze_jax.export.runnable import Runnable, Spec, name_outputs
 
 SUFFIX = ".tflite"
@@ -180,7 +180,10 @@ def load(path: str | Path, threads: int | None = None) -> Runnable:
     """
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
+    interpreter = Interpreter(
+        num_threads=threads or os.cpu_count(),
+        **time_files.interpreter_source(str(path)),
+    )
     interpreter.allocate_tensors()
     input_details, output_details = signature_details(interpreter)
     for name, detail in (input_details | output_details).items():

@@ -1,4 +1,4 @@
-"""TFLite in 8-bit integers: weights, activations, input and output, calibrated on real examples.
+"""TFLite quantized to 8-bit integers: weights, activations, input and output, calibrated on real examples.
 
 Post-training quantization (Jacob et al. 2018, https://arxiv.org/abs/1712.05877): a real value is r = S (q - Z) with int8 q.
 The ranges of activations come from running the float file on calibration examples (`export/ranges.py`). An input with the
