@@ -2,9 +2,8 @@
 
 Cai, Gan, Wang, Zhang, Han 2019, arXiv 1908.09791, section 3.3 and appendix B: the largest network, then elastic kernels, depths and
 widths, one after the other. Each step trains random networks on the labels and on the largest one's probabilities. The config uses
-the authors' epochs, networks per step and learning rates per 64 examples. They train for 590 epochs in all. The argument scales the
-epochs: 0.1 trains for 59. The authors distil from the network that the first phase has trained; this config distils from
-the largest network of the same step.
+the authors' epochs, networks per step and learning rates per 64 examples, and their teacher: the network that the first phase has
+trained. They train for 590 epochs in all. The argument scales the epochs: 0.1 trains for 59.
 
 No whole run is recorded yet.
 
@@ -31,6 +30,7 @@ def get_config(budget="0.1"):
                 rule="random",
                 random=random,
                 labels=1.0,
+                teacher="fixed",
                 choices=choices,
             )
         return options | (dict(begin=begin) if begin else {})

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,7 +211,7 @@ def method_and_passes(rule, **keys):
         zeros = jax.tree.map(jnp.zeros_like, params)
         return zeros, stats, {"loss": jnp.float32(0)}
 
-    spy = bound._replace(compute=catch, init=None)
+    spy = bound._replace(compute=catch, init=None, state=None)
 
     def loss(logits, endpoints, batch):
         each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -227,7 +228,7 @@ def method_and_passes(rule, **keys):
     ("rule", "keys"),
     [
         ("sandwich", dict(random=1, temperature=2.0)),
-        ("random", dict(random=2, labels=0.7, distill=0.3)),
+        ("random", dict(random=2, labels=0.7, distill=0.3, teacher="fixed")),
     ],
     ids=["sandwich", "random"],
 )
@@ -239,8 +240,13 @@ def test_the_gradient_is_the_sum_over_the_networks(rule, keys):
     stats = {"batch_stats": variables["batch_stats"], "extra": {}, "step": jnp.int32(0)}
     key, labels = jax.random.key(5), np.array([0, 2])
     batch = dict(image=x, label=labels, mask=np.ones(2, bool))
-    own = Own(matrices, None, key, jnp.int32(0), True)
-    grads, after, metrics = bound.compute(passes, params, stats, batch, own)
+    is_fixed = keys.get("teacher") == "fixed"
+    teacher = jax.tree.map(lambda a: 1.1 * a, variables["params"])
+    state = bound.state(teacher) if is_fixed else None
+    own = Own(matrices, state, key, jnp.int32(0), True)
+    grads, after, metrics, *kept = bound.compute(passes, params, stats, batch, own)
+    chex.assert_trees_all_equal(kept, [teacher] if is_fixed else [])
+    teacher = teacher | {METHODS: {"once_for_all": matrices}} if is_fixed else params
     temperature = keys.get("temperature", 1.0)
     keys_ = jax.random.split(jax.random.fold_in(key, 1), keys["random"])
     drawn = [space.sample(family.space, k) for k in keys_]
@@ -266,7 +272,7 @@ def test_the_gradient_is_the_sum_over_the_networks(rule, keys):
         of_labels = (cross_entropy(logits(params, arch)) for arch in drawn)
         return 0.7 * sum(of_labels) + 0.3 * sum(map(distilled, drawn))
 
-    soft = jax.nn.softmax(logits(params, family.space.largest()) / temperature)
+    soft = jax.nn.softmax(logits(teacher, family.space.largest()) / temperature)
     expected = tree.flatten(jax.jit(jax.grad(by_hand))(params, soft))
     assert tree.differences(params, grads) == []
     for name, value in tree.flatten(grads).items():

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
@@ -39,6 +40,7 @@ def make(
     temperature: Positive = 1.0,
     labels: NonNegative = 0.0,
     distill: NonNegative = 1.0,
+    teacher: Literal["moving", "fixed"] = "moving",
 ) -> Gradients:
     """Returns the method, for networks whose file has a function `elastic`.
 
@@ -54,6 +56,9 @@ def make(
       temperature: temperature of the probabilities, above 0.
       labels: weight of the config's objective in the loss of a smaller network.
       distill: weight of the cross-entropy with the largest network's probabilities in that loss.
+      teacher: which largest network supplies the probabilities: "moving" is the one that trains with the others, "fixed" the
+        one with which the first phase of this method begins, as in arXiv 1908.09791. "fixed" costs one more forward
+        pass in each step.
 
     Raises:
       UserError: no network would be trained, or smaller networks would have no loss. When the method meets the network:
@@ -83,7 +88,8 @@ def make(
             return _Trainer(passes, family, weights)
 
         def compute(passes, params, stats, batch, own):
-            return trainer(passes).compute(params, stats, batch, own, rule, random)
+            made = trainer(passes).compute(params, stats, batch, own, rule, random)
+            return (*made, own.state) if teacher == "fixed" else made
 
         def init(key, params):
             del params
@@ -94,9 +100,15 @@ def make(
             return start | subnetwork.initial_parameters(key, spare)
 
         own = init if sizes or spare else None
-        return Gradients(compute, init=own, fused=False)
+        state = _copied if teacher == "fixed" else None
+        return Gradients(compute, init=own, state=state, fused=False)
 
     return Gradients(_compute_unbound, bind=bind, fused=False)
+
+
+def _copied(params):
+    """Returns a copy of parameters, which the step may not write to."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def _compute_unbound(*_):
@@ -141,7 +153,7 @@ class _Trainer:
             self._endpoints = endpoints_read(
                 self._passes, params, stats, batch, own.key
             )
-        names = self._endpoints
+        names, before = self._endpoints, stats
         largest = self._runner.run(
             self._holder,
             params,
@@ -160,7 +172,13 @@ class _Trainer:
             )
             self._add(largest, gradients, sums)
             metrics = {"loss": loss, **metrics}
-        targets = self._soft_labels(largest.logits)
+        teacher = largest.logits
+        if own.state is not None:
+            fixed = dict(endpoints=(), differentiate=False)
+            teacher = self._runner.run(
+                self._holder, own.state, before, own.params, inputs, own.key, **fixed
+            ).logits
+        targets = self._soft_labels(teacher)
         del largest
         for arch in self._archs(sandwich, drawn):
             smaller = self._runner.run(
