@@ -131,7 +131,7 @@ class _Trainer:
         self._passes, self._family, self._weights = passes, family, weights
         self._holder, self._endpoints = family.holder().pieces, None
         self._runner = Runner(passes, self._holder)
-        self._pieces = functools.lru_cache(maxsize=4096)(self._pieces_of)
+        self._pieces = functools.lru_cache(maxsize=512)(self._pieces_of)
         self._inputs = jax.jit(passes.inputs)
         self._sample = jax.jit(self._random_archs, static_argnames="count")
         self._soft_labels = jax.jit(
