@@ -289,6 +289,8 @@ def main(argv=None):
     # Whether a job begins a run, needs one that was begun, or ignores what the work directory holds.
     use = getattr(job, "RUN", "needs")
     if use == "needs":
+        if args.workdir is None:
+            print(f"work dir   {workdir}", file=sys.stderr)
         _workdir.check_same_experiment(workdir, config)
         examples = getattr(job, "EXAMPLES", True)
         built = _experiment.build_trained(workdir, config, examples=examples)

@@ -551,6 +551,16 @@ def test_own_images_have_a_work_directory_of_their_own(tmp_path, monkeypatch):
     assert resolved(f"--config.data.source={here}") == (here, f"runs/{tmp_path.name}")
 
 
+def test_a_job_names_the_work_directory_that_nobody_named(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for named in "--workdir=runs/a", "":
+        with pytest.raises(UserError):
+            run.main(["--job=evaluate", *named.split()])
+    assert capsys.readouterr().err == "work dir   runs/digits\n"
+
+
 def test_a_bare_command_does_not_go_on_with_own_images(tmp_path, monkeypatch):
     """Earlier versions put own images into runs/digits."""
     monkeypatch.chdir(tmp_path)
