@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import run as run_py
+from squeeze_jax import stop
 from squeeze_jax.cost import latency_table as tables
 from squeeze_jax.cost import memory
+from squeeze_jax.cost import timing as clock
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import time_files
 from squeeze_jax.jobs import _plugs
@@ -331,11 +333,28 @@ def test_a_folder_of_another_space_is_refused(device_folder):
         job(device_folder / "run", "networks=5", folder)
 
 
-def test_the_job_times_xla_and_keeps_a_finished_table(tmp_path, capsys):
+def test_the_job_times_xla_and_keeps_a_finished_table(tmp_path, capsys, monkeypatch):
+    """It was stopped after 15 times, and goes on with the others."""
+    calls, measured = [], clock.times
+
+    def counted(thunk, runs):
+        if len(calls) == 2 * 15:
+            raise stop.Stopped(15)
+        calls.append(runs)
+        return measured(thunk, runs)
+
+    monkeypatch.setattr(clock, "times", counted)
+    with pytest.raises(stop.Stopped):
+        job(tmp_path, "formats=('xla',)", *OPTIONS)
+    with open(tmp_path / "latency" / "times_xla.jsonl", "a") as lines:
+        lines.write('{"file": "piece_')  # killed while it wrote
+    calls.append(0)
     job(tmp_path, "formats=('xla',)", *OPTIONS)
     path = tmp_path / "latency" / "xla.json"
     table = tables.read(path)
     assert len(table.pieces) == 20
+    assert len(calls) == 1 + 2 * (20 + len(table.networks))
+    assert not (tmp_path / "latency" / "times_xla.jsonl").exists()
     assert table.about["runtime"] == f"jax {jax.__version__}"
     before = path.read_bytes()
     job(tmp_path, "formats=('xla',)", *OPTIONS)

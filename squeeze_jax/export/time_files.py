@@ -64,9 +64,8 @@ def main(argv=None):
     total = args.rounds * len(paths)
     if not os.access(args.folder, os.W_OK):
         return fail(f"cannot write to {args.folder}")
+    prepare_times(target, header)
     with open(target, "a") as lines:
-        if not done:
-            lines.write(json.dumps(header) + "\n")
         for number in range(args.rounds):
             for path in paths:
                 name = os.path.basename(path)
@@ -107,6 +106,17 @@ def read_done(path, header):
             if number:
                 done.add((row["file"], row["round"]))
     return done
+
+
+def prepare_times(path, header):
+    """Begins a results file with the header, or ends the line of one that was being written, so that lines can be appended."""
+    with open(path, "ab+") as file:
+        if not file.tell():
+            file.write(json.dumps(header).encode() + b"\n")
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.write(b"\n")
 
 
 def on_this_device(args):

@@ -9,6 +9,7 @@ library, see `config.latency_table.device_folder`.
 """
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import sys
@@ -105,7 +106,7 @@ def run(
 ) -> list[pathlib.Path]:
     """Measures the tables, prints their errors, and returns their paths.
 
-    The job keeps a finished table of this space, runtime and device. An interrupted measurement in LiteRT goes on where it stopped.
+    The job keeps a finished table of this space, runtime and device. An interrupted measurement goes on where it stopped.
 
     Raises:
       UserError: see `ready`; or a table in the work directory is of another device or runtime.
@@ -202,7 +203,6 @@ def _tables_of_device(
 
 def _table_of_xla(built, networks, pieces, wanted, workdir) -> pathlib.Path:
     """Times pieces and networks on JAX's default device, and returns the path of the table."""
-    settings = _settings.job_settings(built, Settings)
     path = workdir / "latency" / "xla.json"
     device = jax.devices()[0]
     name = time_files.device_name() if device.platform == "cpu" else device.device_kind
@@ -210,29 +210,53 @@ def _table_of_xla(built, networks, pieces, wanted, workdir) -> pathlib.Path:
     if _is_complete(path, wanted, about):
         print(f"measured   already: {path}", flush=True)
         return path
-    once = {}
-    with _Progress("compiling for xla", len(wanted)) as progress:
+    times = workdir / "latency" / "times_xla.jsonl"
+    header = about | {"version": time_files.VERSION, "statistic": "median"}
+    _time_in_xla(times, header, built, networks, wanted)
+    header, timings = _piece_files.read_times(times, {t.name for t in wanted})
+    _write_table(path, "xla", header, timings, networks, pieces, wanted)
+    times.unlink()
+    return path
+
+
+def _time_in_xla(times, header, built, networks, wanted) -> None:
+    """Writes a line for each target and round; goes on with the lines of an earlier run in the same runtime."""
+    settings = _settings.job_settings(built, Settings)
+    times.parent.mkdir(parents=True, exist_ok=True)
+    done = time_files.read_done(times, header)
+    if done is None:
+        times.unlink()
+        done = set()
+    left = [
+        (number, target)
+        for number in range(settings.rounds)
+        for target in wanted
+        if (target.name, number) not in done
+    ]
+    once, names = {}, {target.name for _, target in left}
+    with _Progress("compiling for xla", len(names)) as progress:
         for target in wanted:
             stop.check()
-            once[target.name] = _compiled(
-                *_piece_files.function_of(target, networks, built)
-            )
-            progress(len(once))
-    rounds, counts = {}, {}
-    with _Progress("timing xla", settings.rounds * len(wanted)) as progress:
-        for number in range(settings.rounds):
-            for place, (name, thunk) in enumerate(once.items()):
-                stop.check()
-                first = min(timing.times(thunk, 3)) / 1e3
-                runs = max(settings.runs, min(int(settings.seconds / first), 10_000))
-                median = float(np.median(timing.times(thunk, runs)))
-                rounds.setdefault(name, []).append(median)
-                counts[name] = counts.get(name, 0) + runs
-                progress(number * len(wanted) + place + 1)
-    timings = {n: latency_table.timing(rounds[n], counts[n]) for n in once}
-    header = about | {"statistic": "median"}
-    _write_table(path, "xla", header, timings, networks, pieces, wanted)
-    return path
+            if target.name in names:
+                once[target.name] = _compiled(
+                    *_piece_files.function_of(target, networks, built)
+                )
+                progress(len(once))
+    time_files.prepare_times(times, header)
+    with (
+        open(times, "a") as lines,
+        _Progress("timing xla", settings.rounds * len(wanted)) as progress,
+    ):
+        for place, (number, target) in enumerate(left, 1):
+            stop.check()
+            thunk = once[target.name]
+            first = min(timing.times(thunk, 3)) / 1e3
+            runs = max(settings.runs, min(int(settings.seconds / first), 10_000))
+            median = float(np.median(timing.times(thunk, runs)))
+            row = dict(file=target.name, round=number, count=runs, ms=median)
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            progress(len(done) + place)
 
 
 def _compiled(fn, specs):
