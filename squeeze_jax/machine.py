@@ -1,4 +1,4 @@
-"""Explains exceptions that the machine causes, such as a full disk or too little memory, in one line."""
+"""Explains exceptions that the machine causes, such as a full disk, or the user's own files, in one line."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from squeeze_jax import files
+from squeeze_jax import files, registry
 from squeeze_jax.errors import Reported, UserError, print_any_name
 
 _NO_MEMORY = "RESOURCE_EXHAUSTED"  # XLA's word for memory that cannot be allocated
@@ -20,7 +20,7 @@ class OutputClosed(Reported):
 
 
 def explain(error: BaseException) -> Reported | None:
-    """Returns the line for an exception that the machine causes; None for others, which are errors of the code.
+    """Returns the line for an exception that the machine or a file of the user's own causes; None for errors of this library.
 
     Args:
       error: an exception that nothing has handled.
@@ -37,6 +37,8 @@ def explain(error: BaseException) -> Reported | None:
             f"out of memory{reason and f' ({reason})'}: choose a smaller config.batch, more parts of it by"
             " config.accumulate, or a smaller network"
         )
+    if registry.is_fault_of_own(error):
+        return UserError(f"{registry.describe_error(error)}; mend the file")
     if isinstance(error, OSError) and error.strerror:
         return UserError(
             ": ".join(map(str, filter(None, (error.filename, error.strerror))))

@@ -140,14 +140,36 @@ def describe_error(error: BaseException) -> str:
     """Returns an exception in words: the message of a UserError; of any other its type, and its place in a file of the user."""
     if isinstance(error, UserError):
         return str(error)
-    line = _typed(error)
+    place = own_place(error)
+    return f"{place}: {_typed(error)}" if place else _typed(error)
+
+
+def own_place(error: BaseException) -> str:
+    """Returns "FILE:LINE" of the user's own file that raised an exception, or called what raised it; "" if there is none."""
     own = set(_own_paths())
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename in own
     ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {line}" if frames else line
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def is_fault_of_own(error: BaseException) -> bool:
+    """Returns whether the user's own file is at fault: after its last frame, the traceback has none of this library."""
+    own, library = set(_own_paths()), str(pathlib.Path(__file__).parent)
+    at_fault = False
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename in own:
+            at_fault = True
+        elif frame.filename.startswith(library):
+            at_fault = False
+    return at_fault
+
+
+def is_own(module: types.ModuleType) -> bool:
+    """Returns whether a module is the user's own file."""
+    return module.__name__.startswith(f"{_OWN}.")
 
 
 def _module_name(path: pathlib.Path) -> str:

@@ -35,6 +35,29 @@ def map_named(fn: Callable[..., Any], tree, *rest):
     )
 
 
+def compile_rules(rules: Any, where: str) -> list[tuple[re.Pattern, Any]]:
+    """Returns pairs (regular expression, value), compiled.
+
+    Raises:
+      UserError: a rule is no such pair, or its expression is malformed.
+    """
+    for rule in rules:
+        if not (
+            isinstance(rule, list | tuple)
+            and len(rule) == 2
+            and isinstance(rule[0], str)
+        ):
+            raise UserError(
+                f"{where}: {rule!r} should be a pair (regular expression, value)"
+            )
+    try:
+        return [(re.compile(pattern), value) for pattern, value in rules]
+    except re.error as error:
+        raise UserError(
+            f"{where}: {error.pattern!r} is not a regular expression ({error})"
+        ) from None
+
+
 def apply_rules(rules: Rules, tree, *, default: Any = None, where: str = "rules"):
     """Returns a tree of the same structure whose leaves are the values of the first matching rules.
 
@@ -47,21 +70,7 @@ def apply_rules(rules: Rules, tree, *, default: Any = None, where: str = "rules"
     Raises:
       UserError: a regex is malformed or matches no name at all; a dead rule is a mistake.
     """
-    for rule in rules:
-        if not (
-            isinstance(rule, list | tuple)
-            and len(rule) == 2
-            and isinstance(rule[0], str)
-        ):
-            raise UserError(
-                f"{where}: {rule!r} should be a pair (regular expression, value)"
-            )
-    try:
-        compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    except re.error as error:
-        raise UserError(
-            f"{where}: {error.pattern!r} is not a regular expression ({error})"
-        ) from None
+    compiled = compile_rules(rules, where)
     names = list(flatten(tree))
     for pattern, _ in compiled:
         if not any(pattern.search(n) for n in names):

@@ -156,6 +156,20 @@ def test_loops_branches_and_calls():
     assert macs(composite, x).total == 64
 
 
+def test_what_no_output_needs_counts_nothing():
+    x = ones(4, 4)
+    assert macs(lambda x: (square(x), x)[1], x).total == 0
+    assert macs(jax.jit(lambda x: (square(x), square(x) + 1)[0]), x).total == 64
+
+    def scanned(x):  # the first carry is never read
+        def turn(carry, _):
+            return (square(carry[0]), carry[1] + 1), None
+
+        return jax.lax.scan(turn, (x, x), length=5)[0][1]
+
+    assert macs(scanned, x).total == 0
+
+
 def test_custom_derivatives_and_rematerialization():
     x = ones(4, 4)
     forward = jax.custom_jvp(square)
@@ -164,15 +178,17 @@ def test_custom_derivatives_and_rematerialization():
     reverse = jax.custom_vjp(square)
     reverse.defvjp(lambda x: (square(x), x), lambda x, g: (g @ x,))
     assert macs(reverse, x).total == 64
-    gradient = jax.grad(lambda x: reverse(x).sum())
+    gradient = jax.value_and_grad(lambda x: reverse(x).sum())
     assert macs(gradient, x).total == 128
+    # Without the value nothing needs the forward product.
+    assert macs(jax.grad(lambda x: reverse(x).sum()), x).total == 64
 
     # Forward and two products for the gradient; rematerialized one more forward.
     def kept(x):
         return jnp.sin(square(x)).sum()
 
     assert macs(jax.grad(kept), x).total == 3 * 64
-    assert macs(jax.grad(jax.checkpoint(kept)), x).total == 4 * 64
+    assert macs(jax.value_and_grad(jax.checkpoint(kept)), x).total == 4 * 64
 
 
 def test_the_work_of_all_devices_counts():

@@ -19,6 +19,7 @@ import pytest
 import run
 from squeeze_jax import data, files, models, registry
 from squeeze_jax.errors import Reported, UserError, shown
+from squeeze_jax.export import class_names
 from squeeze_jax.jobs import (
     _compilation,
     _experiment,
@@ -264,6 +265,10 @@ def test_a_config_file_that_fails_is_one_line(text, words, tmp_path):
         (["--config.steps=nan"], "config.steps = 'nan' (str) should be int"),
         (["--config.optim.momentum=1.5"], "config.optim.momentum = 1.5 should lie in"),
         (["--config.checkpoint.use=oldest"], "config.checkpoint.use = 'oldest' (str)"),
+        (
+            ["--config.optim.decay_rules=(('(', 1.0),)"],
+            "'(' is not a regular expression",
+        ),
         (["--config.model.width=0"], "config.model.width = 0 should lie in (0, 100]"),
         (["--config.export.int8_agreement=2"], "= 2 should lie in [0, 1]"),
         (["--config.objective={'name':'losses.cross_entropy','weight':-1}"], "-1"),
@@ -523,6 +528,8 @@ def test_a_refused_run_keeps_the_users_folder(tmp_path):
 
 
 def test_the_librarys_functions_expand_the_home_directory(home):
+    (home / "a.tflite").touch()
+    assert class_names.read("~/a.tflite") == ()
     assert files.path("~/a") == home / "a"
     assert files.path(pathlib.Path("~/a")) == home / "a"
     with pytest.raises(UserError, match=f"{home}/none"):

@@ -314,6 +314,21 @@ def test_a_folder_gives_network_and_variables(folder, caplog):
         load(folder, models.make("resnet"))
 
 
+def test_a_work_directory_knows_the_channels_of_its_images(tmp_path, monkeypatch):
+    """The digits have one; the path begins with the home directory."""
+    from squeeze_jax.jobs import _plain
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = dict(name="squeezenet", variant="tiny", num_classes=10)
+    x = np.zeros((1, SIZE, SIZE, 1), np.float32)
+    variables = jax.jit(models.make(**options).init)(jax.random.key(3), x)
+    data = dict(source=dict(name="digits"), size=SIZE)
+    config = dict(data=data, optim=dict(lr=0.1), steps=1, batch=8)
+    _plain.write(tmp_path / "run", config, options, variables)
+    _, loaded = load("~/run")
+    jax.tree.map(np.testing.assert_array_equal, loaded, dict(variables))
+
+
 def test_a_work_directory_gives_network_and_variables(tmp_path, caplog):
     from squeeze_jax.jobs import _plain
 

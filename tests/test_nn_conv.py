@@ -12,6 +12,7 @@ from jax import export
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.conv import Conv, conv, lowering, separate_groups
+from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.norm import BatchNorm
 from squeeze_jax.nn.pool import max_pool, mean_pool
 
@@ -251,6 +252,9 @@ def test_the_layer_is_flax_with_other_arithmetic():
     [
         ({"padding": "sane"}, "unknown padding 'SANE'; did you mean 'SAME'"),
         ({"groups": 3}, "groups=3"),
+        ({"groups": 0}, "groups=0"),
+        ({"strides": 0}, "strides or dilation (1, )?0.* should be at least 1"),
+        ({"dilation": (1, -1)}, r"dilation \(1, -1\) should be at least 1"),
         ({"lowering": "tap"}, "did you mean 'taps'"),
         ({"lowering": "taps"}, "cannot"),
         ({"padding": "VALID", "dilation": 4}, "smaller than a window"),
@@ -261,6 +265,22 @@ def test_the_layer_is_flax_with_other_arithmetic():
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 4, 4)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Conv(4, (3, 3), feature_group_count=0), "feature_group_count=0 should be"),
+        (Conv(0, (3, 3)), "Conv: features=0 should be at least 1"),
+        (Conv(4, (3, 3), strides=0), "should be at least 1"),
+        (Conv(4, (3, 3), kernel_dilation=-1), "should be at least 1"),
+        (Dense(-3), "Dense: features=-3 should be at least 1"),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_layer_below_one_are_named(layer, message):
+    with pytest.raises(UserError, match=message):
+        layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
 
 
 def test_a_layer_of_separate_groups_takes_one_array_a_group():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import run as run_py
-from squeeze_jax import data, models, registry, tree
+from squeeze_jax import data, machine, models, registry, tree
 from squeeze_jax.errors import UserError
-from squeeze_jax.export import runnable
+from squeeze_jax.export import build, process, runnable
 from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate
 from squeeze_jax.train import log
 
@@ -398,3 +398,68 @@ def test_an_exception_in_the_make_of_an_own_file_names_its_line(tmp_path, monkey
     section = {"name": "./my_update.py", "layer": "cnv"}
     with pytest.raises(UserError, match=r"my_update\.py:3: KeyError: 'cnv'; mend"):
         _plugs.make_method(section, "config.update[0]")
+
+
+RAISING = {
+    "model": (
+        "--config.model={'name': './bad.py'}",
+        "def make(num_classes: int = 10):\n    raise KeyError('gone')\n",
+        2,
+    ),
+    "network": (
+        "--config.model={'name': './bad.py'}",
+        "import flax.linen as nn\nclass Net(nn.Module):\n    @nn.compact\n    def __call__(self, x, *, train=False):\n"
+        "        return x.reshape(7, -1), {}\ndef make(num_classes: int = 10):\n    return Net()\n",
+        5,
+    ),
+    "source": (
+        "--config.data.source={'name': './bad.py'}",
+        "def make():\n    raise KeyError('gone')\n",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RAISING)
+def test_an_exception_of_an_own_file_in_a_job_is_one_line(folder, kind):
+    argument, text, line = RAISING[kind]
+    (folder / "bad.py").write_text(text)
+    arguments = ["--job=fit", "--workdir=run", "--config.steps=2", argument]
+    with pytest.raises(Exception) as caught:
+        run_py.main(arguments)
+    said = str(machine.explain(caught.value))
+    assert said.startswith(f"{folder / 'bad.py'}:{line}: ")
+    assert said.endswith("; mend the file")
+    assert "\n" not in said
+
+
+def test_an_exception_of_the_library_keeps_its_traceback(folder):
+    """Also if a file of the user's own has called it."""
+    (folder / "bad.py").write_text(
+        "def make(tree):\n    return tree.name(5)\n\ndef other(tree):\n    return tree.flatten(3, 4)\n"
+    )
+    module = registry.load("squeeze_jax.models", "./bad.py")
+    with pytest.raises(TypeError) as caught:
+        module.make(tree)
+    assert machine.explain(caught.value) is None
+    with pytest.raises(TypeError) as caught:
+        module.other(tree)
+    assert "bad.py:5: TypeError" in str(machine.explain(caught.value))
+
+
+def test_an_own_format_that_raises_is_no_file_of_the_others(folder):
+    text = "INTEGER, NEEDS = False, ()\ndef convert(fn, inputs, calibration):\n    raise KeyError('gone')\n"
+    (folder / "bad.py").write_text(text)
+    module = registry.load("squeeze_jax.export.formats", "./bad.py")
+    with pytest.raises(process.Crash, match=r"bad\.py:3: KeyError: 'gone'"):
+        build._convert_and_run(
+            module,
+            None,
+            "model",
+            folder=folder,
+            inputs={},
+            calibration=None,
+            check=None,
+            classes=(),
+            timeout=1,
+        )

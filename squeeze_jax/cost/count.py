@@ -5,6 +5,7 @@ The rules give the published counts of torchvision's networks to the digit:
   * Convolutions and matrix products count. Normalisation, bias, activations, pooling and elementwise operations do not.
   * A convolution counts full windows, also where they reach into the padding. A convolution that only moves numbers, as
     `lax.conv_general_dilated_patches` does, counts nothing.
+  * Operations whose results no output needs count nothing: XLA leaves them out.
   * A loop counts each iteration, a conditional its costliest branch, `jax.shard_map` the work of all its devices.
   * Every convolution is counted in its native form, whatever lowering the backend would choose.
 `Macs.unknown` names what cannot be counted: loops of unknown length, kernels and calls from outside JAX, factorizations.

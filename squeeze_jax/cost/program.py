@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from squeeze_jax import tree
 from squeeze_jax.cost import call
@@ -143,6 +144,9 @@ def trace(
     prefix = f"{root(fn)}/" if isinstance(fn, nn.Module) else ""
     with lowering("native"):
         jaxpr = jax.make_jaxpr(run)(weights, args).jaxpr
+    # XLA leaves out what no output needs.
+    needed = [True] * len(jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, needed, instantiate=True)
     names = [*tree.flatten(weights), *[None] * len(jax.tree.leaves(args))]
     inputs = [
         _make_value(v, None if name is None else {name})

@@ -209,6 +209,12 @@ def _check_logits(student: Shapes, teachers: Sequence[Shapes], positions: str) -
             "soft_logits: the student's logits 'replaced' are one number for each token, not classes: choose another loss,"
             " such as distill.hidden"
         )
+    for name, head in heads.items():
+        if head.ndim > 3:
+            raise UserError(
+                f"soft_logits: the student's logits {name or ''} {list(head.shape)} are maps: the loss is for [b, classes] and [b, l,"
+                " classes]"
+            )
     if positions == "chosen" and all(head.ndim < 3 for head in heads.values()):
         raise UserError(
             "positions = 'chosen': the logits are not of each token; leave it out"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from squeeze_jax import files, registry, stop
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.export import checks, class_names, process, runtime
 from squeeze_jax.export.parity import Disagreement, compare, first_diverging
 from squeeze_jax.export.runnable import (
@@ -187,7 +187,13 @@ def _convert_and_run(
 ):
     """Converts a function to files in a folder, runs the first file, and returns (paths, outputs of that file)."""
     with lowering("native"):
-        contents = module.convert(fn, inputs, calibration)
+        try:
+            contents = module.convert(fn, inputs, calibration)
+        except Exception as error:
+            if isinstance(error, Reported) or not registry.is_own(module):
+                raise
+            line = registry.describe_error(error)
+            raise process.Crash(f"the conversion failed: {line}") from error
     if getattr(module, "NAMED", False):
         first = next(iter(contents))
         contents[first] = class_names.attach(contents[first], classes)

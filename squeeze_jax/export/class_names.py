@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 
 NAME = "labels.txt"
@@ -47,7 +48,7 @@ def attach(content: bytes, names: Sequence[str]) -> bytes:
 def read(path: str | Path) -> tuple[str, ...]:
     """Returns the class names of an exported file, in order; () if it has none."""
     try:
-        with zipfile.ZipFile(path) as archive_file:
+        with zipfile.ZipFile(files.path(path)) as archive_file:
             lines = archive_file.read(NAME).decode(errors=BYTES)
     except (zipfile.BadZipFile, KeyError):
         return ()

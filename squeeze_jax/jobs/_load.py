@@ -9,7 +9,7 @@ import jax
 
 from squeeze_jax import files, models, tree
 from squeeze_jax.errors import UserError, shown
-from squeeze_jax.jobs import _model_json, _pretrained
+from squeeze_jax.jobs import _model_json, _pretrained, _workdir
 from squeeze_jax.models import _load
 from squeeze_jax.nn.mode import mode_argument
 from squeeze_jax.weights import foreign, weight_files
@@ -62,7 +62,8 @@ def load(
     fresh = jax.random.key(0) if fresh is None else fresh
     if unused := [n for n in ("names", "under", "key") if options.pop(n, None)]:
         raise UserError(f"{unused[0]} has no effect on the work directory {path}")
-    trained = _pretrained.find_network(workdir=str(path), where="load")
+    trained = _pretrained.find_network(workdir=str(folder), where="load")
+    example = _example_of(folder) if example is None else example
     if trained.forward_sections:
         _log.warning("%s: the weights are as the run's methods leave them", path)
     if isinstance(model, nn.Module):
@@ -76,6 +77,16 @@ def load(
         raise UserError(f"{path} holds the network {name!r}, not {model!r}")
     net = models.make(**trained.options | options)
     return net, _load_into(net, trained, name, example, fresh)
+
+
+def _example_of(workdir: Path) -> tuple[int, ...] | None:
+    """Returns the shape of an image of a run's data, [1, h, w, c]; None for other data."""
+    channels = (_model_json.read(workdir) or {}).get("source", {}).get("channels")
+    if not channels:
+        return None
+    size = _workdir.read(workdir).get("data", {}).get("size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return 1, height, width, channels
 
 
 def _load_into(net, trained, name, example, fresh):

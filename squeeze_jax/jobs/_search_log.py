@@ -82,8 +82,9 @@ class Log:
             except (ValueError, KeyError, TypeError):
                 if number == len(lines) and not strict:
                     continue  # it was stopped while it wrote the line
+                other = "leave config.search.log out" if strict else "the file"
                 raise UserError(
-                    f"{path}: line {number} is no scored network: delete the line, or leave config.search.log out"
+                    f"{path}: line {number} is no scored network: delete the line, or {other}"
                 ) from None
             if about != self._about:
                 others += 1

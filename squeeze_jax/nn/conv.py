@@ -429,6 +429,9 @@ class Conv(nn.Module):
 
     def _check_groups(self, channels: int, outputs: int) -> None:
         name, groups = self._name(), self.feature_group_count
+        for what, number in ("feature_group_count", groups), ("features", outputs):
+            if number < 1:
+                raise UserError(f"{name}: {what}={number} should be at least 1")
         if channels % groups:
             raise UserError(
                 f"{name}: {channels} channels do not divide into groups={groups}"
@@ -525,13 +528,15 @@ def per_axis(value: PerAxis, axes: int = 2) -> tuple[int, ...]:
     """Returns one number per spatial axis: repeats a single number, and keeps a tuple of `axes` numbers.
 
     Raises:
-      UserError: A tuple does not have `axes` numbers.
+      UserError: A tuple does not have `axes` numbers, or a number is below 1.
     """
     values = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(values) != axes:
         raise UserError(
             f"{value} has {len(values)} numbers for {axes} axes of positions: give one number, or one for each axis"
         )
+    if min(values) < 1:
+        raise UserError(f"strides or dilation {value} should be at least 1")
     return values
 
 

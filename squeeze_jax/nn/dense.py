@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from squeeze_jax.errors import UserError
 from squeeze_jax.nn.intercept import tap
 from squeeze_jax.nn.reshaped import features
 
@@ -43,8 +44,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer: [..., c] → [..., features]."""
+        """Applies the layer: [..., c] → [..., features]; raises a UserError if `features` is below 1."""
         outputs = features(self, self.features, fixed=self.fixed)
+        if outputs < 1:
+            name = "/".join(self.path) or "Dense"
+            raise UserError(f"{name}: features={outputs} should be at least 1")
         shape = (x.shape[-1], outputs)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None

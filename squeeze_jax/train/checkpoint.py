@@ -123,10 +123,14 @@ class Checkpoints:
           use: which checkpoint holds the trained network: the newest, or the best by the score `best`. Evaluation and
             export use that checkpoint; training always continues from the newest.
           read_only: whether to save, rename and delete nothing, because another process may be saving to the directory.
+
+        Raises:
+          UserError: the path is not UTF-8.
         """
         self._use, self._best, self._read_only = use, best, read_only
         self._keep = keep
         self.directory = files.path(directory).absolute()
+        files.check_utf8(self.directory, "the folder of checkpoints")
         self._scores = Scores(self.directory, best, lowest=lowest)
         self._manager = _Manager(
             self.directory,

@@ -91,6 +91,7 @@ def make(
       UserError: a value is out of range; later, when the chain gets parameters, a regular expression matches none.
     """
     _reject_unused_keys(locals())
+    tree.compile_rules(decay_rules, "config.optim.decay_rules")
     rate = make_schedule(
         steps, lr, schedule, warmup=warmup, end=end, boundaries=boundaries, drop=drop
     )

@@ -406,5 +406,10 @@ def _read_document(argument: str) -> str:
     elif argument == "".join(argument.split()) and Path(argument).suffix:
         raise UserError(f"no such file: {shortened(argument, 200)}")
     if not document.strip():
-        raise UserError("the document is empty: there is no answer in it")
+        named = (
+            f"{shortened(argument, 200)} is empty"
+            if exists
+            else "the document is empty"
+        )
+        raise UserError(f"{named}: there is no answer in it")
     return document
