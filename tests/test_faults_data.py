@@ -26,7 +26,7 @@ from squeeze_jax import data, files
 from squeeze_jax.data import photos, survey, text_files, vision
 from squeeze_jax.data.sources import coco, folder, pairs, tfds
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _experiment, _plan, fit
+from squeeze_jax.jobs import _experiment, _plan, _pretrained, fit
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], -1)
@@ -598,6 +598,22 @@ def test_a_name_that_is_not_utf_8_is_read_from_the_command_line():
     config = {}
     run_py.override(config, f"--config.data.source={{'name': 'folder', 'root': '{LATIN}'}}")  # fmt: skip
     assert config["data"]["source"] == {"name": "folder", "root": LATIN}
+
+
+def test_a_run_in_a_folder_that_is_not_utf_8_is_not_damaged(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    line = line_of(_pretrained.read_checkpoint, str(folder))
+    assert "is not UTF-8: rename the folder" in line
+
+
+def test_damaged_checkpoints_of_another_run_are_counted(tmp_path):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    line = line_of(_pretrained.read_checkpoint, str(tmp_path))
+    assert line.startswith(f"no checkpoint in {tmp_path / 'checkpoints'} can be read, of 5:")  # fmt: skip
+    (tmp_path / "checkpoints" / "5").rmdir()
+    line = line_of(_pretrained.read_checkpoint, str(tmp_path))
+    assert line == f"no checkpoint in {tmp_path}: train there first"
 
 
 def test_libraries_that_need_utf_8_are_not_asked(tmp_path):
