@@ -90,6 +90,23 @@ def test_a_budget_that_only_the_smallest_fits_is_met():
     assert sorted(best.arch.block)[-2:] == [0, 1]
 
 
+def test_positions_without_effect_make_no_copies_of_a_network():
+    """Only two of eight positions have an effect: there are nine networks, and each is scored once."""
+
+    def score(archs):
+        return np.asarray(archs.block)[:, :2].sum(-1)
+
+    def canonical(archs):
+        block = np.asarray(archs.block).copy()
+        block[:, 2:] = 0
+        return archs._replace(block=block)
+
+    options = dict(population=20, generations=10, canonical=canonical)
+    found = evolve(jax.random.key(0), SPACE, score, score, 9.0, **options)
+    assert found.queries == 9
+    assert len(np.unique(found.archs.block, axis=0)) == 9
+
+
 def test_an_impossible_budget_names_the_lowest_cost():
     def cost(archs):
         return np.asarray(archs.block).sum(-1) + 2.5

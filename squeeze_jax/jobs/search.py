@@ -260,8 +260,9 @@ def best_predicted(
             population=settings.population,
             rate=settings.rate,
             generations=settings.generations,
+            canonical=problem.canonical,
         )
-        archs = spaces.unstack(problem.canonical(found.archs))
+        archs = spaces.unstack(found.archs)
     else:
         drawn = jax.vmap(lambda k: spaces.sample(problem.space, k))(
             jax.random.split(key, POOL)

@@ -53,6 +53,7 @@ def evolve(
     parents: Share = 0.25,
     rate: Positive = 0.1,
     generations: Whole = 30,
+    canonical: Any = None,
 ) -> Found:
     """Returns the architecture with the largest score among those that were found within the budget.
 
@@ -66,11 +67,13 @@ def evolve(
       parents: share of the population that has children, in (0, 1].
       rate: probability that a mutation draws a position anew.
       generations: number of generations after the first, random one.
+      canonical: architectures with a leading axis → the same networks, each in one form, such as those of
+        `encode.canonical`. Without it, copies of one network fill a generation where positions without effect differ.
 
     Raises:
       UserError: no architecture within the budget was found; the message has the smallest cost.
     """
-    search = _Search(space, score, cost, budget, population)
+    search = _Search(space, score, cost, budget, population, canonical)
     first_key, *keys = jax.random.split(key, generations + 1)
     archs = search.within_budget(first_key, _vectorised(space, _random))
     history = [search.add(archs)]
@@ -132,9 +135,10 @@ def _child(space: Space, key, elite: Arch, rate: float) -> Arch:
 class _Search:
     """All architectures that were scored."""
 
-    def __init__(self, space, score, cost, budget, population):
+    def __init__(self, space, score, cost, budget, population, canonical):
         self._space, self._score, self._cost = space, score, cost
         self._budget, self._population = budget, population
+        self._canonical = canonical or (lambda archs: archs)
         self.scores: dict[tuple, tuple[float, float, Arch]] = {}
 
     def within_budget(self, key, draw: Callable, *others) -> list[Arch]:
@@ -151,7 +155,7 @@ class _Search:
         kept, lowest, nearness = [], np.inf, 0.0
         for round_key in jax.random.split(key, ROUNDS):
             keys = jax.random.split(round_key, self._population)
-            archs = draw(keys, nearness, *others)
+            archs = self._canonical(draw(keys, nearness, *others))
             costs = np.asarray(self._cost(archs))
             lowest = min(lowest, costs.min())
             rows = spaces.unstack(archs)
