@@ -4,11 +4,16 @@ Cai et al. 2019, arXiv 1908.09791, and Yu et al. 2020, arXiv 2003.11142. First t
 channels are sorted by importance, and each step trains the largest, the smallest and a random network by the sandwich rule. The
 networks have 3.3 to 18.8 M MACs.
 
-The training takes about two hours on 2 CPU cores, by the measured time of a step (0.4 to 0.5 s in the first phase, 0.8 to 1 s in
-the second): no whole run is recorded yet.
+On 2 cores of an AMD EPYC server with AVX-512 a step takes 0.54 s in the first phase and 0.9 s in the second if
+nothing else runs, so the training takes about 75 minutes. The run below took 124 minutes beside other work.
 
     tfds build cifar10 --file_format=array_record   # or squeeze_jax.data.convert, for a packed archive
     python run.py --config=configs/ofa_cifar10.py
+
+Result (JPEG copies of the images, quality 75; one seed): the largest network, 18.8 M MACs, has 85.6% test accuracy. The latency table
+has 40 pieces; on six held-out networks of 0.12 to 0.57 ms its predictions err by 1.0% in the mean and 1.5% at most. The predictor's
+rank correlation is 0.98 on 40 held-out networks of 200. The network that was found below 0.197 ms has 435,610 parameters, 6.2 M MACs
+and 81.8% test accuracy before it is trained further. The scores cost 22% of the training's arithmetic.
 
 Other limits, from the same training:
 

@@ -29,10 +29,10 @@ class Range(NamedTuple):
         """Returns what is wrong with a number; "" if it lies in the interval."""
         if isinstance(value, float) and not math.isfinite(value):
             return "should be a finite number"
-        if isinstance(value, float) and 0 < abs(value) < SMALLEST:
-            return f"should be 0 or at least {SMALLEST:.1e}, which is float32's smallest number of full precision"
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
+        if above and below and isinstance(value, float) and 0 < abs(value) < SMALLEST:
+            return f"should be 0 or at least {SMALLEST:.1e}, which is float32's smallest number of full precision"
         if above and below and isinstance(value, int) and abs(value) > INT32:
             return f"should be written as {value:.0e}: it is no integer of 32 bits"
         if above and below:

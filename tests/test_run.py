@@ -334,7 +334,7 @@ def test_a_work_directory_belongs_to_one_experiment(whole):
 
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
     status, printed = run(
-        *fit(tmp_path, "--config.optim.lr=1e30", "--config.optim.warmup=0")
+        *fit(tmp_path, "--config.optim.lr=1e6", "--config.optim.warmup=0")
     )
     assert status == 1
     last = printed.strip().splitlines()[-1]

@@ -69,6 +69,8 @@ class Scorer:
         forwards = FrozenDict(built.network.forwards)
         self._network = built.network._replace(model=None, forwards=forwards)
         self._held = placements(trained.networks.holder().pieces)
+        # On several CPU devices, programs that run at the same time may wait for each other until XLA ends the process.
+        self._one_by_one = jax.default_backend() == "cpu" and jax.device_count() > 1
         self._inputs = jax.jit(built.data.inputs)
         self._measure = jax.jit(self._measure_batch)
         self._key = jax.random.key(built.experiment.seed)
@@ -144,6 +146,8 @@ class Scorer:
                 held=self._held.get(scope),
                 train=train,
             )
+            if self._one_by_one:
+                jax.block_until_ready(x)
             if new:
                 changed = tree.with_value_at(changed, scope, tree.value_at(new, name))
         return x, changed
