@@ -396,7 +396,7 @@ def dataset(config):
 
 
 def check_inputs(texts):
-    """Raises a UserError if all inputs are blank; among others, a blank one gets a line of its own."""
+    """Raises a UserError if all inputs are blank. The job predict prints a line for each blank input among others."""
     from squeeze_jax.errors import UserError
 
     if texts and not "".join(texts).strip():
@@ -460,7 +460,7 @@ def one_line(message, category, filename, lineno, line=None):
 
 
 def end_at_once(number, frame):
-    """Ends the program before it has begun to work; a traceback of its imports would tell nothing."""
+    """Ends the program with one line, while it still imports its libraries."""
     os.write(2, b"\nstopped\n")
     os._exit(128 + number)
 

@@ -105,6 +105,7 @@ def run_tool(main: Callable[[], int]) -> NoReturn:
     Ctrl-C, and what the machine causes, end it with one line.
     """
     print_any_name()
+    files.expand_environment()
     try:
         status = main()
         sys.stdout.flush()

@@ -219,6 +219,17 @@ if any(a.startswith("--graph=") for a in arguments):
 """
 
 
+def test_damaged_times_are_measured_again(tmp_path):
+    """A row that is no JSON, no text or no row does not count; without its header, nothing in the file does."""
+    path, header = tmp_path / "times.jsonl", {"device": "board"}
+    rows = [b'{"file": "a", "round": 0}', b'{"file": "b", "rou', b"\xff\xfe", b"3", b'{"file": "c"}']  # fmt: skip
+    path.write_bytes(b"\n".join([json.dumps(header).encode(), *rows]))
+    assert time_files.read_done(path, header) == {("a", 0)}
+    assert time_files.read_done(path, {"device": "another"}) is None
+    path.write_bytes(b"\n".join([b'{"dev', *rows]))
+    assert time_files.read_done(path, header) is None
+
+
 def run_script(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-I", time_files.__file__, *map(str, arguments)],

@@ -284,7 +284,7 @@ def test_methods_without_a_predictor_score_only_networks_within_the_limits(
 
 
 def within(small, share):
-    """Returns a function: options → whether the latency is at most a share of that of the largest network that was trained."""
+    """Returns a function that tells from options whether a network's latency is at most this share of the largest one's."""
     plain = _plugs.plain(small.data.example())
 
     def latency(options):

@@ -91,19 +91,20 @@ def fail(message):
 
 
 def read_done(path, header):
-    """Returns the pairs (file, round) that a results file has; None if its device or runtime is another one."""
+    """Returns the pairs (file, round) that a results file has; None if its header is not this one."""
     if not os.path.exists(path):
         return set()
     done = set()
-    with open(path) as lines:
+    with open(path, errors="replace") as lines:
         for number, line in enumerate(lines):
             try:
                 row = json.loads(line)
-            except ValueError:  # the line that was being written
-                continue
-            if number == 0 and row != header:
-                return None
-            if number:
+            except ValueError:  # damaged, or the line that was being written
+                row = None
+            if number == 0:
+                if row != header:
+                    return None
+            elif isinstance(row, dict) and {"file", "round"} <= set(row):
                 done.add((row["file"], row["round"]))
     return done
 

@@ -339,7 +339,9 @@ def read_checkpoint(workdir: str, **checkpoint_settings) -> dict[str, Any]:
             variables = checkpoints.trained_variables()
         if variables is not None:
             return variables
-        if steps := sorted(int(p.name) for p in directory.glob("[0-9]*")):
+        if steps := sorted(
+            int(p.name) for p in directory.iterdir() if p.name.isdigit()
+        ):
             raise UserError(
                 f"no checkpoint in {directory} can be read, of {', '.join(map(str, steps))}: they are damaged; take another"
                 " work directory"

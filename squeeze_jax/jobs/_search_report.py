@@ -113,9 +113,9 @@ def report(
 
 
 def describe_latencies(workdir: pathlib.Path, found: pathlib.Path) -> str:
-    """Returns a line for each latency table: the found network's predicted latency, and that of its exported file.
+    """Compares the found network's predicted latency with that of its exported file, in a line for each latency table.
 
-    Tables without a measured file of the same format are left out, and so are tables of several threads.
+    The function leaves out tables of several threads, and tables of formats that were not exported.
 
     Args:
       workdir: of the search.

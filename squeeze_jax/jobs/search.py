@@ -199,7 +199,6 @@ def samples(problem: Problem, key: jax.Array, count: int) -> list[Arch]:
 def query(problem: Problem, log: Log, key: jax.Array, settings: Settings) -> None:
     """Scores the networks that a method without a predictor chooses."""
     queries = settings.samples + settings.candidates
-
     show, numbers = progress(queries, "networks"), itertools.count(1)
 
     def score(archs):

@@ -67,8 +67,8 @@ def evolve(
       parents: share of the population that has children, in (0, 1].
       rate: probability that a mutation draws a position anew.
       generations: number of generations after the first, random one.
-      canonical: architectures with a leading axis → the same networks, each in one form, such as those of
-        `encode.canonical`. Without it, copies of one network fill a generation where positions without effect differ.
+      canonical: architectures with a leading axis → their canonical forms, see `encode.canonical`. Without it, copies of
+        one network fill a generation where positions without effect differ.
 
     Raises:
       UserError: no architecture within the budget was found; the message has the smallest cost.

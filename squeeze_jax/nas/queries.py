@@ -61,8 +61,8 @@ class Log:
           space: the space.
           score: architectures with a leading axis n → array [n].
           within: architectures with a leading axis n → bool [n]: whether they meet the limits; None if all do.
-          canonical: architectures with a leading axis → the same networks, each in one form, such as those of
-            `encode.canonical`; None if no two architectures are the same network.
+          canonical: architectures with a leading axis → their canonical forms, see `encode.canonical`; None if no two
+            architectures are the same network.
         """
         self._space, self._score, self._within = space, score, within
         self._canonical = canonical or (lambda archs: archs)
@@ -94,7 +94,7 @@ class Log:
         return np.asarray([self._scores[k] for k in keys])
 
     def allowed(self, archs: Arch) -> list[tuple]:
-        """Returns those of the architectures that meet the limits, in their canonical form, as `space.key_of` writes it."""
+        """Returns the keys of the architectures that meet the limits, see `space.key_of`; each key is of the canonical form."""
         archs = jax.device_get(self._canonical(archs))
         keys = spaces.keys_of(archs)
         if self._within is None:

@@ -22,7 +22,7 @@ from squeeze_jax.ranges import (
 )
 from squeeze_jax.registry import checked
 
-# Beyond these, the first step overflows in float32.
+# Larger values are mistakes: each step of gradient descent enlarges the weights if lr * decay is above 2.
 LearningRate = Annotated[float, Range(0, 1e6, open_low=True)]
 Decay = Annotated[float, Range(0, 1e3)]
 # Keys that only some optimizers or schedules use. `make` rejects them for all others, where they would have no effect.
