@@ -152,10 +152,10 @@ def test_schedule_passes_through_its_points(section, points):
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        (dict(lr=0.0), "lr = 0.0 should be positive"),
+        (dict(lr=0.0), r"lr = 0\.0 should lie in \(0, 1000000\]"),
         (dict(lr=0.1, warmup=100), "warmup = 100 should lie in"),
         (dict(lr=0.1, warmup=2.5), "warmup = 2.5 should be a whole number"),
-        (dict(lr=0.1, decay=-1.0), "decay = -1.0 should not be negative"),
+        (dict(lr=0.1, decay=-1.0), r"decay = -1\.0 should lie in \[0, 1000\]"),
         (dict(lr=0.1, schedule="step"), "boundaries is empty"),
         (
             dict(name="adamw", lr=0.1, momentum=0.8),
