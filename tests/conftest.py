@@ -9,15 +9,19 @@ import importlib.util
 import io
 import os
 import sys
+import tempfile
 from pathlib import Path
 
-# Meshes are tested on four simulated devices. Most programs are compiled to run once, so LLVM alone compiles fusions, in one
-# thread: a training step compiles 2.6 times as fast. This has to stand before jax is imported.
+# Most programs are compiled to run once, so LLVM alone compiles fusions, in one thread: a training step compiles 2.6 times as
+# fast. This has to stand before jax is imported.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_force_host_platform_device_count=4",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
+# Programs are kept for this process and those that it starts, never among the user's.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="squeeze_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
 # Those that are timed are optimized as for users: the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -25,6 +29,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.devices import simulated
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NEEDING = pytest.StashKey[int]()  # how many tests were left out for want of it
@@ -106,6 +112,17 @@ def optimized(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def four_devices():
+    """Four simulated devices in place of one, until the last test of the module.
+
+    All other tests run on one: a program on four costs more, and two programs on four at once can wait for each other.
+    """
+
+    with simulated(4):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from squeeze_jax.comm import int8
 from squeeze_jax.cost import wire
 from squeeze_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 AXES = ("data", "fsdp")
 
 

@@ -124,20 +124,20 @@ def test_the_users_choice_wins(tmp_path):
 
 
 @pytest.fixture
-def alone(monkeypatch):
-    """One CPU device as far as the cache knows, and JAX's settings as they were at the end."""
+def users_cache(monkeypatch):
+    """The cache as it is without the tests' own folder; JAX's settings as they were at the end."""
+    monkeypatch.setattr(_compilation, "_INITIAL_CACHE", (None, -1))
     names = ("dir", "max_size")
     names = [f"jax_compilation_cache_{name}" for name in names]
     names.append("jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
     _compilation.compilation_cache.reset_cache()
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("users_cache")
 def test_where_the_cache_is(tmp_path, monkeypatch):
     def place():
         return Path(jax.config.jax_compilation_cache_dir)
@@ -171,7 +171,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("users_cache")
 def test_machines_do_not_share_programs(monkeypatch):
     here = _compilation.machine_name()
     assert here == _compilation.machine_name()
@@ -182,7 +182,7 @@ def test_machines_do_not_share_programs(monkeypatch):
     assert len({here, more, other}) == 3
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("users_cache")
 def test_a_folder_that_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
@@ -194,7 +194,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         assert jax.config.jax_compilation_cache_dir is None
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("users_cache")
 def test_what_killed_processes_left_is_removed(tmp_path):
     folder = tmp_path / _compilation.machine_name()
     folder.mkdir()
@@ -204,7 +204,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     assert {f.name for f in folder.glob("*-*")} == {"whole-1-cache", "whole-1-atime"}
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("users_cache")
 def test_a_cache_that_another_process_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(_compilation, "LOCK_SECONDS", 0.01)
     folder = tmp_path / _compilation.machine_name()
@@ -214,6 +214,7 @@ def test_a_cache_that_another_process_holds(tmp_path, monkeypatch):
     assert line == f"programs are kept in {folder}, at most 2000 MB"
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_several_cpu_devices_have_no_cache(tmp_path):
     line = _compilation.enable(str(tmp_path))
     assert line.startswith("programs are not kept: XLA cannot run loaded ones")

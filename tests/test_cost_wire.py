@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from squeeze_jax.cost.wire import compiled_wire, describe, wire
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 # 40 + 8 numbers
 TREE = {"kernel": (5, 8), "bias": (8,)}
 ROWS = P("data")

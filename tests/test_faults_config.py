@@ -425,6 +425,7 @@ def test_own_losses_and_networks_that_do_not_fit_are_one_line(tmp_path):
     assert wrong.endswith("; the network returns float32 [16, 8, 8, 10]")
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_training_that_no_memory_holds_is_one_line(monkeypatch):
     """A device gets 4 of 16 images: 64 bytes as stored, 256 as float32, 5 of label and mask."""
     built = _experiment.build(_experiment.check(digits()))

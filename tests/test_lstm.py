@@ -289,6 +289,7 @@ def test_layers_pass_their_arrays_through_taps():
     np.testing.assert_allclose(changed, expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_four_devices_carry_what_one_carries(text):
     net, variables = ours()
     tx, mesh = optax.sgd(0.1), sharding.make_mesh(data=4)

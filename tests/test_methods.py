@@ -17,6 +17,8 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _objective, _plan, _plugs
 from squeeze_jax.train import sharding, step
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 BATCH = 8
 BASE = dict(
     steps=4,

@@ -98,6 +98,7 @@ def test_vmap_and_bfloat16():
     np.testing.assert_array_equal(y[1], y[0])
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_devices_share_one_mask():
     x = jnp.ones((16, 32))
     placed = jax.device_put(x, sharding.over_batch(sharding.make_mesh(data=4)))

@@ -152,6 +152,7 @@ class Net(nn.Module):
         return BatchNorm(False)(Conv(4, (3, 3), 2, feature_group_count=2)(x))
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_four_devices_are_one_under_jit_and_inside_shard_map():
     axes = ("data", "more")
     mesh = jax.make_mesh((2, 2), axes, axis_types=(AxisType.Auto,) * 2)

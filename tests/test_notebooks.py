@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.compiler_flags import xla_flags
+from tests.devices import xla_flags
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 

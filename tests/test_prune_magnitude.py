@@ -191,6 +191,7 @@ def test_masks_are_those_of_pytorch():
         np.testing.assert_array_equal(state.masks[f"{name}/kernel"], theirs)
 
 
+@pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize("sharded", [False, True], ids=["one device", "four devices"])
 def test_marks_are_those_of_a_stable_sort(sharded):
     """Of 96 values among 10 different ones, so most are tied, in two arrays; numpy sorts the concatenation."""

@@ -23,7 +23,7 @@ from squeeze_jax import methods
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, predict
 from squeeze_jax.train import log
-from tests.compiler_flags import xla_flags
+from tests.devices import xla_flags
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]

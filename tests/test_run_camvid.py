@@ -15,7 +15,7 @@ from sklearn.metrics import jaccard_score
 
 from squeeze_jax.jobs import _experiment, _workdir, evaluate, export
 from squeeze_jax.train import log
-from tests.compiler_flags import xla_flags
+from tests.devices import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (

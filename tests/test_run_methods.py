@@ -23,7 +23,7 @@ from squeeze_jax.train import log
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.weights import pretrained
 from tests import test_run, test_run_errors
-from tests.compiler_flags import xla_flags
+from tests.devices import xla_flags
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]

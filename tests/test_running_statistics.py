@@ -149,6 +149,7 @@ def test_each_accumulated_part_is_an_update():
     np.testing.assert_allclose(state.stats["first_norm"]["mean"], expected, rtol=2e-5)
 
 
+@pytest.mark.usefixtures("four_devices")
 @pytest.mark.parametrize(("exchange", "accumulate"), [(False, 1), (True, 1), (True, 2)])
 def test_four_devices_are_one(exchange, accumulate):
     mesh = sharding.make_mesh(data=4)

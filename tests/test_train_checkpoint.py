@@ -20,6 +20,8 @@ from squeeze_jax.files import DiskFull
 from squeeze_jax.train import sharding, state
 from squeeze_jax.train.checkpoint import Checkpoints, checksums
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 EXAMPLE = jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)
 
 

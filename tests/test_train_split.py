@@ -25,6 +25,8 @@ from squeeze_jax.train.losses import (
     span,
 )
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 ROWS, LENGTH, WORDS, CLASSES = 8, 12, 7, 5
 EXAMPLE = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
 SPLITS = {

@@ -18,6 +18,8 @@ from squeeze_jax.train import forward, optim, sharding, state, step
 from squeeze_jax.train.losses import cross_entropy
 from squeeze_jax.train.metrics import classification
 
+pytestmark = pytest.mark.usefixtures("four_devices")
+
 SHAPE, CLASSES, BATCH = (6, 6, 2), 4, 16
 EXAMPLE = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
 

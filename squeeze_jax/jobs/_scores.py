@@ -15,6 +15,7 @@ from flax.core import FrozenDict
 
 from squeeze_jax import tree
 from squeeze_jax.errors import UserError, nearest
+from squeeze_jax.in_order import in_order
 from squeeze_jax.jobs import _space, fit
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas import subnetwork
@@ -69,10 +70,8 @@ class Scorer:
         forwards = FrozenDict(built.network.forwards)
         self._network = built.network._replace(model=None, forwards=forwards)
         self._held = placements(trained.networks.holder().pieces)
-        # On several CPU devices, programs that run at the same time may wait for each other until XLA ends the process.
-        self._one_by_one = jax.default_backend() == "cpu" and jax.device_count() > 1
-        self._inputs = jax.jit(built.data.inputs)
-        self._measure = jax.jit(self._measure_batch)
+        self._inputs = in_order(jax.jit(built.data.inputs))
+        self._measure = in_order(jax.jit(self._measure_batch))
         self._key = jax.random.key(built.experiment.seed)
         batch, augment = built.experiment.batch, jax.jit(built.data.augment)
         parts = -(-calibration // batch)
@@ -146,8 +145,6 @@ class Scorer:
                 held=self._held.get(scope),
                 train=train,
             )
-            if self._one_by_one:
-                jax.block_until_ready(x)
             if new:
                 changed = tree.with_value_at(changed, scope, tree.value_at(new, name))
         return x, changed
@@ -170,6 +167,7 @@ def _training(built: Built) -> Iterator[Any]:
     return built.data.train(built.experiment.batch, built.experiment.seed, 0, (0, 1))
 
 
+@in_order
 @functools.partial(jax.jit, static_argnames=("network", "piece", "held", "train"))
 def _run_piece(
     large,

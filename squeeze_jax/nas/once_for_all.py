@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.in_order import in_order
 from squeeze_jax.methods import METHODS, Gradients, Passes, Plain
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas import subnetwork
@@ -132,7 +133,7 @@ class _Trainer:
         self._holder, self._endpoints = family.holder().pieces, None
         self._runner = Runner(passes, self._holder)
         self._pieces = functools.lru_cache(maxsize=512)(self._pieces_of)
-        self._inputs = jax.jit(passes.inputs)
+        self._inputs = in_order(jax.jit(passes.inputs))
         self._sample = jax.jit(self._random_archs, static_argnames="count")
         self._soft_labels = jax.jit(
             functools.partial(soft_labels, temperature=weights.temperature)
@@ -140,7 +141,7 @@ class _Trainer:
         losses = self._largest_loss, self._smaller_loss
         options = dict(argnums=(0, 1, 2), has_aux=True)
         self._largest, self._smaller = (
-            jax.jit(jax.value_and_grad(loss, **options)) for loss in losses
+            in_order(jax.jit(jax.value_and_grad(loss, **options))) for loss in losses
         )
 
     def compute(self, params, stats, batch, own, rule, random):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax import tree
+from squeeze_jax.in_order import in_order
 from squeeze_jax.methods import Passes
 from squeeze_jax.nas import subnetwork
 from squeeze_jax.nn.chain import Chain, Piece
@@ -66,8 +67,8 @@ class Runner:
         self._passes = passes
         self._held = placements(holder)
         static = ("piece", "held", "first", "update", "differentiate", "endpoints")
-        self._forward = jax.jit(self._run_piece, static_argnames=static)
-        self._backward = jax.jit(lambda pullback, cotangent: pullback(cotangent))
+        self._forward = in_order(jax.jit(self._run_piece, static_argnames=static))
+        self._backward = in_order(jax.jit(lambda pull, cotangent: pull(cotangent)))
 
     def run(
         self,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.errors import UserError
+from squeeze_jax.in_order import in_order
 from squeeze_jax.methods import Gradients
 from squeeze_jax.nn.means import mean
 from squeeze_jax.ranges import Positive, Whole
@@ -53,7 +54,7 @@ def make(
     def compiled(passes, width):
         loss = _largest_loss if width == large else _smaller_loss
         bound = functools.partial(loss, passes, width, temperature)
-        return jax.jit(jax.value_and_grad(bound, has_aux=True))
+        return in_order(jax.jit(jax.value_and_grad(bound, has_aux=True)))
 
     def compute(passes, params, stats, batch, own):
         key, smaller_losses = own.key, []

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from squeeze_jax import methods
 from squeeze_jax.errors import UserError
+from squeeze_jax.in_order import in_order
 from squeeze_jax.nn import means
 from squeeze_jax.ranges import Count, Rate
 from squeeze_jax.train import contract, forward, split
@@ -178,13 +179,18 @@ def compose(parts: Parts, **jit_options) -> Callable:
       **jit_options: options of `jax.jit` for the part `update`, such as out_shardings. They serve parts that are not
         fused, whose `prepare` and `update` are jitted here one by one.
     """
-    prepare, update = parts.prepare, parts.update
+    update = parts.update
+
+    def prepare(*args):
+        batch = parts.prepare(*args)
+        return batch, jnp.sum(batch["mask"].astype(jnp.float32))
+
     if not parts.fused:
-        prepare, update = jax.jit(prepare), jax.jit(update, **jit_options)
+        prepare = in_order(jax.jit(prepare))
+        update = in_order(jax.jit(update, **jit_options))
 
     def step(state: State, batch: dict, key: jax.Array, *frozen) -> tuple[State, dict]:
-        batch = prepare(state, batch, key, *frozen)
-        examples = jnp.sum(batch["mask"].astype(jnp.float32))
+        batch, examples = prepare(state, batch, key, *frozen)
         computed = parts.gradients(state, batch, key)
         return update(state, computed, examples, key)
 
