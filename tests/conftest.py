@@ -30,8 +30,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.devices import simulated
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NEEDING = pytest.StashKey[int]()  # how many tests were left out for want of it
 
@@ -120,6 +118,8 @@ def four_devices():
 
     All other tests run on one: a program on four costs more, and two programs on four at once can wait for each other.
     """
+
+    from tests.devices import simulated
 
     with simulated(4):
         yield

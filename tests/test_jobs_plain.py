@@ -37,7 +37,7 @@ def narrowed():
 
 
 def trained(workdir):
-    config = _workdir.read(workdir) | dict(sharding=dict(data=4))
+    config = _workdir.read(workdir)
     return jax.device_get(
         evaluate.trained_state(_experiment.build_trained(workdir, config), workdir)
     )

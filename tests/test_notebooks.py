@@ -57,6 +57,7 @@ SMALL = {
     "05_once_for_all": {
         "STEPS": (1, 2),
         "SAMPLES": 10,
+        "CALIBRATION": 64,
         "NETWORKS": 4,
         "ROUNDS": 1,
         "TRUTH": 3,

@@ -298,7 +298,7 @@ def test_equal_pieces_are_compiled_once():
     for key in jax.random.split(jax.random.key(0), 80):
         pieces = family.network(space.sample(family.space, key)).pieces
         runner.run(pieces, variables["params"], stats, {}, x, key, differentiate=False)
-        sizes.append(runner._forward._cache_size())
+        sizes.append(runner._forward.__wrapped__._cache_size())
     # The 2nd block of a stage differs from its first. Each has 2 * 2 choices; stem, first block, head and classifier have none.
     assert sizes[-1] == 4 * 4 + 4
     assert sizes[-1] == sizes[-8]

@@ -16,6 +16,7 @@ LEVELS = {
     "batches": 0,
     "errors": 0,
     "files": 0,
+    "in_order": 0,
     "machine": 0,
     "methods": 0,
     "own": 0,

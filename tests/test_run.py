@@ -25,7 +25,7 @@ from squeeze_jax.jobs import _experiment, _workdir, evaluate, predict
 from squeeze_jax.train import log
 from tests.devices import xla_flags
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "four_devices")
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
 TINY = (

@@ -67,7 +67,6 @@ def start(workdir, archive, cache):
 
 def trained(workdir):
     config = _workdir.read(workdir)
-    config["sharding"] = {"data": 4}  # of the devices of this process
     built = _experiment.build(_experiment.check(config))
     return built, jax.device_get(evaluate.trained_state(built, workdir))
 

@@ -14,6 +14,7 @@ from squeeze_jax.export import build, listing, parity, runnable
 from squeeze_jax.jobs import _experiment, _model_json, _places, _workdir, export
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("four_devices")
 
 
 def refusal(*arguments):

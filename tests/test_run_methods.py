@@ -25,7 +25,7 @@ from squeeze_jax.weights import pretrained
 from tests import test_run, test_run_errors
 from tests.devices import xla_flags
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "four_devices")
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = 4  # of this process, see conftest.py
 STEPS, KILL_AT = 20, 12

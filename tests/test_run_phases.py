@@ -16,7 +16,7 @@ from squeeze_jax.train.checkpoint import Checkpoints
 from tests import test_run_methods
 from tests.test_run_methods import config_of
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "four_devices")
 PHASES = (
     dict(steps=12),
     dict(
@@ -165,7 +165,7 @@ def test_steps_of_the_config_may_not_contradict_the_phases(tmp_path):
 
 SUPERNET = (
     config_of("ofa_digits"),
-    '--config.phases=({"steps": 5}, {"steps": 6, "begin": {"name": "nas.sort_channels"}, "gradients": {"name": "nas.once_for_all", "random": 1}, "optim": {"lr": 0.05}})',
+    '--config.phases=({"steps": 5}, {"steps": 6, "begin": {"name": "nas.sort_channels"}, "gradients": {"name": "nas.once_for_all", "random": 1, "choices": {"expand": (3,)}}, "optim": {"lr": 0.05}})',
     "--config.batch=8",
     "--config.data.size=8",
     "--config.data.pad=1",
