@@ -19,7 +19,10 @@ def says(error) -> str:
     return line
 
 
-def test_digits_are_scikit_learns_stretched_to_bytes():
+@pytest.mark.parametrize("file", [digits._FILE, "moved.csv.gz"])
+def test_digits_are_scikit_learns_stretched_to_bytes(file, monkeypatch):
+    """Read from its file, or by its function where the file has moved."""
+    monkeypatch.setattr(digits, "_FILE", file)
     source = digits.make()
     assert source.label_names == tuple("0123456789")
     assert (len(source.train), len(source.eval), source.channels) == (1437, 360, 1)
