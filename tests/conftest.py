@@ -48,6 +48,7 @@ def pytest_configure(config):
 
 # Files that take a minute and more, the slowest first: they begin first, so that no worker waits for another at the end.
 SLOW = (
+    "test_checkpoint_trees.py",  # makes arrays when it is imported: before any file restarts JAX
     "test_configs.py",
     "test_run_methods.py",
     "test_run_text.py",
