@@ -1,6 +1,6 @@
 """Runs programs one after the other where that is needed: on several CPU devices.
 
-There XLA (jaxlib 0.10 and 0.11) does not start programs in the same order on each device. If two independent programs with
+There XLA (jaxlib 0.10.2) does not start programs in the same order on each device. If two independent programs with
 collectives are in progress, each may occupy the threads that the other waits for, until XLA ends the process.
 """
 
@@ -20,7 +20,7 @@ def in_order(run: Callable) -> Callable:
     @functools.wraps(run)
     def wait(*args, **kwargs):
         result = run(*args, **kwargs)
-        if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        if jax.default_backend() == "cpu" and jax.device_count() > 1:
             jax.block_until_ready(result)
         return result
 

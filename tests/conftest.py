@@ -48,7 +48,6 @@ def pytest_configure(config):
 
 # Files that take a minute and more, the slowest first: they begin first, so that no worker waits for another at the end.
 SLOW = (
-    "test_checkpoint_trees.py",  # makes arrays when it is imported: before any file restarts JAX
     "test_configs.py",
     "test_run_methods.py",
     "test_run_text.py",
@@ -70,7 +69,14 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(config, items):
     places = {name: place for place, name in enumerate(SLOW)}
-    items.sort(key=lambda item: places.get(item.path.name, len(SLOW)))
+    # Files that restart JAX come last: arrays that other files make on import then belong to the devices they run on.
+    restarting = {item.path for item in items if "four_devices" in item.fixturenames}
+    items.sort(
+        key=lambda item: (
+            item.path in restarting,
+            places.get(item.path.name, len(SLOW)),
+        )
+    )
     if SHARED.is_dir():
         return
     needing = [

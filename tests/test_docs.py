@@ -15,7 +15,6 @@ from PIL import Image
 
 import run as run_py
 from squeeze_jax.jobs import _settings
-from tests.devices import simulated
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -289,8 +288,8 @@ def test_the_code_of_the_concepts_runs():
     assert "bottleneck5" not in shapes
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_the_guide_of_devices(place, capsys):
     for arguments in commands("devices.md"):
-        with simulated(4):
-            run(arguments, *SMALL)
+        run(arguments, *SMALL)
     assert "mesh       4 x cpu: data 4" in capsys.readouterr().out
