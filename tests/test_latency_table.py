@@ -185,6 +185,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         (dict(pieces=[1]), "damaged"),
         (dict(networks=[{}]), "damaged"),
         (dict(scale=None), "damaged"),
+        (dict(scale=float("nan")), "damaged"),
+        (dict(scale=float("inf")), "damaged"),
+        (dict(join_ms=float("nan")), "damaged"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, changes, message):
@@ -192,7 +195,7 @@ def test_a_wrong_table_is_refused(tmp_path, changes, message):
     write_table(path, **changes)
     with pytest.raises(UserError, match=message) as error:
         tables.read(path)
-    assert "--job=latency_table" in str(error.value)
+    assert "delete it, and measure it anew with --job=latency_table" in str(error.value)
     assert "\n" not in str(error.value)
 
 

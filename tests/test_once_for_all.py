@@ -481,6 +481,11 @@ def test_samples_mutations_and_crossovers_stay_in_the_space():
         (lambda: models.make(**OPTIONS, depth=(1,)), r"depth has 1 values: .* or 2"),
         (lambda: family_of(OPTIONS, choices={"kernal": (3,)}), "kernal .* 'kernel'"),
         (lambda: family_of(OPTIONS, choices={"kernel": (4,)}), "kernel = 4 .* 3, 5"),
+        (lambda: family_of(OPTIONS, choices={"kernel": 4}), "kernel = 4 .* 3, 5"),
+        (
+            lambda: family_of(OPTIONS, choices={"kernel": ()}),
+            "kernel allows no value: choose among 3, 5",
+        ),
         (lambda: family_of(OPTIONS | dict(kernel=3)), r"kernel\[0\] = 3 .* but 5"),
         (lambda: family_of(dict(name="squeezenet")), "'squeezenet' has no elastic"),
         (lambda: once_for_all.make("random", random=0), "trains no network"),

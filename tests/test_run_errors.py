@@ -324,7 +324,18 @@ def test_every_job_looks_at_the_places_first(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"tflite": 1}', b"\xff", b"[" * 100_000]
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"tflite": 1}',
+        b'{"tflite": {"step": "3", "path": "model.tflite"}}',
+        b'{"tflite": {"step": 3, "path": 5}}',
+        b'{"tflite": {"step": 3, "path": "model.tflite", "sha256": "abc"}}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
 )
 def test_a_damaged_listing_is_written_anew(tmp_path, content):
     path = listed(tmp_path, "tflite", "model.tflite", 3)

@@ -324,6 +324,30 @@ def test_a_stopped_search_goes_on(searched, trained, tmp_path, monkeypatch):
     assert found["found"] == expected["found"]
     assert found["rows"] == expected["rows"]
     assert len(calls) == 1 + len(log_of(whole))
+    assert log_of(stopped) == log_of(whole)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"options": {"depth": 2}},
+        {"options": None},
+        {"options": {"kernel": [3] * 4, "expand": [2] * 4, "depth": [9, 9]}},
+        {"options": {"kernel": [3] * 4, "expand": [2] * 4}},
+        {"score": float("nan")},
+        {"score": "0.3"},
+    ],
+    ids=["one value", "none", "outside", "left out", "nan", "text"],
+)
+def test_a_damaged_line_of_the_log_is_named(searched, trained, tmp_path, damage):
+    again = copied(trained, tmp_path)
+    rows = log_of(searched[0])
+    rows[2] |= damage
+    (again / "search").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (again / "search" / "scored.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"jsonl: line 3 is no scored network: delete"):
+        job(again)
 
 
 @pytest.mark.parametrize(

@@ -239,9 +239,12 @@ def read(path: str | Path) -> Table:
     if version != VERSION or "pieces" not in content:
         said = shortened(repr(version), 20)
         raise UserError(
-            f"{path} is no latency table of version {VERSION}, its version is {said}: measure it anew with --job=latency_table"
+            f"{path} is no latency table of version {VERSION}, its version is {said}: delete it, and measure it anew with --job=latency_table"
         )
     try:
+        scale, join_ms = float(content["scale"]), float(content["join_ms"])
+        if not 0 < scale < math.inf or not math.isfinite(join_ms):
+            raise ValueError(f"a scale of {scale}, {join_ms} ms for a join")
         return Table(
             {k: content[k] for k in ABOUT},
             {k: _read_timing(v) for k, v in content["pieces"].items()},
@@ -255,12 +258,12 @@ def read(path: str | Path) -> Table:
                 )
                 for n in content["networks"]
             ),
-            float(content["scale"]),
-            float(content["join_ms"]),
+            scale,
+            join_ms,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} is a damaged latency table ({shortened(str(error), 60)}): measure it anew with --job=latency_table"
+            f"{path} is a damaged latency table ({shortened(str(error), 60)}): delete it, and measure it anew with --job=latency_table"
         ) from None
 
 

@@ -45,11 +45,19 @@ def read(directory: Path) -> dict[str, dict[str, Any]] | None:
         entries = files.read_json(path)
     except (OSError, ValueError):
         return None
-    if not isinstance(entries, dict) or not all(
-        isinstance(entry, dict) and "step" in entry for entry in entries.values()
-    ):
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         return None
     return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether the fields that are read have their types; lists of earlier versions have no checksums."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("step")) is int
+        and isinstance(entry.get("path", ""), str)
+        and isinstance(entry.get("sha256", {}), dict)
+    )
 
 
 def verify(path: Path) -> None:

@@ -1,9 +1,10 @@
 """The log of a search: the networks that were scored."""
 
 import json
+import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -53,6 +54,7 @@ class Log:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read(path, strict=False)
+            _drop_unfinished_line(path)
         if other is not None:
             known = set(self.scores)
             self._read(other, strict=True)
@@ -77,9 +79,12 @@ class Log:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                options, score = row["options"], float(row["score"])
-                about = {k: row[k] for k in self._about}
-            except (ValueError, KeyError, TypeError):
+                score, about = row["score"], {k: row[k] for k in self._about}
+                if about == self._about:
+                    arch = self._arch(row["options"])
+                    if type(score) not in (float, int) or not math.isfinite(score):
+                        raise ValueError("the score is no finite number")
+            except (ValueError, KeyError, TypeError, AttributeError, UserError):
                 if number == len(lines) and not strict:
                     continue  # it was stopped while it wrote the line
                 other = "leave config.search.log out" if strict else "the file"
@@ -89,13 +94,19 @@ class Log:
             if about != self._about:
                 others += 1
                 continue
-            arch = self._problem.space.arch({k: tuple(v) for k, v in options.items()})
-            arch = spaces.unstack(self._problem.canonical(spaces.stack([arch])))[0]
             self.scores[spaces.key_of(arch)] = arch, score
         if others:
             print(
                 f"log        {others} scores in {path} are of another checkpoint, other examples or another score: left out"
             )
+
+    def _arch(self, options: Mapping[str, Sequence]) -> Arch:
+        """Returns the canonical architecture of a line's options; raises an error if they are not of the space."""
+        space = self._problem.space
+        if options.keys() != space.choices.keys():
+            raise ValueError("other options")
+        arch = space.arch({k: tuple(v) for k, v in options.items()})
+        return spaces.unstack(self._problem.canonical(spaces.stack([arch])))[0]
 
     def score(self, archs: Sequence[Arch], what: str) -> None:
         """Scores those architectures that have no score yet, and logs each at once."""
@@ -137,6 +148,13 @@ class Log:
         """Returns (architectures with a leading axis, scores [n])."""
         archs, scores = zip(*self.scores.values(), strict=True)
         return spaces.stack(archs), np.asarray(scores)
+
+
+def _drop_unfinished_line(path: pathlib.Path) -> None:
+    """Removes the line that a stopped search has written in part; the next line would continue it."""
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def progress(total: int, what: str) -> Callable[[int], None]:

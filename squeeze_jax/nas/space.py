@@ -84,25 +84,32 @@ class Space(NamedTuple):
 
 def from_choices(
     elastic: Mapping[str, tuple[tuple[Any, ...], ...]],
-    limits: Mapping[str, tuple] | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> Space:
     """Builds a space.
 
     Args:
       elastic: {option: choices of each position}, as the network's file gives them.
-      limits: {option: the values that are allowed, at every position}; None for all. A position that has none of them
+      limits: {option: the values that are allowed, at every position, or one value}; None for all. A position that has none of them
         keeps its choices.
 
     Raises:
       UserError: a limit names another option, or allows no value of any position.
     """
-    limits = dict(limits or {})
+    limits = {
+        name: tuple(allowed) if isinstance(allowed, tuple | list) else (allowed,)
+        for name, allowed in dict(limits or {}).items()
+    }
     for name, allowed in limits.items():
         if name not in elastic:
             raise UserError(
                 f"choices: {name} is not an elastic option of the network{nearest(name, elastic)}"
             )
         known = sorted({value for choices in elastic[name] for value in choices})
+        if not allowed:
+            raise UserError(
+                f"choices: {name} allows no value: choose among {', '.join(map(str, known))}"
+            )
         for value in allowed:
             if value not in known:
                 raise UserError(
