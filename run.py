@@ -274,6 +274,7 @@ def main(argv=None):
     from squeeze_jax.jobs import (
         _compilation,
         _experiment,
+        _model_json,
         _places,
         _pretrained,
         _workdir,
@@ -284,10 +285,12 @@ def main(argv=None):
     inputs = list(map(input_of, args.inputs))
     config, workdir = config_and_workdir(args, overrides)
     _places.check(workdir)
-    experiment = _experiment.check(config)
-    join(args)
     # Whether a job begins a run, needs one that was begun, or ignores what the work directory holds.
     use = getattr(job, "RUN", "needs")
+    if use != "ignores":
+        config = _model_json.with_channels(workdir, config)
+    experiment = _experiment.check(config)
+    join(args)
     if use == "needs":
         if args.workdir is None:
             print(f"work dir   {workdir}", file=sys.stderr)

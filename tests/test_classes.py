@@ -16,6 +16,7 @@ from squeeze_jax.export import load
 from squeeze_jax.jobs import (
     _classes,
     _experiment,
+    _model_json,
     _pretrained,
     _settings,
     _teachers,
@@ -195,6 +196,30 @@ def photos(root, *classes):
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{n}.png")
 
 
+@pytest.mark.parametrize(
+    ("written", "section", "channels"),
+    [
+        ({"channels": 1}, {}, 1),
+        ({"channels": 1, "classes": ["a"]}, {"name": "segmentation"}, 1),
+        ({"source": {"name": "absent", "channels": 3}}, {}, 3),  # earlier versions
+        ({"channels": 1}, {"channels": 3}, 3),  # compared with the run's config later
+        ({"channels": 1}, {"name": "texts", "train": "a.csv"}, None),
+        ({"channels": "1"}, {}, None),
+        ({"source": {"channels": [3]}}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_channels_of_a_run(tmp_path, written, section, channels):
+    content = {"model": {"name": "resnet"}, "checkpoint": {}} | written
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    if not section.keys() & {"name", "train"}:
+        section = section | {"source": {"name": "digits"}}
+    if section.get("name") == "segmentation":
+        section = section | {"source": {"name": "pairs", "root": "x"}}
+    config = _model_json.with_channels(tmp_path, {"data": section})
+    assert config["data"].get("channels") == channels
+
+
 def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos", "blue", "red")
@@ -250,6 +275,27 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="photos"):
         run_py.main(["--job=evaluate", "--workdir=run"])
     run_py.main(["--job=evaluate", "--workdir=run", moved])
+    # It also keeps its three channels: the same grey pixels are the same inputs, in one channel or in three.
+    answers = []
+    for mode in "L", "RGB":
+        for split in "train", "test":
+            for name in "blue", "red":
+                grey = tmp_path / mode / split / name
+                grey.mkdir(parents=True)
+                for path in (tmp_path / "moved" / split / name).iterdir():
+                    Image.open(path).convert("L").convert(mode).save(grey / path.name)
+        capsys.readouterr()
+        place = f"--config.data.source.root={mode}"
+        run_py.main(["--job=evaluate", "--workdir=run", place])
+        answers.append(capsys.readouterr().out.splitlines()[-1])
+    assert answers[0] == answers[1]
+    run_py.main(
+        ["--job=fit", "--workdir=run", "--config.steps=3", place, arguments[-1]]
+    )
+    grey = ["--config.data.source.root=L", "--config.data.channels=1"]
+    words = "data.channels = 3 there, 1 here"
+    with pytest.raises(UserError, match=words):
+        run_py.main(["--job=evaluate", "--workdir=run", *grey])
     # A run on "RED" and "blue", in this order, begins with the head for "blue" and "red".
     for split in "train", "test":
         shutil.move(f"moved/{split}/red", f"moved/{split}/RED")

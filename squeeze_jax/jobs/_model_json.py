@@ -4,6 +4,7 @@ Each checkpoint's note holds the same contents, so that a damaged file loses not
 """
 
 import contextlib
+import inspect
 import json
 import pathlib
 import warnings
@@ -11,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from squeeze_jax import files, registry
-from squeeze_jax.data import Data
+from squeeze_jax.data import Data, vision
+from squeeze_jax.data.pipeline import TASKS
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _classes, _places
 from squeeze_jax.jobs._settings import with_tuples
@@ -44,16 +46,18 @@ def contents(
       source: the data; the file keeps their class names, and for images the arguments of `data/sources/absent.py`.
 
     Returns:
-      {"model": options, "checkpoint": arguments}; with data also "classes", and for images with classes "source".
+      {"model": options, "checkpoint": arguments}; with data also "classes", with images also "channels", and with images that
+      have classes also "source".
     """
     saved_model = {"model": dict(options), "checkpoint": dict(checkpoint)}
     if source is None:
         return saved_model
     saved_model["classes"] = list(source.label_names)
     segmentation = source.metrics == "segmentation"
-    images = segmentation or source.metrics == "classification"
-    if images and source.reads == "images" and source.label_names:
-        channels = source.example().shape[-1]
+    if source.reads != "images":
+        return saved_model
+    channels = saved_model["channels"] = source.example().shape[-1]
+    if source.label_names and (segmentation or source.metrics == "classification"):
         absent = dict(name="absent", classes=saved_model["classes"], channels=channels)
         saved_model["source"] = absent | ({"ignored": []} if segmentation else {})
     return saved_model
@@ -144,6 +148,43 @@ def config_without_examples(
     else:
         return None
     return dict(config) | {"data": data}
+
+
+def with_channels(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config whose images have the channels that the network of a work directory was trained on.
+
+    Without this, a colour image in a folder of grey images would give the trained network another input.
+
+    Args:
+      workdir: the run's work directory.
+      config: the config of the run; if it names channels, or its data take none, it stays as it is.
+    """
+    config, section = dict(config), config.get("data")
+    if not isinstance(section, Mapping) or not (channels := _trained_channels(workdir)):
+        return config
+    name = section.get("name", "images")
+    with contextlib.suppress(UserError):  # a faulty section is told later
+        task = registry.load(
+            TASKS, name if isinstance(name, str) else "", "kind of data"
+        )
+        takes = inspect.signature(task.make).parameters
+        if "channels" in takes and section.get("channels") is None:
+            config["data"] = dict(section) | {"channels": channels}
+    return config
+
+
+def _trained_channels(workdir: pathlib.Path) -> int | None:
+    """Returns the number of channels of the images that a run was trained on; None if it is unknown."""
+    try:
+        saved_model = files.read_json(workdir / NAME)
+    except (OSError, ValueError):
+        saved_model = None
+    if not _is_complete(saved_model):  # `read` warns
+        saved_model = checkpoint_note(workdir).get("noted") or {}
+    absent = saved_model.get("source", {})  # in earlier versions the only place
+    channels = saved_model.get("channels", absent.get("channels"))
+    known = isinstance(channels, int) and channels in vision.MODES
+    return channels if known else None
 
 
 def check_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:

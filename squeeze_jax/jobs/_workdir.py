@@ -139,6 +139,7 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
       UserError: the directory holds no run, keys differ (names the first), or the run has trained for more steps than the
         config has.
     """
+    config = _model_json.with_channels(workdir, config)
     before, now = _flat_with_defaults(read(workdir)), _flat_with_defaults(config)
     done, steps = _steps_done(workdir), now.get("steps")
     if done is not None and isinstance(steps, int) and steps < done:
@@ -192,7 +193,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     """Reads the config that a work directory was begun with.
 
     If config.json is missing or damaged, or has keys or values that no config has, the function reads the config from the
-    newest checkpoint and warns.
+    newest checkpoint and warns. Images get the channels that the run was trained on.
 
     Raises:
       UserError: there is no config.json and no checkpoint, or neither can be read.
@@ -217,7 +218,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     except OSError as error:
         problem = f"{path} cannot be read ({error.strerror})"
     if not problem:
-        return config
+        return _model_json.with_channels(workdir, config)
     try:
         saved = _upgraded(_model_json.checkpoint_note(workdir).get("config"))
     except _NoConfig:
@@ -225,7 +226,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     if config is not None and _experiment.find_fault(saved):
         return config  # such as a method's file that is gone: the job's checks tell
     warnings.warn(f"{problem}; the newest checkpoint's is taken", stacklevel=2)
-    return saved
+    return _model_json.with_channels(workdir, saved)
 
 
 class _NoConfig(Exception):
