@@ -183,6 +183,38 @@ def check_writable(path: str | Path, key: str) -> None:
     raise UserError(f"{key} = {str(path)!r}: {reason}; choose another file")
 
 
+def check_new_folder(path: str | Path, key: str, suffix: str = "") -> None:
+    """Raises a UserError if no folder can be made and filled at a path, so that no work is lost; leaves nothing there.
+
+    Args:
+      path: where the folder would be made; an empty folder may be there.
+      key: how the error calls it, such as "config.search.to".
+      suffix: of the folder's temporary name.
+    """
+    check_utf8(path, key)
+    path = Path(path).absolute()
+    folder = next(place for place in path.parents if os.path.lexists(place))
+    probe = folder / f".{os.getpid()}.tmp"
+    problem = ""
+    try:
+        if os.path.islink(path):
+            problem = "it is a link"
+        elif os.path.isdir(path):
+            problem = "the folder is not empty" if os.listdir(path) else ""
+        elif os.path.lexists(path):
+            problem = "it is a file"
+        longest = len(os.fsencode(path.name + suffix))
+        if longest > os.pathconf(folder, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, "its name is too long")
+        if not problem:
+            probe.mkdir()
+            probe.rmdir()
+    except OSError as error:
+        problem = f"no folder can be made in {folder}: {error.strerror}"
+    if problem:
+        raise UserError(f"{key} = {str(path)!r}: {problem}; choose another folder")
+
+
 def move(source: str | Path, target: str | Path) -> None:
     """Moves a written file to its place on the same disk, in one step, over an earlier file.
 

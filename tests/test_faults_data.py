@@ -625,6 +625,32 @@ def test_libraries_that_need_utf_8_are_not_asked(tmp_path):
         "caf\\udce9' is not UTF-8: rename the folder or choose another"
     )
     assert line_of(files.check_utf8, path, "--workdir").startswith("--workdir = ")
+    line = line_of(files.check_new_folder, path / "new", "config.search.to")
+    assert line.startswith("config.search.to = ")
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_the_work(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    (tmp_path / "link").symlink_to("nowhere")
+    long = "x" * 250
+    for name, reason in {
+        "images": "the folder is not empty",
+        "images/a.png": "it is a file",
+        "images/a.png/new": f"no folder can be made in {tmp_path}/images/a.png: Not a directory",
+        "link": "it is a link",
+        "link/new": f"no folder can be made in {tmp_path}/link: No such file or directory",
+        "/dev/null": "it is a file",
+        "/proc/new": "no folder can be made in /proc: No such file or directory",
+        long: f"no folder can be made in {tmp_path}: its name is too long",
+    }.items():
+        line = line_of(files.check_new_folder, tmp_path / name, "key", ".partial")
+        assert line == f"key = '{tmp_path / name}': {reason}; choose another folder"
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for name in "empty", "new", "a/b/new", long[:240]:
+        files.check_new_folder(tmp_path / name, "key", ".partial")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- splits, classes, settings -------------------------------------------------------------------------------------------

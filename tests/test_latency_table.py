@@ -20,7 +20,7 @@ from squeeze_jax.cost import memory
 from squeeze_jax.cost import timing as clock
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import time_files
-from squeeze_jax.jobs import _plugs
+from squeeze_jax.jobs import _piece_files, _plugs
 from squeeze_jax.nas import costs, encode, space
 from squeeze_jax.nas.family import Family
 
@@ -233,6 +233,50 @@ def test_damaged_times_are_measured_again(tmp_path):
     assert time_files.read_done(path, header) is None
 
 
+HEADER = dict(version=1, device="board", runtime="litert", threads=1, statistic="mean")
+ROW = dict(file="a.tflite", round=0, count=2, ms=0.5)
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "message"),
+    [
+        (None, [], "does not begin with the header of time_files.py: delete it"),
+        ([1], [ROW], "does not begin with the header"),
+        (HEADER | dict(version=0), [ROW], "of version 0: copy time_files.py"),
+        ({"version": 1}, [ROW], "line 1: device = None: delete the file"),
+        (HEADER | dict(device=5), [ROW], "line 1: device = 5"),
+        (HEADER | dict(device=" "), [ROW], "line 1: device = ' '"),
+        (HEADER | dict(threads="1"), [ROW], "line 1: threads = '1'"),
+        (HEADER | dict(threads=-1), [ROW], "line 1: threads = -1"),
+        (HEADER, [ROW, ROW | dict(ms=0.0)], "line 3: 'a.tflite' has ms = 0.0: delete"),
+        (HEADER, [ROW | dict(ms=float("nan"))], "line 2: 'a.tflite' has ms = nan"),
+        (HEADER, [ROW | dict(ms=-1)], "line 2: 'a.tflite' has ms = -1"),
+        (HEADER, [ROW | dict(ms="1")], "line 2: 'a.tflite' has ms = '1'"),
+        (HEADER, [ROW | dict(ms=float("inf"))], "has ms = inf"),
+        (HEADER, [ROW | dict(count=0)], "has count = 0"),
+        (HEADER, [ROW | dict(file=None)], "line 2: it names no file"),
+        (HEADER, [3], "line 2: it names no file"),
+        (HEADER, [], "lacks 1 of 1 files, such as a"),
+    ],
+)
+def test_wrong_times_of_another_device_are_named(tmp_path, header, rows, message):
+    path = tmp_path / "times_1.jsonl"
+    lines = [json.dumps(row) + "\n" for row in (header, *rows) if row is not None]
+    path.write_text("".join(lines))
+    with pytest.raises(UserError, match=message) as error:
+        _piece_files.read_times(path, {"a"})
+    assert str(path) in str(error.value)
+
+
+def test_times_of_another_device_are_read(tmp_path):
+    path = tmp_path / "times_1.jsonl"
+    rows = HEADER, ROW, ROW | dict(round=1, ms=1)
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"file": "a.tfl')
+    header, timings = _piece_files.read_times(path, {"a"})
+    assert header == HEADER
+    assert timings == {"a": tables.Timing(0.5, 1.0, 4)}
+
+
 def run_script(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-I", time_files.__file__, *map(str, arguments)],
@@ -313,8 +357,13 @@ def test_files_for_another_device(device_folder, capsys):
     files = device_folder / "files" / "tflite"
     again = (*OPTIONS, f"device_folder={device_folder / 'files'}")
     assert len(list(files.glob("*.tflite"))) == 20 + 4
+    damaged = files / "network_001.tflite"
+    damaged.write_bytes(b"")
     job(device_folder / "run", *again)
-    assert "copy the folder to the device" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "copy the folder to the device" in printed
+    assert f"{damaged} is no TFLite file: it is converted anew" in printed
+    assert damaged.read_bytes()[4:8] == b"TFL3"
     script = [
         sys.executable,
         str(files / "time_files.py"),

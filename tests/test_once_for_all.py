@@ -491,6 +491,8 @@ def test_samples_mutations_and_crossovers_stay_in_the_space():
         (lambda: once_for_all.make("random", random=0), "trains no network"),
         (lambda: once_for_all.make(distill=0.0), "without a loss"),
         (lambda: filled()[0].space.arch({"depth": 3}), r"depth = 3 .* 1, 2"),
+        (lambda: filled()[0].space.arch({"depth": True}), r"depth = True is not in"),
+        (lambda: filled()[0].space.arch({"depth": (1, None)}), r"depth\[1\] = None"),
         (lambda: filled()[0].space.arch({"deph": 1}), "deph .* did you mean 'depth'"),
         (lambda: recalibrate(None, []), "there is no batch"),
     ],

@@ -313,6 +313,18 @@ def test_what_is_in_the_place_of_a_file_or_folder_is_named(name, tmp_path):
         path.rmdir() if kind == "other" and wants_file else path.unlink()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["export/model.tflite", "export/model_my.bin", "latency/tflite_1.json", "latency/times_xla.jsonl"],
+)  # fmt: skip
+def test_a_folder_in_the_place_of_a_result_is_named(name, tmp_path):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=f"{name} is a folder, not a file: move it away"
+    ):
+        _places.check(tmp_path)
+
+
 @pytest.mark.parametrize("job", registry.names("squeeze_jax.jobs"))
 def test_every_job_looks_at_the_places_first(job, tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()

@@ -273,6 +273,19 @@ def test_teachers_that_cannot_teach_are_named_at_once(place, tmp_path, noted, me
     assert "\n" not in str(error.value)
 
 
+def test_a_work_directory_is_no_folder_of_transformers(tmp_path):
+    """And the other way round: the error says which key it is."""
+    _model_json.write(tmp_path / "run", STUDENT, {})
+    with pytest.raises(UserError, match=r"run' is the work directory of a run: write config\.init\.workdir"):  # fmt: skip
+        _pretrained.network_from_init(folder=str(tmp_path / "run"))
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"it is a folder of transformers, write config\.init\.folder"):  # fmt: skip
+        _pretrained.network_from_init(workdir=str(tmp_path / "bert"))
+    with pytest.raises(UserError, match=r"no model.json.*: train one there first"):
+        _pretrained.network_from_init(workdir=str(tmp_path))
+
+
 def test_a_teacher_of_other_classes_teaches_what_lies_below(place, tmp_path):
     """The head is its own, whatever the data of the student."""
     _model_json.write(tmp_path, dict(STUDENT, num_classes=3), {})

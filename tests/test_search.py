@@ -257,7 +257,7 @@ def test_a_search_finds_a_network_within_its_limits(searched, trained, tmp_path)
     assert small.experiment.steps == 1
     assert (workdir / "search" / "front.png").stat().st_size > 10_000
     with pytest.raises(
-        UserError, match=r"found holds a run already.*config\.search\.to"
+        UserError, match=r"config\.search\.to = '.*found' holds a run already"
     ):
         job(workdir)
     # Another search reads the log: it scores new candidates only, and its own log has all scores.
@@ -281,6 +281,37 @@ def test_methods_without_a_predictor_score_only_networks_within_the_limits(
     assert all(map(within(small, 0.9), (row["options"] for row in rows)))
     report = json.loads((workdir / "search" / "front.json").read_text())
     assert report["found"]["score"] == max(row["score"] for row in rows)
+
+
+def test_scores_that_are_not_finite_are_left_out(
+    trained, tmp_path, monkeypatch, capsys
+):
+    """A search goes on without such networks, also after a stop; if there are too few others, it says so."""
+    workdir, calls = copied(trained, tmp_path), []
+
+    def score(self, arch):
+        calls.append(arch)
+        return float("nan") if len(calls) % 4 == 0 else float(np.sum(arch.kernel))
+
+    monkeypatch.setattr(_scores.Scorer, "__call__", score)
+    overrides = "method=random_search", "limits=()", "samples=17"
+    job(workdir, *overrides)
+    scores = [row["score"] for row in log_of(workdir)]
+    assert len(scores) == len(calls) == 20
+    assert scores.count(None) == 5
+    assert "accuracy of 5 of 20 networks is not finite" in capsys.readouterr().out
+    found = json.loads((workdir / "search" / "front.json").read_text())["found"]
+    assert found["score"] == max(s for s in scores if s is not None)
+    shutil.rmtree(workdir / "found")
+    job(workdir, *overrides)
+    assert len(calls) == 20
+    (workdir / "search" / "scored.jsonl").unlink()
+    shutil.rmtree(workdir / "found")
+    monkeypatch.setattr(_scores.Scorer, "__call__", lambda self, arch: float("inf"))
+    with pytest.raises(
+        UserError, match=r"of (\d+) of \1 networks is not finite: train"
+    ):
+        job(workdir, *overrides)
 
 
 def within(small, share):
@@ -334,10 +365,9 @@ def test_a_stopped_search_goes_on(searched, trained, tmp_path, monkeypatch):
         {"options": None},
         {"options": {"kernel": [3] * 4, "expand": [2] * 4, "depth": [9, 9]}},
         {"options": {"kernel": [3] * 4, "expand": [2] * 4}},
-        {"score": float("nan")},
         {"score": "0.3"},
     ],
-    ids=["one value", "none", "outside", "left out", "nan", "text"],
+    ids=["one value", "none", "outside", "left out", "text"],
 )
 def test_a_damaged_line_of_the_log_is_named(searched, trained, tmp_path, damage):
     again = copied(trained, tmp_path)
@@ -365,6 +395,8 @@ def test_a_damaged_line_of_the_log_is_named(searched, trained, tmp_path, damage)
         (["limits=({'cost':'latency','table':'phone','at_most':9.0},)"], "cannot read the latency table phone"),
         (["front=({'cost':'macs','at_most':1.0},)"], "at_most"),
         (["log=none.jsonl"], r"cannot read the log none\.jsonl"),
+        (["to=/dev/null"], r"config\.search\.to = '/dev/null': it is a file; choose"),
+        (["to=/proc/found"], r"config\.search\.to = '/proc/found': no folder can be made in /proc"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_one_line(trained, tmp_path, overrides, message):

@@ -228,8 +228,9 @@ def read(path: str | Path) -> Table:
     try:
         content = files.read_json(path)
     except OSError as error:
+        advice = "move it away" if path.exists() else "--job=latency_table writes one"
         raise UserError(
-            f"cannot read the latency table {path}: {error.strerror}: --job=latency_table writes one"
+            f"cannot read the latency table {path}: {error.strerror}: {advice}"
         ) from None
     except ValueError:
         raise UserError(

@@ -73,7 +73,7 @@ def run_module(
         return out
     reason = _reason(err)
     if child.returncode == USER_ERROR:
-        raise UserError(reason)
+        raise UserError(reason.removeprefix("error: "))
     if child.returncode < 0:
         ending = f"was killed by {signal.Signals(-child.returncode).name}"
     else:

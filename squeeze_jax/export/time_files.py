@@ -26,6 +26,7 @@ import time
 
 VERSION = 1  # of the lines
 PHONE_FOLDER = "/data/local/tmp/squeeze_jax"
+REPAIR = "delete it, and the job latency_table converts it anew"
 RUNTIMES = (  # (module with the class Interpreter, package)
     ("ai_edge_litert.interpreter", "ai-edge-litert"),
     ("tflite_runtime.interpreter", "tflite-runtime"),
@@ -74,7 +75,8 @@ def main(argv=None):
                 try:
                     times = time_file(path)
                 except (RuntimeError, ValueError, OSError) as error:
-                    return fail("{}: {}".format(name, str(error).split("\n")[0]))
+                    reason = str(error).split("\n")[0]
+                    return fail(f"{name}: {reason}; if the file is damaged, {REPAIR}")
                 lines.write(json.dumps(dict(file=name, round=number, **times)) + "\n")
                 lines.flush()
                 done.add((name, number))

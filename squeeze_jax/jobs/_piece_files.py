@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 from squeeze_jax import files, tree
 from squeeze_jax.cost import latency_table
 from squeeze_jax.cost.latency_table import Timing
-from squeeze_jax.errors import UserError
+from squeeze_jax.errors import UserError, shown
 from squeeze_jax.export import several, time_files
 from squeeze_jax.export.runnable import Spec, input_specs
 from squeeze_jax.jobs._experiment import Built
@@ -24,6 +25,7 @@ from squeeze_jax.train import forward
 
 INDEX = "index.json"
 SCRIPT = "time_files.py"
+IDENTIFIER = slice(4, 8), b"TFL3"  # where a TFLite file has which bytes
 EXAMPLES = 2  # random examples for the ranges of integer files
 
 
@@ -127,7 +129,7 @@ def write(
     """Writes a file for each target, an index, and the script that times them.
 
     Args:
-      folder: where they go; files that are there already are kept.
+      folder: where they go; files that are there already are kept, unless they are no TFLite files.
       key: format, one of `several.FORMATS`.
       wanted: pieces and networks.
       networks: the space.
@@ -146,13 +148,37 @@ def write(
 
     def jobs():
         for target in wanted:
-            if (folder / f"{target.name}.tflite").exists():
+            path = folder / f"{target.name}.tflite"
+            if _is_tflite(path):
                 continue
+            if os.path.lexists(path):
+                print(f"damaged    {path} is no TFLite file: it is converted anew")
+                _remove(path)
             fn, specs = function_of(target, networks, built)
             examples = random_examples(specs, EXAMPLES) if "int8" in key else None
             yield several.Job(target.name, fn, specs, examples)
 
     several.convert(jobs(), folder, key, progress)
+
+
+def _is_tflite(path: pathlib.Path) -> bool:
+    """Returns whether a file begins as a TFLite file does."""
+    place, identifier = IDENTIFIER
+    try:
+        with files.open_file(path) as file:
+            return file.read(place.stop)[place] == identifier
+    except OSError:
+        return False
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Removes a file or an empty folder; raises a UserError where that is impossible."""
+    try:
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path} is no TFLite file, and cannot be removed: {error.strerror}"
+        ) from None
 
 
 def check_index(folder: pathlib.Path, index: Mapping[str, Any], key: str) -> None:
@@ -180,26 +206,22 @@ def read_times(path: pathlib.Path, names: set[str]) -> tuple[dict, dict[str, Tim
       (header, {name: latency}).
 
     Raises:
-      UserError: the file cannot be read, is none of these, or lacks a target.
+      UserError: the file cannot be read, is none of these, has a wrong value, or lacks a target.
     """
-    rounds, counts = {}, {}
     try:
-        header, *lines = files.read_file(path).decode().splitlines()
-        header = json.loads(header)
-        if header["version"] != time_files.VERSION:
-            raise UserError(
-                f"{path} is of version {header['version']}: copy {SCRIPT} to the device again and run it anew"
-            )
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the script was stopped while it wrote the line
-            name = row["file"].removesuffix(".tflite")
-            rounds.setdefault(name, []).append(float(row["ms"]))
-            counts[name] = counts.get(name, 0) + int(row["count"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} has no times of {SCRIPT}: {error!r}") from None
+        lines = files.read_file(path).decode(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    rounds, counts = {}, {}
+    header = _header(path, lines[0] if lines else "")
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            row = files.parse_json(line)
+        except ValueError:
+            continue  # the script was stopped while it wrote the line
+        name, ms, count = _row(path, number, row)
+        rounds.setdefault(name, []).append(ms)
+        counts[name] = counts.get(name, 0) + count
     if missing := sorted(names - set(rounds)):
         raise UserError(
             f"{path} lacks {len(missing)} of {len(names)} files, such as {missing[0]}: run {SCRIPT} on the device again, it goes"
@@ -207,3 +229,56 @@ def read_times(path: pathlib.Path, names: set[str]) -> tuple[dict, dict[str, Tim
         )
     timings = {n: latency_table.timing(rounds[n], counts[n]) for n in names}
     return header, timings
+
+
+def _header(path: pathlib.Path, line: str) -> dict[str, Any]:
+    """Returns the first line of a file of times; raises a UserError for another one."""
+    try:
+        header = files.parse_json(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or "version" not in header:
+        raise UserError(
+            f"{path} does not begin with the header of {SCRIPT}: delete it, and run {SCRIPT} on the device anew"
+        )
+    if header["version"] != time_files.VERSION:
+        raise UserError(
+            f"{path} is of version {shown(header['version'])}: copy {SCRIPT} to the device again and run it anew"
+        )
+    threads = header.get("threads")
+    wrong = [
+        key
+        for key in ("device", "runtime", "statistic")
+        if not isinstance(header.get(key), str) or not header[key].strip()
+    ]
+    if type(threads) is not int or threads < 0:
+        wrong.append("threads")
+    if wrong:
+        raise UserError(
+            f"{path}, line 1: {wrong[0]} = {shown(header.get(wrong[0]))}: delete the file, and run {SCRIPT} on the device anew"
+        )
+    return header
+
+
+def _row(path: pathlib.Path, number: int, row: Any) -> tuple[str, float, int]:
+    """Returns (name of a target, ms, runs) of a line of times; raises a UserError for another line.
+
+    Args:
+      path: the file.
+      number: of the line, from 1.
+      row: what the line stands for.
+    """
+    row = row if isinstance(row, dict) else {}
+    name, ms, count = row.get("file"), row.get("ms"), row.get("count")
+    is_latency = type(ms) in (int, float) and 0 < ms < float("inf")
+    if not isinstance(name, str):
+        problem = "it names no file"
+    elif not is_latency:
+        problem = f"{shown(name)} has ms = {shown(ms)}"
+    elif type(count) is not int or count < 1:
+        problem = f"{shown(name)} has count = {shown(count)}"
+    else:
+        return name.removesuffix(".tflite"), float(ms), count
+    raise UserError(
+        f"{path}, line {number}: {problem}: delete the line, and run {SCRIPT} on the device again, it measures this anew"
+    )

@@ -9,8 +9,11 @@ FILES = (
     *("config.json", "model.json", "metrics.jsonl", ".lock", "seeds.json"),
     *("report.json", "report.png", "cost.csv", "cost.png"),
     *("checkpoints/scores.json", "export/files.json"),
+    *("search/scored.jsonl", "search/front.json", "search/front.png"),
 )
 FOLDERS = ("checkpoints", "tensorboard", "export", "huggingface", "submission")
+FOLDERS += ("search", "latency", "found")
+WRITTEN = ("export/model*", "latency/*.json*")  # patterns of more files
 
 
 def check(workdir: pathlib.Path) -> None:
@@ -24,6 +27,9 @@ def check(workdir: pathlib.Path) -> None:
         _check(workdir / name, "a file", os.path.isfile)
     for name in FOLDERS:
         _check(workdir / name, "a folder", os.path.isdir)
+    for pattern in WRITTEN:
+        for path in workdir.glob(pattern):
+            _check(path, "a file", os.path.isfile)
     for path in (workdir / "checkpoints").glob("[0-9]*"):
         if path.name.isdecimal():
             _check(path, "a folder", os.path.isdir)

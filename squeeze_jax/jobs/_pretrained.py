@@ -138,6 +138,10 @@ def find_network(
             f"{where} should name a folder of transformers or a workdir of an earlier run, one of them"
         )
     if folder:
+        if is_workdir(folder):
+            raise UserError(
+                f"{where}.folder = {folder!r} is the work directory of a run: write {where}.workdir"
+            )
         options, class_names = models.options(folder), models.class_names(folder)
         read_variables = _folder_reader(folder)
         return PretrainedNetwork(
@@ -145,8 +149,18 @@ def find_network(
         )
     saved_model = _model_json.read(pathlib.Path(workdir))
     if saved_model is None:
+        has_weights = any(
+            path
+            for pattern in ("*.safetensors", "pytorch_model*.bin")
+            for path in pathlib.Path(workdir).glob(pattern)
+        )
+        advice = (
+            f"it is a folder of transformers, write {where}.folder"
+            if has_weights
+            else "train one there first"
+        )
         raise UserError(
-            f"{where}.workdir = {workdir!r} holds no trained network (no {_model_json.NAME}): train one there first"
+            f"{where}.workdir = {workdir!r} holds no trained network (no {_model_json.NAME}): {advice}"
         )
     checkpoint_settings = saved_model["checkpoint"]
     note = _model_json.checkpoint_note(pathlib.Path(workdir), **checkpoint_settings)
@@ -157,6 +171,14 @@ def find_network(
         note.get("forward", ()),
         note.get("first", 0),
         saved_model.get("classes"),
+    )
+
+
+def is_workdir(folder: str) -> bool:
+    """Returns whether a folder is the work directory of a run that has trained a network."""
+    path = pathlib.Path(folder)
+    return (path / _model_json.NAME).is_file() or any(
+        (path / "checkpoints").glob("[0-9]*")
     )
 
 

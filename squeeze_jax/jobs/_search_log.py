@@ -22,6 +22,7 @@ class Log:
 
     Attributes:
       scores: {key of an architecture: (architecture, score)}.
+      failed: keys of architectures whose score is not finite; they count as scored, and are never chosen.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Log:
             "name": scorer.name,
         }
         self.scores: dict[tuple, tuple[Arch, float]] = {}
+        self.failed: set[tuple] = set()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read(path, strict=False)
@@ -82,8 +84,8 @@ class Log:
                 score, about = row["score"], {k: row[k] for k in self._about}
                 if about == self._about:
                     arch = self._arch(row["options"])
-                    if type(score) not in (float, int) or not math.isfinite(score):
-                        raise ValueError("the score is no finite number")
+                    if type(score) not in (float, int, type(None)):
+                        raise ValueError("the score is no number")
             except (ValueError, KeyError, TypeError, AttributeError, UserError):
                 if number == len(lines) and not strict:
                     continue  # it was stopped while it wrote the line
@@ -94,7 +96,7 @@ class Log:
             if about != self._about:
                 others += 1
                 continue
-            self.scores[spaces.key_of(arch)] = arch, score
+            self._keep(arch, score)
         if others:
             print(
                 f"log        {others} scores in {path} are of another checkpoint, other examples or another score: left out"
@@ -110,27 +112,50 @@ class Log:
 
     def score(self, archs: Sequence[Arch], what: str) -> None:
         """Scores those architectures that have no score yet, and logs each at once."""
-        new = [a for a in archs if spaces.key_of(a) not in self.scores]
+        known = self.scores.keys() | self.failed
+        new = [a for a in archs if spaces.key_of(a) not in known]
         show = progress(len(new), what)
         for number, arch in enumerate(new, 1):
             self.add(arch)
             show(number)
 
     def add(self, arch: Arch) -> float:
-        """Returns the score of an architecture; a new one is logged at once.
+        """Returns the score of an architecture, -inf for one that is not finite; a new one is logged at once.
 
         Raises:
           Stopped: the run was asked to stop.
         """
         key = spaces.key_of(arch)
-        if key not in self.scores:
+        if key not in self.scores and key not in self.failed:
             stop.check()
             score = self._scorer(arch)
-            self.scores[key] = arch, score
-            self._append(arch, score)
-        return self.scores[key][1]
+            self._keep(arch, score)
+            self._append(arch, score if math.isfinite(score) else None)
+        return -math.inf if key in self.failed else self.scores[key][1]
 
-    def _append(self, arch: Arch, score: float) -> None:
+    def _keep(self, arch: Arch, score: float | None) -> None:
+        """Keeps a score."""
+        key = spaces.key_of(arch)
+        if score is not None and math.isfinite(score):
+            self.scores[key] = arch, score
+        else:
+            self.failed.add(key)
+
+    def check(self, least: int) -> None:
+        """Prints how many scores are not finite; raises a UserError if fewer than `least` are finite."""
+        if not self.failed:
+            return
+        count, total = len(self.failed), len(self.failed) + len(self.scores)
+        if len(self.scores) < least:
+            raise UserError(
+                f"the {self._scorer.name} of {count} of {total} networks is not finite: train the networks further or at a"
+                " lower learning rate, or choose another config.search.score"
+            )
+        print(
+            f"warning    the {self._scorer.name} of {count} of {total} networks is not finite: they are left out"
+        )
+
+    def _append(self, arch: Arch, score: float | None) -> None:
         """Writes a line of the log."""
         options = {k: list(v) for k, v in self._problem.space.options(arch).items()}
         row = {"options": options, "score": score, **self._about}
@@ -141,6 +166,10 @@ class Log:
         """Returns the network with the highest score among those that meet the limits."""
         archs, scores = self.arrays()
         share = np.asarray(self._problem.limits.share(archs))
+        if not (share <= 1).any():
+            raise UserError(
+                f"no network within the limits has a finite {self._scorer.name}: raise the limits, or train the networks further"
+            )
         best = int(np.where(share <= 1, scores, -np.inf).argmax())
         return jax.tree.map(lambda a: a[best], archs), float(scores[best])
 

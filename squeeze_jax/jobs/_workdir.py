@@ -318,6 +318,8 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     key = _key(source)
     files.move(source, target)
     if lock := _locks.pop(key, None):
+        if replaced := _locks.pop(_key(target), None):
+            replaced.close()  # of a folder that was deleted
         _locks[_key(target)] = lock
 
 

@@ -25,6 +25,7 @@ from squeeze_jax.train import forward, log, sharding
 from squeeze_jax.train.state import State
 
 ARCH = "config.extract.arch"
+PARTIAL = ".partial"  # ends the name of a work directory that is being written
 # Keys of a config that train the whole space, and that the extracted network's config does not keep.
 _OF_SPACE = ("gradients", "phases", "model", "init")
 _OF_SPACE += ("extract", "latency_table", "search")
@@ -55,11 +56,22 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
         raise UserError(
             "config.extract.to is missing: name the new work directory, such as --config.extract.to=runs/small"
         )
-    if any((files.path(settings.to) / "checkpoints").glob("[0-9]*")):
-        raise UserError(
-            f"config.extract.to = {settings.to} holds a run already: choose another work directory"
-        )
+    check_target(files.path(settings.to), "config.extract.to")
     _space.family(built)
+
+
+def check_target(target: pathlib.Path, key: str) -> None:
+    """Raises a UserError if a path cannot become a new work directory.
+
+    Args:
+      target: the path.
+      key: how the error calls it, such as "config.extract.to".
+    """
+    if any((target / "checkpoints").glob("[0-9]*")):
+        raise UserError(
+            f"{key} = {str(target)!r} holds a run already: choose another work directory, or delete it"
+        )
+    files.check_new_folder(target, key, PARTIAL)
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
@@ -117,12 +129,16 @@ def write(
     config = trained.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
     kept["steps"] = steps or built.phase.steps
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted extraction
-    small = _plain.write(partial, kept, options, variables)
-    scores = fit.make_evaluator(small)(evaluate.trained_state(small, partial))
-    # Last, because the same command refuses a complete work directory.
-    _workdir.move(partial, target)
+    try:
+        small = _plain.write(partial, kept, options, variables)
+        scores = fit.make_evaluator(small)(evaluate.trained_state(small, partial))
+        # Last, because the same command refuses a complete work directory.
+        _workdir.move(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     parameters, macs = size_of(small, variables)
     print(f"network    {parameters:,} parameters, {macs:,} MACs per example")
     print(f"scores     {log.format_scores(scores)}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.runnable import load_format
 from squeeze_jax.jobs import (
@@ -42,6 +43,11 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
             )
         raise UserError(f"{inputs[0]}: files are for --job=predict")
     fit.ready(built)
+    if "search" in built.whole.jobs:
+        to = _settings.job_settings(built, search.Settings).to
+        # An earlier call of this job may have written the found network.
+        if to is not None and not _workdir.is_trained(files.path(to)):
+            search.check_target(files.path(to))
     if jax.process_count() == 1:
         for key in _settings.job_settings(built, export.Settings).formats:
             load_format(key)

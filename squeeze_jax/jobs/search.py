@@ -118,7 +118,12 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
     settings = _settings.job_settings(built, Settings)
     _space.family(built)
     if settings.to is not None:
-        _check_target(files.path(settings.to))
+        check_target(files.path(settings.to))
+
+
+def check_target(target: pathlib.Path) -> None:
+    """Raises a UserError if a path cannot become the work directory of the found network."""
+    extract.check_target(target, "config.search.to")
 
 
 def run(
@@ -134,7 +139,7 @@ def run(
     ready(built, inputs)
     settings = _settings.job_settings(built, Settings)
     target = found_directory(built, workdir)
-    _check_target(target)
+    check_target(target)
     problem = Problem(built, workdir, settings.limits, settings.front)
     keys = jax.random.split(jax.random.key(built.experiment.seed), 4)
     state = evaluate.trained_state(built, workdir)
@@ -173,13 +178,6 @@ def found_directory(built: Built, workdir: pathlib.Path) -> pathlib.Path:
     """Returns the work directory of the network that a search in `workdir` finds."""
     settings = _settings.job_settings(built, Settings)
     return files.path(settings.to) if settings.to else workdir / "found"
-
-
-def _check_target(target: pathlib.Path) -> None:
-    if any((target / "checkpoints").glob("[0-9]*")):
-        raise UserError(
-            f"{target} holds a run already: choose another work directory with config.search.to, or delete it"
-        )
 
 
 def samples(problem: Problem, key: jax.Array, count: int) -> list[Arch]:
@@ -229,6 +227,7 @@ def fit_predictor(
 
     A fifth of the scored networks is held out for the correlation; then all are used.
     """
+    log.check(LEAST)
     archs, scores = log.arrays()
     features = problem.features(archs)
     order = np.random.default_rng(0).permutation(len(scores))

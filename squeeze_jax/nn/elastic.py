@@ -31,10 +31,15 @@ def one_per_position(
                 f"{name} has {len(value)} values: give one for all, or {len(choices)}, one for each position"
             )
         for place, (single, allowed) in enumerate(zip(value, choices, strict=True)):
-            if single not in allowed:
+            flags = any(isinstance(choice, bool) for choice in allowed)
+            # True equals 1, but is no number of layers.
+            if single not in allowed or isinstance(single, bool) != flags:
                 where = name if single_value else f"{name}[{place}]"
                 raise UserError(
                     f"{where} = {single!r} is not in the space: choose one of {', '.join(map(str, allowed))}"
                 )
-        values[name] = tuple(value)
+        values[name] = tuple(
+            allowed[allowed.index(single)]  # 3, not 3.0
+            for single, allowed in zip(value, choices, strict=True)
+        )
     return values
