@@ -161,9 +161,16 @@ def load_config(config):
         takes = inspect.signature(get_config).parameters
     if arguments and not takes:
         raise UserError(f"{path} takes no argument: leave out :{arguments[0]}")
-    if not arguments and any(p.default is p.empty for p in takes.values()):
-        name = next(iter(takes))
-        raise UserError(f"{path} needs an argument: --config={path}:{name.upper()}")
+    needed = [name for name, p in takes.items() if is_required(p)]
+    if len(needed) > 1:
+        raise UserError(
+            f"{path}: get_config needs {len(needed)} arguments ({', '.join(needed)}), and the command line gives one: give the"
+            " others defaults"
+        )
+    if needed and not arguments:
+        raise UserError(
+            f"{path} needs an argument: --config={path}:{needed[0].upper()}"
+        )
     try:
         with blamed(path, passing=(ValueError,) if arguments else ()):
             config = get_config(*arguments)
@@ -177,6 +184,12 @@ def load_config(config):
             f"{path}: get_config() returned {shown(config)} ({type(config).__name__}), it should return a dict"
         )
     return dict(config)
+
+
+def is_required(parameter):
+    """Returns whether a call has to give a parameter."""
+    variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variadic
 
 
 def override(config, argument):

@@ -79,12 +79,13 @@ class Distinct:
 
 
 class Filled:
-    """A tuple, dict or text that is not empty."""
+    """A tuple or dict that is not empty, or a text that is not blank."""
 
     @staticmethod
     def fault(value) -> str:
         """Returns "" for what is not empty."""
-        return "" if len(value) else "should not be empty"
+        length = len(value.strip() if isinstance(value, str) else value)
+        return "" if length else "should not be empty"
 
 
 class Usable(NamedTuple):
@@ -133,5 +134,6 @@ Pixels = Annotated[int, Range(1, 16384)]  # of an image's side
 Seed = Annotated[int, Range(0, INT32)]
 Threads = Annotated[int, Range(0, 256)]  # or processes; 0 for none beside the main one
 
+Name = Annotated[str, Filled()]
 PathStr = Annotated[str, Usable()]
 OptionalPath = Annotated[str, Usable(optional=True)]

@@ -291,6 +291,7 @@ A_B = "text,label\na,x\nb,y\n"
         ("a.jsonl", '{"text": "a", "label": {}}\n{"text": "b", "label": 1}\n', {}, r"a\.jsonl:1 has the label \{\}"),
         ("a.csv", A_B, dict(holdout=0.0, eval=None), "holdout = 0.0 leaves 2 rows to train on and 0 to evaluate on"),
         ("a.csv", A_B, dict(classes=("x", "y", "x")), "names 'x' twice"),
+        ("a.csv", A_B, dict(classes=("x", " ")), "should not be empty"),
         ("a.csv", A_B, dict(classes=("x",)), "is one class"),
         ("a.csv", A_B, dict(classes=("x", "y"), target="number"), "leave one of them out"),
         ("a.csv", A_B, dict(separator=",,"), "separator = ',,' should be one character"),

@@ -218,6 +218,11 @@ def test_the_ends_of_ranges_are_valid(name, section):
         ("def get_config():\n    return [1]", "returned [1] (list), it should return"),
         ("def get_config():\n    pass", "returned None (NoneType), it should"),
         ("def get_config(task):\n    return {}", "needs an argument: --config="),
+        (
+            "def get_config(task, size):\n    return {}",
+            "needs 2 arguments (task, size), and the command line gives one",
+        ),
+        ("def get_config(*names):\n    return 5", "returned 5 (int)"),
         ("get_config = 3", "has no function get_config()"),
         ("", "has no function get_config()"),
         ("def get_config(:", ":1: invalid syntax"),

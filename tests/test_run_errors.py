@@ -359,6 +359,15 @@ def test_a_damaged_listing_is_written_anew(tmp_path, content):
     assert export.find_files(tmp_path, ["tflite"], 3) == ([path], {})
 
 
+def test_a_listed_file_without_a_checksum_is_said(tmp_path):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"x")
+    content = {"tflite": {"step": 3, "path": "model.tflite"}}
+    (tmp_path / "files.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"model.tflite is not verified: .*export it"):
+        listing.verify(path)
+
+
 def test_a_config_of_an_earlier_version_reads_by_todays_names(tmp_path):
     """Losses in train, the losses' parameters under objective, and two keys that have other names now."""
     old = dict(

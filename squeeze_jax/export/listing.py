@@ -61,9 +61,14 @@ def _is_entry(entry: Any) -> bool:
 
 
 def verify(path: Path) -> None:
-    """Raises a UserError if a file differs from its stored checksum. A file without a checksum passes."""
+    """Raises a UserError if a file differs from its stored checksum. Warns of a file that is listed without one."""
     for entry in (read(path.parent) or {}).values():
-        expected = (entry.get("sha256") or {}).get(path.name)
+        expected = entry.get("sha256", {}).get(path.name)
+        if expected is None and entry.get("path") == path.name:
+            warnings.warn(
+                f"{path} is not verified: {NAME} has no checksum of it; export it again",
+                stacklevel=2,
+            )
         if expected is not None and expected != _checksum(path):
             raise UserError(
                 f"{path} is damaged: its checksum is not that of {path.parent / NAME}; export it again"

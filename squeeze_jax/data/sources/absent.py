@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 import numpy as np
 
 from squeeze_jax.data.source import Example, Source
-from squeeze_jax.ranges import Filled, Integer
+from squeeze_jax.ranges import Filled, Integer, Name
 
 COUNT, SIZE = 128, 64
 
 
 def make(
-    classes: Annotated[tuple[str, ...], Filled()],
+    classes: Annotated[tuple[Name, ...], Filled()],
     channels: Literal[1, 3],
     ignored: tuple[Integer, ...] | None = None,
 ) -> Source:

@@ -78,7 +78,8 @@ def _names(classes: str | Sequence[str]) -> tuple[str, ...]:
             ) from None
         classes = [line.strip() for line in lines if line.strip()]
     names = tuple(classes)
-    if len(names) < 2 or len(set(names)) < len(names):
+    blank = [name for name in names if not name.strip()]
+    if len(names) < 2 or len(set(names)) < len(names) or blank:
         raise UserError(
             f"config.data.source.classes should have two or more different names, not {names}"
         )

@@ -13,7 +13,7 @@ from squeeze_jax.data import tables, text_set, tokens
 from squeeze_jax.data.text import check_widths
 from squeeze_jax.data.text_set import Split, TextSet, format_class, format_number
 from squeeze_jax.errors import UserError, nearest, shortened
-from squeeze_jax.ranges import FLOAT32, Count, Distinct, PathStr, Share, Whole
+from squeeze_jax.ranges import FLOAT32, Count, Distinct, Name, PathStr, Share, Whole
 
 SHOWN = 3  # the number of rows that a line of the plan names
 # A network's first outputs are near 0, and an output layer moves by about the learning rate in each step.
@@ -67,7 +67,7 @@ def make(
     text: str | tuple[str, ...] = "text",
     label: str | tuple[str, ...] = "label",
     target: Literal["class", "number", "labels"] = "class",
-    classes: Annotated[tuple[str, ...], Distinct()] = (),
+    classes: Annotated[tuple[Name, ...], Distinct()] = (),
     separator: str | None = None,
     label_separator: str = ",",
     length: Count = 128,
