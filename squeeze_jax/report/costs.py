@@ -1,16 +1,14 @@
 """Draws the costs of each layer as one picture: MACs, parameters, live activations and latency side by side."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from squeeze_jax.report import canvas, picture, units
 
-from squeeze_jax import files
-from squeeze_jax.report import picture, units
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROW = 0.21  # height of a layer's line, inches
 PANEL = 2.7  # width of a chart, inches
@@ -35,12 +33,12 @@ def write(
     """Draws the costs as `draw` does and writes the picture as a PNG file, atomically."""
     figure = draw(rows, title=title, caption=caption)
     dpi = min(150, MAX_HEIGHT / figure.get_figheight())
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return files.write(path, buffer.getvalue())
+    return canvas.write(path, figure, dpi)
 
 
-def draw(rows: Sequence[Mapping[str, Any]], *, title: str, caption: str = "") -> Figure:
+def draw(
+    rows: Sequence[Mapping[str, Any]], *, title: str, caption: str = ""
+) -> "Figure":
     """Draws one line per layer, the first layer on top.
 
     Args:
@@ -70,8 +68,7 @@ def draw(rows: Sequence[Mapping[str, Any]], *, title: str, caption: str = "") ->
     above, below = 0.95, 0.3 + 0.2 * len(wrapped)
     inner = ROW * max(len(lines), 1)
     height = above + inner + below
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = canvas.figure(width, height)
     title = textwrap.shorten(title, int(width * 8), placeholder=" …")
     figure.text(0.4 / width, 1 - 0.4 / height, title, fontsize=14, weight="bold")
     area = (0.4 / width, below / height, 1 - 0.8 / width, inner / height)

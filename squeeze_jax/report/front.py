@@ -1,16 +1,15 @@
 """Draws what a search has found: the trade-off between a network's score and its cost, and the choices of the best network."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from squeeze_jax import files
+from squeeze_jax.report import canvas
 from squeeze_jax.report.picture import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CELL = 0.34  # width and height of a choice, inches
 
@@ -44,9 +43,7 @@ class Choices(NamedTuple):
 
 def write(path: str | Path, *args: Any, **options: Any) -> Path:
     """Draws a search as `draw` does and writes the picture as a PNG file, atomically."""
-    buffer = io.BytesIO()
-    draw(*args, **options).savefig(buffer, format="png", dpi=150)
-    return files.write(path, buffer.getvalue())
+    return canvas.write(path, draw(*args, **options))
 
 
 def draw(
@@ -60,7 +57,7 @@ def draw(
     labels: Mapping[str, str],
     lower_is_better: bool = False,
     caption: str = "",
-) -> Figure:
+) -> "Figure":
     """Draws the front above the choices of the best network.
 
     Args:
@@ -84,8 +81,7 @@ def draw(
     lines = textwrap.wrap(caption, int(width * 15))
     foot = 0.16 * len(lines) + 0.1
     height = 4.2 + rows + foot
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    figure = canvas.figure(width, height)
     plane = figure.add_axes(
         (0.75 / width, (rows + foot + 0.55) / height, 1 - 0.95 / width, 3.2 / height)
     )

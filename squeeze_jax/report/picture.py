@@ -1,17 +1,15 @@
 """Draws a run's report as one picture: the table, charts that compare the costs of the files, and the training curves."""
 
 import functools
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from squeeze_jax.report import canvas, curves, table, units
 
-from squeeze_jax import files
-from squeeze_jax.report import curves, table, units
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito 2008: distinct to colour-blind eyes
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
@@ -37,9 +35,7 @@ def write(
 ) -> Path:
     """Draws the report as `draw` does and writes it as a PNG file, atomically."""
     figure = draw(rows, title=title, caption=caption, metrics=metrics)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return files.write(path, buffer.getvalue())
+    return canvas.write(path, figure)
 
 
 def draw(
@@ -48,7 +44,7 @@ def draw(
     title: str,
     caption: str = "",
     metrics: list[Mapping[str, Any]] | None = None,
-) -> Figure:
+) -> "Figure":
     """Draws the table, a bar chart for each cost, and the training curves.
 
     Args:
@@ -70,8 +66,7 @@ def draw(
     above, gap = 0.65, 0.65
     below = (0.7 if metrics else 0.25) + 0.2 * len(lines)
     height = sum(heights) + gap * (len(heights) - 1) + above + below
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = canvas.figure(width, height)
     left, inner = 0.4 / width, 1 - 0.8 / width
 
     def bottom(row):  # of a row of panels, inches
