@@ -1,10 +1,12 @@
 """The job search: scores, limits, trade-offs, the log that a stopped search goes on from, and what it refuses."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from squeeze_jax.jobs import (
     _experiment,
     _plugs,
     _scores,
+    _search_predictor,
     _space,
     _workdir,
     evaluate,
@@ -28,6 +31,7 @@ from squeeze_jax.jobs import (
 )
 from squeeze_jax.jobs import search as search_job
 from squeeze_jax.nas import costs, limits
+from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.pareto import crowding, pareto, ranks
 
@@ -314,6 +318,58 @@ def test_scores_that_are_not_finite_are_left_out(
         job(workdir, *overrides)
 
 
+class Scored:
+    """A log whose scores are the MACs of random networks."""
+
+    def __init__(self, space, macs):
+        keys = jax.random.split(jax.random.key(0), 60)
+        self._archs = jax.vmap(lambda k: spaces.sample(space, k))(keys)
+        self._scores = np.log(np.asarray(macs.of(self._archs)))
+
+    def arrays(self):
+        return self._archs, self._scores
+
+
+@pytest.mark.parametrize("name", ["graph", "two_stage"])
+def test_each_predictor_ranks_networks_that_it_has_not_seen(
+    space, monkeypatch, name, capsys
+):
+    family, pieces, _ = space
+    problem = types.SimpleNamespace(space=family.space, pieces=pieces)
+    method = _search_predictor.METHODS[name]
+    quick = functools.partial(method.fit, steps=100, width=32, lr=1e-2)
+    monkeypatch.setitem(_search_predictor.METHODS, name, method._replace(fit=quick))
+    log = Scored(family.space, limits.cost("macs", pieces))
+    predict, rank = _search_predictor.fit(problem, log, jax.random.key(1), name, 0.25)
+    assert rank > 0.8
+    assert f"rank correlation {rank:.2f} on 12" in capsys.readouterr().out
+    archs, scores = log.arrays()
+    whole = np.asarray(predict(archs))
+    assert tables.rank_correlation(whole, scores) > 0.9
+    monkeypatch.setattr(_search_predictor, "CHUNK", 25)
+    np.testing.assert_allclose(predict(archs), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([1, 2, 3, 4, 5], 2.0),
+        ([5, 5, 5, 5, 1], 1.0),  # the quarter lies at 5, above which nothing lies
+        ([1, 1, 1, 2, 2], 1.0),
+        ([1, 2, 2], 1.0),
+        ([1, 1, 2], None),
+        ([1, 1, 1], None),
+    ],
+)
+def test_the_threshold_of_two_stages_leaves_two_above_and_one_below(scores, expected):
+    scores = np.asarray(scores, float)
+    if expected is None:
+        with pytest.raises(UserError, match="networks with different scores: choose"):
+            _search_predictor.threshold(scores, 0.25)
+    else:
+        assert _search_predictor.threshold(scores, 0.25) == expected
+
+
 def within(small, share):
     """Returns a function that tells from options whether a network's latency is at most this share of the largest one's."""
     plain = _plugs.plain(small.data.example())
@@ -383,6 +439,7 @@ def test_a_damaged_line_of_the_log_is_named(searched, trained, tmp_path, damage)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["predictor=gcn"], r"'gcn' \(str\) should be one of 'mlp', 'graph', 'two_stage'"),
         (["score=eval_los"], "is no score of this task; did you mean 'eval_loss'"),
         (["samples=5"], "samples = 5 should be at least 10"),
         (["limits=({'cost':'macs','at_most':10},)"], r"no network of the space meets them; the nearest has MACs [\d,]+ \(at most 10\): raise at_most"),

@@ -89,7 +89,6 @@ class Problem:
       limits: the limits.
       traded: the costs that are traded off against the score.
       macs: the MACs of networks.
-      features: architectures with a leading axis → inputs of the predictor.
     """
 
     def __init__(
@@ -124,9 +123,9 @@ class Problem:
         self.macs = limits.cost("macs", self.pieces)
         named = [self._cost(CostSettings(**section)) for section in traded]
         self.traded = named or costs or [self.macs]
-        self._canonical, self._active, self.features = (
+        self._canonical, self._active = (
             jax.jit(jax.vmap(make(self.space, self.pieces.columns)))
-            for make in (encode.canonical, encode.effects, encode.one_hot)
+            for make in (encode.canonical, encode.effects)
         )
         self._check_limits()
 

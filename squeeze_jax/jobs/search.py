@@ -21,6 +21,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _experiment,
     _scores,
+    _search_predictor,
     _settings,
     _space,
     _workdir,
@@ -32,12 +33,12 @@ from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.jobs._search_log import Log, progress
 from squeeze_jax.jobs._search_problem import Problem, check_costs, table_path
 from squeeze_jax.jobs._search_report import report
-from squeeze_jax.nas import predict_mlp, random_search, regularised_evolution
+from squeeze_jax.nas import random_search, regularised_evolution
 from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas.evolve import evolve
 from squeeze_jax.nas.pareto import Front, pareto
 from squeeze_jax.nas.space import Arch, spread_networks
-from squeeze_jax.ranges import Count, Part, PathStr, Whole
+from squeeze_jax.ranges import Count, Fraction, Part, PathStr, Whole
 
 LEAST = 10  # scored networks to fit a predictor
 QUERIES = ("regularised_evolution", "random_search")  # methods without a predictor
@@ -57,6 +58,9 @@ class Settings:
       method: "evolution" of architectures within the limits or "random", the best of 100,000 random ones, by predicted
         scores; or "regularised_evolution" or "random_search", which score samples + candidates networks within the limits
         and use no predictor.
+      predictor: "mlp" on one-hot choices, "graph" for graph convolutions over the chain of a network's pieces, or "two_stage",
+        in which a classifier first rejects bad networks.
+      rejected: the share of the scored networks that the classifier of "two_stage" learns to reject, in (0, 1).
       samples: number of networks that are scored to fit the predictor; at least 10.
       candidates: number of best predicted networks that are scored before one is chosen; at least 1.
       population, generations: of the evolution; a population of "regularised_evolution" is at most a fifth of its networks.
@@ -73,6 +77,8 @@ class Settings:
     limits: tuple[dict, ...] = ()
     front: tuple[dict, ...] = ()
     method: Literal["evolution", "random", *QUERIES] = "evolution"
+    predictor: Literal["mlp", "graph", "two_stage"] = "mlp"
+    rejected: Fraction = 0.25
     samples: Count = 100
     candidates: Count = 10
     population: Count = 100
@@ -150,12 +156,18 @@ def run(
     other = settings.log and files.path(settings.log)
     log = Log(workdir / "search" / "scored.jsonl", problem, scorer, other)
     start, scored_before = time.monotonic(), len(log.scores)
+
+    def fit_predictor():
+        log.check(LEAST)
+        how = settings.predictor, settings.rejected
+        return _search_predictor.fit(problem, log, keys[1], *how)
+
     if settings.method in QUERIES:
         query(problem, log, keys[0], settings)
-        predict, rank = fit_predictor(problem, log, keys[1])
+        predict, rank = fit_predictor()
     else:
         log.score(samples(problem, keys[0], settings.samples), "samples")
-        predict, rank = fit_predictor(problem, log, keys[1])
+        predict, rank = fit_predictor()
         found = best_predicted(problem, predict, keys[2], settings)
         log.score(spaces.unstack(problem.canonical(found)), "candidates")
     front = trade_offs(problem, predict, keys[3], settings)
@@ -218,29 +230,6 @@ def query(problem: Problem, log: Log, key: jax.Array, settings: Settings) -> Non
         regularised_evolution.search(key, problem.space, score, **options)
     if len(log.scores) < LEAST:  # the limits allow few networks
         log.score(samples(problem, key, LEAST), "samples for the front")
-
-
-def fit_predictor(
-    problem: Problem, log: Log, key: jax.Array
-) -> tuple[Callable[[Arch], jax.Array], float]:
-    """Returns (architectures → predicted scores [n], rank correlation on networks that were held out).
-
-    A fifth of the scored networks is held out for the correlation; then all are used.
-    """
-    log.check(LEAST)
-    archs, scores = log.arrays()
-    features = problem.features(archs)
-    order = np.random.default_rng(0).permutation(len(scores))
-    held, kept = np.split(order, [len(scores) // 5])
-    checked = predict_mlp.fit(key, features[kept], scores[kept])
-    guessed = predict_mlp.predict(checked, features[held])
-    rank = latency_table.rank_correlation(np.asarray(guessed), scores[held])
-    fitted = predict_mlp.fit(key, features, scores)
-    print(
-        f"predictor  fitted to {len(scores)} networks; rank correlation {rank:.2f} on {len(held)} that were held out",
-        flush=True,
-    )
-    return (lambda archs: predict_mlp.predict(fitted, problem.features(archs))), rank
 
 
 def best_predicted(
