@@ -309,6 +309,8 @@ def main(argv=None):
             print(f"work dir   {workdir}", file=sys.stderr)
         _workdir.check_same_experiment(workdir, config)
         examples = getattr(job, "EXAMPLES", True)
+        if examples:
+            _workdir.report_data(workdir, config)
         built = _experiment.build_trained(workdir, config, examples=examples)
     else:
         has_checkpoint = use == "begins" and _pretrained.has_checkpoint(workdir)

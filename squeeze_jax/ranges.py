@@ -7,6 +7,8 @@ end of an error's sentence, such as "should lie in [0, 1)", or "" for a value in
 import math
 from typing import Annotated, NamedTuple
 
+import numpy as np
+
 INT32 = 2**31 - 1
 FLOAT32 = 3.4028235e38
 SMALLEST = 1.1754944e-38  # positive number of full precision in float32
@@ -32,7 +34,10 @@ class Range(NamedTuple):
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         if above and below and isinstance(value, float) and 0 < abs(value) < SMALLEST:
-            return f"should be 0 or at least {SMALLEST:.1e}, which is float32's smallest number of full precision"
+            zero = "" if self.open_low and self.low == 0 else "0 or "
+            return f"should be {zero}at least {SMALLEST:.1e}, which is float32's smallest number of full precision"
+        if above and below and self.open_high and np.float32(value) >= self.high:
+            return f"should be further from {_number(self.high)}: it is {_number(self.high)} in float32"
         if above and below and isinstance(value, int) and abs(value) > INT32:
             return f"should be written as {value:.0e}: it is no integer of 32 bits"
         if above and below:
@@ -132,6 +137,9 @@ Strides = Annotated[int, Range(1, 64)]
 Multiplier = Annotated[float, Range(0, 100, open_low=True)]  # of channels or layers
 Pixels = Annotated[int, Range(1, 16384)]  # of an image's side
 Seed = Annotated[int, Range(0, INT32)]
+Runs = Annotated[int, Range(1, 1_000_000)]  # of a measurement
+Warmups = Annotated[int, Range(0, 1_000_000)]
+Seconds = Annotated[float, Range(0, 3600)]
 Threads = Annotated[int, Range(0, 256)]  # or processes; 0 for none beside the main one
 
 Name = Annotated[str, Filled()]

@@ -274,7 +274,9 @@ def test_a_run_keeps_the_names_of_its_classes(tmp_path, monkeypatch, capsys):
         run_py.main(["--job=export", "--workdir=run", integer])
     with pytest.raises(UserError, match="photos"):
         run_py.main(["--job=evaluate", "--workdir=run"])
+    capsys.readouterr()
     run_py.main(["--job=evaluate", "--workdir=run", moved])
+    assert "data       moved in place of photos" in capsys.readouterr().out
     # It also keeps its three channels: the same grey pixels are the same inputs, in one channel or in three.
     answers = []
     for mode in "L", "RGB":

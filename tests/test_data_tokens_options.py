@@ -30,6 +30,7 @@ OPTIONS = (
     {"cls_token": "B"},
     {"sep_token": "!", "pad_token": "x"},
     {"model_max_length": 4},
+    {"model_specific_special_tokens": {"image_token": "<x>"}},
     {"clean_up_tokenization_spaces": False},
     {"wordpieces_prefix": "@@"},
     {"tokenizer_class": "TokenizersBackend", "do_lower_case": False, "unk_token": "a"},
@@ -112,6 +113,20 @@ def test_the_space_before_a_masked_word(transformers, tmp_path, options, stored)
         (folder / "special_tokens_map.json").unlink(missing_ok=True)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert ids(tokens.load(folder), "a <mask> a") == theirs("a <mask> a")["input_ids"]
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_token": "<mask>"}], ids=str)
+def test_the_mask_of_a_vocabulary_without_tokenizer_json(
+    transformers, tmp_path, options
+):
+    vocabulary = {token: n for n, token in enumerate(LETTERS)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ a\n")
+    config = {"tokenizer_class": "RobertaTokenizer"} | options
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = tokens.load(tmp_path)
+    assert ids(ours, "a <mask> a") == theirs("a <mask> a")["input_ids"]
 
 
 def test_a_guess_of_the_case_is_said(bert, tmp_path, caplog):

@@ -268,11 +268,16 @@ def test_wrong_times_of_another_device_are_named(tmp_path, header, rows, message
     assert str(path) in str(error.value)
 
 
-def test_times_of_another_device_are_read(tmp_path):
+def test_times_of_another_device_are_read(tmp_path, capsys):
     path = tmp_path / "times_1.jsonl"
     rows = HEADER, ROW, ROW | dict(round=1, ms=1)
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"file": "a.tfl')
-    header, timings = _piece_files.read_times(path, {"a"})
+    header, timings = _piece_files.read_times(path, {"a"}, 2)
+    assert not capsys.readouterr().out
+    _piece_files.read_times(path, {"a"}, 3)
+    assert (
+        "has fewer than 3 rounds of 1 files, such as a: run" in capsys.readouterr().out
+    )
     assert header == HEADER
     assert timings == {"a": tables.Timing(0.5, 1.0, 4)}
 
@@ -382,11 +387,12 @@ def test_files_for_another_device(device_folder, capsys):
     assert len(table.pieces) == 20
     assert [n.held_out for n in table.networks] == [False, True, False, True]
     assert all(n.timing.ms > 0 for n in table.networks)
-    # A file that was cut off while the script wrote is said.
+    # Times in another runtime do not replace the table.
     times = files / "times_1.jsonl"
-    lines = times.read_text().splitlines()
-    times.write_text("\n".join(lines[:-1]) + '\n{"file": "netw')
-    with pytest.raises(UserError, match=r"lacks 1 of 24 files, such as .*goes on"):
+    header, *lines = times.read_text().splitlines()
+    header = json.dumps(json.loads(header) | {"runtime": "another"})
+    times.write_text("\n".join([header, *lines]))
+    with pytest.raises(UserError, match=r"Board_1_tflite_1.json is of the runtime '.*', and this is 'another'"):  # fmt: skip
         job(device_folder / "run", *again)
 
 

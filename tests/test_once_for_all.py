@@ -17,7 +17,14 @@ from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _experiment, _plugs, _settings, _workdir, evaluate, fit
 from squeeze_jax.methods import METHODS, Own
-from squeeze_jax.nas import costs, once_for_all, sort_channels, space, subnetwork
+from squeeze_jax.nas import (
+    costs,
+    once_for_all,
+    pieces,
+    sort_channels,
+    space,
+    subnetwork,
+)
 from squeeze_jax.nas.family import Family
 from squeeze_jax.nas.pieces import Runner
 from squeeze_jax.nas.recalibrate import recalibrate
@@ -403,7 +410,9 @@ def test_an_extracted_network_is_a_work_directory(tmp_path, capsys, monkeypatch)
     )
     built = _experiment.build(_experiment.check(config))
     _workdir.begin(tmp_path / "large", built.whole.config())
+    monkeypatch.setattr(pieces, "SHOWN_EVERY", -1)
     fit.run(built, tmp_path / "large")
+    assert "compiled   3 pieces, " in capsys.readouterr().out
 
     def stopped(state):
         raise stop.Stopped(15)

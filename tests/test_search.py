@@ -318,6 +318,77 @@ def test_scores_that_are_not_finite_are_left_out(
         job(workdir, *overrides)
 
 
+def test_scores_of_other_weights_or_examples_are_left_out(
+    searched, trained, tmp_path, monkeypatch, capsys
+):
+    """Also those of earlier versions, which do not say of which weights they are."""
+    workdir = copied(trained, tmp_path)
+    rows = log_of(searched[0])
+    for row in rows[:3]:
+        row["of"] = "others"
+    del rows[3]["of"]
+    (workdir / "search").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (workdir / "search" / "scored.jsonl").write_text(text)
+    scored = []
+    monkeypatch.setattr(
+        _scores.Scorer, "__call__", lambda self, arch: scored.append(arch) or -1.0
+    )
+    job(workdir)
+    printed = capsys.readouterr().out
+    assert "log        4 scores in" in printed
+    assert "of other weights, other examples or another score: left out" in printed
+    assert len(scored) >= 4
+
+
+def test_a_search_uses_what_its_command_changes(trained):
+    """Such as the place of the data: the extracted network is evaluated on it, too."""
+    config = _workdir.read(trained)
+    config["data"] |= {"threads": 3}
+    built = _experiment.build_trained(trained, config)
+    experiment = _space.trained(built, trained).experiment
+    assert experiment.data["threads"] == 3
+    assert experiment.gradients["name"] == "nas.once_for_all"
+
+
+def test_folders_in_use_are_no_targets(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for name in (
+        "search",
+        "checkpoints/9",
+        "export/x/y",
+        "latency",
+        "found/x",
+        "config.json",
+        ".",
+    ):
+        with pytest.raises(
+            UserError, match=r"to = '.*' lies in .*which the run itself writes"
+        ):
+            extract.check_target(workdir / name, "to", workdir)
+    for name in "found", "other", "a/b", "../search":
+        extract.check_target(workdir / name, "to", workdir)
+    partial = tmp_path / "mine.partial"
+    partial.mkdir()
+    extract.check_target(tmp_path / "mine", "to", workdir)
+    (partial / "config.json").write_text("{}")
+    extract.check_target(tmp_path / "mine", "to", workdir)
+    (partial / "data.txt").write_text("precious")
+    with pytest.raises(
+        UserError,
+        match=r"mine\.partial, where it is written first, exists already: move it away",
+    ):
+        extract.check_target(tmp_path / "mine", "to", workdir)
+
+
+def test_one_search_at_a_time(trained, tmp_path):
+    workdir = copied(trained, tmp_path)
+    words = r"search is in use by process \d+"
+    with _workdir.locked(workdir / "search"), pytest.raises(UserError, match=words):
+        job(workdir)
+
+
 class Scored:
     """A log whose scores are the MACs of random networks."""
 

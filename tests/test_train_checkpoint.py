@@ -241,6 +241,8 @@ def test_a_full_disk_is_one_line_that_names_what_is_safe(tmp_path, monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(DiskFull, match=r"cannot save step 2.* of step 1 is whole"):
             checkpoints.save(at(saved, 2), 20, {})
+        with pytest.raises(DiskFull, match=r"cannot save a step, 0\.\d MB: no space"):
+            checkpoints.check_free_space(jax.eval_shape(lambda: saved))  # of shapes
 
     def full():
         raise ValueError(

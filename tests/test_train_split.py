@@ -12,6 +12,7 @@ import torch
 from squeeze_jax import methods
 from squeeze_jax.comm import mean
 from squeeze_jax.distill import attention, hidden, soft_logits
+from squeeze_jax.errors import UserError
 from squeeze_jax.nn import means
 from squeeze_jax.prune import group_lasso
 from squeeze_jax.train import sharding, state, step
@@ -219,19 +220,37 @@ def test_few_examples_in_many_parts_keep_their_size():
     def loss(logits, endpoints, batch):
         return means.mean(jnp.full(batch["mask"].shape, 3.0), batch["mask"]), {}
 
-    def update(mask, **split):
-        model, tx = Net(), optax.sgd(1.0)
-        begin = state.create(model, tx, EXAMPLE, jax.random.key(0))
-        mesh = mesh_of(split.pop("devices", 1))
-        whole = step.make(
-            model, tx, loss, inputs=lambda b: b["tokens"], mesh=mesh, **split
-        )
-        data = batch() | {"mask": np.isin(np.arange(ROWS), mask)}
-        return jax.jit(whole)(begin, data, jax.random.key(0))[1]["loss"]
-
     for split in SPLITS.values():
-        assert update([0, 5], **split) == pytest.approx(3.0)
-        assert update([], **split) == 0
+        assert loss_of(loss, [0, 5], **split) == pytest.approx(3.0)
+        assert loss_of(loss, [], **split) == 0
+    for split in {}, SPLITS["both"]:  # weights below 1 count as all others
+        assert loss_of(loss, [0, 5], 0.05, **split) == pytest.approx(3.0)
+
+
+def loss_of(loss, counted, weight=True, **split):
+    """The loss of one step in which some examples count."""
+    model, tx = Net(), optax.sgd(1.0)
+    begin = state.create(model, tx, EXAMPLE, jax.random.key(0))
+    split = dict(split)
+    mesh = mesh_of(split.pop("devices", 1))
+    whole = step.make(model, tx, loss, inputs=lambda b: b["tokens"], mesh=mesh, **split)
+    data = batch() | {"mask": np.isin(np.arange(ROWS), counted) * weight}
+    return jax.jit(whole)(begin, data, jax.random.key(0))[1]["loss"]
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, jax.checkpoint, jax.jit])
+def test_a_mean_inside_a_transform_is_named_where_a_batch_has_parts(transform):
+    """In one part it is right."""
+
+    def loss(logits, endpoints, batch):
+        values = jnp.full((1, batch["mask"].size), 3.0)
+        inner = transform(lambda v: means.mean(v.ravel(), batch["mask"]))
+        return inner(values).sum(), {}
+
+    assert loss_of(loss, [0, 5]) == pytest.approx(3.0)
+    for split in SPLITS["parts"], SPLITS["devices"]:
+        with pytest.raises(UserError, match=r"mean is called inside .*call it outside"):
+            loss_of(loss, [0, 5], **split)
 
 
 def test_counting_beforehand_runs_no_second_forward_pass():

@@ -65,12 +65,6 @@ class Options(NamedTuple):
         token = self.named.get(name)
         return None if token is None else content(token)
 
-    def has_flags(self, text: str) -> bool:
-        """Tells whether the files say how a token matches text, such as whether it takes the space before it."""
-        tokens = [*self.numbered.values(), *self.named.values(), *self.extra]
-        flagged = [t for t in tokens if isinstance(t, tokenizers.AddedToken)]
-        return any(token.content == text for token in flagged)
-
 
 def content(token: Token) -> str:
     """Returns the text of a token."""
@@ -99,7 +93,12 @@ def read(folder: Path, stored: tokenizers.Tokenizer | None) -> Options:
         extra = config.pop("additional_special_tokens", None)
         if extra is not None:
             config["extra_special_tokens"] = extra
-    specific = _pop_specific_tokens(config, str) | _pop_named_extra(config)
+    specific = config.pop("model_specific_special_tokens", None) or {}
+    if not isinstance(specific, dict):
+        raise UserError(
+            f"{where}: model_specific_special_tokens should be {{name: token}}"
+        )
+    specific |= _pop_specific_tokens(config, str) | _pop_named_extra(config)
     if "added_tokens_decoder" in config:
         pairs = _parse_numbered(config["added_tokens_decoder"] or {}, where)
     else:

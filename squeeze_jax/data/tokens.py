@@ -278,12 +278,7 @@ def _read_byte_level(folder: Path, found: Class | None) -> Tokenizer:
         )
     options = token_options.read(folder, None)
     made = token_backends.backend(kind, model, options)
-    loaded = token_backends.finish(made, kind, options, path)
-    mask = options.named.get("mask_token", ROBERTA["mask"])
-    if kind == "roberta" and mask == ROBERTA["mask"] and not options.has_flags(mask):
-        # In RoBERTa, the space before a word is a part of it, so <mask> takes the space as well.
-        made.add_special_tokens([tokenizers.AddedToken(mask, lstrip=True)])
-    return loaded
+    return token_backends.finish(made, kind, options, path)
 
 
 def _check_kind(found: Class | None, kinds: tuple[str, ...], path: Path) -> None:

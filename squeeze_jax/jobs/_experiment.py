@@ -10,6 +10,7 @@ Each section of the config holds the keyword arguments of exactly one function, 
     a job's name → the class `Settings` of its file
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -38,6 +39,7 @@ from squeeze_jax.jobs import (
 )
 from squeeze_jax.jobs._phases import Phase
 from squeeze_jax.jobs._settings import build_settings
+from squeeze_jax.nn import means
 from squeeze_jax.ranges import Count, Distinct, Rate, Seed, Whole
 from squeeze_jax.train import forward, sharding
 from squeeze_jax.train import state as states
@@ -512,10 +514,13 @@ def _check_objective(built: Built) -> None:
             {k: shapes[k] for k in wants if k in shapes} for shapes in available
         )
 
+    has_parts = built.experiment.accumulate > 1 or built.experiment.exchange is not None
+
     def loss(term, logits, endpoints, batch, variables, key):
         own = forward.own(term.name, variables, first=built.phase.first, key=key)
         plain = forward.parameters(variables["params"])
-        returned = term.objective.loss(logits, endpoints, batch, plain, own)
+        with means.record_weight_sums() if has_parts else contextlib.nullcontext():
+            returned = term.objective.loss(logits, endpoints, batch, plain, own)
         return training_step.check_returned(term.name, returned)
 
     def call(term):
@@ -559,12 +564,26 @@ def _make_metric(source: data.Data) -> Metric:
 def _check_best_score(built: Built) -> None:
     """Raises a UserError if `config.checkpoint.best` names a score that evaluations do not compute."""
     best = built.experiment.checkpoint.get("best")
-    if best is None or best == "eval_loss":
+    if best is not None:
+        check_score(built, best, "config.checkpoint.best")
+
+
+def check_score(built: Built, name: str, key: str) -> None:
+    """Raises a UserError unless evaluations compute a score of that name.
+
+    Args:
+      built: the experiment.
+      name: the score.
+      key: the key that names it.
+    """
+    if name == "eval_loss":
         return
     names = built.metric.names or _score_names(built)
-    if best not in names:
+    if name not in names:
         names = (*names, "eval_loss")
-        raise UserError(f"config.checkpoint.best = {best!r}{nearest(best, names)}")
+        raise UserError(
+            f"{key} = {name!r} is no score of this task{nearest(name, names)}"
+        )
 
 
 def _score_names(built: Built) -> tuple[str, ...]:

@@ -195,12 +195,15 @@ def check_index(folder: pathlib.Path, index: Mapping[str, Any], key: str) -> Non
         )
 
 
-def read_times(path: pathlib.Path, names: set[str]) -> tuple[dict, dict[str, Timing]]:
-    """Reads what `time_files` has written.
+def read_times(
+    path: pathlib.Path, names: set[str], rounds_wanted: int = 1
+) -> tuple[dict, dict[str, Timing]]:
+    """Reads what `time_files` has written; prints a warning if files have fewer rounds than wanted.
 
     Args:
       path: its file.
       names: of the targets.
+      rounds_wanted: number of rounds of each.
 
     Returns:
       (header, {name: latency}).
@@ -226,6 +229,11 @@ def read_times(path: pathlib.Path, names: set[str]) -> tuple[dict, dict[str, Tim
         raise UserError(
             f"{path} lacks {len(missing)} of {len(names)} files, such as {missing[0]}: run {SCRIPT} on the device again, it goes"
             " on where it stopped"
+        )
+    if few := sorted(n for n in names if len(rounds[n]) < rounds_wanted):
+        print(
+            f"warning    {path} has fewer than {rounds_wanted} rounds of {len(few)} files, such as {few[0]}: run {SCRIPT} on the"
+            f" device again with --rounds={rounds_wanted}, it goes on where it stopped"
         )
     timings = {n: latency_table.timing(rounds[n], counts[n]) for n in names}
     return header, timings

@@ -12,7 +12,8 @@ FILES = (
     *("search/scored.jsonl", "search/front.json", "search/front.png"),
 )
 FOLDERS = ("checkpoints", "tensorboard", "export", "huggingface", "submission")
-FOLDERS += ("search", "latency", "found")
+FOLDERS_OF_USERS = ("found",)  # whose default place is here
+FOLDERS += ("search", "latency", *FOLDERS_OF_USERS)
 WRITTEN = ("export/model*", "latency/*.json*")  # patterns of more files
 
 
@@ -33,6 +34,17 @@ def check(workdir: pathlib.Path) -> None:
     for path in (workdir / "checkpoints").glob("[0-9]*"):
         if path.name.isdecimal():
             _check(path, "a folder", os.path.isdir)
+
+
+def used_by_run(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path | None:
+    """Returns the folder of a work directory in which a path lies, if the run writes there; None for other paths."""
+    place, root = (pathlib.Path(os.path.realpath(p)) for p in (path, workdir))
+    if place == root or root not in place.parents:
+        return root if place == root else None
+    first = place.relative_to(root).parts[0]
+    free = FOLDERS_OF_USERS if place.parent == root else ()
+    taken = {name.partition("/")[0] for name in (*FILES, *FOLDERS)} - set(free)
+    return root / first if first in taken else None
 
 
 def _check(path: pathlib.Path, wanted: str, is_wanted) -> None:

@@ -6,15 +6,16 @@ The pieces of the networks are compiled once for each of their choices, so thous
 """
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax.core import FrozenDict
 
 from squeeze_jax import tree
-from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.in_order import in_order
 from squeeze_jax.jobs import _space, fit
 from squeeze_jax.jobs._experiment import Built
@@ -35,6 +36,7 @@ class Scorer:
     Attributes:
       sign: 1 if larger scores are better, otherwise -1.
       step: of the checkpoint.
+      fingerprint: a text that is the same for equal weights and examples.
     """
 
     def __init__(
@@ -76,13 +78,13 @@ class Scorer:
         batch, augment = built.experiment.batch, jax.jit(built.data.augment)
         parts = -(-calibration // batch)
         keys = jax.random.split(self._key, parts)
+        training = self._take(_training(built), parts)
         self._calibration = [
             self._inputs(augment(key, placed))
-            for key, placed in zip(
-                keys, self._take(_training(built), parts), strict=True
-            )
+            for key, placed in zip(keys, training, strict=True)
         ]
         self._validation = self._take(validation(built), -(-examples // batch))
+        self.fingerprint = _digest((self._weights, training, self._validation))
 
     @property
     def examples(self) -> tuple[int, int]:
@@ -108,10 +110,6 @@ class Scorer:
         scores = loop.evaluate(
             step, stats, self._validation, lambda b: b, self._built.metric.score
         )
-        if self._name not in scores:
-            raise UserError(
-                f"config.search.score = {self._name!r} is no score of this task{nearest(self._name, scores)}"
-            )
         return self.sign * scores[self._name] / self._scale
 
     @property
@@ -152,6 +150,14 @@ class Scorer:
     def _measure_batch(self, logits, batch):
         sums, rows = self._built.metric.measure(logits, batch)
         return sums, rows | {k: batch[k] for k in ("mask", "index") if rows}
+
+
+def _digest(arrays: Any) -> str:
+    """Returns a text that is the same for equal arrays."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(arrays):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def validation(built: Built) -> Iterator[Any]:

@@ -50,6 +50,7 @@ class Log:
             "calibration": calibration,
             "examples": examples,
             "name": scorer.name,
+            "of": scorer.fingerprint,
         }
         self.scores: dict[tuple, tuple[Arch, float]] = {}
         self.failed: set[tuple] = set()
@@ -67,7 +68,7 @@ class Log:
     def _read(self, path: pathlib.Path, strict: bool) -> None:
         """Reads the scores of a log.
 
-        The method ignores scores of another checkpoint, of other examples or of another kind, and prints how many it ignores.
+        The method ignores scores of other weights, of other examples or of another kind, and prints how many it ignores.
 
         Args:
           path: of the log.
@@ -81,7 +82,9 @@ class Log:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                score, about = row["score"], {k: row[k] for k in self._about}
+                # Scores of earlier versions do not say of which weights and examples they are.
+                about = {"of": ""} | {k: row[k] for k in self._about if k in row}
+                score, _ = row["score"], [about[k] for k in self._about]
                 if about == self._about:
                     arch = self._arch(row["options"])
                     if type(score) not in (float, int, type(None)):
@@ -99,7 +102,7 @@ class Log:
             self._keep(arch, score)
         if others:
             print(
-                f"log        {others} scores in {path} are of another checkpoint, other examples or another score: left out"
+                f"log        {others} scores in {path} are of other weights, other examples or another score: left out"
             )
 
     def _arch(self, options: Mapping[str, Sequence]) -> Arch:

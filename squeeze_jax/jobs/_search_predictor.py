@@ -13,6 +13,7 @@ from squeeze_jax.jobs._search_problem import Problem
 from squeeze_jax.nas import encode, predict_graph, predict_mlp, predict_two_stage
 from squeeze_jax.nas.space import Arch
 
+FEW = 10  # networks whose rank correlation says little
 CHUNK = 4096  # networks that are encoded together, to limit memory
 
 
@@ -73,8 +74,9 @@ def fit(
     guessed = method.predict(fitted(kept), *(x[held] for x in inputs))
     rank = latency_table.rank_correlation(np.asarray(guessed), scores[held])
     whole = fitted(np.arange(len(scores)))
+    few = ", too few to judge by" if len(held) < FEW else ""
     print(
-        f"predictor  fitted to {len(scores)} networks; rank correlation {rank:.2f} on {len(held)} that were held out",
+        f"predictor  fitted to {len(scores)} networks; rank correlation {rank:.2f} on {len(held)} that were held out{few}",
         flush=True,
     )
 

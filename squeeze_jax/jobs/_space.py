@@ -24,7 +24,8 @@ class Trained(NamedTuple):
     Attributes:
       networks: the networks.
       method: name of the method under which the training state has its matrices of kernels; "" if there is no such method.
-      experiment: the experiment in the phase of the trained network, with its gradient method.
+      experiment: the experiment in the phase of the trained network, with its gradient method, and with the keys that the
+        command has changed, such as the path of the data.
     """
 
     networks: Family
@@ -46,8 +47,10 @@ def trained(built: Built, workdir: pathlib.Path) -> Trained:
     Raises:
       UserError: the network has no elastic options.
     """
-    config = _workdir.read(workdir)
-    experiment, _ = _phases.at_phase(_experiment.check(config), built.phase.index)
+    config, now = _workdir.read(workdir), built.whole.config()
+    changed = {k: now[k] for k in _workdir.FREE_SECTIONS if k in now}
+    whole = _experiment.check(config | changed)
+    experiment, _ = _phases.at_phase(whole, built.phase.index)
     return Trained(*_family(built, experiment), experiment)
 
 

@@ -39,6 +39,10 @@ FREE_KEYS += DATA_PATHS
 FREE_KEYS += ("distill.cache", "distill.cache_dtype")
 FREE_KEYS += ("data.corrupt",)  # a damaged image ended the run, or is skipped now
 
+# Sections with such keys that a job on a trained network uses as the command has them.
+FREE_SECTIONS = ("data", "checkpoint", "compilation", "sharding")
+FREE_SECTIONS += ("log_every", "eval_every", "save_every")
+
 _locks: dict[pathlib.Path, TextIO] = {}  # held until the process ends
 _made: dict[pathlib.Path, list[pathlib.Path]] = {}  # folders that `begin` has made
 _configs: dict[pathlib.Path, str] = {}  # the contents of config.json, not yet written
@@ -261,7 +265,7 @@ def _steps_done(workdir: pathlib.Path) -> int | None:
 
 
 def _report_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Prints a line for another number of steps than a run was begun with, and for each path of its data that changed."""
+    """Prints a line for another number of steps than a run was begun with, and the lines of `report_data`."""
     before, now = _flat_with_defaults(read(workdir)), _flat_with_defaults(config)
     if before["steps"] != now["steps"]:
         steps = now["steps"]
@@ -269,6 +273,12 @@ def _report_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             f"steps      {steps:,} in place of {before['steps']:,}: after step {_steps_done(workdir):,} the learning rate"
             f" follows the schedule of {steps:,} steps"
         )
+    report_data(workdir, config)
+
+
+def report_data(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Prints a line for each path of a run's data that a config changes."""
+    before, now = _flat_with_defaults(read(workdir)), _flat_with_defaults(config)
     tables = TABLES if now.get("data.name") == "texts" else ()
     for key in (*DATA_PATHS, *tables):
         if before.get(key) != now.get(key):
@@ -321,6 +331,23 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
         if replaced := _locks.pop(_key(target), None):
             replaced.close()  # of a folder that was deleted
         _locks[_key(target)] = lock
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a folder of a work directory, such as `search`, and locks it for this process within this context.
+
+    Raises:
+      UserError: the folder cannot be written to, or another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / ".lock", "a+"))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        _lock_directory(lock, folder)
+        yield
 
 
 def _lock_directory(lock: TextIO, workdir: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.export import runtime
 from squeeze_jax.jobs import _settings, _workdir, evaluate, export, fit
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.ranges import Count, Whole
+from squeeze_jax.ranges import Runs, Warmups
 from squeeze_jax.report import curves, picture, record, table
 from squeeze_jax.train import forward, loop
 from squeeze_jax.train.state import State
@@ -30,12 +30,12 @@ class Settings:
     """The keys of `config.benchmark`.
 
     Attributes:
-      runs: number of timed runs of each file, with one example each; at least 1.
-      warmup: number of untimed runs before them; at least 0.
+      runs: number of timed runs of each file, with one example each; 1 to 1,000,000.
+      warmup: number of untimed runs before them; 0 to 1,000,000.
     """
 
-    runs: Count = 200
-    warmup: Whole = 20
+    runs: Runs = 200
+    warmup: Warmups = 20
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None:

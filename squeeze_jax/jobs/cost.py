@@ -21,7 +21,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _profile, _settings, _workdir, export
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.methods import METHODS
-from squeeze_jax.ranges import Bits, Count, Whole
+from squeeze_jax.ranges import Bits, Count, Runs, Warmups
 from squeeze_jax.report import costs, table, units
 from squeeze_jax.train import forward
 
@@ -38,8 +38,8 @@ class Settings:
         first match counts; weights that match no rule have 32 bits.
       activation_bits: bits of each activation, in [1, 64].
       latency: whether to run the network and measure the latency of each layer.
-      runs: number of timed runs; at least 1.
-      warmup: number of untimed runs before them; at least 0.
+      runs: number of timed runs; 1 to 1,000,000.
+      warmup: number of untimed runs before them; 0 to 1,000,000.
       batch: examples in each of these runs, at least 1; all other costs are for one example.
       cores: number of CPU cores to use for these runs, in a new process; None runs them on JAX's default device, and on a
         CPU on all cores.
@@ -48,8 +48,8 @@ class Settings:
     weight_bits: Bits | tuple[tuple[str, Bits], ...] = 8
     activation_bits: Bits = 8
     latency: bool = False
-    runs: Count = 100
-    warmup: Whole = 10
+    runs: Runs = 100
+    warmup: Warmups = 10
     batch: Count = 1
     cores: Count | None = None
 

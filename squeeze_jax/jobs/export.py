@@ -17,7 +17,7 @@ from squeeze_jax.export import listing, process
 from squeeze_jax.export.runnable import load_format, name_outputs
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
-from squeeze_jax.ranges import Distinct, Positive, Range, Share
+from squeeze_jax.ranges import Distinct, Part, Range, Share
 from squeeze_jax.report import units
 from squeeze_jax.train import forward
 from squeeze_jax.train.state import State
@@ -49,7 +49,7 @@ class Settings:
     )
     calibration: Examples = 256
     check: Examples = 128
-    tolerance: Positive = 1e-4
+    tolerance: Part = 1e-4
     int8_agreement: Share = 0.95
 
 

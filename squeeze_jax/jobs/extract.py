@@ -5,6 +5,7 @@ on training examples. The new work directory has the config of the run's last ph
 """
 
 import dataclasses
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,16 @@ import numpy as np
 from squeeze_jax import files, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs import _phases, _plain, _settings, _space, _workdir, evaluate, fit
+from squeeze_jax.jobs import (
+    _phases,
+    _places,
+    _plain,
+    _settings,
+    _space,
+    _workdir,
+    evaluate,
+    fit,
+)
 from squeeze_jax.jobs._experiment import Built, Experiment
 from squeeze_jax.nas.recalibrate import recalibrate
 from squeeze_jax.nas.space import Arch
@@ -60,18 +70,37 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
     _space.family(built)
 
 
-def check_target(target: pathlib.Path, key: str) -> None:
+def check_target(
+    target: pathlib.Path, key: str, workdir: pathlib.Path | None = None
+) -> None:
     """Raises a UserError if a path cannot become a new work directory.
 
     Args:
       target: the path.
       key: how the error calls it, such as "config.extract.to".
+      workdir: the run's work directory, in which other folders have their own use; None if it is not known yet.
     """
+    if workdir is not None and (used := _places.used_by_run(target, workdir)):
+        raise UserError(
+            f"{key} = {str(target)!r} lies in {used}, which the run itself writes: choose another folder"
+        )
+    partial = target.with_name(target.name + PARTIAL)
+    if os.path.lexists(partial) and not _is_partial(partial):
+        raise UserError(
+            f"{key} = {str(target)!r}: {partial}, where it is written first, exists already: move it away, or choose another"
+            " folder"
+        )
     if any((target / "checkpoints").glob("[0-9]*")):
         raise UserError(
             f"{key} = {str(target)!r} holds a run already: choose another work directory, or delete it"
         )
     files.check_new_folder(target, key, PARTIAL)
+
+
+def _is_partial(folder: pathlib.Path) -> bool:
+    """Returns whether a folder holds nothing but what an interrupted extraction leaves there."""
+    names = {"config.json", "model.json", "checkpoints", ".lock"}
+    return folder.is_dir() and {p.name for p in folder.iterdir()} <= names
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
@@ -85,6 +114,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Buil
     """
     ready(built, inputs)
     settings = _settings.job_settings(built, Settings)
+    check_target(files.path(settings.to), "config.extract.to", workdir)
     trained = _space.trained(built, workdir)
     arch = _space.architecture(trained.networks, settings.arch, ARCH)
     state = evaluate.trained_state(built, workdir)

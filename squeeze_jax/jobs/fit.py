@@ -124,6 +124,8 @@ def train_phases(
             return built
         for line in _transitions.rehearse(built):
             say(line)
+        if main:
+            checkpoints.check_free_space(built.abstract())
         start_from = restored
         while True:
             if (

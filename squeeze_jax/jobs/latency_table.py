@@ -14,8 +14,8 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -26,17 +26,18 @@ from squeeze_jax.cost.latency_table import Table, Whole
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import process, time_files
 from squeeze_jax.export.runnable import load_format
-from squeeze_jax.jobs import _piece_files, _settings, _space
+from squeeze_jax.jobs import _piece_files, _settings, _space, _workdir
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas import costs
 from squeeze_jax.nas import space as spaces
-from squeeze_jax.ranges import Count, Distinct, Filled, NonNegative, PathStr
+from squeeze_jax.ranges import Count, Distinct, Filled, PathStr, Runs, Seconds
 from squeeze_jax.ranges import Whole as WholeNumber
 from squeeze_jax.report import provenance
 from squeeze_jax.report.table import align
 
 RUN = "ignores"  # the job needs a config only
 SECONDS = 24 * 3600.0
+LONGEST = 80  # letters of a device's name in the name of its table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Settings:
       formats: what is timed, each once: "xla" on JAX's default device, and "tflite" and "tflite_int8" in LiteRT.
       threads: numbers of CPU threads for LiteRT, each once; the job writes one table per number.
       networks: number of whole networks that are timed, from the smallest to the largest; 0 for none, at least 4 otherwise.
-      rounds: passes over all pieces; at least 1.
-      runs: least number of timed runs of a piece in a round; at least 1.
-      seconds: least time of these runs together, in seconds.
+      rounds: passes over all pieces; 1 to 1,000,000.
+      runs: least number of timed runs of a piece in a round; 1 to 1,000,000.
+      seconds: least time of these runs together, in seconds; at most 3,600.
       device_folder: a folder for another device. The first call writes the files and the script there. Once the
         script has run, a second call with the same folder reads the times.
     """
@@ -59,9 +60,9 @@ class Settings:
     ] = ("tflite",)
     threads: Annotated[tuple[Count, ...], Distinct(), Filled()] = (1,)
     networks: WholeNumber = 12
-    rounds: Count = 5
-    runs: Count = 20
-    seconds: NonNegative = 0.05
+    rounds: Runs = 5
+    runs: Runs = 20
+    seconds: Seconds = 0.05
     device_folder: PathStr | None = None
 
 
@@ -113,6 +114,11 @@ def run(
       process.Crash: a conversion failed, or a runtime crashed.
     """
     ready(built, inputs)
+    with _workdir.locked(workdir / "latency"):
+        return _measure(built, workdir)
+
+
+def _measure(built: Built, workdir: pathlib.Path) -> list[pathlib.Path]:
     settings = _settings.job_settings(built, Settings)
     networks = _space.family(built)
     pieces = _space.pieces(built, networks)
@@ -181,11 +187,16 @@ def _tables_of_device(
     """Writes the files for another device, or reads its times."""
     with _Progress(f"converting to {key}", len(wanted)) as progress:
         _piece_files.write(folder, key, wanted, networks, built, progress)
+    rounds = _settings.job_settings(built, Settings).rounds
     paths = []
     for times in sorted(folder.glob("times_*.jsonl")):
-        header, timings = _piece_files.read_times(times, {t.name for t in wanted})
-        device = "".join(c if c.isalnum() else "_" for c in header["device"])
+        header, timings = _piece_files.read_times(
+            times, {t.name for t in wanted}, rounds
+        )
+        device = "".join(c if c.isalnum() else "_" for c in header["device"])[:LONGEST]
         path = workdir / "latency" / f"{device}_{key}_{header['threads']}.json"
+        if path.exists():
+            _check_same(path, {k: header[k] for k in ("device", "runtime", "threads")})
         _write_table(path, key, header, timings, networks, pieces, wanted)
         paths.append(path)
     if not paths:
@@ -313,6 +324,14 @@ def _is_complete(path, wanted, about) -> bool:
     """Returns whether a table has all pieces; raises a UserError for one of another runtime or device."""
     if not path.exists():
         return False
+    table = _check_same(path, about)
+    keys = {t.key for t in wanted if t.key}
+    networks = sum(not t.key for t in wanted)
+    return keys <= set(table.pieces) and len(table.networks) >= networks
+
+
+def _check_same(path: pathlib.Path, about: Mapping[str, Any]) -> Table:
+    """Returns the table in a file; raises a UserError if it is of another device or runtime."""
     table = latency_table.read(path)
     for field, value in about.items():
         if table.about.get(field) != value:
@@ -320,9 +339,7 @@ def _is_complete(path, wanted, about) -> bool:
                 f"{path} is of the {field} {table.about.get(field)!r}, and this is {value!r}: move the table away, or choose"
                 " another --workdir"
             )
-    keys = {t.key for t in wanted if t.key}
-    networks = sum(not t.key for t in wanted)
-    return keys <= set(table.pieces) and len(table.networks) >= networks
+    return table
 
 
 def _lines(path: pathlib.Path) -> int:

@@ -99,6 +99,8 @@ def check(settings: Settings, built: Built) -> None:
             f"config.search.samples = {settings.samples} should be at least {LEAST}: the predictor of scores is fitted to them"
         )
     check_costs(settings.limits, settings.front)
+    if settings.score:
+        _experiment.check_score(built, settings.score, "config.search.score")
 
 
 def check_tables(built: Built, workdir: pathlib.Path) -> None:
@@ -127,9 +129,9 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
         check_target(files.path(settings.to))
 
 
-def check_target(target: pathlib.Path) -> None:
-    """Raises a UserError if a path cannot become the work directory of the found network."""
-    extract.check_target(target, "config.search.to")
+def check_target(target: pathlib.Path, workdir: pathlib.Path | None = None) -> None:
+    """Raises a UserError if a path cannot become the work directory of the found network; see `extract.check_target`."""
+    extract.check_target(target, "config.search.to", workdir)
 
 
 def run(
@@ -143,9 +145,14 @@ def run(
       UserError: see `ready` and `Problem`; or there is no checkpoint.
     """
     ready(built, inputs)
-    settings = _settings.job_settings(built, Settings)
     target = found_directory(built, workdir)
-    check_target(target)
+    check_target(target, workdir)
+    with _workdir.locked(workdir / "search"):
+        return _search(built, workdir, target)
+
+
+def _search(built: Built, workdir: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    settings = _settings.job_settings(built, Settings)
     problem = Problem(built, workdir, settings.limits, settings.front)
     keys = jax.random.split(jax.random.key(built.experiment.seed), 4)
     state = evaluate.trained_state(built, workdir)

@@ -6,6 +6,7 @@ number of compilations is the number of different pieces, not of networks.
 """
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from squeeze_jax.nas import subnetwork
 from squeeze_jax.nn.chain import Chain, Piece
 from squeeze_jax.nn.norm import SHARES
 from squeeze_jax.nn.placement import placements
+
+SHOWN_EVERY = 10.0  # seconds between two lines about compilations
 
 
 class Run(NamedTuple):
@@ -54,6 +57,25 @@ class Pullback(NamedTuple):
     pull: Any
 
 
+class _Progress:
+    """Prints now and then how many pieces were compiled, because the first steps wait for them."""
+
+    def __init__(self):
+        self._number, self._start = 0, time.monotonic()
+        self._shown = self._start
+
+    def count(self) -> None:
+        """Counts a piece that is compiled next."""
+        now = time.monotonic()
+        if self._number and now - self._shown > SHOWN_EVERY and not jax.process_index():
+            self._shown = now
+            print(
+                f"compiled   {self._number} pieces, {now - self._start:.0f} s since the phase began",
+                flush=True,
+            )
+        self._number += 1
+
+
 class Runner:
     """Runs and differentiates networks on slices of the largest network's variables; each piece is compiled once."""
 
@@ -66,6 +88,7 @@ class Runner:
         """
         self._passes = passes
         self._held = placements(holder)
+        self._progress = _Progress()
         static = ("piece", "held", "first", "update", "differentiate", "endpoints")
         self._forward = in_order(jax.jit(self._run_piece, static_argnames=static))
         self._backward = in_order(jax.jit(lambda pull, cotangent: pull(cotangent)))
@@ -145,6 +168,7 @@ class Runner:
         endpoints,
     ):
         """Runs a piece; returns (output, its endpoints, its statistics or None, its pullback or None)."""
+        self._progress.count()  # JAX calls the function once for each program
         module, key = Chain((piece,)), jax.random.fold_in(key, index)
         shapes = jax.eval_shape(module.init, jax.random.key(0), x)
         both = {piece.name: held} if held else {}, placements((piece,))

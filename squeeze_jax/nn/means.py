@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.core import tracers
 
 from squeeze_jax.errors import UserError
 
@@ -37,14 +38,12 @@ _divisor = contextvars.ContextVar("means", default=None)
 def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns the weighted mean of values, float32 []; 0 if all weights are 0.
 
-    The divisor is the sum of weights, but at least 1.
-
     Args:
       values: float array.
-      weights: bool or float array of the same shape; 0 or False for values that do not count.
+      weights: bool or float array of the same shape, not negative; 0 or False for values that do not count.
 
     Raises:
-      UserError: the shapes differ.
+      UserError: the shapes differ; or the batch is split into parts, and this is called inside a transform such as `jax.vmap`.
     """
     if jnp.shape(values) != jnp.shape(weights):
         raise UserError(
@@ -55,18 +54,29 @@ def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     total, weight_sum = jnp.sum(values * weights), jnp.sum(weights)
     divisor = _divisor.get()
     if divisor is None:
-        return total / jnp.maximum(weight_sum, 1.0)
+        return total / one_if_zero(weight_sum)
     return total / divisor(weight_sum)
+
+
+def one_if_zero(weight_sum: jax.Array) -> jax.Array:
+    """Returns a sum of weights as a divisor: 1 in place of 0."""
+    return jnp.where(weight_sum > 0, weight_sum, 1.0)
 
 
 @contextlib.contextmanager
 def record_weight_sums() -> Iterator[list[jax.Array]]:
     """Yields a list to which each call of `mean` inside this context appends its sum of weights."""
-    weight_sums = []
+    weight_sums, outside = [], tracers.current_trace()
 
     def record(weight_sum):
+        if tracers.current_trace() != outside:
+            raise UserError(
+                "squeeze_jax.nn.means.mean is called inside jax.vmap, jax.checkpoint, jax.jit or a loop, from where a batch of"
+                " several parts cannot take its sum of weights: call it outside, or set config.accumulate = 1 and leave out"
+                " config.exchange"
+            )
         weight_sums.append(weight_sum)
-        return jnp.maximum(weight_sum, 1.0)
+        return one_if_zero(weight_sum)
 
     with _divisor_set(record):
         yield weight_sums
@@ -88,8 +98,8 @@ def divide_by(divisors: Divisors | None) -> Iterator[None]:
 
     def divisor(weight_sum):
         del weight_sum
-        total = jnp.maximum(next(totals), 1.0) * divisors.share
-        return jnp.where(total > 0, total, 1.0)  # a part without examples adds nothing
+        # A part without examples adds nothing.
+        return one_if_zero(next(totals) * divisors.share)
 
     with _divisor_set(divisor):
         yield

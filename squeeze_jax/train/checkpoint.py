@@ -225,7 +225,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._check_free_space(step, state)
+        self.check_free_space(state, f"step {step}")
         note = {
             "position": position,
             "config": trees.to_json(config or {}),
@@ -277,14 +277,19 @@ class Checkpoints:
         with self._reporting_full_disk():
             self._manager.close()
 
-    def _check_free_space(self, step: int, state: State) -> None:
+    def check_free_space(self, state: State, what: str = "a step") -> None:
         """Raises `DiskFull` if a state is larger than the free space of the disk.
 
         Without this check a save that fills the disk would leave its unfinished files behind.
+
+        Args:
+          state: arrays or their shapes.
+          what: how the error calls the checkpoint.
         """
-        size = sum(x.nbytes for x in jax.tree.leaves(_to_dict(state))) + _METADATA_BYTES
+        leaves = jax.tree.leaves(_to_dict(state))
+        size = sum(x.size * x.dtype.itemsize for x in leaves) + _METADATA_BYTES
         if shutil.disk_usage(self.directory).free < size:
-            raise self._disk_full(f"step {step}, {size / 1e6:.1f} MB")
+            raise self._disk_full(f"{what}, {size / 1e6:.1f} MB")
 
     @contextlib.contextmanager
     def _reporting_full_disk(self):

@@ -59,7 +59,7 @@ def compute_in_parts(
     examples = _sum_over(axes, batch["mask"].sum(dtype=jnp.float32))
 
     def compute_part(totals, stats, carry, batch, key):
-        share = batch["mask"].sum(dtype=jnp.float32) / jnp.maximum(examples, 1.0)
+        share = batch["mask"].sum(dtype=jnp.float32) / means.one_if_zero(examples)
         divisors = {name: means.Divisors(sums, share) for name, sums in totals.items()}
         grads, after, carry, metrics = compute(
             params, stats | {"divisors": divisors}, carry, batch, key
@@ -94,7 +94,7 @@ def compute_in_parts(
         return stats, (grads, metrics), carry
 
     counts = batches["mask"].sum(1, dtype=jnp.float32)
-    shares = counts / _one_if_zero(counts.mean())
+    shares = counts / means.one_if_zero(counts.mean())
     stats, (grads, metrics), carries = _scan_mean(scan_part, stats, parts, shares)
     return grads, stats, jax.tree.map(join, carries), metrics
 
@@ -102,10 +102,6 @@ def compute_in_parts(
 def _sum_over(axes, x):
     """Sums a pytree over the devices of mesh axes; returns it unchanged if `axes` is empty."""
     return jax.lax.psum(x, axes) if axes else x
-
-
-def _one_if_zero(count):
-    return jnp.where(count > 0, count, 1.0)
 
 
 def _scan_mean(fn, stats, parts, shares):
@@ -164,7 +160,7 @@ def with_exchange(
         step = stats["step"]
         grads, stats, carry, metrics = compute(params, stats, carry, batch, device_key)
         count = batch["mask"].sum(dtype=jnp.float32)
-        share = count / _one_if_zero(jax.lax.pmean(count, BATCH))
+        share = count / means.one_if_zero(jax.lax.pmean(count, BATCH))
         grads, metrics = jax.tree.map(lambda x: share * x, (grads, metrics))
         own = methods.Own(
             params={},
