@@ -1,9 +1,10 @@
-"""Configs with methods of the plug points, end to end: killed, continued to the same bits, and exported."""
+"""Configs with methods of the plug points, end to end: continued from a checkpoint to the same bits, and exported."""
 
 import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from tests.devices import xla_flags
 pytestmark = pytest.mark.usefixtures("compiled_once", "four_devices")
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = 4  # of this process, see conftest.py
-STEPS, KILL_AT = 20, 12
+STEPS, CUT_AT = 20, 12
 TINY = tuple(
     f"--config.steps={STEPS}" if flag.startswith("--config.steps=") else flag
     for flag in test_run.TINY
@@ -72,24 +73,34 @@ def final(workdir):
 
 
 def check_continues(folder, arguments, devices=1, file=None):
-    """Checks that a run that is killed once ends with the bits of an undisturbed one; returns the final state.
+    """Checks that a run continues from a checkpoint to the bits of the undisturbed run; returns the final state.
 
     Args:
-      folder: for the work directories "whole" and "killed".
-      arguments: of run.py, without --job and --workdir; the run takes more than `KILL_AT` steps and saves every few.
+      folder: for the work directories "whole" and "cut".
+      arguments: of run.py, without --job and --workdir; the run takes more than `CUT_AT` steps and saves every few.
       devices: simulated ones; as many as this process has where a method has a state for each of them.
-      file: of the weights that the run begins with; it is deleted before the killed run continues.
+      file: of the weights that the run begins with; it is deleted before the run continues.
     """
-    whole, killed = folder / "whole", folder / "killed"
+    whole, cut = folder / "whole", folder / "cut"
+    arguments = (*arguments, "--config.checkpoint.keep=9")
     fit(whole, arguments, devices)
-    fit(killed, arguments, devices, kill_at=KILL_AT)
+    cut_off(whole, cut, CUT_AT)
     if file:
         file.unlink()
-    printed = fit(killed, arguments, devices)
-    assert "continuing from the checkpoint of step" in printed
-    states = [final(workdir) for workdir in (whole, killed)]
+    printed = fit(cut, arguments, devices)
+    assert "continuing from the checkpoint of step 10" in printed
+    states = [final(workdir) for workdir in (whole, cut)]
     chex.assert_trees_all_equal(*states)
     return states[0]
+
+
+def cut_off(whole, cut, step):
+    """Copies a work directory without the checkpoints after a step, as a run leaves it that ends there."""
+    shutil.copytree(whole, cut)
+    later = [p for p in (cut / "checkpoints").glob("[0-9]*") if int(p.name) > step]
+    assert later
+    for path in later:
+        shutil.rmtree(path)
 
 
 def check_exports(workdir):

@@ -37,6 +37,7 @@ TINY = (
     "--config.save_every=4",
     "--config.eval_every=0",
     "--config.ema=0.9",
+    "--config.checkpoint.keep=9",
     config_of("digits_shrunk"),
 )
 
@@ -59,14 +60,17 @@ def whole(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("steps", [(6, 12, 17), (14,)])
-def test_killed_in_any_phase_it_ends_the_same_to_the_bit(whole, tmp_path, steps):
-    """Three times, in the first phase, at its end and in the second; and in the second alone."""
-    for step in steps:
-        fit(tmp_path, kill_at=step)
-    fit(tmp_path)
-    chex.assert_trees_all_equal(states(tmp_path), states(whole))
-    read = [log.read(w / "metrics.jsonl") for w in (tmp_path, whole)]
+@pytest.mark.parametrize("kills", [(6, 12, 17), ()])
+def test_killed_in_any_phase_it_ends_the_same_to_the_bit(whole, tmp_path, kills):
+    """Three times, in the first phase, at its end and in the second; and from a checkpoint of the second phase alone."""
+    workdir = tmp_path / "run"
+    if not kills:
+        test_run_methods.cut_off(whole, workdir, 17)
+    for step in kills:
+        fit(workdir, kill_at=step)
+    fit(workdir)
+    chex.assert_trees_all_equal(states(workdir), states(whole))
+    read = [log.read(w / "metrics.jsonl") for w in (workdir, whole)]
     seen = [[(r["step"], r["phase"], r.get("examples_crc32")) for r in rs] for rs in read]  # fmt: skip
     assert seen[0] == seen[1]
     assert [p for _, p, _ in seen[0]] == ["phase 1/2"] * 13 + ["phase 2/2"] * 11
