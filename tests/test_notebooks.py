@@ -61,6 +61,7 @@ SMALL = {
         "NETWORKS": 4,
         "ROUNDS": 1,
         "TRUTH": 3,
+        "CHOICES": {"expand": 2},
         "WORKDIR": "{tmp}/run",
     },
 }

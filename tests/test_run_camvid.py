@@ -54,9 +54,9 @@ def start(workdir, archive, cache):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     source = f"--config.data.source.path={archive}"
-    command = [sys.executable, "-u", ROOT / "run.py", f"--workdir={workdir}", *TINY]
+    command = [sys.executable, "-u", ROOT / "run.py", "--job=fit", *TINY]
     return subprocess.Popen(
-        [*map(str, command), source],
+        [*map(str, command), source, f"--workdir={workdir}"],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,

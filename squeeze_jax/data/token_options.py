@@ -65,6 +65,12 @@ class Options(NamedTuple):
         token = self.named.get(name)
         return None if token is None else content(token)
 
+    def has_flags(self, text: str) -> bool:
+        """Tells whether the files say how a token matches text, such as whether it takes the space before it."""
+        tokens = [*self.numbered.values(), *self.named.values(), *self.extra]
+        flagged = [t for t in tokens if isinstance(t, tokenizers.AddedToken)]
+        return any(token.content == text for token in flagged)
+
 
 def content(token: Token) -> str:
     """Returns the text of a token."""

@@ -278,7 +278,16 @@ def _read_byte_level(folder: Path, found: Class | None) -> Tokenizer:
         )
     options = token_options.read(folder, None)
     made = token_backends.backend(kind, model, options)
-    return token_backends.finish(made, kind, options, path)
+    loaded = token_backends.finish(made, kind, options, path)
+    mask = options.named.get("mask_token", ROBERTA["mask"])
+    if kind == "roberta" and mask == ROBERTA["mask"] and not options.has_flags(mask):
+        # In RoBERTa, the space before a word is a part of it, so <mask> takes the space as well.
+        made.add_special_tokens([tokenizers.AddedToken(mask, lstrip=True)])
+        log.warning(
+            "%s: <mask> takes the space before it, as in RoBERTa's published tokenizer.json, which is absent here",
+            folder,
+        )
+    return loaded
 
 
 def _check_kind(found: Class | None, kinds: tuple[str, ...], path: Path) -> None:
