@@ -271,46 +271,62 @@ def test_a_search_finds_a_network_within_its_limits(searched, trained, tmp_path)
     assert len(log_of(again)) <= len(rows) + 3
 
 
+@pytest.fixture
+def instant(monkeypatch):
+    """A search whose scores are sums of kernels, and which extracts nothing; the architectures that it scores."""
+    scored = []
+
+    def score(self, arch):
+        scored.append(arch)
+        return float(np.sum(arch.kernel))
+
+    monkeypatch.setattr(_scores.Scorer, "__call__", score)
+    monkeypatch.setattr(extract, "write", lambda *_: None)
+    monkeypatch.setattr(search_job, "describe_next", lambda *_: None)
+    return scored
+
+
 @pytest.mark.parametrize("method", ["regularised_evolution", "random_search"])
 def test_methods_without_a_predictor_score_only_networks_within_the_limits(
-    searched, trained, tmp_path, method
+    trained, tmp_path, instant, method
 ):
     workdir = copied(trained, tmp_path)
     limits = '({"cost": "latency", "table": "device", "share": 0.9},)'
     job(workdir, f"method={method}", f"limits={limits}")
     rows = log_of(workdir)
     assert 10 <= len(rows) <= 13
-    found = workdir / "found"
-    small = _experiment.build_trained(found, _workdir.read(found))
-    assert all(map(within(small, 0.9), (row["options"] for row in rows)))
+    large = _experiment.build_trained(workdir, _workdir.read(workdir))
+    assert all(map(within(large, 0.9), (row["options"] for row in rows)))
     report = json.loads((workdir / "search" / "front.json").read_text())
     assert report["found"]["score"] == max(row["score"] for row in rows)
 
 
 def test_scores_that_are_not_finite_are_left_out(
-    trained, tmp_path, monkeypatch, capsys
+    trained, tmp_path, instant, monkeypatch, capsys
 ):
     """A search goes on without such networks, also after a stop; if there are too few others, it says so."""
-    workdir, calls = copied(trained, tmp_path), []
+    workdir, score = copied(trained, tmp_path), _scores.Scorer.__call__
+    monkeypatch.setattr(
+        _scores.Scorer,
+        "__call__",
+        lambda self, arch: score(self, arch) if len(instant) % 4 else fail(arch),
+    )
 
-    def score(self, arch):
-        calls.append(arch)
-        return float("nan") if len(calls) % 4 == 0 else float(np.sum(arch.kernel))
+    def fail(arch):
+        instant.append(arch)
+        return float("nan")
 
-    monkeypatch.setattr(_scores.Scorer, "__call__", score)
     overrides = "method=random_search", "limits=()", "samples=17"
     job(workdir, *overrides)
     scores = [row["score"] for row in log_of(workdir)]
-    assert len(scores) == len(calls) == 20
+    assert len(scores) == len(instant) == 20
     assert scores.count(None) == 5
     assert "accuracy of 5 of 20 networks is not finite" in capsys.readouterr().out
     found = json.loads((workdir / "search" / "front.json").read_text())["found"]
     assert found["score"] == max(s for s in scores if s is not None)
-    shutil.rmtree(workdir / "found")
     job(workdir, *overrides)
-    assert len(calls) == 20
+    assert len(instant) == 20
     (workdir / "search" / "scored.jsonl").unlink()
-    shutil.rmtree(workdir / "found")
     monkeypatch.setattr(_scores.Scorer, "__call__", lambda self, arch: float("inf"))
     with pytest.raises(
         UserError, match=r"of (\d+) of \1 networks is not finite: train"
@@ -319,7 +335,7 @@ def test_scores_that_are_not_finite_are_left_out(
 
 
 def test_scores_of_other_weights_or_examples_are_left_out(
-    searched, trained, tmp_path, monkeypatch, capsys
+    searched, trained, tmp_path, instant, capsys
 ):
     """Also those of earlier versions, which do not say of which weights they are."""
     workdir = copied(trained, tmp_path)
@@ -330,15 +346,11 @@ def test_scores_of_other_weights_or_examples_are_left_out(
     (workdir / "search").mkdir()
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (workdir / "search" / "scored.jsonl").write_text(text)
-    scored = []
-    monkeypatch.setattr(
-        _scores.Scorer, "__call__", lambda self, arch: scored.append(arch) or -1.0
-    )
     job(workdir)
     printed = capsys.readouterr().out
     assert "log        4 scores in" in printed
     assert "of other weights, other examples or another score: left out" in printed
-    assert len(scored) >= 4
+    assert len(instant) >= 4
 
 
 def test_a_search_uses_what_its_command_changes(trained):
