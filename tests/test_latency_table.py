@@ -20,7 +20,7 @@ from squeeze_jax.cost import memory
 from squeeze_jax.cost import timing as clock
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import time_files
-from squeeze_jax.jobs import _piece_files, _plugs
+from squeeze_jax.jobs import _piece_files, _plugs, latency_table
 from squeeze_jax.nas import costs, encode, space
 from squeeze_jax.nas.family import Family
 
@@ -280,6 +280,19 @@ def test_times_of_another_device_are_read(tmp_path, capsys):
     )
     assert header == HEADER
     assert timings == {"a": tables.Timing(0.5, 1.0, 4)}
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("Pixel 8", "Pixel_8_tflite_4"),
+        ("a/b\u00e9", "a_b__tflite_4"),
+        ("x" * 300, "x" * 80 + "_tflite_4"),
+    ],
+)
+def test_a_table_of_another_device_has_a_name_for_every_file_system(device, name):
+    header = HEADER | dict(device=device, threads=4)
+    assert latency_table.table_name(header, "tflite") == name
 
 
 def run_script(*arguments, **environment):

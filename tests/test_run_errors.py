@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -11,7 +12,7 @@ import run as run_py
 from squeeze_jax import machine, registry
 from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.export import build, listing, parity, runnable
-from squeeze_jax.jobs import _experiment, _model_json, _places, _workdir, export
+from squeeze_jax.jobs import _experiment, _model_json, _places, _workdir, export, fit
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("four_devices")
@@ -357,6 +358,23 @@ def test_a_damaged_listing_is_written_anew(tmp_path, content):
     with pytest.warns(UserWarning, match=r"files.json is damaged and written anew"):
         listed(tmp_path, "tflite", "model.tflite", 3)
     assert export.find_files(tmp_path, ["tflite"], 3) == ([path], {})
+
+
+def test_a_disk_without_room_for_a_checkpoint_ends_the_run_before_it_trains(
+    tmp_path, monkeypatch
+):
+    full = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(fit, "train_phase", lambda *_: pytest.fail("it trains"))
+    model = dict(name="squeezenet", variant="tiny", stem_strides=1)
+    content = f"def get_config():\n    return {GOOD | dict(model=model)!r}\n"
+    (tmp_path / "good.py").write_text(content)
+    workdir = tmp_path / "run"
+    config = f"--config={tmp_path / 'good.py'}"
+    line = refusal("--job=fit", config, f"--workdir={workdir}")
+    assert line.startswith("cannot save a step, ")
+    assert "no space left in" in line
+    assert not workdir.exists()
 
 
 def test_a_listed_file_without_a_checksum_is_said(tmp_path):

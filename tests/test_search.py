@@ -238,7 +238,7 @@ def searched(trained, tmp_path_factory):
 def test_a_search_finds_a_network_within_its_limits(searched, trained, tmp_path):
     """The network is a work directory, its latency is below the limit, and it has the best score among such networks."""
     workdir, printed = searched
-    assert "rank correlation" in printed
+    assert "on 2 that were held out, too few to judge by" in printed
     assert "of the arithmetic of the training run" in printed
     report = json.loads((workdir / "search" / "front.json").read_text())
     options, latency = report["found"]["options"], report["found"]["costs"]
@@ -337,7 +337,7 @@ def test_scores_that_are_not_finite_are_left_out(
 def test_scores_of_other_weights_or_examples_are_left_out(
     searched, trained, tmp_path, instant, capsys
 ):
-    """Also those of earlier versions, which do not say of which weights they are."""
+    """The search also leaves out scores of earlier versions, whose lines do not name weights."""
     workdir = copied(trained, tmp_path)
     rows = log_of(searched[0])
     for row in rows[:3]:

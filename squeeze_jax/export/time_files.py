@@ -26,7 +26,6 @@ import time
 
 VERSION = 1  # of the lines
 PHONE_FOLDER = "/data/local/tmp/squeeze_jax"
-REPAIR = "delete it, and the job latency_table converts it anew"
 RUNTIMES = (  # (module with the class Interpreter, package)
     ("ai_edge_litert.interpreter", "ai-edge-litert"),
     ("tflite_runtime.interpreter", "tflite-runtime"),
@@ -76,7 +75,9 @@ def main(argv=None):
                     times = time_file(path)
                 except (RuntimeError, ValueError, OSError) as error:
                     reason = str(error).split("\n")[0]
-                    return fail(f"{name}: {reason}; if the file is damaged, {REPAIR}")
+                    return fail(
+                        f"{name}: {reason}; if the file is damaged, delete it, and the job latency_table converts it anew"
+                    )
                 lines.write(json.dumps(dict(file=name, round=number, **times)) + "\n")
                 lines.flush()
                 done.add((name, number))

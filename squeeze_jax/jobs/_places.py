@@ -39,12 +39,14 @@ def check(workdir: pathlib.Path) -> None:
 def used_by_run(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path | None:
     """Returns the folder of a work directory in which a path lies, if the run writes there; None for other paths."""
     place, root = (pathlib.Path(os.path.realpath(p)) for p in (path, workdir))
-    if place == root or root not in place.parents:
-        return root if place == root else None
-    first = place.relative_to(root).parts[0]
-    free = FOLDERS_OF_USERS if place.parent == root else ()
-    taken = {name.partition("/")[0] for name in (*FILES, *FOLDERS)} - set(free)
-    return root / first if first in taken else None
+    if place == root:
+        return root
+    if root not in place.parents:
+        return None
+    first, *inner = place.relative_to(root).parts
+    taken = {name.partition("/")[0] for name in (*FILES, *FOLDERS)}
+    is_free = first in FOLDERS_OF_USERS and not inner
+    return root / first if first in taken and not is_free else None
 
 
 def _check(path: pathlib.Path, wanted: str, is_wanted) -> None:

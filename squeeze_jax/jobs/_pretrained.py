@@ -138,7 +138,7 @@ def find_network(
             f"{where} should name a folder of transformers or a workdir of an earlier run, one of them"
         )
     if folder:
-        if is_workdir(folder):
+        if _is_workdir(folder):
             raise UserError(
                 f"{where}.folder = {folder!r} is the work directory of a run: write {where}.workdir"
             )
@@ -174,7 +174,7 @@ def find_network(
     )
 
 
-def is_workdir(folder: str) -> bool:
+def _is_workdir(folder: str) -> bool:
     """Returns whether a folder is the work directory of a run that has trained a network."""
     path = pathlib.Path(folder)
     return (path / _model_json.NAME).is_file() or any(

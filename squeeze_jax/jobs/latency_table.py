@@ -119,6 +119,7 @@ def run(
 
 
 def _measure(built: Built, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Measures the tables and returns their paths; see `run`."""
     settings = _settings.job_settings(built, Settings)
     networks = _space.family(built)
     pieces = _space.pieces(built, networks)
@@ -193,8 +194,7 @@ def _tables_of_device(
         header, timings = _piece_files.read_times(
             times, {t.name for t in wanted}, rounds
         )
-        device = "".join(c if c.isalnum() else "_" for c in header["device"])[:LONGEST]
-        path = workdir / "latency" / f"{device}_{key}_{header['threads']}.json"
+        path = workdir / "latency" / f"{table_name(header, key)}.json"
         if path.exists():
             _check_same(path, {k: header[k] for k in ("device", "runtime", "threads")})
         _write_table(path, key, header, timings, networks, pieces, wanted)
@@ -210,6 +210,17 @@ def _tables_of_device(
             f"           Then copy times_*.jsonl back to {folder} and give the same command again"
         )
     return paths
+
+
+def table_name(header: Mapping[str, Any], key: str) -> str:
+    """Returns the name of the table of another device, such as "Pixel_8_tflite_1", which every file system accepts.
+
+    Args:
+      header: has "device" and "threads".
+      key: the format.
+    """
+    letters = (c if c.isalnum() and c.isascii() else "_" for c in header["device"])
+    return f"{''.join(letters)[:LONGEST]}_{key}_{header['threads']}"
 
 
 def _table_of_xla(built, networks, pieces, wanted, workdir) -> pathlib.Path:

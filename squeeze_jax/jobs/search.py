@@ -77,7 +77,7 @@ class Settings:
     limits: tuple[dict, ...] = ()
     front: tuple[dict, ...] = ()
     method: Literal["evolution", "random", *QUERIES] = "evolution"
-    predictor: Literal["mlp", "graph", "two_stage"] = "mlp"
+    predictor: Literal[*_search_predictor.METHODS] = "mlp"
     rejected: Fraction = 0.25
     samples: Count = 100
     candidates: Count = 10
@@ -152,6 +152,7 @@ def run(
 
 
 def _search(built: Built, workdir: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    """Searches and writes the found network to `target`, which it returns; see `run`."""
     settings = _settings.job_settings(built, Settings)
     problem = Problem(built, workdir, settings.limits, settings.front)
     keys = jax.random.split(jax.random.key(built.experiment.seed), 4)
@@ -163,18 +164,15 @@ def _search(built: Built, workdir: pathlib.Path, target: pathlib.Path) -> pathli
     other = settings.log and files.path(settings.log)
     log = Log(workdir / "search" / "scored.jsonl", problem, scorer, other)
     start, scored_before = time.monotonic(), len(log.scores)
-
-    def fit_predictor():
-        log.check(LEAST)
-        how = settings.predictor, settings.rejected
-        return _search_predictor.fit(problem, log, keys[1], *how)
-
     if settings.method in QUERIES:
         query(problem, log, keys[0], settings)
-        predict, rank = fit_predictor()
     else:
         log.score(samples(problem, keys[0], settings.samples), "samples")
-        predict, rank = fit_predictor()
+    log.check(LEAST)
+    predict, rank = _search_predictor.fit(
+        problem, log, keys[1], settings.predictor, settings.rejected
+    )
+    if settings.method not in QUERIES:
         found = best_predicted(problem, predict, keys[2], settings)
         log.score(spaces.unstack(problem.canonical(found)), "candidates")
     front = trade_offs(problem, predict, keys[3], settings)
