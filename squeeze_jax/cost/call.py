@@ -216,10 +216,10 @@ def _split_linen(module: nn.Module, args: tuple, kwargs: Mapping):
 
     def call(weights, arrays):
         positional, keywords = restore(arrays)
-        return module.apply(weights, *positional, **keywords, **options)
-
-    def train(weights, arrays):
-        positional, keywords = restore(arrays)
+        try:
+            return module.apply(weights, *positional, **keywords, **options)
+        except (ModifyScopeVariableError, InvalidRngError, UserError):
+            pass  # it updates variables or draws random numbers
         keys = dict.fromkeys(("params", "dropout", "sample"), jax.random.key(0))
         rngs = options.get("rngs") or {}
         rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
@@ -227,10 +227,6 @@ def _split_linen(module: nn.Module, args: tuple, kwargs: Mapping):
         # Updated variables are dropped from the results, so they cost nothing.
         return module.apply(weights, *positional, **keywords, **streams)[0]
 
-    try:
-        jax.eval_shape(call, weights, arrays)
-    except (ModifyScopeVariableError, InvalidRngError, UserError):
-        return weights, train, arrays  # it updates variables or draws random numbers
     return weights, call, arrays
 
 

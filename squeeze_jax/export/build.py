@@ -29,7 +29,7 @@ from squeeze_jax.export.runnable import (
 from squeeze_jax.nn.conv import lowering
 from squeeze_jax.ranges import Positive, Share
 
-__all__ = ["Disagreement", "Exported", "make"]
+__all__ = ["Disagreement", "Exported", "Exporter", "make"]
 
 STEM = "model"
 CHECK_BATCH = 32
@@ -109,50 +109,92 @@ def make(
       Disagreement: a file does not agree. It is kept as `<name>.rejected`; an earlier file of that name is left untouched.
       process.Crash: a converter or a runtime failed.
     """
-    class_names.check(classes)
-    modules = [load_format(key) for key in formats]
-    inputs, directory = input_specs(inputs, ranges), files.path(directory)
-    check = check_examples(check, inputs, "the model")
-    check_finite(check, "check")
-    if calibration is not None:
-        examples = check_examples(calibration, inputs, "to calibrate, the model")
-        check_finite(examples, "calibration")
-    checks.check_output_shapes(fn, inputs)
-    runnable, model_outputs = _run_model(fn, inputs, check)
-    for name, values in model_outputs.items():
-        if not np.isfinite(values).all():
-            example = int(np.argwhere(~np.isfinite(values))[0][0])
-            raise UserError(
-                f"the model's {name} for check example {example} are not finite: export a checkpoint from before it diverged"
-            )
-    _check_number_of_classes(classes, model_outputs)
-    checks.check_independence(fn, runnable, check, model_outputs, CHECK_BATCH)
-    limits = dict(tolerance=tolerance, int8_agreement=int8_agreement)
-    limits["agreement"] = agreement
-    exported = []
-    with _temporary_folder(directory) as folder:
-        run = functools.partial(
+    for key in formats:
+        load_format(key)
+    exporter = Exporter(
+        fn,
+        inputs,
+        ranges=ranges,
+        calibration=calibration,
+        check=check,
+        endpoints_fn=endpoints_fn,
+        tolerance=tolerance,
+        int8_agreement=int8_agreement,
+        agreement=agreement,
+        classes=classes,
+        timeout=timeout,
+    )
+    return [exporter.write(key, directory) for key in formats]
+
+
+class Exporter:
+    """Exports a function, which runs on the check examples once for all formats.
+
+    For the arguments and errors see `make`.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[dict[str, Any]], Any],
+        inputs: Mapping[str, Any],
+        *,
+        ranges: Mapping[str, tuple[float, float]] | None = None,
+        calibration: Any = None,
+        check: Any,
+        endpoints_fn: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+        tolerance: float = 1e-4,
+        int8_agreement: float = 0.95,
+        agreement: Callable | None = None,
+        classes: Sequence[str] = (),
+        timeout: float = 600.0,
+    ):
+        class_names.check(classes)
+        inputs = input_specs(inputs, ranges)
+        check = check_examples(check, inputs, "the model")
+        check_finite(check, "check")
+        if calibration is not None:
+            examples = check_examples(calibration, inputs, "to calibrate, the model")
+            check_finite(examples, "calibration")
+        checks.check_output_shapes(fn, inputs)
+        runnable, outputs = _run_model(fn, inputs, check)
+        for name, values in outputs.items():
+            if not np.isfinite(values).all():
+                example = int(np.argwhere(~np.isfinite(values))[0][0])
+                raise UserError(
+                    f"the model's {name} for check example {example} are not finite: export a checkpoint from before it diverged"
+                )
+        _check_number_of_classes(classes, outputs)
+        checks.check_independence(fn, runnable, check, outputs, CHECK_BATCH)
+        self._fn, self._endpoints_fn, self._outputs = fn, endpoints_fn, outputs
+        self._limits = dict(
+            tolerance=tolerance, int8_agreement=int8_agreement, agreement=agreement
+        )
+        self._run = functools.partial(
             _convert_and_run,
-            folder=Path(folder),
             inputs=inputs,
             calibration=calibration,
             check=check,
             classes=classes,
             timeout=timeout,
         )
-        for key, module in zip(formats, modules, strict=True):
-            stop.check()
-            paths, file_outputs = run(module, fn, STEM)
+
+    def write(self, key: str, directory: str | Path) -> Exported:
+        """Writes the function's file of one format to a folder, if it agrees."""
+        stop.check()
+        module, directory = load_format(key), files.path(directory)
+        with _temporary_folder(directory) as folder:
+            run = functools.partial(self._run, folder=Path(folder))
+            paths, outputs = run(module, self._fn, STEM)
             verdict = compare(
-                model_outputs, file_outputs, integer=module.INTEGER, **limits
+                self._outputs, outputs, integer=module.INTEGER, **self._limits
             )
             if not verdict.agrees:
                 for path in paths:
                     files.move(path, directory / f"{path.name}.rejected")
                 stage, detail = None, ""
-                if endpoints_fn is not None:
+                if self._endpoints_fn is not None:
                     stage, detail = _locate_divergence(
-                        endpoints_fn, module, run, tolerance
+                        self._endpoints_fn, module, run, self._limits["tolerance"]
                     )
                 raise Disagreement(paths[0].name, verdict, stage, detail)
             for path in paths:
@@ -160,17 +202,14 @@ def make(
                 with contextlib.suppress(OSError):  # what is no file is not ours
                     # A file that was rejected before is out of date.
                     (directory / f"{path.name}.rejected").unlink(missing_ok=True)
-            path = directory / paths[0].name
-            exported.append(
-                Exported(
-                    format=key,
-                    path=path,
-                    bytes=path.stat().st_size,
-                    max_difference=verdict.difference,
-                    agreement=verdict.agreement,
-                )
-            )
-    return exported
+        path = directory / paths[0].name
+        return Exported(
+            format=key,
+            path=path,
+            bytes=path.stat().st_size,
+            max_difference=verdict.difference,
+            agreement=verdict.agreement,
+        )
 
 
 def _check_number_of_classes(classes, outputs) -> None:

@@ -4,6 +4,7 @@ The live model is the trained network as JAX runs it.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,9 +12,9 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from squeeze_jax import export, registry, stop
+from squeeze_jax import registry, stop
 from squeeze_jax.errors import Reported, UserError
-from squeeze_jax.export import listing, process
+from squeeze_jax.export import build, listing, process
 from squeeze_jax.export.runnable import load_format, name_outputs
 from squeeze_jax.jobs import _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
@@ -96,27 +97,30 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
     calibration = collect_examples(built, training, settings.calibration)
     _check_calibration(built, settings)
     folder, step, rejected = workdir / "export", int(state.step), []
+    make_exporter = functools.cache(
+        lambda integer: build.Exporter(
+            inference_function(built, state, integer=integer),
+            built.data.exported,
+            ranges=getattr(built.data, "ranges", None),
+            calibration=calibration,
+            check=check,
+            endpoints_fn=inference_function(
+                built, state, endpoints=True, integer=integer
+            ),
+            tolerance=settings.tolerance,
+            int8_agreement=settings.int8_agreement,
+            agreement=built.metric.agreement,
+            classes=built.data.label_names,
+        )
+    )
+    has_own = any(f.integer for f in built.network.forwards.values())
     for key in settings.formats:
         stop.check()
-        integer = load_format(key).INTEGER
+        # Without methods that integer files leave out, all formats have the same function.
+        exporter = make_exporter(has_own and load_format(key).INTEGER)
         try:
-            (file,) = export.make(
-                inference_function(built, state, integer=integer),
-                built.data.exported,
-                folder,
-                formats=(key,),
-                ranges=getattr(built.data, "ranges", None),
-                calibration=calibration,
-                check=check,
-                endpoints_fn=inference_function(
-                    built, state, endpoints=True, integer=integer
-                ),
-                tolerance=settings.tolerance,
-                int8_agreement=settings.int8_agreement,
-                agreement=built.metric.agreement,
-                classes=built.data.label_names,
-            )
-        except (export.Disagreement, process.Crash) as error:
+            file = exporter.write(key, folder)
+        except (build.Disagreement, process.Crash) as error:
             print(f"rejected   {error}", flush=True)
             listing.record(folder, key, {"step": step, "rejected": str(error)})
             rejected.append(key)
