@@ -171,6 +171,8 @@ def test_other_classes_are_one_line(place, bert):
         (("a", "b"), ("a", "b"), None),
         (("c", "a", "b"), ("a", "b", "c"), (1, 2, 0)),
         ((" A", "b "), ("B", "a"), (1, 0)),
+        (("cat", "Dog"), ("CAT", "dog"), None),
+        (("a", "A"), ("A", "a"), (1, 0)),
         (None, ("a",), None),
         (("a",), (), None),
     ],
@@ -179,7 +181,14 @@ def test_places_of_names(theirs, ours, places):
     assert _classes.class_positions(theirs, ours, "it", "") == places
 
 
-@pytest.mark.parametrize("theirs", [("a", "c"), ("a",), ("a", "a", "b")])
+def test_outputs_without_a_name_keep_their_places():
+    places = _classes.class_positions(("a", "b"), ("b", "a"), "it", "", 4)
+    assert places == (1, 0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "theirs", [("a", "c"), ("a",), ("a", "a", "b"), ("B", "b"), ("A", "b", "B")]
+)
 def test_names_that_differ(theirs):
     with pytest.raises(UserError, match="was trained on the classes"):
         _classes.class_positions(theirs, ("a", "b"), "it", "")
@@ -334,5 +343,79 @@ def test_a_later_phase_has_the_same_classes(tmp_path):
     )
     built = _experiment.build(_experiment.check(config))
     words = r"phase 1/2 was trained on the classes \(blue, red\).*\(aqua, red\)"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as caught:
         _transitions.rehearse(built)
+    assert "config.init" not in str(caught.value)  # there is no such work directory
+
+
+OWN_NETWORK = """
+import flax.linen as nn
+
+class Network(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.relu(nn.Conv(4, (3, 3))(x)).mean((1, 2))
+        return nn.Dense(self.num_classes, name="last")(x), {"mean": x}
+
+def make(num_classes: int = 10) -> Network:
+    return Network(num_classes)
+"""
+
+
+def test_a_network_that_does_not_name_its_head_and_has_unnamed_outputs(
+    tmp_path, monkeypatch, capsys
+):
+    """Its file has no CLASSIFIER, and its last two outputs stand for no class of the data. The order follows the names'."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_NETWORK)
+    for folder, names in (
+        ("photos", ("blue", "green", "red")),
+        ("renamed", ("BLUE", "RED", "green")),  # capitals come first
+        ("other", ("aqua", "lime", "ruby")),
+    ):
+        photos(tmp_path / folder, *names)
+
+    def config(folder, **keys):
+        source = dict(name="folder", root=folder)
+        config = dict(data=dict(source=source, size=8, pad=0), optim=dict(lr=0.1))
+        config |= dict(model=dict(name="./own.py", num_classes=5), batch=8, steps=1)
+        return config | keys
+
+    trained = config("photos", data=dict(config("photos")["data"], mean=0.4, std=0.3))
+    arguments = [f"--config.{key}={value!r}" for key, value in trained.items()]
+    run_py.main(["--job=fit", "--workdir=run", *arguments])
+    head = _pretrained.read_checkpoint("run")["params"]["last"]
+    order = [0, 2, 1, 3, 4]
+
+    def build_from_run(folder, **keys):
+        section = dict(config(folder)["data"], mean=0.4, std=0.3)
+        settings = config(folder, **keys) | dict(data=section)
+        return _experiment.build(_experiment.check(settings))
+
+    capsys.readouterr()
+    begun = build_from_run("renamed", init=dict(workdir="run")).initial_variables()
+    assert "is put into the order of the data" in capsys.readouterr().out
+    for name in "kernel", "bias":
+        np.testing.assert_array_equal(
+            begun["params"]["last"][name], head[name][..., order]
+        )
+    distill = dict(teachers=(dict(workdir="run"),))
+    soft = dict(distill=distill, objective=dict(name="distill.soft_logits"))
+    (teacher,) = build_from_run("renamed", **soft).teachers
+    (same,) = build_from_run("photos", **soft).teachers
+    images = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
+    permuted, plain = (
+        forward.run(t.network, t.read_variables(None), images)[0][0]
+        for t in (teacher, same)
+    )
+    np.testing.assert_allclose(permuted, plain[:, order], atol=1e-6)
+    words = r"run was trained on the classes \(blue, green, red\), config.data has"
+    for keys in soft, dict(init=dict(workdir="run")):
+        with pytest.raises(UserError, match=words):
+            build_from_run("other", **keys).initial_variables()
+    # A mean that is one number is said as the config has it.
+    words = r"trained with config.data.mean = 0.4, and a teacher"
+    with pytest.raises(UserError, match=words):
+        _experiment.build(_experiment.check(config("photos", **soft)))

@@ -23,17 +23,22 @@ def unnamed_classes_line(location: str) -> str:
 
 
 def class_positions(
-    theirs: Sequence[str] | None, ours: Sequence[str], where: str, remedy: str
+    theirs: Sequence[str] | None,
+    ours: Sequence[str],
+    where: str,
+    remedy: str,
+    outputs: int = 0,
 ) -> tuple[int, ...] | None:
     """Returns the position of each of the data's classes among a trained network's classes.
 
-    Names are compared without regard to upper and lower case.
+    Names are compared exactly. If they differ, they are compared without regard to upper and lower case.
 
     Args:
       theirs: names of the network's classes; None if they are unknown.
       ours: names of the data's classes.
       where: the network's location, for the error message.
       remedy: the end of the error message: what the user can do.
+      outputs: the number of the network's outputs; those that have no name keep their positions.
 
     Returns:
       None if both have the same order, or if one of them does not name its classes.
@@ -41,37 +46,61 @@ def class_positions(
     Raises:
       OtherClasses: the names differ.
     """
-    if not theirs or not ours:
+    a, b = list(theirs or ()), list(ours)
+    if not a or not b or a == b:
         return None
-    a, b = ([name.strip().casefold() for name in names] for names in (theirs, ours))
-    if a == b:
-        return None
+    if sorted(a) != sorted(b):
+        a, b = ([name.strip().casefold() for name in names] for names in (a, b))
     if sorted(a) != sorted(b) or len(set(a)) < len(a):
         raise OtherClasses(
             f"{where} was trained on the classes {_listed(theirs)}, config.data has {_listed(ours)}: {remedy}"
         )
-    return tuple(a.index(name) for name in b)
+    if a == b:
+        return None
+    return (*(a.index(name) for name in b), *range(len(a), outputs))
 
 
 def check_same_classes(
-    theirs: Sequence[str] | None, ours: Sequence[str], workdir: str
+    theirs: Sequence[str] | None,
+    ours: Sequence[str],
+    where: str,
+    of_phase: bool = False,
 ) -> None:
-    """Raises `OtherClasses` if a work directory's network was trained on other classes than the data's, or in another order.
+    """Raises `OtherClasses` if a network was trained on other classes than the data's, or in another order.
 
     Args:
       theirs: names of the network's classes; None if they are unknown.
       ours: names of the data's classes.
-      workdir: the work directory, for the error message.
+      where: the network's work directory, or the label of an earlier phase, for the error message.
+      of_phase: whether it is an earlier phase of the same run.
     """
-    remedy = (
-        "restore their names and their order, or train in another --workdir, which can begin with this network:"
-        f' --config.init=\'{{"workdir": "{workdir}"}}\''
-    )
-    if class_positions(theirs, ours, workdir, remedy) is not None:
+    remedy = "restore their names and their order, or train in another --workdir"
+    if of_phase:
+        remedy += " that begins with this network"
+    else:
+        remedy += f', which can begin with this network: --config.init=\'{{"workdir": "{where}"}}\''
+    if class_positions(theirs, ours, where, remedy) is not None:
         raise OtherClasses(
-            f"{workdir} was trained on the classes {_listed(theirs)}, config.data has them in the order {_listed(ours)}:"
+            f"{where} was trained on the classes {_listed(theirs)}, config.data has them in the order {_listed(ours)}:"
             f" {remedy}"
         )
+
+
+def class_arrays(options: Mapping[str, Any], example: Any) -> list[str]:
+    """Returns the names of a network's parameters that depend on the classes: their shapes change with `num_classes`.
+
+    Args:
+      options: the arguments of `models.make` that build it; without num_classes no parameter depends on the classes.
+      example: shapes of the network's inputs.
+    """
+    if "num_classes" not in options:
+        return []
+    larger_options = {**options, "num_classes": options["num_classes"] + 1}
+    shapes, larger_shapes = (
+        tree.flatten(_parameter_shapes(models.make(**network_options), example))
+        for network_options in (options, larger_options)
+    )
+    return [n for n in shapes if shapes[n].shape != larger_shapes[n].shape]
 
 
 def reorder_classifier(
@@ -79,24 +108,18 @@ def reorder_classifier(
 ) -> dict[str, Any]:
     """Returns a network's parameters with the classes of its head in another order.
 
-    The arrays that depend on the classes are those whose shape changes with `num_classes`; their last axis is reordered.
+    The last axis of `class_arrays` is reordered.
 
     Args:
       params: the network's parameters.
       options: the arguments of `models.make` that build it, with num_classes.
       example: shapes of the network's inputs.
-      positions: see `class_positions`.
+      positions: one for each output, see `class_positions`.
     """
-    larger_options = {**options, "num_classes": options["num_classes"] + 1}
-    shapes, larger_shapes = (
-        tree.flatten(_parameter_shapes(models.make(**network_options), example))
-        for network_options in (options, larger_options)
-    )
-    positions = np.asarray(positions)
+    of_classes, positions = class_arrays(options, example), np.asarray(positions)
 
     def reorder(name, array):
-        has_classes = name in shapes and shapes[name].shape != larger_shapes[name].shape
-        return np.asarray(array)[..., positions] if has_classes else array
+        return np.asarray(array)[..., positions] if name in of_classes else array
 
     return tree.map_named(reorder, params)
 

@@ -385,7 +385,11 @@ def build(
     _teachers.check_cache(distill, source)
     teachers = tuple(
         _teachers.make_teacher(
-            section, source, f"config.distill.teachers[{n}]", e.dtype
+            section,
+            source,
+            f"config.distill.teachers[{n}]",
+            e.dtype,
+            options.get("num_classes"),
         )
         for n, section in enumerate(distill.teachers)
     )

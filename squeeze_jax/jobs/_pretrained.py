@@ -491,7 +491,10 @@ def initial_variables(
     params = pretrained_variables["params"]
     head = head_prefixes(options["name"])
     trained_head = CLASSIFIER_LAYER not in fresh_layers
-    if trained_head and _takes_whole_head(params, shapes["params"], head, only):
+    names = [n for n in tree.flatten(shapes["params"]) if n.startswith(head)]
+    if not head and classes:  # the network's file does not name its head
+        names = _classes.class_arrays(options, example)
+    if trained_head and _takes_all(params, shapes["params"], names, only):
         params = _match_class_order(network, params, options, classes, example)
     pretrained_variables = pretrained_variables | {"params": params}
     initial, problems = {}, []
@@ -532,19 +535,17 @@ def initial_variables(
     return initial
 
 
-def _takes_whole_head(params, expected, head, only) -> bool:
+def _takes_all(params, expected, names, only) -> bool:
     """Returns whether every head parameter that `only` selects is in `params` with the expected shape.
 
     Args:
       params: of the trained network.
       expected: shapes of the new network's parameters.
-      head: prefixes of the head's parameter names, see `head_prefixes`.
+      names: of the head's parameters.
       only: see `initial_variables`.
     """
     available, shapes = tree.flatten(params), tree.flatten(expected)
-    names = [
-        n for n in shapes if n.startswith(head) and (not only or re.search(only, n))
-    ]
+    names = [n for n in names if not only or re.search(only, n)]
     return bool(names) and all(
         np.shape(available.get(n)) == shapes[n].shape for n in names
     )
@@ -563,7 +564,11 @@ def _match_class_order(network, params, options, classes, example):
         print(_classes.unnamed_classes_line(network.location))
     remedy = "leave the head out by config.init.only, a regular expression over names"
     positions = _classes.class_positions(
-        network.class_names, classes, network.location, remedy
+        network.class_names,
+        classes,
+        network.location,
+        remedy,
+        options.get("num_classes", 0),
     )
     if positions is None:
         return params

@@ -325,7 +325,11 @@ def _fill_caches(
 
 
 def make_teacher(
-    section: Mapping[str, Any], source: Data, where: str, dtype: str = "float32"
+    section: Mapping[str, Any],
+    source: Data,
+    where: str,
+    dtype: str = "float32",
+    outputs: int | None = None,
 ) -> Teacher:
     """Builds the teacher that one entry of `config.distill.teachers` names. Its weights are not read yet.
 
@@ -337,6 +341,7 @@ def make_teacher(
       source: the student's data. Their task and classes are the defaults for a folder, which need not have a head.
       where: the section's name in the config, for error messages.
       dtype: the dtype of the teacher's computation.
+      outputs: the student's number of classes, if the config sets more than the data have.
 
     Raises:
       UserError: the section has other keys; there is no network in the folder or work directory; the network reads images
@@ -368,7 +373,7 @@ def make_teacher(
     _check_normalisation(section, source, where)
     options = {**source.model, **network.options}
     net = models.make(**options)
-    positions = _class_positions(network, options, source)
+    positions = _class_positions(network, options, source, outputs)
     vocabulary_size = getattr(source, "vocabulary", None)
     if vocabulary_size is not None and not _pretrained.vocabulary_fits(
         net, vocabulary_size
@@ -388,7 +393,7 @@ def make_teacher(
     )
 
 
-def _class_positions(network, options, source) -> tuple[int, ...] | None:
+def _class_positions(network, options, source, outputs) -> tuple[int, ...] | None:
     """Returns the position of each of the data's classes among the outputs of a teacher's head.
 
     Returns None if the order is the same or unknown, or if the teacher has another number of classes.
@@ -397,16 +402,21 @@ def _class_positions(network, options, source) -> tuple[int, ...] | None:
       network: the teacher.
       options: the arguments of `models.make` that build it.
       source: the student's data.
+      outputs: the student's number of classes; None if it has none.
 
     Raises:
       OtherClasses: the teacher has as many classes, but with other names.
     """
-    if options.get("num_classes") != source.model.get("num_classes"):
+    of_teacher = options.get("num_classes")
+    if of_teacher not in (outputs, source.model.get("num_classes")):
         return None
     remedy = "choose a teacher of the same classes"
-    names = source.label_names
     return _classes.class_positions(
-        network.class_names, names, network.location, remedy
+        network.class_names,
+        source.label_names,
+        network.location,
+        remedy,
+        of_teacher or 0,
     )
 
 
@@ -430,7 +440,8 @@ def _check_normalisation(section: Mapping[str, Any], source: Data, where: str) -
         theirs = teacher_data.get(key, parameters[key].default)
         ours = getattr(source, key)
         if not np.array_equal(*np.broadcast_arrays(theirs, ours)):
+            theirs = tuple(theirs) if np.ndim(theirs) else theirs
             raise UserError(
-                f"{where}.workdir = {section['workdir']!r} was trained with config.data.{key} = {tuple(theirs)}, and a teacher"
+                f"{where}.workdir = {section['workdir']!r} was trained with config.data.{key} = {theirs}, and a teacher"
                 f" sees what the student sees: set the key to that, not {ours}"
             )

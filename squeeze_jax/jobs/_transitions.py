@@ -193,5 +193,5 @@ def _apply_transition(built: Built, state: State) -> tuple[Built, State]:
         options, state = transition.apply(dict(options), state, plain)
     next_built = _experiment.build(built.whole, index, options)
     before, after = built.data.label_names, next_built.data.label_names
-    _classes.check_same_classes(before, after, built.phase.label)
+    _classes.check_same_classes(before, after, built.phase.label, of_phase=True)
     return next_built, state
