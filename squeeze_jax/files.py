@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO, Any
@@ -147,7 +148,7 @@ def write(path: str | Path, content: bytes | str) -> Path:
       UserError: the place cannot be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see `written_name`
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -161,6 +162,12 @@ def write(path: str | Path, content: bytes | str) -> Path:
         kind = DiskFull if is_full(error) else UserError
         raise kind(f"cannot write {path}: {error.strerror}") from None
     return path
+
+
+def written_name(path: Path) -> str:
+    """Returns the name of the file that `write` was writing under a temporary name when it was killed; "" for other files."""
+    written = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+    return written[1] if written else ""
 
 
 def check_writable(path: str | Path, key: str) -> None:

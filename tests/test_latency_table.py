@@ -63,6 +63,11 @@ def test_the_fit_finds_the_two_numbers_that_made_the_latencies():
     table = tables.Table(ABOUT, {}, networks, scale, join_ms)
     assert table.error()["mean"] == pytest.approx(0, abs=1e-6)
     assert tables.fit([]) == (1.0, 0.0)
+    # 0.47 * sum - 0.44 * (pieces - 1) fits best, and is below 0 for the first: the sum alone is scaled.
+    rows = [(5.0, 1.0, 3), (4.0, 6.0, 1), (1.0, 6.0, 5)]
+    scale, join_ms = tables.fit([measured(*row) for row in rows])
+    assert scale > 0
+    assert join_ms == 0
     # Networks of equally many pieces cannot tell the two apart: least squares of (sum * s / ms - 1).
     assert tables.fit([measured(2.0, 1.0, 1), measured(4.0, 2.0, 1)]) == (2.0, 0.0)
 
@@ -188,6 +193,15 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         (dict(scale=float("nan")), "damaged"),
         (dict(scale=float("inf")), "damaged"),
         (dict(join_ms=float("nan")), "damaged"),
+        (dict(scale=10**400), "damaged"),
+        (dict(scale=True), "damaged"),
+        (dict(scale="1"), "damaged"),
+        (dict(pieces={"a": {"ms": 10**400, "spread": 0, "count": 1}}), "damaged"),
+        (dict(pieces={"a": {"ms": 1.0, "spread": 0, "count": 0.5}}), "damaged"),
+        (dict(threads="one"), "damaged"),
+        (dict(threads=True), "damaged"),
+        (dict(device=7), "damaged"),
+        (dict(format=["tflite"]), "damaged"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, changes, message):
@@ -253,6 +267,7 @@ ROW = dict(file="a.tflite", round=0, count=2, ms=0.5)
         (HEADER, [ROW | dict(ms=-1)], "line 2: 'a.tflite' has ms = -1"),
         (HEADER, [ROW | dict(ms="1")], "line 2: 'a.tflite' has ms = '1'"),
         (HEADER, [ROW | dict(ms=float("inf"))], "has ms = inf"),
+        (HEADER, [ROW | dict(ms=10**400)], "line 2: 'a.tflite' has ms = 1000"),
         (HEADER, [ROW | dict(count=0)], "has count = 0"),
         (HEADER, [ROW | dict(file=None)], "line 2: it names no file"),
         (HEADER, [3], "line 2: it names no file"),
@@ -375,7 +390,7 @@ def test_files_for_another_device(device_folder, capsys):
     files = device_folder / "files" / "tflite"
     again = (*OPTIONS, f"device_folder={device_folder / 'files'}")
     assert len(list(files.glob("*.tflite"))) == 20 + 4
-    damaged = files / "network_001.tflite"
+    damaged = min(files.glob("network_*.tflite"))
     damaged.write_bytes(b"")
     job(device_folder / "run", *again)
     printed = capsys.readouterr().out
@@ -407,6 +422,24 @@ def test_files_for_another_device(device_folder, capsys):
     times.write_text("\n".join([header, *lines]))
     with pytest.raises(UserError, match=r"Board_1_tflite_1.json is of the runtime '.*', and this is 'another'"):  # fmt: skip
         job(device_folder / "run", *again)
+
+
+def test_equal_names_of_targets_mean_equal_networks(family, pieces):
+    """The second of four networks is none of eight: times of an interrupted measurement are no others'."""
+    four, eight, wide = (
+        {t.name: space.key_of(t.arch) for t in _piece_files.targets(p, archs) if t.arch}
+        for p, archs in (
+            (pieces, spread(family, 4)),
+            (pieces, spread(family, 8)),
+            (costs.Pieces(family, image(1, 24, 24, 1)), spread(family, 4)),
+        )
+    )
+    assert len(four) == 4
+    assert len(eight) == 8
+    both = four.keys() & eight.keys()
+    assert 0 < len(both) < 4
+    assert all(four[name] == eight[name] for name in both)
+    assert not four.keys() & wide.keys()
 
 
 def test_a_folder_of_another_space_is_refused(device_folder):

@@ -386,6 +386,9 @@ def test_folders_in_use_are_no_targets(tmp_path):
     extract.check_target(tmp_path / "mine", "to", workdir)
     (partial / "config.json").write_text("{}")
     extract.check_target(tmp_path / "mine", "to", workdir)
+    # Killed while it wrote a file under a temporary name.
+    (partial / ".config.json.4242.tmp").write_text("{")
+    extract.check_target(tmp_path / "mine", "to", workdir)
     (partial / "data.txt").write_text("precious")
     with pytest.raises(
         UserError,
@@ -423,10 +426,12 @@ def test_each_predictor_ranks_networks_that_it_has_not_seen(
     quick = functools.partial(method.fit, steps=100, width=32, lr=1e-2)
     monkeypatch.setitem(_search_predictor.METHODS, name, method._replace(fit=quick))
     log = Scored(family.space, limits.cost("macs", pieces))
-    predict, rank = _search_predictor.fit(problem, log, jax.random.key(1), name, 0.25)
+    archs, scores = log.arrays()
+    predict, rank = _search_predictor.fit(
+        problem, archs, scores, jax.random.key(1), name, 0.25
+    )
     assert rank > 0.8
     assert f"rank correlation {rank:.2f} on 12" in capsys.readouterr().out
-    archs, scores = log.arrays()
     whole = np.asarray(predict(archs))
     assert tables.rank_correlation(whole, scores) > 0.9
     monkeypatch.setattr(_search_predictor, "CHUNK", 25)
@@ -497,6 +502,51 @@ def test_a_stopped_search_goes_on(searched, trained, tmp_path, monkeypatch):
     assert log_of(stopped) == log_of(whole)
 
 
+def test_a_search_that_was_stopped_among_its_candidates_chooses_the_same_ones(
+    trained, tmp_path, instant
+):
+    """What a kill leaves is a log that ends there, and the number of scores to which the predictor was fitted."""
+    whole = copied(trained, tmp_path)
+    settings = ("limits=()", "candidates=4")
+    job(whole, *settings)
+    rows = log_of(whole)
+    assert len(rows) > 11
+    assert not (whole / "search" / "fitted.json").exists()
+    stopped, last = shutil.copytree(trained, tmp_path / "stopped"), len(instant) + 11
+
+    def score(self, arch):
+        if len(instant) == last:
+            raise stop.Stopped(15)
+        instant.append(arch)
+        return float(np.sum(arch.kernel))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_scores.Scorer, "__call__", score)
+        with pytest.raises(stop.Stopped):
+            job(stopped, *settings)
+    assert log_of(stopped) == rows[:11]
+    job(stopped, *settings)
+    assert log_of(stopped) == rows
+    expected, found = (
+        json.loads((w / "search" / "front.json").read_text()) for w in (whole, stopped)
+    )
+    assert found["found"] == expected["found"]
+    assert found["rows"] == expected["rows"]
+
+
+def test_random_candidates_are_different_networks(trained, tmp_path, instant, capsys):
+    """The space has 36 networks, of which 100,000 draws hold thousands of copies each."""
+    workdir = copied(trained, tmp_path)
+    job(workdir, "limits=()", "method=random", "candidates=30")
+    assert len(log_of(workdir)) >= 30
+    assert "different networks within" not in capsys.readouterr().out
+    more = shutil.copytree(trained, tmp_path / "more")
+    job(more, "limits=()", "method=random", "candidates=40")
+    assert len(log_of(more)) == 36
+    said = "candidates 36 different networks within the limits, of 40 that"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -534,7 +584,8 @@ def test_a_damaged_line_of_the_log_is_named(searched, trained, tmp_path, damage)
         (["limits=({'cost':'latency','at_most':9.0},)"], "a latency needs a table"),
         (["limits=({'cost':'latency','table':'phone','at_most':9.0},)"], "cannot read the latency table phone"),
         (["front=({'cost':'macs','at_most':1.0},)"], "at_most"),
-        (["log=none.jsonl"], r"cannot read the log none\.jsonl"),
+        (["log=none.jsonl"], r"config\.search\.log = 'none\.jsonl' is no file: name the"),
+        (["log=configs"], r"config\.search\.log = 'configs' is no file"),
         (["to=/dev/null"], r"config\.search\.to = '/dev/null': it is a file; choose"),
         (["to=/proc/found"], r"config\.search\.to = '/proc/found': no folder can be made in /proc"),
     ],
@@ -567,9 +618,39 @@ def test_the_main_job_ships_the_found_network(trained, tmp_path, capsys):
     assert (workdir / "found" / "report.json").exists()
     assert "tflite on board, 1 thread:" in printed
     assert "ms measured on this machine" in printed
+    predicted = json.loads((workdir / "found" / "found.json").read_text())["found"]
+    # Another search of the same space comes between, and finds another network.
+    record = workdir / "search" / "front.json"
+    record.write_text("{")
     run_py.main(["--job=main", f"--workdir={workdir}", *overrides])
-    assert "found      already" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "found      already" in printed
+    latency = predicted["costs"]["tflite on board, 1 thread"]
+    assert f"tflite on board, 1 thread: {latency:.4f} ms predicted" in printed
     assert main.RUN == "begins"
+    # What another search, or none, has written is neither trained nor shipped.
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "found").rglob("*")}
+    main_job = ["--job=main", f"--workdir={workdir}", *overrides]
+    limits = "--config.search.limits=({'cost': 'macs', 'share': 0.9},)"
+    words = (
+        r"found was found with config\.search\.limits = .*0\.6.*this command has .*0\.9"
+    )
+    with pytest.raises(UserError, match=words):
+        run_py.main([*main_job, limits])
+    target = f"--config.search.to={tmp_path / 'other'}"
+    to = f"--config.extract.to={tmp_path / 'other'}"
+    run_py.main(["--job=extract", f"--workdir={workdir}", to])
+    with pytest.raises(UserError, match="other holds a run that no search has written"):
+        run_py.main([*main_job, target])
+    shutil.copy(workdir / "found" / "found.json", tmp_path / "other")
+    content = json.loads((tmp_path / "other" / "found.json").read_text())
+    damaged = json.dumps(content | {"training": "0"})
+    (tmp_path / "other" / "found.json").write_text(damaged)
+    with pytest.raises(UserError, match="in a space of another training than this"):
+        run_py.main([*main_job, target])
+    assert before == {p: p.stat().st_mtime_ns for p in (workdir / "found").rglob("*")}
+    with pytest.raises(UserError, match="network of the space, which the run"):
+        job(tmp_path / "other")
 
 
 def test_a_missing_table_is_found_before_training(tmp_path):
@@ -583,5 +664,15 @@ def test_a_missing_table_is_found_before_training(tmp_path):
     planned = CONFIG | {"latency_table": dict(formats=("tflite",), threads=(1, 2))}
     search = CONFIG["search"] | dict(limits=(), front=({"cost": "latency", "table": "tflite_2"},))  # fmt: skip
     built = _experiment.build(_experiment.check(planned | {"search": search}))
-    search_job.check_tables(built, tmp_path / "run")
+    search_job.check_before_training(built, tmp_path / "run")
+    for section, tables_section, words in (
+        (dict(limits=({"cost": "macs", "at_most": 10.0},)), {}, "the nearest has MACs"),
+        (dict(limits=(), log="none"), {}, "config.search.log = 'none' is no file"),
+        (search, dict(device_folder="board"), "such as Pixel_8_tflite_2"),
+    ):
+        sections = {"search": CONFIG["search"] | section}
+        sections["latency_table"] = planned["latency_table"] | tables_section
+        built = _experiment.build(_experiment.check(CONFIG | sections))
+        with pytest.raises(UserError, match=words):
+            main.run(built, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()

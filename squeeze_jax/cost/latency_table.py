@@ -101,13 +101,17 @@ def timing(rounds_ms: Sequence[float], count: int) -> Timing:
 
 
 def fit(networks: Sequence[Whole]) -> tuple[float, float]:
-    """Returns (scale, join_ms) with the least squares of relative errors on networks; (1, 0) without networks."""
+    """Returns (scale, join_ms) with the least squares of relative errors on networks; (1, 0) without networks.
+
+    `join_ms` is 0 if these networks do not determine it, or if the latency of one of them would not be above 0.
+    """
     if not networks:
         return 1.0, 0.0
     rows = [(n.sum_ms / n.timing.ms, (n.pieces - 1) / n.timing.ms) for n in networks]
     shares = np.asarray(rows)
     (scale, join_ms), _, rank, _ = np.linalg.lstsq(shares, np.ones(len(rows)))
-    if rank == 2 and scale > 0:
+    predicted = shares @ (scale, join_ms)  # over the measured
+    if rank == 2 and scale > 0 and predicted.min() > 0:
         return float(scale), float(join_ms)
     sums = shares[:, 0]
     return float(sums.sum() / (sums**2).sum()), 0.0
@@ -243,18 +247,18 @@ def read(path: str | Path) -> Table:
             f"{path} is no latency table of version {VERSION}, its version is {said}: delete it, and measure it anew with --job=latency_table"
         )
     try:
-        scale, join_ms = float(content["scale"]), float(content["join_ms"])
+        scale, join_ms = _number(content["scale"]), _number(content["join_ms"])
         if not 0 < scale < math.inf or not math.isfinite(join_ms):
             raise ValueError(f"a scale of {scale}, {join_ms} ms for a join")
         return Table(
-            {k: content[k] for k in ABOUT},
+            _read_about(content),
             {k: _read_timing(v) for k, v in content["pieces"].items()},
             tuple(
                 Whole(
                     {k: tuple(v) for k, v in n["options"].items()},
                     _read_timing(n),
-                    float(n["sum_ms"]),
-                    int(n["pieces"]),
+                    _number(n["sum_ms"]),
+                    _integer(n["pieces"]),
                     bool(n["held_out"]),
                 )
                 for n in content["networks"]
@@ -262,14 +266,45 @@ def read(path: str | Path) -> Table:
             scale,
             join_ms,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise UserError(
             f"{path} is a damaged latency table ({shortened(str(error), 60)}): delete it, and measure it anew with --job=latency_table"
         ) from None
 
 
 def _read_timing(entry: Mapping[str, Any]) -> Timing:
-    result = Timing(float(entry["ms"]), float(entry["spread"]), int(entry["count"]))
-    if not result.ms > 0 or not math.isfinite(result.ms):
-        raise ValueError(f"a latency of {result.ms} ms")
-    return result
+    ms, spread = _number(entry["ms"]), _number(entry["spread"])
+    if not 0 < ms < math.inf:
+        raise ValueError(f"a latency of {ms} ms")
+    return Timing(ms, spread, _integer(entry["count"]))
+
+
+def _read_about(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of ABOUT; raises a ValueError for one of another type."""
+    for field in ABOUT:
+        value = content[field]
+        if field == "threads":
+            if _integer(value) < 0:
+                raise ValueError(f"threads = {value}")
+        elif not isinstance(value, str) or not value:
+            raise ValueError(f"{field} = {value!r}")
+    return {field: content[field] for field in ABOUT}
+
+
+def _number(value: Any) -> float:
+    """Returns a number of a file; raises a ValueError for anything else."""
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is no integer")
+    return value

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from squeeze_jax import data, models, registry, tree
+from squeeze_jax.cost import count
 from squeeze_jax.data import vision
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.jobs import (
@@ -228,6 +229,18 @@ class Built:
           UserError: the examples or the sharding rules do not fit the network.
         """
         return self._abstract
+
+    def count_macs(self) -> int:
+        """Returns the MACs of the network for one example, in evaluation."""
+        return self._macs
+
+    @functools.cached_property
+    def _macs(self) -> int:
+        return count.macs(
+            lambda v, x: forward.run(self.network, v, x)[0][0],
+            self.abstract().variables(),
+            self.data.example(),
+        ).total
 
     @functools.cached_property
     def _abstract(self) -> states.State:

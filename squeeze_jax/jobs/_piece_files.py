@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from squeeze_jax.export import several, time_files
 from squeeze_jax.export.runnable import Spec, input_specs
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas import costs
+from squeeze_jax.nas import space as spaces
 from squeeze_jax.nas.costs import Placed
 from squeeze_jax.nas.family import Family
 from squeeze_jax.train import forward
@@ -46,15 +48,21 @@ class Target(NamedTuple):
 
 
 def targets(pieces: costs.Pieces, archs: list) -> list[Target]:
-    """Returns the different pieces of a space, and whole networks."""
+    """Returns the different pieces of a space, and whole networks. Equal names in two runs mean equal functions."""
     wanted = {}
     for placed in pieces.distinct:
         key = latency_table.key_of(placed.piece.module, placed.example)
-        name = f"piece_{hashlib.sha1(key.encode()).hexdigest()[:12]}"
+        name = f"piece_{_digest(key)}"
         wanted[name] = Target(name, key, placed=placed)
-    for number, arch in enumerate(archs):
-        wanted[name] = Target(name := f"network_{number:03}", arch=arch)
+    space = _digest(" ".join(wanted))
+    for arch in archs:
+        name = f"network_{_digest(f'{space} {spaces.key_of(arch)}')}"
+        wanted[name] = Target(name, arch=arch)
     return list(wanted.values())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha1(text.encode()).hexdigest()[:12]
 
 
 def function_of(target: Target, networks: Family, built: Built):
@@ -278,7 +286,7 @@ def _row(path: pathlib.Path, number: int, row: Any) -> tuple[str, float, int]:
     """
     row = row if isinstance(row, dict) else {}
     name, ms, count = row.get("file"), row.get("ms"), row.get("count")
-    is_latency = type(ms) in (int, float) and 0 < ms < float("inf")
+    is_latency = type(ms) in (int, float) and 0 < ms <= sys.float_info.max
     if not isinstance(name, str):
         problem = "it names no file"
     elif not is_latency:

@@ -10,6 +10,7 @@ FILES = (
     *("report.json", "report.png", "cost.csv", "cost.png"),
     *("checkpoints/scores.json", "export/files.json"),
     *("search/scored.jsonl", "search/front.json", "search/front.png"),
+    *("search/fitted.json", "found.json"),
 )
 FOLDERS = ("checkpoints", "tensorboard", "export", "huggingface", "submission")
 FOLDERS_OF_USERS = ("found",)  # whose default place is here

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import jax
 
 from squeeze_jax import tree
-from squeeze_jax.cost import count
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.train import forward, sharding
 
@@ -21,11 +20,6 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     e, data, mesh = built.experiment, built.data, built.mesh
     shapes = built.abstract()
     params = forward.parameters(shapes.params)
-    macs = count.macs(
-        lambda v, x: forward.run(built.network, v, x)[0][0],
-        shapes.variables(),
-        data.example(),
-    ).total
     variant = f" {built.options['variant']}" if "variant" in built.options else ""
     devices = jax.devices()
     examples_per_device = e.batch // sharding.batch_shards(mesh)
@@ -34,7 +28,7 @@ def plan(built: Built, workdir: pathlib.Path) -> str:
     rows = {
         "work dir": str(workdir),
         "data": "\n           ".join([data.describe, *_data_notes(built)]),
-        "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {macs:,} MACs per {data.noun}",
+        "model": f"{built.options['name']}{variant}: {tree.size(params):,} parameters, {built.count_macs():,} MACs per {data.noun}",
         "mesh": f"{len(devices)} x {devices[0].device_kind}: "
         + " x ".join(f"{k} {v}" for k, v in mesh.shape.items()),
         "batch": f"{e.batch} = {examples_per_device} a device"

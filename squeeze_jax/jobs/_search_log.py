@@ -1,5 +1,6 @@
 """The log of a search: the networks that were scored."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -21,6 +22,7 @@ class Log:
     """The networks that were scored, in a file of JSON lines: {"options", "score", ...}; larger scores are better.
 
     Attributes:
+      about: dict(step, calibration, examples, name, of): the weights, the examples and the kind of the scores.
       scores: {key of an architecture: (architecture, score)}.
       failed: keys of architectures whose score is not finite; they count as scored, and are never chosen.
     """
@@ -45,7 +47,7 @@ class Log:
         """
         self._path, self._problem, self._scorer = path, problem, scorer
         calibration, examples = scorer.examples
-        self._about = {
+        self.about = {
             "step": int(scorer.step),
             "calibration": calibration,
             "examples": examples,
@@ -83,20 +85,28 @@ class Log:
             try:
                 row = json.loads(line)
                 # Scores of earlier versions do not say of which weights and examples they are.
-                about = {"of": ""} | {k: row[k] for k in self._about if k in row}
-                score, _ = row["score"], [about[k] for k in self._about]
-                if about == self._about:
+                about = {"of": ""} | {k: row[k] for k in self.about if k in row}
+                score, _ = row["score"], [about[k] for k in self.about]
+                if about == self.about:
                     arch = self._arch(row["options"])
                     if type(score) not in (float, int, type(None)):
                         raise ValueError("the score is no number")
-            except (ValueError, KeyError, TypeError, AttributeError, UserError):
+                    score = score if score is None else float(score)
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                OverflowError,
+                UserError,
+            ):
                 if number == len(lines) and not strict:
                     continue  # it was stopped while it wrote the line
                 other = "leave config.search.log out" if strict else "the file"
                 raise UserError(
                     f"{path}: line {number} is no scored network: delete the line, or {other}"
                 ) from None
-            if about != self._about:
+            if about != self.about:
                 others += 1
                 continue
             self._keep(arch, score)
@@ -161,7 +171,7 @@ class Log:
     def _append(self, arch: Arch, score: float | None) -> None:
         """Writes a line of the log."""
         options = {k: list(v) for k, v in self._problem.space.options(arch).items()}
-        row = {"options": options, "score": score, **self._about}
+        row = {"options": options, "score": score, **self.about}
         with open(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -176,9 +186,10 @@ class Log:
         best = int(np.where(share <= 1, scores, -np.inf).argmax())
         return jax.tree.map(lambda a: a[best], archs), float(scores[best])
 
-    def arrays(self) -> tuple[Arch, np.ndarray]:
-        """Returns (architectures with a leading axis, scores [n])."""
-        archs, scores = zip(*self.scores.values(), strict=True)
+    def arrays(self, count: int | None = None) -> tuple[Arch, np.ndarray]:
+        """Returns (architectures with a leading axis, scores [n]) of all networks, or of the `count` that were scored first."""
+        first = itertools.islice(self.scores.values(), count)
+        archs, scores = zip(*first, strict=True)
         return spaces.stack(archs), np.asarray(scores)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from squeeze_jax.cost import latency_table
 from squeeze_jax.errors import UserError
-from squeeze_jax.jobs._search_log import Log
 from squeeze_jax.jobs._search_problem import Problem
 from squeeze_jax.nas import encode, predict_graph, predict_mlp, predict_two_stage
 from squeeze_jax.nas.space import Arch
@@ -41,7 +40,12 @@ METHODS = {
 
 
 def fit(
-    problem: Problem, log: Log, key: jax.Array, name: str, rejected: float
+    problem: Problem,
+    archs: Arch,
+    scores: np.ndarray,
+    key: jax.Array,
+    name: str,
+    rejected: float,
 ) -> tuple[Callable[[Arch], jax.Array], float]:
     """Returns (architectures with a leading axis → predicted scores [n], rank correlation on networks that were held out).
 
@@ -49,7 +53,8 @@ def fit(
 
     Args:
       problem: the search.
-      log: the scored networks.
+      archs: the scored networks, with a leading axis.
+      scores: their scores [n].
       key: random key.
       name: a name of `METHODS`.
       rejected: the share of the scored networks that the first stage of "two_stage" learns to reject.
@@ -59,7 +64,6 @@ def fit(
     """
     method = METHODS[name]
     inputs_of = jax.jit(jax.vmap(method.encode(problem.space, problem.pieces.columns)))
-    archs, scores = log.arrays()
     inputs = jax.tree.leaves(inputs_of(archs))
 
     def fitted(chosen):

@@ -114,12 +114,7 @@ class Problem:
         self.pieces = _space.pieces(built, self.trained.networks)
         entries = [LimitSettings(**section) for section in limited]
         costs = [self._cost(e) for e in entries]
-        largest = spaces.stack([self.space.largest()])
-        at_most = [
-            e.at_most or e.share * float(c.of(largest)[0])
-            for e, c in zip(entries, costs, strict=True)
-        ]
-        self.limits = Limits(costs, at_most)
+        self.limits = _limits(self.space, entries, costs)
         self.macs = limits.cost("macs", self.pieces)
         named = [self._cost(CostSettings(**section)) for section in traded]
         self.traded = named or costs or [self.macs]
@@ -127,25 +122,21 @@ class Problem:
             jax.jit(jax.vmap(make(self.space, self.pieces.columns)))
             for make in (encode.canonical, encode.effects)
         )
-        self._check_limits()
+        _check_limits(self.space, self.limits)
 
     def _cost(self, entry: CostSettings) -> Cost:
         if entry.cost != "latency":
             return limits.cost(entry.cost, self.pieces, bits=entry.bits)
         path = table_path(self.workdir, entry.table)
         table = latency_table.read(path)
-        return limits.cost("latency", self.pieces, table=table, path=str(path))
-
-    def _check_limits(self) -> None:
-        """Raises a UserError if no network that was found meets the limits."""
-        if not self.limits.costs:
-            return
-        arch = limits.nearest(self.space, self.limits)
-        if float(self.limits.share(spaces.stack([arch]))[0]) > 1:
+        cost = limits.cost("latency", self.pieces, table=table, path=str(path))
+        ends = spaces.stack([self.space.smallest(), self.space.largest()])
+        if (least := float(cost.of(ends).min())) <= 0:
             raise UserError(
-                f"config.search.limits: no network of the space meets them; the nearest has {self.limits.describe(arch)}: raise"
-                " at_most"
+                f"{path} predicts a latency of {least:.3g} ms for a network of the space: delete it, and measure it anew with"
+                " --job=latency_table and more config.latency_table.rounds"
             )
+        return cost
 
     def canonical(self, archs: Arch) -> Arch:
         """Returns architectures with 0 in positions without effect, as numpy arrays."""
@@ -154,3 +145,40 @@ class Problem:
     def active(self, arch: Arch) -> Arch:
         """Returns for each position of an architecture whether it has an effect."""
         return spaces.unstack(self._active(spaces.stack([arch])))[0]
+
+
+def check_counted(built: Built, limited: Sequence[Mapping[str, Any]]) -> None:
+    """Raises a UserError if no network of an experiment's space meets the limits on counted costs, such as MACs.
+
+    Args:
+      built: the experiment, which need not be trained.
+      limited: see `Problem`; limits on measured latencies are left out.
+    """
+    entries = [LimitSettings(**s) for s in limited if s["cost"] != "latency"]
+    if not entries:
+        return
+    networks = _space.family(built)
+    pieces = _space.pieces(built, networks)
+    costs = [limits.cost(e.cost, pieces, bits=e.bits) for e in entries]
+    _check_limits(networks.space, _limits(networks.space, entries, costs))
+
+
+def _limits(space, entries: Sequence[LimitSettings], costs: Sequence[Cost]) -> Limits:
+    """Returns limits on the costs of a space's networks."""
+    largest = spaces.stack([space.largest()])
+    at_most = [
+        e.at_most or e.share * float(c.of(largest)[0])
+        for e, c in zip(entries, costs, strict=True)
+    ]
+    return Limits(costs, at_most)
+
+
+def _check_limits(space, limited: Limits) -> None:
+    """Raises a UserError if no network that was found meets the limits."""
+    if not limited.costs:
+        return
+    arch = limits.nearest(space, limited)
+    if float(limited.share(spaces.stack([arch]))[0]) > 1:
+        raise UserError(
+            f"config.search.limits: no network of the space meets them; the nearest has {limited.describe(arch)}: raise at_most"
+        )

@@ -2,11 +2,12 @@
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from squeeze_jax.cost import latency_table
-from squeeze_jax.jobs import _space
+from squeeze_jax.jobs import _found, _space
 from squeeze_jax.jobs._scores import Scorer
 from squeeze_jax.jobs._search_log import Log
 from squeeze_jax.jobs._search_problem import Problem
@@ -30,7 +31,7 @@ def report(
     winner: tuple[Arch, float],
     rank: float,
     scorer: Scorer,
-) -> None:
+) -> dict[str, Any]:
     """Prints the front and the best network, and writes `search/front.json` and `search/front.png`.
 
     Args:
@@ -41,6 +42,9 @@ def report(
       winner: the best network and its score.
       rank: rank correlation of the predictor.
       scorer: has the name of the score and its sign.
+
+    Returns:
+      The best network's options, scores and costs.
     """
     winner, score = winner
     cost = problem.traded[0]
@@ -110,6 +114,7 @@ def report(
     config = problem.built.whole.config()
     record.write(folder / "front.json", table, config=config, found=found)
     print(f"written    {folder / 'front.json'} and {folder / 'front.png'}", flush=True)
+    return found
 
 
 def describe_latencies(workdir: pathlib.Path, found: pathlib.Path) -> str:
@@ -121,7 +126,7 @@ def describe_latencies(workdir: pathlib.Path, found: pathlib.Path) -> str:
       workdir: of the search.
       found: work directory of the found network, which the job benchmark has measured.
     """
-    costs_of_found = record.read(workdir / "search" / "front.json")["found"]["costs"]
+    costs_of_found = _found.read(found)["found"]["costs"]
     measured = {row["model"]: row for row in record.read(found / "report.json")["rows"]}
     lines = []
     for path in sorted((workdir / "latency").glob("*.json")):

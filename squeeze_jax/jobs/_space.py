@@ -1,5 +1,6 @@
 """The space of networks that a run trains, for the jobs that extract, measure and search."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -71,7 +72,22 @@ def _family(built: Built, experiment: Experiment) -> tuple[Family, str]:
         choices = section.get("choices")
         method = _plugs.make_plugs(experiment).gradients.name
     plain = _plugs.plain(built.data.example())
-    return Family(built.options, plain, choices), method
+    try:
+        return Family(built.options, plain, choices), method
+    except UserError:
+        if method or not _has_fixed_options(built.options, plain):
+            raise
+        raise UserError(
+            "config.model names one network of the space, which the run has trained alone: name the --workdir of the run that"
+            " has trained the space"
+        ) from None
+
+
+def _has_fixed_options(options: Mapping[str, Any], plain: Any) -> bool:
+    """Returns whether a network has elastic options, and its options give values of them."""
+    with contextlib.suppress(UserError):
+        return any(options.get(name) is not None for name in plain.elastic(options))
+    return False
 
 
 def pieces(built: Built, networks: Family) -> costs.Pieces:

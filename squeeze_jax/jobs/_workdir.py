@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -274,6 +275,21 @@ def _report_changes(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
             f" follows the schedule of {steps:,} steps"
         )
     report_data(workdir, config)
+
+
+def training_digest(config: Mapping[str, Any]) -> str:
+    """Returns a text that is the same for two configs with which the same weights are trained.
+
+    Paths of the data, settings of jobs and other keys that do not change the training may differ.
+    """
+    free = (*FREE_KEYS, *job_names(), "data.channels", *TABLES)
+    flat = _flat_with_defaults(config)
+    kept = {
+        k: v
+        for k, v in sorted(flat.items())
+        if k == "steps" or not any(k == f or k.startswith(f + ".") for f in free)
+    }
+    return hashlib.sha1(json.dumps(kept, default=str).encode()).hexdigest()
 
 
 def report_data(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from squeeze_jax import files, models, tree
 from squeeze_jax.cost import count
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
+    _found,
     _phases,
     _places,
     _plain,
@@ -99,8 +100,10 @@ def check_target(
 
 def _is_partial(folder: pathlib.Path) -> bool:
     """Returns whether a folder holds nothing but what an interrupted extraction leaves there."""
-    names = {"config.json", "model.json", "checkpoints", ".lock"}
-    return folder.is_dir() and {p.name for p in folder.iterdir()} <= names
+    names = {"config.json", "model.json", _found.NAME, "checkpoints", ".lock"}
+    return folder.is_dir() and all(
+        p.name in names or files.written_name(p) in names for p in folder.iterdir()
+    )
 
 
 def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> Built:
@@ -130,6 +133,7 @@ def write(
     target: pathlib.Path,
     examples: int,
     steps: int | None = None,
+    found: str = "",
 ) -> Built:
     """Writes a network's work directory, and prints its costs and scores.
 
@@ -141,6 +145,7 @@ def write(
       target: the new work directory.
       examples: number of training examples for the statistics of normalisation layers.
       steps: number of training steps in the new config; None takes the number of the trained phase.
+      found: the text of `found.json` for a network that a search has found; "" for none.
 
     Returns:
       The experiment of the new work directory.
@@ -155,7 +160,9 @@ def write(
     examples = min(examples, built.data.num_train)
     variables["batch_stats"] = recalibrated(built, options, variables, examples)
     if variables["batch_stats"]:
-        print(f"statistics measured anew on {examples:,} training examples")
+        batch = built.experiment.batch
+        whole = -(-examples // batch) * batch
+        print(f"statistics measured anew on {whole:,} training examples")
     config = trained.experiment.config()  # with the settings of the last phase
     kept = {k: v for k, v in config.items() if k not in _OF_SPACE}
     kept["steps"] = steps or built.phase.steps
@@ -163,6 +170,8 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted extraction
     try:
         small = _plain.write(partial, kept, options, variables)
+        if found:
+            files.write(partial / _found.NAME, found)
         scores = fit.make_evaluator(small)(evaluate.trained_state(small, partial))
         # Last, because the same command refuses a complete work directory.
         _workdir.move(partial, target)

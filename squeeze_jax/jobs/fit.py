@@ -54,6 +54,7 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
                 f"config.batch = {batch} is more than the {examples:,} training examples: choose a smaller batch"
             )
     _check_memory(built)
+    built.count_macs()  # traces the network in evaluation, which may fail where it trains
 
 
 def _check_memory(built: Built) -> None:

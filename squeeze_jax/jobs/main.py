@@ -64,7 +64,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     """
     ready(built, inputs)
     if "search" in built.whole.jobs:
-        search.check_tables(built, workdir)
+        search.check_before_training(built, workdir)
     built = fit.run(built, workdir)
     if built.whole.phases:  # the trained network may be from an earlier phase
         built = _experiment.build_trained(workdir, built.whole.config())

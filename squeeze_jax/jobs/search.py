@@ -7,6 +7,7 @@ predictor. The best of the scored networks is extracted: train it further and ex
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from squeeze_jax.cost import latency_table
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import (
     _experiment,
+    _found,
     _scores,
     _search_predictor,
     _settings,
@@ -31,7 +33,12 @@ from squeeze_jax.jobs import (
 from squeeze_jax.jobs import latency_table as latency_tables
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.jobs._search_log import Log, progress
-from squeeze_jax.jobs._search_problem import Problem, check_costs, table_path
+from squeeze_jax.jobs._search_problem import (
+    Problem,
+    check_costs,
+    check_counted,
+    table_path,
+)
 from squeeze_jax.jobs._search_report import report
 from squeeze_jax.nas import random_search, regularised_evolution
 from squeeze_jax.nas import space as spaces
@@ -41,6 +48,7 @@ from squeeze_jax.nas.space import Arch, spread_networks
 from squeeze_jax.ranges import Count, Fraction, Part, PathStr, Whole
 
 LEAST = 10  # scored networks to fit a predictor
+FITTED = "fitted.json"  # in the folder `search`, while candidates are scored
 QUERIES = ("regularised_evolution", "random_search")  # methods without a predictor
 POOL = 100_000  # random networks that random search ranks by the predictor
 
@@ -103,20 +111,37 @@ def check(settings: Settings, built: Built) -> None:
         _experiment.check_score(built, settings.score, "config.search.score")
 
 
-def check_tables(built: Built, workdir: pathlib.Path) -> None:
-    """Checks that the latency tables exist, or that the config's section "latency_table" will write them.
+def check_before_training(built: Built, workdir: pathlib.Path) -> None:
+    """Checks what a search needs that does not depend on the trained weights.
+
+    Latency tables have to exist, unless the config's section "latency_table" will write them.
 
     Raises:
-      UserError: a table does not exist.
+      UserError: a table or the other search's log does not exist, no network meets the limits on counted costs, or the folder
+        of the found network is of another search.
     """
     settings = _settings.job_settings(built, Settings)
-    planned = ()
+    _check_log(settings)
+    check_counted(built, settings.limits)
+    found = found_directory(built, workdir)
+    if _workdir.is_trained(found):
+        config = built.whole.config()
+        _found.check_same_search(found, dataclasses.asdict(settings), config)
+    planned, folder = (), None
     if "latency_table" in built.whole.jobs:
-        planned = latency_tables.names(built.whole.jobs["latency_table"])
+        tables = built.whole.jobs["latency_table"]
+        planned, folder = latency_tables.names(tables), tables.device_folder
     for section in (*settings.limits, *settings.front):
         name = section.get("table")
-        if name and name not in planned:
-            latency_table.read(table_path(workdir, name))
+        if not name or (name in planned and folder is None):
+            continue
+        path = table_path(workdir, name)
+        if folder is not None and not path.exists():
+            raise UserError(
+                f"there is no latency table {name!r}: config.latency_table.device_folder times another device, whose tables"
+                f" have its name, such as Pixel_8_{name}: leave the key out, or run --job=latency_table first"
+            )
+        latency_table.read(path)
 
 
 def ready(built: Built, inputs: Sequence[str] = ()) -> None:
@@ -125,8 +150,17 @@ def ready(built: Built, inputs: Sequence[str] = ()) -> None:
         raise UserError(f"the job search takes no files: {inputs[0]}")
     settings = _settings.job_settings(built, Settings)
     _space.family(built)
+    _check_log(settings)
     if settings.to is not None:
         check_target(files.path(settings.to))
+
+
+def _check_log(settings: Settings) -> None:
+    """Raises a UserError if there is no file of the log of another search."""
+    if settings.log and not files.path(settings.log).is_file():
+        raise UserError(
+            f"config.search.log = {settings.log!r} is no file: name the search/scored.jsonl of another search"
+        )
 
 
 def check_target(target: pathlib.Path, workdir: pathlib.Path | None = None) -> None:
@@ -169,15 +203,16 @@ def _search(built: Built, workdir: pathlib.Path, target: pathlib.Path) -> pathli
     else:
         log.score(samples(problem, keys[0], settings.samples), "samples")
     log.check(LEAST)
+    archs, scores = log.arrays(_scores_to_fit(workdir, settings, log))
     predict, rank = _search_predictor.fit(
-        problem, log, keys[1], settings.predictor, settings.rejected
+        problem, archs, scores, keys[1], settings.predictor, settings.rejected
     )
     if settings.method not in QUERIES:
-        found = best_predicted(problem, predict, keys[2], settings)
-        log.score(spaces.unstack(problem.canonical(found)), "candidates")
+        best = best_predicted(problem, predict, keys[2], settings)
+        log.score(spaces.unstack(problem.canonical(best)), "candidates")
     front = trade_offs(problem, predict, keys[3], settings)
     winner = log.best()
-    report(problem, log, predict, front, winner, rank, scorer)
+    found = report(problem, log, predict, front, winner, rank, scorer)
     new = len(log.scores) - scored_before
     share = scoring_share(problem, log, scorer)
     print(
@@ -185,10 +220,38 @@ def _search(built: Built, workdir: pathlib.Path, target: pathlib.Path) -> pathli
         " arithmetic of the training run"
     )
     small = extract.write(
-        built, problem.trained, state, winner[0], target, calibration, settings.steps
+        built,
+        problem.trained,
+        state,
+        winner[0],
+        target,
+        calibration,
+        settings.steps,
+        _found.contents(dataclasses.asdict(settings), _workdir.read(workdir), found),
     )
+    (workdir / "search" / FITTED).unlink(missing_ok=True)
     describe_next(target, small)
     return target
+
+
+def _scores_to_fit(workdir: pathlib.Path, settings: Settings, log: Log) -> int:
+    """Returns the number of scores to which the predictor is fitted: those that were known before the first candidate's.
+
+    A search that was stopped among its candidates fits its predictor to the same scores again, so it chooses the same ones.
+    """
+    path, known = workdir / "search" / FITTED, len(log.scores)
+    of = {"settings": dataclasses.asdict(settings), "about": log.about}
+    of = json.loads(json.dumps(of))
+    try:
+        saved = files.read_json(path)
+    except (OSError, ValueError):
+        saved = None
+    if isinstance(saved, dict) and saved.get("of") == of:
+        count = saved.get("scores")
+        if type(count) is int and LEAST <= count <= known:
+            return count
+    files.write(path, json.dumps({"of": of, "scores": known}, indent=1) + "\n")
+    return known
 
 
 def found_directory(built: Built, workdir: pathlib.Path) -> pathlib.Path:
@@ -259,18 +322,26 @@ def best_predicted(
         drawn = jax.vmap(lambda k: spaces.sample(problem.space, k))(
             jax.random.split(key, POOL)
         )
+        drawn = problem.canonical(drawn)
         within = np.asarray(problem.limits.share(drawn)) <= 1
         if not within.any():
             raise UserError(
                 f"config.search.method: none of {POOL:,} random networks meets the limits: choose 'evolution'"
             )
-        order = np.argsort(-np.where(within, np.asarray(predict(drawn)), -np.inf))
-        order = order[: min(10 * count, int(within.sum()))]
-        archs = spaces.unstack(
-            problem.canonical(jax.tree.map(lambda a: a[order], drawn))
+        rows = np.concatenate(
+            [a.reshape(POOL, -1) for a in jax.tree.leaves(drawn)], axis=1
         )
-    different = list({spaces.key_of(a): a for a in archs}.values())
-    return spaces.stack(different[:count])
+        _, places = np.unique(rows, axis=0, return_index=True)
+        places = places[within[places]]
+        different = jax.tree.map(lambda a: a[places], drawn)
+        order = np.argsort(-np.asarray(predict(different)), kind="stable")[:count]
+        archs = spaces.unstack(jax.tree.map(lambda a: a[order], different))
+    best = list({spaces.key_of(a): a for a in archs}.values())[:count]
+    if len(best) < count:
+        print(
+            f"candidates {len(best)} different networks within the limits, of {count} that config.search.candidates asks for"
+        )
+    return spaces.stack(best)
 
 
 def trade_offs(
