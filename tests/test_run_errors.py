@@ -481,3 +481,20 @@ def test_a_rejected_file_does_not_end_the_main_job(tmp_path, capsys, monkeypatch
     assert "at least 200.0% wanted" in rows[2]["why"]
     run_py.main([*arguments, "--job=benchmark"])
     assert "tflite_int8, rejected" in capsys.readouterr().out
+
+
+def test_a_method_that_fails_in_evaluation_alone_leaves_no_work_directory(tmp_path):
+    """Training would go on to the first evaluation."""
+    own = tmp_path / "trains_only.py"
+    own.write_text(
+        "from squeeze_jax.methods import Forward\n"
+        "def make():\n"
+        "    def change(params, own):\n"
+        "        if not own.train: raise RuntimeError('no evaluation')\n"
+        "        return params\n"
+        "    return Forward(reparametrize=change)\n"
+    )
+    forward = f'--config.forward=({{"name": "{own}"}},)'
+    with pytest.raises(RuntimeError, match="no evaluation"):
+        run_py.main(["--job=fit", f"--workdir={tmp_path / 'run'}", forward])
+    assert not (tmp_path / "run").exists()
