@@ -187,28 +187,110 @@ def test_the_command_speaks_in_one_line(tmp_path, capsys):
         ("pets", dict(train_jpeg=None, test_jpeg=None), "lacks SPLIT_jpeg: it needs"),
         (
             "pets",
-            dict(test_labels=np.array([0, 1, 3, 2])),
-            "test[2] has label 3, outside the 3 classes",
+            {"te st_jpeg": np.zeros(1), "te st_offsets": [0, 1], "te st_labels": [0]},
+            "te st_jpeg: TFDS takes no split 'te st'",
+        ),
+        ("pets", dict(classes=np.array("cat")), "classes is <U3 []: it should be "),
+        ("pets", dict(classes=np.arange(3)), "classes is int64 [3]: it should be str"),
+        ("pets", dict(classes=np.zeros(0, str)), "classes is <U1 [0]: it should be "),
+        ("pets", dict(classes=[["cat"]]), "classes is <U3 [1, 1]: it should be str"),
+        (
+            "pets",
+            dict(classes=np.array(["cat", None], object)),
+            "classes cannot be read (Object arrays cannot be loaded",
+        ),
+        ("pets", dict(classes=["cat", "dog", "dog "]), "[2] and [1] are both 'dog'"),
+        ("pets", dict(classes=["cat", " ", "dog"]), "classes[1] is blank: give the"),
+        ("pets", dict(classes=["cat", "", "dog"]), "classes[1] is blank: give the"),
+        ("pets", dict(classes=["cat\n", "dog", "emu"]), "which has a line break: rena"),
+        ("pets", dict(classes=["a\rb", "dog", "emu"]), "which has a line break: rena"),
+        ("pets", dict(classes=["a\x85", "dog", "emu"]), "which has a line break: rena"),
+        (
+            "pets",
+            dict(classes=[b"cat", b"\xe9", b"emu"]),
+            "[1] is b'\\xe9', which is not",
+        ),
+        ("pets", dict(classes=["\ud800", "dog"]), "which is not UTF-8: rename the"),
+        (
+            "pets",
+            dict(test_labels=[0, 1, 3, 2]),
+            "test_labels[2] is 3: it should be an",
         ),
         (
             "pets",
-            dict(test_labels=np.array([0, -1, 3, 2])),
-            "test[1] has label -1, outside the 3 classes",
+            dict(test_labels=[0, -1, 3, 2]),
+            "test_labels[1] is -1: it should be ",
         ),
         (
             "pets",
-            dict(test_labels=np.array([0, 1])),
-            "test_offsets does not fit 2 labels and ",
+            dict(test_labels=[0, 1.9, 0, 2]),
+            "test_labels[1] is 1.9: it should b",
         ),
         (
             "pets",
-            dict(test_jpeg=np.zeros(2000, np.uint8)),
-            "test[0] in the archive is not an image",
+            dict(test_labels=[0, np.nan, 1, 2]),
+            "test_labels[1] is nan: it shoul",
         ),
         (
             "pets",
-            dict(test_jpeg=np.zeros(5, np.uint8)),
-            "test_offsets does not fit 4 labels and 5 bytes",
+            dict(test_labels=[[0], [1]]),
+            "test_labels is int64 [2, 1]: it should",
+        ),
+        (
+            "pets",
+            dict(test_labels=["cat"] * 4),
+            "test_labels is <U3 [4]: it should be ",
+        ),
+        (
+            "pets",
+            dict(test_labels=np.zeros(0, int)),
+            "test_labels is empty: fill the s",
+        ),
+        (
+            "pets",
+            dict(test_labels=[0, 1]),
+            "test_offsets has 5 entries: it should be 3 integers that rise from 0 to ",
+        ),
+        ("pets", dict(test_offsets=np.arange(5.0)), "test_offsets is float64 [5]: it"),
+        (
+            "pets",
+            dict(test_offsets=[[0, 1]]),
+            "test_offsets is int64 [1, 2]: it should",
+        ),
+        ("pets", dict(test_offsets=np.zeros(0, int)), "test_offsets has 0 entries: it"),
+        (
+            "pets",
+            dict(test_offsets=[0, 9, 9, 10, 20], test_jpeg=np.zeros(20, np.uint8)),
+            "test_offsets goes from 9 at 1 to 9 at 2: it should be 5 integers",
+        ),
+        (
+            "pets",
+            dict(
+                test_offsets=np.array([0, 9, 5, 10, 20], np.uint64),
+                test_jpeg=np.zeros(20, np.uint8),
+            ),
+            "test_offsets goes from 9 at 1 to 5 at 2: it should be 5 integers",
+        ),
+        (
+            "pets",
+            dict(test_offsets=[-1, 5, 9, 10, 20], test_jpeg=np.zeros(20, np.uint8)),
+            "test_offsets goes from -1 to 20: it should be 5 integers",
+        ),
+        (
+            "pets",
+            dict(test_offsets=[0, 5, 9, 10, 20], test_jpeg=np.zeros(21, np.uint8)),
+            "test_offsets goes from 0 to 20: it should be 5 integers that rise from 0 to 21",
+        ),
+        ("pets", dict(test_jpeg=np.zeros(9)), "test_jpeg is float64 [9]: it should be"),
+        (
+            "pets",
+            dict(test_jpeg=np.zeros((2, 9), np.uint8)),
+            "test_jpeg is uint8 [2, 9]",
+        ),
+        (
+            "pets",
+            dict(test_offsets=[0, 5, 9, 10, 20], test_jpeg=np.zeros(20, np.uint8)),
+            "test_jpeg holds no image at 0, where test_offsets[0] begins: no known",
         ),
     ],
 )
@@ -220,7 +302,27 @@ def test_bad_archives_are_named_before_anything_is_written(
         convert.convert(packed, name, tmp_path / "d")
     assert line in str(error.value)
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "d").glob("*/*"))
+    assert str(error.value).startswith("--name=" if name != "pets" else f"{packed}")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": np.array([b"caf\xc3\xa9", b"dog", b"emu"])},
+        {"classes": ["café ", " dog", "emu"]},
+        {"classes": ["café", "dog", "emu"], "test_labels": [0.0, 1.0, 2.0, 0.0]},
+        {"classes": ["café", "dog", "emu"], "train_labels": np.zeros(30, bool)},
+    ],
+    ids=["bytes", "spaces", "floats", "bools"],
+)
+def test_other_dtypes_are_converted(tmp_path, changes):
+    packed = archive(tmp_path / "a.npz", changes=changes)
+    convert.convert(packed, "pets", tmp_path / "d")
+    read = opened(tmp_path / "d", "pets")
+    assert read.label_names == ("café", "dog", "emu")
+    (batch,) = read.eval(4)
+    np.testing.assert_array_equal(batch["label"], [0, 1, 2, 0])
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no more"])
