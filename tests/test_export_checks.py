@@ -314,8 +314,35 @@ def test_class_names_that_are_not_utf8_keep_their_bytes(tmp_path):
     with zipfile.ZipFile(tmp_path / "f") as archive:
         assert archive.read("labels.txt") == b"caf\xe9\ndog\n"
     assert class_names.read(tmp_path / "f") == names
-    with pytest.raises(UserError, match="half a character"):
-        class_names.check(["\ud800"])
+
+
+@pytest.mark.parametrize(
+    "names", [("",), ("cat", "", "dog"), (" ", "\t"), ("ä b", "\ufeff", "\0")]
+)
+def test_class_names_are_read_as_they_were_written(tmp_path, names):
+    class_names.check(names)
+    (tmp_path / "f").write_bytes(class_names.attach(b"model", names))
+    assert class_names.read(tmp_path / "f") == names
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cat\n", "a line break"),
+        ("cat\r", "a line break"),
+        ("\n", "a line break"),
+        ("a\nb", "a line break"),
+        ("a\x1cb", "a line break"),
+        ("cat\x85", "a line break"),
+        ("\u2028cat", "a line break"),
+        ("\ud800", "half a character"),
+        # The bytes of U+0085, a line break.
+        ("\udcc2\udc85", "half a character"),
+    ],
+)
+def test_class_names_that_a_file_would_change_are_refused(name, words):
+    with pytest.raises(UserError, match=f"{words}: rename the class"):
+        class_names.check(["dog", name])
 
 
 @pytest.mark.parametrize("key", ["stablehlo", "tflite", "tflite_int8"])

@@ -18,18 +18,20 @@ BYTES = "surrogateescape"  # how Python holds bytes of a name that are not UTF-8
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises a UserError if a class name has a line break, or characters that no file can hold."""
+    """Raises a UserError if `read` would not return a class name: it has a line break, or characters that no file can hold."""
     for name in names:
-        if len(name.splitlines()) > 1:
+        if f"{name}\n".splitlines() != [name]:
             raise UserError(
                 f"the class name {name!r} has a line break: rename the class"
             )
         try:
-            _to_bytes(name)
+            is_kept = _from_bytes(_to_bytes([name])) == (name,)
         except UnicodeEncodeError:
+            is_kept = False
+        if not is_kept:
             raise UserError(
                 f"the class name {name!r} has half a character: rename the class"
-            ) from None
+            )
 
 
 def attach(content: bytes, names: Sequence[str]) -> bytes:
@@ -39,9 +41,7 @@ def attach(content: bytes, names: Sequence[str]) -> bytes:
     archive = io.BytesIO(content)
     archive.seek(0, io.SEEK_END)
     with zipfile.ZipFile(archive, "a") as archive_file:
-        archive_file.writestr(
-            zipfile.ZipInfo(NAME, DAY), _to_bytes("".join(f"{n}\n" for n in names))
-        )
+        archive_file.writestr(zipfile.ZipInfo(NAME, DAY), _to_bytes(names))
     return archive.getvalue()
 
 
@@ -49,11 +49,14 @@ def read(path: str | Path) -> tuple[str, ...]:
     """Returns the class names of an exported file, in order; () if it has none."""
     try:
         with zipfile.ZipFile(files.path(path)) as archive_file:
-            lines = archive_file.read(NAME).decode(errors=BYTES)
+            return _from_bytes(archive_file.read(NAME))
     except (zipfile.BadZipFile, KeyError):
         return ()
-    return tuple(lines.splitlines())
 
 
-def _to_bytes(text: str) -> bytes:
-    return text.encode(errors=BYTES)
+def _to_bytes(names: Sequence[str]) -> bytes:
+    return "".join(f"{name}\n" for name in names).encode(errors=BYTES)
+
+
+def _from_bytes(content: bytes) -> tuple[str, ...]:
+    return tuple(content.decode(errors=BYTES).splitlines())
