@@ -70,6 +70,15 @@ def test_measure(folder, name):
     )
 
 
+@pytest.mark.parametrize("name", ["UP.TFLITE", "plain", "model.v2"])
+def test_a_tflite_file_of_another_name(folder, tmp_path, name, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "pin", lambda: None)
+    path = tmp_path / name
+    path.write_bytes((folder / "model.tflite").read_bytes())
+    assert operators.main([str(path), "--runs=1", "--warmup=0"]) == 0
+    assert "heavy" in capsys.readouterr().out
+
+
 def test_operators_of_a_file(folder):
     found = operators.read_operators(folder / "model.tflite")
     found = [(node.kind, node.layer) for node in found]
@@ -196,8 +205,10 @@ def test_errors(folder, tmp_path, monkeypatch):
     image = np.zeros((1, *SHAPE))
     with pytest.raises(UserError, match="no exported file at"):
         operators.measure(tmp_path / "none.tflite", image)
-    with pytest.raises(UserError, match=r"only operators of \.tflite files"):
-        operators.measure(tmp_path / "model.stablehlo", image)
+    for name in "model.stablehlo", "plain":
+        (tmp_path / name).write_bytes(b"not TFLite")
+        with pytest.raises(UserError, match=rf"{name}: only operators of \.tflite"):
+            operators.measure(tmp_path / name, image)
     with pytest.raises(
         UserError, match=r"image is \[1, 2, 2, 3\], the file takes \[n, "
     ):

@@ -124,6 +124,21 @@ def test_load_takes_any_number_of_images(name, folder, images, expected):
     np.testing.assert_allclose(run(images[69:]), whole[69:], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [
+        ("model.tflite", "UP.TFLITE"),
+        ("model.tflite", "plain"),
+        ("model.stablehlo", "Up.StableHLO"),
+    ],
+)
+def test_a_file_of_another_name(name, copy, folder, images, expected, tmp_path):
+    path = tmp_path / copy
+    path.write_bytes((folder / name).read_bytes())
+    outputs = runtime.measure(path, images, runs=1, warmup=0)["outputs"]
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
+
+
 def test_memory_counts_the_file_and_not_the_images(tmp_path, images):
     """Weights of 40 MB show; 57 MB of images, loaded before the file is opened, do not."""
     weights = np.random.default_rng(0).normal(size=(1000, 10_000)).astype(np.float32)
@@ -193,7 +208,9 @@ def test_command_line(folder, images, tmp_path):
             b"x",
             r"x.onnx is not an exported file .* expected .stablehlo or .tflite",
         ),
+        ("plain", b"x", "plain is not an exported file .* expected .stablehlo or"),
         ("cut.tflite", b"TFL3", r"cut.tflite cannot be run as tflite: \S"),
+        ("cut", b"\0\0\0\0TFL3", r"cut cannot be run as tflite: \S"),
         ("cut.stablehlo", b"abcd" * 9, r"cut.stablehlo cannot be run as stablehlo: \S"),
     ],
 )

@@ -42,7 +42,7 @@ from squeeze_jax.export.matching import (
     count_unmatched_products,
     match_layers,
 )
-from squeeze_jax.export.runnable import Spec, check_examples, open_file
+from squeeze_jax.export.runnable import Spec, check_examples, format_of, open_file
 
 
 class Operators(NamedTuple):
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         "squeeze_jax.export.operators", description=__doc__
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", type=os.path.expanduser, help="a .tflite file")
+    parser.add_argument("file", type=os.path.expanduser, help="a TFLite file")
     parser.add_argument(
         *("--example", "--image"),
         type=os.path.expanduser,
@@ -189,7 +189,7 @@ def _measure(path, example, runs, warmup) -> tuple[dict, dict]:
     """
     if runs < 1:
         raise UserError(f"runs = {runs}: at least one is needed")
-    if Path(path).suffix != ".tflite":
+    if Path(path).is_file() and format_of(path) != "tflite":
         raise UserError(f"{path}: only operators of .tflite files can be timed")
     inputs = open_file(path).inputs  # raises a clear error for a file that cannot run
     arrays = check_examples(

@@ -13,6 +13,7 @@ from squeeze_jax.errors import UserError, message_of, nearest, shortened
 from squeeze_jax.export import listing
 
 FORMATS = "squeeze_jax.export.formats"
+TFLITE_IDENTIFIER = b"TFL3"  # a TFLite file has it in its bytes 4 to 8
 
 
 class Spec(NamedTuple):
@@ -66,7 +67,7 @@ def load_format(key: str) -> types.ModuleType:
 
 
 def open_file(path: str | Path, threads: int | None = None) -> Runnable:
-    """Opens a file in the runtime that its extension names.
+    """Opens a file in the runtime of its format, see `format_of`.
 
     Raises:
       UserError: no such file, no such format, or the runtime cannot read it.
@@ -75,24 +76,46 @@ def open_file(path: str | Path, threads: int | None = None) -> Runnable:
     if not path.is_file():
         raise UserError(f"no exported file at {path}: export it first")
     listing.verify(path)
-    extension = path.suffix.removeprefix(".")
-    # A user's method or model may have the name of a format of the library; the format takes precedence.
-    loaders = registry.own_files() | {key: key for key in registry.names(FORMATS)}
-    if extension not in loaders:
+    key = format_of(path)
+    if key is None:
         raise UserError(
             f"{path} is not an exported file that can be run: expected .stablehlo or .tflite, or for a format of your own the"
             " name of its Python file"
         )
     try:
-        return registry.load(FORMATS, loaders[extension]).load(path, threads)
+        return registry.load(FORMATS, key).load(path, threads)
     except UserError:
         raise
     except (
         Exception
     ) as error:  # each runtime raises its own exceptions for a damaged file
         raise UserError(
-            f"{path} cannot be run as {extension}: {message_of(error)}"
+            f"{path} cannot be run as {Path(key).stem}: {message_of(error)}"
         ) from error
+
+
+def format_of(path: str | Path) -> str | None:
+    """Returns the format of an exported file: the one that its suffix names in upper or lower case, or "tflite" by its content.
+
+    Returns:
+      A name of a format of the library, or the path of the Python file of a format of the user's own; None if unknown.
+
+    Raises:
+      UserError: the file has another suffix and cannot be read.
+    """
+    suffix = Path(path).suffix.removeprefix(".")
+    # A user's method or model may have the name of a format of the library; the format takes precedence.
+    formats = registry.own_files() | {key: key for key in registry.names(FORMATS)}
+    lower_case_formats = {name.lower(): key for name, key in formats.items()}
+    key = formats.get(suffix) or lower_case_formats.get(suffix.lower())
+    if key is not None:
+        return key
+    try:
+        with files.open_file(path) as file:
+            is_tflite = file.read(8)[4:] == TFLITE_IDENTIFIER
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return "tflite" if is_tflite else None
 
 
 def input_specs(

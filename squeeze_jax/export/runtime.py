@@ -39,6 +39,7 @@ from squeeze_jax.export.runnable import (
     cast_rows,
     check_examples,
     compute_outputs,
+    format_of,
     open_file,
 )
 
@@ -75,7 +76,7 @@ def load(path: str | Path, *, batch: int = 64, threads: int | None = None) -> Fi
     """Opens an exported file in this process.
 
     Args:
-      path: a `.stablehlo` or `.tflite` file.
+      path: a StableHLO or TFLite file; see `runnable.format_of`.
       batch: batch size if the file accepts any.
       threads: CPU threads of LiteRT; all cores by default.
 
@@ -293,11 +294,12 @@ def pin(cores: int = 1) -> tuple[int, ...] | None:
 
 def _load_runtime(path: Path) -> None:
     """Loads the runtime, so that its own memory does not count as the file's."""
-    if path.suffix == ".stablehlo":
+    key = format_of(path) if path.is_file() else None
+    if key == "stablehlo":
         import jax
 
         jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8, np.float32)))
-    elif path.suffix == ".tflite":
+    elif key == "tflite":
         try:
             import ai_edge_litert.interpreter  # noqa: F401
         except ImportError:
