@@ -13,6 +13,7 @@ from squeeze_jax import data, machine, models, registry, tree
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import build, process, runnable
 from squeeze_jax.jobs import _experiment, _plugs, _workdir, evaluate
+from squeeze_jax.jobs import fit as training
 from squeeze_jax.train import log
 
 MODEL = """
@@ -304,6 +305,95 @@ def test_an_own_metric_chooses_the_best_checkpoint(folder):
     built = _experiment.build_trained(workdir, _workdir.read(workdir))
     assert built.checkpoints["lowest"]
     assert off[int(evaluate.trained_state(built, workdir).step)] == min(off.values())
+
+
+RETURNED = """
+import pathlib
+import jax
+import jax.numpy as jnp
+import numpy as np
+from squeeze_jax.train.metrics import Metric
+
+def make(data):
+    def measure(logits, batch):
+        return {"examples": batch["mask"].sum(dtype=jnp.float32)}, {}
+
+    def score(sums, rows):
+        return eval(pathlib.Path("returned.txt").read_text())
+
+    return Metric(measure, score, "eval_off")
+"""
+SCORES = '{"eval_loss": 0.5, "eval_off": 2.0}'
+
+
+def test_scores_of_an_own_metric_may_be_scalars_of_numpy_and_jax(folder):
+    (folder / "off.py").write_text(RETURNED)
+    (folder / "config.py").write_text(TASK_CONFIG)
+    scores = """{
+        "eval_loss": np.float32(0.5), "eval_off": jnp.bfloat16(2), "eval_a": np.array(3.0), "eval_b": jnp.int32(4),
+        "eval_c": 5, "eval_d": np.bool_(True), "eval_e": np.float64("inf"),
+    }"""
+    (folder / "returned.txt").write_text(scores)
+    run_py.main(["--job=fit", "--config=config.py", "--workdir=scalars"])
+    (*_, record) = log.read(folder / "scalars" / "metrics.jsonl")
+    expected = dict(eval_loss=0.5, eval_off=2.0, eval_a=3.0, eval_b=4.0, eval_c=5.0)
+    assert record == expected | dict(step=3, eval_d=1.0, eval_e=float("inf"))
+    assert {type(v) for k, v in record.items() if k != "step"} == {float}
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ("None", "returns None (NoneType) from its function score: return a dict"),
+        ("3.0", "returns 3.0 (float) from its function score: return a dict"),
+        ("[('eval_loss', 1.0)]", "(list) from its function score: return a dict"),
+        (
+            "{3: 1.0}",
+            "a score named 3: its name should be a string, such as 'eval_off'",
+        ),
+        ("{'step': 1.0}", "a score named 'step': its name should be another name"),
+        ("{'eval_off': 'low'}", "the score 'eval_off' = 'low' (str): return one real"),
+        ("{'eval_off': None}", "the score 'eval_off' = None (NoneType): return one"),
+        ("{'eval_off': 1j}", "the score 'eval_off' = 1j (complex): return one real"),
+        ("{'eval_off': [[1], 2]}", "the score 'eval_off' = [[1], 2] (list): return"),
+        ("{'eval_off': np.ones(2)}", "'eval_off' = array([1., 1.]) (ndarray): return"),
+        ("{'eval_off': jnp.ones((2, 1))}", "the score 'eval_off' = Array([[1.]"),
+        (
+            "{}",
+            "no score 'eval_loss': its function score should return a number for it",
+        ),
+        ("{'eval_off': 1.0}", "returns no score 'eval_loss': its function score"),
+        (
+            "{'eval_loss': 1.0}",
+            "returns no score 'eval_off', its headline: its function",
+        ),
+    ],
+)
+def test_scores_that_are_no_numbers_are_named_in_one_line(folder, returned, words):
+    (folder / "off.py").write_text(RETURNED)
+    (folder / "returned.txt").write_text(returned)
+    metric = _experiment._make_metric(data.make("./my_task.py"))
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        metric.score({"examples": 6.0}, {})
+    assert str(caught.value).startswith("the metric './off.py' of config.data returns ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("returned", ["{'eval_loss': 'low'}", "{'eval_loss': 1.0}"])
+def test_scores_that_are_no_numbers_lose_no_training(folder, returned):
+    (folder / "off.py").write_text(RETURNED)
+    (folder / "returned.txt").write_text(returned)
+    (folder / "config.py").write_text(TASK_CONFIG)
+    config = _experiment.check(run_py.load_config("config.py"))
+    built, workdir = _experiment.build(config), folder / "run"
+    with pytest.raises(UserError, match=r"^the metric '\./off\.py' of config\.data"):
+        training.run(built, workdir)
+    # The run goes on at the step of the first evaluation, which it repeats.
+    (folder / "returned.txt").write_text(SCORES)
+    training.run(built, workdir)
+    records = log.read(workdir / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in records if "eval_off" in r] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

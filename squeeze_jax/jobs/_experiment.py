@@ -47,6 +47,7 @@ from squeeze_jax.train import state as states
 from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints
 from squeeze_jax.train.metrics import Metric
+from squeeze_jax.train.metrics._metric import check_scores
 
 # Parameters of a section's function that the program supplies, so that no config sets them.
 SUPPLIED = {"optim": ("steps",), "checkpoint": ("directory", "read_only", "lowest")}
@@ -567,7 +568,11 @@ def _bind_losses(losses, model, teachers, source) -> _objective.TrainingLoss:
 
 
 def _make_metric(source: data.Data) -> Metric:
-    """Makes the evaluation that the data name; raises a UserError if its file makes something else than a `Metric`."""
+    """Makes the evaluation that the data name, whose function `score` checks the scores of the metric's file.
+
+    Raises:
+      UserError: the file makes something else than a `Metric`.
+    """
     module = registry.load("squeeze_jax.train.metrics", source.metrics, "metric")
     metric = module.make(source)
     if not isinstance(metric, Metric):
@@ -575,7 +580,11 @@ def _make_metric(source: data.Data) -> Metric:
             f"the metric {source.metrics!r} makes a {type(metric).__name__}: return a"
             " squeeze_jax.train.metrics.Metric"
         )
-    return metric
+
+    def score(sums, rows):
+        return check_scores(metric.score(sums, rows), metric.headline, source.metrics)
+
+    return metric._replace(score=score)
 
 
 def _check_best_score(built: Built) -> None:
