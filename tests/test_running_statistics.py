@@ -313,3 +313,19 @@ def test_accuracies_far_apart_get_a_line_at_the_end(
     if warned:
         assert lines[1].startswith(f"warning: training accuracy {training:.3f}")
         assert "config.model.norm_momentum=0.9" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation", "words"),
+    [
+        ("accuracy", "eval_pixel_accuracy", "training pixel accuracy 0.900 and test p"),
+        ("label_accuracy", "eval_label_accuracy", "training label accuracy 0.900 and "),
+        ("accuracy", "eval_label_accuracy", None),
+        ("label_accuracy", "eval_accuracy", None),
+        ("accuracy", "eval_mean_iou", None),
+    ],
+)
+def test_accuracies_of_one_kind_are_compared(training, evaluation, words):
+    line = log.accuracy_gap({training: 0.9}, {evaluation: 0.4})
+    assert line is None if words is None else words in line
+    assert log.accuracy_gap({training: 0.9}, {evaluation: 0.7}) is None

@@ -18,6 +18,12 @@ EVERY_RECORD = ("loss", "grad_norm", "examples_per_s", "input_wait", "skipped")
 EVERY_RECORD += ("learning_rate", "examples_crc32")
 # If training and test accuracy differ by more than this, a line warns and names likely causes.
 LARGE_GAP = 0.3
+# {score of an evaluation: the entry of a training record that measures the same on training examples}
+_TRAINING_ACCURACIES = {
+    "eval_accuracy": "accuracy",
+    "eval_pixel_accuracy": "accuracy",  # the mean over pixels
+    "eval_label_accuracy": "label_accuracy",
+}
 _STATISTICS = (
     "; batch normalisation's running statistics may be those of older weights: train for more steps, or set"
     " config.model.norm_momentum=0.9 or lower"
@@ -211,13 +217,16 @@ def accuracy_gap(
     """Returns a warning if the training accuracy is far above the test accuracy; None otherwise.
 
     Args:
-      training: a training record. Its "accuracy", 0 to 1, is measured on batches that the network was just trained on.
-      evaluation: an evaluation record with "eval_accuracy".
+      training: a training record. Its accuracies, 0 to 1, are measured on batches that the network was just trained on.
+      evaluation: an evaluation record with an accuracy of the same kind: of examples, of pixels, or of the labels of
+        examples with several.
     """
-    high, low = training.get("accuracy"), evaluation.get("eval_accuracy")
-    if high is None or low is None or not high - low > LARGE_GAP:
-        return None
-    return f"warning: training accuracy {high:.3f} and test accuracy {low:.3f} are far apart"
+    for score, entry in _TRAINING_ACCURACIES.items():
+        high, low = training.get(entry), evaluation.get(score)
+        if high is not None and low is not None and high - low > LARGE_GAP:
+            name = score.removeprefix("eval_").replace("_", " ")
+            return f"warning: training {name} {high:.3f} and test {name} {low:.3f} are far apart"
+    return None
 
 
 def read(path: pathlib.Path) -> list[dict]:
