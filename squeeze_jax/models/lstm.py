@@ -23,6 +23,7 @@ from squeeze_jax.nn import recurrent
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.embed import Embed, Sizes, named_inputs, text_inputs
+from squeeze_jax.nn.parameter import parameter
 from squeeze_jax.ranges import Count, Layers, Positive, Rate
 
 INPUTS = "tokens"
@@ -102,7 +103,9 @@ class Lstm(nn.Module):
         y = Dropout(row.dropout)(y, train=train)
         endpoints["carry"] = new_carry
         if self.tied:
-            bias = self.param("bias", nn.initializers.zeros_init(), (row.vocabulary,))
+            bias = parameter(
+                self, "bias", nn.initializers.zeros_init(), (row.vocabulary,)
+            )
             return embed.scores(y) + bias, endpoints
         # One matrix product over all positions is faster on a CPU than one for each row.
         output = Dense(

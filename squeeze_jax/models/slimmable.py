@@ -19,6 +19,7 @@ from squeeze_jax.nn.conv import conv
 from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.image import check_images
 from squeeze_jax.nn.intercept import tap
+from squeeze_jax.nn.parameter import parameter
 from squeeze_jax.nn.pool import global_mean
 from squeeze_jax.nn.reshaped import features
 from squeeze_jax.ranges import Count, Multiplier, Part
@@ -63,7 +64,9 @@ class Slice(nn.Module):
             full_kernel = self.get_variable("params", "kernel")
         else:
             init = nn.initializers.he_normal()
-            full_kernel = self.param("kernel", init, (*extent, x.shape[-1], outputs))
+            full_kernel = parameter(
+                self, "kernel", init, (*extent, x.shape[-1], outputs)
+            )
         outputs = full_kernel.shape[-1]
         outputs = outputs if dense else scaled(outputs, width)
         x = as_float(x)
@@ -73,7 +76,7 @@ class Slice(nn.Module):
             pad = self.kernel // 2
             y = conv(x, kernel, strides=self.strides, padding=pad)
             return tap(self, "outputs", y)
-        bias = self.param("bias", nn.initializers.zeros_init(), (outputs,))
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), (outputs,))
         return tap(self, "outputs", (x @ kernel).astype(jnp.float32) + bias)
 
 

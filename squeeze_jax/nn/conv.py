@@ -26,6 +26,7 @@ from jax import lax
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.nn import bilinear, lowerings, varying
 from squeeze_jax.nn.intercept import tap
+from squeeze_jax.nn.parameter import parameter
 from squeeze_jax.nn.reshaped import features
 from squeeze_jax.nn.windows import Geometry
 
@@ -351,12 +352,12 @@ class Conv(nn.Module):
         self._check_groups(channels, outputs)
         kernel_size = self._checked_kernel_size(first.shape)
         shape = (*kernel_size, channels // groups, outputs)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, self.param_dtype)
         if self.mask is not None:
             kernel = kernel * self._checked_mask(shape)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (outputs,), self.param_dtype)
+            bias = parameter(self, "bias", self.bias_init, (outputs,), self.param_dtype)
         *arrays, kernel, bias = promote_dtype(*arrays, kernel, bias, dtype=self.dtype)
         kernel = tap(self, "kernel", kernel)
         x = tap(self, "inputs", tuple(arrays) if len(arrays) > 1 else arrays[0])

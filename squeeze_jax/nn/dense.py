@@ -11,6 +11,7 @@ from jax import lax
 
 from squeeze_jax.errors import UserError
 from squeeze_jax.nn.intercept import tap
+from squeeze_jax.nn.parameter import parameter
 from squeeze_jax.nn.reshaped import features
 
 
@@ -50,10 +51,10 @@ class Dense(nn.Module):
             name = "/".join(self.path) or "Dense"
             raise UserError(f"{name}: features={outputs} should be at least 1")
         shape = (x.shape[-1], outputs)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (outputs,), self.param_dtype)
+            bias = parameter(self, "bias", self.bias_init, (outputs,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x, kernel = tap(self, "inputs", x), tap(self, "kernel", kernel)
         contraction = (((x.ndim - 1,), (0,)), ((), ()))

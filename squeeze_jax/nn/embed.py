@@ -15,6 +15,7 @@ from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.layer_norm import Normalization, norm
+from squeeze_jax.nn.parameter import parameter
 
 # {name of an input in `transformers`: our name}
 TRANSFORMERS_NAMES = {
@@ -231,7 +232,7 @@ class Embed(nn.Module):
     def setup(self):
         """Creates the layers."""
         shape = (self.size, self.features)
-        self.embedding = self.param("embedding", self.embedding_init, shape)
+        self.embedding = parameter(self, "embedding", self.embedding_init, shape)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Returns the rows of some indices: int [...] → float32 [..., features]."""

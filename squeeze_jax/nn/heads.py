@@ -13,6 +13,7 @@ from squeeze_jax.nn import activations
 from squeeze_jax.nn.dense import Dense
 from squeeze_jax.nn.dropout import Dropout
 from squeeze_jax.nn.layer_norm import LayerNorm
+from squeeze_jax.nn.parameter import parameter
 
 # The tasks of BERT. Other encoders have some of these, or tasks of their own, such as ELECTRA's "replaced".
 Task = Literal[
@@ -128,7 +129,7 @@ class MaskedLM(nn.Module):
                 y.shape[-1], use_bias=False, output_dtype=jnp.float32, name="untied"
             )
             y = y + untied(rows[:, self.features :])
-        bias = self.param("bias", nn.initializers.zeros_init(), y.shape[-1:])
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), y.shape[-1:])
         return (y + bias).reshape(*x.shape[:-1], -1)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeeze_jax.nn.dtypes import as_float
+from squeeze_jax.nn.parameter import parameter
 
 Normalization = Literal["layer_norm", "no_norm"]
 
@@ -29,8 +30,8 @@ class LayerNorm(nn.Module):
         """Normalises x [..., c]; returns the same shape and dtype, float32 for integers."""
         x = as_float(x)
         shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones_init(), shape)
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), shape)
         wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
         centred = wide - wide.mean(-1, keepdims=True)
         var = (centred * centred).mean(-1, keepdims=True)
@@ -50,8 +51,8 @@ class NoNorm(nn.Module):
         """Scales and shifts x [..., c]; returns the same shape and dtype, float32 for integers."""
         x = as_float(x)
         shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones_init(), shape)
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), shape)
         return (x * scale + bias).astype(x.dtype)
 
 

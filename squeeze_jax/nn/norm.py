@@ -26,6 +26,7 @@ from squeeze_jax.errors import UserError
 from squeeze_jax.nn import primitives, varying
 from squeeze_jax.nn.conv import native_is_forced
 from squeeze_jax.nn.dtypes import as_float
+from squeeze_jax.nn.parameter import parameter
 from squeeze_jax.nn.reshaped import norm_momentum
 from squeeze_jax.nn.sums import totals
 
@@ -133,9 +134,9 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = bias = None
         if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+            scale = parameter(self, "scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+            bias = parameter(self, "bias", self.bias_init, shape, self.param_dtype)
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         x = as_float(x)
         affine = partial(_affine, scale=scale, bias=bias, epsilon=self.epsilon)

@@ -21,6 +21,7 @@ from jax import lax
 from squeeze_jax.nn import varying
 from squeeze_jax.nn.dtypes import as_float
 from squeeze_jax.nn.intercept import tap
+from squeeze_jax.nn.parameter import parameter
 from squeeze_jax.nn.reshaped import features
 
 Carry = dict[str, jax.Array]  # {"hidden": [b, d], "cell": [b, d]}, float32
@@ -71,10 +72,10 @@ class LSTM(nn.Module):
             "recurrent_kernel": (size, 4 * size),
         }
         kernels = {
-            name: self.param(name, self.kernel_init, shape, jnp.float32)
+            name: parameter(self, name, self.kernel_init, shape)
             for name, shape in shapes.items()
         }
-        bias = self.param("bias", self.bias_init, (4 * size,), jnp.float32)
+        bias = parameter(self, "bias", self.bias_init, (4 * size,))
         kernel, recurrent = (
             tap(self, k, w.astype(x.dtype)) for k, w in kernels.items()
         )

@@ -1,0 +1,29 @@
+"""Reads a module's parameters without the cost of their initializers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: Sequence[int],
+    *dtype: Any,
+) -> jax.Array:
+    """Returns `module.param(name, init, shape, *dtype)`.
+
+    To compare shapes, `Module.param` traces the initializer of each parameter in each forward pass, which takes half of the time in
+    which a network is traced. This function compares the shape that it is given.
+
+    Raises:
+      flax.errors.ScopeParamShapeError: the module's variables have another shape.
+    """
+    if not module.is_initializing() and module.has_variable("params", name):
+        value = module.get_variable("params", name)
+        if getattr(value, "shape", None) == tuple(shape):
+            return value
+    return module.param(name, init, shape, *dtype)
