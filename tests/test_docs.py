@@ -187,7 +187,7 @@ def test_the_guides_of_supernets_and_of_devices(place, capsys):
     second = "{'steps': 1, 'begin': {'name': 'nas.sort_channels'}, 'gradients': {'name': 'nas.once_for_all', 'random': 1, 'choices': {'expand': (2,)}}, 'optim': {'lr': 0.02}}"
     training = [f"--config.phases=({first}, {second})", "--config.batch=8", "--config.optim.warmup=0"]  # fmt: skip
     search = [f"--config.search.{key}" for key in ("samples=10", "calibration=8", "examples=8", "steps=1", "generations=1")]  # fmt: skip
-    timing = [f"--config.latency_table.{key}" for key in ("networks=4", "rounds=1", "runs=1", "seconds=0")]  # fmt: skip
+    timing = [f"--config.latency_table.{key}" for key in ("networks=4", "rounds=5", "runs=3", "seconds=0")]  # fmt: skip
     files = [a for a in TINY if ".export." in a or ".benchmark." in a]
     tiny = {"main": [*training, *search, *timing, *files], "search": search}
     tiny |= {"latency_table": timing, "export": files, "extract": []}
