@@ -164,6 +164,11 @@ def write(path: str | Path, content: bytes | str) -> Path:
     return path
 
 
+def suffix(path: str | Path) -> str:
+    """Returns the last suffix of a file's name in lower case, such as ".npz" of "A.NPZ"; "" if it has none."""
+    return Path(path).suffix.lower()
+
+
 def written_name(path: Path) -> str:
     """Returns the name of the file that `write` was writing under a temporary name when it was killed; "" for other files."""
     written = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from squeeze_jax import files
 from squeeze_jax.data import text_files
 from squeeze_jax.errors import UserError, nearest, shortened
 
@@ -53,8 +54,8 @@ def read(path: Path, separator: str | None = None) -> Table:
       UserError: the format is unknown, the file cannot be read or has no rows, or a row has not as many cells as the first
         line.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    suffix = suffix.lower()
+    suffix = files.suffix(path)
+    suffix = files.suffix(path.stem) if suffix == ".gz" else suffix
     if suffix in JSON_LINES:
         table = _json_lines(path)
     elif suffix in SEPARATORS:

@@ -20,7 +20,7 @@ def read_text(path: Path) -> str:
     """
     try:
         content = files.read_file(path)
-        if path.suffix == ".gz":
+        if files.suffix(path) == ".gz":
             content = gzip.decompress(content)
     except FAILURES as error:
         raise _unreadable(path, error) from None
@@ -37,7 +37,7 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
       UserError: the file is missing, damaged, or not UTF-8.
     """
-    open_text = gzip.open if path.suffix == ".gz" else open
+    open_text = gzip.open if files.suffix(path) == ".gz" else open
     try:
         files.open_file(path).close()
         with open_text(path, "rt", encoding="utf-8-sig") as file:

@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
+from squeeze_jax import files
 from squeeze_jax.data import (
     text_files,
     token_backends,
@@ -54,11 +55,11 @@ def load(path: str | Path) -> Tokenizer:
     found = token_classes.find(folder)
     if path.is_dir():
         path = _vocabulary_file(folder, found)
-    if path.suffix == ".txt" and path.name != BPE[1]:
+    if files.suffix(path) == ".txt" and path.name != BPE[1]:
         return _read_wordpiece(path, found)
     if path.name in BPE:
         return _read_byte_level(path.parent, found)
-    if path.suffix == ".json":
+    if files.suffix(path) == ".json":
         return _read_tokenizer_json(path, found)
     raise UserError(
         f"{path} is no tokenizer: give a folder, a {JSON}, or a vocabulary with one token a line, {WORDPIECE}"

@@ -177,7 +177,7 @@ def recognise_names(
     if any(name.startswith("params/") for name in arrays):
         return pretrained.OWN, f"the names are {pretrained.OWN}'s own"
     shares, errors = {}, []
-    is_keras = Path(path).suffix in (".h5", ".keras")
+    is_keras = files.suffix(path) in (".h5", ".keras")
     for naming in pretrained.known_namings(module):
         if is_keras != (naming == "keras"):
             continue

@@ -207,7 +207,7 @@ def save(path: str | Path, variables: Mapping[str, Any]) -> None:
       UserError: the file has another suffix or cannot be written.
     """
     path = files.path(path)
-    if path.suffix not in (".safetensors", ".npz"):
+    if files.suffix(path) not in (".safetensors", ".npz"):
         raise UserError(f"cannot write weights to {path}: use .safetensors or .npz")
     arrays = {
         name: np.asarray(array)
@@ -215,7 +215,7 @@ def save(path: str | Path, variables: Mapping[str, Any]) -> None:
             {k: variables.get(k, {}) for k in ("params", "batch_stats")}
         ).items()
     }
-    if path.suffix == ".npz":
+    if files.suffix(path) == ".npz":
         content = io.BytesIO()
         np.savez(content, **arrays)
         files.write(path, content.getvalue())

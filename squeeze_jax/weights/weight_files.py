@@ -59,7 +59,7 @@ def read(path: str | Path, notes: list[str] | None = None, *, key: str = "") -> 
                     f"weights file {path} is a pointer of Git LFS, not the weights: run git lfs pull where it was cloned"
                 )
         notes = [] if notes is None else notes
-        reader = _READERS[path.suffix]
+        reader = _READERS[files.suffix(path)]
         arrays = (
             reader(path, notes, key) if reader is _read_torch else reader(path, notes)
         )
@@ -95,7 +95,7 @@ def describe_casts(arrays: Arrays) -> list[str]:
 
 def is_known(path: Path) -> bool:
     """Returns whether a file of this name has a format that `read` reads."""
-    return path.suffix in _READERS
+    return files.suffix(path) in _READERS
 
 
 def check(path: str | Path, *, key: str = "") -> None:
@@ -107,7 +107,7 @@ def check(path: str | Path, *, key: str = "") -> None:
         )
     if not path.is_file():
         raise UserError(f"no weights file {path}: check the path")
-    if key and _READERS[path.suffix] is not _read_torch:
+    if key and _READERS[files.suffix(path)] is not _read_torch:
         raise UserError(
             f"config.init.key = {key!r}: only PyTorch's checkpoints have parts, and {path} is none: leave it out"
         )

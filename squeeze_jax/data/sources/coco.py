@@ -19,7 +19,7 @@ import numpy as np
 from squeeze_jax.data import photos, survey
 from squeeze_jax.data.annotations import checked_boxes
 from squeeze_jax.data.source import Boxes, Example, Source
-from squeeze_jax.data.sources.pairs import Folder, Zip
+from squeeze_jax.data.sources.pairs import Folder, Zip, open_root
 from squeeze_jax.errors import UserError, nearest
 from squeeze_jax.ranges import PathStr
 
@@ -52,7 +52,7 @@ def make(
       UserError: a file or an image is missing, a file is not in COCO's format, a category or image id is unknown, a box lies
         outside its image, a split has no boxes, or the splits have different categories.
     """
-    files = Zip(root) if str(root).endswith(".zip") else Folder(root)
+    files = open_root(root)
     file_names = set(files.names())
     splits, categories = [], []
     for key, path, folder in (

@@ -13,7 +13,7 @@ from typing import IO, Annotated
 from squeeze_jax.data import photos, survey, target
 from squeeze_jax.data.source import IGNORED, Example, Source
 from squeeze_jax.errors import UserError
-from squeeze_jax.files import open_file, read_file
+from squeeze_jax.files import open_file, read_file, suffix
 from squeeze_jax.ranges import PathStr, Range
 
 
@@ -42,7 +42,7 @@ def make(
             raise UserError(
                 f"config.data.source.ignored has {label}: labels are 0 to 255"
             )
-    files = Zip(root) if str(root).endswith(".zip") else Folder(root)
+    files = open_root(root)
     splits = (train, eval)
     listed = files.names()
     results = [
@@ -165,6 +165,11 @@ class _Pairs:
                 Example(self.files.read(image), 0, name, self.files.read(label_map))
             )
         return examples
+
+
+def open_root(root: str) -> "Folder | Zip":
+    """Returns the files of a zip archive, which its suffix tells, or of a folder."""
+    return Zip(root) if suffix(root) == ".zip" else Folder(root)
 
 
 class Folder:
