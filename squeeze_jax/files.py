@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -162,6 +163,11 @@ def write(path: str | Path, content: bytes | str) -> Path:
         kind = DiskFull if is_full(error) else UserError
         raise kind(f"cannot write {path}: {error.strerror}") from None
     return path
+
+
+def digest(content: Any) -> str:
+    """Returns a short text that is the same for equal content of JSON's types."""
+    return hashlib.sha1(json.dumps(content).encode()).hexdigest()
 
 
 def suffix(path: str | Path) -> str:

@@ -17,6 +17,7 @@ from squeeze_jax.jobs import (
     _classes,
     _experiment,
     _model_json,
+    _plain,
     _pretrained,
     _settings,
     _teachers,
@@ -419,3 +420,45 @@ def test_a_network_that_does_not_name_its_head_and_has_unnamed_outputs(
     words = r"trained with config.data.mean = 0.4, and a teacher"
     with pytest.raises(UserError, match=words):
         _experiment.build(_experiment.check(config("photos", **soft)))
+
+
+def test_equal_ids_stay_equal_tokens(tmp_path, monkeypatch, place):
+    """A vocabulary of characters is sorted by frequency: more text gives the same weights other characters."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("aab abc cab " * 40)
+    data = dict(name="contiguous", train="text", eval="text", length=8)
+    config = dict(
+        data=data | dict(level="characters"),
+        model=dict(name="lstm", variant="tiny"),
+        optim=dict(lr=0.1),
+        batch=2,
+        steps=1,
+    )
+    arguments = [f"--config.{key}={value!r}" for key, value in config.items()]
+    run_py.main(["--job=fit", "--workdir=run", *arguments])
+    (tmp_path / "text").write_text("aab abc cab " * 40 + "cc" * 100)
+    words = r"run was trained with another vocabulary than that of config\.data\.train"
+    for job, inputs in (("evaluate", ()), ("predict", ("aab",)), ("fit", ())):
+        with pytest.raises(UserError, match=words):
+            run_py.main([f"--job={job}", "--workdir=run", *inputs])
+    begun = config | dict(init=dict(workdir="run"))
+    with pytest.raises(UserError, match=words + ".*by config.init.only"):
+        _experiment.build(_experiment.check(begun))
+    only = dict(workdir="run", only="^lstm")
+    _experiment.build(_experiment.check(begun | dict(init=only)))
+    (tmp_path / "text").write_text("aab abc cab " * 40)
+    run_py.main(["--job=evaluate", "--workdir=run"])
+    # A file of words, whose last two change their places.
+    for name, words in (("a", WORDS), ("b", (*WORDS[:-2], WORDS[-1], WORDS[-2]))):
+        (tmp_path / name).with_suffix(".txt").write_text("\n".join(words) + "\n")
+    glue = dict(name="glue", task="sst2", folder=str(place / "glue"), length=12)
+    model = dict(name="bert", variant="toy", vocabulary=9)
+    trained = build(place, model=model, data=glue | dict(tokenizer="a.txt"))
+    variables = dict(params=forward.parameters(trained.create().params))
+    _plain.write("bert", trained.whole.config(), trained.options, variables)
+    distill = dict(teachers=(dict(workdir="bert"),))
+    soft = dict(distill=distill, objective=dict(name="distill.soft_logits"))
+    build(place, model=model, data=glue | dict(tokenizer="a.txt"), **soft)
+    words = r"bert was .* than that of config\.data\.tokenizer: .*of the same tokenizer"
+    with pytest.raises(UserError, match=words):
+        build(place, model=model, data=glue | dict(tokenizer="b.txt"), **soft)

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from squeeze_jax import files
 from squeeze_jax.errors import UserError
 
 # {role of a special token: (its name in `transformers`, the usual tokens)}
@@ -63,6 +64,11 @@ class Tokenizer:
     single_template: tuple[TemplatePart, ...] = (A,)
     pair_template: tuple[TemplatePart, ...] = (A, B)
     truncation_side: str = "right"
+
+    def digest(self) -> str:
+        """Returns a text that is the same for tokenizers in which equal ids are equal tokens."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return files.digest(sorted(vocabulary.items()))
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids of a text, int32 [n], and the characters [begin, end) of each token, int32 [n, 2].

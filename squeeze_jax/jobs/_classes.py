@@ -17,6 +17,35 @@ class OtherClasses(UserError):
     """The data have other classes than a trained network."""
 
 
+class OtherTokens(OtherClasses):
+    """The data have other tokens than a trained network, or other ids of them."""
+
+
+def token_digest(source: Any) -> str | None:
+    """Returns the digest of the tokens of data and of their ids; None for data without tokens."""
+    tokens = getattr(source, "tokenizer", None) or getattr(source, "words", None)
+    return tokens.digest() if hasattr(tokens, "digest") else None
+
+
+def check_same_tokens(theirs: str | None, source: Any, where: str, remedy: str) -> None:
+    """Raises `OtherTokens` if a network was trained with other tokens than the data's, or with other ids of them.
+
+    Args:
+      theirs: the digest of the network's tokens; None if it is unknown.
+      source: the data.
+      where: the network's location, for the error message.
+      remedy: the end of the error message: what else the user can do.
+    """
+    ours = token_digest(source) if theirs else None
+    if ours is None or ours == theirs:
+        return
+    key = "tokenizer" if hasattr(source, "tokenizer") else "train"
+    raise OtherTokens(
+        f"{where} was trained with another vocabulary than that of config.data.{key}: restore the file that it was trained with,"
+        f" or {remedy}"
+    )
+
+
 def unnamed_classes_line(location: str) -> str:
     """Returns the line about a trained classifier whose classes have no names, so that their order cannot be compared."""
     return f"classes    {location} does not name its classes: its classifier is taken to be in the order of the data's"

@@ -376,11 +376,16 @@ def build(
     registry.check(data.make, e.data, "config.data")
     source = data.make(**e.data)
     if workdir is not None:
-        _model_json.check_classes(workdir, source.label_names)
+        _model_json.check_data(workdir, source)
     if init_network is not None:
         init_network = _pretrained.pretrained_part(
             init_network, source.model.get("task"), e.model.get("name")
         )
+        if not e.init.get("only"):
+            remedy = "leave out the embeddings by config.init.only"
+            _classes.check_same_tokens(
+                init_network.tokens, source, init_network.location, remedy
+            )
     if options is None:
         options = _model.model_options(e, source, init_network)
     options = dict(options)

@@ -8,7 +8,7 @@ import inspect
 import json
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from squeeze_jax import files, registry
@@ -46,13 +46,15 @@ def contents(
       source: the data; the file keeps their class names, and for images the arguments of `data/sources/absent.py`.
 
     Returns:
-      {"model": options, "checkpoint": arguments}; with data also "classes", with images also "channels", and with images that
+      {"model": options, "checkpoint": arguments}; with data also "classes", with tokens also "tokens", their digest, with images also "channels", and with images that
       have classes also "source".
     """
     saved_model = {"model": dict(options), "checkpoint": dict(checkpoint)}
     if source is None:
         return saved_model
     saved_model["classes"] = list(source.label_names)
+    if (tokens := _classes.token_digest(source)) is not None:
+        saved_model["tokens"] = tokens
     segmentation = source.metrics == "segmentation"
     if source.reads != "images":
         return saved_model
@@ -187,12 +189,16 @@ def _trained_channels(workdir: pathlib.Path) -> int | None:
     return channels if known else None
 
 
-def check_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:
-    """Raises a UserError if the data's classes differ from those that a run's network was trained on, or their order does.
+def check_data(workdir: pathlib.Path, source: Data) -> None:
+    """Raises a UserError if a run's network was trained on other classes or tokens than the data's, or in another order.
 
     Args:
       workdir: the run's work directory.
-      names: names of the data's classes.
+      source: the data.
     """
     saved_model = read(workdir) or {}
+    names = source.label_names
     _classes.check_same_classes(saved_model.get("classes"), names, str(workdir))
+    remedy = "train in another --workdir"
+    tokens = saved_model.get("tokens")
+    _classes.check_same_tokens(tokens, source, str(workdir), remedy)

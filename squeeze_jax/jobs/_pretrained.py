@@ -48,6 +48,7 @@ class PretrainedNetwork(NamedTuple):
       first_step: the step at which its last training phase began; the methods of `config.forward` count from it.
       class_names: names of the classes in the order of the head's outputs; None if they are unknown, () for a run whose data
         name no classes.
+      tokens: the digest of the tokens and of their ids; None if they are unknown, and for images.
     """
 
     options: dict[str, Any]
@@ -58,6 +59,7 @@ class PretrainedNetwork(NamedTuple):
     forward_sections: tuple = ()
     first_step: int = 0
     class_names: tuple[str, ...] | None = None
+    tokens: str | None = None
 
     def with_forward_methods(
         self, model: nn.Module, example: Any, dtype: str
@@ -171,6 +173,7 @@ def find_network(
         note.get("forward", ()),
         note.get("first", 0),
         saved_model.get("classes"),
+        saved_model.get("tokens"),
     )
 
 
@@ -317,6 +320,7 @@ def pretrained_part(
             (),
         ),
         network.location,
+        tokens=network.tokens,
     )
 
 

@@ -382,6 +382,8 @@ def make_teacher(
             f"the tokenizer has {vocabulary_size:,} tokens, {where} = {network.location} {net.row.vocabulary:,}: student and"
             " teacher need the same"
         )
+    remedy = "choose a teacher of the same tokenizer"
+    _classes.check_same_tokens(network.tokens, source, network.location, remedy)
     if positions is not None:
         net = _classes.ReorderedClasses(net, positions)
     teacher = network.with_forward_methods(net, source.example(), dtype)

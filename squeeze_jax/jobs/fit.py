@@ -112,12 +112,12 @@ def train_phases(
             built, restored = _transitions.resume(built, checkpoints, say)
         except UserError:
             # If the classes differ, that explains more than the shapes that differ with them.
-            _model_json.check_classes(workdir, built.data.label_names)
+            _model_json.check_data(workdir, built.data)
             raise
         say(_plan.plan(built, workdir))
         initial = {} if restored else built.initial_variables()
         if restored and main:
-            _model_json.check_classes(workdir, built.data.label_names)
+            _model_json.check_data(workdir, built.data)
         start = int(restored.state.step) if restored else 0
         if start == built.whole.steps and checkpoints.has_scores(start):
             _write_files(built, workdir)

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeeze_jax import files
 from squeeze_jax.data import answering, pipeline, text_files
 from squeeze_jax.data.text import Stream
 from squeeze_jax.errors import UserError, shown
@@ -145,6 +146,10 @@ class Vocabulary:
                 f"{where} has {len(unknown):,} {self.level} that config.data.train lacks, such as {unknown[0]!r}: {fix}"
             )
         return ids
+
+    def digest(self) -> str:
+        """Returns a text that is the same for vocabularies in which equal ids are equal tokens."""
+        return files.digest([self.level, *self.tokens])
 
     def split(self, text: str) -> list[str]:
         """Returns the tokens of one line. A line of words begins with "<eos>", as if it followed another line."""
