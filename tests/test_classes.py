@@ -416,6 +416,11 @@ def test_a_network_that_does_not_name_its_head_and_has_unnamed_outputs(
     for keys in soft, dict(init=dict(workdir="run")):
         with pytest.raises(UserError, match=words):
             build_from_run("other", **keys).initial_variables()
+    # Outputs without a name get one in exported files, as in predictions.
+    small = ("--config.export.formats=('stablehlo',)", "--config.export.check=8")
+    run_py.main(["--job=export", "--workdir=run", *small])
+    named = ("blue", "green", "red", "class 3", "class 4")
+    assert load("run/export/model.stablehlo").classes == named
     # A mean that is one number is said as the config has it.
     words = r"trained with config.data.mean = 0.4, and a teacher"
     with pytest.raises(UserError, match=words):

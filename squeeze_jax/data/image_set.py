@@ -241,8 +241,3 @@ def make(
         notes=notes,
         unreadable=survey.describe_unreadable(source, skip=corrupt == "skip"),
     )
-
-
-def class_name(label_names: Sequence[str], label: int) -> str:
-    """Returns the name of a class; "class 7" if the dataset has no name for it, because a network may have more classes."""
-    return label_names[label] if label < len(label_names) else f"class {label}"

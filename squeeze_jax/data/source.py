@@ -157,3 +157,8 @@ def check(source: Mapping) -> types.ModuleType:
     module = registry.load(SOURCES, keys.pop("name"), "data source")
     registry.check(module.make, keys, "config.data.source")
     return module
+
+
+def class_name(label_names: Sequence[str], label: int) -> str:
+    """Returns the name of a class; "class 7" if the dataset has no name for it, because a network may have more classes."""
+    return label_names[label] if label < len(label_names) else f"class {label}"

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from squeeze_jax.data import answering, tables, text, text_files
+from squeeze_jax.data.source import class_name
 from squeeze_jax.data.text import SequenceReader, Stream
 from squeeze_jax.data.tokens import Tokenizer
 from squeeze_jax.errors import UserError, shortened, shown
@@ -316,8 +317,7 @@ def format_class(label_names: Sequence[str], logits: np.ndarray) -> str:
     """Returns the likeliest class and its probability, such as "positive 93.1%"."""
     best = int(logits.argmax())
     probability = 1 / np.exp(logits - logits[best]).sum()
-    known = best < len(label_names)
-    return f"{label_names[best] if known else f'class {best}'} {probability:.1%}"
+    return f"{class_name(label_names, best)} {probability:.1%}"
 
 
 def format_number(outputs: np.ndarray) -> str:

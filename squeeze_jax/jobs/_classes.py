@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from squeeze_jax import models, tree
+from squeeze_jax.data.source import class_name
 from squeeze_jax.errors import UserError, shortened
 
 MAX_CHARACTERS = 200  # of a list of class names in an error
@@ -44,6 +45,19 @@ def check_same_tokens(theirs: str | None, source: Any, where: str, remedy: str) 
         f"{where} was trained with another vocabulary than that of config.data.{key}: restore the file that it was trained with,"
         f" or {remedy}"
     )
+
+
+def output_names(names: Sequence[str], outputs: int | None) -> tuple[str, ...]:
+    """Returns a name for each output of a network; those that no class names are called such as "class 7".
+
+    Args:
+      names: names of the data's classes; without any, the result is empty.
+      outputs: number of the network's outputs; None for as many as there are names.
+    """
+    if not names:
+        return ()
+    count = max(len(names), outputs or 0)
+    return tuple(class_name(names, n) for n in range(count))
 
 
 def unnamed_classes_line(location: str) -> str:

@@ -16,7 +16,7 @@ from squeeze_jax import registry, stop
 from squeeze_jax.errors import Reported, UserError
 from squeeze_jax.export import build, listing, process
 from squeeze_jax.export.runnable import load_format, name_outputs
-from squeeze_jax.jobs import _settings, evaluate
+from squeeze_jax.jobs import _classes, _settings, evaluate
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.ranges import Distinct, Part, Range, Share
 from squeeze_jax.report import units
@@ -97,6 +97,8 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
     calibration = collect_examples(built, training, settings.calibration)
     _check_calibration(built, settings)
     folder, step, rejected = workdir / "export", int(state.step), []
+    outputs = built.options.get("num_classes")
+    classes = _classes.output_names(built.data.label_names, outputs)
     make_exporter = functools.cache(
         lambda integer: build.Exporter(
             inference_function(built, state, integer=integer),
@@ -110,7 +112,7 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
             tolerance=settings.tolerance,
             int8_agreement=settings.int8_agreement,
             agreement=built.metric.agreement,
-            classes=built.data.label_names,
+            classes=classes,
         )
     )
     has_own = any(f.integer for f in built.network.forwards.values())
@@ -126,7 +128,7 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
             rejected.append(key)
             continue
         entry = dataclasses.asdict(file) | {"path": file.path.name, "step": step}
-        entry["classes"] = list(built.data.label_names)
+        entry["classes"] = list(classes)
         listing.record(folder, key, entry, file.path)
         print(
             f"exported   {file.path} · {units.size(file.bytes)} · largest difference {file.max_difference:.2g} ·"

@@ -16,7 +16,7 @@ from squeeze_jax.data import tokens
 from squeeze_jax.errors import UserError
 from squeeze_jax.export.parity import Disagreement, Verdict, compare
 from squeeze_jax.export.runnable import name_outputs
-from squeeze_jax.jobs import _settings, evaluate, export
+from squeeze_jax.jobs import _classes, _settings, evaluate, export
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.report import units
 from squeeze_jax.train import forward
@@ -82,7 +82,8 @@ def _label_config(built):
     names = built.data.label_names
     if not names or built.model.task not in ("classification", "tokens"):
         return None
-    return {"id2label": dict(enumerate(names))}
+    outputs = built.options.get("num_classes")
+    return {"id2label": dict(enumerate(_classes.output_names(names, outputs)))}
 
 
 def _compare_outputs(built, variables, folder) -> Verdict:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeeze_jax.data import answering, image_set, mix, photos, vision
-from squeeze_jax.data.image_set import ImageSet, class_name, unchanged
-from squeeze_jax.data.source import LABELS
+from squeeze_jax.data.image_set import ImageSet, unchanged
+from squeeze_jax.data.source import LABELS, class_name
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.ranges import (

@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from squeeze_jax import files
 from squeeze_jax.data import answering, image_set, photos, vision
 from squeeze_jax.data.annotations import Maps
-from squeeze_jax.data.image_set import ImageSet, class_name
-from squeeze_jax.data.source import Source
+from squeeze_jax.data.image_set import ImageSet
+from squeeze_jax.data.source import Source, class_name
 from squeeze_jax.data.source import make as open_source
 from squeeze_jax.errors import UserError, shortened
 from squeeze_jax.ranges import (

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 
 from squeeze_jax.data import tables, text_set, tokens
+from squeeze_jax.data.source import class_name
 from squeeze_jax.data.text import check_widths
 from squeeze_jax.data.text_set import Split, TextSet, format_class, format_number
 from squeeze_jax.errors import UserError, nearest, shortened
@@ -459,5 +460,9 @@ def _format_labels(names: Sequence[str], logits: np.ndarray) -> str:
     """Returns the classes with a probability of one half or more, such as "toxic 93.1%, insult 61.0%"."""
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     order = np.argsort(-probabilities, kind="stable")
-    likely = [f"{names[n]} {probabilities[n]:.1%}" for n in order if logits[n] >= 0]
+    likely = [
+        f"{class_name(names, n)} {probabilities[n]:.1%}"
+        for n in order
+        if logits[n] >= 0
+    ]
     return ", ".join(likely) or "no label"
