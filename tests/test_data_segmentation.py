@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -115,6 +117,82 @@ def test_boxes_move_by_arithmetic():
     assert dropped == 1
     mirrored = target.flip_boxes(moved, 80)
     np.testing.assert_array_equal(mirrored.corners, [[60, 0, 80, 80], [0, 60, 50, 80]])
+
+
+def chunk(kind, content):
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def packed(numbers, bits):
+    """Rows of numbers of so many bits, packed into bytes."""
+    shifts = np.arange(bits)[::-1]
+    unpacked = (numbers[..., None] >> shifts & 1).reshape(len(numbers), -1)
+    return np.packbits(unpacked, axis=1)
+
+
+def png(numbers, bits, palette=False):
+    """A grey PNG by hand, after the PNG specification, or one with a palette."""
+    h, w = numbers.shape
+    header = struct.pack(">IIBBBBB", w, h, bits, 3 if palette else 0, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed(numbers, bits))
+    parts = chunk(b"IHDR", header)
+    if palette:
+        parts += chunk(b"PLTE", bytes(i % 256 for i in range(3 * 2**bits)[::-1]))
+    parts += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def tiff(numbers, bits, photometric=1, order=1):
+    """A grey TIFF by hand, after the TIFF 6.0 specification."""
+    h, w = numbers.shape
+    content = packed(numbers, bits).tobytes()
+    if order == 2:
+        content = bytes(int(f"{byte:08b}"[::-1], 2) for byte in content)
+    tags = {256: w, 257: h, 258: bits, 259: 1, 262: photometric, 266: order, 273: 0, 277: 1, 278: h, 279: len(content)}  # fmt: skip
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags.items())
+    return b"II" + struct.pack("<HIH", 42, 8, len(tags)) + entries + bytes(4) + content
+
+
+def numbers_up_to(largest):
+    return np.arange(5 * 13).reshape(5, 13) % (largest + 1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["grey", "palette", "tiff", "tiff, bits reversed"])
+def test_class_numbers_of_few_bits_are_those_in_the_file(bits, kind):
+    numbers = numbers_up_to(min(2**bits - 1, 254))
+    if kind.startswith("tiff"):
+        stored = tiff(numbers, bits, order=2 if "reversed" in kind else 1)
+    else:
+        stored = png(numbers, bits, palette=kind == "palette")
+    found = target.read(stored)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, numbers)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 7, 20, 254, 255])
+def test_class_numbers_of_a_pgm_are_those_in_the_file(largest):
+    numbers = numbers_up_to(largest)
+    head = f"13 5\n{largest}\n"
+    plain = f"P2\n{head}" + "\n".join(" ".join(map(str, row)) for row in numbers)
+    for stored in b"P5\n" + head.encode() + bytes(numbers.ravel().tolist()), plain.encode():  # fmt: skip
+        np.testing.assert_array_equal(target.read(stored), numbers)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_class_numbers_whose_0_is_white_are_an_error(bits):
+    with pytest.raises(vision.Undecodable, match="in this image 0 is white"):
+        target.read(tiff(numbers_up_to(2**bits - 1), bits, photometric=0))
+
+
+def test_batches_have_the_class_numbers_of_a_png_of_2_bits(pairs):
+    for i in range(3):
+        labels = np.resize(np.arange(4), (48, 64))
+        (pairs / "testannot" / f"{i}.png").write_bytes(png(labels, 2))
+    (batch,) = opened(pairs, size=(48, 64)).eval(3)
+    np.testing.assert_array_equal(batch["target"], np.stack([labels] * 3))
 
 
 def test_evaluation_is_the_files_at_their_own_size(pairs):

@@ -18,6 +18,8 @@ MODES = ("1", "L", "P")  # Pillow's modes of images whose pixels can be class nu
 def read(target: bytes | np.ndarray) -> np.ndarray:
     """Returns the class numbers of a label map, uint8 [h, w]; for a PNG with a palette, the indices in the palette.
 
+    The class numbers are those in the file: Pillow stretches grey of 2 or 4 bits to 0..255, which is undone.
+
     Args:
       target: an encoded image, or uint8 [h, w].
 
@@ -29,7 +31,11 @@ def read(target: bytes | np.ndarray) -> np.ndarray:
     with vision.decoding():
         picture = vision.open_picture(io.BytesIO(target))
         check_mode(picture)
-        return np.asarray(picture).astype(np.uint8)
+        white = _white(picture)
+        pixels = np.asarray(picture).astype(np.uint8)
+    if white == 255:
+        return pixels
+    return ((pixels.astype(np.uint16) * white + 127) // 255).astype(np.uint8)
 
 
 def check_mode(picture: Image.Image) -> None:
@@ -38,6 +44,27 @@ def check_mode(picture: Image.Image) -> None:
         raise vision.Undecodable(
             f"a map of labels has 8-bit class numbers, this image has mode {picture.mode}"
         )
+    if picture.mode == "L" and _raw_mode(picture).endswith("I"):
+        raise vision.Undecodable(
+            "in a map of labels 0 is black, in this image 0 is white: save it as a grey PNG"
+        )
+
+
+def _white(picture: Image.Image) -> int:
+    """Returns the number in a file that Pillow decodes to 255; the picture's pixels are not read yet."""
+    if picture.mode != "L" or not picture.tile:
+        return 255
+    tile = picture.tile[0]
+    if tile.codec_name in ("ppm", "ppm_plain"):
+        return tile.args[-1]  # a PGM's largest number, below 255 or 255
+    return 255 // vision.WIDENED.get(_raw_mode(picture), 1)
+
+
+def _raw_mode(picture: Image.Image) -> str:
+    """Returns Pillow's word for the stored pixels without the order of their bits, such as "L;4"; "" if it has none."""
+    args = picture.tile[0].args if picture.tile else ""
+    first = args[0] if isinstance(args, tuple) and args else args
+    return first.rstrip("R") if isinstance(first, str) else ""
 
 
 def still(target: np.ndarray, view: vision.View) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Pairs of an image and its target, `root/train/NAME.jpg` and `root/trainannot/NAME.png`, in a folder or a zip archive.
 
-A target is a PNG with one 8-bit channel, the class number of each pixel. 255 marks pixels that do not count.
+A target is a PNG with one channel of 1 to 8 bits, the class number of each pixel. 255 marks pixels that do not count.
 """
 
 import dataclasses
