@@ -235,6 +235,32 @@ def test_predictions_take_texts_files_and_tables(place, tmp_path, monkeypatch):
     assert "is not text" in lines[9]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("A.CSV", b"text,label\na film,x\nfine,y\n"),
+        ("a.Tsv", b"text\tlabel\na film\tx\nfine\ty\n"),
+        ("A.JSONL", b'{"text": "a film"}\n{"text": "fine"}\n'),
+        ("a.csv.GZ", gzip.compress(b"text,label\na film,x\nfine,y\n")),
+        ("A.TXT", b"a film\nfine\n"),
+        ("A.TXT.GZ", gzip.compress(b"a film\nfine\n")),
+    ],
+)
+def test_predictions_know_files_in_upper_case(place, tmp_path, monkeypatch, name, content):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    path = csv_file(Path("rows.csv"), ROWS)
+    made = opened(place, path, eval=str(path))
+    Path(name).write_bytes(content)
+
+    def run(batch):
+        return np.tile([0.0, 1.0], (len(batch["tokens"]), 1))
+
+    texts = [line.partition("  ")[2] for line in made.predict([name], run)]
+    assert texts == ["a film", "fine"]
+    with pytest.raises(UserError, match=f"no such file: GONE{name}"):
+        list(made.predict([f"GONE{name}"], run))
+
+
 def test_rows_left_out_are_counted(place, tmp_path):
     rows = [*ROWS, {"text": " ", "label": "bad"}, {"text": "a", "label": ""}]
     path = csv_file(tmp_path / "a.csv", rows)

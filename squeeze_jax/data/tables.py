@@ -42,6 +42,12 @@ class Table(NamedTuple):
             )
 
 
+def unzipped_suffix(path: str | Path) -> str:
+    """Returns the last suffix of a file's name in lower case, without .gz, such as ".csv" of "A.CSV.GZ"."""
+    suffix = files.suffix(path)
+    return files.suffix(Path(path).stem) if suffix == ".gz" else suffix
+
+
 def read(path: Path, separator: str | None = None) -> Table:
     """Reads a table; the end of the file's name decides its format.
 
@@ -54,8 +60,7 @@ def read(path: Path, separator: str | None = None) -> Table:
       UserError: the format is unknown, the file cannot be read or has no rows, or a row has not as many cells as the first
         line.
     """
-    suffix = files.suffix(path)
-    suffix = files.suffix(path.stem) if suffix == ".gz" else suffix
+    suffix = unzipped_suffix(path)
     if suffix in JSON_LINES:
         table = _json_lines(path)
     elif suffix in SEPARATORS:

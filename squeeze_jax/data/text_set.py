@@ -61,7 +61,7 @@ def check_text(text: str, where: str) -> None:
 def path_like(word: str) -> bool:
     """Returns whether a word of the command line looks like a file's name: without spaces, with a suffix of texts or tables."""
     suffixes = (".txt", *tables.SUFFIXES)
-    return not re.search(r"\s", word) and word.removesuffix(".gz").endswith(suffixes)
+    return not re.search(r"\s", word) and tables.unzipped_suffix(word) in suffixes
 
 
 def random_subset(total: int, count: int) -> list[int]:
@@ -268,7 +268,7 @@ class TextSet:
             return [(None, f"no such file: {shortened(word, 200)}")]
         if not is_file:
             return [answering.attempt(self._parts, word, shown(word, 200))]
-        if self.columns and path.name.removesuffix(".gz").endswith(tables.SUFFIXES):
+        if self.columns and tables.unzipped_suffix(path) in tables.SUFFIXES:
             rows, reason = answering.attempt(self._table, path)
             return [(None, reason)] if reason else rows
         content, reason = answering.attempt(text_files.read_text, path)
