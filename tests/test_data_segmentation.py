@@ -195,6 +195,14 @@ def test_batches_have_the_class_numbers_of_a_png_of_2_bits(pairs):
     np.testing.assert_array_equal(batch["target"], np.stack([labels] * 3))
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_file_of_class_names_may_have_a_byte_order_mark(pairs, tmp_path, mark):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(mark + "ä\r\nb\n\nc d\ne\nf\n".encode())
+    source = dict(name="pairs", root=str(pairs), classes=str(path))
+    assert opened(pairs, source=source).label_names == ("ä", "b", "c d", "e", "f")
+
+
 def test_evaluation_is_the_files_at_their_own_size(pairs):
     split = opened(pairs, size=(48, 64))
     (batch,) = split.eval(4)

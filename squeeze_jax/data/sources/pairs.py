@@ -71,7 +71,7 @@ def _names(classes: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         try:
             content = read_file(Path(classes).expanduser())
-            lines = content.decode("utf-8").splitlines()
+            lines = content.decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"config.data.source.classes = {classes!r} is no text file with a name per line: {error}"
