@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from squeeze_jax.data import tables, tokens
+from squeeze_jax.data import tables, target, tokens
 from squeeze_jax.data.sources import pairs
 from squeeze_jax.errors import UserError
 from squeeze_jax.weights import pretrained, weight_files
@@ -35,6 +35,22 @@ def test_tables(tmp_path, name, content):
     table = tables.read(tmp_path / name)
     assert list(table.columns) == ["text", "label"]
     assert len(table.rows) == 1
+
+
+@pytest.mark.parametrize("suffixes", [("PNG",), ("Png",), ("png", "PNG")], ids=str)
+def test_targets(tmp_path, suffixes):
+    for split in "train", "test":
+        for folder in split, f"{split}annot":
+            (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / split / "0.PNG")
+        for number, suffix in enumerate(suffixes, 1):
+            labels = Image.fromarray(np.full((4, 4), number, np.uint8))
+            labels.save(tmp_path / f"{split}annot" / f"0.{suffix}")
+    source = pairs.make(str(tmp_path), ("road", "sky", "tree"))
+    for examples in source.train, source.eval:
+        (example,) = examples.read([0])
+        assert (target.read(example.target) == 1).all()
+    assert len(source.notes) == len(suffixes) - 1  # the other target of the image
 
 
 def test_archives_and_vocabularies(tmp_path):

@@ -1,6 +1,7 @@
 """Pairs of an image and its target, `root/train/NAME.jpg` and `root/trainannot/NAME.png`, in a folder or a zip archive.
 
-A target is a PNG with one channel of 1 to 8 bits, the class number of each pixel. 255 marks pixels that do not count.
+A target is a PNG with one channel of 1 to 8 bits, the class number of each pixel. 255 marks pixels that do not count. The suffix
+may be in upper case.
 """
 
 import dataclasses
@@ -97,14 +98,20 @@ def _pairs(files, listed: set[str], split: str) -> tuple[tuple[str, str], ...]:
         raise UserError(
             f"{files.root} has no images in {split}/ ({' '.join(photos.SUFFIXES)})"
         )
+    targets = {}
+    # If a target is there twice, the name in lower case comes last and counts.
+    for name in sorted(listed):
+        path = PurePosixPath(name)
+        if path.parent == PurePosixPath(f"{split}annot") and suffix(name) == ".png":
+            targets[path.stem] = name
     pairs = []
     for image in images:
-        label_map = f"{split}annot/{PurePosixPath(image).stem}.png"
-        if label_map not in listed:
+        stem = PurePosixPath(image).stem
+        if stem not in targets:
             raise UserError(
-                f"{files.root}: {image} lacks its target {label_map}; add the target or remove the image"
+                f"{files.root}: {image} lacks its target {split}annot/{stem}.png; add the target or remove the image"
             )
-        pairs.append((image, label_map))
+        pairs.append((image, targets[stem]))
     return tuple(pairs)
 
 
