@@ -97,6 +97,29 @@ def test_scores_are_scikit_learns():
         np.testing.assert_allclose(scores[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (("low+", "low-", "low"), ("low_", "low__2", "low")),
+        (("a b", "a-b", "a b_2", "a_b"), ("a_b", "a_b_3", "a_b_2", "a_b_4")),
+        (("a", "3", "b"), ("a", "3", "b", "3_2")),  # the network has one more class
+        (("+", "-"), ("_", "__2")),
+    ],
+)
+def test_each_class_has_its_own_score(classes, expected):
+    score = segmentation.make(types.SimpleNamespace(label_names=classes)).score
+    # Class i has one hit, and i of its pixels are predicted as the first class: IoU_i = 1 / (1 + i).
+    confusion = np.eye(len(expected), dtype=int)
+    confusion[:, 0] += np.arange(len(expected))
+    scores = score({"loss": 0.0, "confusion": confusion, "examples": 1.0}, {})
+    wrong = sum(range(len(expected)))
+    ious = [1 / (1 + wrong), *(1 / (1 + i) for i in range(1, len(expected)))]
+    found = {k: v for k, v in scores.items() if k.startswith("eval_iou_")}
+    names = [f"eval_iou_{name}" for name in expected]
+    assert found == pytest.approx(dict(zip(names, ious, strict=True)))
+    assert scores["eval_mean_iou"] == pytest.approx(np.mean(ious))
+
+
 def test_the_matrix_is_scikit_learns():
     (batch,) = batches(1)
     sums, _ = segmentation.measure(jnp.asarray(batch["logits"]), batch)

@@ -6,6 +6,7 @@ before any score is computed.
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ HEADLINE = "eval_mean_iou"
 def make(data) -> Metric:
     """Returns the metric with the scores "eval_loss", "eval_pixel_accuracy", "eval_mean_iou" and "eval_iou_CLASS".
 
-    There is one "eval_iou_CLASS" per class. A class that occurs in neither targets nor predictions has no IoU: the mean does
-    not count it, and its score is absent.
+    There is one "eval_iou_CLASS" per class, with "_" for characters other than letters and digits. If two classes would have
+    the same name, such as "low+" and "low-", the later one gets a number: "eval_iou_low__2". A class that occurs in neither
+    targets nor predictions has no IoU: the mean does not count it, and its score is absent.
 
     Args:
       data: the data task, whose `label_names` are the names of the classes.
@@ -72,9 +74,23 @@ def score(names, sums, rows):
     hits, pixels = np.diag(confusion), max(int(confusion.sum()), 1)
     union = confusion.sum(0) + confusion.sum(1) - hits
     present = np.flatnonzero(union)
+    unnamed = range(len(names), len(confusion))
+    names = _unique([*names, *(f"eval_iou_{c}" for c in unnamed)])
     iou = {int(c): float(hits[c] / union[c]) for c in present}
     return {
         "eval_loss": sums["loss"] / pixels,
         "eval_pixel_accuracy": float(hits.sum() / pixels),
         HEADLINE: float(np.mean(list(iou.values()))) if iou else 0.0,
-    } | {names[c] if c < len(names) else f"eval_iou_{c}": v for c, v in iou.items()}
+    } | {names[c]: value for c, value in iou.items()}
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Returns the names, with "_2", "_3" and so on behind the later ones of equal names."""
+    unique = []
+    for name in names:
+        number, new = 1, name
+        while new in unique or (number > 1 and new in names):
+            number += 1
+            new = f"{name}_{number}"
+        unique.append(new)
+    return unique
