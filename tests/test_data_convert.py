@@ -2,8 +2,10 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,55 @@ def test_what_is_converted_is_read_in_order(tmp_path):
     batch = next(read.train(30, seed=0))
     np.testing.assert_array_equal(batch["image"][:, 3, 3, 0], batch["index"] * 8)
     np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
+
+
+def png(kind, bits, row):
+    """A PNG of 8x8 pixels by hand, after the PNG specification; all rows are the same bytes."""
+
+    def chunk(name, content):
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))  # fmt: skip
+
+    header = struct.pack(">IIBBBBB", 8, 8, bits, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", header)
+    parts += chunk(b"PLTE", bytes(range(9))) if kind == 3 else b""
+    parts += chunk(b"IDAT", zlib.compress((b"\0" + row) * 8)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+# The kinds of colour in the PNG specification, table 11.1, and the channels without transparency.
+PNGS = {
+    "grey of 1 bit": (png(0, 1, b"\x55"), 1),
+    "grey of 2 bits": (png(0, 2, b"\x1b" * 2), 1),
+    "grey of 4 bits": (png(0, 4, b"\x1b" * 4), 1),
+    "grey of 8 bits": (png(0, 8, bytes(range(8))), 1),
+    "grey of 16 bits": (png(0, 16, bytes(range(16))), 1),
+    "grey of 8 bits and alpha": (png(4, 8, bytes(range(200, 216))), 1),
+    "palette": (png(3, 2, b"\x12" * 2), 3),
+    "RGB": (png(2, 8, bytes(range(24))), 3),
+    "RGBA": (png(6, 8, bytes(range(32))), 3),
+}
+
+
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in PNGS), ("grey of 16 bits", "RGB")], ids=str)  # fmt: skip
+def test_an_archive_has_the_channels_of_a_folder_of_its_files(tmp_path, kinds):
+    files = [PNGS[kind][0] for kind in kinds] * (2 // len(kinds))
+    arrays = {}
+    for split in "train", "test":
+        arrays[f"{split}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{split}_labels"] = np.arange(2)
+        for label, content in zip(("cat", "dog"), files, strict=True):
+            (tmp_path / "f" / split / label).mkdir(parents=True)
+            (tmp_path / "f" / split / label / "0.png").write_bytes(content)
+    np.savez(tmp_path / "a.npz", classes=np.array(["cat", "dog"]), **arrays)
+    convert.convert(tmp_path / "a.npz", "pets", tmp_path / "d")
+    converted = opened(tmp_path / "d", "pets")
+    folder = data.make(source={"name": "folder", "root": str(tmp_path / "f")}, size=8)
+    channels = max(PNGS[kind][1] for kind in kinds)
+    assert converted.shape == folder.shape == (8, 8, channels)
+    (first,), (second,) = converted.eval(2), folder.eval(2)
+    np.testing.assert_array_equal(first["image"], second["image"])
 
 
 def test_tfds_itself_reads_it(tmp_path):

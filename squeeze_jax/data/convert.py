@@ -305,14 +305,17 @@ def _images(split) -> Iterator[tuple[bytes, int]]:
 
 
 def _shape(archive: Path, splits) -> tuple[int | None, int | None, int]:
-    """Returns the (h, w, c) that all images share, with None for a side that differs; reads only the files' headers."""
+    """Returns the (h, w, c) that all images share, with None for a side that differs; reads only the files' headers.
+
+    Transparency is not a channel: c is 1 if all images are grey, as for a folder of the same files.
+    """
     shapes = set()
     for name, split in splits.items():
         for i, (image, _) in enumerate(_images(split)):
             try:
                 with vision.decoding(), Image.open(io.BytesIO(image)) as opened:
                     w, h = opened.size
-                    shapes.add((h, w, 1 if opened.mode in ("1", "L") else 3))
+                    shapes.add((h, w, 1 if opened.mode in vision.GREY else 3))
             except vision.Undecodable as error:
                 raise UserError(
                     f"{archive}: {name}_jpeg holds no image at {split[1][i]}, where {name}_offsets[{i}] begins: {error}"
