@@ -379,7 +379,9 @@ def check_dataset(begun, config, workdir):
     from squeeze_jax.errors import UserError
 
     theirs, ours = (place(each) or dataset(each) for each in (begun, config))
-    if theirs != ours:
+    if theirs != ours or dataset(begun) != dataset(config):
+        if theirs == ours:
+            theirs, ours = dataset(begun), dataset(config)
         raise UserError(
             f"{workdir} holds a network of the dataset {theirs}, not of {ours}: choose another work directory, such as"
             f" --workdir={workdir}_2"
@@ -387,16 +389,23 @@ def check_dataset(begun, config, workdir):
 
 
 def place(config):
-    """Returns the path of a config's dataset, or "" for one without a path."""
+    """Returns the paths of a config's dataset, or "" for one without a path."""
     data = config.get("data")
     data = data if isinstance(data, collections.abc.Mapping) else {}
     source = data.get("source")
     source = source if isinstance(source, collections.abc.Mapping) else {}
-    paths = [source.get("root"), source.get("path")]
-    if data.get("name") == "texts":
-        paths += [data.get("train"), data.get("eval")]
+    paths = [source.get(key) for key in ("root", "path", "data_dir")]
+    paths += [data.get("folder"), data.get("data_dir")]
+    if data.get("name") in (
+        "texts",
+        "contiguous",
+        "squad",
+    ):  # elsewhere names of splits
+        for key in "train", "eval":
+            named = data.get(key)
+            paths += named if isinstance(named, list | tuple) else [named]
     paths = [path for path in paths if isinstance(path, str)]
-    return os.path.realpath(os.path.expanduser(paths[0])) if paths else ""
+    return ", ".join(os.path.realpath(os.path.expanduser(path)) for path in paths)
 
 
 def dataset(config):

@@ -503,6 +503,9 @@ def test_the_home_directory_is_expanded_wherever_paths_enter(home):
     )
     with pytest.raises(UserError, match=r"config.a\[0\] = '~nobody-here/x': there is"):
         _settings.canonical(dict(a=("~nobody-here/x",)))
+    classes = dict(data=dict(source=dict(classes=("~", "~5", "road"))))
+    assert _settings.canonical(classes) == classes  # names, not paths
+    assert _settings.canonical(dict(classes="~/names")) == {"classes": f"{home}/names"}
 
 
 def test_a_work_directory_with_a_tilde_in_its_config_is_the_same_experiment(home):
@@ -616,7 +619,7 @@ def test_a_bare_command_does_not_go_on_with_own_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("kind", ["images", "texts"])
+@pytest.mark.parametrize("kind", ["images", "texts", "tfds", "glue"])
 def test_other_data_of_the_same_name_need_a_named_work_directory(
     tmp_path, monkeypatch, capsys, kind, named
 ):
@@ -627,6 +630,16 @@ def test_other_data_of_the_same_name_need_a_named_work_directory(
             "--config=" + str(pathlib.Path(run.__file__).parent / "configs/texts.py")
         ]
         key, paths = "data.train", ("a/reviews.csv", "b/reviews.csv")
+    elif kind == "tfds":
+        arguments = ["--config.data.source={'name': 'tfds', 'dataset': 'cifar10'}"]
+        key, paths = "data.source.data_dir", ("a/tfds", "b/tfds")
+    elif kind == "glue":
+        (tmp_path / "mine.py").write_text(
+            "def get_config():\n"
+            "    return dict(data=dict(name='glue', task='sst2', tokenizer='t'), optim={'lr': 1}, batch=8, steps=3)\n"
+        )
+        arguments, key = ["--config=mine.py"], "data.folder"
+        paths = ("a/glue", "b/glue")
     else:
         arguments = ["--config.data.source={'name': 'folder', 'root': 'a/pets'}"]
         key, paths = "data.source.root", ("a/pets", "b/pets")

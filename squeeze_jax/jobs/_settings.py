@@ -115,8 +115,9 @@ def _canonical(value: Any, where: str):
     if isinstance(value, list | tuple):
         return tuple(_canonical(v, f"{where}[{n}]") for n, v in enumerate(value))
     if isinstance(value, str):
-        # A separator may be ~ itself.
-        home = re.match(r"~[\w.-]*(/|$)", value) and not where.endswith("separator")
+        # A separator may be ~ itself, and so may the name of a class or of a column.
+        is_name = re.search(r"(separator|classes\[\d+\]|columns\[\d+\])$", where)
+        home = re.match(r"~[\w.-]*(/|$)", value) and not is_name
         return str(files.path(value, where)) if home else value
     if isinstance(value, os.PathLike):
         return str(files.path(value, where))

@@ -32,9 +32,10 @@ FREE_KEYS = (
     "eval_every",
     "save_every",
 )
-FREE_KEYS += ("data.workers", "data.threads", "data.cache_mb", "data.source.data_dir")
+FREE_KEYS += ("data.workers", "data.threads", "data.cache_mb")
 # The data may have moved; their classes may not change.
-DATA_PATHS = ("data.source.root", "data.source.path", "data.folder")
+DATA_PATHS = ("data.source.root", "data.source.path", "data.source.data_dir")
+DATA_PATHS += ("data.folder", "data.data_dir")
 TABLES = ("data.train", "data.eval")  # of the task texts; elsewhere names of splits
 FREE_KEYS += DATA_PATHS
 FREE_KEYS += ("distill.cache", "distill.cache_dtype")
