@@ -270,6 +270,40 @@ def test_a_run_becomes_a_folder_of_transformers(trained, place, transformers, ca
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("target", "labels", "activation"),
+    [
+        ("class", ("good", "bad"), "softmax"),
+        ("labels", ("good,warm", "bad"), "sigmoid"),
+        ("number", ("0.5", "1"), "none"),
+    ],
+)
+def test_transformers_reads_the_outputs_as_they_were_trained(
+    place, tmp_path, transformers, monkeypatch, target, labels, activation
+):
+    """A softmax, a sigmoid for each class, or the number itself: transformers' pipeline chooses by its own rule."""
+    table = tmp_path / "table.csv"
+    rows = [f'a film,"{label}"' for label in labels * 8]
+    table.write_text("\n".join(["text,label", *rows]) + "\n")
+    data = dict(name="texts", train=str(table), eval=str(table), target=target)
+    data |= dict(tokenizer=str(place / "vocab.txt"), length=16)
+    changed = config(place, steps=1) | dict(data=data)
+    built = _experiment.build(_experiment.check(changed))
+    monkeypatch.setattr(evaluate, "trained_state", lambda *_: built.create())
+    huggingface.run(built, tmp_path)
+    folder = tmp_path / "huggingface"
+    read = transformers.AutoTokenizer.from_pretrained(folder)
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    ask = transformers.pipeline("text-classification", model=net, tokenizer=read)
+    answers = {a["label"]: a["score"] for a in ask("a film", top_k=None)}
+    logits = net.eval()(**read("a film", return_tensors="pt")).logits[0]
+    wanted = dict(softmax=logits.softmax(-1), sigmoid=logits.sigmoid(), none=logits)[
+        activation
+    ].tolist()
+    scores = [answers[net.config.id2label[n]] for n in range(len(wanted))]
+    np.testing.assert_allclose(scores, wanted, rtol=1e-5)
+
+
 def test_what_transformers_cannot_compute_is_no_folder(place, tmp_path):
     (tmp_path / "huggingface").mkdir()
     (tmp_path / "huggingface" / "config.json").write_text("an earlier one")

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 
 from squeeze_jax import models, tree
+from squeeze_jax.data import Data
 from squeeze_jax.data.source import class_name
 from squeeze_jax.errors import UserError, shortened
 
+MULTI_LABEL = "multi_label_classification"
 MAX_CHARACTERS = 200  # of a list of class names in an error
 
 
@@ -58,6 +60,19 @@ def output_names(names: Sequence[str], outputs: int | None) -> tuple[str, ...]:
         return ()
     count = max(len(names), outputs or 0)
     return tuple(class_name(names, n) for n in range(count))
+
+
+def problem_type(source: Data) -> str:
+    """Returns how the outputs of a classifier are read for these data, as `problem_type` in transformers' config.json.
+
+    "multi_label_classification" means a sigmoid for each class, "single_label_classification" a softmax over the classes, and
+    "regression" the outputs as they are.
+    """
+    if source.metrics == "labels":
+        return MULTI_LABEL
+    if source.metrics == "regression" or source.model.get("num_classes") == 1:
+        return "regression"
+    return "single_label_classification"
 
 
 def unnamed_classes_line(location: str) -> str:

@@ -78,12 +78,14 @@ def _check_plain(network) -> None:
 
 
 def _label_config(built):
-    """Returns the class names as an entry of config.json; None if the model does not classify or the classes have no names."""
-    names = built.data.label_names
-    if not names or built.model.task not in ("classification", "tokens"):
-        return None
-    outputs = built.options.get("num_classes")
-    return {"id2label": dict(enumerate(_classes.output_names(names, outputs)))}
+    """Returns the entries of config.json that tell what a classifier's outputs mean; {} if the model does not classify."""
+    names, entries = built.data.label_names, {}
+    if built.model.task == "classification":
+        entries["problem_type"] = _classes.problem_type(built.data)
+    if names and built.model.task in ("classification", "tokens"):
+        outputs = built.options.get("num_classes")
+        entries["id2label"] = dict(enumerate(_classes.output_names(names, outputs)))
+    return entries
 
 
 def _compare_outputs(built, variables, folder) -> Verdict:
