@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from squeeze_jax import methods
 from squeeze_jax.distill import (
     attention,
     attention_transfer,
@@ -19,6 +20,7 @@ from squeeze_jax.distill import (
     soft_logits,
 )
 from squeeze_jax.errors import UserError
+from squeeze_jax.jobs import _objective
 from squeeze_jax.nas import sandwich
 
 LOWEST = np.finfo(np.float32).min
@@ -156,6 +158,71 @@ def test_soft_logits_are_as_in_pytorch(temperature):
         wanted = F.kl_div(log_q, target, reduction="batchmean") * temperature**2
         found = value(made, {"logits": ours}, tuple({"logits": x} for x in theirs))
         assert found == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "ours", "theirs", "wanted"),
+    [
+        # Each class alone: sigmoid(ln 3) = 3/4 against 1/2, and 1/2 against itself.
+        (
+            {},
+            logits([LN3, 0]),
+            logits([0, 0]),
+            (math.log(2 / 3) / 2 + math.log(2) / 2) / 2,
+        ),
+        # A softmax does not change if all logits grow by the same number; these probabilities do: the KL of 1/2 from 3/4.
+        (
+            {},
+            logits([0, 0]),
+            logits([LN3, LN3]),
+            3 / 4 * math.log(3 / 2) + math.log(1 / 2) / 4,
+        ),
+        # One class is no regression: T^2 times the KL of 3/4 from 1/2.
+        (
+            {"temperature": 2.0},
+            logits([2 * LN3]),
+            logits([0]),
+            4 * (math.log(2 / 3) / 2 + math.log(2) / 2),
+        ),
+        # The mean of two teachers' 1/4 and 3/4 is the student's 1/2.
+        ({}, logits([0]), (logits([LN3]), logits([-LN3])), 0.0),
+        ({"kind": "mse"}, logits([1, 2]), logits([3, 3]), 2.5),
+    ],
+)
+def test_soft_logits_of_several_labels_by_hand(options, ours, theirs, wanted):
+    made = soft_logits.make(**options).multi_label
+    assert value(made, ours, theirs) == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_soft_logits_of_several_labels_are_as_in_pytorch(temperature):
+    """The binary cross-entropy of the teacher's probabilities, without their entropy."""
+    rng = np.random.default_rng(0)
+    ours, theirs = (rng.normal(0, 3, (5, 7)).astype(np.float32) for _ in range(2))
+    z, t = (torch.tensor(x, dtype=torch.float64) / temperature for x in (ours, theirs))
+    p, measure = t.sigmoid(), F.binary_cross_entropy_with_logits
+    wanted = (measure(z, p) - measure(t, p)) * temperature**2
+    for kind, target in (
+        ("kl", wanted),
+        ("cross_entropy", measure(z, p) * temperature**2),
+    ):
+        made = soft_logits.make(temperature, kind=kind).multi_label
+        found = value(made, {"logits": ours}, {"logits": theirs})
+        assert found == pytest.approx(target.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_losses_are_bound_for_the_labels_of_the_data(multi_label):
+    """All labels of the teacher are far more likely than the student's; a softmax does not tell."""
+    ours, theirs = logits([0, 1]), logits([10, 11])
+    losses = (_objective.Loss("soft_logits", 1.0, soft_logits.make()),)
+    bound = _objective.bind_losses(
+        losses, shapes(ours), (shapes(theirs),), multi_label=multi_label
+    )
+    batch = {"mask": np.ones(1, bool), "teacher": (theirs,)}
+    own = methods.Own({}, None, None, 0, True)
+    loss, _ = bound.terms[0].objective.loss(ours["logits"], {}, batch, {}, own)
+    assert (loss > 0.1) == multi_label
 
 
 def test_gradient_of_soft_logits():

@@ -43,9 +43,11 @@ class UnboundLoss(NamedTuple):
 
     Attributes:
       from_shapes: the function of `bind`.
+      multi_label: the same loss for data whose examples have any number of classes each; None if it does not differ.
     """
 
     from_shapes: Callable[[Shapes, Shapes | Sequence[Shapes]], BoundLoss]
+    multi_label: "UnboundLoss | None" = None
 
     def bind(self, student: Shapes, teacher: Shapes | Sequence[Shapes]) -> BoundLoss:
         """Returns the loss for networks with outputs of these shapes.

@@ -3,10 +3,12 @@
 Hinton, Vinyals, Dean 2015, arXiv 1503.02531: T^2 KL(p_teacher || p_student), where p = softmax(z / T) of each network's
 logits z. The factor T^2 keeps the size of the gradients as the temperature T grows (section 2.1). With several teachers,
 p_teacher is the arithmetic mean of their probabilities. Ba, Caruana 2013, arXiv 1312.6184, use the mean squared error of the
-logits instead.
+logits instead. If an example may have any number of classes, each class has its own probability p = sigmoid(z / T), and the
+loss is the mean over the classes of T^2 KL(p_teacher || p_student).
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -46,8 +48,11 @@ def make(
     the loss is then the mean squared error of the predictions. The loss does not accept logits with one number per token,
     which ELECTRA's head for replaced tokens has.
 
+    If the data give each example any number of classes, runs take the attribute `multi_label` of the result. It compares the
+    probabilities sigmoid(z / T) of each class, and averages T^2 KL over the classes.
+
     Args:
-      temperature: temperature T of the softmax, above 0; must be 1 with kind "mse".
+      temperature: temperature T of the softmax or sigmoid, above 0; must be 1 with kind "mse".
       kind: "kl" is T^2 KL(p_teacher || p_student). "cross_entropy" is larger by the teachers' entropy and has the same
         gradients. "mse" is the mean squared error of the logits.
       positions: the tokens that count in logits with one row per token: "all" real tokens, or the masked tokens that
@@ -64,7 +69,12 @@ def make(
             f"temperature = {temperature} has no effect with kind='mse': leave it out"
         )
 
-    def bind(student: Shapes, teacher: Shapes | Sequence[Shapes]) -> BoundLoss:
+    def bind(
+        student: Shapes,
+        teacher: Shapes | Sequence[Shapes],
+        *,
+        compare: Callable = divergence,
+    ) -> BoundLoss:
         teachers = [teacher] if isinstance(teacher, Mapping) else list(teacher)
         _check_logits(student, teachers, positions)
 
@@ -77,7 +87,9 @@ def make(
                 for outputs in teacher_outputs(batch, "soft_logits", ("logits",))
             ]
             losses = [
-                head_loss(name, x, [each[name] for each in teacher_heads], batch)
+                head_loss(
+                    name, x, [each[name] for each in teacher_heads], batch, compare
+                )
                 for name, x in heads.items()
             ]
             total = sum(losses) / len(losses)
@@ -85,7 +97,7 @@ def make(
 
         return BoundLoss(("logits",), lambda key: {}, loss)
 
-    def head_loss(name, student, teachers, batch):
+    def head_loss(name, student, teachers, batch, compare):
         student, *teachers = (x.astype(jnp.float32) for x in (student, *teachers))
         rows, allowed = student.shape[0], None
         if student.ndim == 3:
@@ -97,13 +109,15 @@ def make(
             weights = example_weights(batch, rows)
         if _predicts_position(name):
             allowed = padding_mask(batch)
-        if kind == "mse" or student.shape[-1] == 1:
+        is_number = student.shape[-1] == 1 and compare is divergence
+        if kind == "mse" or is_number:
             return mean(squared_error(student, teachers, allowed), weights)
         entropy = kind == "kl"
-        losses = divergence(student, teachers, temperature, allowed, entropy=entropy)
+        losses = compare(student, teachers, temperature, allowed, entropy=entropy)
         return mean(losses, weights)
 
-    return UnboundLoss(bind)
+    multi_label = functools.partial(bind, compare=label_divergence)
+    return UnboundLoss(bind, UnboundLoss(multi_label))
 
 
 def divergence(
@@ -141,6 +155,28 @@ def divergence(
     return temperature**2 * jnp.sum(jnp.exp(log_p) * log_ratio, -1)
 
 
+def label_divergence(
+    student: jax.Array,
+    teachers: Sequence[jax.Array],
+    temperature: float,
+    allowed: jax.Array | None = None,
+    *,
+    entropy: bool = True,
+) -> jax.Array:
+    """Returns the `divergence` of the two outcomes "has the class" and "has it not", averaged over the classes, [...].
+
+    The probability of a class is sigmoid(z / T), independent of the other classes. The arguments are as in `divergence`.
+    """
+
+    def outcomes(logits):  # softmax((z, 0)) is (sigmoid(z), 1 - sigmoid(z))
+        return jnp.stack([logits, jnp.zeros_like(logits)], -1)
+
+    losses = divergence(
+        outcomes(student), [*map(outcomes, teachers)], temperature, entropy=entropy
+    )
+    return losses.mean(-1) if allowed is None else _allowed_mean(losses, allowed)
+
+
 def squared_error(
     student: jax.Array,
     teachers: Sequence[jax.Array],
@@ -148,9 +184,12 @@ def squared_error(
 ) -> jax.Array:
     """Returns the mean over the classes of (student - mean of the teachers)^2, [...]; the arguments are as in `divergence`."""
     square = (student - sum(teachers) / len(teachers)) ** 2
-    if allowed is None:
-        return square.mean(-1)
-    total = jnp.where(allowed, square, 0.0).sum(-1)
+    return square.mean(-1) if allowed is None else _allowed_mean(square, allowed)
+
+
+def _allowed_mean(values: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Returns the mean of the allowed values along the last axis, [...]."""
+    total = jnp.where(allowed, values, 0.0).sum(-1)
     return total / jnp.maximum(allowed.sum(-1), 1)
 
 

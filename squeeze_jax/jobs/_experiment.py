@@ -569,7 +569,10 @@ def _bind_losses(losses, model, teachers, source) -> _objective.TrainingLoss:
     teacher_shapes = [
         _objective.output_shapes(teacher.network.model, x) for teacher in teachers
     ]
-    return _objective.bind_losses(losses, student_shapes, teacher_shapes)
+    multi_label = _classes.problem_type(source) == _classes.MULTI_LABEL
+    return _objective.bind_losses(
+        losses, student_shapes, teacher_shapes, multi_label=multi_label
+    )
 
 
 def _make_metric(source: data.Data) -> Metric:

@@ -100,7 +100,11 @@ def _reads_teacher(loss: Loss) -> bool:
 
 
 def bind_losses(
-    losses: Sequence[Loss], student_shapes, teacher_shapes: Sequence
+    losses: Sequence[Loss],
+    student_shapes,
+    teacher_shapes: Sequence,
+    *,
+    multi_label: bool = False,
 ) -> TrainingLoss:
     """Returns the training loss, in which the distillation losses are bound to the outputs of the student and the teachers.
 
@@ -110,6 +114,7 @@ def bind_losses(
       losses: the result of `make_losses`.
       student_shapes: {"logits": shape, endpoint: shape} of `jax.ShapeDtypeStruct`s with a batch axis, see `output_shapes`.
       teacher_shapes: the same for each teacher.
+      multi_label: whether the data give each example any number of classes; see `UnboundLoss.multi_label`.
 
     Raises:
       UserError: a loss compares outputs that a network does not have or that do not fit, a loss needs teachers and there are
@@ -129,6 +134,8 @@ def bind_losses(
     for loss in losses:
         objective = loss.method
         if hasattr(objective, "bind"):
+            if multi_label:
+                objective = getattr(objective, "multi_label", None) or objective
             bound = objective.bind(student_shapes, tuple(teacher_shapes))
             objective = as_objective(loss.name, bound)
         wants += objective.wants
