@@ -49,7 +49,9 @@ def prepared(tmp_path_factory):
     prepare(root, "sst2", {"sentence": TEXT, "label": classes}, splits)
     pairs = [{"sentence1": "a", "sentence2": f"b{n}", "label": n / 2, "idx": n} for n in range(4)]  # fmt: skip
     features = {"sentence1": TEXT, "sentence2": TEXT, "label": np.float32}
-    prepare(root, "stsb", features, {"train": pairs, "validation": pairs})
+    splits = {"train": pairs, "validation": pairs}
+    splits["test"] = [row | {"label": -1.0} for row in pairs]
+    prepare(root, "stsb", features, splits)
     classes = tfds.features.ClassLabel(names=glue.TASKS["mnli"].names)
     features = {"premise": TEXT, "hypothesis": TEXT, "label": classes}
     rows = [{"premise": "p", "hypothesis": f"h{n}", "label": n % 3, "idx": n} for n in range(6)]  # fmt: skip
@@ -88,6 +90,14 @@ def test_prepared_by_tfds(make):
         "test_mismatched": 1,
         "diagnostic": 2,
     }
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb", "mnli"])
+@pytest.mark.parametrize("use", ["train", "eval"])
+def test_a_split_without_labels_is_refused(make, task, use):
+    """The test sets of GLUE have no labels; in their place TFDS writes -1."""
+    with pytest.raises(UserError, match=rf"{task}/2.0.0 test.* has no labels .*'dev'"):
+        make(task, **{use: "test"})
 
 
 def test_what_tfds_has_not_prepared(make, prepared, tmp_path):

@@ -28,7 +28,8 @@ class Prepared(NamedTuple):
           labels: whether the split has labels.
 
         Raises:
-          UserError: the files are in another format, damaged, or of another dataset.
+          UserError: the files are in another format, damaged, or of another dataset; or the split should have labels and
+            has none.
         """
         path, kind = self.path(task, part).parent, TASKS[task]
         versions = [p.parent for p in path.glob("*/dataset_info.json")]
@@ -61,7 +62,10 @@ class Prepared(NamedTuple):
             [row[name].bytes_list.value[0].decode() for row in rows]
             for name in kind.features
         )
-        values = _labels(kind, features["label"], rows, newest) if labels else None
+        values = None
+        if labels:
+            _check_labelled(kind, rows, f"{newest} {name}")
+            values = _labels(kind, features["label"], rows, newest)
         return Split(texts, values, {part: len(rows)})
 
     def path(self, task: str, part: str) -> Path:
@@ -80,6 +84,18 @@ def _rows(records, name: str) -> list:
         raise UserError(
             f"cannot read {name}: {' '.join(str(error).split())}; delete and prepare it again"
         ) from None
+
+
+def _check_labelled(kind, rows, name: str) -> None:
+    """Raises a UserError for a split without labels, such as GLUE's test sets, where TFDS writes -1 for each label."""
+    for row in rows:
+        label = row["label"]
+        value = (label.int64_list if kind.names else label.float_list).value[0]
+        if value < 0:
+            raise UserError(
+                f"{name} has no labels (its idx {row['idx'].int64_list.value[0]} has {value:g}): name a split with labels in"
+                " config.data, such as 'dev'"
+            )
 
 
 def _labels(kind, feature, rows, path: Path) -> np.ndarray:
