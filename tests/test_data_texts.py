@@ -203,7 +203,23 @@ def test_one_column_of_flags_and_classes_that_are_equal_numbers(place, tmp_path)
     path = lines_file(tmp_path / "c.jsonl", rows)
     made = opened(place, path, eval=str(path), classes=("1", "2", "3"))
     assert made.train_split.labels.tolist() == [0, 0, 1]
-    assert made.notes == (f"{path}: no row has the class 3",)
+    assert made.notes == (f"{path}: no training row has the class 3",)
+
+
+@pytest.mark.parametrize("target", ["class", "labels"])
+def test_a_class_whose_rows_are_all_held_out_is_a_class(place, tmp_path, target):
+    """A row's text alone decides whether it is held out."""
+    rows = [{"text": f"a {n}", "label": "ab"[n % 2]} for n in range(40)]
+    path = csv_file(tmp_path / "a.csv", rows)
+    held = opened(place, path, holdout=0.2).eval_split.texts[0]
+    assert 0 < len(held) < 40
+    rows = [r | {"label": "rare"} if r["text"] == held[0] else r for r in rows]
+    path = csv_file(tmp_path / "b.csv", rows)
+    made = opened(place, path, holdout=0.2, target=target)
+    assert made.label_names == ("a", "b", "rare")
+    assert made.notes == (f"{path}: no training row has the class rare",)
+    label = made.eval_split.labels[0]
+    assert label.tolist() == ([0, 0, 1] if target == "labels" else 2)
 
 
 def test_predictions_take_texts_files_and_tables(place, tmp_path, monkeypatch):
@@ -305,7 +321,8 @@ A_B = "text,label\na,x\nb,y\n"
         ("a.csv", "text,label\na,1.5\nb,2.5\nc,1.5\n", {}, "labels such as 1.5: set config.data.target = 'number'"),
         ("a.csv", "text,label\na,p\nb,q\nc,r\n", {}, "has 3 classes in as many rows"),
         ("a.csv", A_B, dict(target="number"), r"a\.csv:2 has the label 'x', which is not a number"),
-        ("a.csv", A_B, dict(classes=("x", "z")), r"a\.csv:3 has the label 'y', did you mean 'x'\?, none of the classes x, z|a\.csv:3 has the label 'y'.*none of the classes x, z"),
+        ("a.csv", A_B, dict(classes=("x", "z")), r"a\.csv:3 has the label 'y', which is no class; choose from x, z$"),
+        ("a.csv", A_B, dict(classes=("x", "yy")), r"a\.csv:3 has the label 'y', which is no class; did you mean 'yy'\? choose from x, yy$"),
         ("a.csv", A_B, dict(label=("text", "label"), target="labels"), "name the column 'text' twice"),
         ("a.csv", A_B, dict(label=("p", "q")), "several are for config.data.target = 'labels'"),
         ("a.csv", A_B, dict(text=("a", "b", "c")), "should be one column, or two"),

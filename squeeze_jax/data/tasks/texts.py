@@ -94,7 +94,7 @@ def make(
         of 0 and 1, one for each class.
       target: "class": each text has one of several classes; "number": each text has a number (regression), which is not scaled;
         "labels": each text has any number of classes, also none.
-      classes: the names of the classes in their order; () takes those of `train`, sorted.
+      classes: the names of the classes in their order; () takes those of `train`, also of its rows held out, sorted.
       separator: the character between cells; None for the comma of .csv and the tab of .tsv.
       label_separator: for target="labels" with one column, the character between labels; a .jsonl file may have lists.
       length: the largest number of tokens of a sequence, special tokens included; longer texts are cut off, and a log line
@@ -129,8 +129,9 @@ def make(
     )
     train_rows = None if train is None else reading(train)
     eval_rows = reading(eval) if eval is not None else None
+    named_rows = eval_rows if train_rows is None else train_rows  # before the hold-out
     if train is None and eval is None:
-        eval_rows = _random_rows(loaded, len(columns), target, classes)
+        named_rows = eval_rows = _random_rows(loaded, len(columns), target, classes)
         flags = False
     elif eval_rows is None:
         train_rows, eval_rows = _hold_out(train_rows, holdout)
@@ -141,12 +142,13 @@ def make(
         separate = partial(
             _row_labels, columns=labels if flags else (), separator=label_separator
         )
-        names = classes or (labels if flags else _label_names(rows, separate))
+        names = classes or (labels if flags else _label_names(named_rows, separate))
         read = partial(_label_matrix, names=names, separate=separate)
     else:
-        names = classes or _class_names(rows, columns)
+        names = classes or _class_names(named_rows, columns)
         read = partial(_class_numbers, names=names)
-    unused = _unused(names, rows, read) if target == "class" and classes else ()
+    kind = "row" if train_rows is None else "training row"
+    unused = _unused(names, rows.path, read(rows), kind)
     large = _warn_of_large_numbers(train_rows) if target == "number" else ()
     parts = {str(eval_rows.path): len(eval_rows.values)}
     evaluated = Split(eval_rows.texts, read(eval_rows), parts)
@@ -225,13 +227,23 @@ def _random_rows(tokenizer, columns: int, target: str, classes: Sequence[str]) -
     return Rows(Path("no table"), tuple(texts), [label] * 64, [0] * 64, ())
 
 
-def _unused(names: Sequence[str], rows: Rows, read) -> tuple[str, ...]:
-    """Returns a line of the plan about classes that no row has."""
-    present = set(read(rows).tolist())
+def _unused(
+    names: Sequence[str], path: Path, values: np.ndarray, kind: str
+) -> tuple[str, ...]:
+    """Returns a line of the plan about classes that no row has; () if there are none.
+
+    Args:
+      names: the classes.
+      path: the table.
+      values: int [n], the class of each row; or float [n, classes], 1 for the labels of each row.
+      kind: the rows, "row" or "training row".
+    """
+    present = np.flatnonzero(values.any(0)) if values.ndim == 2 else np.unique(values)
     absent = [name for number, name in enumerate(names) if number not in present]
-    if not absent or rows.path == Path("no table"):
+    if not absent or path == Path("no table"):
         return ()
-    return (f"{rows.path}: no row has the class {', '.join(absent)}",)
+    listed = shortened(", ".join(absent), 200)
+    return (f"{path}: no {kind} has the class {listed}",)
 
 
 def _warn_of_large_numbers(rows: Rows | None) -> tuple[str, ...]:
@@ -379,8 +391,10 @@ def _class_numbers(rows: Rows, names: Sequence[str]) -> np.ndarray:
 
 
 def _unknown_label(name: str, where: str, names: Sequence[str]) -> str:
-    classes = shortened(", ".join(names), 200)
-    return f"{where} has the label {shortened(repr(name), 60)}{nearest(name, names)}, none of the classes {classes}"
+    choices = shortened(nearest(name, names), 240)
+    return (
+        f"{where} has the label {shortened(repr(name), 60)}, which is no class{choices}"
+    )
 
 
 def _numbers(rows: Rows) -> np.ndarray:
