@@ -89,6 +89,28 @@ def begin(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         multihost_utils.sync_global_devices("work directory")
 
 
+def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Checks what `begin` checks about an existing work directory, and makes or changes nothing.
+
+    Args:
+      workdir, config: see `begin`.
+
+    Raises:
+      UserError: something else is in the place of the directory or of its files, another process uses it, it was begun with
+        another config, or its run has trained for more steps already.
+    """
+    if jax.process_index() != 0:
+        return
+    files.check_utf8(workdir, "--workdir")
+    _places.check(workdir)
+    lock = workdir / ".lock"
+    if lock.exists() and _key(workdir) not in _locks:
+        with writable(workdir), open(lock, "a+") as opened:
+            _acquire(opened, workdir)  # closing the file releases the lock
+    if is_trained(workdir):
+        check_same_experiment(workdir, config)
+
+
 def abandon(workdir: pathlib.Path) -> None:
     """Removes a work directory that `begin` has made for a run that was refused, unless the run has left results there."""
     made = _made.pop(_key(workdir), ())
@@ -368,7 +390,15 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _lock_directory(lock: TextIO, workdir: pathlib.Path) -> None:
-    """Locks the directory for this process and writes the process id; the system releases the lock when the process ends.
+    """Locks the directory for this process and writes the process id; for the arguments see `_acquire`."""
+    _acquire(lock, workdir)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+
+def _acquire(lock: TextIO, workdir: pathlib.Path) -> None:
+    """Locks the directory for this process; the system releases the lock when the file is closed or the process ends.
 
     Args:
       lock: the open lock file.
@@ -384,6 +414,3 @@ def _lock_directory(lock: TextIO, workdir: pathlib.Path) -> None:
         raise UserError(
             f"{workdir} is in use by process {lock.read().strip() or 'unknown'}; wait for it or choose another --workdir"
         ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()

@@ -28,7 +28,8 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
     A run that was stopped is continued.
 
     Raises:
-      UserError: the command line names files, `config.seeds` has less than two seeds, or see the job fit.
+      UserError: the command line names files, `config.seeds` has less than two seeds, the folder of a seed cannot be used (no
+        seed has trained then), or see the job fit.
       loop.Interrupted: a signal stopped the run; everything that was trained is saved.
     """
     if inputs:
@@ -38,6 +39,12 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
         raise UserError(
             f"config.seeds = {seeds} names no seeds to compare: give some, such as (0, 1, 2, 3, 4)"
         )
+    configs = {
+        seed: _workdir.canonical(dataclasses.replace(built.whole, seed=seed).config())
+        for seed in seeds
+    }
+    for seed, config in configs.items():  # all folders, before the first seed trains
+        _workdir.check(_seed_folder(workdir, seed), config)
     fit.ready(built)
     scores_by_seed = {}
     with fit.CompiledPhases() as compiled:
@@ -47,7 +54,7 @@ def run(built: Built, workdir: pathlib.Path, inputs: Sequence[str] = ()) -> None
             experiment = dataclasses.replace(built.whole, seed=seed)
             seed_built = built.with_seed(seed)
             folder = _seed_folder(workdir, seed)
-            _workdir.begin(folder, _workdir.canonical(experiment.config()))
+            _workdir.begin(folder, configs[seed])
             trained = fit.train_phases(seed_built, folder, compiled)
             if trained.whole.phases:  # the trained network may be from an earlier phase
                 trained = _experiment.build_trained(folder, experiment.config())
