@@ -62,7 +62,7 @@ def build(place, **changes):
 def bert(transformers, tmp_path):
     """Saves a random classifier of transformers under names of classes; returns the network and its folder."""
 
-    def save(names):
+    def save(names, **keys):
         config = transformers.BertConfig(
             vocab_size=len(WORDS),
             hidden_size=16,
@@ -72,6 +72,7 @@ def bert(transformers, tmp_path):
             max_position_embeddings=12,
             id2label=names,
             label2id={name: n for n, name in names.items()},
+            **keys,
         )
         torch.manual_seed(0)
         net = transformers.BertForSequenceClassification(config).eval()
@@ -103,6 +104,28 @@ def test_a_head_begins_in_the_order_of_the_data(place, bert, names, capsys):
     inputs = jax.tree.map(jnp.asarray, built.data.inputs(batch))
     (logits, _), _ = forward.run(built.network, given, inputs)
     np.testing.assert_allclose(logits, expected(net, batch)[:, places], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["single_label", "multi_label"])
+@pytest.mark.parametrize("use", ["init", "teacher"])
+def test_a_line_tells_of_a_head_with_another_meaning(place, bert, kind, use, capsys):
+    """GLUE's sst2 gives each sentence one of two classes."""
+    names = dict(enumerate(("negative", "positive")))
+    _, folder = bert(names, problem_type=f"{kind}_classification")
+    if use == "init":
+        build(place, init=dict(folder=str(folder))).initial_variables()
+    else:
+        model = dict(name="bert", variant="toy", vocabulary=9)
+        teachers = dict(teachers=(dict(folder=str(folder)),))
+        loss = dict(name="distill.soft_logits")
+        built = build(place, model=model, distill=teachers, objective=loss)
+        with _teachers.open_outputs(built, print):
+            pass
+    line = (
+        f"classes    {folder} was trained with problem_type = 'multi_label_classification', and config.data is for"
+        " 'single_label_classification'"
+    )
+    assert (line in capsys.readouterr().out) == (kind == "multi_label")
 
 
 @pytest.fixture

@@ -75,6 +75,23 @@ def problem_type(source: Data) -> str:
     return "single_label_classification"
 
 
+def other_problem_line(location: str, theirs: str, source: Data) -> str:
+    """Returns the line about a trained classifier whose outputs mean something else than the data's; "" if they do not.
+
+    Args:
+      location: where the classifier is.
+      theirs: its `problem_type`; "" if it is unknown.
+      source: the data.
+    """
+    ours = problem_type(source)
+    if theirs in ("", ours):
+        return ""
+    return (
+        f"classes    {location} was trained with problem_type = {theirs!r}, and config.data is for {ours!r}: the outputs of its"
+        " classifier have another meaning"
+    )
+
+
 def unnamed_classes_line(location: str) -> str:
     """Returns the line about a trained classifier whose classes have no names, so that their order cannot be compared."""
     return f"classes    {location} does not name its classes: its classifier is taken to be in the order of the data's"

@@ -202,6 +202,7 @@ class Built:
         params = forward.parameters(abstract.params)
         shapes = {"params": params, "batch_stats": abstract.stats}
         init |= {"classes": self.data.label_names, "example": self.data.example()}
+        init |= {"source": self.data}
         initial = _pretrained.initial_variables(
             self.init_network, self.options, shapes, fresh, **init
         )

@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from squeeze_jax import models, registry, tree
+from squeeze_jax.data import Data
 from squeeze_jax.errors import UserError
 from squeeze_jax.jobs import _classes, _model_json, _plugs
 from squeeze_jax.models import _folder
@@ -49,6 +50,7 @@ class PretrainedNetwork(NamedTuple):
       class_names: names of the classes in the order of the head's outputs; None if they are unknown, () for a run whose data
         name no classes.
       tokens: the digest of the tokens and of their ids; None if they are unknown, and for images.
+      problem_type: how a folder's classifier was trained, see `_classes.problem_type`; "" if it is unknown.
     """
 
     options: dict[str, Any]
@@ -60,6 +62,7 @@ class PretrainedNetwork(NamedTuple):
     first_step: int = 0
     class_names: tuple[str, ...] | None = None
     tokens: str | None = None
+    problem_type: str = ""
 
     def with_forward_methods(
         self, model: nn.Module, example: Any, dtype: str
@@ -147,7 +150,11 @@ def find_network(
         options, class_names = models.options(folder), models.class_names(folder)
         read_variables = _folder_reader(folder)
         return PretrainedNetwork(
-            options, read_variables, folder, class_names=class_names
+            options,
+            read_variables,
+            folder,
+            class_names=class_names,
+            problem_type=_folder.problem_type(folder),
         )
     saved_model = _model_json.read(pathlib.Path(workdir))
     if saved_model is None:
@@ -451,6 +458,7 @@ def initial_variables(
     layers: tuple[int, ...] = (),
     classes: Sequence[str] = (),
     example: Any = None,
+    source: Data | None = None,
 ) -> dict[str, Any]:
     """Returns the variables that a new network takes from a trained one, and prints what happens to the classifier.
 
@@ -467,6 +475,7 @@ def initial_variables(
       layers: the trained network's layers to take, counted from 1, as layers 1, 2, ... of the new network; () takes all.
       classes: names of the data's classes; a trained head for the same classes is put into their order.
       example: shapes of the new network's inputs; needed to reorder the classes.
+      source: the data; a line tells if the trained head's outputs have another meaning. None for no line.
 
     Returns:
       {"params", "batch_stats"}, numpy arrays in the dtypes of `shapes`; some leaves may be left out.
@@ -499,6 +508,12 @@ def initial_variables(
     if not head and classes:  # the network's file does not name its head
         names = _classes.class_arrays(options, example)
     if trained_head and _takes_all(params, shapes["params"], names, only):
+        if source is not None and (
+            line := _classes.other_problem_line(
+                network.location, network.problem_type, source
+            )
+        ):
+            print(line)
         params = _match_class_order(network, params, options, classes, example)
     pretrained_variables = pretrained_variables | {"params": params}
     initial, problems = {}, []

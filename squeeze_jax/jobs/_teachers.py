@@ -37,12 +37,14 @@ class Teacher(NamedTuple):
       location: the folder or work directory, as lines and error messages name it.
       class_names: names of its classes, in the order of its own head; None if they are unknown, () for a run whose data
         name no classes.
+      problem_type: how its classifier was trained, see `_classes.problem_type`; "" if it is unknown.
     """
 
     network: forward.Network
     read_variables: Callable[[jax.Array | None], dict[str, Any]]
     location: str
     class_names: tuple[str, ...] | None = None
+    problem_type: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,8 @@ def check_cache(distill: Settings, data: Data) -> None:
 def open_outputs(built, say: Callable[[str], None]) -> Iterator[TeacherOutputs]:
     """Opens the outputs of an experiment's teachers for training; fills an incomplete cache first.
 
-    If a loss reads logits and the data name their classes, a line tells which teachers do not name theirs.
+    If a loss reads logits and the data name their classes, a line tells which teachers do not name theirs. Another line tells
+    which teachers' logits have another meaning, such as several labels in place of one class.
 
     Args:
       built: the experiment.
@@ -187,6 +190,10 @@ def open_outputs(built, say: Callable[[str], None]) -> Iterator[TeacherOutputs]:
     for teacher in built.teachers if "logits" in wants else ():
         if teacher.class_names is None and built.data.label_names:
             say(_classes.unnamed_classes_line(teacher.location))
+        if line := _classes.other_problem_line(
+            teacher.location, teacher.problem_type, built.data
+        ):
+            say(line)
     teach = _objective.teacher_function(networks, wants, built.data.inputs)
     computed = ComputedOutputs(built, teach)
     if not built.distill.cache:
@@ -392,6 +399,7 @@ def make_teacher(
         lambda fresh: network.read_variables(options, fresh)[0],
         network.location,
         network.class_names,
+        network.problem_type,
     )
 
 

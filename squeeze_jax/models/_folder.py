@@ -138,6 +138,18 @@ def class_names(folder: str | Path) -> tuple[str, ...] | None:
     )
 
 
+def problem_type(folder: str | Path) -> str:
+    """Returns the `problem_type` of a folder's config.json; "" if it has none or the folder holds no classifier.
+
+    Raises:
+      UserError: the folder has no config.json, or the architecture is unknown.
+    """
+    folder = files.path(folder)
+    config = huggingface.read_config(folder)
+    task = huggingface.task_from_config(config, _module(config, folder).HUGGINGFACE)
+    return str(config.get("problem_type") or "") if task == "classification" else ""
+
+
 def save(
     folder: str | Path,
     net: nn.Module,
