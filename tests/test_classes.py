@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import run as run_py
+from squeeze_jax import methods
 from squeeze_jax.errors import UserError
 from squeeze_jax.export import load
 from squeeze_jax.jobs import (
@@ -126,6 +127,29 @@ def test_a_line_tells_of_a_head_with_another_meaning(place, bert, kind, use, cap
         " 'single_label_classification'"
     )
     assert (line in capsys.readouterr().out) == (kind == "multi_label")
+
+
+@pytest.mark.parametrize("target", ["class", "labels"])
+def test_a_run_compares_a_teacher_as_its_data_are(place, bert, tmp_path, target):
+    """Logits that all grow by 10 change every sigmoid and no softmax."""
+    _, folder = bert(dict(enumerate(("bad", "good"))))
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\n" + "a film,good\na dull film,bad\n" * 8)
+    data = dict(name="texts", train=str(table), eval=str(table), length=12)
+    built = build(
+        place,
+        data=data | dict(tokenizer=str(place / "vocab.txt"), target=target),
+        model=dict(name="bert", variant="toy", vocabulary=9),
+        distill=dict(teachers=(dict(folder=str(folder)),)),
+        objective=dict(name="distill.soft_logits"),
+    )
+    ours = jnp.array([[0.0, 1.0]])
+    batch = {"mask": jnp.ones(1, bool), "teacher": ({"logits": ours + 10},)}
+    (term,) = built.objective.terms
+    loss, _ = term.objective.loss(
+        ours, {}, batch, {}, methods.Own({}, None, None, 0, True)
+    )
+    assert (float(loss) > 0.1) == (target == "labels")
 
 
 @pytest.fixture
