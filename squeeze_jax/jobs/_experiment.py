@@ -399,6 +399,7 @@ def build(
         )
     model = models.make(**options)
     _model.check_fit(options, model, source)
+    _check_soft_labels(e.gradients or {}, source)
     plugs = _plugs.bind_gradients(plugs, options, source.example())
     _plugs.check_call_options(plugs.gradients, model, options["name"])
     distill = build_settings(_teachers.Settings, e.distill, "config.distill")
@@ -478,6 +479,20 @@ def build_trained(
         built = build(check(config), phase, options, workdir=workdir)
         print(f"data       not opened: {error}; the classes are those of the run")
     return built
+
+
+def _check_soft_labels(section: Mapping[str, Any], source: data.Data) -> None:
+    """Raises a UserError if smaller networks would learn from a softmax over classes of which several may be right."""
+    name = section.get("name")
+    if name not in ("nas.once_for_all", "nas.sandwich") or not section.get(
+        "distill", 1
+    ):
+        return
+    if _classes.problem_type(source) == _classes.MULTI_LABEL:
+        raise UserError(
+            f"config.gradients: in {name} smaller networks learn from a softmax over the classes, and an example of these data may"
+            " have several: take nas.once_for_all with distill = 0 and labels = 1"
+        )
 
 
 def _check_sections(e: Experiment) -> None:
