@@ -254,7 +254,8 @@ def _open_caches(built, example_shapes, variables) -> list[Cached]:
     data = f"data {_checksum([repr(_sorted_keys(built.experiment.data)).encode()])}"
     data += f" {_sample_checksum(built.data)}"
     for number, (shapes, own) in enumerate(zip(example_shapes, variables, strict=True)):
-        network, _, location, _ = built.teachers[number]
+        teacher = built.teachers[number]
+        network, location = teacher.network, teacher.location
         leaves = map(np.ascontiguousarray, jax.tree.leaves(jax.device_get(own)))
         architecture = repr(network.model) + network.dtype
         row_shapes = jax.tree.map(
