@@ -257,9 +257,9 @@ def test_predictions_take_texts_files_and_tables(place, tmp_path, monkeypatch):
         ("A.CSV", b"text,label\na film,x\nfine,y\n"),
         ("a.Tsv", b"text\tlabel\na film\tx\nfine\ty\n"),
         ("A.JSONL", b'{"text": "a film"}\n{"text": "fine"}\n'),
-        ("a.csv.GZ", gzip.compress(b"text,label\na film,x\nfine,y\n")),
+        ("a.csv.GZ", gzip.compress(b"text,label\na film,x\nfine,y\n", mtime=0)),
         ("A.TXT", b"a film\nfine\n"),
-        ("A.TXT.GZ", gzip.compress(b"a film\nfine\n")),
+        ("A.TXT.GZ", gzip.compress(b"a film\nfine\n", mtime=0)),
     ],
 )
 def test_predictions_know_files_in_upper_case(place, tmp_path, monkeypatch, name, content):  # fmt: skip

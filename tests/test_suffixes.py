@@ -27,7 +27,7 @@ def test_weights(tmp_path, name):
         ("A.CSV", b"text,label\ngood,1\n"),
         ("A.TSV", b"text\tlabel\ngood\t1\n"),
         ("A.JSONL", b'{"text": "good", "label": 1}\n'),
-        ("A.csv.GZ", gzip.compress(b"text,label\ngood,1\n")),
+        ("A.csv.GZ", gzip.compress(b"text,label\ngood,1\n", mtime=0)),
     ],
 )
 def test_tables(tmp_path, name, content):
