@@ -378,14 +378,16 @@ def check_dataset(begun, config, workdir):
     """Raises a UserError if a work directory that nobody named holds a run of another dataset."""
     from squeeze_jax.errors import UserError
 
-    theirs, ours = (place(each) or dataset(each) for each in (begun, config))
-    if theirs != ours or dataset(begun) != dataset(config):
-        if theirs == ours:
-            theirs, ours = dataset(begun), dataset(config)
-        raise UserError(
-            f"{workdir} holds a network of the dataset {theirs}, not of {ours}: choose another work directory, such as"
-            f" --workdir={workdir}_2"
-        )
+    for describe in place, dataset:
+        theirs, ours = describe(begun), describe(config)
+        if theirs != ours:
+            raise UserError(
+                f"{workdir} holds a network of the dataset {theirs or dataset(begun)}, not of {ours or dataset(config)}: choose"
+                f" another work directory, such as --workdir={workdir}_2"
+            )
+
+
+TABLES = ("texts", "contiguous", "squad")  # data whose train and eval are files
 
 
 def place(config):
@@ -396,11 +398,7 @@ def place(config):
     source = source if isinstance(source, collections.abc.Mapping) else {}
     paths = [source.get(key) for key in ("root", "path", "data_dir")]
     paths += [data.get("folder"), data.get("data_dir")]
-    if data.get("name") in (
-        "texts",
-        "contiguous",
-        "squad",
-    ):  # elsewhere names of splits
+    if data.get("name") in TABLES:  # elsewhere the keys name splits
         for key in "train", "eval":
             named = data.get(key)
             paths += named if isinstance(named, list | tuple) else [named]

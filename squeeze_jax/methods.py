@@ -175,6 +175,8 @@ class Gradients(NamedTuple):
         compiled parts of the step, and compiles what it likes itself.
       bind: (options, Plain) → Gradients: the method for the network that `models.make` builds from the options; None if the
         method does not depend on the network.
+      softmax: whether networks learn from another network's softmax over the classes. A run on data whose examples may have
+        several classes each is then refused.
     """
 
     compute: Callable[..., tuple]
@@ -183,6 +185,7 @@ class Gradients(NamedTuple):
     options: tuple[str, ...] = ()
     fused: bool = True
     bind: Callable[[Mapping[str, Any], Plain], Any] | None = None
+    softmax: bool = False
 
 
 class Exchange(NamedTuple):

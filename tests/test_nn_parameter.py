@@ -1,4 +1,4 @@
-"""Parameters are those of `Module.param`, and their initializers run only where there are none yet."""
+"""The function `parameter` returns what `Module.param` returns, and runs an initializer only for a new parameter."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,9 @@ from flax.errors import NameInUseError, ScopeParamNotFoundError, ScopeParamShape
 
 from squeeze_jax.nn.conv import Conv
 from squeeze_jax.nn.dense import Dense
+from squeeze_jax.nn.layer_norm import LayerNorm, NoNorm
 from squeeze_jax.nn.parameter import parameter
+from squeeze_jax.nn.recurrent import LSTM
 
 
 class Scaled(nn.Module):
@@ -60,3 +62,12 @@ def test_boxed_parameters_are_unboxed(layer):
     variables = layer.init(jax.random.key(0), x)
     assert isinstance(variables["params"]["kernel"], nn.Partitioned)
     np.testing.assert_allclose(layer.apply(variables, x), np.full((1, 1, 1, 4), 3.0))
+
+
+@pytest.mark.parametrize("layer", [LayerNorm(), NoNorm(), LSTM(4)], ids=lambda m: type(m).__name__)  # fmt: skip
+def test_parameters_stay_in_float32_where_jax_computes_in_float64(layer):
+    with jax.enable_x64(True):
+        inputs = jnp.ones((2, 3, 4), jnp.float32)
+        variables = jax.eval_shape(layer.init, jax.random.key(0), inputs)
+    dtypes = {a.dtype.name for a in jax.tree.leaves(variables["params"])}
+    assert dtypes == {"float32"}

@@ -640,7 +640,9 @@ def test_the_main_job_ships_the_found_network(trained, tmp_path, capsys):
     target = f"--config.search.to={tmp_path / 'other'}"
     to = f"--config.extract.to={tmp_path / 'other'}"
     run_py.main(["--job=extract", f"--workdir={workdir}", to])
-    with pytest.raises(UserError, match="other holds a run that no search has written"):
+    with pytest.raises(
+        UserError, match=r"other holds a run without found\.json, so no search has"
+    ):
         run_py.main([*main_job, target])
     shutil.copy(workdir / "found" / "found.json", tmp_path / "other")
     content = json.loads((tmp_path / "other" / "found.json").read_text())
@@ -651,6 +653,25 @@ def test_the_main_job_ships_the_found_network(trained, tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in (workdir / "found").rglob("*")}
     with pytest.raises(UserError, match="network of the space, which the run"):
         job(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        (dict(data=dict(source=dict(root="moved"), channels=3)), True),
+        (dict(log_every=7, search=dict(samples=20)), True),
+        (dict(steps=3), False),
+        (dict(optim=dict(lr=0.2)), False),
+        (dict(seed=1), False),
+        (dict(data=dict(source=dict(root="there"), train="validation")), False),
+    ],
+)
+def test_equal_digests_mean_equal_training(changes, same):
+    """Paths and settings of jobs may differ; but another split of a dataset is other data."""
+    config = dict(optim=dict(lr=0.1), batch=8, steps=2, model={})
+    config["data"] = dict(source=dict(root="there"))
+    digests = map(_workdir.training_digest, (config, config | changes))
+    assert (len(set(digests)) == 1) == same
 
 
 def test_a_missing_table_is_found_before_training(tmp_path):

@@ -110,12 +110,16 @@ def format_of(path: str | Path) -> str | None:
     key = formats.get(suffix) or lower_case_formats.get(suffix.lower())
     if key is not None:
         return key
+    return "tflite" if is_tflite(path) else None
+
+
+def is_tflite(path: str | Path) -> bool:
+    """Returns whether a file begins as a TFLite file does; raises a UserError if it cannot be read."""
     try:
         with files.open_file(path) as file:
-            is_tflite = file.read(8)[4:] == TFLITE_IDENTIFIER
+            return file.read(8)[4:] == TFLITE_IDENTIFIER
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return "tflite" if is_tflite else None
 
 
 def input_specs(

@@ -44,13 +44,13 @@ def check_same_tokens(theirs: str | None, source: Any, where: str, remedy: str) 
         return
     key = "tokenizer" if hasattr(source, "tokenizer") else "train"
     raise OtherTokens(
-        f"{where} was trained with another vocabulary than that of config.data.{key}: restore the file that it was trained with,"
-        f" or {remedy}"
+        f"{where} was trained with a vocabulary in which tokens have other ids than in config.data.{key}: restore the file of that"
+        f" training, or {remedy}"
     )
 
 
 def output_names(names: Sequence[str], outputs: int | None) -> tuple[str, ...]:
-    """Returns a name for each output of a network; those that no class names are called such as "class 7".
+    """Returns a name for each output of a network; an output that stands for no class is called "class 7", for example.
 
     Args:
       names: names of the data's classes; without any, the result is empty.

@@ -46,8 +46,7 @@ from squeeze_jax.train import forward, sharding
 from squeeze_jax.train import state as states
 from squeeze_jax.train import step as training_step
 from squeeze_jax.train.checkpoint import Checkpoints
-from squeeze_jax.train.metrics import Metric
-from squeeze_jax.train.metrics._metric import check_scores
+from squeeze_jax.train.metrics import Metric, check_scores
 
 # Parameters of a section's function that the program supplies, so that no config sets them.
 SUPPLIED = {"optim": ("steps",), "checkpoint": ("directory", "read_only", "lowest")}
@@ -399,7 +398,7 @@ def build(
         )
     model = models.make(**options)
     _model.check_fit(options, model, source)
-    _check_soft_labels(e.gradients or {}, source)
+    _check_softmax(plugs.gradients, source)
     plugs = _plugs.bind_gradients(plugs, options, source.example())
     _plugs.check_call_options(plugs.gradients, model, options["name"])
     distill = build_settings(_teachers.Settings, e.distill, "config.distill")
@@ -481,16 +480,18 @@ def build_trained(
     return built
 
 
-def _check_soft_labels(section: Mapping[str, Any], source: data.Data) -> None:
-    """Raises a UserError if smaller networks would learn from a softmax over classes of which several may be right."""
-    name = section.get("name")
-    if name not in ("nas.once_for_all", "nas.sandwich") or not section.get(
-        "distill", 1
-    ):
+def _check_softmax(gradients: _plugs.Named | None, source: data.Data) -> None:
+    """Raises a UserError if a gradient method compares networks by a softmax over classes of which an example may have several.
+
+    Args:
+      gradients: the method, not yet bound to the network; or None.
+      source: the data.
+    """
+    if gradients is None or not gradients.method.softmax:
         return
     if _classes.problem_type(source) == _classes.MULTI_LABEL:
         raise UserError(
-            f"config.gradients: in {name} smaller networks learn from a softmax over the classes, and an example of these data may"
+            f"config.gradients: {gradients.name} teaches networks by a softmax over the classes, and an example of these data may"
             " have several: take nas.once_for_all with distill = 0 and labels = 1"
         )
 

@@ -41,16 +41,16 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / NAME
     try:
         content = files.read_json(path)
-        (
-            content["search"].items(),
-            content["training"],
-            content["found"]["costs"].items(),
-        )
+        parts = content["search"], content["found"]["costs"]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("the settings or the costs are no dict")
+        content["training"]
     except FileNotFoundError:
         raise UserError(
-            f"{workdir} holds a run that no search has written: choose another config.search.to, or move the folder away"
+            f"{workdir} holds a run without {NAME}, so no search has written it: choose another config.search.to, or move the"
+            " folder away"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path} is damaged: choose another config.search.to, or delete the folder {workdir} to search anew"
         ) from None

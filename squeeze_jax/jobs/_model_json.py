@@ -46,8 +46,8 @@ def contents(
       source: the data; the file keeps their class names, and for images the arguments of `data/sources/absent.py`.
 
     Returns:
-      {"model": options, "checkpoint": arguments}; with data also "classes", with tokens also "tokens", their digest, with images also "channels", and with images that
-      have classes also "source".
+      {"model": options, "checkpoint": arguments}; with data also "classes", with texts also "tokens", the digest of the tokens
+      and their ids, with images also "channels", and with images that have classes also "source".
     """
     saved_model = {"model": dict(options), "checkpoint": dict(checkpoint)}
     if source is None:

@@ -1,6 +1,5 @@
 """Writes pieces of networks and whole networks as TFLite files with random weights, so that any device can time them."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -17,7 +16,7 @@ from squeeze_jax.cost import latency_table
 from squeeze_jax.cost.latency_table import Timing
 from squeeze_jax.errors import UserError, shown
 from squeeze_jax.export import several, time_files
-from squeeze_jax.export.runnable import Spec, input_specs
+from squeeze_jax.export.runnable import Spec, input_specs, is_tflite
 from squeeze_jax.jobs._experiment import Built
 from squeeze_jax.nas import costs
 from squeeze_jax.nas import space as spaces
@@ -27,7 +26,6 @@ from squeeze_jax.train import forward
 
 INDEX = "index.json"
 SCRIPT = "time_files.py"
-IDENTIFIER = slice(4, 8), b"TFL3"  # where a TFLite file has which bytes
 EXAMPLES = 2  # random examples for the ranges of integer files
 
 
@@ -54,15 +52,15 @@ def targets(pieces: costs.Pieces, archs: list) -> list[Target]:
         key = latency_table.key_of(placed.piece.module, placed.example)
         name = f"piece_{_digest(key)}"
         wanted[name] = Target(name, key, placed=placed)
-    space = _digest(" ".join(wanted))
+    space = _digest(list(wanted))
     for arch in archs:
-        name = f"network_{_digest(f'{space} {spaces.key_of(arch)}')}"
+        name = f"network_{_digest([space, spaces.key_of(arch)])}"
         wanted[name] = Target(name, arch=arch)
     return list(wanted.values())
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha1(text.encode()).hexdigest()[:12]
+def _digest(content: Any) -> str:
+    return files.digest(content)[:12]
 
 
 def function_of(target: Target, networks: Family, built: Built):
@@ -157,7 +155,7 @@ def write(
     def jobs():
         for target in wanted:
             path = folder / f"{target.name}.tflite"
-            if _is_tflite(path):
+            if path.is_file() and is_tflite(path):
                 continue
             if os.path.lexists(path):
                 print(f"damaged    {path} is no TFLite file: it is converted anew")
@@ -167,16 +165,6 @@ def write(
             yield several.Job(target.name, fn, specs, examples)
 
     several.convert(jobs(), folder, key, progress)
-
-
-def _is_tflite(path: pathlib.Path) -> bool:
-    """Returns whether a file begins as a TFLite file does."""
-    place, identifier = IDENTIFIER
-    try:
-        with files.open_file(path) as file:
-            return file.read(place.stop)[place] == identifier
-    except OSError:
-        return False
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -175,13 +174,10 @@ def check_same_experiment(workdir: pathlib.Path, config: Mapping[str, Any]) -> N
             f"config.steps = {steps}, but {workdir} is trained for {done} steps already: name at least {done}, or choose"
             " another --workdir"
         )
-    free = (*FREE_KEYS, *job_names())  # a job's settings do not change the training
-    if now.get("data.name") == "texts":
-        free += TABLES
     different = [
         line
         for k in sorted(before.keys() | now.keys())
-        if not any(k == f or k.startswith(f + ".") for f in free)
+        if not _is_free(k, now)
         for line in _differences(k, before.get(k), now.get(k))
     ]
     if different == [f"data.resize = {SQUASH!r} there, {CROP!r} here"]:
@@ -305,14 +301,18 @@ def training_digest(config: Mapping[str, Any]) -> str:
 
     Paths of the data, settings of jobs and other keys that do not change the training may differ.
     """
-    free = (*FREE_KEYS, *job_names(), "data.channels", *TABLES)
     flat = _flat_with_defaults(config)
-    kept = {
-        k: v
-        for k, v in sorted(flat.items())
-        if k == "steps" or not any(k == f or k.startswith(f + ".") for f in free)
-    }
-    return hashlib.sha1(json.dumps(kept, default=str).encode()).hexdigest()
+    kept = {k: v for k, v in flat.items() if not _is_free(k, flat)}
+    kept.pop("data.channels", None)  # a run adds this key to its config
+    return files.digest(sorted({**kept, "steps": flat["steps"]}.items()))
+
+
+def _is_free(key: str, flat: Mapping[str, Any]) -> bool:
+    """Returns whether a key does not change the training; `flat` is a config that `_flat_with_defaults` returns."""
+    free = (*FREE_KEYS, *job_names())  # a job's settings do not change the training
+    if flat.get("data.name") == "texts":
+        free += TABLES
+    return any(key == f or key.startswith(f + ".") for f in free)
 
 
 def report_data(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:

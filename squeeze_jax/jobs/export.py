@@ -99,8 +99,10 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
     folder, step, rejected = workdir / "export", int(state.step), []
     outputs = built.options.get("num_classes")
     classes = _classes.output_names(built.data.label_names, outputs)
-    make_exporter = functools.cache(
-        lambda integer: build.Exporter(
+
+    @functools.cache
+    def make_exporter(integer: bool) -> build.Exporter:
+        return build.Exporter(
             inference_function(built, state, integer=integer),
             built.data.exported,
             ranges=getattr(built.data, "ranges", None),
@@ -114,12 +116,12 @@ def write_files(built: Built, workdir: pathlib.Path) -> list[str]:
             agreement=built.metric.agreement,
             classes=classes,
         )
-    )
-    has_own = any(f.integer for f in built.network.forwards.values())
+
+    has_rounding = any(f.integer for f in built.network.forwards.values())
     for key in settings.formats:
         stop.check()
-        # Without methods that integer files leave out, all formats have the same function.
-        exporter = make_exporter(has_own and load_format(key).INTEGER)
+        # Only methods that round activations make the function of an integer file another one.
+        exporter = make_exporter(has_rounding and load_format(key).INTEGER)
         try:
             file = exporter.write(key, folder)
         except (build.Disagreement, process.Crash) as error:

@@ -46,6 +46,7 @@ from squeeze_jax.nas.evolve import evolve
 from squeeze_jax.nas.pareto import Front, pareto
 from squeeze_jax.nas.space import Arch, spread_networks
 from squeeze_jax.ranges import Count, Fraction, Part, PathStr, Whole
+from squeeze_jax.report import record
 
 LEAST = 10  # scored networks to fit a predictor
 FITTED = "fitted.json"  # in the folder `search`, while candidates are scored
@@ -240,8 +241,7 @@ def _scores_to_fit(workdir: pathlib.Path, settings: Settings, log: Log) -> int:
     A search that was stopped among its candidates fits its predictor to the same scores again, so it chooses the same ones.
     """
     path, known = workdir / "search" / FITTED, len(log.scores)
-    of = {"settings": dataclasses.asdict(settings), "about": log.about}
-    of = json.loads(json.dumps(of))
+    of = record.to_json({"settings": dataclasses.asdict(settings), "about": log.about})
     try:
         saved = files.read_json(path)
     except (OSError, ValueError):

@@ -104,7 +104,7 @@ def make(
         state = _copied if teacher == "fixed" else None
         return Gradients(compute, init=own, state=state, fused=False)
 
-    return Gradients(_compute_unbound, bind=bind, fused=False)
+    return Gradients(_compute_unbound, bind=bind, fused=False, softmax=distill > 0)
 
 
 def _copied(params):

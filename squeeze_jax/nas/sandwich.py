@@ -72,7 +72,7 @@ def make(
             metrics["random"] = sum(smaller_losses[1:]) / random
         return grads, stats, metrics
 
-    return Gradients(compute, options=("width",), fused=False)
+    return Gradients(compute, options=("width",), fused=False, softmax=True)
 
 
 def _largest_loss(passes, width, temperature, params, stats, batch, key):

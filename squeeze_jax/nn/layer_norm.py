@@ -30,8 +30,10 @@ class LayerNorm(nn.Module):
         """Normalises x [..., c]; returns the same shape and dtype, float32 for integers."""
         x = as_float(x)
         shape = x.shape[-1:]
-        scale = parameter(self, "scale", nn.initializers.ones_init(), shape)
-        bias = parameter(self, "bias", nn.initializers.zeros_init(), shape)
+        scale = parameter(
+            self, "scale", nn.initializers.ones_init(), shape, jnp.float32
+        )
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), shape, jnp.float32)
         wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
         centred = wide - wide.mean(-1, keepdims=True)
         var = (centred * centred).mean(-1, keepdims=True)
@@ -51,8 +53,10 @@ class NoNorm(nn.Module):
         """Scales and shifts x [..., c]; returns the same shape and dtype, float32 for integers."""
         x = as_float(x)
         shape = x.shape[-1:]
-        scale = parameter(self, "scale", nn.initializers.ones_init(), shape)
-        bias = parameter(self, "bias", nn.initializers.zeros_init(), shape)
+        scale = parameter(
+            self, "scale", nn.initializers.ones_init(), shape, jnp.float32
+        )
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), shape, jnp.float32)
         return (x * scale + bias).astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Reads a module's parameters without the cost of their initializers."""
+"""Returns a module's parameters without tracing their initializers in each forward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ def parameter(
 ) -> jax.Array:
     """Returns `module.param(name, init, shape, *dtype)`.
 
-    To compare shapes, `Module.param` traces the initializer of each parameter in each forward pass, which takes half of the time in
-    which a network is traced. This function compares the shape that it is given.
+    `Module.param` traces the initializer in each forward pass, to compare shapes. This function compares the shape that it is
+    given, so the initializer runs only for a new parameter.
 
     Raises:
       flax.errors.ScopeParamShapeError: the module's variables have another shape.

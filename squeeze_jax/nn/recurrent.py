@@ -72,10 +72,10 @@ class LSTM(nn.Module):
             "recurrent_kernel": (size, 4 * size),
         }
         kernels = {
-            name: parameter(self, name, self.kernel_init, shape)
+            name: parameter(self, name, self.kernel_init, shape, jnp.float32)
             for name, shape in shapes.items()
         }
-        bias = parameter(self, "bias", self.bias_init, (4 * size,))
+        bias = parameter(self, "bias", self.bias_init, (4 * size,), jnp.float32)
         kernel, recurrent = (
             tap(self, k, w.astype(x.dtype)) for k, w in kernels.items()
         )

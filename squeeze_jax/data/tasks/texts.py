@@ -94,7 +94,8 @@ def make(
         of 0 and 1, one for each class.
       target: "class": each text has one of several classes; "number": each text has a number (regression), which is not scaled;
         "labels": each text has any number of classes, also none.
-      classes: the names of the classes in their order; () takes those of `train`, also of its rows held out, sorted.
+      classes: the names of the classes in their order; () takes all classes of `train`, sorted, also those that
+        only held-out rows have.
       separator: the character between cells; None for the comma of .csv and the tab of .tsv.
       label_separator: for target="labels" with one column, the character between labels; a .jsonl file may have lists.
       length: the largest number of tokens of a sequence, special tokens included; longer texts are cut off, and a log line
